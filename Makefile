@@ -1,0 +1,70 @@
+# On a machine with Python 3.10+ and git: `make demo` makes a picture, `make test` runs the tests.
+# Each sets up .venv first; once that is done it starts at once.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OUTPUT_DIR ?= outputs
+DATASET_DIR ?= data/emoji
+SOURCES := src scripts tests
+
+# PROMPT reaches the script through the environment: quotes, dollar signs and other shell characters stay as they are typed.
+# Only `make demo PROMPT=...` sets it; a PROMPT that the login shell exports is its command prompt.
+ifeq ($(origin PROMPT),command line)
+override PROMPT := $(value PROMPT)
+export PROMPT
+else
+unexport PROMPT
+endif
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := setup
+.PHONY: help setup venv demo test style quality dataset clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' \
+		| awk -F'|' '{ printf "  make %-8s  %s\n", $$1, $$2 }'
+	@echo
+	@echo '  make demo PROMPT="a red apple"      your own prompt (in single quotes if it has a dollar sign)'
+	@echo '  make test PYTEST_ARGS="-k scheduler"  part of the tests'
+	@echo '  make setup PYTHON=python3.12        another interpreter for .venv'
+
+setup: $(VENV)/.installed ## set up .venv: the package, editable, and what its tests need
+
+venv: setup
+
+demo: $(VENV)/.installed ## write outputs/demo.png with the cascade that ships with the package
+	$(BIN)/python scripts/demo.py --output_dir "$(OUTPUT_DIR)" $${PROMPT:+"--prompt=$$PROMPT"}
+
+test: $(VENV)/.installed ## run the test suite
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+style: $(VENV)/.quality ## format the code, fix what ruff can fix
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+quality: $(VENV)/.quality ## check style and format, change nothing
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+
+dataset: $(VENV)/.installed ## build the captioned emoji set in data/emoji (needs npm)
+	$(BIN)/python scripts/build_emoji_dataset.py --output_dir "$(DATASET_DIR)"
+
+clean: ## remove .venv, outputs, build products and caches
+	rm -rf $(VENV) outputs build dist src/*.egg-info .pytest_cache .ruff_cache
+	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
+	@command -v "$(PYTHON)" >/dev/null || { \
+		echo "$(PYTHON) was not found: install Python 3.10 or newer, or name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+		echo "$(PYTHON) is $$("$(PYTHON)" --version 2>&1), and Python 3.10 or newer is needed: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; exit 1; }
+	@"$(PYTHON)" -m venv $(VENV) || { \
+		echo "$(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	$(BIN)/python -m pip install -c constraints.txt -e ".[test]"
+	@touch $@
+
+$(VENV)/.quality: $(VENV)/.installed
+	$(BIN)/python -m pip install -c constraints.txt -e ".[quality]"
+	@touch $@
