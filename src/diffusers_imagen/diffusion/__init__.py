@@ -1,0 +1,14 @@
+"""The mathematics of the package as pure functions: one formula, one home, cited there."""
+
+from .augmentation import augment_low_res
+from .guidance import classifier_free_guidance, rescale_guidance
+from .thresholding import dynamic_threshold, static_threshold
+
+
+__all__ = [
+    "augment_low_res",
+    "classifier_free_guidance",
+    "dynamic_threshold",
+    "rescale_guidance",
+    "static_threshold",
+]

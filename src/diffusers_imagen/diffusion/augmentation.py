@@ -1,0 +1,43 @@
+"""Noise conditioning augmentation of a super-resolution model's input: Ho et al. 2021 (arXiv 2106.15282), section 4.2,
+and Saharia et al. 2022 (Imagen, arXiv 2205.11487), section 2.4; in the EDM form.
+"""
+
+from typing import Union
+
+import torch
+
+from . import edm
+
+
+def augment_low_res(
+    low_res: torch.Tensor, sigma: Union[float, torch.Tensor], noise: torch.Tensor, sigma_data: float = 0.5
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The low-resolution image with noise of level `sigma`, and the value that tells the network how much.
+
+    The noise goes into the image at its own resolution, before any upsampling, and the sum is scaled by `c_in(sigma)`
+    as every input of an EDM network is. The noise is an argument so that both branches of guidance see one image.
+
+    Args:
+        low_res: `(B, C, h, w)`, values in [-1, 1], any floating dtype.
+        sigma: the noise level, above 0: one for all, or `(B,)`.
+        noise: unit noise of `low_res`'s shape.
+        sigma_data: the standard deviation of the images that `c_in` assumes.
+
+    Returns:
+        The augmented image in `low_res`'s shape and dtype, and `c_noise(sigma)`, `(B,)` in float32 (in float64 for a
+        `sigma` in float64).
+
+    Raises:
+        ValueError: if `noise` has another shape, a `sigma` given as a number is not above 0, or one given as a tensor
+            is neither one value nor one a sample.
+    """
+    if noise.shape != low_res.shape:
+        raise ValueError(f"`noise` must have the shape of `low_res` {tuple(low_res.shape)}, got {tuple(noise.shape)}")
+    if not isinstance(sigma, torch.Tensor):
+        if not sigma > 0:
+            raise ValueError(f"`sigma` must be above 0, got {sigma}")
+        sigma = torch.tensor(sigma, dtype=torch.float32)
+    level = edm.per_sample(sigma, low_res)  # (B or 1, 1, 1, 1)
+    level = level.to(torch.promote_types(level.dtype, torch.float32))
+    augmented = (low_res + level * noise) * edm.preconditioning(level, sigma_data).c_in
+    return augmented.to(low_res.dtype), edm.c_noise(level.flatten()).expand(low_res.shape[0])

@@ -1,0 +1,120 @@
+"""The EDM formulation of Karras et al. 2022 (arXiv 2206.00364): preconditioning, noise levels, loss weight.
+
+A noisy image is `x = x_0 + sigma * noise`. The network `F` is wrapped so that its input and its target have unit
+variance at every noise level (section 5, table 1):
+
+    denoised = c_skip(sigma) * x + c_out(sigma) * F(c_in(sigma) * x, c_noise(sigma))
+
+Every function takes `sigma` of any shape in float32 or float64 and returns tensors of that shape and dtype, unless it
+says otherwise.
+"""
+
+import math
+from typing import NamedTuple, Optional
+
+import torch
+
+
+class Preconditioning(NamedTuple):
+    """The three scalings of table 1, each of sigma's shape."""
+
+    c_skip: torch.Tensor
+    c_out: torch.Tensor
+    c_in: torch.Tensor
+
+
+def preconditioning(sigma: torch.Tensor, sigma_data: float) -> Preconditioning:
+    """Scalings of the denoiser for images of standard deviation `sigma_data` (appendix B.6, eq. 117, 131 and 138)."""
+    variance = sigma**2 + sigma_data**2
+    return Preconditioning(
+        c_skip=sigma_data**2 / variance,
+        c_out=sigma * sigma_data * variance.rsqrt(),
+        c_in=variance.rsqrt(),
+    )
+
+
+def c_noise(sigma: torch.Tensor) -> torch.Tensor:
+    """The value that tells the network its noise level: `ln(sigma) / 4` (table 1)."""
+    return sigma.log() / 4
+
+
+def c_noise_to_sigma(value: torch.Tensor) -> torch.Tensor:
+    """The noise level that a value of `c_noise` names: `exp(4 * value)`."""
+    return (4 * value).exp()
+
+
+def loss_weight(sigma: torch.Tensor, sigma_data: float) -> torch.Tensor:
+    """`lambda(sigma) = 1 / c_out^2`: every noise level starts with the same loss (eq. 144)."""
+    return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+
+
+def per_sample(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`value`, one number or one a sample, on the device of `like` and shaped to multiply it: `(B,)` to `(B, 1, ...)`.
+
+    Raises:
+        ValueError: if `value` has more than one dimension, or neither one element nor one for each of `like`'s samples.
+    """
+    if value.dim() > 1 or value.numel() not in (1, like.shape[0]):
+        raise ValueError(
+            f"one value, or one for each of the {like.shape[0]} samples, is expected; got shape {tuple(value.shape)}"
+        )
+    return value.to(like.device).reshape(-1, *(1,) * (like.dim() - 1))
+
+
+def add_noise(x_0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """`x = x_0 + sigma * noise` in the dtype of `x_0` `(B, ...)`; `sigma` is one level or `(B,)`."""
+    return (x_0 + per_sample(sigma, x_0) * noise).to(x_0.dtype)
+
+
+def karras_sigmas(num_steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> torch.Tensor:
+    """Noise levels of a sampler, `sigma_max` down to `sigma_min`, in float64 and without the final zero (eq. 5).
+
+    A single step starts, as every run does, at `sigma_max`.
+
+    Raises:
+        ValueError: unless `num_steps >= 1`, `0 < sigma_min < sigma_max` and `rho > 0`.
+    """
+    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
+        raise ValueError(f"the number of steps must be an integer of at least 1, got {num_steps!r}")
+    check_sigma_range(sigma_min, sigma_max)
+    if not rho > 0:
+        raise ValueError(f"`rho` must be above 0, got {rho}")
+    ramp = torch.linspace(0, 1, num_steps, dtype=torch.float64)
+    sigmas = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
+    sigmas[0] = sigma_max  # the root's rounding would start the run an epsilon off
+    return sigmas
+
+
+def check_sigma_range(sigma_min: float, sigma_max: float) -> None:
+    """Raises ValueError unless `0 < sigma_min < sigma_max`, both finite."""
+    if not 0 < sigma_min < sigma_max < math.inf:
+        raise ValueError(f"0 < `sigma_min` < `sigma_max` is expected, got {sigma_min=} and {sigma_max=}")
+
+
+def churned_sigmas(
+    sigmas: torch.Tensor, s_churn: float, s_min: float = 0.0, s_max: Optional[float] = None
+) -> torch.Tensor:
+    """The raised levels `sigma_hat` at which Algorithm 2 calls the network; equal to `sigmas` where it does not churn.
+
+    `sigma_hat = (1 + gamma) * sigma` with `gamma = min(s_churn / N, sqrt(2) - 1)` for the `N` levels of `sigmas` that
+    lie in `[s_min, s_max]` (no upper bound if None), and 0 elsewhere.
+    """
+    gamma = min(s_churn / len(sigmas), math.sqrt(2) - 1)
+    churned = (sigmas >= s_min) & (sigmas <= (math.inf if s_max is None else s_max))
+    return torch.where(churned, sigmas * (1 + gamma), sigmas)
+
+
+def draw_sigma(
+    batch_size: int,
+    p_mean: float = -1.2,
+    p_std: float = 1.2,
+    generator: Optional[torch.Generator] = None,
+    device: Optional[torch.device] = None,
+) -> torch.Tensor:
+    """Noise levels for training, `ln(sigma) ~ Normal(p_mean, p_std^2)` (table 1): `(batch_size,)` in float32.
+
+    The draw happens on the generator's device, so that a CPU generator gives the same levels on every machine.
+    """
+    source = generator.device if generator is not None else device
+    noise = torch.randn(batch_size, generator=generator, device=source)
+    return (noise * p_std + p_mean).exp().to(device)

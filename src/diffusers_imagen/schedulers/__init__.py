@@ -1,0 +1,6 @@
+from .scheduling_continuous_ddpm import ContinuousDDPMScheduler
+from .scheduling_edm_heun import EDMHeunScheduler
+from .scheduling_utils import ImagenSchedulerOutput
+
+
+__all__ = ["ContinuousDDPMScheduler", "EDMHeunScheduler", "ImagenSchedulerOutput"]

@@ -1,0 +1,254 @@
+"""Continuous-time DDPM with log-SNR conditioning: Kingma et al. 2021, "Variational Diffusion Models" (2107.00630)."""
+
+from typing import Literal, Optional, Union
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+
+from ..diffusion import continuous_ddpm as ddpm
+from ..diffusion.edm import per_sample
+from .scheduling_utils import (
+    ImagenSchedulerMixin,
+    ImagenSchedulerOutput,
+    NetworkPreconditioning,
+    check_step_count,
+    decreasing_sigmas,
+    one_schedule,
+    timestep_tensor,
+)
+
+
+class ContinuousDDPMScheduler(ImagenSchedulerMixin, SchedulerMixin, ConfigMixin):
+    """
+    Variance-preserving diffusion over a time in [0, 1], whose network is conditioned on the log-SNR (NVIDIA NeMo's and
+    imagen-pytorch's `GaussianDiffusionContinuousTimes`).
+
+    N steps go from t = 1 to t = 0 at the times `linspace(1, 0, N + 1)`, with the ancestral step of eq. 33 for `eta` 1
+    and DDIM's for 0. The last step draws no noise.
+
+    Timesteps have two forms, told apart by their dtype. Floating-point ones, as published in `timesteps`, are what the
+    network is conditioned on: the log-SNR. Integers k are those of diffusers' training scripts,
+    `randint(0, num_train_timesteps)`, and stand for the time `k / num_train_timesteps`; `conditioning(k)` gives what
+    the network has to be told then.
+
+    A network with the scalings of Karras et al. 2022 is sampled exactly as well (`preconditioning="edm"`): timesteps are
+    then its `c_noise`.
+
+    Args:
+        num_train_timesteps (`int`, defaults to 1000):
+            The number of times that integer timesteps divide [0, 1] into.
+        beta_schedule (`"squaredcos_cap_v2"` or `"linear"`, defaults to `"squaredcos_cap_v2"`):
+            The log-SNR as a function of time: the cosine schedule, or the continuous form of DDPM's linear betas.
+        prediction_type (`"epsilon"`, `"sample"` or `"v_prediction"`, defaults to `"epsilon"`):
+            What the network predicts: the noise, the clean image, or v. With `preconditioning="edm"` as in diffusers'
+            EDM schedulers: `"epsilon"` is the raw output F, `"v_prediction"` is -F.
+        eta (`float`, defaults to 1.0):
+            The share of the posterior's standard deviation that a step draws, from 0 (deterministic) to 1 (ancestral).
+        clip_sample (`bool`, defaults to `True`):
+            Static thresholding: clamps every predicted clean image.
+        clip_sample_range (`float`, defaults to 1.0):
+            The limit of static thresholding.
+        thresholding (`bool`, defaults to `False`):
+            Dynamic thresholding of it instead (Imagen, section 2.3); goes before `clip_sample`.
+        dynamic_thresholding_ratio (`float`, defaults to 0.995):
+            The quantile of |x_0| that dynamic thresholding scales to 1.
+        sample_max_value (`float`, *optional*):
+            The highest value that this quantile is taken for; no bound if None.
+        preconditioning (`"variance_preserving"` or `"edm"`, defaults to `"variance_preserving"`):
+            How the network was trained; see above.
+        sigma_data (`float`, defaults to 0.5):
+            The standard deviation of the images that a network with `preconditioning="edm"` assumes.
+    """
+
+    _compatibles = ["EDMHeunScheduler"]
+    order = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_schedule: ddpm.NoiseSchedule = "squaredcos_cap_v2",
+        prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon",
+        eta: float = 1.0,
+        clip_sample: bool = True,
+        clip_sample_range: float = 1.0,
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: Optional[float] = None,
+        preconditioning: NetworkPreconditioning = "variance_preserving",
+        sigma_data: float = 0.5,
+    ) -> None:
+        self._keep_default_values()
+        self._check_config()
+        if not 0 <= eta <= 1:
+            raise ValueError(f"`eta` must lie in [0, 1], got {eta}")
+        self.num_inference_steps = None
+        self.init_noise_sigma = 1.0
+        log_snr = self._log_snr_at(torch.arange(num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps)
+        # entry k is that of integer timestep k, for diffusers' `compute_snr`
+        self.alphas_cumprod = log_snr[:-1].sigmoid().to(torch.float32)
+        sigmas = ddpm.log_snr_to_sigma(log_snr.flip(0))
+        self._publish(sigmas, self.precondition_noise(sigmas[:-1]))
+
+    def _log_snr_at(self, t: torch.Tensor) -> torch.Tensor:
+        return ddpm.log_snr(t, self.config.beta_schedule)
+
+    def set_timesteps(
+        self,
+        num_inference_steps: Optional[int] = None,
+        device: Optional[Union[str, torch.device]] = None,
+        timesteps: Optional[Union[list[float], list[int], torch.Tensor]] = None,
+        sigmas: Optional[Union[list[float], torch.Tensor]] = None,
+    ) -> None:
+        """
+        Lays out a run of N steps: `timesteps` of length N and, on the CPU, `sigmas` of length N + 1.
+
+        `sigmas` are EDM noise levels, `exp(-log_snr / 2)`, the last one that of t = 0.
+
+        Args:
+            num_inference_steps (`int`, *optional*):
+                N, with evenly spaced times.
+            device (`str` or `torch.device`, *optional*):
+                Where `timesteps` goes.
+            timesteps (`list` or `torch.Tensor`, *optional*):
+                The caller's N conditioning values instead (log-SNR, increasing), or N integers, decreasing.
+            sigmas (`list[float]` or `torch.Tensor`, *optional*):
+                The same as N EDM noise levels, decreasing.
+
+        Raises:
+            ValueError: unless exactly one of the three is given, and for fewer than one step, or noise levels that do
+                not decrease or do not stay above that of t = 0.
+        """
+        one_schedule(num_inference_steps, sigmas, timesteps)
+        end = self._log_snr_at(torch.zeros(1, dtype=torch.float64))
+        if num_inference_steps is not None:
+            times = torch.linspace(1, 0, check_step_count(num_inference_steps) + 1, dtype=torch.float64)
+            log_snr = self._log_snr_at(times[:-1])
+        else:
+            if timesteps is not None:
+                sigmas = ddpm.log_snr_to_sigma(self._log_snr(timestep_tensor(timesteps), torch.float64))
+            sigmas = decreasing_sigmas(sigmas)
+            log_snr = ddpm.sigma_to_log_snr(sigmas)
+            if not log_snr[-1] < end:
+                raise ValueError(
+                    f"the last noise level must lie above that of t = 0, sigma {ddpm.log_snr_to_sigma(end).item():g}; "
+                    f"got {sigmas[-1].item():g}"
+                )
+        self.num_inference_steps = len(log_snr)
+        log_snr = torch.cat([log_snr, end])  # (N + 1,)
+        self._set_coefficients(log_snr)
+        sigmas = ddpm.log_snr_to_sigma(log_snr)
+        self._publish(sigmas, self.precondition_noise(sigmas[:-1]), device)
+
+    def _set_coefficients(self, log_snr: torch.Tensor) -> None:
+        """Keeps the coefficients of each step between these bounds as Python numbers, computed in float64."""
+        alpha = ddpm.alpha_sigma(log_snr[:-1]).alpha
+        scalings = self._network_preconditioning(ddpm.log_snr_to_sigma(log_snr[:-1]))
+        # these scalings are for the EDM image, which is x_t / alpha
+        self._c_in, self._c_skip = (scalings.c_in / alpha).tolist(), (scalings.c_skip / alpha).tolist()
+        self._c_out = scalings.c_out.tolist()
+        steps = ddpm.reverse_step(log_snr[:-1], log_snr[1:], self.config.eta)
+        self._coef_x_t, self._coef_x_0 = steps.coef_x_t.tolist(), steps.coef_x_0.tolist()
+        self._noise_std = steps.variance.sqrt()[:-1].tolist() + [0.0]  # the last step draws no noise
+
+    def scale_model_input(
+        self, sample: torch.Tensor, timestep: Optional[Union[float, torch.Tensor]] = None
+    ) -> torch.Tensor:
+        """The network's input: `sample` itself, or for `preconditioning="edm"` the scaled EDM image of that timestep."""
+        if self.config.preconditioning == "variance_preserving":
+            return sample
+        index = self._start(timestep)
+        if index is not None:
+            return sample * self._c_in[index]
+        sigma = per_sample(self.timestep_to_sigma(timestep), sample)
+        alpha = ddpm.alpha_sigma(ddpm.sigma_to_log_snr(sigma)).alpha
+        return (sample * (self._network_preconditioning(sigma).c_in / alpha)).to(sample.dtype)
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: Union[float, torch.Tensor],
+        sample: torch.Tensor,
+        generator: Optional[Union[torch.Generator, list[torch.Generator]]] = None,
+        return_dict: bool = True,
+    ) -> Union[ImagenSchedulerOutput, tuple[torch.Tensor, torch.Tensor]]:
+        """
+        The step to the next time of the schedule.
+
+        Args:
+            model_output (`torch.Tensor`):
+                The network's output, in the sample's shape, any floating dtype.
+            timestep (`float` or `torch.Tensor`):
+                The one of `timesteps` that the network was called with.
+            sample (`torch.Tensor` of shape `(B, ...)`):
+                The noisy image x_t. The arithmetic is in float32, for float64 in float64.
+            generator (`torch.Generator` or a list of B of them, *optional*):
+                The source of the noise; no noise is drawn for `eta` 0 and in the last step.
+            return_dict (`bool`, defaults to `True`):
+                A tuple comes back if False.
+
+        Returns:
+            [`ImagenSchedulerOutput`] or `tuple`: the next sample in the sample's dtype, and the predicted clean
+            image, thresholded.
+
+        Raises:
+            ValueError: before `set_timesteps`, after the last step, or for a timestep that is not of the schedule.
+        """
+        index = self._start_step(model_output, timestep, sample)
+        dtype = torch.promote_types(sample.dtype, torch.float32)
+        x_t = sample.to(dtype)
+        x_0 = self._threshold(self._c_skip[index] * x_t + self._c_out[index] * model_output.to(dtype))
+        x_next = self._coef_x_t[index] * x_t + self._coef_x_0[index] * x_0
+        if self._noise_std[index] > 0:
+            noise = randn_tensor(x_t.shape, generator=generator, device=x_t.device, dtype=dtype)
+            x_next = x_next + self._noise_std[index] * noise
+        self._step_index = index + 1
+        x_next, x_0 = x_next.to(sample.dtype), x_0.to(sample.dtype)
+        if not return_dict:
+            return x_next, x_0
+        return ImagenSchedulerOutput(prev_sample=x_next, pred_original_sample=x_0)
+
+    def _log_snr(self, timesteps: Union[float, torch.Tensor], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The log-SNR of timesteps of either form, in their dtype if they are floats, in `dtype` if integers."""
+        timesteps = torch.as_tensor(timesteps)
+        if timesteps.is_floating_point():
+            return ddpm.sigma_to_log_snr(self.timestep_to_sigma(timesteps))
+        last = self.config.num_train_timesteps
+        # on an accelerator the check would have to wait for it
+        if timesteps.device.type == "cpu" and ((timesteps < 0) | (timesteps > last)).any():
+            raise ValueError(f"integer timesteps must lie between 0 and {last}, got {timesteps.tolist()}")
+        return self._log_snr_at(timesteps.to(dtype) / last)
+
+    def conditioning(self, timesteps: Union[float, torch.Tensor]) -> torch.Tensor:
+        """What the network is conditioned on at these timesteps, of either form: the log-SNR (or `c_noise`)."""
+        return self.precondition_noise(ddpm.log_snr_to_sigma(self._log_snr(timesteps)))
+
+    def add_noise(
+        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: Union[float, torch.Tensor]
+    ) -> torch.Tensor:
+        """
+        The forward process, `alpha * original_samples + sigma * noise`, for training and for a start from an image.
+
+        Args:
+            original_samples (`torch.Tensor` of shape `(B, ...)`):
+                Clean images, values in [-1, 1].
+            noise (`torch.Tensor` of that shape):
+                Unit noise.
+            timesteps (`float` or `torch.Tensor`, one or `(B,)`):
+                Published values in floating point, or integers of training (see the class).
+
+        Returns:
+            `torch.Tensor`: the noisy images in `original_samples`' dtype.
+
+        Raises:
+            ValueError: for half-precision timesteps, or integers out of range.
+        """
+        return ddpm.q_sample(original_samples, noise, self._log_snr(timesteps))
+
+    def get_velocity(
+        self, sample: torch.Tensor, noise: torch.Tensor, timesteps: Union[float, torch.Tensor]
+    ) -> torch.Tensor:
+        """The target of v-prediction for clean images `sample`, `alpha * noise - sigma * sample`; see `add_noise`."""
+        return ddpm.velocity(sample, noise, self._log_snr(timesteps))

@@ -1,0 +1,277 @@
+"""What the schedulers of this package share: how the network was trained, the schedule's bookkeeping, thresholding."""
+
+from dataclasses import dataclass
+from typing import Literal, Optional, Union
+
+import torch
+from diffusers.utils import BaseOutput
+
+from ..diffusion import continuous_ddpm, edm
+from ..diffusion.edm import Preconditioning
+from ..diffusion.thresholding import check_dynamic_threshold, dynamic_threshold, static_threshold
+
+
+# "edm": c_in * x goes into the network, which is told c_noise. "variance_preserving": the x_t of that noise level goes
+# in, and the network is told the log-SNR.
+NetworkPreconditioning = Literal["edm", "variance_preserving"]
+
+PREDICTION_TYPES = {
+    "edm": ("epsilon", "v_prediction"),
+    "variance_preserving": ("epsilon", "sample", "v_prediction"),
+}
+
+
+@dataclass
+class ImagenSchedulerOutput(BaseOutput):
+    """
+    Output of a scheduler's `step`.
+
+    Args:
+        prev_sample (`torch.Tensor`, the sample's shape):
+            The sample at the next noise level, the next input of the loop.
+        pred_original_sample (`torch.Tensor`, the sample's shape):
+            The denoised image of this call, thresholded as the configuration says; for previews.
+    """
+
+    prev_sample: torch.Tensor
+    pred_original_sample: Optional[torch.Tensor] = None
+
+
+def denoiser_preconditioning(
+    sigma: torch.Tensor, preconditioning: NetworkPreconditioning, prediction_type: str, sigma_data: float
+) -> Preconditioning:
+    """Scalings that make an EDM denoiser of a network, however it was trained, at EDM noise levels `sigma`."""
+    if preconditioning == "variance_preserving":
+        return continuous_ddpm.variance_preserving_preconditioning(sigma, prediction_type)
+    scalings = edm.preconditioning(sigma, sigma_data)
+    # diffusers' EDM schedulers call the network's output "epsilon", and "v_prediction" the same with its sign turned
+    return scalings._replace(c_out=-scalings.c_out) if prediction_type == "v_prediction" else scalings
+
+
+class ImagenSchedulerMixin:
+    """
+    Put before `SchedulerMixin` and `ConfigMixin` in a scheduler's bases. The scheduler publishes `timesteps`, the values
+    that its network is conditioned on, and holds their EDM noise levels.
+    """
+
+    order = 1
+
+    # ---- configuration
+
+    def _check_config(self) -> None:
+        """Raises ValueError for values that no scheduler of this package can have; to be called by `__init__`."""
+        config = self.config
+        if config.preconditioning not in PREDICTION_TYPES:
+            raise ValueError(
+                f"`preconditioning` must be one of {list(PREDICTION_TYPES)}, got {config.preconditioning!r}"
+            )
+        choices = PREDICTION_TYPES[config.preconditioning]
+        if config.prediction_type not in choices:
+            raise ValueError(
+                f"`prediction_type` must be one of {list(choices)} with `preconditioning={config.preconditioning!r}`, "
+                f"got {config.prediction_type!r}"
+            )
+        if not config.sigma_data > 0:
+            raise ValueError(f"`sigma_data` must be above 0, got {config.sigma_data}")
+        if not config.num_train_timesteps >= 1:
+            raise ValueError(f"`num_train_timesteps` must be at least 1, got {config.num_train_timesteps}")
+        if config.clip_sample and not config.clip_sample_range > 0:
+            raise ValueError(f"`clip_sample_range` must be above 0, got {config.clip_sample_range}")
+        check_dynamic_threshold(config.dynamic_thresholding_ratio, config.sample_max_value)
+
+    def _keep_default_values(self) -> None:
+        """
+        Makes every value of the configuration an explicit one.
+
+        diffusers' `from_config` drops what a live scheduler left at its default, and the other class then takes its
+        own default instead, which can be another noise schedule.
+        """
+        if "_use_default_values" in self.config:
+            self.register_to_config(_use_default_values=[])
+
+    @classmethod
+    def from_config(cls, config=None, return_unused_kwargs=False, **kwargs):
+        """
+        As diffusers' `from_config`, with every value of the other scheduler's configuration kept, its defaults too.
+
+        Raises:
+            ValueError: for a configuration whose meaning this class cannot keep: discrete betas (those networks are
+                conditioned on an index), or sigmas other than the ones of Karras et al. that end in zero.
+        """
+        if not isinstance(config, dict):
+            return super().from_config(config, return_unused_kwargs, **kwargs)
+        cls._refuse_other_meanings(config)
+        live = "_use_default_values" in config
+        config = {key: value for key, value in config.items() if key != "_use_default_values"}
+        if "sigma_schedule" in config:  # diffusers' EDM schedulers, which have no word for these
+            config = {"preconditioning": "edm", "clip_sample": False, **config}
+        scheduler, unused = super().from_config(config, return_unused_kwargs=True, **kwargs)
+        if live:  # diffusers' tests compare the key as well
+            scheduler.register_to_config(_use_default_values=[])
+        return (scheduler, unused) if return_unused_kwargs else scheduler
+
+    @classmethod
+    def _refuse_other_meanings(cls, config: dict) -> None:
+        source = config.get("_class_name", "a scheduler")
+        if "beta_start" in config and "preconditioning" not in config:
+            raise ValueError(
+                f"{cls.__name__} cannot take the configuration of {source} with `beta_start={config['beta_start']}`: "
+                "networks trained with discrete betas are conditioned on an index, not on a log-SNR or c_noise"
+            )
+        for key, expected in (("sigma_schedule", "karras"), ("final_sigmas_type", "zero")):
+            if config.get(key, expected) != expected:
+                raise ValueError(f"{cls.__name__} takes `{key}={expected!r}` only, {source} has {config[key]!r}")
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+    # ---- noise levels and the network
+
+    def precondition_noise(self, sigma: Union[float, torch.Tensor]) -> torch.Tensor:
+        """The conditioning value of EDM noise levels: `c_noise`, or the log-SNR of a variance-preserving network."""
+        sigma = torch.as_tensor(sigma)
+        if self.config.preconditioning == "variance_preserving":
+            return continuous_ddpm.sigma_to_log_snr(sigma)
+        return edm.c_noise(sigma)
+
+    def timestep_to_sigma(self, timestep: Union[float, torch.Tensor]) -> torch.Tensor:
+        """
+        The EDM noise level that a conditioning value, as published in `timesteps`, stands for.
+
+        Raises:
+            ValueError: for integers, which are indices and no noise levels, and for half precision, which has lost
+                the level.
+        """
+        timestep = torch.as_tensor(timestep)
+        if timestep.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"{type(self).__name__} takes timesteps in float32 or float64, as published in `timesteps`, got "
+                f"{timestep.dtype}"
+            )
+        if self.config.preconditioning == "variance_preserving":
+            return continuous_ddpm.log_snr_to_sigma(timestep)
+        return edm.c_noise_to_sigma(timestep)
+
+    def _network_preconditioning(self, sigma: torch.Tensor) -> Preconditioning:
+        config = self.config
+        return denoiser_preconditioning(sigma, config.preconditioning, config.prediction_type, config.sigma_data)
+
+    def _threshold(self, x_0: torch.Tensor) -> torch.Tensor:
+        """Dynamic thresholding if `thresholding`, else static if `clip_sample`, as in diffusers' DDPMScheduler."""
+        config = self.config
+        if config.thresholding:
+            return dynamic_threshold(x_0, config.dynamic_thresholding_ratio, config.sample_max_value)
+        return static_threshold(x_0, config.clip_sample_range) if config.clip_sample else x_0
+
+    # ---- the schedule
+
+    @property
+    def step_index(self) -> Optional[int]:
+        """The index into `timesteps` of the next call of `step`; None before the first."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> Optional[int]:
+        """The index into `timesteps` at which the run starts, if a pipeline has set it."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """
+        Starts the run inside the schedule, for image-to-image; to be called after `set_timesteps`.
+
+        Raises:
+            ValueError: if the index is not that of a first call of a step: a multiple of `order`.
+        """
+        if begin_index % self.order != 0 or begin_index < 0:
+            raise ValueError(f"`begin_index` must be a multiple of the order {self.order}, got {begin_index}")
+        self._begin_index = begin_index
+
+    def _publish(self, sigmas: torch.Tensor, timesteps: torch.Tensor, device=None) -> None:
+        """Takes over a schedule, float64 on the CPU, and forgets the run before it."""
+        self.sigmas = sigmas.to(torch.float32)
+        timesteps = timesteps.to(torch.float32)
+        # the loop reads Python numbers: a tensor on an accelerator would have to be waited for
+        self._timestep_values = timesteps.tolist()
+        self.timesteps = timesteps.to(device)
+        self._step_index = None
+        self._begin_index = None
+
+    def index_for_timestep(self, timestep: Union[float, torch.Tensor]) -> Optional[int]:
+        """The index of a published timestep, the later one of two equal ones; None for any other value."""
+        value = float(torch.as_tensor(timestep).to("cpu", torch.float32))
+        indices = [index for index, published in enumerate(self._timestep_values) if published == value]
+        return indices[min(1, len(indices) - 1)] if indices else None
+
+    def _start(self, timestep: Union[float, torch.Tensor]) -> Optional[int]:
+        """The index of this call: the running one, else the one to start at, or None if the timestep names none."""
+        if self._step_index is None and self.num_inference_steps is not None:
+            begin = self._begin_index
+            self._step_index = begin if begin is not None else self.index_for_timestep(timestep)
+        if self._step_index is not None and self._step_index >= len(self._timestep_values):
+            raise ValueError(
+                f"the schedule has {len(self._timestep_values)} timesteps, and all of them have been stepped through: "
+                "call `set_timesteps` before the next run"
+            )
+        return self._step_index
+
+    def _start_step(self, model_output: torch.Tensor, timestep, sample: torch.Tensor) -> int:
+        """The index of this call of `step`, after checks of its arguments."""
+        if self.num_inference_steps is None:
+            raise ValueError("`num_inference_steps` is None: call `set_timesteps` before `step`")
+        if model_output.shape != sample.shape:
+            raise ValueError(
+                f"`model_output` must have the shape of `sample` {tuple(sample.shape)}, got "
+                f"{tuple(model_output.shape)}"
+            )
+        if isinstance(timestep, int) or (isinstance(timestep, torch.Tensor) and not timestep.is_floating_point()):
+            raise ValueError(f"`timestep` must be one of `scheduler.timesteps`, not an index; got {timestep!r}")
+        index = self._start(timestep)
+        if index is None:
+            raise ValueError(
+                f"`timestep` must be one of the {len(self._timestep_values)} values of `scheduler.timesteps`, between "
+                f"{min(self._timestep_values):g} and {max(self._timestep_values):g}; got {float(timestep):g}"
+            )
+        return index
+
+
+def one_schedule(num_inference_steps, sigmas, timesteps) -> None:
+    """Raises ValueError unless exactly one of `set_timesteps`' descriptions of a schedule is given."""
+    given = {"num_inference_steps": num_inference_steps, "sigmas": sigmas, "timesteps": timesteps}
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) != 1:
+        raise ValueError(f"`set_timesteps` needs exactly one of {list(given)}, got {names or 'none of them'}")
+
+
+def check_step_count(num_inference_steps) -> int:
+    """`num_inference_steps` as an int; ValueError unless it is a whole number of at least 1."""
+    if isinstance(num_inference_steps, bool) or num_inference_steps != int(num_inference_steps):
+        raise ValueError(f"`num_inference_steps` must be an integer, got {num_inference_steps!r}")
+    if num_inference_steps < 1:
+        raise ValueError(f"`num_inference_steps` must be at least 1, got {num_inference_steps}")
+    return int(num_inference_steps)
+
+
+def timestep_tensor(timesteps) -> torch.Tensor:
+    """The caller's timesteps on the CPU, in float64 if they are floats: a list of Python numbers keeps its digits."""
+    if not isinstance(timesteps, torch.Tensor):
+        timesteps = torch.tensor(
+            timesteps, dtype=None if all(isinstance(t, int) for t in timesteps) else torch.float64
+        )
+    return timesteps.cpu().double() if timesteps.dtype == torch.float32 else timesteps.cpu()
+
+
+def decreasing_sigmas(sigmas) -> torch.Tensor:
+    """
+    The caller's noise levels in float64 on the CPU. A final zero is dropped, because every run ends at it anyway.
+
+    Raises:
+        ValueError: unless they are a list of finite, strictly decreasing levels above 0.
+    """
+    levels = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
+    if levels.dim() == 1 and len(levels) > 1 and levels[-1] == 0:
+        levels = levels[:-1]
+    if levels.dim() != 1 or len(levels) == 0 or not levels.isfinite().all() or levels.min() <= 0:
+        raise ValueError(f"the noise levels must be a list of finite numbers above 0, got {sigmas}")
+    if (levels.diff() >= 0).any():
+        raise ValueError(f"the noise levels must decrease strictly, got {sigmas}")
+    return levels
