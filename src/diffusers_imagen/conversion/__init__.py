@@ -1,0 +1,4 @@
+from .nemo import load_nemo_unet
+
+
+__all__ = ["load_nemo_unet"]

@@ -1,0 +1,231 @@
+"""Checkpoints of NVIDIA NeMo's Imagen (removed from NeMo in v2.5): configuration and weights to our networks.
+
+A NeMo key is read in three parts, each with a table: where the block sits, which layer of the block, weight or bias.
+"""
+
+import re
+from typing import Any, Union
+
+import torch
+
+from ..models import EfficientUNetModel, ImagenUNetModel
+
+
+# Position in the network. {level} and {block} are taken over; other positions are counted in `_unet_positions`.
+SHARED_POSITIONS = {
+    "time_embed.0.weights": "time_embedding.sinusoid.weight",
+    "time_embed.1": "time_embedding.mlp.linear_1",
+    "time_embed.3": "time_embedding.mlp.linear_2",
+    "lowres_time_embed.0.weights": "low_res_time_embedding.sinusoid.weight",
+    "lowres_time_embed.1": "low_res_time_embedding.mlp.linear_1",
+    "lowres_time_embed.3": "low_res_time_embedding.mlp.linear_2",
+    "text_to_cond": "text_embedding.proj",
+    "attention_pooling.0.W": "text_embedding.pooling.score",
+    "attention_pooling.1": "text_embedding.pooling.norm",
+    "attention_pooling.2": "text_embedding.pooling.proj",
+    "to_text_non_attn_cond.0": "text_embedding.pooled_norm",
+    "to_text_non_attn_cond.1": "text_embedding.pooled_mlp.linear_1",
+    "to_text_non_attn_cond.3": "text_embedding.pooled_mlp.linear_2",
+    "null_text_embedding": "text_embedding.null_token",
+}
+
+# Layer of a block. A tuple splits the output channels of one NeMo layer over several of ours.
+RESNET_LAYERS = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.2": "conv2",  # Efficient U-Net
+    "out_layers.3": "conv2",  # U-Net, whose third layer is dropout
+    "skip_connection": "conv_shortcut",
+    "shortcut": "conv_shortcut",
+    "h_upd.conv": "resample_branch",
+    "x_upd.conv": "resample_shortcut",
+}
+ATTENTION_LAYERS = {
+    "norm": "norm",
+    "norm_self": "norm_kv",
+    "norm_context": "norm_context",
+    "q": "to_q",
+    "qkv": ("to_q", "to_k", "to_v"),
+    "kv": ("add_k_proj", "add_v_proj"),
+    "kv_self": ("to_k", "to_v"),
+    "kv_context": ("add_k_proj", "add_v_proj"),
+    "proj_out": "to_out.0",
+}
+STACKED_LAYERS = {
+    "norm": "norm",
+    "proj_in": "proj_in",
+    "self_attention_block": "attn1",
+    "cross_attention_block": "attn2",
+    "ff.norm": "norm_ff",
+    "ff.net.0.proj": "ff.net.0.proj",
+    "ff.net.2": "ff.net.2",
+    "proj_out": "proj_out",
+}
+
+
+def load_nemo_unet(
+    model_config: dict[str, Any], state_dict: dict[str, torch.Tensor]
+) -> Union[ImagenUNetModel, EfficientUNetModel]:
+    """Builds the network of a NeMo `model:` configuration and loads its weights.
+
+    Args:
+        model_config (`dict`): The `model:` section of NeMo's configuration.
+        state_dict (`dict[str, torch.Tensor]`):
+            Weights under NeMo's names, with or without the prefixes `model.`, `model.model.unet.` and `_orig_mod.`.
+
+    Raises:
+        ValueError: If a key has no place in the network, or the network has a parameter without a key; all are named.
+    """
+    model = unet_from_nemo_config(model_config)
+    stacked = model_config["unet"]["attention_type"] == "stacked"
+    positions = _efficient_positions(model) if isinstance(model, EfficientUNetModel) else _unet_positions(model)
+
+    converted, leftovers = {}, []
+    for key, tensor in state_dict.items():
+        name = re.sub(r"^(model\.)*(unet\.)?(_orig_mod\.)?", "", key)
+        if name.startswith("init_conv.0."):  # NeMo registers the first convolution of its U-Net twice
+            continue
+        targets = _convert_key(name, positions, stacked)
+        if targets is None:
+            leftovers.append(key)
+            continue
+        for target, part in zip(targets, tensor.chunk(len(targets))):
+            converted[target] = part
+    expected = model.state_dict()
+    gaps = [key for key in expected if key not in converted]
+    leftovers += [key for key in converted if key not in expected]
+    if leftovers or gaps:
+        raise ValueError(
+            f"`state_dict` does not fit the configuration. Keys without a place: {leftovers}. "
+            f"Parameters without a key: {gaps}."
+        )
+    # 1x1 convolutions over tokens are linear layers here
+    model.load_state_dict({key: tensor.reshape(expected[key].shape) for key, tensor in converted.items()})
+    return model
+
+
+def unet_from_nemo_config(model_config: dict[str, Any]) -> Union[ImagenUNetModel, EfficientUNetModel]:
+    """The network that NeMo's `model:` configuration describes, with random weights."""
+    unet = model_config["unet"]
+    block_out_channels = tuple(unet["embed_dim"] * mult for mult in unet["channel_mult"])
+    shared = {
+        "sample_size": unet["image_size"],
+        "in_channels": unet.get("channels", 3),
+        "out_channels": unet.get("channels", 3),
+        "block_out_channels": block_out_channels,
+        "attention_head_dim": None if unet["per_head_channels"] == -1 else unet["per_head_channels"],
+        "num_attention_heads": unet["num_attn_heads"] if unet["per_head_channels"] == -1 else None,
+        "encoder_hid_dim": unet.get("text_embed_dim", model_config["conditioning"]["embed_dim"]),
+        "text_pooling": unet["feature_pooling_type"],
+        "use_null_token": unet["use_null_token"],
+        "time_embedding_dim": 4 * unet["embed_dim"],
+        "learned_sinusoidal_dim": unet["learned_sinu_pos_emb_dim"] or None,
+        "time_scale_shift": "scale_shift" if unet["scale_shift_norm"] else "default",
+        "conv_kernel_size": unet["init_conv_kernel_size"],
+        "low_res_noise_conditioning": bool(model_config.get("noise_cond_aug", False)),
+    }
+    if model_config["unet_type"] == "sr":
+        return EfficientUNetModel(
+            layers_per_block=tuple(unet["num_resblocks"]),
+            attention_types=tuple(unet["attention_type"] if at else None for at in unet["atnn_enabled_at"]),
+            skip_connection_scaling=unet["skip_connection_scaling"],
+            **shared,
+        )
+    layers = unet["num_res_blocks"]
+    resample = "resnet" if unet["resblock_updown"] else "conv" if unet["resample_with_conv"] else "pool"
+    return ImagenUNetModel(
+        layers_per_block=layers if isinstance(layers, int) else tuple(layers),
+        attention_resolutions=tuple(unet["attention_resolutions"]),
+        attention_type=unet["attention_type"],
+        cross_attention_dim=unet["cond_dim"],
+        resample_type=resample,
+        dropout=float(unet["dropout"]),
+        low_res_conditioning=bool(unet.get("low_res_cond", False)),
+        **shared,
+    )
+
+
+def _unet_positions(model: ImagenUNetModel) -> dict[str, str]:
+    """Positions of a U-Net: NeMo numbers blocks and resamplers through, first down, then up."""
+    positions = {
+        **SHARED_POSITIONS,
+        "input_blocks.0.0": "conv_in",
+        "middle_block.0": "mid_blocks.0.resnets.0",
+        "middle_block.1": "mid_blocks.0.attention",
+        "middle_block.2": "mid_blocks.1.resnets.0",
+        "out.0": "norm_out",
+        "out.2": "conv_out",
+    }
+    number = 1
+    for i, level in enumerate(model.down_blocks):
+        for j in range(len(level.blocks)):
+            positions[f"input_blocks.{number}.0"] = f"down_blocks.{i}.blocks.{j}.resnets.0"
+            positions[f"input_blocks.{number}.1"] = f"down_blocks.{i}.blocks.{j}.attention"
+            number += 1
+        positions[f"input_blocks.{number}.0.op"] = f"down_blocks.{i}.resampler"
+        positions[f"input_blocks.{number}.0"] = f"down_blocks.{i}.resampler"
+        number += 1
+    number = 0
+    for i, level in enumerate(model.up_blocks):
+        for j, block in enumerate(level.blocks):
+            positions[f"output_blocks.{number}.0"] = f"up_blocks.{i}.blocks.{j}.resnets.0"
+            upsampler = 1
+            if block.attention is not None:
+                positions[f"output_blocks.{number}.1"] = f"up_blocks.{i}.blocks.{j}.attention"
+                upsampler = 2
+            number += 1
+        positions[f"output_blocks.{number - 1}.{upsampler}.conv"] = f"up_blocks.{i}.resampler"
+        positions[f"output_blocks.{number - 1}.{upsampler}"] = f"up_blocks.{i}.resampler"
+    return positions
+
+
+def _efficient_positions(model: EfficientUNetModel) -> dict[str, str]:
+    """Positions of an Efficient U-Net: NeMo numbers the levels from full resolution, also on the way up."""
+    positions = {**SHARED_POSITIONS, "init_conv": "conv_in", "out": "conv_out"}
+    last = len(model.down_blocks) - 1
+    for level, block in enumerate(model.down_blocks):
+        positions[f"DBlocks.{level}.conv"] = f"downsamplers.{level}"
+        positions[f"UBlocks.{level}.conv"] = f"upsamplers.{last - 1 - level}"
+        for nemo, ours in (
+            (f"DBlocks.{level}", f"down_blocks.{level}"),
+            (f"UBlocks.{level}", f"up_blocks.{last - level}"),
+        ):
+            positions[f"{nemo}.attention_layer"] = f"{ours}.attention"
+            for j in range(len(block.resnets)):
+                positions[f"{nemo}.blocks.{j}"] = f"{ours}.resnets.{j}"
+    return positions
+
+
+def _convert_key(name: str, positions: dict[str, str], stacked: bool) -> Union[list[str], None]:
+    """Our names for a NeMo name, or None if it has no place."""
+    nemo_position = _longest_prefix(name, positions)
+    if nemo_position is None:
+        return None
+    position, rest = positions[nemo_position], name[len(nemo_position) :].lstrip(".")
+    if rest in ("", "weight", "bias"):
+        return [".".join(filter(None, [position, rest]))]
+
+    layers = RESNET_LAYERS
+    if position.endswith("attention"):
+        layers = ATTENTION_LAYERS
+        if stacked:
+            nemo_layer = _longest_prefix(rest, STACKED_LAYERS)
+            if nemo_layer is None:
+                return None
+            position, rest = f"{position}.{STACKED_LAYERS[nemo_layer]}", rest[len(nemo_layer) + 1 :]
+            if rest in ("weight", "bias"):
+                return [f"{position}.{rest}"]
+    nemo_layer, _, parameter = rest.rpartition(".")
+    if nemo_layer not in layers:
+        return None
+    targets = layers[nemo_layer]
+    return [f"{position}.{layer}.{parameter}" for layer in ([targets] if isinstance(targets, str) else targets)]
+
+
+def _longest_prefix(name: str, table: dict[str, Any]) -> Union[str, None]:
+    """The longest key of the table that is `name` or a dotted beginning of it."""
+    parts = name.split(".")
+    prefixes = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+    return next((prefix for prefix in prefixes if prefix in table), None)

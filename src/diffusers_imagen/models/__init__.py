@@ -1,0 +1,5 @@
+from .unet_efficient import EfficientUNetModel
+from .unet_imagen import ImagenUNetModel
+
+
+__all__ = ["EfficientUNetModel", "ImagenUNetModel"]

@@ -1,0 +1,107 @@
+"""Residual blocks and resampling, shared by both networks.
+
+Shapes: B batch, C channels, H x W pixels, T width of the time embedding.
+"""
+
+from typing import Literal, Optional
+
+import torch
+from torch import nn
+
+from .attention import zero_init
+from .embeddings import TextKeyValue
+
+
+TimeScaleShift = Literal["default", "scale_shift"]
+ResampleType = Literal["conv", "pool", "resnet"]
+
+
+def pool_downsample() -> nn.Module:
+    """Halves the image by averaging."""
+    return nn.AvgPool2d(2)
+
+
+def transposed_upsample(channels: int) -> nn.Module:
+    """Doubles the image by a learned kernel."""
+    return nn.ConvTranspose2d(channels, channels, kernel_size=4, stride=2, padding=1)
+
+
+class ResBlock(nn.Module):
+    """Two convolutions around the time embedding, with a residual connection.
+
+    `(B, C_in, H, W)` to `(B, C_out, H, W)`, or half or twice the size with `resample`. `skip_scale` multiplies the
+    shortcut; `project_shortcut` gives it a 1x1 convolution where the channels do not change either.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        time_embedding_dim: int,
+        time_scale_shift: TimeScaleShift = "scale_shift",
+        dropout: float = 0.0,
+        norm_num_groups: int = 32,
+        resample: Optional[Literal["down", "up"]] = None,
+        project_shortcut: bool = False,
+        skip_scale: float = 1.0,
+    ):
+        super().__init__()
+        self.scale_shift = time_scale_shift == "scale_shift"
+        self.skip_scale = skip_scale
+        self.norm1 = nn.GroupNorm(norm_num_groups, in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = nn.Linear(time_embedding_dim, out_channels * (2 if self.scale_shift else 1))
+        self.norm2 = nn.GroupNorm(norm_num_groups, out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+
+        self.resample_branch = self.resample_shortcut = None
+        if resample == "down":
+            self.resample_branch, self.resample_shortcut = pool_downsample(), pool_downsample()
+        elif resample == "up":
+            self.resample_branch, self.resample_shortcut = (transposed_upsample(in_channels) for _ in range(2))
+        has_shortcut = project_shortcut or in_channels != out_channels
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if has_shortcut else None
+        self.act = nn.SiLU()
+
+    def forward(self, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        """`temb` `(B, T)` comes already through its activation, which all blocks share."""
+        h = self.act(self.norm1(x))  # (B, C_in, H, W)
+        if self.resample_branch is not None:
+            h, x = self.resample_branch(h), self.resample_shortcut(x)
+        h = self.conv1(h)  # (B, C_out, H', W')
+
+        temb = self.time_emb_proj(temb)[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = temb.chunk(2, dim=1)
+            h = torch.addcmul(shift, self.norm2(h), 1 + scale)
+        else:
+            h = self.norm2(h + temb)
+        h = self.conv2(self.dropout(self.act(h)))
+
+        if self.conv_shortcut is not None:
+            x = self.conv_shortcut(x)
+        return h + x * self.skip_scale if self.skip_scale != 1.0 else h + x
+
+
+class ImagenBlock(nn.Module):
+    """Residual blocks, then attention where the level has it: the unit that is checkpointed and compiled."""
+
+    def __init__(self, resnets: list[ResBlock], attention: Optional[nn.Module] = None):
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attention = attention
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the block takes keys and values of the text."""
+        return self.attention is not None and self.attention.reads_text
+
+    def forward(
+        self, hidden_states: torch.Tensor, temb: torch.Tensor, text: Optional[TextKeyValue] = None
+    ) -> torch.Tensor:
+        for resnet in self.resnets:
+            hidden_states = resnet(hidden_states, temb)
+        if self.attention is not None:
+            hidden_states = self.attention(hidden_states, text)
+        return hidden_states

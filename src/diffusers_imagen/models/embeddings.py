@@ -1,0 +1,110 @@
+"""What both networks are told besides the image: the noise level, the text, and the noise of the low-resolution image.
+
+Shapes: B batch, L text tokens, E width of the text encoder, D width of the text context, T width of the time
+embedding.
+"""
+
+import math
+from typing import Literal, NamedTuple, Optional
+
+import torch
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from torch import nn
+
+
+TextPooling = Literal["attention", "mean"]
+
+
+class TextKeyValue(NamedTuple):
+    """Keys and values that one attention layer reads from the text."""
+
+    key: torch.Tensor  # (B, L, C)
+    value: torch.Tensor  # (B, L, C)
+    mask: Optional[torch.Tensor]  # (B, L), True where a token counts; None where all do
+
+
+class TextConditioning(NamedTuple):
+    """All that a network computes from a prompt and not from the noise level: made once, used at every step."""
+
+    pooled: torch.Tensor  # (B, T), added to the time embedding
+    key_values: tuple[TextKeyValue, ...]  # one per attention layer that reads text, in the order of execution
+
+
+class LearnedTimesteps(nn.Module):
+    """Sinusoids of learned frequency, with the value itself in front: `(B,)` to `(B, num_channels + 1)`."""
+
+    def __init__(self, num_channels: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(num_channels // 2))
+
+    def forward(self, timestep: torch.Tensor) -> torch.Tensor:
+        timestep = timestep[:, None].float()
+        angles = 2 * math.pi * timestep * self.weight.float()
+        return torch.cat([timestep, angles.sin(), angles.cos()], dim=-1)
+
+
+class NoiseLevelEmbedding(nn.Module):
+    """Conditioning value of a noise level (c_noise or log-SNR) to a vector: `(B,)` to `(B, T)`.
+
+    The sinusoids are computed in float32 whatever the model's dtype: half precision keeps about half of the values
+    apart that 1000 training steps need.
+    """
+
+    def __init__(self, embedding_dim: int, learned_sinusoidal_dim: Optional[int] = None):
+        super().__init__()
+        if learned_sinusoidal_dim is None:
+            self.sinusoid = Timesteps(embedding_dim // 4, flip_sin_to_cos=True, downscale_freq_shift=0)
+            num_features = embedding_dim // 4
+        else:
+            self.sinusoid = LearnedTimesteps(learned_sinusoidal_dim)
+            num_features = learned_sinusoidal_dim + 1
+        self.mlp = TimestepEmbedding(num_features, embedding_dim)
+
+    def forward(self, timestep: torch.Tensor) -> torch.Tensor:
+        features = self.sinusoid(timestep)
+        return self.mlp(features.to(self.mlp.linear_1.weight.dtype))
+
+
+class AttentionPooling(nn.Module):
+    """Self-attention pooling of text tokens (arXiv 2008.01077): `(B, L, E)` to `(B, D)`.
+
+    Padded tokens take part, as in the checkpoints of NeMo; pad with zeros.
+    """
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.score = nn.Linear(in_features, 1)
+        self.norm = nn.LayerNorm(in_features)
+        self.proj = nn.Linear(in_features, out_features)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        weights = self.score(tokens).softmax(dim=1)  # (B, L, 1)
+        return self.proj(self.norm((tokens * weights).sum(dim=1)))
+
+
+class TextEmbedding(nn.Module):
+    """Text states to the context of the attention layers and to a pooled vector for the time embedding.
+
+    Takes `(B, L, E)` and an optional mask `(B, L)`; returns the context `(B, L', D)`, its mask, and `(B, T)`, where L'
+    is L plus the null token, if there is one.
+    """
+
+    def __init__(
+        self, encoder_hid_dim: int, context_dim: int, time_embedding_dim: int, pooling: TextPooling, null_token: bool
+    ):
+        super().__init__()
+        self.proj = nn.Linear(encoder_hid_dim, context_dim)
+        self.pooling = AttentionPooling(encoder_hid_dim, context_dim) if pooling == "attention" else None
+        self.null_token = nn.Parameter(torch.randn(1, 1, context_dim)) if null_token else None
+        self.pooled_norm = nn.LayerNorm(context_dim)
+        self.pooled_mlp = TimestepEmbedding(context_dim, time_embedding_dim)
+
+    def forward(
+        self, text: torch.Tensor, mask: Optional[torch.Tensor]
+    ) -> tuple[torch.Tensor, Optional[torch.Tensor], torch.Tensor]:
+        context = self.proj(text)  # (B, L, D)
+        pooled = context.mean(dim=1) if self.pooling is None else self.pooling(text)  # (B, D)
+        if self.null_token is not None:
+            context = torch.cat([context, self.null_token.expand(len(context), -1, -1)], dim=1)
+            mask = None if mask is None else nn.functional.pad(mask, (0, 1), value=True)
+        return context, mask, self.pooled_mlp(self.pooled_norm(pooled))

@@ -1,0 +1,218 @@
+"""What both networks share: conditioning, input checks, diffusers citizenship."""
+
+from dataclasses import dataclass
+from typing import Iterator, Optional, Union
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.loaders import FromOriginalModelMixin, PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import nn
+
+from .blocks import ImagenBlock
+from .embeddings import NoiseLevelEmbedding, TextConditioning, TextEmbedding, TextKeyValue
+
+
+@dataclass
+class ImagenUNetOutput(BaseOutput):
+    """Output of a network.
+
+    Args:
+        sample (`torch.Tensor` of shape `(batch_size, out_channels, height, width)`):
+            The raw network output: EDM's F, or the prediction that the scheduler's `prediction_type` names.
+    """
+
+    sample: torch.Tensor
+
+
+class ConditionalUNet(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, FromOriginalModelMixin, CacheMixin):
+    """Base of the networks: turns noise level, text and low-resolution image into what the blocks take.
+
+    A subclass registers its configuration, calls `_init_conditioning`, builds its blocks, and names in `text_blocks`
+    those that read text, in the order in which its `forward` runs them.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["ImagenBlock"]
+    _repeated_blocks = ["ImagenBlock"]
+    _skip_layerwise_casting_patterns = ["norm", "time_embedding", "low_res_time_embedding", "text_embedding"]
+
+    def _init_conditioning(self, context_dim: Optional[int], time_embedding_dim: int) -> None:
+        """Builds the first convolution and the embeddings from the registered configuration."""
+        config = self.config
+        if config.low_res_noise_conditioning and not config.low_res_conditioning:
+            raise ValueError("`low_res_noise_conditioning` is True, but the network has no `low_res_conditioning`.")
+        self.gradient_checkpointing = False
+        self.time_embedding = NoiseLevelEmbedding(time_embedding_dim, config.learned_sinusoidal_dim)
+        self.low_res_time_embedding = (
+            NoiseLevelEmbedding(time_embedding_dim, config.learned_sinusoidal_dim)
+            if config.low_res_noise_conditioning
+            else None
+        )
+        self.text_embedding = (
+            TextEmbedding(
+                config.encoder_hid_dim, context_dim, time_embedding_dim, config.text_pooling, config.use_null_token
+            )
+            if config.encoder_hid_dim is not None
+            else None
+        )
+        self.act = nn.SiLU()
+        kernel_size = config.conv_kernel_size
+        self.conv_in = nn.Conv2d(
+            config.in_channels * (2 if config.low_res_conditioning else 1),
+            config.block_out_channels[0],
+            kernel_size,
+            padding=kernel_size // 2,
+        )
+
+    def text_blocks(self) -> list[ImagenBlock]:
+        """The blocks that read text, in the order in which `forward` runs them."""
+        raise NotImplementedError
+
+    @property
+    def total_stride(self) -> int:
+        """Height and width of an input must be multiples of this."""
+        raise NotImplementedError
+
+    def at_resolution(self, sample_size: int) -> "ConditionalUNet":
+        """The same network, recorded as one for images of another size: to train it further at that size."""
+        raise NotImplementedError
+
+    @apply_forward_hook
+    def encode_text(
+        self, encoder_hidden_states: torch.Tensor, encoder_attention_mask: Optional[torch.Tensor] = None
+    ) -> TextConditioning:
+        """Does all the work on the prompt that does not depend on the noise level.
+
+        The result takes the place of `encoder_hidden_states` in `forward`; a sampler calls this once a prompt.
+
+        Args:
+            encoder_hidden_states (`torch.Tensor` of shape `(batch_size, tokens, encoder_hid_dim)`):
+                States of the text encoder, zero at padded positions.
+            encoder_attention_mask (`torch.Tensor` of shape `(batch_size, tokens)`, *optional*):
+                True or 1 where a token counts. Where all do, no mask is kept, so that flash kernels serve.
+        """
+        if encoder_attention_mask is not None and encoder_attention_mask.bool().all():
+            encoder_attention_mask = None
+        return self._encode_text(encoder_hidden_states, encoder_attention_mask)
+
+    def _encode_text(
+        self, encoder_hidden_states: torch.Tensor, encoder_attention_mask: Optional[torch.Tensor]
+    ) -> TextConditioning:
+        self._check_text(encoder_hidden_states, encoder_attention_mask)
+        if encoder_attention_mask is not None:
+            encoder_attention_mask = encoder_attention_mask.bool()
+        context, mask, pooled = self.text_embedding(encoder_hidden_states.to(self.dtype), encoder_attention_mask)
+        key_values = tuple(block.attention.project_text(context, mask) for block in self.text_blocks())
+        return TextConditioning(pooled, key_values)
+
+    def _check_text(self, text: Optional[torch.Tensor], mask: Optional[torch.Tensor]) -> None:
+        width = self.config.encoder_hid_dim
+        if width is None:
+            raise ValueError("`encoder_hidden_states` was given, but this network was built without text.")
+        if text is None:
+            raise ValueError(f"`encoder_hidden_states` is None; this network needs (batch, tokens, {width}).")
+        if text.ndim != 3 or text.shape[-1] != width:
+            raise ValueError(
+                f"`encoder_hidden_states` has shape {tuple(text.shape)}, but should be (batch, tokens, {width})."
+            )
+        if mask is not None and mask.shape != text.shape[:2]:
+            raise ValueError(
+                f"`encoder_attention_mask` has shape {tuple(mask.shape)}, but should be {tuple(text.shape[:2])}."
+            )
+
+    def _condition_on_text(
+        self,
+        encoder_hidden_states: Union[torch.Tensor, TextConditioning, None],
+        encoder_attention_mask: Optional[torch.Tensor],
+    ) -> TextConditioning:
+        if isinstance(encoder_hidden_states, TextConditioning):
+            return encoder_hidden_states
+        if encoder_hidden_states is None and self.config.encoder_hid_dim is None:
+            return TextConditioning(pooled=None, key_values=())
+        return self._encode_text(encoder_hidden_states, encoder_attention_mask)
+
+    def _embed_noise_levels(
+        self,
+        timestep: Union[torch.Tensor, float, int],
+        low_res_timestep: Union[torch.Tensor, float, int, None],
+        pooled_text: Optional[torch.Tensor],
+        sample: torch.Tensor,
+    ) -> torch.Tensor:
+        """Sum of the embeddings of noise level, augmentation level and text, activated: `(B, T)`."""
+        temb = self.time_embedding(_per_sample(timestep, sample))
+        if self.low_res_time_embedding is not None:
+            if low_res_timestep is None:
+                raise ValueError("`low_res_timestep` is None, but this network is conditioned on it.")
+            temb = temb + self.low_res_time_embedding(_per_sample(low_res_timestep, sample))
+        elif low_res_timestep is not None:
+            raise ValueError("`low_res_timestep` was given, but `low_res_noise_conditioning` is False.")
+        if pooled_text is not None:
+            temb = temb + pooled_text
+        return self.act(temb)
+
+    def _append_low_res(self, sample: torch.Tensor, low_res_sample: Optional[torch.Tensor]) -> torch.Tensor:
+        """`(B, C, H, W)` to `(B, 2C, H, W)` where the network is conditioned on a low-resolution image."""
+        height, width = sample.shape[-2:]
+        if height % self.total_stride or width % self.total_stride:
+            raise ValueError(f"`sample` is {height}x{width}; both must be multiples of {self.total_stride}.")
+        if not self.config.low_res_conditioning:
+            if low_res_sample is not None:
+                raise ValueError("`low_res_sample` was given, but `low_res_conditioning` is False.")
+            return sample
+        if low_res_sample is None:
+            raise ValueError("`low_res_sample` is None, but this network is conditioned on it.")
+        if low_res_sample.shape[-2:] != sample.shape[-2:]:
+            low_res_sample = F.interpolate(low_res_sample, (height, width), mode="bicubic")
+        return torch.cat([sample, low_res_sample.to(sample.dtype)], dim=1)
+
+    def _run(
+        self, block: ImagenBlock, h: torch.Tensor, temb: torch.Tensor, key_values: Iterator[TextKeyValue]
+    ) -> torch.Tensor:
+        """Runs a block, which takes its keys and values of the text, under gradient checkpointing if enabled."""
+        text = next(key_values, None) if block.reads_text else None
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            return self._gradient_checkpointing_func(block, h, temb, text)
+        return block(h, temb, text)
+
+
+def count_heads(channels: int, num_attention_heads: Optional[int], attention_head_dim: Optional[int]) -> int:
+    """Heads of an attention layer: a fixed number, or as many as heads of the given width fit."""
+    if (num_attention_heads is None) == (attention_head_dim is None):
+        raise ValueError(
+            "Exactly one of `num_attention_heads` and `attention_head_dim` must be given, "
+            f"not {num_attention_heads} and {attention_head_dim}."
+        )
+    name, value = (
+        ("num_attention_heads", num_attention_heads)
+        if attention_head_dim is None
+        else ("attention_head_dim", attention_head_dim)
+    )
+    if channels % value:
+        raise ValueError(f"`{name}` is {value}, which does not divide the {channels} channels of an attention layer.")
+    return value if attention_head_dim is None else channels // value
+
+
+def per_level(name: str, value: Union[int, tuple[int, ...]], num_levels: int) -> tuple[int, ...]:
+    """One value a level: an int serves all levels, a list must have one entry for each."""
+    values = (value,) * num_levels if isinstance(value, int) else tuple(value)
+    if len(values) != num_levels:
+        raise ValueError(f"`{name}` has {len(values)} entries, but `block_out_channels` has {num_levels}.")
+    return values
+
+
+def check_choice(name: str, value: object, choices: tuple) -> None:
+    """Refuses a value that is not among the choices, naming them."""
+    if value not in choices:
+        raise ValueError(f"`{name}` is {value!r}, but should be one of {', '.join(map(repr, choices))}.")
+
+
+def _per_sample(timestep: Union[torch.Tensor, float, int], sample: torch.Tensor) -> torch.Tensor:
+    """A conditioning value as `(B,)` in float32."""
+    timestep = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device)
+    return timestep.reshape(-1).expand(len(sample))

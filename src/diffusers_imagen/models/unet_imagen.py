@@ -1,0 +1,224 @@
+"""ImagenUNetModel: the U-Net of the base stage, which also serves as a super-resolution network."""
+
+from typing import Optional, Union, get_args
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import register_to_config
+from torch import nn
+
+from .attention import AttentionType, make_attention, zero_init
+from .blocks import ImagenBlock, ResampleType, ResBlock, TimeScaleShift, pool_downsample, transposed_upsample
+from .embeddings import TextConditioning, TextPooling
+from .unet_base import ConditionalUNet, ImagenUNetOutput, check_choice, count_heads, per_level
+
+
+class ImagenUNetModel(ConditionalUNet):
+    r"""The U-Net of Imagen (arXiv 2205.11487, appendix F.1, after Nichol and Dhariwal 2021), as in NVIDIA NeMo.
+
+    Args:
+        sample_size (`int`, defaults to 64):
+            Side of the images that it is trained on, in pixels. Other sizes work: see `total_stride`.
+        in_channels (`int`, defaults to 3): Channels of the noisy image.
+        out_channels (`int`, defaults to 3): Channels of the output.
+        block_out_channels (`tuple[int]`): Channels of each level, from full resolution down; each level halves.
+        layers_per_block (`int` or `tuple[int]`, defaults to 3): Residual blocks of each level.
+        attention_resolutions (`tuple[int]`, defaults to `(32, 16, 8)`):
+            Sides, in pixels at `sample_size`, of the levels that have attention. The middle always has it.
+        attention_type (`"self"`, `"cross"`, `"stacked"` or `"fused"`): What image tokens attend to.
+        attention_head_dim (`int`, *optional*, defaults to 64): Channels of a head.
+        num_attention_heads (`int`, *optional*): Number of heads, in place of `attention_head_dim`.
+        encoder_hid_dim (`int`, *optional*, defaults to 1024):
+            Width of the text encoder's states; None builds a network without text.
+        cross_attention_dim (`int`, defaults to 512): Width to which text states are projected.
+        text_pooling (`"attention"` or `"mean"`): How the text becomes the vector added to the time embedding.
+        use_null_token (`bool`): Whether a learned token is appended to every text.
+        time_embedding_dim (`int`, *optional*): Width of the time embedding; 4 times the first level's channels.
+        learned_sinusoidal_dim (`int`, *optional*): Learned sinusoids of the noise level, in place of fixed ones.
+        time_scale_shift (`"scale_shift"` or `"default"`): Whether the time embedding scales and shifts, or is added.
+        resample_type (`"conv"`, `"pool"` or `"resnet"`):
+            Levels are joined by a strided convolution, by average pooling, or by residual blocks; upsampling is a
+            transposed convolution in the first two.
+        conv_kernel_size (`int`, defaults to 3): Kernel of the first and the last convolution.
+        dropout (`float`): Dropout rate of the residual blocks.
+        norm_num_groups (`int`, defaults to 32): Groups of every normalisation.
+        low_res_conditioning (`bool`): Whether a low-resolution image is concatenated to the input.
+        low_res_noise_conditioning (`bool`): Whether the noise level of that image is an input too.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 64,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        block_out_channels: tuple[int, ...] = (256, 512, 768, 1024),
+        layers_per_block: Union[int, tuple[int, ...]] = 3,
+        attention_resolutions: tuple[int, ...] = (32, 16, 8),
+        attention_type: AttentionType = "fused",
+        attention_head_dim: Optional[int] = 64,
+        num_attention_heads: Optional[int] = None,
+        encoder_hid_dim: Optional[int] = 1024,
+        cross_attention_dim: int = 512,
+        text_pooling: TextPooling = "attention",
+        use_null_token: bool = False,
+        time_embedding_dim: Optional[int] = None,
+        learned_sinusoidal_dim: Optional[int] = None,
+        time_scale_shift: TimeScaleShift = "scale_shift",
+        resample_type: ResampleType = "conv",
+        conv_kernel_size: int = 3,
+        dropout: float = 0.0,
+        norm_num_groups: int = 32,
+        low_res_conditioning: bool = False,
+        low_res_noise_conditioning: bool = False,
+    ):
+        super().__init__()
+        check_choice("attention_type", attention_type, get_args(AttentionType))
+        check_choice("text_pooling", text_pooling, get_args(TextPooling))
+        check_choice("time_scale_shift", time_scale_shift, get_args(TimeScaleShift))
+        check_choice("resample_type", resample_type, get_args(ResampleType))
+        num_layers = per_level("layers_per_block", layers_per_block, len(block_out_channels))
+        time_embedding_dim = time_embedding_dim or 4 * block_out_channels[0]
+        context_dim = None if encoder_hid_dim is None else cross_attention_dim
+        attention_strides = {sample_size // resolution for resolution in attention_resolutions}
+
+        def resnet(in_channels: int, out_channels: int, resample: Optional[str] = None) -> ResBlock:
+            return ResBlock(
+                in_channels, out_channels, time_embedding_dim, time_scale_shift, dropout, norm_num_groups, resample
+            )
+
+        def attention(channels: int) -> nn.Module:
+            heads = count_heads(channels, num_attention_heads, attention_head_dim)
+            return make_attention(attention_type, channels, heads, context_dim, norm_num_groups)
+
+        def block(in_channels: int, out_channels: int, stride: int) -> ImagenBlock:
+            has_attention = stride in attention_strides
+            return ImagenBlock([resnet(in_channels, out_channels)], attention(out_channels) if has_attention else None)
+
+        self._init_conditioning(context_dim, time_embedding_dim)
+
+        channels = block_out_channels[0]
+        skip_channels = [channels]
+        self.down_blocks = nn.ModuleList()
+        for level, level_channels in enumerate(block_out_channels):
+            blocks = []
+            for _ in range(num_layers[level]):
+                blocks.append(block(channels, level_channels, stride=2**level))
+                channels = level_channels
+                skip_channels.append(channels)
+            downsampler = None
+            if level < len(block_out_channels) - 1:
+                downsampler = make_downsampler(resample_type, channels, resnet)
+                skip_channels.append(channels)
+            self.down_blocks.append(UNetLevel(blocks, downsampler))
+
+        self.mid_blocks = nn.ModuleList(
+            [ImagenBlock([resnet(channels, channels)], attention(channels)), ImagenBlock([resnet(channels, channels)])]
+        )
+
+        self.up_blocks = nn.ModuleList()
+        for level, level_channels in reversed(list(enumerate(block_out_channels))):
+            blocks = []
+            for _ in range(num_layers[level] + 1):
+                blocks.append(block(channels + skip_channels.pop(), level_channels, stride=2**level))
+                channels = level_channels
+            upsampler = make_upsampler(resample_type, channels, resnet) if level > 0 else None
+            self.up_blocks.append(UNetLevel(blocks, upsampler))
+
+        self.norm_out = nn.GroupNorm(norm_num_groups, channels)
+        self.conv_out = zero_init(nn.Conv2d(channels, out_channels, conv_kernel_size, padding=conv_kernel_size // 2))
+
+    @property
+    def total_stride(self) -> int:
+        """Height and width of an input must be multiples of this."""
+        return 2 ** (len(self.config.block_out_channels) - 1)
+
+    def at_resolution(self, sample_size: int) -> "ImagenUNetModel":
+        """Records another `sample_size`; attention stays at its levels, so its resolutions scale along."""
+        config = self.config
+        resolutions = tuple(sample_size // (config.sample_size // side) for side in config.attention_resolutions)
+        self.register_to_config(sample_size=sample_size, attention_resolutions=resolutions)
+        return self
+
+    def text_blocks(self) -> list[ImagenBlock]:
+        """The blocks that read text, in the order in which `forward` runs them."""
+        down = [block for level in self.down_blocks for block in level.blocks]
+        up = [block for level in self.up_blocks for block in level.blocks]
+        return [block for block in [*down, *self.mid_blocks, *up] if block.reads_text]
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: Union[torch.Tensor, float, int],
+        encoder_hidden_states: Union[torch.Tensor, TextConditioning, None] = None,
+        encoder_attention_mask: Optional[torch.Tensor] = None,
+        low_res_sample: Optional[torch.Tensor] = None,
+        low_res_timestep: Union[torch.Tensor, float, int, None] = None,
+        return_dict: bool = True,
+    ) -> Union[ImagenUNetOutput, tuple[torch.Tensor]]:
+        r"""
+        Args:
+            sample (`torch.Tensor` of shape `(batch_size, in_channels, height, width)`):
+                The noisy image, scaled by the scheduler's `scale_model_input`.
+            timestep (`torch.Tensor` of shape `(batch_size,)` or `()`, or a number):
+                The conditioning value that the scheduler publishes: c_noise or log-SNR.
+            encoder_hidden_states (`torch.Tensor` of shape `(batch_size, tokens, encoder_hid_dim)`, *optional*):
+                States of the text encoder, zero at padded positions; or the result of `encode_text`.
+            encoder_attention_mask (`torch.Tensor` of shape `(batch_size, tokens)`, *optional*):
+                True or 1 where a token counts. A row without any gives zeros.
+            low_res_sample (`torch.Tensor` of shape `(batch_size, in_channels, h, w)`, *optional*):
+                The low-resolution image, at its own size or upsampled; never scaled by the scheduler.
+            low_res_timestep (`torch.Tensor` of shape `(batch_size,)` or `()`, or a number, *optional*):
+                Noise level of `low_res_sample`, as the augmentation publishes it.
+            return_dict (`bool`, defaults to `True`): Whether to return an `ImagenUNetOutput` or a tuple.
+        """
+        text = self._condition_on_text(encoder_hidden_states, encoder_attention_mask)
+        temb = self._embed_noise_levels(timestep, low_res_timestep, text.pooled, sample)  # (B, T)
+        key_values = iter(text.key_values)
+
+        h = self.conv_in(self._append_low_res(sample, low_res_sample))  # (B, C_0, H, W)
+        skips = [h]
+        for level in self.down_blocks:
+            for block in level.blocks:
+                h = self._run(block, h, temb, key_values)  # (B, C_i, H / 2^i, W / 2^i)
+                skips.append(h)
+            if level.resampler is not None:
+                h = level.resample(h, temb)
+                skips.append(h)
+
+        for block in self.mid_blocks:
+            h = self._run(block, h, temb, key_values)
+
+        for level in self.up_blocks:
+            for block in level.blocks:
+                h = self._run(block, torch.cat([h, skips.pop()], dim=1), temb, key_values)
+            if level.resampler is not None:
+                h = level.resample(h, temb)
+
+        h = self.conv_out(F.silu(self.norm_out(h)))  # (B, out_channels, H, W)
+        return ImagenUNetOutput(sample=h) if return_dict else (h,)
+
+
+class UNetLevel(nn.Module):
+    """The blocks at one resolution and the layer that leads to the next; the network's `forward` runs them."""
+
+    def __init__(self, blocks: list[ImagenBlock], resampler: Optional[nn.Module]):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.resampler = resampler
+
+    def resample(self, h: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        """To the resolution of the next level."""
+        return self.resampler(h, temb) if isinstance(self.resampler, ResBlock) else self.resampler(h)
+
+
+def make_downsampler(resample_type: ResampleType, channels: int, resnet) -> nn.Module:
+    """Halves height and width."""
+    if resample_type == "resnet":
+        return resnet(channels, channels, resample="down")
+    return nn.Conv2d(channels, channels, 3, stride=2, padding=1) if resample_type == "conv" else pool_downsample()
+
+
+def make_upsampler(resample_type: ResampleType, channels: int, resnet) -> nn.Module:
+    """Doubles height and width."""
+    return resnet(channels, channels, resample="up") if resample_type == "resnet" else transposed_upsample(channels)

@@ -1,0 +1,158 @@
+"""Networks converted from NVIDIA NeMo, against what NeMo v2.3.0 itself computes.
+
+tests/fixtures/nemo holds three of the cases of the project's reference vectors (shared/reference/nemo, described in
+shared/reference/README.md): NeMo's configuration, random weights under its names, and its inputs and outputs in fp32
+on a CPU. Further cases put there are tested as well.
+"""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffusers_imagen import EfficientUNetModel, ImagenUNetModel
+from diffusers_imagen.conversion import load_nemo_unet
+from diffusers_imagen.conversion.nemo import unet_from_nemo_config
+
+
+FOLDER = Path(__file__).parents[1] / "fixtures" / "nemo"
+CASES = sorted(path.stem for path in FOLDER.glob("*.json"))
+PREFIX = "model.model.unet."
+
+
+def read_case(name: str) -> tuple[dict, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Configuration, weights, and NeMo's inputs and outputs."""
+    config = json.loads((FOLDER / f"{name}.json").read_text())
+    weights = load_file(FOLDER / f"{name}.nemo_weights.safetensors")
+    weights = {key: value.float() for key, value in weights.items()}
+    return config, weights, load_file(FOLDER / f"{name}.io.safetensors")
+
+
+def network_inputs(vectors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    names = {
+        "x": "sample",
+        "time": "timestep",
+        "text_embed": "encoder_hidden_states",
+        "text_mask": "encoder_attention_mask",
+        "x_low_res": "low_res_sample",
+        "time_low_res": "low_res_timestep",
+    }
+    return {ours: vectors[nemo] for nemo, ours in names.items() if nemo in vectors}
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+def test_the_cases_cover_both_networks_and_noise_augmentation():
+    assert {"base_default_small", "sr_fused", "srunet_noiseaug"} <= set(CASES)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_outputs_and_gradients_are_those_of_nemo(case):
+    config, weights, vectors = read_case(case)
+    unet = load_nemo_unet(config, weights)
+    assert type(unet) is (EfficientUNetModel if config["unet_type"] == "sr" else ImagenUNetModel)
+    assert sum(parameter.numel() for parameter in unet.parameters()) == config["num_parameters"]
+
+    inputs = network_inputs(vectors)
+    inputs["sample"].requires_grad_()
+    output = unet.eval()(**inputs).sample
+    assert relative_error(output.detach(), vectors["output"]) < 1e-5
+    (output * vectors["grad_seed"]).sum().backward()
+    assert relative_error(inputs["sample"].grad, vectors["grad_x"]) < 1e-5
+    grad_norm = torch.stack([parameter.grad.norm() for parameter in unet.parameters()]).norm()
+    assert grad_norm.item() == pytest.approx(vectors["param_grad_norm_total"].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_saved_conversion_is_the_same_network(case, tmp_path):
+    config, weights, vectors = read_case(case)
+    unet = load_nemo_unet(config, weights)
+    unet.save_pretrained(tmp_path)
+    loaded = type(unet).from_pretrained(tmp_path)
+    inputs = network_inputs(vectors)
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).sample, unet.eval()(**inputs).sample)
+
+
+@pytest.mark.parametrize("prefix", ["", "unet.", "model.unet.", PREFIX, f"{PREFIX}_orig_mod.", "_orig_mod."])
+@pytest.mark.parametrize("case", ["base_default_small", "sr_fused"])
+def test_prefixes_are_understood(case, prefix):
+    config, weights, _ = read_case(case)
+    assert all(key.startswith(PREFIX) for key in weights)
+    expected = load_nemo_unet(config, weights).state_dict()
+    renamed = {prefix + key.removeprefix(PREFIX): value for key, value in weights.items()}
+    actual = load_nemo_unet(config, renamed).state_dict()
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[key], expected[key]) for key in expected)
+
+
+# NeMo's name, and ours for the parameters that are missing without it
+MISSING = {
+    "base_default_small": {
+        "middle_block.0.in_layers.0.weight": ["mid_blocks.0.resnets.0.norm1.weight"],
+        "input_blocks.0.0.bias": ["conv_in.bias"],
+        "time_embed.1.weight": ["time_embedding.mlp.linear_1.weight"],
+    },
+    "sr_fused": {
+        "init_conv.weight": ["conv_in.weight"],
+        "DBlocks.1.blocks.1.out_layers.2.bias": ["down_blocks.1.resnets.1.conv2.bias"],
+        "UBlocks.1.attention_layer.q.weight": ["up_blocks.0.attention.to_q.weight"],
+        "UBlocks.1.attention_layer.kv_context.bias": [
+            "up_blocks.0.attention.add_k_proj.bias",
+            "up_blocks.0.attention.add_v_proj.bias",
+        ],
+    },
+}
+
+
+@pytest.mark.parametrize("case, key, names", [(c, k, n) for c, keys in MISSING.items() for k, n in keys.items()])
+def test_missing_keys_are_named(case, key, names):
+    config, weights, _ = read_case(case)
+    del weights[PREFIX + key]
+    with pytest.raises(ValueError) as error:
+        load_nemo_unet(config, weights)
+    assert f"Parameters without a key: {names}." in str(error.value)
+    assert "Keys without a place: []." in str(error.value)
+
+
+@pytest.mark.parametrize("case", ["base_default_small", "sr_fused"])
+@pytest.mark.parametrize("key", ["nowhere.weight", "time_embed.1.scale", "null_text_embedding", "DBlocks.7.conv.bias"])
+def test_leftover_keys_are_named(case, key):
+    config, weights, _ = read_case(case)
+    weights[PREFIX + key] = torch.zeros(2)
+    with pytest.raises(ValueError) as error:
+        load_nemo_unet(config, weights)
+    place = str(error.value).split("Parameters without a key")[0]
+    # a key that is understood, but whose network has no such parameter, goes by our name
+    assert PREFIX + key in place or "text_embedding.null_token" in place
+    assert "Parameters without a key: []." in str(error.value)
+
+
+@pytest.mark.parametrize("layer", ["in_layers.7.weight", "out_layers.0.scale"])
+def test_leftover_layers_of_a_block_are_named(layer):
+    config, weights, _ = read_case("base_default_small")
+    weights[f"{PREFIX}middle_block.0.{layer}"] = torch.zeros(2)
+    with pytest.raises(ValueError, match="Keys without a place"):
+        load_nemo_unet(config, weights)
+
+
+def test_leftover_layers_of_stacked_attention_are_named():
+    config, weights, _ = read_case("base_default_small")
+    config["unet"]["attention_type"] = "stacked"
+    with pytest.raises(ValueError, match="middle_block.1.nowhere.weight"):
+        load_nemo_unet(config, {f"{PREFIX}middle_block.1.nowhere.weight": torch.zeros(2)})
+
+
+def test_two_kinds_of_heads():
+    config, _, _ = read_case("base_default_small")
+    by_width = unet_from_nemo_config(config)
+    assert (by_width.config.attention_head_dim, by_width.config.num_attention_heads) == (16, None)
+    config = copy.deepcopy(config)
+    config["unet"]["per_head_channels"] = -1
+    by_number = unet_from_nemo_config(config)
+    assert (by_number.config.attention_head_dim, by_number.config.num_attention_heads) == (None, 4)
