@@ -1,0 +1,35 @@
+"""Makes diffusers find this package's classes: runs on `import diffusers_imagen`.
+
+diffusers has no plug-in mechanism. It looks up the classes of a saved pipeline in tables of its own, which are no
+documented interface; the version range in setup.cfg and tests/test_register.py guard what is changed here.
+"""
+
+import sys
+from types import ModuleType
+
+import diffusers
+from diffusers import ModelMixin, SchedulerMixin, pipelines
+from diffusers.pipelines import auto_pipeline, pipeline_loading_utils
+
+
+COMPONENTS = ("ImagenUNetModel", "EfficientUNetModel", "ContinuousDDPMScheduler", "EDMHeunScheduler")
+PIPELINES = ("ImagenCascadePipeline",)
+
+
+def register(package: ModuleType) -> None:
+    """Enters the package's models, schedulers and pipelines into diffusers' tables."""
+    # the loader asks the package itself for the base classes that LOADABLE_CLASSES names
+    package.ModelMixin, package.SchedulerMixin = ModelMixin, SchedulerMixin
+    pipeline_loading_utils.LOADABLE_CLASSES[package.__name__] = {
+        "ModelMixin": ["save_pretrained", "from_pretrained"],
+        "SchedulerMixin": ["save_pretrained", "from_pretrained"],
+    }
+    for name in COMPONENTS + PIPELINES:
+        if not hasattr(diffusers, name):
+            setattr(diffusers, name, getattr(package, name))
+    for name in PIPELINES:
+        setattr(pipelines, name, getattr(package, name))
+    auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING["imagen-cascade"] = package.ImagenCascadePipeline
+
+
+register(sys.modules[__package__])

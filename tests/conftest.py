@@ -1,0 +1,84 @@
+"""A cascade of a few thousand parameters, with a real tokenizer and a random text encoder."""
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel, BertTokenizerFast
+
+from diffusers_imagen import EDMHeunScheduler, EfficientUNetModel, ImagenCascadePipeline, ImagenUNetModel
+
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "blue", "apple", "face", "of", "tiger"]
+TEXT_WIDTH = 16
+
+
+def randomize(module: torch.nn.Module, scale: float = 0.1, seed: int = 0) -> torch.nn.Module:
+    """Random values for every parameter: a new network has zeros where its residual branches end."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    return module.eval()
+
+
+@pytest.fixture
+def base_unet() -> ImagenUNetModel:
+    return randomize(
+        ImagenUNetModel(
+            sample_size=16,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            attention_resolutions=(8,),
+            attention_head_dim=8,
+            encoder_hid_dim=TEXT_WIDTH,
+            cross_attention_dim=8,
+            norm_num_groups=4,
+        )
+    )
+
+
+@pytest.fixture
+def sr_unet() -> EfficientUNetModel:
+    return randomize(
+        EfficientUNetModel(
+            sample_size=32,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            attention_types=(None, "cross"),
+            attention_head_dim=8,
+            encoder_hid_dim=TEXT_WIDTH,
+            norm_num_groups=4,
+            low_res_noise_conditioning=True,
+        )
+    )
+
+
+@pytest.fixture
+def tokenizer() -> BertTokenizerFast:
+    return BertTokenizerFast(vocab={word: i for i, word in enumerate(WORDS)}, model_max_length=8)
+
+
+@pytest.fixture
+def text_encoder() -> BertModel:
+    config = BertConfig(
+        vocab_size=len(WORDS),
+        hidden_size=TEXT_WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=8,
+    )
+    return randomize(BertModel(config), scale=1.0)
+
+
+@pytest.fixture
+def cascade(base_unet, sr_unet, tokenizer, text_encoder) -> ImagenCascadePipeline:
+    pipe = ImagenCascadePipeline(
+        base_unet=base_unet,
+        base_scheduler=EDMHeunScheduler(clip_sample=True),
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        sr256_unet=sr_unet,
+        sr256_scheduler=EDMHeunScheduler(clip_sample=True),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -1,0 +1,48 @@
+"""diffusers' tables are not a documented interface: these tests say when a new release has moved them."""
+
+import subprocess
+import sys
+
+import diffusers
+from diffusers import AutoModel
+
+import diffusers_imagen
+
+
+def test_every_route_loads_a_saved_component(cascade, tmp_path):
+    tmp_path = str(tmp_path)  # diffusers 0.42.1 takes no Path here
+    cascade.save_pretrained(tmp_path)
+    for name in ("base_unet", "sr256_unet"):
+        expected = type(getattr(cascade, name))
+        assert type(AutoModel.from_pretrained(tmp_path, subfolder=name)) is expected
+        assert type(AutoModel.from_pretrained(f"{tmp_path}/{name}")) is expected
+        assert type(AutoModel.from_config(f"{tmp_path}/{name}")) is expected
+    assert type(diffusers.EDMHeunScheduler.from_pretrained(tmp_path, subfolder="base_scheduler")) is (
+        diffusers_imagen.EDMHeunScheduler
+    )
+
+
+def test_names_of_diffusers_are_not_replaced():
+    assert diffusers.UNet2DConditionModel.__module__.startswith("diffusers.")
+    for name in ("ImagenUNetModel", "EfficientUNetModel", "ImagenCascadePipeline"):
+        assert getattr(diffusers, name) is getattr(diffusers_imagen, name)
+
+
+def test_importing_is_silent_and_offline():
+    code = """
+import os, socket, sys
+import diffusers, transformers
+from diffusers import AutoPipelineForText2Image, DiffusionPipeline
+
+def refuse(*args):
+    raise AssertionError("network")
+
+socket.socket.connect = refuse
+before = dict(os.environ)
+print("MARK", flush=True)
+print("MARK", file=sys.stderr, flush=True)
+import diffusers_imagen
+assert dict(os.environ) == before
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split("MARK\n")[-1] == result.stderr.split("MARK\n")[-1] == ""
