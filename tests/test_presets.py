@@ -5,7 +5,7 @@ from diffusers_imagen import EfficientUNetModel, ImagenUNetModel
 from diffusers_imagen.presets import PRESETS, create_unet
 
 
-PARAMETERS = {"emoji_base_64": 13_401_988, "emoji_sr_256": 5_348_372}
+PARAMETERS = {"emoji_base_32": 13_401_988, "emoji_base_64": 13_555_588, "emoji_sr_256": 5_348_372}
 
 
 def test_the_table_has_every_preset():

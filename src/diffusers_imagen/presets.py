@@ -4,20 +4,19 @@ from .models import EfficientUNetModel, ImagenUNetModel
 from .models.unet_base import ConditionalUNet
 
 
-EMOJI = {"encoder_hid_dim": 384, "norm_num_groups": 16}
+EMOJI = {"encoder_hid_dim": 384, "time_embedding_dim": 256, "norm_num_groups": 16}
+
+EMOJI_BASE = {"layers_per_block": 1, "attention_resolutions": (8, 4), "cross_attention_dim": 256, **EMOJI}
 
 PRESETS = {
+    # trained at 16 and 32 px, then grown by a level to emoji_base_64 (training/growing.py)
+    "emoji_base_32": (
+        ImagenUNetModel,
+        {"sample_size": 32, "block_out_channels": (32, 64, 128, 256), **EMOJI_BASE},
+    ),
     "emoji_base_64": (
         ImagenUNetModel,
-        {
-            "sample_size": 64,
-            "block_out_channels": (32, 64, 128, 256),
-            "layers_per_block": 1,
-            "attention_resolutions": (16, 8),
-            "cross_attention_dim": 256,
-            "time_embedding_dim": 256,
-            **EMOJI,
-        },
+        {"sample_size": 64, "block_out_channels": (32, 32, 64, 128, 256), **EMOJI_BASE},
     ),
     "emoji_sr_256": (
         EfficientUNetModel,
@@ -26,7 +25,6 @@ PRESETS = {
             "block_out_channels": (48, 96, 128, 192),
             "layers_per_block": (1, 1, 2, 2),
             "attention_types": (None, None, None, "cross"),
-            "time_embedding_dim": 256,
             "low_res_noise_conditioning": True,
             **EMOJI,
         },

@@ -1,0 +1,249 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from diffusers_imagen.training import TrainingConfig
+from diffusers_imagen.training.data import CaptionedImages, balance_weights, load_rows
+
+
+SIDE = 32
+TRAIN = [0, 1, 2, 3, 4, 6]  # rows of the split, of which only the last is shaded
+
+
+def make_config(folder: str, **kwargs) -> TrainingConfig:
+    return TrainingConfig(train_data_dir=folder, preset="emoji_base_64", **{"resolution": SIDE, **kwargs})
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def to_uint8(images: torch.Tensor) -> np.ndarray:
+    """`(B, 3, H, W)` in [-1, 1] to `(B, H, W, 3)`."""
+    return (images.permute(0, 2, 3, 1) * 127.5 + 127.5).round().byte().numpy()
+
+
+def over_white(path: Path) -> np.ndarray:
+    image = np.asarray(Image.open(path)).astype(np.float64)
+    alpha = image[..., 3:] / 255
+    return image[..., :3] * alpha + 255 * (1 - alpha)
+
+
+def test_images_are_composited_on_white(imagefolder):
+    dataset = CaptionedImages(make_config(imagefolder), "train", None)
+    assert dataset.pixels.shape == (len(TRAIN), 3, SIDE, SIDE) and dataset.pixels.dtype == torch.uint8
+    for pixels, row in zip(dataset.pixels, TRAIN):
+        expected = over_white(Path(imagefolder) / "images" / f"{row}.png")
+        actual = pixels.permute(1, 2, 0).numpy()
+        assert np.array_equal(actual[1:], expected[1:])  # opaque or transparent: exact
+        assert np.abs(actual[0] - expected[0]).max() <= 1  # half transparent: rounded
+        assert (actual[1, 1] == 255).all()
+
+
+def test_images_are_resized_with_antialiasing(imagefolder):
+    dataset = CaptionedImages(make_config(imagefolder, resolution=8), "train", None)
+    for pixels, row in zip(dataset.pixels, TRAIN):
+        image = torch.from_numpy(over_white(Path(imagefolder) / "images" / f"{row}.png")).permute(2, 0, 1)[None]
+        expected = F.interpolate(image, (8, 8), mode="bicubic", antialias=True)[0].clamp(0, 255)
+        assert (pixels - expected).abs().max() < 5  # PIL also clips between rows and columns
+
+
+def test_batches_are_images_between_minus_one_and_one(imagefolder):
+    dataset = CaptionedImages(make_config(imagefolder), "train", None)
+    batch = dataset.draw(64, seeded())
+    assert batch.images.shape == (64, 3, SIDE, SIDE) and batch.images.dtype == torch.float32
+    assert batch.images.min() == -1 and batch.images.max() == 1
+    assert batch.low_res is None and batch.text is None and batch.text_mask is None
+    known = dataset.pixels.permute(0, 2, 3, 1).numpy()
+    drawn = [np.flatnonzero((known == image).all(axis=(1, 2, 3))) for image in to_uint8(batch.images)]
+    assert {int(row[0]) for row in drawn} == set(range(len(TRAIN)))
+
+
+def test_the_generator_decides_the_batch(imagefolder, encode):
+    config = make_config(imagefolder, low_resolution=8, crop_size=16, caption_column=["text", "tags"])
+    dataset = CaptionedImages(config, "train", encode)
+    first, same, other = (dataset.draw(8, seeded(seed)) for seed in (0, 0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(first, same))
+    assert not torch.equal(first.images, other.images)
+
+
+@pytest.mark.parametrize(
+    "split, styles, expected",
+    [
+        ("train", None, [0, 1, 2, 3, 4, 6]),
+        ("validation", None, [5]),
+        ("test", None, [7]),
+        ("train", ["shaded"], [6]),
+        ("train", ["flat", "shaded"], [0, 1, 2, 3, 4, 6]),
+    ],
+)
+def test_rows_of_a_split_and_a_style(imagefolder, split, styles, expected):
+    rows = load_rows(make_config(imagefolder, styles=styles), split)
+    assert rows["file_name"][:] == [f"images/{i}.png" for i in expected]
+    assert len(CaptionedImages(make_config(imagefolder, styles=styles), split, None)) == len(expected)
+
+
+def test_combinations_of_values_are_drawn_equally_often(imagefolder):
+    config = make_config(imagefolder, balance_by=["style"])
+    rows = load_rows(config, "train")
+    assert balance_weights(rows, ["style"]).tolist() == pytest.approx([1 / 5] * 5 + [1])
+    # rows 0 and 1, 2 and 3 share a concept; 4 and 6 have one each
+    assert balance_weights(rows, ["concept"]).tolist() == pytest.approx([1 / 2] * 4 + [1, 1])
+    assert balance_weights(rows, ["style", "concept"]).tolist() == pytest.approx([1 / 2] * 4 + [1, 1])
+    assert balance_weights(rows, None).tolist() == [1] * 6
+
+    def share_of_shaded(dataset: CaptionedImages) -> float:
+        images = torch.cat([dataset.draw(500, seeded(seed)).images for seed in range(4)])
+        shaded = dataset.pixels[-1].float() / 127.5 - 1
+        return (images == shaded).flatten(1).all(dim=1).float().mean().item()
+
+    assert share_of_shaded(CaptionedImages(config, "train", None)) == pytest.approx(1 / 2, abs=0.05)
+    assert share_of_shaded(CaptionedImages(config, "train", None, balanced=False)) == pytest.approx(1 / 6, abs=0.04)
+
+
+def test_captions_are_those_of_their_images(imagefolder, encode, decode):
+    dataset = CaptionedImages(make_config(imagefolder), "train", encode)
+    batch = dataset.draw(50, seeded())
+    assert batch.text.shape == (50, 16, 1) and batch.text.dtype == torch.float32
+    assert batch.text_mask.dtype == torch.bool
+    for image, caption in zip(batch.images, decode(batch.text, batch.text_mask)):
+        row = TRAIN.index(int(caption.removeprefix("text ")))
+        assert torch.equal(image, dataset.pixels[row].float() / 127.5 - 1)
+
+
+@pytest.mark.parametrize(
+    "probabilities, expected",
+    [([1.0, 0.0], 1.0), ([0.0, 1.0], 0.0), ([0.25, 0.75], 0.25), ([3.0, 1.0], 0.75), (None, 0.5)],
+)
+def test_captions_are_drawn_by_their_probabilities(imagefolder, encode, decode, probabilities, expected):
+    config = make_config(imagefolder, caption_column=["text", "tags"], caption_probabilities=probabilities)
+    dataset = CaptionedImages(config, "train", encode)
+    batch = dataset.draw(1000, seeded())
+    captions = decode(batch.text, batch.text_mask)
+    # a column of lists is joined
+    assert set(captions) <= {f"text {i}" for i in TRAIN} | {f"tag {i}, b" for i in TRAIN}
+    share = np.mean([caption.startswith("text") for caption in captions])
+    assert share == pytest.approx(expected, abs=0.05 if 0 < expected < 1 else 0)
+    tagged = [caption for caption in captions if caption.startswith("tag")]
+    if expected < 1:
+        assert set(tagged) == {f"tag {i}, b" for i in TRAIN}
+
+
+def test_captions_are_encoded_once_and_in_parts(imagefolder, encode):
+    lines = (Path(imagefolder) / "metadata.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    many = [{**rows[0], "text": f"text {i % 300}"} for i in range(600)]
+    (Path(imagefolder) / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in many))
+    parts = []
+
+    def counting(captions):
+        parts.append(captions)
+        return encode(captions)
+
+    dataset = CaptionedImages(make_config(imagefolder), "train", counting)
+    assert sorted(caption for part in parts for caption in part) == sorted({f"text {i}" for i in range(300)})
+    assert max(map(len, parts)) < 300
+    assert torch.equal(dataset.captions.text[dataset.captions.rows[299, 0]], encode(["text 299"])[0][0].half())
+    assert dataset.captions.rows[299, 0] == dataset.captions.rows[599, 0]
+
+
+def write_ramp(folder: str) -> np.ndarray:
+    """All images become one whose red and green are their column and row, with a texture in blue."""
+    y, x = np.mgrid[:SIDE, :SIDE]
+    texture = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE))
+    ramp = np.stack([8 * x, 8 * y, texture], axis=-1).astype(np.uint8)
+    for path in (Path(folder) / "images").iterdir():
+        Image.fromarray(ramp).save(path)
+    return ramp
+
+
+@pytest.mark.parametrize("low_resolution, crop", [(8, 16), (16, 8), (8, 4), (16, 32)])
+def test_crops_of_image_and_reduction_are_of_the_same_place(imagefolder, low_resolution, crop):
+    ramp = write_ramp(imagefolder)
+    config = make_config(imagefolder, low_resolution=low_resolution, crop_size=crop)
+    batch = CaptionedImages(config, "train", None).draw(400, seeded())
+    factor = SIDE // low_resolution
+    small = crop // factor
+    assert batch.images.shape == (400, 3, crop, crop) and batch.low_res.shape == (400, 3, small, small)
+
+    # PIL's own reduction of the whole image; it rounds to whole values
+    reduction = np.asarray(Image.fromarray(ramp).resize((low_resolution, low_resolution), Image.Resampling.BICUBIC))
+    corners = set()
+    for image, low_res in zip(to_uint8(batch.images), batch.low_res):
+        left, top = image[0, 0, :2] // 8
+        assert np.array_equal(image, ramp[top : top + crop, left : left + crop])
+        assert left % factor == 0 and top % factor == 0
+        i, j = top // factor, left // factor
+        expected = reduction[i : i + small, j : j + small].astype(np.float32)
+        actual = low_res.permute(1, 2, 0).numpy() * 127.5 + 127.5
+        assert np.abs(actual - expected).max() < 1.5
+        corners.add((int(i), int(j)))
+    places = low_resolution - small + 1
+    if places**2 <= 100:
+        assert corners == {(i, j) for i in range(places) for j in range(places)}
+    assert {i for i, _ in corners} == {j for _, j in corners} == set(range(places))
+
+
+def test_without_crops_the_reduction_is_of_the_whole_image(imagefolder):
+    ramp = write_ramp(imagefolder)
+    batch = CaptionedImages(make_config(imagefolder, low_resolution=8), "train", None).draw(3, seeded())
+    assert np.array_equal(to_uint8(batch.images)[2], ramp)
+    expected = np.asarray(Image.fromarray(ramp).resize((8, 8), Image.Resampling.BICUBIC)).astype(np.float32)
+    actual = batch.low_res[2].permute(1, 2, 0).numpy() * 127.5 + 127.5
+    assert batch.low_res.shape == (3, 3, 8, 8) and np.abs(actual - expected).max() < 1.5
+    assert batch.low_res.abs().max() <= 1
+
+
+def test_a_missing_metadata_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match=rf"`train_data_dir` is '{tmp_path}', which has no metadata.jsonl"):
+        load_rows(make_config(str(tmp_path)), "train")
+
+
+@pytest.mark.parametrize("columns", [{"caption_column": ["text", "prompt"]}, {"balance_by": ["prompt"]}])
+def test_a_missing_column_is_named(imagefolder, columns):
+    with pytest.raises(ValueError, match=r"lacks the columns \['prompt'\]; it has .*'concept'"):
+        load_rows(make_config(imagefolder, **columns), "train")
+
+
+def test_a_missing_style_column_is_named(imagefolder, rows):
+    for row in rows:
+        del row["style"]
+    (Path(imagefolder) / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="'style'"):
+        load_rows(make_config(imagefolder, styles=["flat"]), "train")
+
+
+def test_no_rows_are_refused(imagefolder):
+    with pytest.raises(ValueError, match="No row has split 'trian'"):
+        load_rows(make_config(imagefolder), "trian")
+    with pytest.raises(ValueError, match=r"No row has split 'train' and a style among \['sketch'\]"):
+        load_rows(make_config(imagefolder, styles=["sketch"]), "train")
+
+
+BAD_SETTINGS = {
+    "resolution": ({"resolution": 0}, "`resolution` is 0"),
+    "batch": ({"train_batch_size": -1}, "`train_batch_size` is -1"),
+    "accumulation": ({"gradient_accumulation_steps": 0}, "`gradient_accumulation_steps` is 0"),
+    "steps": ({"max_train_steps": 0}, "`max_train_steps` is 0"),
+    "two networks": ({"pretrained_model_name_or_path": "a"}, "Exactly one of"),
+    "no network": ({"preset": None}, "Exactly one of"),
+    "drop rate": ({"text_drop_rate": 1.5}, "`text_drop_rate` is 1.5"),
+    "crops of nothing": ({"crop_size": 8}, "`crop_size` is 8, but only"),
+    "low resolution": ({"low_resolution": 12}, "`low_resolution` is 12, but should divide 32"),
+    "no low resolution": ({"low_resolution": 0}, "`low_resolution` is 0"),
+    "crop off the grid": ({"low_resolution": 8, "crop_size": 6}, "`crop_size` is 6, .* multiple of 4 up to 32"),
+    "crop too large": ({"low_resolution": 8, "crop_size": 36}, "`crop_size` is 36, .* up to 32"),
+    "no crop": ({"low_resolution": 8, "crop_size": 0}, "`crop_size` is 0, .* up to 32"),
+    "probabilities": ({"caption_probabilities": [0.5, 0.5]}, "has 2 entries, but `caption_column` has 1"),
+}
+
+
+@pytest.mark.parametrize("settings, message", BAD_SETTINGS.values(), ids=BAD_SETTINGS)
+def test_bad_settings_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TrainingConfig(**{"preset": "emoji_base_64", "resolution": SIDE, **settings})
