@@ -5,12 +5,13 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Optional
+from typing import Optional, Union
 
 import torch
 from diffusers.utils import make_image_grid
 
 from . import ImagenCascadePipeline, __version__
+from .pipelines.pipeline_imagen_cascade import DEFAULT_GUIDANCE, DEFAULT_STEPS
 
 
 # an editable install finds the cascade that the repository ships
@@ -42,10 +43,9 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--output", type=Path, default=Path("output.png"), help="image file; default: %(default)s")
     command.add_argument("--resolution", type=int, help="stop after the stage of this resolution: 64, 256 or 1024")
     command.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    command.add_argument("--steps", type=int, nargs="+", default=[18], help="for all stages, or one value a stage")
-    command.add_argument(
-        "--guidance-scale", type=float, nargs="+", default=[4.0], help="for all stages, or one value a stage"
-    )
+    per_stage = "for all stages, or one value a stage; default: %(default)s"
+    command.add_argument("--steps", type=int, nargs="+", default=DEFAULT_STEPS, help=per_stage)
+    command.add_argument("--guidance-scale", type=float, nargs="+", default=DEFAULT_GUIDANCE, help=per_stage)
     command.add_argument("--num-images", type=int, default=1, help="several are numbered: output-0.png, ...")
     command.add_argument("--grid", action="store_true", help="write all images into one file, side by side")
     command.add_argument(
@@ -114,9 +114,9 @@ def save_image(image, path: Path) -> None:
     os.replace(partial, path)
 
 
-def scalar_or_list(values: list):
+def scalar_or_list(values: Union[list, dict]):
     """A single value serves all stages; several are one a stage."""
-    return values[0] if len(values) == 1 else values
+    return values[0] if isinstance(values, list) and len(values) == 1 else values
 
 
 if __name__ == "__main__":

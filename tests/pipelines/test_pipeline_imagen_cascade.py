@@ -77,12 +77,12 @@ def test_output_resolution_stops_early(cascade):
 def test_an_image_depends_on_seed_and_place_not_on_batch_size(cascade):
     batch = run(cascade, num_images_per_prompt=3).images
     alone = run(cascade).images
-    np.testing.assert_allclose(alone[0], batch[0], atol=1e-5)  # kernels may sum a batch in another order
+    np.testing.assert_allclose(alone[0], batch[0], atol=1e-4)  # kernels sum a batch in another order
     assert np.abs(batch[0] - batch[1]).max() > 0.01
 
     own = [seeded(5), seeded(6), seeded(7)]
     listed = run(cascade, num_images_per_prompt=3, generator=own).images
-    np.testing.assert_allclose(run(cascade, generator=[seeded(6)]).images[0], listed[1], atol=1e-5)
+    np.testing.assert_allclose(run(cascade, generator=[seeded(6)]).images[0], listed[1], atol=1e-4)
 
 
 def test_the_prompt_and_the_seed_matter(cascade):
@@ -98,7 +98,8 @@ def test_guidance_is_one_batched_call_a_step(cascade):
     run(cascade, num_inference_steps=[3, 1], guidance_scale=[4.0, 1.0], num_images_per_prompt=2)
     assert calls == [4] * 5  # Heun: 2 N - 1 calls, each with both branches
     calls.clear()
-    run(cascade, num_inference_steps=[3, 1], guidance_scale=1.0, num_images_per_prompt=2)
+    scales = {"base": 1.0, "sr256": 1.0}
+    run(cascade, num_inference_steps=[3, 1], guidance_scale=scales, num_images_per_prompt=2)
     assert calls == [2] * 5
 
 
@@ -210,6 +211,7 @@ BAD_INPUTS = {
     "no steps": ({"num_inference_steps": 0}, "`num_inference_steps` is 0"),
     "half a step": ({"num_inference_steps": [2, 1.5]}, "`num_inference_steps` is 1.5"),
     "steps of three stages": ({"num_inference_steps": [1, 2, 3]}, "`num_inference_steps` has 3 entries"),
+    "steps of another stage": ({"num_inference_steps": {"base": 2}}, "lacks the stages ['sr256']"),
     "scales of one stage": ({"guidance_scale": [1.0]}, "`guidance_scale` has 1 entries"),
     "a scale that is no number": ({"guidance_scale": "high"}, "`guidance_scale` is 'high'"),
     "no noise": ({"low_res_noise_level": 0.0}, "`low_res_noise_level` is 0.0"),

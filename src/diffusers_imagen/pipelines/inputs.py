@@ -12,12 +12,17 @@ T = TypeVar("T")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
-def per_stage(name: str, value: Union[T, list[T]], stages: list) -> list[T]:
-    """One value for each stage: a single value serves all, a list must have one for each."""
+def per_stage(name: str, value: Union[T, list[T], dict[str, T]], stages: list) -> list[T]:
+    """One value for each stage: a single value serves all, a list has one for each, a dict has them by stage name."""
+    names = [stage.name for stage in stages]
+    if isinstance(value, dict):
+        missing = [stage for stage in names if stage not in value]
+        if missing:
+            raise ValueError(f"`{name}` is {value!r}, which lacks the stages {missing}.")
+        return [value[stage] for stage in names]
     if not isinstance(value, (list, tuple)):
         return [value] * len(stages)
     if len(value) != len(stages):
-        names = [stage.name for stage in stages]
         raise ValueError(f"`{name}` has {len(value)} entries, {list(value)}, but {len(names)} stages run: {names}.")
     return list(value)
 

@@ -22,6 +22,9 @@ from .text import encode_text
 
 
 STAGE_NAMES = ("base", "sr256", "sr1024")
+# the low-resolution image leaves little to decide: super-resolution needs few steps and no guidance
+DEFAULT_STEPS = {"base": 18, "sr256": 8, "sr1024": 8}
+DEFAULT_GUIDANCE = {"base": 4.0, "sr256": 1.0, "sr1024": 1.0}
 MIN_NOISE_LEVEL = 0.002  # EDM's lowest noise level; its conditioning value, a logarithm, has none at zero
 
 TextStates = tuple[
@@ -135,9 +138,9 @@ class ImagenCascadePipeline(DiffusionPipeline):
         prompt: Union[str, list[str], None] = None,
         negative_prompt: Union[str, list[str], None] = None,
         output_resolution: Optional[int] = None,
-        num_inference_steps: Union[int, list[int]] = 18,
-        guidance_scale: Union[float, list[float]] = 4.0,
-        low_res_noise_level: Union[float, list[float]] = 0.1,
+        num_inference_steps: Union[int, list[int], dict[str, int]] = DEFAULT_STEPS,
+        guidance_scale: Union[float, list[float], dict[str, float]] = DEFAULT_GUIDANCE,
+        low_res_noise_level: Union[float, list[float], dict[str, float]] = 0.1,
         num_images_per_prompt: int = 1,
         generator: Union[torch.Generator, list[torch.Generator], None] = None,
         latents: Optional[torch.Tensor] = None,
@@ -156,12 +159,13 @@ class ImagenCascadePipeline(DiffusionPipeline):
             negative_prompt (`str` or `list[str]`, *optional*):
                 What to guide away from; without it, guidance is away from the absence of text, as in training.
             output_resolution (`int`, *optional*): Resolution of the stage to stop after; the last stage's if None.
-            num_inference_steps (`int` or `list[int]`, defaults to 18): Steps of all stages, or of each that runs.
-            guidance_scale (`float` or `list[float]`, defaults to 4.0):
-                Weight of classifier-free guidance, for all stages or each that runs; 1 turns it off.
-            low_res_noise_level (`float` or `list[float]`, defaults to 0.1):
-                Sigma of the noise in the low-resolution image, for all super-resolution stages or each that runs.
-                Stages without noise conditioning take none.
+            num_inference_steps (`int`, `list[int]` or `dict[str, int]`, defaults to 18 and then 8):
+                Steps of all stages, of each that runs, or by stage name: `base`, `sr256`, `sr1024`.
+            guidance_scale (`float`, `list[float]` or `dict[str, float]`, defaults to 4 and then 1):
+                Weight of classifier-free guidance, in the same forms; 1 turns it off.
+            low_res_noise_level (`float`, `list[float]` or `dict[str, float]`, defaults to 0.1):
+                Sigma of the noise in the low-resolution image, for all super-resolution stages, each that runs, or
+                by stage name. Stages without noise conditioning take none.
             num_images_per_prompt (`int`, defaults to 1): Images of each prompt.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 Source of all noise. From one generator each image gets a generator of its own, so that an image
