@@ -156,3 +156,10 @@ def test_two_kinds_of_heads():
     config["unet"]["per_head_channels"] = -1
     by_number = unet_from_nemo_config(config)
     assert (by_number.config.attention_head_dim, by_number.config.num_attention_heads) == (None, 4)
+
+
+def test_a_weight_of_another_size_is_named():
+    config, weights, _ = read_case("base_default_small")
+    key = next(key for key in weights if key.endswith("out.2.bias"))
+    with pytest.raises(ValueError, match=r"'conv_out.bias': \(\(5,\), \(3,\)\)"):
+        load_nemo_unet(config, {**weights, key: torch.zeros(5)})

@@ -149,7 +149,7 @@ def test_the_mask_of_a_dropped_caption_stays():
 def test_the_augmentation_is_of_the_level_that_it_names():
     low_res = torch.full((32, 3, 64, 64), 0.25)
     batch = Batch(torch.zeros(32, 3, 8, 8), low_res, None, None)
-    augmented, c_noise = augment(Recorder(), batch, make_config(max_augmentation_sigma=0.4), seeded())
+    augmented, c_noise = augment(batch, make_config(max_augmentation_sigma=0.4), seeded())
     assert c_noise.shape == (32,)
     sigma, _, _, c_in = scalings(c_noise)
     noise = (augmented / c_in - low_res).flatten(1)
@@ -159,7 +159,7 @@ def test_the_augmentation_is_of_the_level_that_it_names():
 
 def test_augmentation_levels_are_uniform_up_to_the_maximum():
     batch = Batch(torch.zeros(20_000, 3, 1, 1), torch.zeros(20_000, 3, 1, 1), None, None)
-    _, c_noise = augment(Recorder(), batch, make_config(max_augmentation_sigma=0.4), seeded())
+    _, c_noise = augment(batch, make_config(max_augmentation_sigma=0.4), seeded())
     sigma = edm.c_noise_to_sigma(c_noise)
     assert 0.002 * 0.999 <= sigma.min() < 0.003 and 0.399 < sigma.max() <= 0.4 * 1.001
     quantiles = torch.quantile(sigma, torch.tensor([0.25, 0.5, 0.75]))

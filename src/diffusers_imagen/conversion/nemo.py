@@ -96,6 +96,12 @@ def load_nemo_unet(
     expected = model.state_dict()
     gaps = [key for key in expected if key not in converted]
     leftovers += [key for key in converted if key not in expected]
+    sizes = [key for key in converted if key in expected and converted[key].numel() != expected[key].numel()]
+    if sizes:
+        shapes = {key: (tuple(converted[key].shape), tuple(expected[key].shape)) for key in sizes}
+        raise ValueError(
+            f"`state_dict` does not fit the configuration. Shapes that are, and that should be: {shapes}."
+        )
     if leftovers or gaps:
         raise ValueError(
             f"`state_dict` does not fit the configuration. Keys without a place: {leftovers}. "

@@ -80,7 +80,7 @@ class ImagenUNetModel(ConditionalUNet):
         num_layers = per_level("layers_per_block", layers_per_block, len(block_out_channels))
         time_embedding_dim = time_embedding_dim or 4 * block_out_channels[0]
         context_dim = None if encoder_hid_dim is None else cross_attention_dim
-        attention_strides = {sample_size // resolution for resolution in attention_resolutions}
+        attention_strides = strides_of(attention_resolutions, sample_size, len(block_out_channels))
 
         def resnet(in_channels: int, out_channels: int, resample: Optional[str] = None) -> ResBlock:
             return ResBlock(
@@ -136,6 +136,8 @@ class ImagenUNetModel(ConditionalUNet):
     def at_resolution(self, sample_size: int) -> "ImagenUNetModel":
         """Records another `sample_size`; attention stays at its levels, so its resolutions scale along."""
         config = self.config
+        if sample_size % self.total_stride:
+            raise ValueError(f"`sample_size` is {sample_size}, but should be a multiple of {self.total_stride}.")
         resolutions = tuple(sample_size // (config.sample_size // side) for side in config.attention_resolutions)
         self.register_to_config(sample_size=sample_size, attention_resolutions=resolutions)
         return self
@@ -210,6 +212,15 @@ class UNetLevel(nn.Module):
     def resample(self, h: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
         """To the resolution of the next level."""
         return self.resampler(h, temb) if isinstance(self.resampler, ResBlock) else self.resampler(h)
+
+
+def strides_of(attention_resolutions: tuple[int, ...], sample_size: int, num_levels: int) -> set[int]:
+    """The strides of the levels with these sides, in pixels at `sample_size`."""
+    sides = {sample_size // 2**level: 2**level for level in range(num_levels)}
+    for side in attention_resolutions:
+        if side not in sides:
+            raise ValueError(f"`attention_resolutions` has {side}, but the levels have sides {list(sides)}.")
+    return {sides[side] for side in attention_resolutions}
 
 
 def make_downsampler(resample_type: ResampleType, channels: int, resnet) -> nn.Module:

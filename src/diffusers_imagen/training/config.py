@@ -4,6 +4,9 @@ from dataclasses import dataclass, field
 from typing import Optional
 
 
+MIN_AUGMENTATION_SIGMA = 0.002  # NeMo's level at inference; the conditioning value of 0 would be infinite
+
+
 def _arg(default, help: str):
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": help})
@@ -64,7 +67,14 @@ class TrainingConfig:
     report_to: Optional[str] = _arg(None, "tensorboard or wandb.")
 
     def __post_init__(self):
-        for name in ("resolution", "train_batch_size", "gradient_accumulation_steps", "max_train_steps"):
+        for name in (
+            "resolution",
+            "train_batch_size",
+            "gradient_accumulation_steps",
+            "max_train_steps",
+            "checkpointing_steps",
+            "checkpoints_total_limit",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, but should be at least 1.")
         if (self.preset is None) == (self.pretrained_model_name_or_path is None):
@@ -73,6 +83,11 @@ class TrainingConfig:
             raise ValueError("`grow` is True, but there is no `pretrained_model_name_or_path` to grow.")
         if not 0 <= self.text_drop_rate <= 1:
             raise ValueError(f"`text_drop_rate` is {self.text_drop_rate}, but should be between 0 and 1.")
+        if not (self.max_augmentation_sigma == 0 or self.max_augmentation_sigma > MIN_AUGMENTATION_SIGMA):
+            raise ValueError(
+                f"`max_augmentation_sigma` is {self.max_augmentation_sigma}, but should be 0, for none, or above "
+                f"{MIN_AUGMENTATION_SIGMA}."
+            )
         if self.crop_size is not None and self.low_resolution is None:
             raise ValueError(f"`crop_size` is {self.crop_size}, but only super-resolution (`low_resolution`) crops.")
         if self.low_resolution is not None:

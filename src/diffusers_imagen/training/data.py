@@ -44,7 +44,10 @@ def load_rows(config: TrainingConfig, split: str) -> Dataset:
     if not (folder / "metadata.jsonl").is_file():
         raise ValueError(f"`train_data_dir` is {config.train_data_dir!r}, which has no metadata.jsonl.")
     rows = load_dataset("json", data_files=str(folder / "metadata.jsonl"), split="train")
-    missing = {"file_name", "split", *config.caption_column, *(config.balance_by or [])} - set(rows.column_names)
+    needed = {"file_name", "split", *config.caption_column, *(config.balance_by or [])} | (
+        {"style"} if config.styles else set()
+    )
+    missing = needed - set(rows.column_names)
     if missing:
         raise ValueError(f"The data set lacks the columns {sorted(missing)}; it has {rows.column_names}.")
     keep = [i for i, value in enumerate(rows["split"]) if value == split]

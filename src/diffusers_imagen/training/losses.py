@@ -6,7 +6,7 @@ import torch
 
 from ..diffusion import edm
 from ..diffusion.augmentation import augment_low_res
-from .config import TrainingConfig
+from .config import MIN_AUGMENTATION_SIGMA, TrainingConfig
 from .data import Batch
 
 
@@ -24,7 +24,7 @@ def edm_loss(
     c_skip, c_out, c_in = (c[:, None, None, None] for c in edm.preconditioning(sigma, config.sigma_data))
 
     noisy = images + sigma[:, None, None, None] * noise
-    low_res, low_res_noise_level = augment(unet, batch, config, generator)
+    low_res, low_res_noise_level = augment(batch, config, generator)
     output = unet(
         c_in * noisy,
         edm.c_noise(sigma),
@@ -39,11 +39,11 @@ def edm_loss(
 
 
 def augment(
-    unet: torch.nn.Module, batch: Batch, config: TrainingConfig, generator: Optional[torch.Generator]
+    batch: Batch, config: TrainingConfig, generator: Optional[torch.Generator]
 ) -> tuple[Optional[torch.Tensor], Optional[torch.Tensor]]:
     """The low-resolution image with noise of a random level, and that level's conditioning value, where there is one.
 
-    The level is uniform between NeMo's 0.002 and the configured maximum: mostly clean images would not teach the
+    The level is uniform between the lowest and the configured maximum: mostly clean images would not teach the
     network to mistrust what the stage below gets wrong.
     """
     if batch.low_res is None:
@@ -51,7 +51,10 @@ def augment(
     if config.max_augmentation_sigma == 0:
         return batch.low_res, None
     uniform = torch.rand(len(batch.low_res), generator=generator, device=_source(batch.low_res, generator))
-    sigma = 0.002 + (config.max_augmentation_sigma - 0.002) * uniform.to(batch.low_res.device)
+    sigma = torch.lerp(
+        uniform.new_tensor(MIN_AUGMENTATION_SIGMA), uniform.new_tensor(config.max_augmentation_sigma), uniform
+    )
+    sigma = sigma.to(batch.low_res.device)
     return augment_low_res(batch.low_res, sigma, draw_like(batch.low_res, generator), config.sigma_data)
 
 
