@@ -84,7 +84,7 @@ def test_saved_folders_load(builder, tokenizer, tmp_path):
     assert len(files) > 1
 
     loaded_tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
-    assert loaded_tokenizer.model_max_length == 128
+    assert loaded_tokenizer.model_max_length == 32
     assert builder.vocabulary(loaded_tokenizer) == tokens
     loaded, info = AutoModel.from_pretrained(tmp_path / "text_encoder", dtype=torch.float32, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]

