@@ -11,9 +11,9 @@ import logging
 import sys
 from pathlib import Path
 
+from diffusers import AutoModel
 from transformers import HfArgumentParser
 
-from diffusers_imagen.models import EfficientUNetModel, ImagenUNetModel
 from diffusers_imagen.models.unet_base import ConditionalUNet
 from diffusers_imagen.presets import create_unet
 from diffusers_imagen.training import TrainingConfig, train
@@ -36,9 +36,7 @@ def load_unet(stage: Path) -> ConditionalUNet:
     """The network of a stage folder."""
     if not (stage / "unet" / "config.json").is_file():
         raise ValueError(f"`pretrained_model_name_or_path` is '{stage}', which has no unet/config.json.")
-    name = ConditionalUNet.load_config(stage, subfolder="unet")["_class_name"]
-    network_class = EfficientUNetModel if name == "EfficientUNetModel" else ImagenUNetModel
-    return network_class.from_pretrained(stage, subfolder="unet")
+    return AutoModel.from_pretrained(str(stage), subfolder="unet")  # knows our classes: they are registered
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import torch
 from ..models import EfficientUNetModel, ImagenUNetModel
 
 
-# Position in the network. {level} and {block} are taken over; other positions are counted in `_unet_positions`.
+# Position in the network, of what both have; those of the blocks are counted in the functions below.
 SHARED_POSITIONS = {
     "time_embed.0.weights": "time_embedding.sinusoid.weight",
     "time_embed.1": "time_embedding.mlp.linear_1",

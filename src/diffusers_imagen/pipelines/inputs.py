@@ -41,12 +41,6 @@ def check_finite(name: str, values: list, minimum: float) -> None:
             raise ValueError(f"`{name}` is {value!r}, but should be a number of at least {minimum:g}.")
 
 
-def check_choice(name: str, value: Any, choices: tuple) -> None:
-    """One of a few strings."""
-    if value not in choices:
-        raise ValueError(f"`{name}` is {value!r}, but should be one of {', '.join(map(repr, choices))}.")
-
-
 def check_prompt(name: str, prompt: Any) -> None:
     """A string, or a list of at least one string."""
     if isinstance(prompt, str):

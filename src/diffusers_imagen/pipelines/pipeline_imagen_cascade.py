@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..diffusion.augmentation import augment_low_res
 from ..diffusion.guidance import classifier_free_guidance
 from ..models.embeddings import TextConditioning
-from ..models.unet_base import ConditionalUNet
+from ..models.unet_base import ConditionalUNet, check_choice
 from . import inputs
 from .inputs import double, full_mask, per_image_generators, per_stage
 from .pipeline_output import ImagenPipelineOutput
@@ -197,7 +197,7 @@ class ImagenCascadePipeline(DiffusionPipeline):
         inputs.check_count("num_inference_steps", steps)
         inputs.check_finite("guidance_scale", scales, minimum=0.0)
         inputs.check_finite("low_res_noise_level", noise_levels, minimum=MIN_NOISE_LEVEL)
-        inputs.check_choice("output_type", output_type, inputs.OUTPUT_TYPES)
+        check_choice("output_type", output_type, inputs.OUTPUT_TYPES)
         inputs.check_count("num_images_per_prompt", [num_images_per_prompt])
         self.check_text(
             prompt,
