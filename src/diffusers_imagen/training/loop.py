@@ -8,8 +8,9 @@ import json
 import math
 import os
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, Optional
+from typing import Callable, Iterator, Optional
 
 import numpy as np
 import torch
@@ -140,22 +141,31 @@ def train_step(accelerator, config, unet, dataset, optimizer, lr_scheduler, step
     return (total / config.gradient_accumulation_steps).item()
 
 
+@contextmanager
+def averaged_weights(unet: torch.nn.Module, ema: EMAModel) -> Iterator[None]:
+    """The network has the averaged weights inside, and its own again after."""
+    ema.store(unet.parameters())
+    ema.copy_to(unet.parameters())
+    try:
+        yield
+    finally:
+        ema.restore(unet.parameters())
+
+
 @torch.no_grad()
 def validation_loss(
     accelerator, config, unet, ema: EMAModel, dataset: CaptionedImages, num_images: int = 512
 ) -> float:
     """Loss of the averaged weights on held-out rows, with the same rows and noise at every call."""
     generator = step_generator(accelerator, config, VALIDATION_STEP)
-    ema.store(unet.parameters())
-    ema.copy_to(unet.parameters())
     unet.eval()
     losses = []
-    for _ in range(math.ceil(num_images / config.train_batch_size)):
-        batch = to_device(dataset.draw(config.train_batch_size, generator), accelerator.device)
-        with accelerator.autocast():
-            losses.append(edm_loss(unet, batch, config, generator))
+    with averaged_weights(unet, ema):
+        for _ in range(math.ceil(num_images / config.train_batch_size)):
+            batch = to_device(dataset.draw(config.train_batch_size, generator), accelerator.device)
+            with accelerator.autocast():
+                losses.append(edm_loss(unet, batch, config, generator))
     unet.train()
-    ema.restore(unet.parameters())
     return accelerator.gather(torch.cat(losses)).mean().item()
 
 
@@ -200,8 +210,6 @@ def resume(accelerator: Accelerator, config: TrainingConfig) -> int:
 def export(accelerator, config, unet, ema: EMAModel, step: int, losses: dict[str, float]) -> None:
     """Writes the averaged weights as a stage folder."""
     if accelerator.is_main_process:
-        ema.store(unet.parameters())
-        ema.copy_to(unet.parameters())
-        save_stage(accelerator.unwrap_model(unet), config, step, losses)
-        ema.restore(unet.parameters())
+        with averaged_weights(unet, ema):
+            save_stage(accelerator.unwrap_model(unet), config, step, losses)
     accelerator.wait_for_everyone()
