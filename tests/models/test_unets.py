@@ -156,12 +156,12 @@ def test_out_channels_are_those_of_the_output(name):
     assert run(unet, inputs_for(unet), sample=torch.ones(2, 4, SIZE, SIZE), **low_res).shape == (2, 6, SIZE, SIZE)
 
 
-def test_a_new_network_predicts_zero_or_has_branches_that_do_nothing():
-    new = ImagenUNetModel(**UNET)
-    assert run(new, inputs_for(new)).abs().max() == 0
-    # text reaches a new Efficient U-Net only through branches that start at zero
-    new = EfficientUNetModel(**SHARED, attention_types=(None, "cross")).eval()
+@pytest.mark.parametrize("name", ["unet-fused", "efficient-cross"])
+def test_the_branches_of_a_new_network_do_nothing(name):
+    network_class, config = NETWORKS[name]
+    new = network_class(**config).eval()
     inputs = inputs_for(new)
+    # text reaches the image only through residual branches, which start at zero
     other_text = inputs_for(new, seed=1)["encoder_hidden_states"]
     assert torch.equal(run(new, inputs), run(new, inputs, encoder_hidden_states=other_text))
 
@@ -442,8 +442,8 @@ def test_attention_is_softmax_over_image_and_text(attention):
             keys, values = [attention.to_k(tokens)], [attention.to_v(tokens)]
         if attention.reads_text:
             normed = attention.norm_context(context.transpose(1, 2)).transpose(1, 2)[b, mask[b]]
-            keys.append(attention.add_k_proj(normed))
-            values.append(attention.add_v_proj(normed))
+            keys.append((attention.add_k_proj or attention.to_k)(normed))
+            values.append((attention.add_v_proj or attention.to_v)(normed))
         heads = [
             (q @ k.T / math.sqrt(8)).softmax(dim=-1) @ v
             for q, k, v in zip(*(x.split(8, dim=-1) for x in (query[b], torch.cat(keys), torch.cat(values))))
@@ -500,7 +500,7 @@ def test_padded_tokens_count_in_the_norm_of_the_context():
     variance, mean = torch.var_mean(grouped, dim=(0, 2), correction=0, keepdim=True)
     normed = ((grouped - mean) / (variance + 1e-5).sqrt()).reshape(TOKENS, TEXT_WIDTH)
     normed = normed * attention.norm_context.weight + attention.norm_context.bias
-    torch.testing.assert_close(text.key[1], attention.add_k_proj(normed), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(text.key[1], attention.to_k(normed), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.attention
@@ -575,9 +575,8 @@ def test_lora_adapters(unet):
     adapted = {name for name, module in unet.named_modules() if hasattr(module, "lora_A")}
     wanted = set()
     for name, module in attentions.items():
-        layers = {"to_q", "to_out.0"}
-        layers |= {"to_k", "to_v"} if module.reads_image else set()
-        layers |= {"add_k_proj", "add_v_proj"} if module.reads_text else set()
+        layers = {"to_q", "to_k", "to_v", "to_out.0"}
+        layers |= {"add_k_proj", "add_v_proj"} if module.reads_image and module.reads_text else set()
         wanted |= {f"{name}.{layer}" for layer in layers}
     assert adapted == wanted
     assert {name for name, p in unet.named_parameters() if p.requires_grad} == {

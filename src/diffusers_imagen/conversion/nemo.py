@@ -48,7 +48,7 @@ ATTENTION_LAYERS = {
     "norm_context": "norm_context",
     "q": "to_q",
     "qkv": ("to_q", "to_k", "to_v"),
-    "kv": ("add_k_proj", "add_v_proj"),
+    "kv": ("to_k", "to_v"),
     "kv_self": ("to_k", "to_v"),
     "kv_context": ("add_k_proj", "add_v_proj"),
     "proj_out": "to_out.0",

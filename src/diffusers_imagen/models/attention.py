@@ -27,7 +27,7 @@ def tokens_to_image(tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 class ImagenAttnProcessor:
-    """Queries of the image; keys and values of the image, of the text, or of both, through diffusers' backends."""
+    """Attention through diffusers' backends: scaled_dot_product_attention unless `set_attention_backend` says else."""
 
     _attention_backend = None
     _parallel_config = None
@@ -35,17 +35,53 @@ class ImagenAttnProcessor:
     def __call__(
         self, attn: "ImagenAttention", hidden_states: torch.Tensor, text: Optional[TextKeyValue] = None
     ) -> torch.Tensor:
-        query = attn.to_q(image_to_tokens(attn.norm(hidden_states)))  # (B, N, C)
-        key, value, mask = attn.keys_and_values(hidden_states, text)
-
-        # (B, N or M, heads, C / heads), and (B, 1, 1, M), the form of a mask that every backend takes
-        query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value))
-        mask = None if mask is None else mask[:, None, None]
+        query, key, value, mask = attn.project(hidden_states, text)
         out = dispatch_attention_fn(
             query, key, value, attn_mask=mask, backend=self._attention_backend, parallel_config=self._parallel_config
         )
-        out = attn.to_out[0](out.flatten(2).to(query.dtype))
-        return hidden_states + tokens_to_image(out, like=hidden_states)
+        return attn.merge(out, hidden_states)
+
+
+class StableImagenAttnProcessor:
+    """Attention for training in float16: gradients that float16 would round to zero survive the softmax.
+
+    NeMo's `stable_attention`. In exact arithmetic it changes nothing; it holds all attention weights in memory.
+    `unet.set_attn_processor(StableImagenAttnProcessor())` turns it on.
+    """
+
+    def __call__(
+        self, attn: "ImagenAttention", hidden_states: torch.Tensor, text: Optional[TextKeyValue] = None
+    ) -> torch.Tensor:
+        query, key, value, mask = attn.project(hidden_states, text)
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, heads, N or M, C / heads)
+        out = _StableAttention.apply(query, key, value, mask)
+        return attn.merge(out.transpose(1, 2), hidden_states)
+
+
+class _StableAttention(torch.autograd.Function):
+    """softmax(q k^T / sqrt(d)) v, whose backward scales the gradient of each head to 1 before the softmax's."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, mask):
+        scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5  # (B, heads, N, M)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        weights = scores.softmax(dim=-1)
+        ctx.save_for_backward(query, key, value, weights)
+        return weights @ value
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        query, key, value, weights = ctx.saved_tensors
+        grad_value = weights.transpose(-1, -2) @ grad
+        grad_weights = grad @ value.transpose(-1, -2)  # (B, heads, N, M)
+        largest = grad_weights.abs().amax(dim=(-2, -1), keepdim=True)
+        largest = largest.clamp(min=torch.finfo(largest.dtype).tiny)
+        grad_weights = grad_weights / largest
+        grad_scores = weights * (grad_weights - (grad_weights * weights).sum(dim=-1, keepdim=True))
+        scale = largest * query.shape[-1] ** -0.5  # undone only after the products
+        return grad_scores @ key * scale, grad_scores.transpose(-1, -2) @ query * scale, grad_value, None
 
 
 class ImagenAttention(nn.Module, AttentionModuleMixin):
@@ -56,7 +92,7 @@ class ImagenAttention(nn.Module, AttentionModuleMixin):
     """
 
     _default_processor_cls = ImagenAttnProcessor
-    _available_processors = [ImagenAttnProcessor]
+    _available_processors = [ImagenAttnProcessor, StableImagenAttnProcessor]
     _supports_qkv_fusion = False  # queries, image keys and text keys each read a differently normalised input
 
     def __init__(
@@ -76,13 +112,12 @@ class ImagenAttention(nn.Module, AttentionModuleMixin):
 
         self.norm = nn.GroupNorm(norm_num_groups, channels)
         self.to_q = nn.Linear(channels, channels)
-        if self.reads_image:
-            # self-attention reads one normalised image; fused attention has a second norm for keys and values
-            self.norm_kv = nn.GroupNorm(norm_num_groups, channels) if self.reads_text else None
-            self.to_k = nn.Linear(channels, channels)
-            self.to_v = nn.Linear(channels, channels)
-        if self.reads_text:
-            self.norm_context = nn.GroupNorm(norm_num_groups, context_dim)
+        self.to_k = nn.Linear(channels if self.reads_image else context_dim, channels)
+        self.to_v = nn.Linear(channels if self.reads_image else context_dim, channels)
+        self.norm_context = nn.GroupNorm(norm_num_groups, context_dim) if self.reads_text else None
+        self.norm_kv = self.add_k_proj = self.add_v_proj = None
+        if attention_type == "fused":  # a second norm of the image for its keys and values, and those of the text
+            self.norm_kv = nn.GroupNorm(norm_num_groups, channels)
             self.add_k_proj = nn.Linear(context_dim, channels)
             self.add_v_proj = nn.Linear(context_dim, channels)
         self.to_out = nn.ModuleList([zero_init(nn.Linear(channels, channels))])
@@ -92,8 +127,10 @@ class ImagenAttention(nn.Module, AttentionModuleMixin):
         """Keys and values of the text context `(B, L, D)` under its mask `(B, L)`; independent of the noise level."""
         # the statistics run over all tokens of a group of channels, padded ones included, as in NeMo
         context = self.norm_context(context.transpose(1, 2)).transpose(1, 2)
-        key, value = self.add_k_proj(context), self.add_v_proj(context)
-        if mask is not None and not self.reads_image:
+        if self.reads_image:
+            return TextKeyValue(self.add_k_proj(context), self.add_v_proj(context), mask)
+        key, value = self.to_k(context), self.to_v(context)
+        if mask is not None:
             # A prompt without a valid token must give zeros. Softmax over nothing is NaN, so such a row attends
             # to all its tokens, and their values are zero.
             has_token = mask.any(dim=1, keepdim=True)
@@ -101,19 +138,28 @@ class ImagenAttention(nn.Module, AttentionModuleMixin):
             mask = mask | ~has_token
         return TextKeyValue(key, value, mask)
 
-    def keys_and_values(
+    def project(
         self, hidden_states: torch.Tensor, text: Optional[TextKeyValue]
-    ) -> tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor]]:
-        """Keys and values `(B, M, C)` of all that is attended to, and the mask `(B, M)` or None."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Optional[torch.Tensor]]:
+        """Query, key and value `(B, N or M, heads, C / heads)`, and a mask `(B, 1, 1, M)`, which every backend takes."""
+        tokens = image_to_tokens(self.norm(hidden_states))  # (B, N, C)
+        query = self.to_q(tokens)
         if not self.reads_image:
-            return text
-        norm_kv = self.norm if self.norm_kv is None else self.norm_kv
-        tokens = image_to_tokens(norm_kv(hidden_states))  # (B, N, C)
-        key, value = self.to_k(tokens), self.to_v(tokens)
-        if text is None:
-            return key, value, None
-        mask = None if text.mask is None else nn.functional.pad(text.mask, (key.shape[1], 0), value=True)
-        return torch.cat([key, text.key], dim=1), torch.cat([value, text.value], dim=1), mask
+            key, value, mask = text  # (B, L, C), (B, L, C), (B, L)
+        else:
+            if self.norm_kv is not None:
+                tokens = image_to_tokens(self.norm_kv(hidden_states))
+            key, value, mask = self.to_k(tokens), self.to_v(tokens), None
+            if text is not None:
+                key, value = torch.cat([key, text.key], dim=1), torch.cat([value, text.value], dim=1)  # (B, N + L, C)
+                mask = None if text.mask is None else nn.functional.pad(text.mask, (tokens.shape[1], 0), value=True)
+        query, key, value = (x.unflatten(-1, (self.heads, -1)) for x in (query, key, value))
+        return query, key, value, None if mask is None else mask[:, None, None]
+
+    def merge(self, out: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Adds what the heads found, `(B, N, heads, C / heads)`, to the image `(B, C, H, W)`."""
+        out = self.to_out[0](out.flatten(2).to(hidden_states.dtype))  # (B, N, C)
+        return hidden_states + tokens_to_image(out, like=hidden_states)
 
     def forward(self, hidden_states: torch.Tensor, text: Optional[TextKeyValue] = None) -> torch.Tensor:
         return self.processor(self, hidden_states, text)

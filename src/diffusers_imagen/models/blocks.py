@@ -29,8 +29,8 @@ def transposed_upsample(channels: int) -> nn.Module:
 class ResBlock(nn.Module):
     """Two convolutions around the time embedding, with a residual connection.
 
-    `(B, C_in, H, W)` to `(B, C_out, H, W)`, or half or twice the size with `resample`. `skip_scale` multiplies the
-    shortcut; `project_shortcut` gives it a 1x1 convolution where the channels do not change either.
+    `(B, C_in, H, W)` to `(B, C_out, H, W)`, or half or twice the size with `resample`. With a `shortcut_scale` the
+    shortcut is multiplied by it and always goes through a 1x1 convolution; without, only where the channels change.
     """
 
     def __init__(
@@ -42,12 +42,11 @@ class ResBlock(nn.Module):
         dropout: float = 0.0,
         norm_num_groups: int = 32,
         resample: Optional[Literal["down", "up"]] = None,
-        project_shortcut: bool = False,
-        skip_scale: float = 1.0,
+        shortcut_scale: Optional[float] = None,
     ):
         super().__init__()
         self.scale_shift = time_scale_shift == "scale_shift"
-        self.skip_scale = skip_scale
+        self.shortcut_scale = 1.0 if shortcut_scale is None else shortcut_scale
         self.norm1 = nn.GroupNorm(norm_num_groups, in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_emb_proj = nn.Linear(time_embedding_dim, out_channels * (2 if self.scale_shift else 1))
@@ -60,8 +59,8 @@ class ResBlock(nn.Module):
             self.resample_branch, self.resample_shortcut = pool_downsample(), pool_downsample()
         elif resample == "up":
             self.resample_branch, self.resample_shortcut = (transposed_upsample(in_channels) for _ in range(2))
-        has_shortcut = project_shortcut or in_channels != out_channels
-        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if has_shortcut else None
+        project_shortcut = shortcut_scale is not None or in_channels != out_channels
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if project_shortcut else None
         self.act = nn.SiLU()
 
     def forward(self, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
@@ -81,7 +80,7 @@ class ResBlock(nn.Module):
 
         if self.conv_shortcut is not None:
             x = self.conv_shortcut(x)
-        return h + x * self.skip_scale if self.skip_scale != 1.0 else h + x
+        return torch.add(h, x, alpha=self.shortcut_scale)
 
 
 class ImagenBlock(nn.Module):

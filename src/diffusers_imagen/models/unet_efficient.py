@@ -87,8 +87,7 @@ class EfficientUNetModel(ConditionalUNet):
                     time_scale_shift,
                     dropout,
                     norm_num_groups,
-                    project_shortcut=True,
-                    skip_scale=0.5**0.5 if skip_connection_scaling else 1.0,
+                    shortcut_scale=0.5**0.5 if skip_connection_scaling else 1.0,
                 )
                 for width_in, width_out in zip(widths, widths[1:])
             ]

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from .attention import AttentionType, make_attention, zero_init
+from .attention import AttentionType, make_attention
 from .blocks import ImagenBlock, ResampleType, ResBlock, TimeScaleShift, pool_downsample, transposed_upsample
 from .embeddings import TextConditioning, TextPooling
 from .unet_base import ConditionalUNet, ImagenUNetOutput, check_choice, count_heads, per_level
@@ -126,7 +126,7 @@ class ImagenUNetModel(ConditionalUNet):
             self.up_blocks.append(UNetLevel(blocks, upsampler))
 
         self.norm_out = nn.GroupNorm(norm_num_groups, channels)
-        self.conv_out = zero_init(nn.Conv2d(channels, out_channels, conv_kernel_size, padding=conv_kernel_size // 2))
+        self.conv_out = nn.Conv2d(channels, out_channels, conv_kernel_size, padding=conv_kernel_size // 2)
 
     @property
     def total_stride(self) -> int:
