@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from diffusers_imagen import EfficientUNetModel, ImagenUNetModel
 from diffusers_imagen.conversion import load_nemo_unet
 from diffusers_imagen.conversion.nemo import unet_from_nemo_config
+from diffusers_imagen.models.attention import ImagenAttnProcessor, StableImagenAttnProcessor
 
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "nemo"
@@ -163,3 +164,52 @@ def test_a_weight_of_another_size_is_named():
     key = next(key for key in weights if key.endswith("out.2.bias"))
     with pytest.raises(ValueError, match=r"'conv_out.bias': \(\(5,\), \(3,\)\)"):
         load_nemo_unet(config, {**weights, key: torch.zeros(5)})
+
+
+def test_options_that_are_left_out_have_the_defaults_of_nemo():
+    base = unet_from_nemo_config(
+        {"unet_type": "base", "conditioning": {"embed_dim": 96}, "unet": {"embed_dim": 64, "image_size": 32}}
+    )
+    assert tuple(base.config.block_out_channels) == (64, 128, 192, 256)
+    assert (base.config.layers_per_block, base.config.cross_attention_dim, base.config.encoder_hid_dim) == (3, 512, 96)
+    # NeMo asks for attention at 8, 16 and 32 px
+    assert tuple(base.config.attention_resolutions) == (32, 16, 8)
+    efficient = unet_from_nemo_config(
+        {"unet_type": "sr", "unet": {"embed_dim": 32, "image_size": 32, "text_embed_dim": 64, "per_head_channels": 32}}
+    )
+    assert tuple(efficient.config.layers_per_block) == (1, 2, 4, 8, 8)
+    assert tuple(efficient.config.attention_types) == (None, None, None, None, "fused")
+    assert efficient.config.skip_connection_scaling is False and efficient.config.learned_sinusoidal_dim == 16
+
+
+def changed(case: str, **options) -> dict:
+    """The configuration of a case with other options of its network."""
+    config, _, _ = read_case(case)
+    return {**config, "unet": {**config["unet"], **options}}
+
+
+def test_attention_resolutions_that_no_level_has_are_ignored():
+    """The default of 8, 16 and 32 px on a network of two levels, of 32 and 16 px, where 20 px means stride 1."""
+    unet = unet_from_nemo_config(changed("base_default_small", attention_resolutions=[4, 8, 16, 20]))
+    assert tuple(unet.config.attention_resolutions) == (32, 16)
+
+
+@pytest.mark.parametrize("case", ["base_default_small", "sr_fused"])
+def test_stable_attention_is_a_processor(case):
+    for stable, processor_class in ((True, StableImagenAttnProcessor), (False, ImagenAttnProcessor)):
+        unet = unet_from_nemo_config(changed(case, stable_attention=stable))
+        assert {type(processor) for processor in unet.attn_processors.values()} == {processor_class}
+
+
+BAD = {
+    "unet_type": ({"unet_type": "vit"}, "`unet_type` is 'vit', .* 'base', 'sr' or 'sr-unet'"),
+    "unknown": (changed("sr_fused", num_res_blocks=2), r"`unet` has the options \['num_res_blocks'\], .* 'num_resbl"),
+    "missing": ({"unet_type": "base", "unet": {"embed_dim": 8}}, r"lacks the options \['image_size'\]"),
+    "stride": (changed("sr_fused", stride=4), "`stride` is 4, but should be 2"),
+}
+
+
+@pytest.mark.parametrize("config, message", BAD.values(), ids=BAD)
+def test_configurations_that_nemo_does_not_have_are_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        unet_from_nemo_config(config)

@@ -30,7 +30,7 @@ def test_the_preset_of_64_px_is_the_one_of_32_px_grown():
     with torch.device("meta"):
         config = dict(create_unet("emoji_base_64").config)
     grown = dict(grow_unet(create_unet("emoji_base_32")).config)
-    assert PRESETS["emoji_base_64"][0] is ImagenUNetModel
+    assert PRESETS["emoji_base_64"].network_class is ImagenUNetModel
     for key in config.keys() - {"layers_per_block"}:
         assert (
             list(grown[key]) == list(config[key]) if isinstance(config[key], tuple) else grown[key] == config[key]

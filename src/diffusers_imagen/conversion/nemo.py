@@ -9,6 +9,7 @@ from typing import Any, Union
 import torch
 
 from ..models import EfficientUNetModel, ImagenUNetModel
+from ..models.attention import StableImagenAttnProcessor
 
 
 # Position in the network, of what both have; those of the blocks are counted in the functions below.
@@ -64,6 +65,47 @@ STACKED_LAYERS = {
     "proj_out": "proj_out",
 }
 
+# What NeMo's networks take, and what they take it to be where a configuration is silent.
+REQUIRED = object()
+SHARED_DEFAULTS = {
+    "embed_dim": REQUIRED,
+    "image_size": REQUIRED,
+    "channels": 3,
+    "text_embed_dim": None,  # NeMo's model fills in the width of its conditioning
+    "per_head_channels": 64,
+    "attention_type": "fused",
+    "feature_pooling_type": "attention",
+    "learned_sinu_pos_emb_dim": 16,
+    "use_null_token": False,
+    "init_conv_kernel_size": 3,
+    "gradient_checkpointing": False,  # a matter of training, with `flash_attention`: no network differs by them
+    "flash_attention": False,
+    "stable_attention": True,
+    "scale_shift_norm": True,
+    "noise_cond_aug": False,
+}
+UNET_DEFAULTS = {
+    **SHARED_DEFAULTS,
+    "channel_mult": [1, 2, 3, 4],
+    "num_res_blocks": 3,
+    "num_attn_heads": 4,
+    "cond_dim": 512,
+    "attention_resolutions": [8, 16, 32],
+    "dropout": False,
+    "resblock_updown": False,
+    "resample_with_conv": True,
+    "low_res_cond": False,
+}
+EFFICIENT_DEFAULTS = {
+    **SHARED_DEFAULTS,
+    "channel_mult": [1, 1, 2, 4, 8],
+    "num_resblocks": [1, 2, 4, 8, 8],
+    "num_attn_heads": 8,
+    "atnn_enabled_at": [0, 0, 0, 0, 1],
+    "stride": 2,
+    "skip_connection_scaling": False,
+}
+
 
 def load_nemo_unet(
     model_config: dict[str, Any], state_dict: dict[str, torch.Tensor]
@@ -79,7 +121,7 @@ def load_nemo_unet(
         ValueError: If a key has no place in the network, or the network has a parameter without a key; all are named.
     """
     model = unet_from_nemo_config(model_config)
-    stacked = model_config["unet"]["attention_type"] == "stacked"
+    stacked = model_config["unet"].get("attention_type") == "stacked"
     positions = _efficient_positions(model) if isinstance(model, EfficientUNetModel) else _unet_positions(model)
 
     converted, leftovers = {}, []
@@ -113,42 +155,78 @@ def load_nemo_unet(
 
 
 def unet_from_nemo_config(model_config: dict[str, Any]) -> Union[ImagenUNetModel, EfficientUNetModel]:
-    """The network that NeMo's `model:` configuration describes, with random weights."""
-    unet = model_config["unet"]
-    block_out_channels = tuple(unet["embed_dim"] * mult for mult in unet["channel_mult"])
+    """The network that NeMo's `model:` configuration describes, with random weights.
+
+    Options that the configuration leaves out have NeMo's defaults.
+
+    Raises:
+        ValueError: For an option, or a value of one, that NeMo's networks do not have.
+    """
+    unet_type = model_config.get("unet_type")
+    if unet_type not in ("base", "sr", "sr-unet"):
+        raise ValueError(f"`unet_type` is {unet_type!r}, but should be 'base', 'sr' or 'sr-unet'.")
+    is_efficient = unet_type == "sr"
+    unet = _with_defaults(model_config["unet"], EFFICIENT_DEFAULTS if is_efficient else UNET_DEFAULTS)
+    counts_heads = unet["per_head_channels"] == -1
     shared = {
         "sample_size": unet["image_size"],
-        "in_channels": unet.get("channels", 3),
-        "out_channels": unet.get("channels", 3),
-        "block_out_channels": block_out_channels,
-        "attention_head_dim": None if unet["per_head_channels"] == -1 else unet["per_head_channels"],
-        "num_attention_heads": unet["num_attn_heads"] if unet["per_head_channels"] == -1 else None,
-        "encoder_hid_dim": unet.get("text_embed_dim", model_config["conditioning"]["embed_dim"]),
+        "in_channels": unet["channels"],
+        "out_channels": unet["channels"],
+        "block_out_channels": tuple(unet["embed_dim"] * mult for mult in unet["channel_mult"]),
+        "attention_head_dim": None if counts_heads else unet["per_head_channels"],
+        "num_attention_heads": unet["num_attn_heads"] if counts_heads else None,
+        "encoder_hid_dim": unet["text_embed_dim"] or model_config["conditioning"]["embed_dim"],
         "text_pooling": unet["feature_pooling_type"],
         "use_null_token": unet["use_null_token"],
         "time_embedding_dim": 4 * unet["embed_dim"],
         "learned_sinusoidal_dim": unet["learned_sinu_pos_emb_dim"] or None,
         "time_scale_shift": "scale_shift" if unet["scale_shift_norm"] else "default",
         "conv_kernel_size": unet["init_conv_kernel_size"],
-        "low_res_noise_conditioning": bool(model_config.get("noise_cond_aug", False)),
+        "low_res_noise_conditioning": bool(model_config.get("noise_cond_aug", unet["noise_cond_aug"])),
     }
-    if model_config["unet_type"] == "sr":
-        return EfficientUNetModel(
-            layers_per_block=tuple(unet["num_resblocks"]),
-            attention_types=tuple(unet["attention_type"] if at else None for at in unet["atnn_enabled_at"]),
-            skip_connection_scaling=unet["skip_connection_scaling"],
-            **shared,
-        )
+    model = _efficient_unet(unet, shared) if is_efficient else _imagen_unet(unet, shared, unet_type == "sr-unet")
+    if unet["stable_attention"]:
+        model.set_attn_processor(StableImagenAttnProcessor())
+    return model
+
+
+def _with_defaults(unet: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """The `unet:` section with NeMo's defaults for what it leaves out."""
+    unknown = [key for key in unet if key not in defaults]
+    if unknown:
+        raise ValueError(f"`unet` has the options {unknown}, but NeMo's network takes {list(defaults)}.")
+    missing = [key for key, default in defaults.items() if default is REQUIRED and key not in unet]
+    if missing:
+        raise ValueError(f"`unet` lacks the options {missing}, which have no default.")
+    return {**defaults, **unet}
+
+
+def _imagen_unet(unet: dict[str, Any], shared: dict[str, Any], is_super_resolution: bool) -> ImagenUNetModel:
+    """NeMo's `UNetModel`."""
     layers = unet["num_res_blocks"]
-    resample = "resnet" if unet["resblock_updown"] else "conv" if unet["resample_with_conv"] else "pool"
+    # NeMo puts attention at the strides that these floor to, and ignores those that no level has
+    strides = {unet["image_size"] // side for side in unet["attention_resolutions"]}
+    strides &= {2**level for level in range(len(unet["channel_mult"]))}
     return ImagenUNetModel(
         layers_per_block=layers if isinstance(layers, int) else tuple(layers),
-        attention_resolutions=tuple(unet["attention_resolutions"]),
+        attention_resolutions=tuple(unet["image_size"] // stride for stride in sorted(strides)),
         attention_type=unet["attention_type"],
         cross_attention_dim=unet["cond_dim"],
-        resample_type=resample,
+        resample_type="resnet" if unet["resblock_updown"] else "conv" if unet["resample_with_conv"] else "pool",
         dropout=float(unet["dropout"]),
-        low_res_conditioning=bool(unet.get("low_res_cond", False)),
+        low_res_conditioning=is_super_resolution or bool(unet["low_res_cond"]),
+        **shared,
+    )
+
+
+def _efficient_unet(unet: dict[str, Any], shared: dict[str, Any]) -> EfficientUNetModel:
+    """NeMo's `EfficientUNetModel`."""
+    if unet["stride"] != 2:
+        raise ValueError(f"`stride` is {unet['stride']}, but should be 2: NeMo's levels do not fit together otherwise.")
+    return EfficientUNetModel(
+        layers_per_block=tuple(unet["num_resblocks"]),
+        attention_types=tuple(unet["attention_type"] if at else None for at in unet["atnn_enabled_at"]),
+        skip_connection_scaling=unet["skip_connection_scaling"],
         **shared,
     )
 
