@@ -222,7 +222,9 @@ def _imagen_unet(unet: dict[str, Any], shared: dict[str, Any], is_super_resoluti
 def _efficient_unet(unet: dict[str, Any], shared: dict[str, Any]) -> EfficientUNetModel:
     """NeMo's `EfficientUNetModel`."""
     if unet["stride"] != 2:
-        raise ValueError(f"`stride` is {unet['stride']}, but should be 2: NeMo's levels do not fit together otherwise.")
+        raise ValueError(
+            f"`stride` is {unet['stride']}, but should be 2: NeMo's levels do not fit together otherwise."
+        )
     return EfficientUNetModel(
         layers_per_block=tuple(unet["num_resblocks"]),
         attention_types=tuple(unet["attention_type"] if at else None for at in unet["atnn_enabled_at"]),
