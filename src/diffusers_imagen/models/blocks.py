@@ -6,6 +6,7 @@ Shapes: B batch, C channels, H x W pixels, T width of the time embedding.
 from typing import Literal, Optional
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .attention import zero_init
@@ -14,6 +15,11 @@ from .embeddings import TextKeyValue
 
 TimeScaleShift = Literal["default", "scale_shift"]
 ResampleType = Literal["conv", "pool", "resnet"]
+
+
+def overwrite_silu(x: torch.Tensor) -> torch.Tensor:
+    """SiLU, in place where no gradient is asked for: on a CPU new memory costs more than the arithmetic."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
 def pool_downsample() -> nn.Module:
@@ -61,11 +67,10 @@ class ResBlock(nn.Module):
             self.resample_branch, self.resample_shortcut = (transposed_upsample(in_channels) for _ in range(2))
         project_shortcut = shortcut_scale is not None or in_channels != out_channels
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if project_shortcut else None
-        self.act = nn.SiLU()
 
     def forward(self, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
         """`temb` `(B, T)` comes already through its activation, which all blocks share."""
-        h = self.act(self.norm1(x))  # (B, C_in, H, W)
+        h = overwrite_silu(self.norm1(x))  # (B, C_in, H, W)
         if self.resample_branch is not None:
             h, x = self.resample_branch(h), self.resample_shortcut(x)
         h = self.conv1(h)  # (B, C_out, H', W')
@@ -76,11 +81,11 @@ class ResBlock(nn.Module):
             h = torch.addcmul(shift, self.norm2(h), 1 + scale)
         else:
             h = self.norm2(h + temb)
-        h = self.conv2(self.dropout(self.act(h)))
+        h = self.conv2(self.dropout(overwrite_silu(h)))  # (B, C_out, H', W')
 
         if self.conv_shortcut is not None:
             x = self.conv_shortcut(x)
-        return torch.add(h, x, alpha=self.shortcut_scale)
+        return h.add_(x, alpha=self.shortcut_scale)
 
 
 class ImagenBlock(nn.Module):

@@ -3,12 +3,19 @@
 from typing import Optional, Union, get_args
 
 import torch
-import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from .attention import AttentionType, make_attention
-from .blocks import ImagenBlock, ResampleType, ResBlock, TimeScaleShift, pool_downsample, transposed_upsample
+from .blocks import (
+    ImagenBlock,
+    ResampleType,
+    ResBlock,
+    TimeScaleShift,
+    overwrite_silu,
+    pool_downsample,
+    transposed_upsample,
+)
 from .embeddings import TextConditioning, TextPooling
 from .unet_base import ConditionalUNet, ImagenUNetOutput, check_choice, count_heads, per_level
 
@@ -197,7 +204,7 @@ class ImagenUNetModel(ConditionalUNet):
             if level.resampler is not None:
                 h = level.resample(h, temb)
 
-        h = self.conv_out(F.silu(self.norm_out(h)))  # (B, out_channels, H, W)
+        h = self.conv_out(overwrite_silu(self.norm_out(h)))  # (B, out_channels, H, W)
         return ImagenUNetOutput(sample=h) if return_dict else (h,)
 
 

@@ -1,0 +1,277 @@
+#!/usr/bin/env python
+"""Times a network against a plain transcription of itself and against diffusers' UNet2DConditionModel.
+
+    python scripts/benchmark_unet.py --preset emoji_base_64 --batch_size 1 4
+
+Three contenders make the same guided prediction (a conditional and an unconditional one), and the same training step:
+
+- `ours`: both predictions in one batch, the text encoded beforehand, attention through diffusers' backends,
+  channels_last. `--compile` adds torch.compile.
+- `plain`: the same layers run as they are usually written: two passes, each of which encodes the text, attention by
+  einsum, every operation on memory of its own. Its prediction is checked against ours.
+- `diffusers`: a UNet2DConditionModel with the same levels and a width that gives about as many FLOPs, both predictions
+  in one batch.
+
+They take turns within one run, so that a ratio compares times of the same minutes; the table has medians.
+"""
+
+import argparse
+import time
+from types import MethodType
+from typing import Callable
+
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from diffusers.utils import logging
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm.auto import tqdm
+
+from diffusers_imagen import ImagenUNetModel
+from diffusers_imagen.models.blocks import ResBlock
+from diffusers_imagen.models.unet_base import ConditionalUNet
+from diffusers_imagen.presets import PRESETS, create_unet
+
+
+GUIDANCE = 4.0
+
+
+class EinsumAttnProcessor:
+    """Attention as the formula stands."""
+
+    def __call__(self, attn, hidden_states, text=None):
+        query, key, value, mask = attn.project(hidden_states, text)
+        scores = torch.einsum("bnhd,bmhd->bhnm", query, key) * query.shape[-1] ** -0.5
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        return attn.merge(torch.einsum("bhnm,bmhd->bnhd", scores.softmax(dim=-1), value), hidden_states)
+
+
+def plain_resblock(self, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+    """A residual block as the formula stands."""
+    h = F.silu(self.norm1(x))
+    if self.resample_branch is not None:
+        h, x = self.resample_branch(h), self.resample_shortcut(x)
+    h = self.conv1(h)
+    temb = self.time_emb_proj(temb)[:, :, None, None]
+    if self.scale_shift:
+        scale, shift = temb.chunk(2, dim=1)
+        h = self.norm2(h) * (1 + scale) + shift
+    else:
+        h = self.norm2(h + temb)
+    h = self.conv2(self.dropout(F.silu(h)))
+    if self.conv_shortcut is not None:
+        x = self.conv_shortcut(x)
+    return h + x * self.shortcut_scale if self.shortcut_scale != 1.0 else h + x
+
+
+class Contender:
+    """A network, and how it is called: `predict` with guidance, `train` for the gradients of one batch."""
+
+    def __init__(self, unet: torch.nn.Module, inputs: dict[str, torch.Tensor]):
+        self.unet, self.inputs = unet, inputs
+
+    def predict(self) -> torch.Tensor:
+        raise NotImplementedError
+
+    def train(self) -> torch.Tensor:
+        self.unet.zero_grad(set_to_none=True)
+        output = self.unet(**self.inputs, return_dict=False)[0]
+        output.float().square().mean().backward()
+        return output
+
+
+class Ours(Contender):
+    def __init__(self, unet: ConditionalUNet, inputs: dict[str, torch.Tensor], compiled: bool):
+        unet.to(memory_format=torch.channels_last)
+        inputs = {**inputs, "sample": inputs["sample"].contiguous(memory_format=torch.channels_last)}
+        super().__init__(torch.compile(unet, fullgraph=True) if compiled else unet, inputs)
+        text = torch.cat([torch.zeros_like(inputs["encoder_hidden_states"]), inputs["encoder_hidden_states"]])
+        with torch.no_grad():
+            text = unet.encode_text(text, torch.cat([inputs["encoder_attention_mask"]] * 2))
+        doubled = {name: torch.cat([value, value]) for name, value in inputs.items() if not name.startswith("encoder")}
+        self.doubled = {**doubled, "encoder_hidden_states": text}
+
+    def predict(self) -> torch.Tensor:
+        unconditional, conditional = self.unet(**self.doubled, return_dict=False)[0].chunk(2)
+        return unconditional + GUIDANCE * (conditional - unconditional)
+
+
+class Plain(Contender):
+    def __init__(self, unet: ConditionalUNet, inputs: dict[str, torch.Tensor]):
+        unet.set_attn_processor(EinsumAttnProcessor())
+        for module in unet.modules():
+            if isinstance(module, ResBlock):
+                module.forward = MethodType(plain_resblock, module)
+        super().__init__(unet, inputs)
+        self.unprompted = {**inputs, "encoder_hidden_states": torch.zeros_like(inputs["encoder_hidden_states"])}
+
+    def predict(self) -> torch.Tensor:
+        conditional = self.unet(**self.inputs, return_dict=False)[0]
+        unconditional = self.unet(**self.unprompted, return_dict=False)[0]
+        return unconditional + GUIDANCE * (conditional - unconditional)
+
+
+class Diffusers(Contender):
+    def __init__(self, unet: UNet2DConditionModel, inputs: dict[str, torch.Tensor]):
+        names = ("sample", "timestep", "encoder_hidden_states", "encoder_attention_mask")
+        super().__init__(unet, {name: inputs[name] for name in names})
+        self.doubled = {name: torch.cat([value, value]) for name, value in self.inputs.items()}
+
+    def predict(self) -> torch.Tensor:
+        unconditional, conditional = self.unet(**self.doubled, return_dict=False)[0].chunk(2)
+        return unconditional + GUIDANCE * (conditional - unconditional)
+
+
+def make_inputs(unet: ConditionalUNet, batch_size: int, tokens: int) -> dict[str, torch.Tensor]:
+    """A batch of prompts, of which the even ones fill half of their tokens."""
+    generator = torch.Generator().manual_seed(0)
+    config, side = unet.config, unet.config.sample_size
+    lengths = torch.full((batch_size, 1), tokens)
+    lengths[::2] = tokens // 2
+    mask = torch.arange(tokens) < lengths
+    inputs = {
+        "sample": torch.randn(batch_size, config.in_channels, side, side, generator=generator),
+        "timestep": torch.full((batch_size,), -0.5),
+        "encoder_hidden_states": torch.randn(batch_size, tokens, config.encoder_hid_dim, generator=generator)
+        * mask[..., None],
+        "encoder_attention_mask": mask,
+    }
+    if config.low_res_conditioning:
+        inputs["low_res_sample"] = torch.randn(inputs["sample"].shape, generator=generator)
+    if config.low_res_noise_conditioning:
+        inputs["low_res_timestep"] = torch.full((batch_size,), -1.0)
+    return inputs
+
+
+def count_flops(unet: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> int:
+    """FLOPs of one prediction for one image, counted without computing it."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        unet.to("meta")(**{name: value[:1].to("meta") for name, value in inputs.items()})
+    return counter.get_total_flops()
+
+
+def diffusers_unet(unet: ConditionalUNet, flops: int, inputs: dict[str, torch.Tensor]) -> UNet2DConditionModel:
+    """A UNet2DConditionModel with our levels and attention at the same ones, of the width that has the nearest FLOPs."""
+    names = ("sample", "timestep", "encoder_hidden_states")
+    inputs = {name: inputs[name] for name in names}
+    config, groups = unet.config, unet.config.norm_num_groups
+    if isinstance(unet, ImagenUNetModel):
+        attends = [
+            config.sample_size // 2**i in config.attention_resolutions for i in range(len(config.block_out_channels))
+        ]
+    else:
+        attends = [attention_type is not None for attention_type in config.attention_types]
+
+    def build(share: float) -> UNet2DConditionModel:
+        return UNet2DConditionModel(
+            in_channels=config.in_channels,
+            out_channels=config.out_channels,
+            block_out_channels=[max(groups, round(share * c / groups) * groups) for c in config.block_out_channels],
+            layers_per_block=config.layers_per_block,
+            down_block_types=["CrossAttnDownBlock2D" if attention else "DownBlock2D" for attention in attends],
+            up_block_types=["CrossAttnUpBlock2D" if attention else "UpBlock2D" for attention in attends[::-1]],
+            attention_head_dim=8,
+            cross_attention_dim=config.encoder_hid_dim,
+            norm_num_groups=groups,
+        )
+
+    def distance(share: float) -> int:
+        with torch.device("meta"):
+            return abs(count_flops(build(share), inputs) - flops)
+
+    return build(min((eighths / 8 for eighths in range(4, 13)), key=distance))
+
+
+def peak_memory(call: Callable, device: torch.device) -> float:
+    """The most memory that a call holds beyond what was held before, in MiB."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    held = peak = 0
+    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak / 2**20
+
+
+def measure(calls: dict[str, Callable], device: torch.device, repeats: int) -> dict[str, float]:
+    """Median seconds of each call; they take turns, and the first round does not count."""
+    times = {name: [] for name in calls}
+    for _ in tqdm(range(repeats + 1), leave=False, disable=None):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times[name].append(time.perf_counter() - start)
+    return {name: torch.tensor(values[1:]).median().item() for name, values in times.items()}
+
+
+def report(kind: str, batch_size: int, calls: dict[str, Callable], device: torch.device, repeats: int) -> None:
+    """Prints a row for each contender; ratios are its time over that of `ours`."""
+    seconds = measure(calls, device, repeats)
+    for name, call in calls.items():
+        ratio = seconds[name] / seconds["ours"]
+        memory = peak_memory(call, device)
+        print(
+            f"| {kind} | {batch_size} | {name} | {1000 * seconds[name]:.1f} | {ratio:.2f} | {memory:.0f} |", flush=True
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="emoji_base_64")
+    parser.add_argument("--batch_size", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--tokens", type=int, default=128, help="text tokens; default: %(default)s")
+    parser.add_argument("--repeats", type=int, default=10, help="rounds that count; default: %(default)s")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", action="store_true", help="compile our network")
+    args = parser.parse_args()
+    logging.set_verbosity_error()
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+
+    torch.manual_seed(0)
+    unet, plain = create_unet(args.preset), create_unet(args.preset)
+    plain.load_state_dict(unet.state_dict())
+    inputs = make_inputs(unet, 1, args.tokens)
+    with torch.device("meta"):
+        flops = count_flops(create_unet(args.preset), inputs)
+    other = diffusers_unet(unet, flops, inputs)
+    other_flops = count_flops(UNet2DConditionModel.from_config(other.config), Diffusers(other, inputs).inputs)
+    for network in (unet, plain, other):
+        network.to(device, dtype)
+    print(f"{args.preset}: {flops / 1e9:.2f} GFLOP a prediction; UNet2DConditionModel: {other_flops / 1e9:.2f} GFLOP")
+    print(f"{device}, {args.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
+    print("| | batch | network | ms | time / ours | peak MiB |\n|---|---|---|---|---|---|")
+
+    for batch_size in args.batch_size:
+        inputs = {
+            name: value.to(device, dtype) if name.endswith(("sample", "states")) else value.to(device)
+            for name, value in make_inputs(unet, batch_size, args.tokens).items()
+        }
+        contenders = {
+            "ours": Ours(unet, inputs, args.compile),
+            "plain": Plain(plain, inputs),
+            "diffusers": Diffusers(other, inputs),
+        }
+        with torch.no_grad():
+            if dtype == torch.float32:
+                torch.testing.assert_close(
+                    contenders["ours"].predict(), contenders["plain"].predict(), atol=1e-3, rtol=1e-3
+                )
+            predictions = {name: contender.predict for name, contender in contenders.items()}
+            report("guided prediction", batch_size, predictions, device, args.repeats)
+        training = {name: contender.train for name, contender in contenders.items()}
+        report("training step", batch_size, training, device, args.repeats)
+
+
+if __name__ == "__main__":
+    main()
