@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoPipelineForText2Image, DiffusionPipeline, EDMDPMSolverMultistepScheduler, EDMEulerScheduler
 from safetensors.torch import load_file
 
-from diffusers_imagen import EDMHeunScheduler, ImagenCascadePipeline
+from diffusers_imagen import EDMAdamsScheduler, EDMHeunScheduler, ImagenCascadePipeline
 from diffusers_imagen.conversion import load_nemo_unet
 
 
@@ -137,8 +137,8 @@ def test_the_text_encoder_runs_once_and_the_text_is_projected_once(cascade):
     assert len(encoder) == 1 and len(projections) == 1
 
 
-@pytest.mark.parametrize("scheduler_class", [EDMEulerScheduler, EDMDPMSolverMultistepScheduler])
-def test_diffusers_edm_schedulers_drive_the_stages(cascade, scheduler_class):
+@pytest.mark.parametrize("scheduler_class", [EDMAdamsScheduler, EDMEulerScheduler, EDMDPMSolverMultistepScheduler])
+def test_other_edm_schedulers_drive_the_stages(cascade, scheduler_class):
     cascade.base_scheduler = scheduler_class(sigma_max=80.0, sigma_data=0.5)
     many = run(cascade, output_resolution=16, num_inference_steps=100, output_type="latent").images
     cascade.base_scheduler = EDMHeunScheduler()

@@ -1,0 +1,183 @@
+#!/usr/bin/env python
+"""Measures sampling error against evaluations of the network, and writes docs/solvers.md and docs/solvers.png.
+
+The networks are mixtures of Gaussians, whose denoised image is known in closed form: the reference mixture, and others
+drawn from seeds. The error is the mean absolute distance to the exact trajectory's end, from the same noise.
+"""
+
+import argparse
+import math
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import torch
+from diffusers import EDMDPMSolverMultistepScheduler, EDMEulerScheduler
+from PIL import Image, ImageDraw, ImageFont
+from safetensors.torch import load_file
+
+from diffusers_imagen import ContinuousDDPMScheduler, EDMAdamsScheduler, EDMHeunScheduler
+from diffusers_imagen.diffusion import edm
+
+
+ROOT = Path(__file__).resolve().parents[1]
+REFERENCE = ROOT / "tests" / "fixtures" / "edm" / "edm_sampler_gmm.safetensors"
+CALLS = (5, 10, 18, 35, 71)
+SCHEDULERS = {
+    "EDMAdams": lambda: EDMAdamsScheduler(),
+    "EDMHeun": lambda: EDMHeunScheduler(),
+    "ContinuousDDPM, eta 0": lambda: ContinuousDDPMScheduler(preconditioning="edm", clip_sample=False, eta=0.0),
+    "diffusers EDMEuler": lambda: EDMEulerScheduler(),
+    "diffusers EDMDPMSolver 2": lambda: EDMDPMSolverMultistepScheduler(solver_order=2),
+    "diffusers EDMDPMSolver 3": lambda: EDMDPMSolverMultistepScheduler(solver_order=3),
+}
+COLOURS = ("#d62728", "#1f77b4", "#7f7f7f", "#2ca02c", "#9467bd", "#ff7f0e")
+
+
+class Mixture(NamedTuple):
+    """Gaussians of standard deviations `stds` (K,) around `means` (K, D)."""
+
+    name: str
+    means: torch.Tensor
+    weights: torch.Tensor
+    stds: torch.Tensor
+
+    def denoise(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """The mean of the clean points given noisy ones `(B, D)`."""
+        variance = self.stds**2 + sigma**2  # (K,)
+        offset = x[:, None] - self.means  # (B, K, D)
+        log_density = -offset.square().sum(-1) / (2 * variance) - self.means.shape[1] / 2 * variance.log()
+        posterior = (self.weights.log() + log_density).softmax(-1)
+        return (posterior[..., None] * (self.means + (self.stds**2 / variance)[:, None] * offset)).sum(1)
+
+    def network(self, x_in: torch.Tensor, c_noise: torch.Tensor) -> torch.Tensor:
+        """The raw output F of an ideal EDM network."""
+        sigma = edm.c_noise_to_sigma(c_noise.double())
+        c_skip, c_out, c_in = edm.preconditioning(sigma, 0.5)
+        x = x_in / c_in
+        return (self.denoise(x, sigma) - c_skip * x) / c_out
+
+
+def random_mixture(name: str, seed: int, components: int, dimensions: int, std: float) -> Mixture:
+    """Means of standard deviation 0.5, unequal weights, standard deviations within a factor of 2 of `std`."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = {"generator": generator, "dtype": torch.float64}
+    weights = torch.rand(components, **draw) + 0.05
+    stds = std * 2 ** (2 * torch.rand(components, **draw) - 1)
+    return Mixture(name, torch.randn(components, dimensions, **draw) / 2, weights / weights.sum(), stds)
+
+
+def mixtures() -> list[Mixture]:
+    stored = load_file(REFERENCE)
+    means, weights, std = (stored[f"mixture_{name}"].double() for name in ("means", "weights", "std"))
+    return [
+        Mixture("reference: 2 in the plane", means, weights, std.expand(len(means))),
+        random_mixture("4 in the plane, std 0.3", 1, 4, 2, 0.3),
+        random_mixture("12 in the plane, std 0.1", 2, 12, 2, 0.1),
+        random_mixture("40 in the plane, std 0.01", 3, 40, 2, 0.01),
+        random_mixture("20 in 32 dimensions, std 0.1", 4, 20, 32, 0.1),
+        random_mixture("50 in 64 dimensions, std 0.03", 5, 50, 64, 0.03),
+    ]
+
+
+def sample(scheduler, steps: int, mixture: Mixture, noise: torch.Tensor) -> torch.Tensor:
+    """The loop of any diffusers pipeline."""
+    scheduler.set_timesteps(steps)
+    x = noise * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        x = scheduler.step(mixture.network(scheduler.scale_model_input(x, t), t), t, x).prev_sample
+    return x
+
+
+def measure(mixture: Mixture, make: Callable, calls: int, noise: torch.Tensor, exact: torch.Tensor) -> float:
+    scheduler = make()
+    if scheduler.order == 2 and calls % 2 == 0:
+        return math.nan  # N steps are 2 N - 1 calls
+    steps = (calls + 1) // 2 if scheduler.order == 2 else calls
+    return (sample(scheduler, steps, mixture, noise) - exact).abs().mean().item()
+
+
+def compare(num_points: int) -> dict[str, dict[str, list[float]]]:
+    """Errors by mixture and scheduler, one for each of CALLS."""
+    results = {}
+    for mixture in mixtures():
+        noise = torch.randn(num_points, mixture.means.shape[1], generator=torch.Generator().manual_seed(0)).double()
+        exact = sample(EDMAdamsScheduler(), 600, mixture, noise)
+        results[mixture.name] = {
+            name: [measure(mixture, make, calls, noise, exact) for calls in CALLS] for name, make in SCHEDULERS.items()
+        }
+        print(mixture.name, flush=True)
+    return results
+
+
+def table(results: dict[str, dict[str, list[float]]]) -> str:
+    lines = []
+    for mixture, rows in results.items():
+        lines += [
+            f"### {mixture}",
+            "",
+            f"| evaluations | {' | '.join(map(str, CALLS))} |",
+            "|---" * (len(CALLS) + 1) + "|",
+        ]
+        best = [min(error for error in errors if error == error) for errors in zip(*rows.values())]
+        for name, errors in rows.items():
+            cells = (
+                f"**{e:.4f}**" if e == least else f"{e:.4f}".replace("nan", "–") for e, least in zip(errors, best)
+            )
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def plot(
+    results: dict[str, dict[str, list[float]]], columns: int = 3, side: int = 420, margin: int = 62
+) -> Image.Image:
+    """One panel a mixture, both axes logarithmic."""
+    font = ImageFont.load_default(15)
+    rows = math.ceil(len(results) / columns)
+    image = Image.new("RGB", (columns * side, rows * side + 70), "white")
+    draw = ImageDraw.Draw(image)
+    low, high = -4.5, 0.0  # powers of ten
+    for panel, (mixture, errors) in enumerate(results.items()):
+        left, top = panel % columns * side + margin, panel // columns * side + 34
+        width, height = side - margin - 14, side - 34 - 40
+
+        def place(calls, error):
+            x = math.log(calls / CALLS[0]) / math.log(CALLS[-1] / CALLS[0])
+            y = (high - math.log10(max(error, 10**low))) / (high - low)
+            return left + x * width, top + min(max(y, 0), 1) * height
+
+        draw.text((left, top - 24), mixture, "black", font)
+        for power in range(-4, 1):
+            y = place(CALLS[0], 10.0**power)[1]
+            draw.line([(left, y), (left + width, y)], "#dddddd")
+            draw.text((left - 6, y), f"{10.0**power:g}", "black", font, anchor="rm")
+        for calls in CALLS:
+            draw.text((place(calls, 1)[0], top + height + 6), str(calls), "black", font, anchor="ma")
+        for colour, values in reversed(list(zip(COLOURS, errors.values()))):
+            points = [place(calls, error) for calls, error in zip(CALLS, values) if error == error]
+            draw.line(points, colour, 3, joint="curve")
+            for x, y in points:
+                draw.ellipse([x - 4, y - 4, x + 4, y + 4], colour)
+    for index, (colour, name) in enumerate(zip(COLOURS, SCHEDULERS)):
+        x, y = 30 + index % 3 * side, rows * side + 10 + index // 3 * 28
+        draw.line([(x, y + 9), (x + 30, y + 9)], colour, 4)
+        draw.text((x + 38, y), name, "black", font)
+    return image
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output_dir", type=Path, default=ROOT / "docs")
+    parser.add_argument("--num_points", type=int, default=64, help="trajectories of each mixture")
+    args = parser.parse_args()
+    results = compare(args.num_points)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    heading = "# Error against evaluations of the network\n\nWritten by `scripts/compare_solvers.py`.\n\n"
+    (args.output_dir / "solvers.md").write_text(
+        heading + "![error against evaluations](solvers.png)\n\n" + table(results)
+    )
+    plot(results).save(args.output_dir / "solvers.png", optimize=True)
+
+
+if __name__ == "__main__":
+    main()
