@@ -269,11 +269,13 @@ def check_noise(
 def per_image_generators(
     generator: Union[torch.Generator, list[torch.Generator], None], num_images: int
 ) -> Optional[list[torch.Generator]]:
-    """A generator for each image: the caller's own, or ones seeded from the caller's single generator in turn.
+    """A generator for each image, seeded from its own of the caller's, or from the caller's single one in turn.
 
-    So an image depends on the seed and on its place, and not on how many images are made along with it.
+    So an image depends on the seed and on its place, and not on how many images are made along with it; and the first
+    image of a single generator is that of a list which begins with one of its seed.
     """
-    if generator is None or isinstance(generator, list):
-        return generator
-    seeds = [torch.randint(2**62, (), generator=generator, device=generator.device).item() for _ in range(num_images)]
-    return [torch.Generator(generator.device).manual_seed(seed) for seed in seeds]
+    if generator is None:
+        return None
+    sources = generator if isinstance(generator, list) else [generator] * num_images
+    seeds = [torch.randint(2**62, (), generator=source, device=source.device).item() for source in sources]
+    return [torch.Generator(source.device).manual_seed(seed) for source, seed in zip(sources, seeds)]

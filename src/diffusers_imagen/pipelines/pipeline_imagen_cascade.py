@@ -224,8 +224,8 @@ class ImagenCascadePipeline(ImagenPipelineMixin, DiffusionPipeline):
                 (RePaint, arXiv 2201.09865).
             num_images_per_prompt (`int`, defaults to 1): Images of each prompt.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
-                Source of all noise. From one generator each image gets a generator of its own, so that an image
-                depends on the seed and its place and not on the size of the batch; a list has one an image.
+                Source of all noise, one for all images or one for each. Each image gets a generator of its own from
+                it, so that an image depends on the seed and its place and not on the size of the batch.
             latents (`torch.Tensor`, *optional*): Unit noise `(images, 3, height, width)` of the first stage that runs.
             prompt_embeds, negative_prompt_embeds (`torch.Tensor` of shape `(prompts, tokens, width)`, *optional*):
                 Text states in place of the texts, zero at padded positions.

@@ -55,7 +55,6 @@ class ImagenSuperResolutionPipeline(ImagenPipelineMixin, DiffusionPipeline):
         scale_factor: int = 4,
     ):
         super().__init__()
-        inputs.check_count("scale_factor", [scale_factor])
         self.register_modules(unet=unet, scheduler=scheduler, tokenizer=tokenizer, text_encoder=text_encoder)
         self.register_to_config(scale_factor=scale_factor)
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
@@ -64,6 +63,7 @@ class ImagenSuperResolutionPipeline(ImagenPipelineMixin, DiffusionPipeline):
     def low_resolution(self) -> int:
         """Side of the images that the network was trained to enlarge, in pixels."""
         sample_size, factor = self.unet.config.sample_size, self.config.scale_factor
+        inputs.check_count("scale_factor", [factor])
         if sample_size % factor:
             raise ValueError(f"`scale_factor` is {factor}, which does not divide the network's {sample_size} px.")
         return sample_size // factor
