@@ -8,12 +8,12 @@ from typing import Any, NamedTuple, Optional, Union
 import diffusers
 from diffusers import AutoModel, DiffusionPipeline, SchedulerMixin
 from diffusers import __version__ as diffusers_version
-from diffusers.configuration_utils import ConfigMixin
 from huggingface_hub import file_exists
 from transformers import AutoModelForTextEncoding, AutoTokenizer, PreTrainedModel
 
 from ..models import EfficientUNetModel, ImagenUNetModel
 from ..models.blocks import ResBlock
+from ..schedulers import EDMHeunScheduler
 
 
 # diffusers compares a component's class with this hint when it hands components on to another pipeline
@@ -50,12 +50,6 @@ class Stage(NamedTuple):
 
 def check_stages(stages: list[Stage], text_encoder: Optional[PreTrainedModel]) -> None:
     """Raises ValueError for stages that do not fit together, or networks that were never trained."""
-    for below, stage in zip(stages, stages[1:]):
-        if stage.resolution % below.resolution or stage.resolution == below.resolution:
-            raise ValueError(
-                f"The stage `{stage.name}` is for {stage.resolution} px, which is no multiple of the "
-                f"{below.resolution} px of `{below.name}`, the stage before it."
-            )
     for stage in stages:
         is_base, takes_image = stage.name == "base", stage.unet.config.low_res_conditioning
         if is_base == takes_image:
@@ -68,6 +62,12 @@ def check_stages(stages: list[Stage], text_encoder: Optional[PreTrainedModel]) -
             check_trained(stage.name, unet)
         if stage.guidance_unet is not None and stage.guidance_unet.config.low_res_conditioning != takes_image:
             raise ValueError(f"The guidance network of the stage `{stage.name}` is one for another kind of stage.")
+    for below, stage in zip(stages, stages[1:]):
+        if stage.resolution % below.resolution or stage.resolution == below.resolution:
+            raise ValueError(
+                f"The stage `{stage.name}` is for {stage.resolution} px, which is no multiple of the "
+                f"{below.resolution} px of `{below.name}`, the stage before it."
+            )
 
 
 def check_text_width(stage: Stage, text_encoder: Optional[PreTrainedModel]) -> None:
@@ -149,8 +149,9 @@ def load_folder(folder: str, **kwargs) -> dict[str, Any]:
         has_index = file_exists(folder, "model_index.json", revision=kwargs.get("revision"), token=kwargs.get("token"))
     if has_index:
         return DiffusionPipeline.from_pretrained(folder, **kwargs).components
-    kwargs.pop("text_encoder", None), kwargs.pop("tokenizer", None)
-    config = ConfigMixin.load_config(folder, subfolder="scheduler")
+    for name in ("text_encoder", "tokenizer"):  # which only a pipeline has
+        kwargs.pop(name, None)
+    config = EDMHeunScheduler.load_config(folder, subfolder="scheduler")  # of any scheduler
     scheduler_class = getattr(diffusers, config["_class_name"])
     return {
         "unet": AutoModel.from_pretrained(folder, subfolder="unet", **kwargs),
