@@ -82,7 +82,8 @@ def denoise(
     """
     scheduler = plan.scheduler
     untouched = copy.deepcopy(scheduler) if any(call.back_to is not None for call in plan.calls) else None
-    scheduler.set_begin_index(plan.begins)
+    if hasattr(scheduler, "set_begin_index"):  # without it a scheduler goes by the timestep alone
+        scheduler.set_begin_index(plan.begins)
     predict = GuidedPrediction(pipe, plan, text, latents)
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     step_kwargs = {"generator": generators} if takes_generator else {}
