@@ -3,7 +3,12 @@
 from importlib.metadata import version
 
 from .models import EfficientUNetModel, ImagenUNetModel
-from .pipelines import ImagenCascadePipeline, ImagenPipelineOutput
+from .pipelines import (
+    ImagenCascadePipeline,
+    ImagenPipeline,
+    ImagenPipelineOutput,
+    ImagenSuperResolutionPipeline,
+)
 from .schedulers import ContinuousDDPMScheduler, EDMAdamsScheduler, EDMHeunScheduler
 
 
@@ -14,7 +19,9 @@ __all__ = [
     "EDMHeunScheduler",
     "EfficientUNetModel",
     "ImagenCascadePipeline",
+    "ImagenPipeline",
     "ImagenPipelineOutput",
+    "ImagenSuperResolutionPipeline",
     "ImagenUNetModel",
 ]
 

@@ -19,7 +19,7 @@ COMPONENTS = (
     "EDMAdamsScheduler",
     "EDMHeunScheduler",
 )
-PIPELINES = ("ImagenCascadePipeline",)
+PIPELINES = ("ImagenCascadePipeline", "ImagenPipeline", "ImagenSuperResolutionPipeline")
 
 
 def register(package: ModuleType) -> None:
@@ -35,7 +35,13 @@ def register(package: ModuleType) -> None:
             setattr(diffusers, name, getattr(package, name))
     for name in PIPELINES:
         setattr(pipelines, name, getattr(package, name))
-    auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING["imagen-cascade"] = package.ImagenCascadePipeline
+    for mapping in (
+        auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING,
+        auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
+        auto_pipeline.AUTO_INPAINT_PIPELINES_MAPPING,
+    ):
+        mapping["imagen-cascade"] = package.ImagenCascadePipeline
+        mapping["imagen"] = package.ImagenPipeline
 
 
 register(sys.modules[__package__])

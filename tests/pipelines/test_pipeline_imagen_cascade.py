@@ -1,10 +1,12 @@
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoPipelineForText2Image, DiffusionPipeline, EDMDPMSolverMultistepScheduler, EDMEulerScheduler
+from PIL import Image
 from safetensors.torch import load_file
 
 from diffusers_imagen import EDMAdamsScheduler, EDMHeunScheduler, ImagenCascadePipeline
@@ -202,6 +204,8 @@ def test_a_long_prompt_is_cut_with_a_warning(cascade, caplog):
     assert "'tiger face' is lost" in caplog.text
 
 
+PICTURE = torch.linspace(0, 1, 32)[None, None, None].expand(1, 3, 32, 32)
+SCALES = {"base": 4.0, "sr256": 1.0}
 BAD_INPUTS = {
     "no prompt": ({"prompt": None}, "Exactly one of `prompt`"),
     "prompt not a string": ({"prompt": 3}, "`prompt` is 3"),
@@ -228,6 +232,44 @@ BAD_INPUTS = {
     ),
     "both prompts": ({"prompt_embeds": torch.zeros(1, 4, 16)}, "Exactly one of `prompt`"),
     "two negative prompts": ({"negative_prompt": ["a", "b"]}, "2 negative prompts, but 1 prompts"),
+    "embeddings without a mask": (
+        {"prompt": None, "prompt_embeds": torch.zeros(1, 8, 16)},
+        "without `prompt_attention_mask`, of shape (1, 8)",
+    ),
+    "embeddings with NaN": (
+        {"prompt": None, "prompt_embeds": torch.full((1, 8, 16), math.nan), "prompt_attention_mask": torch.ones(1, 8)},
+        "`prompt_embeds` has values that are not finite",
+    ),
+    "negative embeddings of another length": (
+        {"negative_prompt_embeds": torch.zeros(1, 4, 16), "negative_prompt_attention_mask": torch.ones(1, 4)},
+        "Prompts have 8 tokens and negative prompts 4",
+    ),
+    "a stage that there is not": ({"guidance_scale": {**SCALES, "sr512": 1.0}}, "`guidance_scale` has ['sr512']"),
+    "an interval upside down": ({"guidance_interval": (5.0, 1.0)}, "`guidance_interval` is (5.0, 1.0)"),
+    "an interval of one number": ({"guidance_interval": 5.0}, "`guidance_interval` is 5.0"),
+    "rescale above one": ({"guidance_rescale": 1.5}, "`guidance_rescale` is 1.5"),
+    "one list of levels for two stages": ({"sigmas": [80.0, 1.0]}, "give a dict with a list for each stage"),
+    "levels that rise": ({"sigmas": {"base": [1.0, 80.0]}}, "must decrease strictly"),
+    "sigmas and timesteps": ({"sigmas": {"base": [1.0]}, "timesteps": {"base": [0.0]}}, "Only one of `sigmas`"),
+    "a height between strides": (
+        {"height": 34},
+        "`height` is 34, but the networks of this pipeline take multiples of 4",
+    ),
+    "a width that is no number": ({"width": 32.0}, "`width` is 32.0"),
+    "latents of another size": ({"latents": torch.zeros(1, 3, 16, 16), "height": 64}, "`height` is 64, but `latents`"),
+    "strength without image": ({"strength": 0.5}, "`strength` was given without `image`"),
+    "mask without image": ({"mask_image": PICTURE[:, :1]}, "`mask_image` was given without `image`"),
+    "too much strength": ({"image": PICTURE, "strength": 1.5}, "`strength` is 1.5"),
+    "too little strength": ({"image": PICTURE, "strength": 0.4}, "leaves none of the 2 steps of the stage `base`"),
+    "a mask of another size": ({"image": PICTURE, "mask_image": PICTURE[:, :1, 1:]}, "`mask_image` is 31x32"),
+    "a mask of nothing": ({"image": PICTURE, "mask_image": PICTURE[:, :1] * 0}, "has no pixel to paint anew"),
+    "two images": ({"image": torch.cat([PICTURE] * 2)}, "`image` has 2 images, but there are 1 prompts"),
+    "an image with NaN": ({"image": PICTURE * math.nan}, "`image` has values that are not finite"),
+    "an image to 255 in floating point": ({"image": PICTURE * 255}, "`image` has values from 0 to 255"),
+    "an image of two channels": ({"image": PICTURE[:, :2]}, "`image` has shape (2, 32, 32)"),
+    "an image that is a name": ({"image": "tiger.png"}, "`image` is a str"),
+    "nothing left to run": ({"image": PICTURE, "output_resolution": 16}, "`output_resolution` is 16, but the stages"),
+    "no resampling": ({"num_resample_times": 0}, "`num_resample_times` is 0"),
     "unknown callback tensor": ({"callback_on_step_end_tensor_inputs": ["x"]}, "['x']"),
 }
 
@@ -250,3 +292,90 @@ def test_a_prompt_needs_a_text_encoder(cascade):
 def test_noise_of_another_shape_is_carried_through_the_stages(cascade):
     out = run(cascade, latents=torch.randn(1, 3, 16, 24, generator=seeded()))
     assert out.stage_images[16].shape == (1, 16, 24, 3) and out.images.shape == (1, 32, 48, 3)
+
+
+def test_height_and_width_go_through_all_stages(cascade):
+    out = run(cascade, height=64, width=48)
+    assert out.stage_images[16].shape == (1, 32, 24, 3) and out.images.shape == (1, 64, 48, 3)
+    first = run(cascade, height=32, width=24, output_resolution=16).images
+    np.testing.assert_array_equal(first, out.stage_images[16])
+
+
+def test_super_resolution_starts_from_a_given_image(cascade):
+    base_calls, sr_calls = count_calls(cascade.base_unet), count_calls(cascade.sr256_unet)
+    drawn = run(cascade, output_resolution=16, output_type="pt").images
+    base_calls.clear()
+    out = run(cascade, image=drawn, num_inference_steps=[2], output_type="pt")
+    assert base_calls == [] and sr_calls == [1, 1, 1] and list(out.stage_images) == [32]
+    # every form of the image leads to the same
+    as_uint8 = (drawn * 255).round().to(torch.uint8)
+    pil = Image.fromarray(as_uint8[0].permute(1, 2, 0).numpy())
+    forms = [pil, [pil], np.asarray(pil), np.asarray(pil)[None], as_uint8, as_uint8[0], np.asarray(pil) / 255.0]
+    expected = run(cascade, image=as_uint8 / 255).images
+    for form in forms:
+        np.testing.assert_array_equal(run(cascade, image=form).images, expected)
+    np.testing.assert_allclose(expected, out.images.permute(0, 2, 3, 1).numpy(), atol=0.02)
+    # one image for each prompt, and of any size
+    two = run(cascade, ["a", "red"], image=[pil, pil.resize((40, 50))], num_images_per_prompt=2)
+    assert two.images.shape == (4, 32, 32, 3)
+    assert run(cascade, image=pil.resize((40, 60)), height=48, width=32).images.shape == (1, 48, 32, 3)
+
+
+def test_the_given_image_is_what_is_enlarged(cascade):
+    seen = []
+    cascade.sr256_unet.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["low_res_sample"]), with_kwargs=True
+    )
+    run(cascade, image=PICTURE, low_res_noise_level=0.002)
+    small = torch.nn.functional.interpolate(PICTURE * 2 - 1, (16, 16), mode="bicubic", antialias=True)
+    large = torch.nn.functional.interpolate(small, (32, 32), mode="bicubic")
+    torch.testing.assert_close(seen[0], large / (0.5**2 + 0.002**2) ** 0.5, atol=0.03, rtol=0)
+    assert all(torch.equal(image, seen[0]) for image in seen)  # drawn once
+
+
+def test_a_stretched_image_is_said_so(cascade, caplog):
+    import logging
+
+    logging.getLogger("diffusers_imagen").propagate = True
+    run(cascade, image=PICTURE[..., :16])
+    assert "stretched to 16x16" in caplog.text
+
+
+def test_inpainting_keeps_pixels_through_all_stages(cascade):
+    mask = torch.zeros(1, 1, 32, 32)
+    mask[..., :16] = 1
+    out = run(cascade, image=PICTURE, mask_image=mask, output_type="pt")
+    torch.testing.assert_close(out.images[..., 16:], PICTURE[..., 16:], atol=1e-6, rtol=0)
+    small = torch.nn.functional.interpolate(PICTURE * 2 - 1, (16, 16), mode="bicubic", antialias=True) / 2 + 0.5
+    torch.testing.assert_close(out.stage_images[16][..., 8:], small[..., 8:], atol=1e-6, rtol=0)
+    assert (out.images - PICTURE)[..., :16].abs().mean() > 0.05
+    # an image without the pixels of the last stage says nothing about them
+    small_out = run(cascade, image=small, mask_image=mask[..., ::2, ::2], output_type="pt")
+    torch.testing.assert_close(small_out.stage_images[16][..., 8:], small[..., 8:], atol=1e-6, rtol=0)
+    assert (small_out.images - PICTURE)[..., 16:].abs().max() > 1e-3
+
+
+def test_image_to_image_goes_through_all_stages(cascade):
+    calls = count_calls(cascade.base_unet)
+    out = run(cascade, image=PICTURE, strength=0.5, num_inference_steps=[4, 2])
+    assert len(calls) == 3 and sorted(out.stage_images) == [16, 32]
+
+
+def test_an_encoder_of_another_width_is_refused(cascade):
+    config = cascade.text_encoder.config
+    config.hidden_size = 24
+    with pytest.raises(ValueError, match="states of width 24, but a network of the stage `base` reads width 16"):
+        run(cascade)
+
+
+def test_an_encoder_that_overflows_is_refused(cascade):
+    with torch.no_grad():
+        cascade.text_encoder.embeddings.LayerNorm.weight.fill_(math.inf)
+    with pytest.raises(ValueError, match="makes states that are not finite: load it in torch.bfloat16"):
+        run(cascade)
+
+
+def test_a_tokenizer_without_length_is_refused(cascade):
+    cascade.tokenizer.model_max_length = int(1e30)
+    with pytest.raises(ValueError, match="`tokenizer.model_max_length` is not set"):
+        run(cascade)

@@ -1,36 +1,31 @@
-"""ImagenCascadePipeline: from a prompt to a picture. Read `__call__` first; the methods below it follow its order."""
+"""ImagenCascadePipeline: from a prompt to a picture. Read `__call__` first, then `denoising.py` from its top."""
 
-import inspect
-from typing import Any, Callable, NamedTuple, Optional, Union
+from typing import Any, Callable, Optional, Union
 
 import torch
-import torch.nn.functional as F
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import replace_example_docstring
-from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..diffusion.augmentation import augment_low_res
-from ..diffusion.guidance import classifier_free_guidance
-from ..models.embeddings import TextConditioning
-from ..models.unet_base import ConditionalUNet, check_choice
-from . import inputs
-from .inputs import double, full_mask, per_image_generators, per_stage
+from . import inputs, text
+from .denoising import run_stages
+from .images import ImageInput
+from .inputs import PerStage
+from .pipeline_mixin import ImagenPipelineMixin
 from .pipeline_output import ImagenPipelineOutput
-from .text import encode_text
+from .stages import (
+    DEFAULT_GUIDANCE,
+    DEFAULT_STEPS,
+    STAGE_NAMES,
+    Stage,
+    StageSource,
+    UNet,
+    check_stages,
+    load_stage,
+    load_text_parts,
+)
 
-
-STAGE_NAMES = ("base", "sr256", "sr1024")
-# the low-resolution image leaves little to decide: super-resolution needs few steps and no guidance
-DEFAULT_STEPS = {"base": 18, "sr256": 8, "sr1024": 8}
-DEFAULT_GUIDANCE = {"base": 4.0, "sr256": 1.0, "sr1024": 1.0}
-MIN_NOISE_LEVEL = 0.002  # EDM's lowest noise level; its conditioning value, a logarithm, has none at zero
-
-TextStates = tuple[
-    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
-]  # prompt, its mask, negative prompt, its mask
-Generators = Optional[list[torch.Generator]]
 
 EXAMPLE_DOC_STRING = """
     Examples:
@@ -45,27 +40,15 @@ EXAMPLE_DOC_STRING = """
 """
 
 
-class Stage(NamedTuple):
-    """One diffusion model of the cascade."""
-
-    name: str
-    unet: ConditionalUNet
-    scheduler: SchedulerMixin
-
-    @property
-    def resolution(self) -> int:
-        """Side of its images, in pixels."""
-        return self.unet.config.sample_size
-
-
-class ImagenCascadePipeline(DiffusionPipeline):
+class ImagenCascadePipeline(ImagenPipelineMixin, DiffusionPipeline):
     r"""
     Text to image through a base stage and super-resolution stages (Imagen, arXiv 2205.11487).
 
     Every component after the base stage is optional; so are tokenizer and text encoder, if embeddings are given.
+    How a predicted image is thresholded is a stage's scheduler's to say, in its configuration.
 
     Args:
-        base_unet ([`ImagenUNetModel`]): Network of the base stage.
+        base_unet ([`ImagenUNetModel`] or [`EfficientUNetModel`]): Network of the base stage.
         base_scheduler ([`SchedulerMixin`]): Scheduler of the base stage.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Its `model_max_length` is the number of tokens that the stages were trained with.
@@ -73,9 +56,12 @@ class ImagenCascadePipeline(DiffusionPipeline):
         sr256_unet, sr1024_unet ([`EfficientUNetModel`] or [`ImagenUNetModel`], *optional*):
             Networks of the super-resolution stages.
         sr256_scheduler, sr1024_scheduler ([`SchedulerMixin`], *optional*): Their schedulers.
+        base_guidance_unet ([`ImagenUNetModel`] or [`EfficientUNetModel`], *optional*):
+            A weaker network, less trained or smaller, that the base stage is guided away from in place of its own
+            prediction without text: autoguidance (arXiv 2406.02507).
     """
 
-    model_cpu_offload_seq = "text_encoder->base_unet->sr256_unet->sr1024_unet"
+    model_cpu_offload_seq = "text_encoder->base_guidance_unet->base_unet->sr256_unet->sr1024_unet"
     _optional_components = [
         "tokenizer",
         "text_encoder",
@@ -83,19 +69,20 @@ class ImagenCascadePipeline(DiffusionPipeline):
         "sr256_scheduler",
         "sr1024_unet",
         "sr1024_scheduler",
+        "base_guidance_unet",
     ]
-    _callback_tensor_inputs = ["latents"]
 
     def __init__(
         self,
-        base_unet: ConditionalUNet,
+        base_unet: UNet,
         base_scheduler: SchedulerMixin,
         tokenizer: Optional[PreTrainedTokenizerBase] = None,
         text_encoder: Optional[PreTrainedModel] = None,
-        sr256_unet: Optional[ConditionalUNet] = None,
+        sr256_unet: Optional[UNet] = None,
         sr256_scheduler: Optional[SchedulerMixin] = None,
-        sr1024_unet: Optional[ConditionalUNet] = None,
+        sr1024_unet: Optional[UNet] = None,
         sr1024_scheduler: Optional[SchedulerMixin] = None,
+        base_guidance_unet: Optional[UNet] = None,
     ):
         super().__init__()
         self.register_modules(
@@ -107,29 +94,61 @@ class ImagenCascadePipeline(DiffusionPipeline):
             sr256_scheduler=sr256_scheduler,
             sr1024_unet=sr1024_unet,
             sr1024_scheduler=sr1024_scheduler,
+            base_guidance_unet=base_guidance_unet,
         )
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
+
+    @classmethod
+    def from_stages(
+        cls,
+        base: StageSource,
+        sr256: Optional[StageSource] = None,
+        sr1024: Optional[StageSource] = None,
+        text_encoder: Union[PreTrainedModel, str, None] = None,
+        tokenizer: Optional[PreTrainedTokenizerBase] = None,
+        **kwargs: Any,
+    ) -> "ImagenCascadePipeline":
+        r"""
+        Composes a cascade of stages that were trained one by one.
+
+        Args:
+            base (`str`, [`DiffusionPipeline`] or `tuple`):
+                The base stage: the folder that training wrote, a Hub id, an [`ImagenPipeline`], or the pair of a
+                network and its scheduler.
+            sr256, sr1024 (the same, *optional*): The super-resolution stages.
+            text_encoder ([`~transformers.PreTrainedModel`] or `str`, *optional*):
+                The text encoder, or a folder or Hub id with `text_encoder/` and `tokenizer/`; by default that of
+                `base`, if it has one.
+            tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Its tokenizer.
+            kwargs: For `from_pretrained` of what is loaded, such as `dtype`, `variant` or `revision`.
+
+        Raises:
+            ValueError: If a source is no stage, or the stages do not fit together.
+        """
+        parts = load_stage(base, **kwargs)
+        components = {"text_encoder": parts.get("text_encoder"), "tokenizer": parts.get("tokenizer")}
+        components["base_guidance_unet"] = parts.get("guidance_unet")
+        if isinstance(text_encoder, str):
+            components.update(load_text_parts(text_encoder, **kwargs))
+        elif text_encoder is not None:
+            components["text_encoder"] = text_encoder
+        if tokenizer is not None:
+            components["tokenizer"] = tokenizer
+        components.update(base_unet=parts["unet"], base_scheduler=parts["scheduler"])
+        for name, source in (("sr256", sr256), ("sr1024", sr1024)):
+            if source is not None:  # all stages read the text of one encoder
+                parts = load_stage(source, text_encoder=None, tokenizer=None, **kwargs)
+                components.update({f"{name}_unet": parts["unet"], f"{name}_scheduler": parts["scheduler"]})
+        pipe = cls(**components)
+        check_stages(pipe.stages, pipe.text_encoder)
+        return pipe
 
     @property
     def stages(self) -> list[Stage]:
         """The stages that are present, in the order in which they run."""
-        named = ((name, getattr(self, f"{name}_unet"), getattr(self, f"{name}_scheduler")) for name in STAGE_NAMES)
-        return [Stage(name, unet, scheduler) for name, unet, scheduler in named if unet is not None]
-
-    @property
-    def num_timesteps(self) -> int:
-        """Network calls of the running or last call, over all stages."""
-        return self._num_timesteps
-
-    @property
-    def guidance_scale(self) -> float:
-        """Guidance scale of the stage that runs."""
-        return self._guidance_scale
-
-    @property
-    def interrupt(self) -> bool:
-        """Set `_interrupt` in a callback to stop after the step that runs."""
-        return self._interrupt
+        parts = ((name, getattr(self, f"{name}_unet"), getattr(self, f"{name}_scheduler")) for name in STAGE_NAMES)
+        guides = {"base": self.base_guidance_unet}
+        return [Stage(name, unet, scheduler, guides.get(name)) for name, unet, scheduler in parts if unet is not None]
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
@@ -137,10 +156,20 @@ class ImagenCascadePipeline(DiffusionPipeline):
         self,
         prompt: Union[str, list[str], None] = None,
         negative_prompt: Union[str, list[str], None] = None,
+        image: Optional[ImageInput] = None,
+        mask_image: Optional[ImageInput] = None,
+        strength: Optional[float] = None,
         output_resolution: Optional[int] = None,
-        num_inference_steps: Union[int, list[int], dict[str, int]] = DEFAULT_STEPS,
-        guidance_scale: Union[float, list[float], dict[str, float]] = DEFAULT_GUIDANCE,
-        low_res_noise_level: Union[float, list[float], dict[str, float]] = 0.1,
+        height: Optional[int] = None,
+        width: Optional[int] = None,
+        num_inference_steps: PerStage[int] = DEFAULT_STEPS,
+        sigmas: Union[list[float], dict[str, list[float]], None] = None,
+        timesteps: Union[list[float], dict[str, list[float]], None] = None,
+        guidance_scale: PerStage[float] = DEFAULT_GUIDANCE,
+        guidance_interval: Optional[PerStage[tuple[float, float]]] = None,
+        guidance_rescale: PerStage[float] = 0.0,
+        low_res_noise_level: PerStage[float] = 0.1,
+        num_resample_times: int = 4,
         num_images_per_prompt: int = 1,
         generator: Union[torch.Generator, list[torch.Generator], None] = None,
         latents: Optional[torch.Tensor] = None,
@@ -154,27 +183,54 @@ class ImagenCascadePipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
     ) -> Union[ImagenPipelineOutput, tuple]:
         r"""
+        Arguments that each stage has its own value of take one for all stages, a list with one for each stage that
+        runs, or a dict by stage name: `base`, `sr256`, `sr1024`.
+
         Args:
             prompt (`str` or `list[str]`): What to draw.
             negative_prompt (`str` or `list[str]`, *optional*):
                 What to guide away from; without it, guidance is away from the absence of text, as in training.
+            image (PIL image, `np.ndarray`, `torch.Tensor` or a list of them, *optional*):
+                One for all prompts or one for each, of any size: PIL or uint8, or floating point in [0, 1], or in
+                [-1, 1] if any value is negative; channels last in arrays and first in tensors. Alone it takes the
+                place of the base stage's image, and super-resolution starts from it; with `strength` the base stage
+                changes it; with `mask_image` it is painted anew in places. It is stretched to the size of the stage:
+                give `height` and `width` in its proportions.
+            mask_image (the same, *optional*):
+                Of the image's size, white (1, or 255 in uint8) where it is painted anew. Every stage keeps the other
+                pixels that the image has at its resolution.
+            strength (`float`, *optional*):
+                How much the base stage changes `image`: the share of its steps that run, above 0. 1 starts from noise
+                alone, and is what `mask_image` has if not given.
             output_resolution (`int`, *optional*): Resolution of the stage to stop after; the last stage's if None.
-            num_inference_steps (`int`, `list[int]` or `dict[str, int]`, defaults to 18 and then 8):
-                Steps of all stages, of each that runs, or by stage name: `base`, `sr256`, `sr1024`.
+            height, width (`int`, *optional*):
+                Of the last image in pixels; earlier stages have that in proportion. Its `output_resolution` if None.
+            num_inference_steps (`int`, `list[int]` or `dict[str, int]`, defaults to 18 and then 8): Steps.
+            sigmas, timesteps (`list[float]` or `dict[str, list[float]]`, *optional*):
+                The scheduler's noise levels or conditioning values in place of a number of steps; a dict by stage
+                name if several stages run.
             guidance_scale (`float`, `list[float]` or `dict[str, float]`, defaults to 4 and then 1):
-                Weight of classifier-free guidance, in the same forms; 1 turns it off.
+                Weight of classifier-free guidance; 1 turns it off.
+            guidance_interval (`tuple[float, float]`, `list` or `dict` of them, *optional*):
+                Lowest and highest noise level (EDM's sigma) with guidance; outside, only the prompt's branch runs
+                (arXiv 2404.07724).
+            guidance_rescale (`float`, `list[float]` or `dict[str, float]`, defaults to 0):
+                Share of the guided prediction that is brought back to the contrast without (arXiv 2305.08891).
             low_res_noise_level (`float`, `list[float]` or `dict[str, float]`, defaults to 0.1):
-                Sigma of the noise in the low-resolution image, for all super-resolution stages, each that runs, or
-                by stage name. Stages without noise conditioning take none.
+                Sigma of the noise in the low-resolution image; a list has it for each super-resolution stage. Stages
+                without noise conditioning take none.
+            num_resample_times (`int`, defaults to 4):
+                With `mask_image`, how often the base stage does each step, to bring new and known pixels into harmony
+                (RePaint, arXiv 2201.09865).
             num_images_per_prompt (`int`, defaults to 1): Images of each prompt.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
-                Source of all noise. From one generator each image gets a generator of its own, so that an image
-                depends on the seed and its place and not on the size of the batch; a list has one an image.
-            latents (`torch.Tensor`, *optional*): Unit noise `(images, 3, height, width)` of the base stage.
+                Source of all noise, one for all images or one for each. Each image gets a generator of its own from
+                it, so that an image depends on the seed and its place and not on the size of the batch.
+            latents (`torch.Tensor`, *optional*): Unit noise `(images, 3, height, width)` of the first stage that runs.
             prompt_embeds, negative_prompt_embeds (`torch.Tensor` of shape `(prompts, tokens, width)`, *optional*):
                 Text states in place of the texts, zero at padded positions.
             prompt_attention_mask, negative_prompt_attention_mask (`torch.Tensor` of shape `(prompts, tokens)`):
-                Which tokens count; all if not given.
+                Which tokens of the embeddings count.
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
             return_dict (`bool`, defaults to `True`): An [`ImagenPipelineOutput`], or a tuple.
             callback_on_step_end (`Callable`, *optional*):
@@ -189,70 +245,67 @@ class ImagenCascadePipeline(DiffusionPipeline):
         Raises:
             ValueError: If an argument does not fit, before any network runs.
         """
-        # 1. Check everything before any network runs
-        stages = self.stages_up_to(output_resolution)
-        steps = per_stage("num_inference_steps", num_inference_steps, stages)
-        scales = per_stage("guidance_scale", guidance_scale, stages)
-        noise_levels = per_stage("low_res_noise_level", low_res_noise_level, stages[1:])
-        inputs.check_count("num_inference_steps", steps)
-        inputs.check_finite("guidance_scale", scales, minimum=0.0)
-        inputs.check_finite("low_res_noise_level", noise_levels, minimum=MIN_NOISE_LEVEL)
-        check_choice("output_type", output_type, inputs.OUTPUT_TYPES)
-        inputs.check_count("num_images_per_prompt", [num_images_per_prompt])
-        self.check_text(
-            prompt,
-            negative_prompt,
-            prompt_embeds,
-            prompt_attention_mask,
-            negative_prompt_embeds,
-            negative_prompt_attention_mask,
+        # 1. Check everything and lay out every network call, before any network runs
+        upscales = image is not None and mask_image is None and strength is None
+        stages = self.stages_up_to(output_resolution, skip_base=upscales)
+        settings = inputs.stage_settings(
+            stages,
+            num_inference_steps,
+            sigmas,
+            timesteps,
+            guidance_scale,
+            guidance_interval,
+            guidance_rescale,
+            low_res_noise_level,
         )
-        num_images = inputs.count_prompts(prompt, prompt_embeds) * num_images_per_prompt
-        self.check_noise(generator, latents, num_images)
-        generators = per_image_generators(generator, num_images)
+        texts = {
+            "prompt": prompt,
+            "negative_prompt": negative_prompt,
+            "prompt_embeds": prompt_embeds,
+            "prompt_attention_mask": prompt_attention_mask,
+            "negative_prompt_embeds": negative_prompt_embeds,
+            "negative_prompt_attention_mask": negative_prompt_attention_mask,
+        }
+        request = self.check_inputs(
+            stages,
+            settings,
+            self.stages[0].resolution if upscales else None,
+            image,
+            mask_image,
+            strength,
+            num_resample_times,
+            height,
+            width,
+            texts,
+            num_images_per_prompt,
+            generator,
+            latents,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+        )
 
         # 2. Encode the prompt, once for all stages and images
-        text = self.encode_prompt(
-            prompt,
-            negative_prompt,
-            num_images_per_prompt,
-            prompt_embeds,
-            prompt_attention_mask,
-            negative_prompt_embeds,
-            negative_prompt_attention_mask,
-        )
+        states = self.encode_texts(texts, num_images_per_prompt)
 
-        # 3. Lay out the schedules of all stages, so that callbacks know the total
-        self._interrupt = False
-        for stage, num_steps in zip(stages, steps):
-            stage.scheduler.set_timesteps(num_steps, device=self._execution_device)
-        self._num_timesteps = sum(len(stage.scheduler.timesteps) for stage in stages)
-        callback = StepCallback(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        # 3. Base stage, then each super-resolution stage on what the one before it made: (B, 3, 64, 64), ...
+        images = run_stages(self, request, states, callback_on_step_end, callback_on_step_end_tensor_inputs)
 
-        # 4. Base stage, then each super-resolution stage on what the one before it made
-        image = self.denoise(stages[0], text, scales[0], generators, callback, noise=latents)  # (B, 3, 64, 64)
-        images = {stages[0].resolution: image}
-        for below, stage, scale, noise_level in zip(stages, stages[1:], scales[1:], noise_levels):
-            if self.interrupt:
-                break
-            factor = stage.resolution // below.resolution
-            image = self.upscale(stage, image, factor, text, scale, noise_level, generators, callback)
-            images[stage.resolution] = image  # (B, 3, 256, 256)
+        # 4. Pixels in [-1, 1] to what was asked for
+        return self.postprocess(images, output_type, return_dict)
 
-        # 5. Pixels in [-1, 1] to what was asked for
-        images = {side: self.image_processor.postprocess(x, output_type=output_type) for side, x in images.items()}
-        self.maybe_free_model_hooks()
-        last = images[max(images)]
-        return ImagenPipelineOutput(images=last, stage_images=images) if return_dict else (last, images)
-
-    def stages_up_to(self, output_resolution: Optional[int]) -> list[Stage]:
-        """The stages that lead to a resolution.
+    def stages_up_to(self, output_resolution: Optional[int], skip_base: bool = False) -> list[Stage]:
+        """The stages that lead to a resolution, from noise or from a given low-resolution image.
 
         Raises:
             ValueError: If no stage ends there.
         """
-        stages = self.stages
+        stages = self.stages[1:] if skip_base else self.stages
         resolutions = [stage.resolution for stage in stages]
+        if not stages:
+            raise ValueError(
+                "`image` was given alone, which starts super-resolution, but this cascade has no stage for that: give "
+                "`strength` or `mask_image` too, or load one."
+            )
         if output_resolution is None:
             return stages
         if output_resolution not in resolutions:
@@ -260,65 +313,6 @@ class ImagenCascadePipeline(DiffusionPipeline):
                 f"`output_resolution` is {output_resolution!r}, but the stages of this cascade end at {resolutions}."
             )
         return stages[: resolutions.index(output_resolution) + 1]
-
-    def check_text(
-        self,
-        prompt: Union[str, list[str], None],
-        negative_prompt: Union[str, list[str], None],
-        prompt_embeds: Optional[torch.Tensor],
-        prompt_attention_mask: Optional[torch.Tensor],
-        negative_prompt_embeds: Optional[torch.Tensor],
-        negative_prompt_attention_mask: Optional[torch.Tensor],
-    ) -> None:
-        """Checks that there is one description of each prompt, and that the networks can read it."""
-        unets = [stage.unet for stage in self.stages]
-        if (prompt is None) == (prompt_embeds is None):
-            raise ValueError(f"Exactly one of `prompt` ({prompt!r}) and `prompt_embeds` must be given.")
-        if negative_prompt is not None and negative_prompt_embeds is not None:
-            raise ValueError("Only one of `negative_prompt` and `negative_prompt_embeds` can be given.")
-        for name, texts, embeds, mask in (
-            ("prompt", prompt, prompt_embeds, prompt_attention_mask),
-            ("negative_prompt", negative_prompt, negative_prompt_embeds, negative_prompt_attention_mask),
-        ):
-            if texts is not None:
-                inputs.check_prompt(name, texts)
-                if self.text_encoder is None or self.tokenizer is None:
-                    raise ValueError(f"`{name}` needs a text encoder and a tokenizer; give `{name}_embeds` instead.")
-            if embeds is not None:
-                inputs.check_embeds(name, embeds, mask, unets)
-            elif mask is not None:
-                raise ValueError(f"`{name}_attention_mask` was given without `{name}_embeds`.")
-
-        count = inputs.count_prompts(prompt, prompt_embeds)
-        is_list = isinstance(negative_prompt, list) or negative_prompt_embeds is not None
-        if is_list and inputs.count_prompts(negative_prompt, negative_prompt_embeds) != count:
-            raise ValueError(
-                f"There are {inputs.count_prompts(negative_prompt, negative_prompt_embeds)} negative prompts, but "
-                f"{count} prompts."
-            )
-
-    def check_noise(
-        self,
-        generator: Union[torch.Generator, list[torch.Generator], None],
-        latents: Optional[torch.Tensor],
-        num_images: int,
-    ) -> None:
-        """Checks that there is noise for every image."""
-        if isinstance(generator, list) and len(generator) != num_images:
-            raise ValueError(f"`generator` has {len(generator)} entries, but {num_images} images are to be made.")
-        if latents is None:
-            return
-        stride = self.base_unet.total_stride
-        channels = self.base_unet.config.in_channels
-        if (
-            latents.ndim != 4
-            or latents.shape[:2] != (num_images, channels)
-            or any(n % stride for n in latents.shape[2:])
-        ):
-            raise ValueError(
-                f"`latents` has shape {tuple(latents.shape)}, but should be ({num_images}, {channels}, height, width) "
-                f"with multiples of {stride}."
-            )
 
     def encode_prompt(
         self,
@@ -329,35 +323,24 @@ class ImagenCascadePipeline(DiffusionPipeline):
         prompt_attention_mask: Optional[torch.Tensor] = None,
         negative_prompt_embeds: Optional[torch.Tensor] = None,
         negative_prompt_attention_mask: Optional[torch.Tensor] = None,
-    ) -> TextStates:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         r"""
         Encodes prompts, unless embeddings are given, and repeats everything for the images of each prompt.
 
         Without a negative prompt the negative states are zeros under the prompt's mask: what the networks saw of
-        dropped captions in training.
+        dropped captions in training. To free the text encoder before the networks run, call this first, and then the
+        pipeline with what it returns (docs/memory.md).
 
         Returns:
             `prompt_embeds` `(images, tokens, width)`, `prompt_attention_mask` `(images, tokens)`,
             `negative_prompt_embeds`, `negative_prompt_attention_mask`.
         """
-        if prompt_embeds is None:
-            prompt = [prompt] if isinstance(prompt, str) else prompt
-            prompt_embeds, prompt_attention_mask = encode_text(self.tokenizer, self.text_encoder, prompt)
-        prompt_attention_mask = full_mask(prompt_embeds, prompt_attention_mask)
-
-        if negative_prompt_embeds is None and negative_prompt is not None:
-            texts = [negative_prompt] * len(prompt_embeds) if isinstance(negative_prompt, str) else negative_prompt
-            negative_prompt_embeds, negative_prompt_attention_mask = encode_text(
-                self.tokenizer, self.text_encoder, texts
-            )
-        elif negative_prompt_embeds is None:
-            negative_prompt_embeds = torch.zeros_like(prompt_embeds)
-            negative_prompt_attention_mask = prompt_attention_mask
-        negative_prompt_attention_mask = full_mask(negative_prompt_embeds, negative_prompt_attention_mask)
-
         prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask = (
-            tensor.repeat_interleave(num_images_per_prompt, dim=0).to(self._execution_device)
-            for tensor in (
+            text.encode_prompt(
+                self,
+                prompt,
+                negative_prompt,
+                num_images_per_prompt,
                 prompt_embeds,
                 prompt_attention_mask,
                 negative_prompt_embeds,
@@ -365,104 +348,3 @@ class ImagenCascadePipeline(DiffusionPipeline):
             )
         )
         return prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask
-
-    def condition(self, unet: ConditionalUNet, text: TextStates, guided: bool) -> TextConditioning:
-        """Does a network's work on the text, once for all steps; with guidance, negative prompts come first."""
-        embeds, mask, negative_embeds, negative_mask = text
-        if guided:
-            embeds, mask = torch.cat([negative_embeds, embeds]), torch.cat([negative_mask, mask])
-        return unet.encode_text(embeds, mask)
-
-    def upscale(
-        self,
-        stage: Stage,
-        image: torch.Tensor,
-        factor: int,
-        text: TextStates,
-        guidance_scale: float,
-        noise_level: float,
-        generators: Generators,
-        callback: "StepCallback",
-    ) -> torch.Tensor:
-        """One super-resolution stage, `(B, C, h, w)` to `factor` times that size, both in [-1, 1]."""
-        low_res, low_res_timestep = image, None
-        if stage.unet.config.low_res_noise_conditioning:
-            # drawn once, before the loop: both branches of guidance see the same image at every step
-            noise = randn_tensor(image.shape, generators, image.device, image.dtype)
-            low_res, low_res_timestep = augment_low_res(image, noise_level, noise, stage.scheduler.config.sigma_data)
-        # the network would do this at every step
-        low_res = F.interpolate(low_res, scale_factor=factor, mode="bicubic")
-        return self.denoise(stage, text, guidance_scale, generators, callback, None, low_res, low_res_timestep)
-
-    def denoise(
-        self,
-        stage: Stage,
-        text: TextStates,
-        guidance_scale: float,
-        generators: Generators,
-        callback: "StepCallback",
-        noise: Optional[torch.Tensor] = None,
-        low_res: Optional[torch.Tensor] = None,
-        low_res_timestep: Optional[torch.Tensor] = None,
-    ) -> torch.Tensor:
-        """The reverse process of one stage, from unit noise (drawn if not given) to images `(B, C, H, W)` in [-1, 1].
-
-        The sample stays in float32 whatever the network's dtype: bf16 cannot hold a low noise level beside an image.
-        """
-        unet, scheduler, device = stage.unet, stage.scheduler, self._execution_device
-        self._guidance_scale = guidance_scale
-        guided = guidance_scale != 1.0
-        conditioning = self.condition(unet, text, guided)
-        if noise is None:
-            size = (stage.resolution, stage.resolution) if low_res is None else low_res.shape[-2:]
-            shape = (len(text[0]), unet.config.in_channels, *size)
-            noise = randn_tensor(shape, generators, device, torch.float32)
-        sample = noise.to(device, torch.float32) * scheduler.init_noise_sigma
-        if low_res is not None:
-            low_res = double(low_res, guided).to(unet.dtype)
-            low_res_timestep = None if low_res_timestep is None else double(low_res_timestep, guided)
-
-        step_kwargs = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
-        with self.progress_bar(total=len(scheduler.timesteps)) as progress:
-            progress.set_description(f"{stage.name} {stage.resolution} px")
-            for timestep in scheduler.timesteps:
-                if self.interrupt:
-                    break
-                model_input = double(scheduler.scale_model_input(sample, timestep), guided).to(unet.dtype)
-                output = unet(
-                    model_input,
-                    timestep,
-                    conditioning,
-                    low_res_sample=low_res,
-                    low_res_timestep=low_res_timestep,
-                    return_dict=False,
-                )[0].float()
-                if guided:
-                    unconditional, conditional = output.chunk(2)
-                    output = classifier_free_guidance(conditional, unconditional, guidance_scale)
-                sample = scheduler.step(output, timestep, sample, **step_kwargs, return_dict=False)[0]
-                sample = callback(timestep, sample)
-                progress.update()
-        return sample.clamp(-1, 1)
-
-
-class StepCallback:
-    """Calls the user's function after every network call of every stage, counted through."""
-
-    def __init__(self, pipe: ImagenCascadePipeline, function: Optional[Callable], tensor_inputs: list[str]):
-        unknown = set(tensor_inputs) - set(pipe._callback_tensor_inputs)
-        if unknown:
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` has {sorted(unknown)}, but should be among "
-                f"{pipe._callback_tensor_inputs}."
-            )
-        self.pipe, self.function, self.tensor_inputs = pipe, function, tensor_inputs
-        self.step = 0
-
-    def __call__(self, timestep: Any, latents: torch.Tensor) -> torch.Tensor:
-        """Returns the sample, changed if the function returns one."""
-        if self.function is not None:
-            tensors = {"latents": latents} if "latents" in self.tensor_inputs else {}
-            latents = self.function(self.pipe, self.step, timestep, tensors).pop("latents", latents)
-        self.step += 1
-        return latents

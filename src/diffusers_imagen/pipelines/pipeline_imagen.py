@@ -1,0 +1,207 @@
+"""ImagenPipeline: the base stage alone, as training leaves it in a folder."""
+
+from typing import Callable, Optional, Union
+
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import replace_example_docstring
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from . import inputs, text
+from .denoising import run_stages
+from .images import ImageInput
+from .pipeline_mixin import ImagenPipelineMixin
+from .pipeline_output import ImagenPipelineOutput
+from .stages import DEFAULT_GUIDANCE, DEFAULT_STEPS, Stage, UNet
+
+
+EXAMPLE_DOC_STRING = """
+    Examples:
+        ```py
+        >>> import torch
+        >>> from diffusers_imagen import ImagenPipeline
+
+        >>> pipe = ImagenPipeline.from_pretrained("runs/base-64")
+        >>> image = pipe("a 3d render of a tiger face", generator=torch.Generator().manual_seed(0)).images[0]
+        ```
+"""
+DEFAULT_STRENGTH = 0.7  # that of DeepFloyd IF
+
+
+class ImagenPipeline(ImagenPipelineMixin, DiffusionPipeline):
+    r"""
+    Text to image, image to image and inpainting with a base stage (Imagen, arXiv 2205.11487).
+
+    Args:
+        unet ([`ImagenUNetModel`] or [`EfficientUNetModel`]): Network.
+        scheduler ([`SchedulerMixin`]): Its scheduler.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Its `model_max_length` is the number of tokens that the network was trained with.
+        text_encoder ([`~transformers.PreTrainedModel`], *optional*): Frozen text encoder.
+        guidance_unet ([`ImagenUNetModel`] or [`EfficientUNetModel`], *optional*):
+            A weaker network for autoguidance, see [`ImagenCascadePipeline`].
+    """
+
+    model_cpu_offload_seq = "text_encoder->guidance_unet->unet"
+    _optional_components = ["tokenizer", "text_encoder", "guidance_unet"]
+
+    def __init__(
+        self,
+        unet: UNet,
+        scheduler: SchedulerMixin,
+        tokenizer: Optional[PreTrainedTokenizerBase] = None,
+        text_encoder: Optional[PreTrainedModel] = None,
+        guidance_unet: Optional[UNet] = None,
+    ):
+        super().__init__()
+        self.register_modules(
+            unet=unet,
+            scheduler=scheduler,
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            guidance_unet=guidance_unet,
+        )
+        self.image_processor = VaeImageProcessor(vae_scale_factor=1)
+
+    @property
+    def stages(self) -> list[Stage]:
+        """The one stage."""
+        return [Stage("base", self.unet, self.scheduler, self.guidance_unet)]
+
+    @torch.no_grad()
+    @replace_example_docstring(EXAMPLE_DOC_STRING)
+    def __call__(
+        self,
+        prompt: Union[str, list[str], None] = None,
+        negative_prompt: Union[str, list[str], None] = None,
+        image: Optional[ImageInput] = None,
+        mask_image: Optional[ImageInput] = None,
+        strength: Optional[float] = None,
+        height: Optional[int] = None,
+        width: Optional[int] = None,
+        num_inference_steps: int = DEFAULT_STEPS["base"],
+        sigmas: Optional[list[float]] = None,
+        timesteps: Optional[list[float]] = None,
+        guidance_scale: float = DEFAULT_GUIDANCE["base"],
+        guidance_interval: Optional[tuple[float, float]] = None,
+        guidance_rescale: float = 0.0,
+        num_resample_times: int = 4,
+        num_images_per_prompt: int = 1,
+        generator: Union[torch.Generator, list[torch.Generator], None] = None,
+        latents: Optional[torch.Tensor] = None,
+        prompt_embeds: Optional[torch.Tensor] = None,
+        prompt_attention_mask: Optional[torch.Tensor] = None,
+        negative_prompt_embeds: Optional[torch.Tensor] = None,
+        negative_prompt_attention_mask: Optional[torch.Tensor] = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Optional[Callable] = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+    ) -> Union[ImagenPipelineOutput, tuple]:
+        r"""
+        Args:
+            prompt (`str` or `list[str]`): What to draw.
+            negative_prompt (`str` or `list[str]`, *optional*):
+                What to guide away from; the absence of text if not given.
+            image, mask_image (PIL image, `np.ndarray`, `torch.Tensor` or a list of them, *optional*):
+                An image to change, and where to paint it anew; see [`ImagenCascadePipeline.__call__`].
+            strength (`float`, *optional*, defaults to 0.7, and to 1 with `mask_image`):
+                The share of the steps that run from `image`; 1 starts from noise alone.
+            height, width (`int`, *optional*): Of the images, in pixels; the network's `sample_size` if None.
+            num_inference_steps (`int`, defaults to 18): Steps.
+            sigmas, timesteps (`list[float]`, *optional*):
+                The scheduler's noise levels or conditioning values in place of a number of steps.
+            guidance_scale (`float`, defaults to 4): Weight of classifier-free guidance; 1 turns it off.
+            guidance_interval (`tuple[float, float]`, *optional*):
+                Lowest and highest noise level (EDM's sigma) with guidance.
+            guidance_rescale (`float`, defaults to 0):
+                Share of the guided prediction that is brought back to the contrast without.
+            num_resample_times (`int`, defaults to 4): With `mask_image`, how often each step is done.
+            num_images_per_prompt (`int`, defaults to 1): Images of each prompt.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                Source of all noise: one, from which each image gets its own, or one an image.
+            latents (`torch.Tensor`, *optional*): Unit noise `(images, 3, height, width)`.
+            prompt_embeds, negative_prompt_embeds (`torch.Tensor` of shape `(prompts, tokens, width)`, *optional*):
+                Text states in place of the texts, zero at padded positions.
+            prompt_attention_mask, negative_prompt_attention_mask (`torch.Tensor` of shape `(prompts, tokens)`):
+                Which tokens of the embeddings count.
+            output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
+            return_dict (`bool`, defaults to `True`): An [`ImagenPipelineOutput`], or a tuple.
+            callback_on_step_end (`Callable`, *optional*):
+                Called as `callback(pipe, step, timestep, tensors)` after every network call.
+            callback_on_step_end_tensor_inputs (`list[str]`): Tensors it takes and may return changed.
+
+        Examples:
+
+        Returns:
+            [`ImagenPipelineOutput`] or `tuple`: the images, and the same by the stage's resolution.
+
+        Raises:
+            ValueError: If an argument does not fit, before any network runs.
+        """
+        if image is not None and mask_image is None and strength is None:
+            strength = DEFAULT_STRENGTH
+        settings = inputs.stage_settings(
+            self.stages,
+            num_inference_steps,
+            sigmas,
+            timesteps,
+            guidance_scale,
+            guidance_interval,
+            guidance_rescale,
+            low_res_noise_level=[],
+        )
+        texts = {
+            "prompt": prompt,
+            "negative_prompt": negative_prompt,
+            "prompt_embeds": prompt_embeds,
+            "prompt_attention_mask": prompt_attention_mask,
+            "negative_prompt_embeds": negative_prompt_embeds,
+            "negative_prompt_attention_mask": negative_prompt_attention_mask,
+        }
+        request = self.check_inputs(
+            self.stages,
+            settings,
+            None,
+            image,
+            mask_image,
+            strength,
+            num_resample_times,
+            height,
+            width,
+            texts,
+            num_images_per_prompt,
+            generator,
+            latents,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+        )
+        states = self.encode_texts(texts, num_images_per_prompt)
+        images = run_stages(self, request, states, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        return self.postprocess(images, output_type, return_dict)
+
+    def encode_prompt(
+        self,
+        prompt: Union[str, list[str], None] = None,
+        negative_prompt: Union[str, list[str], None] = None,
+        num_images_per_prompt: int = 1,
+        prompt_embeds: Optional[torch.Tensor] = None,
+        prompt_attention_mask: Optional[torch.Tensor] = None,
+        negative_prompt_embeds: Optional[torch.Tensor] = None,
+        negative_prompt_attention_mask: Optional[torch.Tensor] = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See [`ImagenCascadePipeline.encode_prompt`]."""
+        prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask = (
+            text.encode_prompt(
+                self,
+                prompt,
+                negative_prompt,
+                num_images_per_prompt,
+                prompt_embeds,
+                prompt_attention_mask,
+                negative_prompt_embeds,
+                negative_prompt_attention_mask,
+            )
+        )
+        return prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask

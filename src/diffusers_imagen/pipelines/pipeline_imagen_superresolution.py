@@ -1,0 +1,220 @@
+"""ImagenSuperResolutionPipeline: one super-resolution stage alone, as training leaves it in a folder."""
+
+from typing import Callable, Optional, Union
+
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import replace_example_docstring
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from . import inputs, text
+from .denoising import run_stages
+from .images import ImageInput
+from .pipeline_mixin import ImagenPipelineMixin
+from .pipeline_output import ImagenPipelineOutput
+from .planning import Size
+from .stages import DEFAULT_GUIDANCE, DEFAULT_STEPS, Stage, UNet
+
+
+EXAMPLE_DOC_STRING = """
+    Examples:
+        ```py
+        >>> import torch
+        >>> from diffusers.utils import load_image
+        >>> from diffusers_imagen import ImagenSuperResolutionPipeline
+
+        >>> pipe = ImagenSuperResolutionPipeline.from_pretrained("runs/sr-256")
+        >>> image = pipe("a 3d render of a tiger face", image=load_image("tiger-64.png")).images[0]
+        ```
+"""
+
+
+class ImagenSuperResolutionPipeline(ImagenPipelineMixin, DiffusionPipeline):
+    r"""
+    Makes images larger, with a text that says what is on them (Imagen, arXiv 2205.11487).
+
+    Args:
+        unet ([`EfficientUNetModel`] or [`ImagenUNetModel`]): Network.
+        scheduler ([`SchedulerMixin`]): Its scheduler.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Its `model_max_length` is the number of tokens that the network was trained with.
+        text_encoder ([`~transformers.PreTrainedModel`], *optional*): Frozen text encoder.
+        scale_factor (`int`, defaults to 4): How many times larger the network was trained to make images.
+    """
+
+    model_cpu_offload_seq = "text_encoder->unet"
+    _optional_components = ["tokenizer", "text_encoder"]
+
+    def __init__(
+        self,
+        unet: UNet,
+        scheduler: SchedulerMixin,
+        tokenizer: Optional[PreTrainedTokenizerBase] = None,
+        text_encoder: Optional[PreTrainedModel] = None,
+        scale_factor: int = 4,
+    ):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler, tokenizer=tokenizer, text_encoder=text_encoder)
+        self.register_to_config(scale_factor=scale_factor)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=1)
+
+    @property
+    def low_resolution(self) -> int:
+        """Side of the images that the network was trained to enlarge, in pixels."""
+        sample_size, factor = self.unet.config.sample_size, self.config.scale_factor
+        inputs.check_count("scale_factor", [factor])
+        if sample_size % factor:
+            raise ValueError(f"`scale_factor` is {factor}, which does not divide the network's {sample_size} px.")
+        return sample_size // factor
+
+    @property
+    def stages(self) -> list[Stage]:
+        """The one stage, under the name of those that a cascade has."""
+        return [Stage("sr256" if self.unet.config.sample_size <= 256 else "sr1024", self.unet, self.scheduler)]
+
+    @torch.no_grad()
+    @replace_example_docstring(EXAMPLE_DOC_STRING)
+    def __call__(
+        self,
+        prompt: Union[str, list[str], None] = None,
+        negative_prompt: Union[str, list[str], None] = None,
+        image: Optional[ImageInput] = None,
+        height: Optional[int] = None,
+        width: Optional[int] = None,
+        num_inference_steps: int = DEFAULT_STEPS["sr256"],
+        sigmas: Optional[list[float]] = None,
+        timesteps: Optional[list[float]] = None,
+        guidance_scale: float = DEFAULT_GUIDANCE["sr256"],
+        guidance_interval: Optional[tuple[float, float]] = None,
+        guidance_rescale: float = 0.0,
+        low_res_noise_level: float = 0.1,
+        num_images_per_prompt: int = 1,
+        generator: Union[torch.Generator, list[torch.Generator], None] = None,
+        latents: Optional[torch.Tensor] = None,
+        prompt_embeds: Optional[torch.Tensor] = None,
+        prompt_attention_mask: Optional[torch.Tensor] = None,
+        negative_prompt_embeds: Optional[torch.Tensor] = None,
+        negative_prompt_attention_mask: Optional[torch.Tensor] = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Optional[Callable] = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+    ) -> Union[ImagenPipelineOutput, tuple]:
+        r"""
+        Args:
+            prompt (`str` or `list[str]`): What is on the image.
+            negative_prompt (`str` or `list[str]`, *optional*):
+                What to guide away from; the absence of text if not given.
+            image (PIL image, `np.ndarray`, `torch.Tensor` or a list of them):
+                The image to enlarge, one for all prompts or one for each; see [`ImagenCascadePipeline.__call__`].
+            height, width (`int`, *optional*):
+                Of the result, in pixels; the image is brought to `1 / scale_factor` of that. `scale_factor` times the
+                image's own if None.
+            num_inference_steps (`int`, defaults to 8): Steps.
+            sigmas, timesteps (`list[float]`, *optional*):
+                The scheduler's noise levels or conditioning values in place of a number of steps.
+            guidance_scale (`float`, defaults to 1): Weight of classifier-free guidance; 1 turns it off.
+            guidance_interval (`tuple[float, float]`, *optional*):
+                Lowest and highest noise level (EDM's sigma) with guidance.
+            guidance_rescale (`float`, defaults to 0):
+                Share of the guided prediction that is brought back to the contrast without.
+            low_res_noise_level (`float`, defaults to 0.1):
+                Sigma of the noise in the low-resolution image, if the network is conditioned on it.
+            num_images_per_prompt (`int`, defaults to 1): Images of each prompt.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                Source of all noise: one, from which each image gets its own, or one an image.
+            latents (`torch.Tensor`, *optional*): Unit noise `(images, 3, height, width)`, of the result's size.
+            prompt_embeds, negative_prompt_embeds (`torch.Tensor` of shape `(prompts, tokens, width)`, *optional*):
+                Text states in place of the texts, zero at padded positions.
+            prompt_attention_mask, negative_prompt_attention_mask (`torch.Tensor` of shape `(prompts, tokens)`):
+                Which tokens of the embeddings count.
+            output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
+            return_dict (`bool`, defaults to `True`): An [`ImagenPipelineOutput`], or a tuple.
+            callback_on_step_end (`Callable`, *optional*):
+                Called as `callback(pipe, step, timestep, tensors)` after every network call.
+            callback_on_step_end_tensor_inputs (`list[str]`): Tensors it takes and may return changed.
+
+        Examples:
+
+        Returns:
+            [`ImagenPipelineOutput`] or `tuple`: the images, and the same by the stage's resolution.
+
+        Raises:
+            ValueError: If an argument does not fit, before any network runs.
+        """
+        if image is None:
+            raise ValueError("`image` is None, but should be the image to enlarge.")
+        settings = inputs.stage_settings(
+            self.stages,
+            num_inference_steps,
+            sigmas,
+            timesteps,
+            guidance_scale,
+            guidance_interval,
+            guidance_rescale,
+            low_res_noise_level,
+        )
+        texts = {
+            "prompt": prompt,
+            "negative_prompt": negative_prompt,
+            "prompt_embeds": prompt_embeds,
+            "prompt_attention_mask": prompt_attention_mask,
+            "negative_prompt_embeds": negative_prompt_embeds,
+            "negative_prompt_attention_mask": negative_prompt_attention_mask,
+        }
+        request = self.check_inputs(
+            self.stages,
+            settings,
+            self.low_resolution,
+            image,
+            None,
+            None,
+            1,
+            height,
+            width,
+            texts,
+            num_images_per_prompt,
+            generator,
+            latents,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+        )
+        states = self.encode_texts(texts, num_images_per_prompt)
+        images = run_stages(self, request, states, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        return self.postprocess(images, output_type, return_dict)
+
+    def encode_prompt(
+        self,
+        prompt: Union[str, list[str], None] = None,
+        negative_prompt: Union[str, list[str], None] = None,
+        num_images_per_prompt: int = 1,
+        prompt_embeds: Optional[torch.Tensor] = None,
+        prompt_attention_mask: Optional[torch.Tensor] = None,
+        negative_prompt_embeds: Optional[torch.Tensor] = None,
+        negative_prompt_attention_mask: Optional[torch.Tensor] = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See [`ImagenCascadePipeline.encode_prompt`]."""
+        prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask = (
+            text.encode_prompt(
+                self,
+                prompt,
+                negative_prompt,
+                num_images_per_prompt,
+                prompt_embeds,
+                prompt_attention_mask,
+                negative_prompt_embeds,
+                negative_prompt_attention_mask,
+            )
+        )
+        return prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask
+
+    def stage_sizes(self, stages, low_resolution, given, latents, height, width) -> dict[int, Size]:
+        """Height and width by resolution; by default the image keeps its size, and the result is in proportion."""
+        if latents is None:
+            sizes = {tuple(image.shape[-2:]) for image in given.pixels}
+            if len(sizes) > 1 and None in (height, width):
+                raise ValueError(f"`image` has images of the sizes {sorted(sizes)}: give `height` and `width`.")
+            own = [side * self.config.scale_factor for side in sizes.pop()]
+            height, width = (side if asked is None else asked for side, asked in zip(own, (height, width)))
+        return super().stage_sizes(stages, low_resolution, given, latents, height, width)

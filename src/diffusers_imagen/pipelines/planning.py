@@ -1,0 +1,204 @@
+"""What every network call of a stage will be, laid out before the first: sizes, noise levels, guidance, jumps.
+
+All of it is CPU constants, so that the loop never waits for an accelerator to learn what to do next.
+"""
+
+import copy
+import itertools
+from fractions import Fraction
+from typing import NamedTuple, Optional
+
+import torch
+from diffusers import SchedulerMixin
+
+from .images import GivenImages
+from .stages import Stage
+
+
+Size = tuple[int, int]  # height, width
+Generators = Optional[list[torch.Generator]]
+
+
+class StageSettings(NamedTuple):
+    """What the caller asks of one stage; see the pipelines' arguments of the same names."""
+
+    num_inference_steps: int
+    sigmas: Optional[list[float]]
+    timesteps: Optional[list[float]]
+    guidance_scale: float
+    guidance_interval: Optional[tuple[float, float]]
+    guidance_rescale: float
+    low_res_noise_level: float
+
+
+class NoiseLevel(NamedTuple):
+    """A sample of this level is `signal * x_0 + noise * unit noise`."""
+
+    signal: float
+    noise: float
+
+
+CLEAN = NoiseLevel(1.0, 0.0)
+
+
+class Call(NamedTuple):
+    """One call of the network."""
+
+    index: int  # into the scheduler's timesteps
+    guided: bool  # whether its noise level lies in the guidance interval
+    level_after: Optional[NoiseLevel]  # of the sample after it; None in the middle of a step
+    back_to: Optional[int]  # the index to go back to afterwards, with more noise: resampling
+
+
+class StagePlan(NamedTuple):
+    """A stage as it will run."""
+
+    stage: Stage
+    scheduler: SchedulerMixin
+    settings: StageSettings
+    size: Size
+    low_res_size: Optional[Size]  # of the image that a super-resolution stage starts from
+    calls: list[Call]
+    levels: dict[int, NoiseLevel]  # at the start of each step, by its index
+
+    @property
+    def begins(self) -> int:
+        """Index of the first call: above 0 where the stage starts from an image."""
+        return self.calls[0].index
+
+
+class Request(NamedTuple):
+    """A call of a pipeline whose arguments have been checked."""
+
+    plans: list[StagePlan]
+    num_images: int
+    generators: Generators
+    noise: Optional[torch.Tensor]  # the caller's own, of the first stage
+    given: Optional[GivenImages]  # what super-resolution starts from, or what is changed or painted anew
+    starts_from_image: bool  # the base stage begins with the image under noise
+
+
+def plan_stages(
+    stages: list[Stage],
+    settings: list[StageSettings],
+    sizes: dict[int, Size],
+    low_resolution: Optional[int],
+    strength: float,
+    num_resample_times: int,
+    device: torch.device,
+) -> list[StagePlan]:
+    """Plans of all stages; `strength` and `num_resample_times` are for a base stage.
+
+    Raises:
+        ValueError: for noise levels that a scheduler refuses, or a guidance interval for one that publishes none.
+    """
+    plans, taken = [], set()
+    for stage, wanted in zip(stages, settings):
+        # two stages may have been given one scheduler, which holds one schedule at a time
+        scheduler = copy.deepcopy(stage.scheduler) if id(stage.scheduler) in taken else stage.scheduler
+        taken.add(id(scheduler))
+        set_schedule(scheduler, wanted, device)
+        levels = step_levels(scheduler)
+        is_base = stage.name == "base"
+        first = first_step(stage.name, len(levels), strength) if is_base else 0
+        calls = plan_calls(scheduler, list(levels.items())[first:], wanted, num_resample_times if is_base else 1)
+        low_res_size = None if is_base else sizes[low_resolution]
+        plans.append(StagePlan(stage, scheduler, wanted, sizes[stage.resolution], low_res_size, calls, levels))
+        low_resolution = stage.resolution
+    return plans
+
+
+def set_schedule(scheduler: SchedulerMixin, settings: StageSettings, device: torch.device) -> None:
+    """Lays out the scheduler's timesteps: the caller's own, or so many steps."""
+    own = {name: getattr(settings, name) for name in ("sigmas", "timesteps")}
+    own = {name: value for name, value in own.items() if value is not None}
+    if own:
+        scheduler.set_timesteps(device=device, **own)
+    else:
+        scheduler.set_timesteps(settings.num_inference_steps, device=device)
+
+
+def step_levels(scheduler: SchedulerMixin) -> dict[int, NoiseLevel]:
+    """The noise level at the start of each step, by the index of the step's first call."""
+    unit = torch.eye(2)
+    levels = {}
+    for index in range(0, len(scheduler.timesteps), scheduler.order):
+        timesteps = scheduler.timesteps[index].cpu().expand(2)
+        # signal and noise alone, as the scheduler mixes them
+        mixed = scheduler.add_noise(unit[0][:, None], unit[1][:, None], timesteps).flatten().tolist()
+        levels[index] = NoiseLevel(*mixed)
+    return levels
+
+
+def first_step(name: str, num_steps: int, strength: float) -> int:
+    """The step at which image to image begins: the last `strength` of the steps run."""
+    running = min(int(num_steps * strength + 1e-6), num_steps)
+    if running < 1:
+        raise ValueError(
+            f"`strength` is {strength}, which leaves none of the {num_steps} steps of the stage `{name}`; it should be "
+            f"at least {1 / num_steps:.3g}."
+        )
+    return num_steps - running
+
+
+def plan_calls(
+    scheduler: SchedulerMixin, starts: list[tuple[int, NoiseLevel]], settings: StageSettings, num_resample_times: int
+) -> list[Call]:
+    """The calls of the steps that begin at `starts`, each step but the last `num_resample_times` times."""
+    num_calls = len(scheduler.timesteps)
+    guided = guided_calls(scheduler, settings.guidance_interval)
+    following = [level for _, level in starts[1:]] + [CLEAN]
+    calls = []
+    for (start, _), level_after in zip(starts, following):
+        end = min(start + scheduler.order, num_calls)
+        times = 1 if end == num_calls else num_resample_times
+        for time in range(times):
+            calls += [Call(index, guided[index], None, None) for index in range(start, end)]
+            calls[-1] = calls[-1]._replace(level_after=level_after, back_to=start if time < times - 1 else None)
+    return calls
+
+
+def guided_calls(scheduler: SchedulerMixin, interval: Optional[tuple[float, float]]) -> list[bool]:
+    """Whether the noise level of each call lies in the interval; everywhere without one."""
+    num_calls = len(scheduler.timesteps)
+    if interval is None:
+        return [True] * num_calls
+    sigmas = getattr(scheduler, "sigmas", None)
+    if sigmas is None:
+        raise ValueError(
+            f"`guidance_interval` needs noise levels, and {type(scheduler).__name__} publishes no `sigmas`."
+        )
+    return [interval[0] <= sigma <= interval[1] for sigma in sigmas[:num_calls].tolist()]
+
+
+# ---- sizes
+
+
+def plan_sizes(
+    stages: list[Stage], low_resolution: Optional[int], height: Optional[int], width: Optional[int]
+) -> dict[int, Size]:
+    """Height and width of the images of every stage, by the stage's resolution, for a last image of `height x width`.
+
+    `low_resolution` is that of the image which the first stage starts from, if it is one for super-resolution.
+
+    Raises:
+        ValueError: for a size that some network cannot take; it names the multiple that all can.
+    """
+    last = stages[-1].resolution
+    height, width = (last if side is None else side for side in (height, width))
+    strides = {stage.resolution: stage.unet.total_stride for stage in stages}
+    if low_resolution is not None:
+        strides[low_resolution] = 1
+    multiple = next(n for n in itertools.count(1) if _fits(n, strides, last))
+    for name, side in (("height", height), ("width", width)):
+        if not isinstance(side, int) or isinstance(side, bool) or side < 1 or side % multiple:
+            raise ValueError(
+                f"`{name}` is {side!r}, but the networks of this pipeline take multiples of {multiple} only, in pixels "
+                "of the last image."
+            )
+    return {resolution: (height * resolution // last, width * resolution // last) for resolution in strides}
+
+
+def _fits(side: int, strides: dict[int, int], last: int) -> bool:
+    """Whether images of this side, made smaller for every stage, are whole numbers of its network's strides."""
+    return all(Fraction(side * resolution, last) % stride == 0 for resolution, stride in strides.items())

@@ -1,0 +1,52 @@
+"""Large images in overlapping tiles, whose outputs are blended at every step (MultiDiffusion, arXiv 2302.08113)."""
+
+from typing import Iterator, NamedTuple, Optional
+
+import torch
+
+
+class Tiling(NamedTuple):
+    """Side of the tiles and of their overlap, in pixels."""
+
+    tile_size: int
+    overlap: int
+
+
+class Tile(NamedTuple):
+    """A part of the image, and the weight of its pixels in the blend: over all tiles they sum to 1 at every pixel."""
+
+    rows: slice
+    columns: slice
+    weight: torch.Tensor  # (rows, columns)
+
+
+def make_tiles(height: int, width: int, tiling: Tiling, device: torch.device) -> list[Tile]:
+    """Tiles that cover an image; a single one, of weight 1, where it fits into a tile."""
+    return [
+        Tile(rows, columns, (down[:, None] * across[None, :]).to(device))
+        for rows, down in _intervals(height, tiling)
+        for columns, across in _intervals(width, tiling)
+    ]
+
+
+def _intervals(length: int, tiling: Tiling) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Intervals that cover a side, with their weights: ramps over the overlap, normalised."""
+    size = min(tiling.tile_size, length)
+    starts = list(range(0, length - size, tiling.tile_size - tiling.overlap)) + [length - size]
+    # from the border inwards, never 0, so that a pixel that only one tile has gets all of its weight from it
+    distance = torch.arange(1, size + 1, dtype=torch.float64)
+    ramp = torch.minimum(distance, distance.flip(0)).clamp(max=tiling.overlap + 1)
+    total = torch.zeros(length, dtype=torch.float64)
+    for start in starts:
+        total[start : start + size] += ramp
+    for start in starts:
+        part = slice(start, start + size)
+        yield part, (ramp / total[part]).float()
+
+
+def blend(outputs: Iterator[torch.Tensor], tiles: Optional[list[Tile]], like: torch.Tensor) -> torch.Tensor:
+    """The sum of the tiles' outputs `(B, C, h, w)` by weight: `(B, C, H, W)` in float32, in the form of `like`."""
+    blended = torch.zeros(like.shape, dtype=torch.float32, device=like.device)
+    for output, tile in zip(outputs, tiles):
+        blended[..., tile.rows, tile.columns] += output.float() * tile.weight
+    return blended
