@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..diffusion.augmentation import augment_low_res
 from ..diffusion.guidance import classifier_free_guidance
 from ..loaders import ImagenLoraLoaderMixin
+from ..model_card import ModelCardMixin
 from ..models.embeddings import TextConditioning
 from ..models.unet_base import ConditionalUNet, check_choice
 from . import inputs
@@ -59,7 +60,7 @@ class Stage(NamedTuple):
         return self.unet.config.sample_size
 
 
-class ImagenCascadePipeline(DiffusionPipeline, ImagenLoraLoaderMixin):
+class ImagenCascadePipeline(ModelCardMixin, DiffusionPipeline, ImagenLoraLoaderMixin):
     r"""
     Text to image through a base stage and super-resolution stages (Imagen, arXiv 2205.11487).
 
