@@ -5,7 +5,7 @@ import sys
 from typing import Optional
 
 from . import __version__
-from .commands import generate
+from .commands import demo, generate
 
 
 def main(argv: Optional[list[str]] = None) -> int:
@@ -27,6 +27,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     generate.add_parser(commands)
+    demo.add_parser(commands)
     return parser
 
 
