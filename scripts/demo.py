@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from diffusers_imagen.cli import SHIPPED_MODEL, load_pipeline, save_image
+from diffusers_imagen.commands.common import SHIPPED_MODEL, load_pipeline, save_image
 from diffusers_imagen.grid import captioned_grid
 from diffusers_imagen.pipelines.pipeline_imagen_cascade import DEFAULT_GUIDANCE, DEFAULT_STEPS
 

@@ -1,7 +1,8 @@
+import numpy as np
 import pytest
 from PIL import Image
 
-from diffusers_imagen import cli
+from diffusers_imagen import cli, commands
 
 
 @pytest.fixture
@@ -61,3 +62,90 @@ def test_a_missing_prompt_is_exit_code_2(capsys):
     with pytest.raises(SystemExit) as exit:
         generate()
     assert exit.value.code == 2
+
+
+@pytest.fixture
+def prompts_file(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a red apple\n\n  a blue face, 'quoted'!\na red apple\n", encoding="utf-8")
+    return path
+
+
+NAMES = ["00001-a-red-apple.png", "00003-a-blue-face-quoted.png", "00004-a-red-apple.png"]
+
+
+def test_prompts_file_writes_one_image_a_line(model, prompts_file, tmp_path, capsys):
+    common = ("--prompts-file", prompts_file, "--model", model, "--steps", 1, "--resolution", 16)
+    assert generate(*common, "--output-dir", tmp_path / "a") == 0
+    images = {path.name: path.read_bytes() for path in sorted((tmp_path / "a").iterdir())}
+    assert list(images) == NAMES
+    assert Image.open(tmp_path / "a" / NAMES[1]).size == (16, 16)
+    assert images[NAMES[0]] != images[NAMES[2]]  # the same prompt on another line is another image
+    assert "3 images, 3 of them new" in capsys.readouterr().out
+
+
+def test_an_interrupted_run_goes_on_with_the_same_images(model, prompts_file, tmp_path, capsys, monkeypatch):
+    common = ("--prompts-file", prompts_file, "--model", model, "--steps", 1, "--resolution", 16, "--batch-size", 1)
+    assert generate(*common, "--output-dir", tmp_path / "whole") == 0
+
+    folder, save_image, saved = tmp_path / "parts", commands.generate.save_image, []
+
+    def interrupted(image, path):
+        if saved:
+            raise KeyboardInterrupt
+        saved.append(path)
+        save_image(image, path)
+
+    monkeypatch.setattr(commands.generate, "save_image", interrupted)
+    assert generate(*common, "--output-dir", folder) == 130
+    assert [path.name for path in folder.iterdir()] == NAMES[:1]
+    (folder / NAMES[0]).write_bytes(b"mine")
+
+    monkeypatch.setattr(commands.generate, "save_image", save_image)
+    assert generate(*common, "--output-dir", folder) == 0
+    assert "3 images, 2 of them new" in capsys.readouterr().out
+    assert (folder / NAMES[0]).read_bytes() == b"mine"
+    for name in NAMES[1:]:
+        assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+    monkeypatch.setattr(commands.generate, "load_pipeline", None)  # nothing to do needs no model
+    assert generate(*common, "--output-dir", folder) == 0
+    assert "all 3 images exist" in capsys.readouterr().out
+
+
+def test_images_of_a_prompts_file_do_not_depend_on_batches_and_numbers(model, prompts_file, tmp_path):
+    common = ("--prompts-file", prompts_file, "--model", model, "--steps", 1, "--resolution", 16)
+    assert generate(*common, "--output-dir", tmp_path / "one", "--batch-size", 1) == 0
+    assert generate(*common, "--output-dir", tmp_path / "many", "--batch-size", 4, "--num-images", 2) == 0
+    assert generate(*common, "--output-dir", tmp_path / "seed", "--seed", 1) == 0
+    assert len(list((tmp_path / "many").iterdir())) == 6
+    for name in NAMES:
+        one = np.asarray(Image.open(tmp_path / "one" / name)).astype(int)
+        first, second = (
+            np.asarray(Image.open(tmp_path / "many" / name.replace(".png", f"-{i}.png"))).astype(int) for i in (0, 1)
+        )
+        assert np.abs(one - first).max() <= 1  # kernels sum a batch in another order
+        assert np.abs(one - second).max() > 1
+        assert np.abs(one - np.asarray(Image.open(tmp_path / "seed" / name)).astype(int)).max() > 1
+
+
+BAD_PROMPTS_FILES = {
+    "no file": (["--prompts-file", "{tmp}/none.txt"], "none.txt', which cannot be read"),
+    "no prompt": (["--prompts-file", "{tmp}/empty.txt"], "empty.txt', which has no prompt in it"),
+    "not text": (["--prompts-file", "{tmp}/binary.txt"], "binary.txt', which cannot be read"),
+    "one output": (["--prompts-file", "{tmp}/prompts.txt", "--output", "a.png"], "`output` is 'a.png', but does not"),
+    "a grid": (["--prompts-file", "{tmp}/prompts.txt", "--grid"], "`grid` is 'True', but does not"),
+    "no folder": (["--prompts-file", "{tmp}/prompts.txt", "--output-dir", "{tmp}/empty.txt"], "but that is a file"),
+    "no batch": (["--prompts-file", "{tmp}/prompts.txt", "--batch-size", "0"], "`batch-size` is 0"),
+    "a folder for a prompt": (["a red apple", "--output-dir", "{tmp}/a"], "does not go with a prompt"),
+}
+
+
+@pytest.mark.parametrize("arguments, message", BAD_PROMPTS_FILES.values(), ids=BAD_PROMPTS_FILES)
+def test_bad_prompts_files_are_refused_before_a_model_loads(arguments, message, prompts_file, tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\xfa")
+    arguments = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
+    assert generate(*arguments, "--model", "/nowhere/at all") == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("diffusers-imagen: error: ") and message in error

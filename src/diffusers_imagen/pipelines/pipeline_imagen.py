@@ -8,6 +8,8 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import replace_example_docstring
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..loaders import ImagenLoraLoaderMixin
+from ..model_card import ModelCardMixin
 from . import inputs, text
 from .denoising import run_stages
 from .images import ImageInput
@@ -29,7 +31,7 @@ EXAMPLE_DOC_STRING = """
 DEFAULT_STRENGTH = 0.7  # that of DeepFloyd IF
 
 
-class ImagenPipeline(ImagenPipelineMixin, DiffusionPipeline):
+class ImagenPipeline(ImagenPipelineMixin, ModelCardMixin, DiffusionPipeline, ImagenLoraLoaderMixin):
     r"""
     Text to image, image to image and inpainting with a base stage (Imagen, arXiv 2205.11487).
 

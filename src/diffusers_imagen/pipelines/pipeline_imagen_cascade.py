@@ -8,6 +8,8 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import replace_example_docstring
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..loaders import ImagenLoraLoaderMixin
+from ..model_card import ModelCardMixin
 from . import inputs, text
 from .denoising import run_stages
 from .images import ImageInput
@@ -40,7 +42,7 @@ EXAMPLE_DOC_STRING = """
 """
 
 
-class ImagenCascadePipeline(ImagenPipelineMixin, DiffusionPipeline):
+class ImagenCascadePipeline(ImagenPipelineMixin, ModelCardMixin, DiffusionPipeline, ImagenLoraLoaderMixin):
     r"""
     Text to image through a base stage and super-resolution stages (Imagen, arXiv 2205.11487).
 

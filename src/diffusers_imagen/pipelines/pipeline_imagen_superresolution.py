@@ -8,6 +8,8 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import replace_example_docstring
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..loaders import ImagenLoraLoaderMixin
+from ..model_card import ModelCardMixin
 from . import inputs, text
 from .denoising import run_stages
 from .images import ImageInput
@@ -30,7 +32,7 @@ EXAMPLE_DOC_STRING = """
 """
 
 
-class ImagenSuperResolutionPipeline(ImagenPipelineMixin, DiffusionPipeline):
+class ImagenSuperResolutionPipeline(ImagenPipelineMixin, ModelCardMixin, DiffusionPipeline, ImagenLoraLoaderMixin):
     r"""
     Makes images larger, with a text that says what is on them (Imagen, arXiv 2205.11487).
 

@@ -1,0 +1,1 @@
+"""One module a command of `diffusers-imagen`; each has `add_parser`."""

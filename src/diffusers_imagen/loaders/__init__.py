@@ -1,0 +1,4 @@
+from .lora import ImagenLoraLoaderMixin
+
+
+__all__ = ["ImagenLoraLoaderMixin"]

@@ -1,0 +1,166 @@
+"""Pipelines to the Hub and back, against a server of our own. Each step is a process: huggingface_hub reads the address
+of the Hub once, when it is imported, and a reader begins with an empty cache."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+
+def load_server():
+    path = Path(__file__).with_name("hub_server.py")
+    spec = importlib.util.spec_from_file_location("hub_server", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+hub_server = load_server()
+
+PUSH = """
+from diffusers_imagen import ImagenCascadePipeline
+pipe = ImagenCascadePipeline.from_pretrained("model")
+"""
+
+PULL = """
+import json, numpy, torch
+import diffusers_imagen
+from diffusers import AutoModel, AutoPipelineForText2Image, DiffusionPipeline
+from huggingface_hub import list_repo_files, model_info
+
+def draw(pipe):
+    generator = torch.Generator().manual_seed(0)
+    return pipe("a red apple", num_inference_steps=2, generator=generator, output_type="np").images
+
+for name, loader in (("any", DiffusionPipeline), ("auto", AutoPipelineForText2Image)):
+    pipe = loader.from_pretrained("user/cascade")
+    assert type(pipe) is diffusers_imagen.ImagenCascadePipeline
+    numpy.save(name, draw(pipe))
+unet = AutoModel.from_pretrained("user/cascade", subfolder="base_unet")
+assert type(unet) is diffusers_imagen.ImagenUNetModel
+torch.save(unet.state_dict(), "unet.pt")
+info = model_info("user/cascade")
+print(json.dumps([list_repo_files("user/cascade"), info.library_name, info.pipeline_tag, info.tags]))
+"""
+
+
+class Client:
+    """Runs Python with an empty cache of its own, in a folder of its own."""
+
+    def __init__(self, url: str, folder: Path):
+        self.url, self.folder, self.runs = url, folder, 0
+
+    def run(self, code: str) -> str:
+        self.runs += 1
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+        environment |= {
+            "HF_ENDPOINT": self.url,
+            "HF_HOME": str(self.folder / f"home-{self.runs}"),
+            "HF_TOKEN": hub_server.TOKEN,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        }
+        result = subprocess.run(
+            [sys.executable, "-c", code], cwd=self.folder, env=environment, capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+
+@pytest.fixture
+def hub():
+    with hub_server.Hub() as hub:
+        yield hub
+    assert hub.unknown == []
+
+
+@pytest.fixture
+def client(hub, cascade, tmp_path) -> Client:
+    cascade.save_pretrained(tmp_path / "model")
+    return Client(hub.url, tmp_path)
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def test_round_trip(hub, client, cascade, tmp_path):
+    client.run(PUSH + 'pipe.push_to_hub("user/cascade")')
+    saved, pushed = files_below(tmp_path / "model"), hub.repos["user/cascade"][-1]
+    assert set(pushed) == {*saved, "README.md"}
+    weights = [path for path in saved if path.endswith(".safetensors")]
+    assert len(weights) == 3 and all(pushed[path] == saved[path] for path in weights)
+
+    listed, library, pipeline_tag, tags = json.loads(client.run(PULL))
+    assert set(listed) == set(pushed)
+    assert library == "diffusers" and pipeline_tag == "text-to-image"
+    assert sorted(tags) == ["diffusers", "diffusers-imagen", "text-to-image"]
+    generator = torch.Generator().manual_seed(0)
+    expected = cascade("a red apple", num_inference_steps=2, generator=generator, output_type="np").images
+    for name in ("any", "auto"):
+        np.testing.assert_array_equal(np.load(tmp_path / f"{name}.npy"), expected)
+    unet = torch.load(tmp_path / "unet.pt")
+    assert unet.keys() == cascade.base_unet.state_dict().keys()
+    assert all(torch.equal(unet[key], value) for key, value in cascade.base_unet.state_dict().items())
+
+    card = pushed["README.md"].decode()
+    millions = sum(value.numel() for value in unet.values()) / 1e6
+    assert f"| `base_unet` | ImagenUNetModel | {millions:.1f} M |" in card
+    snippet = re.search(r"```python\n(.*?)```", card, re.DOTALL).group(1)
+    client.run(snippet)
+    assert Image.open(tmp_path / "image.png").size == (32, 32)
+
+
+CARD = """\
+---
+license: cc0-1.0
+tags:
+- emoji
+- diffusers
+---
+
+# Mine
+
+Made by hand.
+"""
+
+
+def test_a_card_that_is_there_is_completed_and_kept(hub, client, tmp_path):
+    folder = tmp_path / "carded"
+    folder.mkdir()
+    (folder / "README.md").write_text(CARD)
+    client.run(PUSH + 'pipe.save_pretrained("carded", push_to_hub=True)\npipe.push_to_hub("carded")')
+    # one commit: the second push, with the card of the repository, changed no file
+    _, files = hub.repos["user/carded"]
+    assert files["README.md"] == (folder / "README.md").read_bytes()
+    _, header, body = files["README.md"].decode().split("---\n", 2)
+    assert body == CARD.split("---\n", 2)[2]
+    assert yaml.safe_load(header) == {
+        "license": "cc0-1.0",
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "tags": ["emoji", "diffusers", "text-to-image", "diffusers-imagen"],
+    }
+
+
+def test_the_card_of_a_cascade_without_text_encoder_gives_text_states(cascade):
+    cascade.register_modules(tokenizer=None, text_encoder=None)
+    assert "pipe(prompt_embeds=torch.zeros(1, 1, 16), generator" in cascade.describe("user/cascade")
+
+
+def test_saving_over_a_file_is_refused(cascade, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="a file, but should be a folder"):
+        cascade.save_pretrained(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
