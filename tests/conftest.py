@@ -1,7 +1,7 @@
 """A cascade of a few thousand parameters, with a real tokenizer and a random text encoder."""
 
 import pytest
-import torch
+from networks import randomize
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from diffusers_imagen import EDMHeunScheduler, EfficientUNetModel, ImagenCascadePipeline, ImagenUNetModel
@@ -9,15 +9,6 @@ from diffusers_imagen import EDMHeunScheduler, EfficientUNetModel, ImagenCascade
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "blue", "apple", "face", "of", "tiger"]
 TEXT_WIDTH = 16
-
-
-def randomize(module: torch.nn.Module, scale: float = 0.1, seed: int = 0) -> torch.nn.Module:
-    """Random values for every parameter: a new network has zeros where its residual branches end."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
-    return module.eval()
 
 
 @pytest.fixture
@@ -67,7 +58,7 @@ def text_encoder() -> BertModel:
         intermediate_size=16,
         max_position_embeddings=8,
     )
-    return randomize(BertModel(config), scale=1.0)
+    return randomize(BertModel(config))
 
 
 @pytest.fixture

@@ -149,3 +149,74 @@ def test_bad_prompts_files_are_refused_before_a_model_loads(arguments, message, 
     assert generate(*arguments, "--model", "/nowhere/at all") == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("diffusers-imagen: error: ") and message in error
+
+
+# Pictures from pictures
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "picture.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def test_upscale_makes_a_picture_larger(model, picture, tmp_path):
+    output = tmp_path / "large.png"
+    arguments = ["upscale", picture, "--prompt", "a red apple", "--model", model, "--steps", 1, "--output", output]
+    assert cli.main([*map(str, arguments)]) == 0
+    assert Image.open(output).size == (32, 32)
+    wide = tmp_path / "wide.png"
+    arguments = [*arguments[:-1], wide, "--width", 64, "--tile-size", 32, "--tile-overlap", 8]
+    assert cli.main([*map(str, arguments)]) == 0
+    assert Image.open(wide).size == (64, 32)
+
+
+def test_inpaint_keeps_what_the_mask_leaves_black(model, picture, tmp_path):
+    mask, output = tmp_path / "mask.png", tmp_path / "painted.png"
+    pixels = np.zeros((32, 32), dtype=np.uint8)
+    pixels[:16] = 255
+    Image.fromarray(pixels).save(mask)
+    arguments = ["inpaint", picture, mask, "a red apple", "--model", model, "--steps", 2, 1, "--output", output]
+    assert cli.main([*map(str, arguments)]) == 0
+    before, after = (np.asarray(Image.open(path)).astype(int) for path in (picture, output))
+    assert np.abs(after - before)[16:].max() <= 1
+    assert np.abs(after - before)[:16].max() > 10
+
+
+def test_generate_changes_a_picture(model, picture, tmp_path):
+    common = ("a red apple", "--model", model, "--steps", 4, 1, "--resolution", 16, "--image", picture)
+    small = np.asarray(Image.open(picture).resize((16, 16), Image.Resampling.BICUBIC)).astype(int)
+    distances = []
+    for strength in (0.25, 1.0):
+        output = tmp_path / f"{strength}.png"
+        assert generate(*common, "--strength", strength, "--output", output) == 0
+        distances.append(np.abs(np.asarray(Image.open(output)).astype(int) - small).mean())
+    assert distances[0] < distances[1]
+
+
+BAD_PICTURES = {
+    "no file": (["upscale", "/nowhere.png"], "`image` is '/nowhere.png', which cannot be read"),
+    "overlap of no tiles": (["upscale", "{picture}", "--tile-overlap", "8"], "there is no `tile-size`"),
+    "strength of nothing": (["generate", "a", "--strength", "0.5"], "there is no `image` to change"),
+    "mask of another size": (["inpaint", "{picture}", "{mask}", "a"], "`mask_image` is 8x8"),
+}
+
+
+@pytest.mark.parametrize("arguments, message", BAD_PICTURES.values(), ids=BAD_PICTURES)
+def test_bad_pictures_give_one_line_and_exit_code_2(model, picture, tmp_path, capfd, arguments, message):
+    mask = tmp_path / "mask.png"
+    Image.new("L", (8, 8), 255).save(mask)
+    arguments = [argument.format(picture=picture, mask=mask) for argument in arguments]
+    assert cli.main([*arguments, "--model", model, "--output", str(tmp_path / "x.png")]) == 2
+    error = capfd.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("diffusers-imagen: error: ") and message in error
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_an_untrained_model_is_refused(cascade, tmp_path, capfd):
+    cascade.base_unet = type(cascade.base_unet).from_config(cascade.base_unet.config)
+    cascade.save_pretrained(tmp_path / "model")
+    assert generate("a", "--model", tmp_path / "model", "--output", tmp_path / "x.png") == 2
+    assert "stage `base`, loaded from" in capfd.readouterr().err

@@ -5,7 +5,7 @@ import sys
 from typing import Optional
 
 from . import __version__
-from .commands import demo, generate
+from .commands import demo, generate, inpaint, upscale
 
 
 def main(argv: Optional[list[str]] = None) -> int:
@@ -26,8 +26,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="diffusers-imagen", description="Imagen for diffusers.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    generate.add_parser(commands)
-    demo.add_parser(commands)
+    for command in (generate, upscale, inpaint, demo):
+        command.add_parser(commands)
     return parser
 
 

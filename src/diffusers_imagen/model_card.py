@@ -27,7 +27,7 @@ import diffusers_imagen  # lets diffusers find the classes
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{repo_id}")
-image = pipe({call}, generator=torch.Generator().manual_seed(0)).images[0]
+image = pipe({call}generator=torch.Generator().manual_seed(0)).images[0]
 image.save("image.png")
 ```
 
@@ -161,8 +161,14 @@ class ModelCardMixin:
         )
 
     def model_card_call(self) -> str:
-        """The arguments of the snippet: a prompt, or where there is no text encoder, text states."""
-        if self.text_encoder is not None and self.tokenizer is not None:
-            return repr(self.model_card_prompt).replace("'", '"')
+        """The arguments of the snippet: a prompt, or where there is no text encoder, text states; an image to enlarge."""
         unet = getattr(self, "unet", None) or self.base_unet
-        return f"prompt_embeds=torch.zeros(1, 1, {unet.config.encoder_hid_dim})"
+        width = unet.config.encoder_hid_dim
+        arguments = []
+        if self.text_encoder is not None and self.tokenizer is not None:
+            arguments.append(f'"{self.model_card_prompt}"')
+        elif width is not None:
+            arguments += [f"prompt_embeds=torch.zeros(1, 1, {width})", "prompt_attention_mask=torch.ones(1, 1)"]
+        if unet.config.low_res_conditioning:
+            arguments.append(f"image=torch.rand(3, {self.low_resolution}, {self.low_resolution})")
+        return "".join(f"{argument}, " for argument in arguments)

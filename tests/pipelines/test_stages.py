@@ -143,17 +143,27 @@ def test_an_index_of_the_wrong_kind_is_refused(folders, tmp_path):
     assert not list(folders.rglob("model_index.json*"))
 
 
-def test_untrained_networks_are_refused_when_loaded(base_pipeline, sr_pipeline, run, picture, tmp_path, count_calls):
-    base, sr = (type(pipe.unet).from_config(pipe.unet.config) for pipe in (base_pipeline, sr_pipeline))
-    for name, pipe, unet in (("base", base_pipeline, base), ("sr256", sr_pipeline, sr)):
-        unet.save_pretrained(tmp_path / name)
-        pipe.unet = type(unet).from_pretrained(tmp_path / name)
-        calls = count_calls(pipe.unet)
+def test_untrained_stages_are_refused(base_pipeline, sr_pipeline, run, picture, tmp_path, caplog):
+    for name, pipe in (("base", base_pipeline), ("sr256", sr_pipeline)):
+        untrained = type(pipe.unet).from_config(pipe.unet.config)
+        untrained.save_pretrained(tmp_path / name)
+        loaded = type(untrained).from_pretrained(tmp_path / name)
+        stages = {"base": (base_pipeline.unet, base_pipeline.scheduler), name: (loaded, pipe.scheduler)}
         with pytest.raises(ValueError, match=f"stage `{name}`, loaded from .*was never trained"):
-            run(pipe, image=picture)
-        assert calls == []
-        pipe.unet = unet  # built here: the caller's to judge
-        run(pipe, image=picture)
+            ImagenCascadePipeline.from_stages(**stages)
+        stages[name] = (untrained, pipe.scheduler)  # built here: the caller's to judge
+        ImagenCascadePipeline.from_stages(**stages)
+
+
+def test_a_call_warns_of_untrained_networks(base_pipeline, run, tmp_path, monkeypatch):
+    type(base_pipeline.unet).from_config(base_pipeline.unet.config).save_pretrained(tmp_path)
+    warnings = []
+    monkeypatch.setattr("diffusers_imagen.pipelines.stages.logger.warning", warnings.append)
+    run(base_pipeline)
+    assert warnings == []
+    base_pipeline.unet = type(base_pipeline.unet).from_pretrained(tmp_path)
+    run(base_pipeline)
+    assert len(warnings) == 1 and "was never trained" in warnings[0]
 
 
 def test_missing_weights_are_refused(base_pipeline, run, tmp_path):

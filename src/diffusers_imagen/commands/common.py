@@ -4,15 +4,19 @@ import argparse
 import os
 import re
 from pathlib import Path
-from typing import Union
+from typing import Callable, Union
 
 import torch
+from diffusers.utils import make_image_grid
+from PIL import Image, ImageOps
 
 from ..pipelines import ImagenCascadePipeline
+from ..pipelines.stages import DEFAULT_GUIDANCE, DEFAULT_STEPS, refuse_untrained
 
 
 # an editable install finds the cascade that the repository ships
 SHIPPED_MODEL = Path(__file__).resolve().parents[3] / "checkpoints" / "imagen-emoji"
+DEFAULT_OUTPUT = Path("output.png")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -25,21 +29,102 @@ def add_model_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
 
 
+def add_sampling_arguments(command: argparse.ArgumentParser) -> None:
+    """How images are made, and where they go."""
+    command.add_argument("--negative-prompt", help="what to guide away from")
+    command.add_argument("--output", type=Path, help=f"image file; default: {DEFAULT_OUTPUT}")
+    command.add_argument("--resolution", type=int, help="stop after the stage of this resolution: 64, 256 or 1024")
+    command.add_argument("--height", type=int, help="of the image in pixels; default: the resolution")
+    command.add_argument("--width", type=int, help="of the image in pixels; default: the resolution")
+    command.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    per_stage = "for all stages, or one value a stage; default: %(default)s"
+    command.add_argument("--steps", type=int, nargs="+", default=DEFAULT_STEPS, help=per_stage)
+    command.add_argument("--guidance-scale", type=float, nargs="+", default=DEFAULT_GUIDANCE, help=per_stage)
+    command.add_argument(
+        "--guidance-interval",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="lowest and highest noise level (sigma) with guidance; default: all",
+    )
+    command.add_argument(
+        "--guidance-rescale",
+        type=float,
+        default=0.0,
+        help="share brought back to plain contrast; default: %(default)s",
+    )
+    command.add_argument("--num-images", type=int, default=1, help="of each prompt, numbered: output-0.png, ...")
+    command.add_argument("--grid", action="store_true", help="write all images into one file, side by side")
+
+
+def sampling_arguments(args: argparse.Namespace) -> dict:
+    """What a pipeline is told of them, but for the number of images and the source of noise."""
+    return {
+        "negative_prompt": args.negative_prompt,
+        "output_resolution": args.resolution,
+        "height": args.height,
+        "width": args.width,
+        "num_inference_steps": scalar_or_list(args.steps),
+        "guidance_scale": scalar_or_list(args.guidance_scale),
+        "guidance_interval": None if args.guidance_interval is None else tuple(args.guidance_interval),
+        "guidance_rescale": args.guidance_rescale,
+    }
+
+
+def make_images(args: argparse.Namespace, prepare: Callable = lambda pipe: None, **inputs) -> None:
+    """Makes the pictures of one call of the pipeline, and writes them."""
+    output = args.output or DEFAULT_OUTPUT
+    check_output(output)
+    pipe = load_pipeline(args.model, getattr(torch, args.dtype)).to(args.device)
+    prepare(pipe)
+    images = pipe(
+        num_images_per_prompt=args.num_images,
+        generator=torch.Generator().manual_seed(args.seed),
+        **sampling_arguments(args),
+        **inputs,
+    ).images
+    if args.grid:
+        columns = int(len(images) ** 0.5)
+        while len(images) % columns:
+            columns -= 1
+        images = [make_image_grid(images, rows=columns, cols=len(images) // columns)]
+    for i, image in enumerate(images):
+        path = output if len(images) == 1 else output.with_stem(f"{output.stem}-{i}")
+        save_image(image, path)
+        print(path)
+
+
+def read_image(name: str, path: Path) -> Image.Image:
+    """An image file, upright.
+
+    Raises:
+        ValueError: If there is none that can be read.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return ImageOps.exif_transpose(image)
+    except OSError as error:
+        raise ValueError(f"`{name}` is '{path}', which cannot be read: {error}") from error
+
+
 def load_pipeline(model: str, dtype: torch.dtype = torch.float32) -> ImagenCascadePipeline:
     """Loads a cascade from a folder or from the Hub.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is none, or one that was never trained.
     """
     if not os.path.isdir(model) and not HUB_ID.fullmatch(model):
         raise ValueError(f"`model` is {model!r}, which is neither a folder nor a Hub id like 'name/repository'.")
     if os.path.isdir(model) and not os.path.isfile(os.path.join(model, "model_index.json")):
         raise ValueError(f"`model` is {model!r}, a folder without a model_index.json: it holds no pipeline.")
     try:
-        return ImagenCascadePipeline.from_pretrained(model, dtype=dtype)
+        pipe = ImagenCascadePipeline.from_pretrained(model, dtype=dtype)
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"`model` is {model!r}, which cannot be loaded: {reason}") from error
+    refuse_untrained(pipe.stages)
+    return pipe
 
 
 def check_output(path: Path) -> None:

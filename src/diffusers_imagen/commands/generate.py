@@ -7,21 +7,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from diffusers.utils import make_image_grid
 from tqdm import tqdm
 
-from ..pipelines.pipeline_imagen_cascade import DEFAULT_GUIDANCE, DEFAULT_STEPS
 from .common import (
     add_model_arguments,
+    add_sampling_arguments,
     check_folder,
-    check_output,
     load_pipeline,
+    make_images,
+    read_image,
+    sampling_arguments,
     save_image,
-    scalar_or_list,
 )
 
 
-DEFAULT_OUTPUT, DEFAULT_OUTPUT_DIR = Path("output.png"), Path("outputs")
+DEFAULT_OUTPUT_DIR = Path("outputs")
+DEFAULT_STRENGTH = 0.7
 # how much of a prompt goes into the name of its file
 NAME_LENGTH = 60
 
@@ -34,23 +35,19 @@ def add_parser(commands) -> None:
     source.add_argument(
         "--prompts-file", type=Path, metavar="FILE", help="a text file, one prompt a line; see --output-dir"
     )
-    command.add_argument("--negative-prompt", help="what to guide away from")
     add_model_arguments(command)
-    command.add_argument("--output", type=Path, help=f"image file; default: {DEFAULT_OUTPUT}")
+    add_sampling_arguments(command)
+    command.add_argument("--image", type=Path, help="picture to change, with --strength")
+    command.add_argument(
+        "--strength", type=float, help="how much of --image changes, above 0 and up to 1; default: 0.7"
+    )
     command.add_argument(
         "--output-dir",
         type=Path,
         help="folder for the images of --prompts-file, named by line and prompt; what exists is skipped, so that an "
         f"interrupted run goes on; default: {DEFAULT_OUTPUT_DIR}",
     )
-    command.add_argument("--resolution", type=int, help="stop after the stage of this resolution: 64, 256 or 1024")
-    command.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    per_stage = "for all stages, or one value a stage; default: %(default)s"
-    command.add_argument("--steps", type=int, nargs="+", default=DEFAULT_STEPS, help=per_stage)
-    command.add_argument("--guidance-scale", type=float, nargs="+", default=DEFAULT_GUIDANCE, help=per_stage)
-    command.add_argument("--num-images", type=int, default=1, help="of each prompt, numbered: output-0.png, ...")
     command.add_argument("--batch-size", type=int, help="images at once with --prompts-file; default: 4")
-    command.add_argument("--grid", action="store_true", help="write all images into one file, side by side")
     command.set_defaults(run=generate)
 
 
@@ -65,7 +62,7 @@ def generate(args: argparse.Namespace) -> None:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Refuses options that the other kind of source would ignore."""
-    idle = ("output_dir", "batch_size") if args.prompts_file is None else ("output", "grid")
+    idle = ("output_dir", "batch_size") if args.prompts_file is None else ("output", "grid", "image", "strength")
     for name in idle:
         value = getattr(args, name)
         if value is not None and value is not False:
@@ -74,26 +71,14 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def generate_one(args: argparse.Namespace) -> None:
-    """Makes pictures of one prompt."""
-    output = args.output or DEFAULT_OUTPUT
-    check_output(output)
-    pipe = load_pipeline(args.model, getattr(torch, args.dtype)).to(args.device)
-    images = pipe(
-        args.prompt,
-        args.negative_prompt,
-        num_images_per_prompt=args.num_images,
-        generator=torch.Generator().manual_seed(args.seed),
-        **stage_arguments(args),
-    ).images
-    if args.grid:
-        columns = int(len(images) ** 0.5)
-        while len(images) % columns:
-            columns -= 1
-        images = [make_image_grid(images, rows=columns, cols=len(images) // columns)]
-    for i, image in enumerate(images):
-        path = output if len(images) == 1 else output.with_stem(f"{output.stem}-{i}")
-        save_image(image, path)
-        print(path)
+    """Makes pictures of one prompt, from noise or from a picture."""
+    inputs = {}
+    if args.image is not None:
+        strength = DEFAULT_STRENGTH if args.strength is None else args.strength
+        inputs = {"image": read_image("image", args.image), "strength": strength}
+    elif args.strength is not None:
+        raise ValueError(f"`strength` is {args.strength}, but there is no `image` to change.")
+    make_images(args, prompt=args.prompt, **inputs)
 
 
 class Item(NamedTuple):
@@ -125,9 +110,8 @@ def generate_many(args: argparse.Namespace) -> None:
             batch = todo[start : start + batch_size]
             images = pipe(
                 [item.prompt for item in batch],
-                args.negative_prompt,
                 generator=[item.generator for item in batch],
-                **stage_arguments(args),
+                **sampling_arguments(args),
             ).images
             for item, image in zip(batch, images):
                 save_image(image, item.path)
@@ -158,12 +142,3 @@ def list_items(prompts_file: Path, folder: Path, seed: int, num_images: int) -> 
     if not items:
         raise ValueError(f"`prompts-file` is '{prompts_file}', which has no prompt in it.")
     return items
-
-
-def stage_arguments(args: argparse.Namespace) -> dict:
-    """What a call is told about its stages."""
-    return {
-        "output_resolution": args.resolution,
-        "num_inference_steps": scalar_or_list(args.steps),
-        "guidance_scale": scalar_or_list(args.guidance_scale),
-    }

@@ -26,6 +26,7 @@ from .stages import (
     check_stages,
     load_stage,
     load_text_parts,
+    refuse_untrained,
 )
 
 
@@ -125,7 +126,7 @@ class ImagenCascadePipeline(ImagenPipelineMixin, ModelCardMixin, DiffusionPipeli
             kwargs: For `from_pretrained` of what is loaded, such as `dtype`, `variant` or `revision`.
 
         Raises:
-            ValueError: If a source is no stage, or the stages do not fit together.
+            ValueError: If a source is no stage, was never trained, or does not fit the others.
         """
         parts = load_stage(base, **kwargs)
         components = {"text_encoder": parts.get("text_encoder"), "tokenizer": parts.get("tokenizer")}
@@ -143,6 +144,7 @@ class ImagenCascadePipeline(ImagenPipelineMixin, ModelCardMixin, DiffusionPipeli
                 components.update({f"{name}_unet": parts["unet"], f"{name}_scheduler": parts["scheduler"]})
         pipe = cls(**components)
         check_stages(pipe.stages, pipe.text_encoder)
+        refuse_untrained(pipe.stages)
         return pipe
 
     @property

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Optional, Union
 import diffusers
 from diffusers import AutoModel, DiffusionPipeline, SchedulerMixin
 from diffusers import __version__ as diffusers_version
+from diffusers.utils import logging
 from huggingface_hub import file_exists
 from transformers import AutoModelForTextEncoding, AutoTokenizer, PreTrainedModel
 
@@ -20,6 +21,12 @@ from ..schedulers import EDMHeunScheduler
 UNet = Union[ImagenUNetModel, EfficientUNetModel]
 StageSource = Union[str, os.PathLike, DiffusionPipeline, tuple[UNet, SchedulerMixin]]
 
+logger = logging.get_logger(__name__)
+
+UNTRAINED = (
+    "The network of the stage `{name}`, loaded from '{path}', was never trained: its residual branches end in the zeros "
+    "of a new network. Load the folder that training wrote, or leave the stage out."
+)
 STAGE_NAMES = ("base", "sr256", "sr1024")
 # the low-resolution image leaves little to decide: super-resolution needs few steps and no guidance
 DEFAULT_STEPS = {"base": 18, "sr256": 8, "sr1024": 8}
@@ -49,7 +56,7 @@ class Stage(NamedTuple):
 
 
 def check_stages(stages: list[Stage], text_encoder: Optional[PreTrainedModel]) -> None:
-    """Raises ValueError for stages that do not fit together, or networks that were never trained."""
+    """Raises ValueError for stages that do not fit together, or loaded networks that lack weights."""
     for stage in stages:
         is_base, takes_image = stage.name == "base", stage.unet.config.low_res_conditioning
         if is_base == takes_image:
@@ -59,7 +66,7 @@ def check_stages(stages: list[Stage], text_encoder: Optional[PreTrainedModel]) -
             )
         check_text_width(stage, text_encoder)
         for unet in filter(None, (stage.unet, stage.guidance_unet)):
-            check_trained(stage.name, unet)
+            check_loaded(stage.name, unet)
         if stage.guidance_unet is not None and stage.guidance_unet.config.low_res_conditioning != takes_image:
             raise ValueError(f"The guidance network of the stage `{stage.name}` is one for another kind of stage.")
     for below, stage in zip(stages, stages[1:]):
@@ -82,13 +89,13 @@ def check_text_width(stage: Stage, text_encoder: Optional[PreTrainedModel]) -> N
             )
 
 
-def check_trained(name: str, unet: UNet) -> None:
-    """Raises ValueError for a loaded network whose weights are missing, or as a new network has them.
+def check_loaded(name: str, unet: UNet) -> None:
+    """Raises ValueError for a loaded network that lacks weights, and warns of one that was never trained.
 
     Networks that were built in this process are the caller's to judge. Weights that offloading has put on the meta
     device are elsewhere, and not missing.
     """
-    if not unet.config.get("_name_or_path") or any(hasattr(module, "_hf_hook") for module in unet.modules()):
+    if not was_loaded(unet) or any(hasattr(module, "_hf_hook") for module in unet.modules()):
         return
     missing = [key for key, parameter in unet.named_parameters() if parameter.is_meta]
     if missing:
@@ -97,13 +104,25 @@ def check_trained(name: str, unet: UNet) -> None:
             f"{', '.join(missing[:3])}{' and others' if len(missing) > 3 else ''}. Save it again from where it is "
             "complete, or load it with `low_cpu_mem_usage=False` and train it."
         )
-    # both networks begin with zeros where residual branches end, the base network also where it does itself
-    last = [unet.conv_out, *(module.conv2 for module in unet.modules() if isinstance(module, ResBlock))]
-    if not last[0].weight.any() or (len(last) > 1 and not any(layer.weight.any() for layer in last[1:])):
-        raise ValueError(
-            f"The network of the stage `{name}`, loaded from '{unet.config._name_or_path}', was never trained: its "
-            "last layers are the zeros of a new network. Load the folder that training wrote, or leave the stage out."
-        )
+    if is_untrained(unet):
+        logger.warning(UNTRAINED.format(name=name, path=unet.config._name_or_path))
+
+
+def refuse_untrained(stages: list[Stage]) -> None:
+    """Raises ValueError for loaded networks that were never trained."""
+    for stage in stages:
+        if was_loaded(stage.unet) and is_untrained(stage.unet):
+            raise ValueError(UNTRAINED.format(name=stage.name, path=stage.unet.config._name_or_path))
+
+
+def was_loaded(unet: UNet) -> bool:
+    """Whether the network comes from a folder or the Hub."""
+    return bool(unet.config.get("_name_or_path"))
+
+
+def is_untrained(unet: UNet) -> bool:
+    """Whether every residual branch ends in the zeros of a new network."""
+    return not any(module.conv2.weight.any() for module in unet.modules() if isinstance(module, ResBlock))
 
 
 # ---- folders

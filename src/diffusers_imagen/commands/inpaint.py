@@ -1,0 +1,35 @@
+"""`diffusers-imagen inpaint`: a part of a picture, painted anew."""
+
+import argparse
+from pathlib import Path
+
+from .common import add_model_arguments, add_sampling_arguments, make_images, read_image
+
+
+def add_parser(commands) -> None:
+    """Adds the command."""
+    command = commands.add_parser(
+        "inpaint", help="paint a part of a picture anew", description="Paints a part of a picture anew."
+    )
+    command.add_argument("image", type=Path, help="image file")
+    command.add_argument("mask", type=Path, help="image file of the same size, white where it is painted anew")
+    command.add_argument("prompt", help="what to draw")
+    add_model_arguments(command)
+    add_sampling_arguments(command)
+    command.add_argument("--strength", type=float, help="how much of the masked part changes; default: 1, all of it")
+    command.add_argument(
+        "--resample-times", type=int, default=4, help="how often each step is done, for harmony; default: %(default)s"
+    )
+    command.set_defaults(run=inpaint)
+
+
+def inpaint(args: argparse.Namespace) -> None:
+    """Paints a part of a picture anew and writes it."""
+    make_images(
+        args,
+        prompt=args.prompt,
+        image=read_image("image", args.image),
+        mask_image=read_image("mask", args.mask),
+        strength=args.strength,
+        num_resample_times=args.resample_times,
+    )

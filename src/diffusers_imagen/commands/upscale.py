@@ -1,0 +1,41 @@
+"""`diffusers-imagen upscale`: a picture, larger."""
+
+import argparse
+from pathlib import Path
+
+from .common import add_model_arguments, add_sampling_arguments, make_images, read_image
+
+
+def add_parser(commands) -> None:
+    """Adds the command."""
+    command = commands.add_parser(
+        "upscale",
+        help="make a picture larger",
+        description="Runs the super-resolution stages on a picture, which is first brought to the base resolution in "
+        "the proportions of --height and --width.",
+    )
+    command.add_argument("image", type=Path, help="image file")
+    command.add_argument("--prompt", default="", help="what is on it; default: nothing is said")
+    add_model_arguments(command)
+    add_sampling_arguments(command)
+    command.add_argument(
+        "--noise-level", type=float, default=0.1, help="noise in the small image; default: %(default)s"
+    )
+    command.add_argument(
+        "--tile-size", type=int, help="work in tiles of this side, for images larger than trained for"
+    )
+    command.add_argument("--tile-overlap", type=int, help="pixels that tiles share; default: a quarter of a tile")
+    command.set_defaults(run=upscale)
+
+
+def upscale(args: argparse.Namespace) -> None:
+    """Makes a picture larger and writes it."""
+    if args.tile_overlap is not None and args.tile_size is None:
+        raise ValueError(f"`tile-overlap` is {args.tile_overlap}, but there is no `tile-size`.")
+
+    def prepare(pipe) -> None:
+        if args.tile_size is not None:
+            pipe.enable_tiling(args.tile_size, args.tile_size // 4 if args.tile_overlap is None else args.tile_overlap)
+
+    image = read_image("image", args.image)
+    make_images(args, prepare, prompt=args.prompt, image=image, low_res_noise_level=args.noise_level)
