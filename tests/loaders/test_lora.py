@@ -31,7 +31,7 @@ def train(pipe, adapter="style", stages=STAGES, alpha=8, seed=0) -> None:
         unet.add_adapter(LoraConfig(r=2, lora_alpha=alpha, target_modules=TARGETS), adapter)
         for name, parameter in unet.named_parameters():
             if f".{adapter}." in name:
-                parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
+                parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
 
 
 def weights(pipe) -> dict[str, torch.Tensor]:
