@@ -11,6 +11,7 @@ import torch
 from diffusers.utils import make_image_grid
 
 from . import ImagenCascadePipeline, __version__
+from .commands import cache_embeddings, doctor
 from .pipelines.pipeline_imagen_cascade import DEFAULT_GUIDANCE, DEFAULT_STEPS
 
 
@@ -20,14 +21,13 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def main(argv: Optional[list[str]] = None) -> int:
-    """Runs a command; returns 0, or 2 after one line that says what was wrong with the arguments."""
+    """Runs a command; returns its exit code, 0 if it has none, or 2 after one line that says what was wrong with the arguments."""
     args = make_parser().parse_args(argv)
     try:
-        args.run(args)
+        return args.run(args) or 0
     except ValueError as error:
         print(f"diffusers-imagen: error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -53,6 +53,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     command.set_defaults(run=generate)
+
+    cache_embeddings.add_parser(commands)
+    doctor.add_parser(commands)
     return parser
 
 

@@ -1,0 +1,1 @@
+"""The commands of `diffusers-imagen`, a module each."""
