@@ -1,1 +1,1 @@
-"""The commands of `diffusers-imagen`, a module each."""
+"""One module a command of `diffusers-imagen`; each has `add_parser`."""
