@@ -172,7 +172,10 @@ def damaged(tmp_path) -> Path:
     """Four good images of their own grey, a truncated one, one that is text, and one that is too small."""
     rng = np.random.default_rng(0)
     images = {f"{i}.png": np.full((16, 16, 3), 50 * i, np.uint8) for i in range(4)}
-    images |= {"cut.png": rng.integers(0, 256, (64, 64, 3), dtype=np.uint8), "small.png": np.zeros((9, 20, 3), np.uint8)}
+    images |= {
+        "cut.png": rng.integers(0, 256, (64, 64, 3), dtype=np.uint8),
+        "small.png": np.zeros((9, 20, 3), np.uint8),
+    }
     folder = tmp_path / "d"
     write_images(folder, images, {name: name[:4] for name in [*images, "text.png"]})
     (folder / "cut.png").write_bytes((folder / "cut.png").read_bytes()[:2000])
@@ -206,7 +209,8 @@ def test_a_set_without_a_single_good_image_is_refused(tmp_path, in_memory):
 
 def test_automatic_buckets_have_about_one_area_and_even_sides():
     shapes = make_buckets(256, 16)
-    assert (256, 256) in shapes and len(shapes) == len(set(shapes)) == 11
+    # 5:4 and 4:3 meet on this grid
+    assert (256, 256) in shapes and len(shapes) == len(set(shapes)) == 9
     for height, width in shapes:
         assert height % 16 == width % 16 == 0
         assert height * width == pytest.approx(256**2, rel=0.1)

@@ -37,7 +37,10 @@ def write_tars(folder: Path, num_shards: int, bad: tuple[int, ...] = ()) -> str:
     for shard in range(num_shards):
         with tarfile.open(folder / f"train-{shard:03d}.tar", "w") as tar:
             for i in range(shard, NUM_ROWS, num_shards):
-                for name, data in ((f"{i:04d}.png", b"bad" if i in bad else png(i)), (f"{i:04d}.txt", f"n {i}".encode())):
+                for name, data in (
+                    (f"{i:04d}.png", b"bad" if i in bad else png(i)),
+                    (f"{i:04d}.txt", f"n {i}".encode()),
+                ):
                     member = tarfile.TarInfo(name)
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
@@ -120,7 +123,7 @@ def test_a_cell_that_is_no_caption_is_named(tmp_path, encode):
 def test_an_empty_data_set_is_refused(tmp_path, encode):
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "metadata.jsonl").write_text("")
-    with pytest.raises(ValueError, match="`train_data_dir` is .*|The data set '.*' is empty"):
+    with pytest.raises(ValueError, match="`train_data_dir` is .*, whose metadata file is empty"):
         make_train_batches(config_of(str(tmp_path / "d")), encode)
     with pytest.raises(ValueError, match="There is no data: give `train_data_dir` or `dataset_name`"):
         make_train_batches(config_of(None), encode)
@@ -152,7 +155,7 @@ def test_readers_of_a_stream_share_its_rows(tmp_path, shards, processes, workers
     )
     streams = [make_train_batches(config, None, process, processes) for process in range(processes)]
     drawn = [i for stream in streams for _ in range(8 // processes) for i in numbers(next(stream))]
-    assert Counter(drawn) == Counter(range(NUM_ROWS))  # an epoch
+    assert Counter(drawn) == Counter(range(NUM_ROWS))  # an epoch: each reader has a like share
     drawn += [i for stream in streams for _ in range(8 // processes) for i in numbers(next(stream))]
     assert Counter(drawn) == Counter(2 * list(range(NUM_ROWS)))
     assert drawn[:NUM_ROWS] != drawn[NUM_ROWS:]

@@ -141,10 +141,11 @@ def test_keys_tell_captions_apart_also_where_they_begin_alike(cache, monkeypatch
     assert caption_key("a") != caption_key("b") and caption_key("ü") == caption_key("ü")
     copy = pickle.loads(pickle.dumps(cache))  # as for a worker process
     assert torch.equal(copy.states(CAPTIONS)[0], cache.states(CAPTIONS)[0])
+    expected = cache.states(CAPTIONS)
     cache.keys[:, 0] = 7
     seconds = {caption: caption_key(caption)[1] for caption in CAPTIONS}
     monkeypatch.setattr("diffusers_imagen.training.embedding_cache.caption_key", lambda text: (7, seconds[text]))
-    assert torch.equal(copy.states(CAPTIONS)[0], cache.states(CAPTIONS)[0])
+    assert torch.equal(cache.states(CAPTIONS)[0], expected[0])
 
 
 @pytest.fixture
@@ -161,9 +162,7 @@ def test_batches_from_a_cache_are_those_of_the_encoder(config, encoder, tmp_path
     assert cli.main(["cache-embeddings", str(tmp_path / "c"), "--verify"]) == 0
     assert "bytes a caption, verified" in capsys.readouterr().out
 
-    cached = replace(
-        config, embedding_cache=str(tmp_path / "c"), in_memory=in_memory, dataloader_num_workers=workers
-    )
+    cached = replace(config, embedding_cache=str(tmp_path / "c"), in_memory=in_memory, dataloader_num_workers=workers)
     stream = make_train_batches(cached)
     assert not stream.needs_encoder
     batch, expected = next(stream), next(make_train_batches(config, encoder))
@@ -185,7 +184,9 @@ def test_the_command_says_what_is_missing(config, tmp_path, capsys):
         "--train_data_dir", config.train_data_dir, "--text_encoder", str(tmp_path)
     )
     assert "`batch_size` is 0" in run("--batch_size", "0")
-    assert "`splits` has ['a']" in run("--text_encoder", "t", "--train_data_dir", config.train_data_dir, "--splits", "a")
+    assert "`splits` has ['a']" in run(
+        "--text_encoder", "t", "--train_data_dir", config.train_data_dir, "--splits", "a"
+    )
     assert "which has no manifest.json" in run("--verify")
     assert not (tmp_path / "c").exists()
 

@@ -45,7 +45,7 @@ ATTACKS = {
     "mkdir": lambda path: Malicious(os.mkdir, str(path)),
     "eval": lambda path: Malicious(eval, f"open({str(path)!r}, 'w')"),
     "exec": lambda path: Malicious(exec, f"open({str(path)!r}, 'w')"),
-    "getattr": lambda path: Malicious(getattr, os, "mkdir"),
+    "getattr": lambda path: Malicious(getattr, "a", "format"),
     "numpy": lambda path: Malicious(np.save, str(path) + ".npy", STATES),
     "nested": lambda path: Malicious(torch.storage._load_from_bytes, torch_bytes(Malicious(os.mkdir, str(path)))),
     "partial": lambda path: collections.OrderedDict(a=Malicious(os.mkdir, str(path))),

@@ -22,6 +22,7 @@ from diffusers.utils import logging
 from tqdm.auto import tqdm
 
 from ..models.unet_base import ConditionalUNet
+from .checks import check_network, check_width
 from .config import TrainingConfig
 from .data import Batch, BatchStream, ValidationBatches, make_train_batches, make_validation_batches
 from .export import save_stage
@@ -49,9 +50,11 @@ def train(
         log_with=config.report_to,
         project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=f"{config.output_dir}/logs"),
     )
+    check_network(config, unet, encode is not None or config.embedding_cache is not None)
     place = (accelerator.process_index, accelerator.num_processes)
     batches = make_train_batches(config, encode, *place)
     validation = make_validation_batches(config, encode, *place) if config.validation_split else None
+    check_width(unet, batches.text_width)
     release_encoder(encode, batches, validation)
 
     unet.train().to(memory_format=torch.channels_last)

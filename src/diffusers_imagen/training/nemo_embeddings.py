@@ -18,16 +18,20 @@ import torch
 
 
 PICKLES = (".pickle", ".pkl")
-ARRAY_MODULES = ("numpy.core.multiarray", "numpy._core.multiarray")
+ARRAY_PARTS = {
+    (f"numpy.{core}.{module}", name)
+    for core in ("core", "_core")
+    for module, name in (("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer"))
+}
 
 
 def _load_torch(data: bytes) -> Any:
     return torch.load(io.BytesIO(data), weights_only=True)
 
 
-def _array_part(name: str) -> Any:
-    multiarray = getattr(np, "_core", None) or np.core  # numpy 2, numpy 1
-    return getattr(multiarray.multiarray, name)
+def _array_part(module: str, name: str) -> Any:
+    core = getattr(np, "_core", None) or np.core  # numpy 2, numpy 1; pickles of one are read with the other
+    return getattr(getattr(core, module.rsplit(".", 1)[1]), name)
 
 
 # what arrays and tensors are made of, and nothing that could do more than make them
@@ -49,8 +53,8 @@ class TensorUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in ALLOWED:
             return ALLOWED[module, name]
-        if module in ARRAY_MODULES and name in ("_reconstruct", "scalar"):
-            return _array_part(name)
+        if (module, name) in ARRAY_PARTS:
+            return _array_part(module, name)
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no array needs")
 
 

@@ -134,6 +134,11 @@ class BatchStream(Iterator[Batch]):
         return self.texts is not None and self.texts.needs_encoder
 
     @property
+    def text_width(self) -> Optional[int]:
+        """Width of the text states, where it is known before a batch is drawn."""
+        return getattr(self.texts, "width", None)
+
+    @property
     def stride(self) -> int:
         """Slots that all processes take together."""
         return self.config.train_batch_size * self.num_processes

@@ -79,6 +79,7 @@ class EncodedCaptions:
             states.append(text.half().cpu())
             masks.append(mask.bool().cpu())
         self.text, self.mask = torch.cat(states), torch.cat(masks)  # (captions, L, E), (captions, L)
+        self.width = self.text.shape[-1]
         self.index = {caption: i for i, caption in enumerate(captions)}
 
     def states(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -80,6 +80,8 @@ def load_splits(config: DataConfig) -> tuple[dict[str, Union[Dataset, IterableDa
             if config.train_data_dir is not None and (Path(name) / file).is_file():
                 return as_splits(load_dataset(builder, data_files=str(Path(name) / file), **options), config), name
         return as_splits(load_dataset(name, config.dataset_config_name, **options), config), name
+    except StopIteration:  # of datasets' JSON reader, at an empty file
+        raise ValueError(f"`{argument}` is {name!r}, whose metadata file is empty.") from None
     except (OSError, ValueError, DatasetsError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"`{argument}` is {name!r}, which cannot be opened: {reason}") from error

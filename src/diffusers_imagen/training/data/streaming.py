@@ -66,20 +66,21 @@ class ShardReader:
         stream = self.data.shard(num_shards=self.data.num_shards, index=shard)
         if self.state["stream"] is not None:
             stream.load_state_dict(self.state["stream"])
-        rows = iter(stream)
-        while True:
-            start = stream.state_dict()
-            block = list(islice(rows, self.block_size))
-            if not block:
-                return
+        start = stream.state_dict()
+        # `iter`, unlike a for loop, does not split a shard's rows over the workers once more
+        for columns in stream.iter(batch_size=self.block_size):
+            block = [dict(zip(columns, cells)) for cells in zip(*columns.values())]
             words = (self.state["epoch"], shard, self.state["block"])
             order = philox(self.seed, BLOCK_SEED, *words).permutation(len(block))
             if not self._owns_shards():
-                order = order[self.reader :: self.num_readers]
+                order = order[
+                    (self.reader - self.state["block"] * self.block_size) % self.num_readers :: self.num_readers
+                ]
             for taken in range(self.state["taken"], len(order)):
                 self.state = {**self.state, "stream": start, "taken": taken + 1}
                 yield block[order[taken]]
-            self.state = {**self.state, "block": self.state["block"] + 1, "taken": 0, "stream": stream.state_dict()}
+            start = stream.state_dict()
+            self.state = {**self.state, "block": self.state["block"] + 1, "taken": 0, "stream": start}
 
 
 class StreamDataset(IterableDataset):
