@@ -22,7 +22,7 @@ MISFITS = {
 
 @pytest.mark.parametrize("settings, with_text, message", MISFITS.values(), ids=MISFITS)
 def test_misfits_of_a_base_network(settings, with_text, message):
-    unet = create_unet("emoji_base_64", **TINY)
+    unet = create_unet("emoji_base_64", attention_resolutions=(16,), **TINY)
     check_network(config_of(), unet, True)
     with pytest.raises(ValueError, match=message):
         check_network(config_of(**settings), unet, with_text)
@@ -39,7 +39,7 @@ def test_misfits_of_a_super_resolution_network():
         check_network(config_of(resolution=256, low_resolution=128, crop_size=6), unet, True)
     with pytest.raises(ValueError, match="`low_resolution` is None, but this network is conditioned on one"):
         check_network(config_of(resolution=256), unet, True)
-    textless = create_unet("emoji_base_64", **TINY, encoder_hid_dim=None)
+    textless = create_unet("emoji_base_64", attention_resolutions=(16,), **TINY, encoder_hid_dim=None)
     with pytest.raises(ValueError, match="is given, but this network was built without text"):
         check_network(config_of(), textless, True)
     check_network(config_of(), textless, False)
