@@ -44,7 +44,8 @@ def main() -> None:
     try:
         (config,) = HfArgumentParser(TrainingConfig, description=__doc__).parse_args_into_dataclasses()
         unet = make_unet(config)
-        train(config, unet, load_text_encoder(config.text_encoder) if config.text_encoder else None)
+        encode = load_text_encoder(config.text_encoder, config.tokenizer_max_length) if config.text_encoder else None
+        train(config, unet, encode)
     except ValueError as error:
         sys.exit(f"error: {error}")
 

@@ -5,20 +5,19 @@ import sys
 from typing import Optional
 
 from . import __version__
-from .commands import demo, generate, inpaint, upscale
+from .commands import cache_embeddings, demo, doctor, generate, inpaint, upscale
 
 
 def main(argv: Optional[list[str]] = None) -> int:
-    """Runs a command; returns 0, 2 after one line that says what was wrong with the arguments, or 130 if interrupted."""
+    """Runs a command; returns its exit code, 0 if it has none, 2 after one line about a bad argument, 130 if interrupted."""
     args = make_parser().parse_args(argv)
     try:
-        args.run(args)
+        return args.run(args) or 0
     except ValueError as error:
         print(f"diffusers-imagen: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    return 0
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -26,7 +25,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="diffusers-imagen", description="Imagen for diffusers.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (generate, upscale, inpaint, demo):
+    for command in (generate, upscale, inpaint, demo, cache_embeddings, doctor):
         command.add_parser(commands)
     return parser
 

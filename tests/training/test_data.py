@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 from diffusers_imagen.training import TrainingConfig
-from diffusers_imagen.training.data import CaptionedImages, balance_weights, load_rows
+from diffusers_imagen.training.data import Batch, make_train_batches
+from diffusers_imagen.training.data.batches import MemoryBatches
+from diffusers_imagen.training.data.sources import balance_weights, open_rows
 
 
 SIDE = 32
@@ -19,8 +22,12 @@ def make_config(folder: str, **kwargs) -> TrainingConfig:
     return TrainingConfig(train_data_dir=folder, preset="emoji_base_64", **{"resolution": SIDE, **kwargs})
 
 
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def open_images(config: TrainingConfig, split: str = "train", encode=None) -> MemoryBatches:
+    return make_train_batches(replace(config, train_split=split), encode)
+
+
+def draw(config: TrainingConfig, count: int, encode=None) -> Batch:
+    return next(make_train_batches(replace(config, train_batch_size=count), encode))
 
 
 def to_uint8(images: torch.Tensor) -> np.ndarray:
@@ -35,7 +42,7 @@ def over_white(path: Path) -> np.ndarray:
 
 
 def test_images_are_composited_on_white(imagefolder):
-    dataset = CaptionedImages(make_config(imagefolder), "train", None)
+    dataset = open_images(make_config(imagefolder)).images
     assert dataset.pixels.shape == (len(TRAIN), 3, SIDE, SIDE) and dataset.pixels.dtype == torch.uint8
     for pixels, row in zip(dataset.pixels, TRAIN):
         expected = over_white(Path(imagefolder) / "images" / f"{row}.png")
@@ -46,7 +53,7 @@ def test_images_are_composited_on_white(imagefolder):
 
 
 def test_images_are_resized_with_antialiasing(imagefolder):
-    dataset = CaptionedImages(make_config(imagefolder, resolution=8), "train", None)
+    dataset = open_images(make_config(imagefolder, resolution=8)).images
     for pixels, row in zip(dataset.pixels, TRAIN):
         image = torch.from_numpy(over_white(Path(imagefolder) / "images" / f"{row}.png")).permute(2, 0, 1)[None]
         expected = F.interpolate(image, (8, 8), mode="bicubic", antialias=True)[0].clamp(0, 255)
@@ -54,20 +61,20 @@ def test_images_are_resized_with_antialiasing(imagefolder):
 
 
 def test_batches_are_images_between_minus_one_and_one(imagefolder):
-    dataset = CaptionedImages(make_config(imagefolder), "train", None)
-    batch = dataset.draw(64, seeded())
-    assert batch.images.shape == (64, 3, SIDE, SIDE) and batch.images.dtype == torch.float32
+    batch = draw(make_config(imagefolder), 60)
+    assert batch.images.shape == (60, 3, SIDE, SIDE) and batch.images.dtype == torch.float32
     assert batch.images.min() == -1 and batch.images.max() == 1
     assert batch.low_res is None and batch.text is None and batch.text_mask is None
-    known = dataset.pixels.permute(0, 2, 3, 1).numpy()
-    drawn = [np.flatnonzero((known == image).all(axis=(1, 2, 3))) for image in to_uint8(batch.images)]
-    assert {int(row[0]) for row in drawn} == set(range(len(TRAIN)))
+    known = open_images(make_config(imagefolder)).images.pixels.permute(0, 2, 3, 1).numpy()
+    drawn = [np.flatnonzero((known == image).all(axis=(1, 2, 3))).item() for image in to_uint8(batch.images)]
+    for epoch in np.split(np.array(drawn), 10):  # every image once an epoch
+        assert sorted(epoch) == list(range(len(TRAIN)))
+    assert len({tuple(epoch) for epoch in np.split(np.array(drawn), 10)}) > 5  # in other orders
 
 
-def test_the_generator_decides_the_batch(imagefolder, encode):
+def test_the_seed_decides_the_batch(imagefolder, encode):
     config = make_config(imagefolder, low_resolution=8, crop_size=16, caption_column=["text", "tags"])
-    dataset = CaptionedImages(config, "train", encode)
-    first, same, other = (dataset.draw(8, seeded(seed)) for seed in (0, 0, 1))
+    first, same, other = (draw(replace(config, seed=seed), 8, encode) for seed in (0, 0, 1))
     assert all(torch.equal(a, b) for a, b in zip(first, same))
     assert not torch.equal(first.images, other.images)
 
@@ -83,32 +90,32 @@ def test_the_generator_decides_the_batch(imagefolder, encode):
     ],
 )
 def test_rows_of_a_split_and_a_style(imagefolder, split, styles, expected):
-    rows = load_rows(make_config(imagefolder, styles=styles), split)
-    assert rows["file_name"][:] == [f"images/{i}.png" for i in expected]
-    assert len(CaptionedImages(make_config(imagefolder, styles=styles), split, None)) == len(expected)
+    rows = open_rows(make_config(imagefolder, styles=styles), split)
+    assert rows.data["file_name"][:] == [f"images/{i}.png" for i in expected]
+    assert len(open_images(make_config(imagefolder, styles=styles), split).images) == len(expected)
 
 
 def test_combinations_of_values_are_drawn_equally_often(imagefolder):
-    config = make_config(imagefolder, balance_by=["style"])
-    rows = load_rows(config, "train")
+    config = make_config(imagefolder, balance_by=["style", "concept"])
+    rows = open_rows(config, "train").data
     assert balance_weights(rows, ["style"]).tolist() == pytest.approx([1 / 5] * 5 + [1])
     # rows 0 and 1, 2 and 3 share a concept; 4 and 6 have one each
     assert balance_weights(rows, ["concept"]).tolist() == pytest.approx([1 / 2] * 4 + [1, 1])
     assert balance_weights(rows, ["style", "concept"]).tolist() == pytest.approx([1 / 2] * 4 + [1, 1])
-    assert balance_weights(rows, None).tolist() == [1] * 6
+    assert balance_weights(rows, None) is None
 
-    def share_of_shaded(dataset: CaptionedImages) -> float:
-        images = torch.cat([dataset.draw(500, seeded(seed)).images for seed in range(4)])
-        shaded = dataset.pixels[-1].float() / 127.5 - 1
-        return (images == shaded).flatten(1).all(dim=1).float().mean().item()
+    def share_of_shaded(**kwargs) -> float:
+        batch = draw(make_config(imagefolder, **kwargs), 2000)
+        shaded = open_images(config).images.pixels[-1].float() / 127.5 - 1
+        return (batch.images == shaded).flatten(1).all(dim=1).float().mean().item()
 
-    assert share_of_shaded(CaptionedImages(config, "train", None)) == pytest.approx(1 / 2, abs=0.05)
-    assert share_of_shaded(CaptionedImages(config, "train", None, balanced=False)) == pytest.approx(1 / 6, abs=0.04)
+    assert share_of_shaded(balance_by=["style"]) == pytest.approx(1 / 2, abs=0.05)
+    assert share_of_shaded() == pytest.approx(1 / 6, abs=1e-3)
 
 
 def test_captions_are_those_of_their_images(imagefolder, encode, decode):
-    dataset = CaptionedImages(make_config(imagefolder), "train", encode)
-    batch = dataset.draw(50, seeded())
+    dataset = open_images(make_config(imagefolder)).images
+    batch = draw(make_config(imagefolder), 50, encode)
     assert batch.text.shape == (50, 16, 1) and batch.text.dtype == torch.float32
     assert batch.text_mask.dtype == torch.bool
     for image, caption in zip(batch.images, decode(batch.text, batch.text_mask)):
@@ -122,8 +129,7 @@ def test_captions_are_those_of_their_images(imagefolder, encode, decode):
 )
 def test_captions_are_drawn_by_their_probabilities(imagefolder, encode, decode, probabilities, expected):
     config = make_config(imagefolder, caption_column=["text", "tags"], caption_probabilities=probabilities)
-    dataset = CaptionedImages(config, "train", encode)
-    batch = dataset.draw(1000, seeded())
+    batch = draw(config, 1000, encode)
     captions = decode(batch.text, batch.text_mask)
     # a column of lists is joined
     assert set(captions) <= {f"text {i}" for i in TRAIN} | {f"tag {i}, b" for i in TRAIN}
@@ -145,11 +151,13 @@ def test_captions_are_encoded_once_and_in_parts(imagefolder, encode):
         parts.append(captions)
         return encode(captions)
 
-    dataset = CaptionedImages(make_config(imagefolder), "train", counting)
+    texts = open_images(make_config(imagefolder), encode=counting).texts
+    assert parts.pop(0) == ["text 0"]  # for the size of its states
     assert sorted(caption for part in parts for caption in part) == sorted({f"text {i}" for i in range(300)})
     assert max(map(len, parts)) < 300
-    assert torch.equal(dataset.captions.text[dataset.captions.rows[299, 0]], encode(["text 299"])[0][0].half())
-    assert dataset.captions.rows[299, 0] == dataset.captions.rows[599, 0]
+    text, mask = texts.states(["text 299", "text 0"])
+    expected, expected_mask = encode(["text 299", "text 0"])
+    assert torch.equal(text, expected) and torch.equal(mask, expected_mask)
 
 
 def write_ramp(folder: str) -> np.ndarray:
@@ -166,7 +174,7 @@ def write_ramp(folder: str) -> np.ndarray:
 def test_crops_of_image_and_reduction_are_of_the_same_place(imagefolder, low_resolution, crop):
     ramp = write_ramp(imagefolder)
     config = make_config(imagefolder, low_resolution=low_resolution, crop_size=crop)
-    batch = CaptionedImages(config, "train", None).draw(400, seeded())
+    batch = draw(config, 400)
     factor = SIDE // low_resolution
     small = crop // factor
     assert batch.images.shape == (400, 3, crop, crop) and batch.low_res.shape == (400, 3, small, small)
@@ -191,7 +199,7 @@ def test_crops_of_image_and_reduction_are_of_the_same_place(imagefolder, low_res
 
 def test_without_crops_the_reduction_is_of_the_whole_image(imagefolder):
     ramp = write_ramp(imagefolder)
-    batch = CaptionedImages(make_config(imagefolder, low_resolution=8), "train", None).draw(3, seeded())
+    batch = draw(make_config(imagefolder, low_resolution=8), 3)
     assert np.array_equal(to_uint8(batch.images)[2], ramp)
     expected = np.asarray(Image.fromarray(ramp).resize((8, 8), Image.Resampling.BICUBIC)).astype(np.float32)
     actual = batch.low_res[2].permute(1, 2, 0).numpy() * 127.5 + 127.5
@@ -199,15 +207,15 @@ def test_without_crops_the_reduction_is_of_the_whole_image(imagefolder):
     assert batch.low_res.abs().max() <= 1
 
 
-def test_a_missing_metadata_file_is_named(tmp_path):
-    with pytest.raises(ValueError, match=rf"`train_data_dir` is '{tmp_path}', which has no metadata.jsonl"):
-        load_rows(make_config(str(tmp_path)), "train")
+def test_a_folder_without_data_is_named(tmp_path):
+    with pytest.raises(ValueError, match=rf"`train_data_dir` is '{tmp_path}', which cannot be opened: .*"):
+        open_rows(make_config(str(tmp_path)), "train")
 
 
 @pytest.mark.parametrize("columns", [{"caption_column": ["text", "prompt"]}, {"balance_by": ["prompt"]}])
 def test_a_missing_column_is_named(imagefolder, columns):
     with pytest.raises(ValueError, match=r"lacks the columns \['prompt'\]; it has .*'concept'"):
-        load_rows(make_config(imagefolder, **columns), "train")
+        open_rows(make_config(imagefolder, **columns), "train")
 
 
 def test_a_missing_style_column_is_named(imagefolder, rows):
@@ -215,18 +223,42 @@ def test_a_missing_style_column_is_named(imagefolder, rows):
         del row["style"]
     (Path(imagefolder) / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(ValueError, match="'style'"):
-        load_rows(make_config(imagefolder, styles=["flat"]), "train")
+        open_rows(make_config(imagefolder, styles=["flat"]), "train")
 
 
 def test_no_rows_are_refused(imagefolder):
     with pytest.raises(ValueError, match="No row has split 'trian'"):
-        load_rows(make_config(imagefolder), "trian")
+        open_rows(make_config(imagefolder), "trian")
     with pytest.raises(ValueError, match=r"No row has split 'train' and a style among \['sketch'\]"):
-        load_rows(make_config(imagefolder, styles=["sketch"]), "train")
+        open_rows(make_config(imagefolder, styles=["sketch"]), "train")
 
 
 BAD_SETTINGS = {
     "resolution": ({"resolution": 0}, "`resolution` is 0"),
+    "two data sets": (
+        {"dataset_name": "a", "train_data_dir": "b"},
+        "`train_data_dir` and `dataset_name` are both given",
+    ),
+    "no caption column": ({"caption_column": []}, "`caption_column` is empty"),
+    "background": ({"background": "wihte"}, "`background` is 'wihte', but should be a colour"),
+    "buckets": ({"aspect_ratio_buckets": "64x32"}, "`aspect_ratio_buckets` is '64x32', but should be 'auto'"),
+    "bucket off the grid": (
+        {"aspect_ratio_buckets": "36,32", "low_resolution": 4},
+        "`aspect_ratio_buckets` has 36x32, but sides should be multiples of 8",
+    ),
+    "bucket below the crop": (
+        {"aspect_ratio_buckets": "64,16", "low_resolution": 8, "crop_size": 32},
+        "`aspect_ratio_buckets` has 64x16, but sides should be multiples of 4, at least 32",
+    ),
+    "blur of nothing": ({"degradation_blur_sigma": [0, 1]}, "`degradation_blur_sigma` is .* only super-resolution"),
+    "quality": (
+        {"degradation_jpeg_quality": [0, 90], "low_resolution": 8},
+        r"`degradation_jpeg_quality` is \[0, 90\], but should be .* from 1 to 100",
+    ),
+    "balanced stream": ({"streaming": True, "balance_by": ["a"]}, "`balance_by` is .*, but `streaming`"),
+    "buckets in memory": ({"in_memory": True, "aspect_ratio_buckets": "auto"}, "only squares are kept in memory"),
+    "random places in memory": ({"in_memory": True, "center_crop": False}, "only centre crops are kept in memory"),
+    "no chance": ({"caption_probabilities": [0.0]}, r"`caption_probabilities` is \[0.0\], but should be positive"),
     "batch": ({"train_batch_size": -1}, "`train_batch_size` is -1"),
     "accumulation": ({"gradient_accumulation_steps": 0}, "`gradient_accumulation_steps` is 0"),
     "steps": ({"max_train_steps": 0}, "`max_train_steps` is 0"),

@@ -296,12 +296,12 @@ def test_only_the_newest_checkpoints_are_kept(make_config, encode):
 def test_gradient_accumulation_is_one_step_over_all_batches(make_config, encode, monkeypatch):
     """Two batches a step: twice the draws, half the weight of each, one step of schedule and weights."""
     draws, rates, norms = [], [], []
-    draw = loop.CaptionedImages.draw
-    monkeypatch.setattr(loop.CaptionedImages, "draw", lambda *args: (draws.append(1), draw(*args))[1])
+    draw = loop.BatchStream.__next__
+    monkeypatch.setattr(loop.BatchStream, "__next__", lambda stream: (draws.append(1), draw(stream))[1])
     train_step = loop.train_step
 
-    def recording(accelerator, config, unet, dataset, optimizer, lr_scheduler, step):
-        loss = train_step(accelerator, config, unet, dataset, optimizer, lr_scheduler, step)
+    def recording(accelerator, config, unet, batches, optimizer, lr_scheduler, step):
+        loss = train_step(accelerator, config, unet, batches, optimizer, lr_scheduler, step)
         rates.append(lr_scheduler.get_last_lr()[0])
         return loss
 
@@ -332,22 +332,22 @@ def test_the_validation_loss_is_of_the_averaged_weights_and_changes_nothing(
     measured = []
     validation_loss = loop.validation_loss
 
-    def twice_with_few_images(accelerator, config, unet, ema, dataset):
-        assert len(dataset) == 1
+    def twice(accelerator, config, unet, ema, batches):
+        assert len(batches) == 1  # the split has one image
         with torch.no_grad():
             raw = [parameter.clone() for parameter in unet.parameters()]
-            values = [validation_loss(accelerator, config, unet, ema, dataset, num_images=64) for _ in range(2)]
+            values = [validation_loss(accelerator, config, unet, ema, batches) for _ in range(2)]
             assert values[0] == values[1]  # the same rows and the same noise
             assert all(torch.equal(a, b) for a, b in zip(raw, unet.parameters()))
             assert unet.training
             ema.copy_to(unet.parameters())
-            assert validation_loss(accelerator, config, unet, ema, dataset, num_images=64) == values[0]
+            assert validation_loss(accelerator, config, unet, ema, batches) == values[0]
             for parameter, value in zip(unet.parameters(), raw):
                 parameter.copy_(value)
         measured.append(values[0])
         return values[0]
 
-    monkeypatch.setattr(loop, "validation_loss", twice_with_few_images)
+    monkeypatch.setattr(loop, "validation_loss", twice)
     result = train(config, validated, encode)
     assert are_equal(weights_of(validated), weights_of(plain))
     assert len(measured) == 2 and result["validation_loss"] == measured[1] != measured[0]

@@ -66,6 +66,14 @@ def encode_text(
     Raises:
         ValueError: If the tokenizer has no `model_max_length`.
     """
+    warn_of_cut(tokenizer, prompts, tokenizer.model_max_length)
+    return encode_tokens(tokenizer, text_encoder, prompts)
+
+
+def encode_tokens(
+    tokenizer: PreTrainedTokenizerBase, text_encoder: PreTrainedModel, prompts: list[str], padding: str = "max_length"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `encode_text`, without a word about what is cut; `padding` is the tokenizer's."""
     max_length = tokenizer.model_max_length
     if max_length > NO_LIMIT:
         raise ValueError(
@@ -73,8 +81,7 @@ def encode_text(
             "trained with."
         )
     keep_in_fp32(text_encoder)
-    tokens = tokenizer(prompts, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt")
-    warn_of_cut(tokenizer, prompts, max_length)
+    tokens = tokenizer(prompts, padding=padding, max_length=max_length, truncation=True, return_tensors="pt")
     encoder = text_encoder.get_encoder() if text_encoder.config.is_encoder_decoder else text_encoder
     ids, mask = tokens.input_ids.to(encoder.device), tokens.attention_mask.to(encoder.device)
     states = encoder(input_ids=ids, attention_mask=mask).last_hidden_state

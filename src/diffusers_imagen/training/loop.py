@@ -22,8 +22,9 @@ from diffusers.utils import logging
 from tqdm.auto import tqdm
 
 from ..models.unet_base import ConditionalUNet
+from .checks import check_network, check_width
 from .config import TrainingConfig
-from .data import Batch, CaptionedImages
+from .data import Batch, BatchStream, ValidationBatches, make_train_batches, make_validation_batches
 from .export import save_stage
 from .losses import edm_loss
 
@@ -49,8 +50,12 @@ def train(
         log_with=config.report_to,
         project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=f"{config.output_dir}/logs"),
     )
-    dataset = CaptionedImages(config, config.train_split, encode)
-    validation = CaptionedImages(config, config.validation_split, encode, False) if config.validation_split else None
+    check_network(config, unet, encode is not None or config.embedding_cache is not None)
+    place = (accelerator.process_index, accelerator.num_processes)
+    batches = make_train_batches(config, encode, *place)
+    validation = make_validation_batches(config, encode, *place) if config.validation_split else None
+    check_width(unet, batches.text_width)
+    release_encoder(encode, batches, validation)
 
     unet.train().to(memory_format=torch.channels_last)
     if config.gradient_checkpointing:
@@ -65,7 +70,7 @@ def train(
     )
     unet, optimizer, lr_scheduler = accelerator.prepare(unet, optimizer, lr_scheduler)
     ema.to(accelerator.device)
-    accelerator.register_for_checkpointing(ema)
+    accelerator.register_for_checkpointing(ema, batches)
     if config.report_to:
         accelerator.init_trackers("diffusers-imagen", {k: str(v) for k, v in vars(config).items()})
 
@@ -80,7 +85,7 @@ def train(
         mininterval=10,
     )
     for step in progress:
-        loss = train_step(accelerator, config, unet, dataset, optimizer, lr_scheduler, step)
+        loss = train_step(accelerator, config, unet, batches, optimizer, lr_scheduler, step)
         ema.step(unet.parameters())
         # the average over about 100 steps; a single batch says little
         losses["loss"] = loss if math.isnan(losses["loss"]) else losses["loss"] + 0.01 * (loss - losses["loss"])
@@ -96,6 +101,12 @@ def train(
             export(accelerator, config, unet, ema, done, losses)
     accelerator.end_training()
     return losses
+
+
+def release_encoder(encode, *streams: Optional[BatchStream | ValidationBatches]) -> None:
+    """Takes the text encoder out of memory where no stream needs it while batches are drawn."""
+    if hasattr(encode, "release") and not any(stream is not None and stream.needs_encoder for stream in streams):
+        encode.release()
 
 
 def make_optimizer(config: TrainingConfig, unet: torch.nn.Module) -> torch.optim.Optimizer:
@@ -122,13 +133,13 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return batch._replace(images=batch.images.contiguous(memory_format=torch.channels_last))
 
 
-def train_step(accelerator, config, unet, dataset, optimizer, lr_scheduler, step: int) -> float:
+def train_step(accelerator, config, unet, batches, optimizer, lr_scheduler, step: int) -> float:
     """One optimizer step over all accumulated batches; returns their mean loss."""
     generator = step_generator(accelerator, config, step)
     total = 0.0
     for _ in range(config.gradient_accumulation_steps):
         with accelerator.accumulate(unet):
-            batch = to_device(dataset.draw(config.train_batch_size, generator), accelerator.device)
+            batch = to_device(next(batches), accelerator.device)
             with accelerator.autocast():
                 loss = edm_loss(unet, batch, config, generator).mean()
             accelerator.backward(loss)
@@ -153,16 +164,14 @@ def averaged_weights(unet: torch.nn.Module, ema: EMAModel) -> Iterator[None]:
 
 
 @torch.no_grad()
-def validation_loss(
-    accelerator, config, unet, ema: EMAModel, dataset: CaptionedImages, num_images: int = 512
-) -> float:
+def validation_loss(accelerator, config, unet, ema: EMAModel, batches: ValidationBatches) -> float:
     """Loss of the averaged weights on held-out rows, with the same rows and noise at every call."""
     generator = step_generator(accelerator, config, VALIDATION_STEP)
     unet.eval()
     losses = []
     with averaged_weights(unet, ema):
-        for _ in range(math.ceil(num_images / config.train_batch_size)):
-            batch = to_device(dataset.draw(config.train_batch_size, generator), accelerator.device)
+        for batch in batches:
+            batch = to_device(batch, accelerator.device)
             with accelerator.autocast():
                 losses.append(edm_loss(unet, batch, config, generator))
     unet.train()

@@ -1,0 +1,54 @@
+"""`diffusers-imagen doctor`: what is wrong with a data set, a stage, or an embedding cache, in words."""
+
+import argparse
+from pathlib import Path
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Adds the command to the command line."""
+    parser = commands.add_parser(
+        "doctor",
+        help="examine a data set, a trained stage or an embedding cache",
+        description="Says what is wrong with a data set, a stage folder or an embedding cache. "
+        "The exit code is 1 if something is.",
+    )
+    parser.add_argument("path", help="folder of a data set, of a stage or of an embedding cache, or a Hub data set")
+    parser.add_argument("--resolution", type=int, default=64, help="training resolution; default: %(default)s")
+    parser.add_argument("--sigma_data", type=float, default=0.5, help="as configured; default: %(default)s")
+    parser.add_argument("--text_encoder", help="count tokens with its tokenizer, or compare widths with it")
+    parser.add_argument("--tokenizer_max_length", type=int, help="default: the tokenizer's limit")
+    parser.add_argument("--image_column", default="image", help="default: %(default)s")
+    parser.add_argument("--caption_column", nargs="+", default=["text"], help="default: text")
+    parser.add_argument("--split", default="train", help="default: %(default)s")
+    parser.add_argument("--num_images", type=int, default=1000, help="images that are opened; default: %(default)s")
+    parser.set_defaults(run=doctor)
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """Prints what was found; returns 1 if something is wrong."""
+    # torch and transformers take seconds to import; --help should not
+    from ..training import doctor as examine
+
+    if args.num_images < 1:
+        raise ValueError(f"`num_images` is {args.num_images}, but should be at least 1.")
+    path = Path(args.path)
+    if (path / "manifest.json").is_file():
+        findings = examine.examine_cache(path)
+    elif (path / "unet" / "config.json").is_file() or (path / "config.json").is_file():
+        findings = examine.examine_stage(path, args.text_encoder)
+    else:
+        from ..training.data.config import DataConfig
+
+        config = DataConfig(
+            train_data_dir=args.path if path.is_dir() else None,
+            dataset_name=None if path.is_dir() else args.path,
+            image_column=args.image_column,
+            caption_column=args.caption_column,
+            train_split=args.split,
+            resolution=args.resolution,
+            tokenizer_max_length=args.tokenizer_max_length,
+        )
+        findings = examine.examine_data(config, args.sigma_data, args.text_encoder, args.num_images)
+    for finding in findings:
+        print(f"{'WRONG' if finding.wrong else 'ok   '}  {finding.text}")
+    return int(any(finding.wrong for finding in findings))

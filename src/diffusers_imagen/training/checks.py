@@ -1,0 +1,48 @@
+"""Whether a network can take the data, asked before any work is done."""
+
+from typing import Optional
+
+from ..models.unet_base import ConditionalUNet
+from .data.config import DataConfig
+
+
+def check_network(config: DataConfig, unet: ConditionalUNet, with_text: bool) -> None:
+    """Checks sides, conditioning image and text.
+
+    Args:
+        config (`DataConfig`): The data.
+        unet (`ConditionalUNet`): The network.
+        with_text (`bool`): Whether batches have text.
+
+    Raises:
+        ValueError: If the network cannot be trained on such batches.
+    """
+    side = config.crop_size or config.resolution
+    name = "crop_size" if config.crop_size else "resolution"
+    shapes = [(side, side)]
+    if config.crop_size is None and config.aspect_ratio_buckets is not None:
+        name, shapes = "aspect_ratio_buckets", config.bucket_shapes()
+    stride = unet.total_stride
+    for shape in shapes:
+        if shape[0] % stride or shape[1] % stride:
+            near = sorted({max(stride, shape[0] // stride * stride), -(-shape[0] // stride) * stride})
+            raise ValueError(
+                f"`{name}` gives images of {shape[0]}x{shape[1]}, but this network takes multiples of {stride}, "
+                f"such as {' or '.join(map(str, near))}."
+            )
+    if unet.config.low_res_conditioning != (config.low_resolution is not None):
+        needs = "is conditioned on one: give `low_resolution`" if unet.config.low_res_conditioning else "takes none"
+        raise ValueError(f"`low_resolution` is {config.low_resolution}, but this network {needs}.")
+    if with_text and unet.config.encoder_hid_dim is None:
+        raise ValueError("`text_encoder` or `embedding_cache` is given, but this network was built without text.")
+    if not with_text and unet.config.encoder_hid_dim is not None:
+        raise ValueError("This network reads text: give `text_encoder` or `embedding_cache`.")
+
+
+def check_width(unet: ConditionalUNet, width: Optional[int]) -> None:
+    """Checks the width of the text states, if it is known."""
+    if width is not None and unet.config.encoder_hid_dim not in (None, width):
+        raise ValueError(
+            f"The text states are {width} wide, but this network reads {unet.config.encoder_hid_dim}: give the text "
+            "encoder, or the embedding cache, that it was made for."
+        )

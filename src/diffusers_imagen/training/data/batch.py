@@ -1,0 +1,47 @@
+"""What the loop gets, and what it is made of."""
+
+from typing import NamedTuple, Optional
+
+import torch
+
+from .pyramid import to_float
+
+
+class Batch(NamedTuple):
+    """One micro-batch of images and captions."""
+
+    images: torch.Tensor  # (B, 3, H, W) in [-1, 1]
+    low_res: Optional[torch.Tensor]  # (B, 3, h, w) in [-1, 1], aligned with the images
+    text: Optional[torch.Tensor]  # (B, L, E), zero at padded positions
+    text_mask: Optional[torch.Tensor]  # (B, L)
+
+
+class Sample(NamedTuple):
+    """One image and its caption."""
+
+    pixels: torch.Tensor  # (3, H, W) uint8
+    low_res: Optional[torch.Tensor]  # (3, h, w) in [-1, 1]
+    caption: Optional[str]
+
+
+class Samples(NamedTuple):
+    """A micro-batch whose captions are not encoded yet, as it comes from a worker: a quarter of a `Batch`'s size."""
+
+    pixels: torch.Tensor  # (B, 3, H, W) uint8
+    low_res: Optional[torch.Tensor]  # (B, 3, h, w) in [-1, 1]
+    captions: Optional[list[str]]
+    text: Optional[tuple[torch.Tensor, torch.Tensor]] = None  # states and mask, where the worker read them
+
+    @classmethod
+    def stack(cls, samples: list[Sample]) -> "Samples":
+        pixels, low_res, captions = zip(*samples)
+        return cls(
+            torch.stack(pixels),
+            None if low_res[0] is None else torch.stack(low_res),
+            None if captions[0] is None else list(captions),
+        )
+
+    def finish(self, texts) -> Batch:
+        """Encodes what is not encoded; `texts` has `states(captions)`."""
+        text, mask = self.text or (texts.states(self.captions) if texts is not None else (None, None))
+        return Batch(to_float(self.pixels), self.low_res, text, mask)

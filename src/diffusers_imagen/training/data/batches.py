@@ -1,0 +1,313 @@
+"""The micro-batches of a run: where the data becomes what the loop sees."""
+
+from collections.abc import Iterator
+from typing import Any, Optional, Union
+
+import torch
+from diffusers.utils import logging
+from torch.utils.data import DataLoader
+
+from ..embedding_cache import EmbeddingCache
+from .batch import Batch, Samples
+from .captions import Encode, EncodedCaptions, OnlineCaptions, encode_captions, iterate_captions
+from .config import DataConfig
+from .draws import VALIDATION_SEED, BucketOrder, RowOrder, SlotDraws
+from .loading import BatchPlan, SlotDataset, assign_buckets
+from .memory import CaptionedImages
+from .samples import SampleMaker
+from .sources import Rows, balance_weights, open_rows
+from .streaming import StreamDataset
+
+
+logger = logging.get_logger(__name__)
+
+MEMORY_LIMIT = 4 * 2**30  # bytes of pixels that are kept without being asked to
+Texts = Union[EncodedCaptions, OnlineCaptions, EmbeddingCache]
+
+
+def make_train_batches(
+    config: DataConfig, encode: Optional[Encode] = None, process_index: int = 0, num_processes: int = 1
+) -> "BatchStream":
+    """The training batches of a process, without end.
+
+    Args:
+        config (`DataConfig`): The data, and what is done to it.
+        encode (`Callable`, *optional*): Maps captions to states `(B, L, E)` and mask `(B, L)`. Without it, and without
+            `config.embedding_cache`, batches have no text.
+        process_index (`int`), num_processes (`int`): This process among all.
+
+    Raises:
+        ValueError: If the data is not what the configuration says.
+    """
+    return _make_batches(config, config.train_split, encode, process_index, num_processes, training=True)
+
+
+def make_validation_batches(
+    config: DataConfig,
+    encode: Optional[Encode] = None,
+    process_index: int = 0,
+    num_processes: int = 1,
+    num_images: int = 512,
+) -> "ValidationBatches":
+    """The validation batches of a process: the same at each iteration, without random flips or degradations.
+
+    Together the processes see `num_images` rows, or all rows if they are fewer, rounded up to whole batches.
+    """
+    stream = _make_batches(config, config.validation_split, encode, process_index, num_processes, training=False)
+    return ValidationBatches(stream, num_images)
+
+
+def _make_batches(
+    config: DataConfig,
+    split: str,
+    encode: Optional[Encode],
+    process_index: int,
+    num_processes: int,
+    training: bool,
+) -> "BatchStream":
+    with_text = encode is not None or config.embedding_cache is not None
+    rows = open_rows(config, split, with_text)
+    texts = make_texts(config, rows, encode)
+    maker = SampleMaker(config, rows.image_column, rows.folder, with_text, augment=training)
+    seed = (config.seed,) if training else (config.seed, VALIDATION_SEED)
+    place = (config, texts, process_index, num_processes)
+    if rows.streaming:
+        return StreamBatches(*place, rows, maker, SlotDraws(*seed))
+    if keeps_in_memory(config, rows):
+        images = CaptionedImages(config, rows, maker, seed, balanced=training)
+        logger.info(f"{len(images)} images of the split {split!r} at {config.resolution} px in memory")
+        return MemoryBatches(*place, images)
+    weights = balance_weights(rows.data, config.balance_by if training else None)
+    if config.aspect_ratio_buckets is None:
+        order = RowOrder(len(rows.data), config.seed, weights)
+    else:
+        slots = config.train_batch_size * num_processes * config.gradient_accumulation_steps
+        order = BucketOrder(assign_buckets(rows, config), slots, config.seed, weights)
+    logger.info(f"{len(rows.data)} images of the split {split!r}, read when they are drawn")
+    return LoaderBatches(*place, rows, maker, order, SlotDraws(*seed))
+
+
+def make_texts(config: DataConfig, rows: Rows, encode: Optional[Encode]) -> Optional[Texts]:
+    """Where the text states of captions come from."""
+    if config.embedding_cache is not None:
+        cache = EmbeddingCache(config.embedding_cache)
+        if encode is not None and hasattr(encode, "identity"):
+            cache.check_encoder(encode.identity())
+        if not rows.streaming:
+            cache.check_captions(iterate_captions(rows.data, config.caption_column))
+        return cache
+    if encode is None:
+        return None
+    if rows.streaming:
+        return OnlineCaptions(encode)
+    return encode_captions(rows.data, config.caption_column, encode)
+
+
+def keeps_in_memory(config: DataConfig, rows: Rows) -> bool:
+    """Whether pixels are kept in memory: as configured, or if they are squares and few."""
+    if config.in_memory is not None or config.aspect_ratio_buckets or not config.center_crop:
+        return bool(config.in_memory)
+    pixels = 3 * config.resolution**2
+    reduced = 0 if config.low_resolution is None else 4 * 3 * config.low_resolution**2
+    return len(rows.data) * (pixels + reduced) <= MEMORY_LIMIT
+
+
+class BatchStream(Iterator[Batch]):
+    """This process's micro-batches.
+
+    Slots are numbered over processes and batches; `images_seen` counts those of all processes that were handed out.
+
+    Attributes:
+        images_seen (`int`): Slots handed out, of all processes.
+        skipped (`dict[str, str]`): Images that were passed over, and why.
+    """
+
+    def __init__(self, config: DataConfig, texts: Optional[Texts], process_index: int, num_processes: int):
+        self.config, self.texts = config, texts
+        self.process_index, self.num_processes = process_index, num_processes
+        self.images_seen = 0
+        self.skipped: dict[str, str] = {}
+
+    @property
+    def needs_encoder(self) -> bool:
+        """Whether captions are encoded while batches are drawn."""
+        return self.texts is not None and self.texts.needs_encoder
+
+    @property
+    def text_width(self) -> Optional[int]:
+        """Width of the text states, where it is known before a batch is drawn."""
+        return getattr(self.texts, "width", None)
+
+    @property
+    def stride(self) -> int:
+        """Slots that all processes take together."""
+        return self.config.train_batch_size * self.num_processes
+
+    @property
+    def first_slot(self) -> int:
+        """The first slot of this process's next batch."""
+        return self.images_seen + self.process_index * self.config.train_batch_size
+
+    def __next__(self) -> Batch:
+        batch = self._draw().finish(self.texts)
+        self.images_seen += self.stride
+        return batch
+
+    def _draw(self) -> Samples:
+        raise NotImplementedError
+
+    def report(self, skipped: dict[str, str]) -> None:
+        """Notes images that were passed over, and names each once."""
+        for name, reason in skipped.items():
+            if name not in self.skipped:
+                self.skipped[name] = reason
+                logger.warning(f"Skipped {name} ({len(self.skipped)} so far): {reason}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place after the last batch that was handed out."""
+        return {"images_seen": self.images_seen}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a place, also with other numbers of processes, workers, or images a batch."""
+        self.images_seen = state["images_seen"]
+
+    def close(self) -> None:
+        """Ends the processes that read ahead."""
+
+
+class MemoryBatches(BatchStream):
+    """Batches of images in memory."""
+
+    def __init__(self, config, texts, process_index, num_processes, images: CaptionedImages):
+        super().__init__(config, texts, process_index, num_processes)
+        self.images = images
+        self.report(images.skipped)
+
+    def _draw(self) -> Samples:
+        return self.images.draw(self.first_slot, self.config.train_batch_size)
+
+
+class LoaderBatches(BatchStream):
+    """Batches of images that workers read ahead."""
+
+    def __init__(self, config, texts, process_index, num_processes, rows, maker, order, draws):
+        super().__init__(config, texts, process_index, num_processes)
+        self.dataset = SlotDataset(rows, maker, order, draws, config.bucket_shapes(), texts)
+        self._batches: Optional[Iterator] = None
+
+    def _draw(self) -> Samples:
+        if self._batches is None:
+            self._batches = iter(self._loader())
+        samples, skipped, *_ = next(self._batches)
+        self.report(skipped)
+        return samples
+
+    def _loader(self) -> DataLoader:
+        size = self.config.train_batch_size
+        offset = self.process_index * size
+        plan = BatchPlan(self.dataset.order, self.dataset.draws, self.images_seen, self.stride, offset, size)
+        return make_loader(self.dataset, self.config, sampler=plan)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.close()
+
+    def close(self) -> None:
+        self._batches = None
+
+
+class StreamBatches(LoaderBatches):
+    """Batches of a stream that workers read ahead, each from shards of its own."""
+
+    def __init__(self, config, texts, process_index, num_processes, rows, maker, draws):
+        BatchStream.__init__(self, config, texts, process_index, num_processes)
+        self.rows, self.maker, self.draws = rows, maker, draws
+        self.num_workers = max(1, config.dataloader_num_workers)
+        self.places: list[Optional[dict]] = [None] * self.num_workers
+        self._batches = None
+
+    def _draw(self) -> Samples:
+        if self._batches is None:
+            self._batches = iter(self._loader())
+        samples, skipped, (worker, place) = next(self._batches)
+        self.places[worker] = place
+        self.report(skipped)
+        return samples
+
+    def _loader(self) -> DataLoader:
+        dataset = StreamDataset(
+            self.rows,
+            self.maker,
+            self.texts,
+            self.draws,
+            self.process_index,
+            self.num_processes,
+            self.num_workers,
+            batches=self.images_seen // self.stride,
+            states={worker: place for worker, place in enumerate(self.places) if place is not None},
+        )
+        return make_loader(dataset, self.config)
+
+    @property
+    def layout(self) -> dict[str, int]:
+        """What the places of the readers depend on."""
+        return {
+            "process_index": self.process_index,
+            "num_processes": self.num_processes,
+            "dataloader_num_workers": self.num_workers,
+            "train_batch_size": self.config.train_batch_size,
+            "shuffle_buffer_size": self.config.shuffle_buffer_size,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place after the last batch that was handed out, of this process."""
+        return {**super().state_dict(), "places": list(self.places), "layout": self.layout}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a place of the same process, with the same numbers of processes, workers and images a batch."""
+        if state.get("layout") != self.layout:
+            raise ValueError(
+                f"The stream was saved with {state.get('layout')}, but this run has {self.layout}: a stream is resumed "
+                "by the same processes and workers."
+            )
+        super().load_state_dict(state)
+        self.places = list(state["places"])
+
+
+def make_loader(dataset, config: DataConfig, **kwargs) -> DataLoader:
+    """A loader of ready batches, which leaves the global random state alone."""
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=config.dataloader_num_workers,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),
+        **kwargs,
+    )
+
+
+class ValidationBatches:
+    """The first batches of a stream, again at each iteration."""
+
+    def __init__(self, stream: BatchStream, num_images: int):
+        self.stream = stream
+        self.start = stream.state_dict()
+        if isinstance(stream, MemoryBatches):
+            num_images = min(num_images, len(stream.images))
+        elif not isinstance(stream, StreamBatches):
+            num_images = min(num_images, len(stream.dataset.rows.data))
+        self.num_batches = -(-num_images // stream.stride)
+
+    @property
+    def needs_encoder(self) -> bool:
+        """Whether captions are encoded while batches are drawn."""
+        return self.stream.needs_encoder
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.stream.load_state_dict(self.start)
+        for _ in range(self.num_batches):
+            yield next(self.stream)
+        self.stream.close()

@@ -1,0 +1,128 @@
+"""A data set whose rows are at hand but not its pixels: images are read when they are drawn."""
+
+from collections.abc import Iterator
+from typing import NamedTuple, Optional, Union
+
+import numpy as np
+from diffusers.training_utils import find_nearest_bucket
+from torch.utils.data import Dataset, Sampler
+
+from .batch import Sample, Samples
+from .captions import BadCaption
+from .config import DataConfig
+from .draws import MAX_ATTEMPTS, BucketOrder, RowOrder, SlotDraws
+from .images import BadImage, name_image, open_image
+from .samples import SampleMaker
+from .sources import Rows
+
+
+class PlannedBatch(NamedTuple):
+    """Which rows fill the slots of a micro-batch."""
+
+    first: int
+    rows: list[int]
+    bucket: Optional[int]
+
+
+class BatchPlan(Sampler):
+    """The micro-batches of one process, without end.
+
+    Args:
+        order (`RowOrder` or `BucketOrder`): Which row fills a slot.
+        draws (`SlotDraws`): The slots' numbers.
+        start (`int`): Slots of all processes that came before.
+        stride (`int`): Slots that all processes take together.
+        offset (`int`): Where this process's slots begin among them.
+        batch_size (`int`): Slots of a micro-batch.
+    """
+
+    def __init__(
+        self,
+        order: Union[RowOrder, BucketOrder],
+        draws: SlotDraws,
+        start: int,
+        stride: int,
+        offset: int,
+        batch_size: int,
+    ):
+        self.order, self.draws = order, draws
+        self.start, self.stride, self.offset, self.batch_size = start, stride, offset, batch_size
+
+    def __iter__(self) -> Iterator[PlannedBatch]:
+        start = self.start
+        while True:
+            first = start + self.offset
+            draws = self.draws(first, self.batch_size)
+            if isinstance(self.order, BucketOrder):
+                bucket = self.order.bucket(start)
+                yield PlannedBatch(first, self.order(first, draws, bucket).tolist(), bucket)
+            else:
+                yield PlannedBatch(first, self.order(first, draws).tolist(), None)
+            start += self.stride
+
+
+class SlotDataset(Dataset):
+    """Reads the micro-batches of a plan; another row takes the place of one that cannot be used."""
+
+    def __init__(
+        self,
+        rows: Rows,
+        maker: SampleMaker,
+        order: Union[RowOrder, BucketOrder],
+        draws: SlotDraws,
+        shapes: Optional[list[tuple[int, int]]],
+        texts,
+    ):
+        self.rows, self.maker, self.order, self.draws, self.shapes = rows, maker, order, draws, shapes
+        self.texts = None if texts is None or texts.needs_encoder else texts
+
+    def __getitem__(self, plan: PlannedBatch) -> tuple[Samples, dict[str, str]]:
+        """The samples, and why rows were passed over, by name."""
+        skipped = {}
+        draws = self.draws(plan.first, len(plan.rows))
+        samples = Samples.stack([self._sample(plan, i, draws[i], skipped) for i in range(len(plan.rows))])
+        if self.texts is not None:
+            samples = samples._replace(text=self.texts.states(samples.captions))
+        return samples, skipped
+
+    def _sample(self, plan: PlannedBatch, i: int, draws: np.ndarray, skipped: dict[str, str]) -> Sample:
+        group = () if plan.bucket is None else (plan.bucket,)
+        shape = None if plan.bucket is None else self.shapes[plan.bucket]
+        index = plan.rows[i]
+        for attempt in range(MAX_ATTEMPTS):
+            row = self.rows.data[index]
+            try:
+                return self.maker(row, draws, shape)
+            except (BadImage, BadCaption) as error:
+                skipped[name_image(row[self.rows.image_column], index)] = str(error)
+            index = self.order.replacement(plan.first + i, attempt, *group)
+        name, reason = next(iter(skipped.items()))
+        raise ValueError(f"{len(skipped)} rows one after another cannot be used; {name}: {reason}.")
+
+
+def image_size(row: dict, column: str, folder: str) -> dict[str, int]:
+    """Height and width of an upright image, from its header; zeros where there is none."""
+    try:
+        image = open_image(row[column], folder)
+        turned = image.getexif().get(0x0112, 1) >= 5  # orientations that lie on their side
+        width, height = image.size[::-1] if turned else image.size
+    except BadImage:
+        height = width = 0
+    return {"height": height, "width": width}
+
+
+def assign_buckets(rows: Rows, config: DataConfig) -> np.ndarray:
+    """The bucket of each row `(N,)`, by its aspect ratio; -1 for images that cannot be used."""
+    shapes = config.bucket_shapes()
+    sizes = rows.data.map(
+        image_size,
+        fn_kwargs={"column": rows.image_column, "folder": rows.folder},
+        remove_columns=rows.data.column_names,
+        desc="Reading image sizes",
+    )
+    height, width = np.array(sizes["height"][:]), np.array(sizes["width"][:])
+    buckets = np.array([find_nearest_bucket(h, w, shapes) for h, w in zip(height, width)])
+    buckets[np.minimum(height, width) < max(1, config.min_resolution or 1)] = -1
+    if (buckets < 0).all():
+        raise ValueError(f"None of the {len(buckets)} images can be used for `aspect_ratio_buckets`.")
+    return buckets

@@ -1,0 +1,117 @@
+"""A data set whose images are kept in memory as uint8 pixels: the fast way for small ones."""
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Optional, Union
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from .batch import Samples
+from .captions import caption_text
+from .config import DataConfig
+from .draws import RowOrder, SlotDraws
+from .images import BadImage, name_image
+from .pyramid import crop, reduce, to_float
+from .samples import SampleMaker
+from .sources import Rows, balance_weights
+
+
+READ_AT_ONCE = 256  # rows whose files may be in memory at the same time
+
+
+class CaptionedImages:
+    """Pixels and captions of all rows, from which the samples of slots are drawn.
+
+    Args:
+        config (`DataConfig`): What is done to images and captions.
+        rows (`Rows`): The data set.
+        maker (`SampleMaker`): Makes samples.
+        seed (`tuple[int, ...]`): The run's seed, and words that distinguish its sequences.
+        balanced (`bool`): Whether rows are drawn as `config.balance_by` says.
+
+    Raises:
+        ValueError: If no image can be used.
+    """
+
+    def __init__(
+        self, config: DataConfig, rows: Rows, maker: SampleMaker, seed: tuple[int, ...], balanced: bool = True
+    ):
+        self.config = config
+        self.maker = maker
+        self.pixels, kept, self.skipped = load_pixels(rows, maker, config.resolution)
+        self.low_res = reduce_all(self.pixels, config.factor) if config.low_resolution is not None else None
+        self.captions = None
+        if maker.with_text:
+            columns = [rows.data[column][:] for column in config.caption_column]
+            self.captions = [[caption_text(column[i]) for column in columns] for i in kept]
+        weights = balance_weights(rows.data, config.balance_by if balanced else None)
+        self.order = RowOrder(len(kept), config.seed, None if weights is None else weights[kept])
+        self.draws = SlotDraws(*seed)
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def draw(self, first: int, count: int) -> Samples:
+        """The samples of `count` slots from `first` on."""
+        draws = self.draws(first, count)
+        rows = self.order(first, draws)
+        captions = None
+        if self.captions is not None:
+            captions = [self.captions[row][column] for row, column in zip(rows, self.maker.columns(draws))]
+        pixels, low_res = self._cut(rows, draws)
+        if not self.maker.changes_samples:
+            return Samples(pixels, low_res, captions)
+        nothing = [None] * count
+        parts = zip(pixels, nothing if low_res is None else low_res, captions or nothing, draws)
+        return Samples.stack([self.maker.finish(*part) for part in parts])
+
+    def _cut(self, rows: np.ndarray, draws: np.ndarray) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
+        """Images and their reductions, cropped at the same places of both grids."""
+        if self.config.crop_size is None:
+            rows = torch.from_numpy(rows)
+            return self.pixels[rows], None if self.low_res is None else self.low_res[rows]
+        size, factor = self.config.crop_size, self.config.factor
+        corners = [self.maker.corner(self.pixels[0], slot) for slot in draws]
+        return (
+            torch.stack([crop(self.pixels[r], factor * i, factor * j, size) for r, (i, j) in zip(rows, corners)]),
+            torch.stack([crop(self.low_res[r], i, j, size // factor) for r, (i, j) in zip(rows, corners)]),
+        )
+
+
+def load_pixels(rows: Rows, maker: SampleMaker, resolution: int) -> tuple[torch.Tensor, np.ndarray, dict[str, str]]:
+    """All images that can be used as `(N, 3, R, R)` uint8, their rows `(N,)`, and why the others cannot."""
+
+    def load(value) -> Union[torch.Tensor, BadImage]:
+        try:
+            return maker.pixels({rows.image_column: value})
+        except BadImage as error:
+            return error
+
+    pixels = torch.empty(len(rows.data), resolution, resolution, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+    kept, skipped, i = [], {}, 0
+    images = rows.data.select_columns([rows.image_column])
+    with ThreadPoolExecutor() as pool, tqdm(total=len(images), desc="Loading images", mininterval=5) as progress:
+        for part in images.iter(batch_size=READ_AT_ONCE):
+            values = part[rows.image_column]
+            for value, image in zip(values, pool.map(load, values)):
+                if isinstance(image, BadImage):
+                    skipped[name_image(value, i)] = str(image)
+                else:
+                    pixels[len(kept)] = image
+                    kept.append(i)
+                i += 1
+            progress.update(len(values))
+    if not kept:
+        name, reason = next(iter(skipped.items()))
+        raise ValueError(f"None of the {len(rows.data)} images can be used; {name}: {reason}.")
+    return pixels[: len(kept)], np.array(kept), skipped
+
+
+def reduce_all(pixels: torch.Tensor, factor: int) -> torch.Tensor:
+    """Reductions of all images `(N, 3, R / factor, R / factor)` in float32, made once."""
+    side = pixels.shape[-1] // factor
+    low_res = torch.empty(len(pixels), 3, side, side)
+    for start in range(0, len(pixels), 64):
+        low_res[start : start + 64] = reduce(to_float(pixels[start : start + 64]), factor)
+    return low_res

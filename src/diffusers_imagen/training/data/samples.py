@@ -1,0 +1,100 @@
+"""From a row and its slot's draws to an image and a caption."""
+
+from typing import Any, Optional
+
+import numpy as np
+import torch
+
+from .batch import Sample
+from .captions import caption_text, speaks_of_sides
+from .config import DataConfig
+from .draws import CAPTION, CROP_LEFT, CROP_TOP, FLIP, PLACE_LEFT, PLACE_TOP, cumulate, pick, whole
+from .images import check_size, fit_image, read_image
+from .pyramid import crop_both, degrade, reduce, to_float
+
+
+class SampleMaker:
+    """Makes the sample of a row.
+
+    Args:
+        config (`DataConfig`): What is done to images and captions.
+        image_column (`str`): Column with the images.
+        folder (`str`): Where relative file names begin.
+        with_text (`bool`): Whether captions are drawn.
+        augment (`bool`): Whether images are flipped and placed at random, and low resolutions made worse.
+    """
+
+    def __init__(self, config: DataConfig, image_column: str, folder: str, with_text: bool, augment: bool = True):
+        self.config = config
+        self.image_column = image_column
+        self.folder = folder
+        self.with_text = with_text
+        self.augment = augment
+        self.changes_samples = augment and bool(
+            config.random_flip or config.degradation_blur_sigma or config.degradation_jpeg_quality
+        )
+        self.column_edges = cumulate(config.caption_probabilities or [1.0] * len(config.caption_column))
+
+    def __call__(self, row: dict[str, Any], draws: np.ndarray, shape: Optional[tuple[int, int]] = None) -> Sample:
+        """The sample of a row.
+
+        Args:
+            row (`dict`): A row of the data set.
+            draws (`np.ndarray`): `(DRAWS_PER_SLOT,)`, the slot's numbers.
+            shape (`tuple[int, int]`, *optional*): Height and width of its bucket; a square of `resolution` without.
+
+        Raises:
+            BadImage: If the image cannot be used.
+            BadCaption: If the cell holds no caption.
+        """
+        caption = self.caption(row, draws)
+        pixels = self.pixels(row, draws, shape)
+        low_res = None
+        if self.config.low_resolution is not None:
+            pixels, low_res = self.pyramid(pixels, draws)
+        return self.finish(pixels, low_res, caption, draws)
+
+    def caption(self, row: dict[str, Any], draws: np.ndarray) -> Optional[str]:
+        """The row's caption in the column that the slot draws."""
+        if not self.with_text:
+            return None
+        return caption_text(row[self.config.caption_column[int(self.columns(draws))]])
+
+    def columns(self, draws: np.ndarray) -> np.ndarray:
+        """Which caption column each slot draws."""
+        return pick(self.column_edges, draws[..., CAPTION])
+
+    def pixels(
+        self, row: dict[str, Any], draws: Optional[np.ndarray] = None, shape: Optional[tuple[int, int]] = None
+    ) -> torch.Tensor:
+        """The row's image, cropped and resized: `(3, H, W)` uint8."""
+        image = read_image(row[self.image_column], self.folder, self.config.background)
+        check_size(image, self.config.min_resolution)
+        height, width = shape or (self.config.resolution, self.config.resolution)
+        place = (0.5, 0.5)
+        if self.augment and not self.config.center_crop:
+            place = (draws[PLACE_TOP], draws[PLACE_LEFT])
+        return torch.from_numpy(fit_image(image, height, width, *place).copy()).permute(2, 0, 1)
+
+    def pyramid(self, pixels: torch.Tensor, draws: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """The image, or a crop of it, as uint8 and its reduction."""
+        if self.config.crop_size is None:
+            return pixels, reduce(to_float(pixels)[None], self.config.factor)[0]
+        return crop_both(pixels, self.config.factor, *self.corner(pixels, draws), self.config.crop_size)
+
+    def corner(self, pixels: torch.Tensor, draws: np.ndarray) -> tuple[int, int]:
+        """Top and left of the slot's crop, on the grid of the reduction."""
+        height, width = ((side - self.config.crop_size) // self.config.factor for side in pixels.shape[-2:])
+        return int(whole(draws[CROP_TOP], height + 1)), int(whole(draws[CROP_LEFT], width + 1))
+
+    def finish(
+        self, pixels: torch.Tensor, low_res: Optional[torch.Tensor], caption: Optional[str], draws: np.ndarray
+    ) -> Sample:
+        """Mirrors and degrades, as the slot's draws say."""
+        if self.changes_samples:
+            if self.config.random_flip and draws[FLIP] < 0.5 and not speaks_of_sides(caption):
+                pixels = pixels.flip(-1)
+                low_res = None if low_res is None else low_res.flip(-1)
+            if low_res is not None:
+                low_res = degrade(low_res, self.config, draws)
+        return Sample(pixels, low_res, caption)

@@ -1,0 +1,157 @@
+"""A data set that is read in order: WebDataset tar shards, or a stream from the Hub.
+
+Rows cannot be reached by number here, so a run's order depends on how many processes and workers read it: each reads
+shards of its own. Its position can be saved and resumed exactly nevertheless.
+"""
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any, Optional
+
+import numpy as np
+from datasets import IterableDataset as Stream
+from torch.utils.data import IterableDataset, get_worker_info
+
+from .batch import Sample, Samples
+from .captions import BadCaption
+from .draws import BLOCK_SEED, ORDER_SEED, SlotDraws, philox
+from .images import BadImage, name_image
+from .samples import SampleMaker
+from .sources import Rows
+
+
+MAX_BAD_ROWS = 1000  # one after another, before the data set is given up
+
+
+class ShardReader:
+    """Rows of one reader's shards, without end: shards in an order of each epoch, rows shuffled block by block.
+
+    `datasets`' own shuffling forgets its buffer when it is resumed. Here a block is read again from where it began.
+
+    Args:
+        data (`datasets.IterableDataset`): The stream.
+        seed (`int`): The run's seed.
+        reader (`int`): This reader's number among all readers of all processes.
+        num_readers (`int`): How many there are. If there are fewer shards, each reads all and keeps its share of rows.
+        block_size (`int`): Rows that are shuffled together.
+    """
+
+    def __init__(self, data: Stream, seed: int, reader: int, num_readers: int, block_size: int):
+        self.data, self.seed = data, seed
+        self.reader, self.num_readers, self.block_size = reader, num_readers, block_size
+        self.state = {"epoch": 0, "shard": 0, "block": 0, "taken": 0, "stream": None}
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Rows; `state` is the place after the last one."""
+        while True:
+            found = self.state["shard"] > 0 or self.state["block"] > 0
+            for shard in self._shards()[self.state["shard"] :]:
+                for row in self._rows(shard):
+                    found = True
+                    yield row
+                self.state = {**self.state, "shard": self.state["shard"] + 1, "block": 0, "taken": 0, "stream": None}
+            if not found:
+                raise ValueError("The stream has no row: check the split, the styles and the number of processes.")
+            self.state = {**self.state, "epoch": self.state["epoch"] + 1, "shard": 0}
+
+    def _shards(self) -> list[int]:
+        order = philox(self.seed, ORDER_SEED, self.state["epoch"]).permutation(self.data.num_shards).tolist()
+        return order[self.reader :: self.num_readers] if self._owns_shards() else order
+
+    def _owns_shards(self) -> bool:
+        return self.data.num_shards >= self.num_readers
+
+    def _rows(self, shard: int) -> Iterator[dict[str, Any]]:
+        """Rows of a shard, from the state's block on."""
+        stream = self.data.shard(num_shards=self.data.num_shards, index=shard)
+        if self.state["stream"] is not None:
+            stream.load_state_dict(self.state["stream"])
+        start = stream.state_dict()
+        # `iter`, unlike a for loop, does not split a shard's rows over the workers once more
+        for columns in stream.iter(batch_size=self.block_size):
+            block = [dict(zip(columns, cells)) for cells in zip(*columns.values())]
+            words = (self.state["epoch"], shard, self.state["block"])
+            order = philox(self.seed, BLOCK_SEED, *words).permutation(len(block))
+            if not self._owns_shards():
+                order = order[
+                    (self.reader - self.state["block"] * self.block_size) % self.num_readers :: self.num_readers
+                ]
+            for taken in range(self.state["taken"], len(order)):
+                self.state = {**self.state, "stream": start, "taken": taken + 1}
+                yield block[order[taken]]
+            start = stream.state_dict()
+            self.state = {**self.state, "block": self.state["block"] + 1, "taken": 0, "stream": start}
+
+
+class StreamDataset(IterableDataset):
+    """The micro-batches of one process from a stream; each worker makes every num_workers-th.
+
+    Args:
+        rows (`Rows`): The data set.
+        maker (`SampleMaker`): Makes samples.
+        texts: Where text states come from, or None.
+        draws (`SlotDraws`): The slots' numbers.
+        process_index (`int`), num_processes (`int`): This process among all.
+        num_workers (`int`): Workers of each process.
+        batches (`int`): Batches of this process that came before.
+        states (`dict[int, dict]`): The place of each worker's reader; empty at the beginning.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        maker: SampleMaker,
+        texts,
+        draws: SlotDraws,
+        process_index: int,
+        num_processes: int,
+        num_workers: int,
+        batches: int = 0,
+        states: Optional[dict[int, dict]] = None,
+    ):
+        self.rows, self.maker, self.draws = rows, maker, draws
+        self.texts = None if texts is None or texts.needs_encoder else texts
+        self.process_index, self.num_processes, self.num_workers = process_index, num_processes, max(1, num_workers)
+        self.batches, self.states = batches, states or {}
+
+    def __iter__(self) -> Iterator[tuple[Samples, dict[str, str], tuple[int, dict]]]:
+        """Samples, why rows were passed over, and the worker with its reader's place."""
+        info = get_worker_info()
+        # a DataLoader begins with its first worker; the next batch is another's if the run was stopped in between
+        batch = self.batches + (info.id if info else 0)
+        worker = batch % self.num_workers
+        config = self.maker.config
+        readers = self.num_processes * self.num_workers
+        reader = ShardReader(
+            self.rows.data,
+            config.seed,
+            self.process_index * self.num_workers + worker,
+            readers,
+            config.shuffle_buffer_size,
+        )
+        reader.state = self.states.get(worker, reader.state)
+        rows = iter(reader)
+        size = config.train_batch_size
+        while True:
+            first = (batch * self.num_processes + self.process_index) * size
+            draws, skipped = self.draws(first, size), {}
+            samples = Samples.stack([self._sample(reader, rows, slot, skipped) for slot in draws])
+            if self.texts is not None:
+                samples = samples._replace(text=self.texts.states(samples.captions))
+            yield samples, skipped, (worker, reader.state)
+            batch += self.num_workers
+
+    def _sample(
+        self, reader: ShardReader, rows: Iterator[dict[str, Any]], draws: np.ndarray, skipped: dict[str, str]
+    ) -> Sample:
+        for row in islice(rows, MAX_BAD_ROWS):
+            try:
+                sample = self.maker(row, draws)
+                if self.texts is not None and sample.caption not in self.texts:
+                    raise BadCaption(f"the caption {sample.caption!r} is not in the embedding cache")
+                return sample
+            except (BadImage, BadCaption) as error:
+                place = "{taken} of block {block} of shard {shard} of epoch {epoch}".format(**reader.state)
+                skipped[name_image(row[self.rows.image_column], place)] = str(error)
+        name, reason = list(skipped.items())[-1]
+        raise ValueError(f"{MAX_BAD_ROWS} rows one after another cannot be used; {name}: {reason}.")

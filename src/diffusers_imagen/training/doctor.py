@@ -1,0 +1,221 @@
+"""Examinations of data sets, trained stages and embedding caches."""
+
+import hashlib
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple, Optional
+
+import numpy as np
+import torch
+from diffusers import AutoModel
+from tqdm.auto import tqdm
+from transformers import AutoConfig
+
+from .data.captions import iterate_captions
+from .data.config import DataConfig
+from .data.images import BadImage, fit_image, name_image, open_image, read_image
+from .data.sources import Rows, open_rows
+from .embedding_cache import EmbeddingCache
+from .text import encoder_width, load_text_encoder
+
+
+SIGMA_TOLERANCE = 0.25  # relative: the preconditioning forgives that much
+MANY = 0.01  # shares from here on are worth a word
+NAMED = 3
+
+
+class Finding(NamedTuple):
+    """One thing that was looked at."""
+
+    wrong: bool
+    text: str
+
+
+def examine_data(
+    config: DataConfig, sigma_data: float = 0.5, text_encoder: Optional[str] = None, num_images: int = 1000
+) -> list[Finding]:
+    """Images, captions and duplicates of a data set's training split.
+
+    Args:
+        config (`DataConfig`): The data.
+        sigma_data (`float`): The configured standard deviation of the images in [-1, 1].
+        text_encoder (`str`, *optional*): Whose tokenizer counts tokens.
+        num_images (`int`): Images that are opened, evenly spread over the rows.
+    """
+    rows = open_rows(config, config.train_split)
+    places = np.unique(np.linspace(0, len(rows.data) - 1, min(num_images, len(rows.data))).round().astype(int))
+    findings = [Finding(False, f"{len(rows.data)} rows, of which {len(places)} images are opened")]
+    findings += examine_images(rows, places, config, sigma_data)
+    findings += examine_captions(rows, config, text_encoder)
+    return findings
+
+
+def examine_images(rows: Rows, places: np.ndarray, config: DataConfig, sigma_data: float) -> list[Finding]:
+    """Modes, sizes, range, standard deviation, duplicates, and files that cannot be read."""
+    modes, seen, bad = Counter(), {}, {}
+    small, copies = [], []
+    count, total, squares, low, high = 0, 0.0, 0.0, 255, 0
+    for place in tqdm(places.tolist(), desc="Opening images", mininterval=5):
+        value = rows.data[place][rows.image_column]
+        name = name_image(value, place)
+        try:
+            modes[open_image(value, rows.folder).mode] += 1
+            image = read_image(value, rows.folder, config.background)
+        except BadImage as error:
+            bad[name] = str(error)
+            continue
+        if min(image.size) < config.resolution:
+            small.append(f"{name} ({image.width}x{image.height})")
+        pixels = fit_image(image, config.resolution, config.resolution)
+        digest = hashlib.sha256(pixels).digest()
+        if digest in seen:
+            copies.append(f"{name} of {seen[digest]}")
+        seen.setdefault(digest, name)
+        values = pixels.astype(np.float64) / 127.5 - 1
+        count, total, squares = count + values.size, total + values.sum(), squares + (values**2).sum()
+        low, high = min(low, int(pixels.min())), max(high, int(pixels.max()))
+    findings = [
+        Finding(bool(bad), report(bad, len(places), "cannot be read and are skipped in training", "all can be read"))
+    ]
+    if count == 0:
+        return findings
+    mean = total / count
+    sigma = math.sqrt(squares / count - mean**2)
+    off = abs(sigma / sigma_data - 1) > SIGMA_TOLERANCE
+    findings += [
+        Finding(False, "modes: " + ", ".join(f"{mode} {number}" for mode, number in modes.most_common())),
+        Finding(
+            high - low < 128,
+            f"pixels from {low} to {high} of 255"
+            + (": nearly uniform; were they scaled to [0, 1] before they were saved?" if high - low < 128 else ""),
+        ),
+        Finding(
+            off,
+            f"measured sigma_data {sigma:.3f} at {config.resolution} px, mean {mean:+.3f}; configured {sigma_data}"
+            + (f": give `sigma_data` {sigma:.2f}" if off else ""),
+        ),
+        Finding(
+            len(small) >= max(1, MANY * len(places)),
+            report(
+                small, len(places), f"are smaller than {config.resolution} px and are enlarged", "none is enlarged"
+            ),
+        ),
+        Finding(
+            len(copies) >= max(1, MANY * len(places)),
+            report(copies, len(places), "are pixel for pixel copies", "no image is a copy of another"),
+        ),
+    ]
+    return findings
+
+
+def examine_captions(rows: Rows, config: DataConfig, text_encoder: Optional[str]) -> list[Finding]:
+    """Empty and repeated captions, and how many are cut."""
+    captions = list(iterate_captions(rows.data, config.caption_column))
+    counts = Counter(captions)
+    empty = sum(number for caption, number in counts.items() if not caption.strip())
+    common, times = counts.most_common(1)[0]
+    repeated = times > max(1, 0.1 * len(captions))
+    findings = [
+        Finding(empty > 0, f"{empty} of {len(captions)} captions are empty"),
+        Finding(
+            repeated,
+            f"{len(counts)} distinct captions" + (f"; {times} times the same: {common[:80]!r}" if repeated else ""),
+        ),
+    ]
+    if text_encoder is None:
+        return findings + [Finding(False, "token lengths were not counted: give `text_encoder`")]
+    encoder = load_text_encoder(text_encoder, config.tokenizer_max_length)
+    distinct = list(counts)
+    lengths = []
+    for start in range(0, len(distinct), 1000):
+        lengths += encoder.count_tokens(distinct[start : start + 1000])
+    cut = sum(counts[caption] for caption, length in zip(distinct, lengths) if length > encoder.max_length)
+    longest = max(zip(lengths, distinct))
+    return findings + [
+        Finding(
+            cut > MANY * len(captions),
+            f"{cut} of {len(captions)} captions ({cut / len(captions):.1%}) are cut at {encoder.max_length} tokens; "
+            f"the longest has {longest[0]}: {longest[1][:80]!r}",
+        )
+    ]
+
+
+def examine_cache(folder: Path) -> list[Finding]:
+    """Size, width and checksums of an embedding cache."""
+    cache = EmbeddingCache(folder)
+    encoder = cache.manifest["encoder"]
+    findings = [
+        Finding(
+            len(cache) == 0,
+            f"{len(cache)} captions, width {cache.width}, up to {cache.max_length} tokens, {cache.manifest['dtype']}, "
+            f"made by {encoder.get('class', 'an encoder that is not named')}",
+        )
+    ]
+    problems = cache.verify()
+    return findings + ([Finding(True, text) for text in problems] or [Finding(False, "all checksums are right")])
+
+
+def examine_stage(folder: Path, text_encoder: Optional[str] = None) -> list[Finding]:
+    """Weights, widths and losses of a stage folder."""
+    inside = (folder / "unet" / "config.json").is_file()
+    unet = AutoModel.from_pretrained(str(folder), subfolder="unet" if inside else None)
+    findings = examine_weights(unet)
+    encoder = text_encoder or (str(folder) if (folder / "text_encoder").is_dir() else None)
+    if encoder is not None:
+        findings.append(examine_width(unet.config.get("encoder_hid_dim"), encoder))
+    if (folder / "losses.jsonl").is_file():
+        lines = (folder / "losses.jsonl").read_text().splitlines()
+        findings += examine_losses([json.loads(line) for line in lines])
+    return findings
+
+
+def examine_weights(unet: torch.nn.Module) -> list[Finding]:
+    """Whether the weights are finite, and were ever trained."""
+    parameters = dict(unet.named_parameters())
+    broken = [name for name, value in parameters.items() if not value.isfinite().all()]
+    last = [name for name, value in parameters.items() if "conv_out" in name and not value.any()]
+    # normalisations start as ones and the last layers of residual branches as zeros: a single step moves them
+    kinds = (torch.nn.GroupNorm, torch.nn.LayerNorm)
+    norms = [module.weight for module in unet.modules() if isinstance(module, kinds) and module.weight is not None]
+    untouched = bool(norms) and all((value == 1).all() for value in norms)
+    count = sum(value.numel() for value in parameters.values())
+    if broken:
+        return [Finding(True, f"{len(broken)} weights are not finite, such as {broken[0]}: training diverged")]
+    if last:
+        return [Finding(True, f"the output layer is zero ({', '.join(last)}): this network was never trained")]
+    if untouched:
+        return [Finding(True, "all normalisations are as they were initialised: this network was never trained")]
+    return [Finding(False, f"{type(unet).__name__}: {count:,} weights, finite and trained")]
+
+
+def examine_width(width: Optional[int], text_encoder: str) -> Finding:
+    """Whether the network reads states as wide as the encoder makes them."""
+    subfolder = "text_encoder" if (Path(text_encoder) / "text_encoder").is_dir() else ""
+    actual = encoder_width(AutoConfig.from_pretrained(text_encoder, subfolder=subfolder))
+    wrong = width != actual
+    text = f"the text encoder's states are {actual} wide"
+    return Finding(wrong, text + (f", but the network reads {width}" if wrong else ", as the network reads them"))
+
+
+def examine_losses(records: list[dict[str, Any]]) -> list[Finding]:
+    """Whether a curve of losses is finite and falls."""
+    losses = [float(record["loss"]) for record in records if record.get("loss") is not None]
+    for record in records:
+        if not math.isfinite(float(record.get("loss", 0))):
+            return [Finding(True, f"the loss is {record['loss']} at step {record.get('step')}: training diverged")]
+    if len(losses) < 3:
+        return [Finding(False, f"{len(losses)} recorded losses, too few to judge")]
+    lowest, last = min(losses), losses[-1]
+    rises = last > 1.1 * lowest and last > losses[0] * 0.9
+    text = f"loss {losses[0]:.4f} at first, {lowest:.4f} at its lowest, {last:.4f} at last"
+    return [Finding(rises, text + (": it rises; lower `learning_rate`, or look at the data" if rises else ""))]
+
+
+def report(found: dict | list, total: int, what: str, nothing: str) -> str:
+    """How many of the images, with the first of them named."""
+    if not found:
+        return f"images: {nothing}"
+    named = [f"{name}: {found[name]}" if isinstance(found, dict) else name for name in list(found)[:NAMED]]
+    return f"{len(found)} of {total} images {what}: {'; '.join(named)}" + ("; ..." if len(found) > NAMED else "")
