@@ -12,7 +12,7 @@ from diffusers_imagen.models.attention import (
     image_to_tokens,
     tokens_to_image,
 )
-from diffusers_imagen.models.embeddings import TextKeyValue
+from diffusers_imagen.models.embeddings import TextContext, TextKeyValue
 
 
 @pytest.fixture(params=["self", "cross", "fused"])
@@ -43,7 +43,7 @@ def test_tokens_are_the_pixels_row_by_row():
 def test_attention_is_softmax_over_image_and_text(attention):
     """Against the formula, head by head, with masked tokens left out instead of masked."""
     image, context, mask = image_and_context()
-    text = attention.project_text(context, mask) if attention.reads_text else None
+    text = attention.project_text(TextContext(context, mask)) if attention.reads_text else None
     output = attention(image, text)
     query = attention.to_q(attention.norm(image).flatten(2).transpose(1, 2))
     for b in range(2):
@@ -69,7 +69,7 @@ def test_attention_is_softmax_over_image_and_text(attention):
 def test_keys_and_values_of_masked_tokens_change_nothing(attention_type):
     attention = randomize(ImagenAttention(16, 2, attention_type, TEXT_WIDTH, norm_num_groups=4))
     image, context, mask = image_and_context()
-    text = attention.project_text(context, mask)
+    text = attention.project_text(TextContext(context, mask))
     expected = attention(image, text)
     masked, valid = (~mask)[..., None], mask[..., None]
     changed = TextKeyValue(text.key + 7 * masked, text.value - 9 * masked, text.mask)
@@ -83,10 +83,10 @@ def test_cross_attention_without_a_valid_token_adds_nothing():
     attention = randomize(ImagenAttention(16, 2, "cross", TEXT_WIDTH, norm_num_groups=4))
     image, context, mask = image_and_context()
     mask[1] = False
-    output = attention(image, attention.project_text(context, mask))
+    output = attention(image, attention.project_text(TextContext(context, mask)))
     # all that is left of the branch is the bias of its last layer
     torch.testing.assert_close(output[1], image[1] + attention.to_out[0].bias[:, None, None])
-    expected = attention(image, attention.project_text(context, None))
+    expected = attention(image, attention.project_text(TextContext(context, None)))
     torch.testing.assert_close(output[0], expected[0], atol=1e-5, rtol=1e-5)
     assert not torch.allclose(output[1], expected[1], atol=1e-2)
 
@@ -96,7 +96,7 @@ def test_fused_attention_without_a_valid_token_is_attention_to_the_image():
     attention = randomize(ImagenAttention(16, 2, "fused", TEXT_WIDTH, norm_num_groups=4))
     image, context, mask = image_and_context()
     mask[1] = False
-    output = attention(image, attention.project_text(context, mask))
+    output = attention(image, attention.project_text(TextContext(context, mask)))
     image_only = attention(image, None)
     torch.testing.assert_close(output[1], image_only[1], atol=1e-5, rtol=1e-5)
     assert not torch.allclose(output[0], image_only[0], atol=1e-2)
@@ -107,7 +107,7 @@ def test_padded_tokens_count_in_the_norm_of_the_context():
     """As in NeMo, whose checkpoints are trained so: the statistics run over every token, valid or not."""
     attention = randomize(ImagenAttention(16, 2, "cross", TEXT_WIDTH, norm_num_groups=4))
     _, context, mask = image_and_context()
-    text = attention.project_text(context, mask)
+    text = attention.project_text(TextContext(context, mask))
     grouped = context[1].reshape(TOKENS, 4, TEXT_WIDTH // 4)
     variance, mean = torch.var_mean(grouped, dim=(0, 2), correction=0, keepdim=True)
     normed = ((grouped - mean) / (variance + 1e-5).sqrt()).reshape(TOKENS, TEXT_WIDTH)
@@ -167,7 +167,7 @@ def test_a_mask_of_prompts_is_never_taken_for_one_of_pixels():
     image = torch.randn(4, 16, 2, 2, generator=torch.Generator().manual_seed(0))
     context = torch.randn(4, TOKENS, TEXT_WIDTH, generator=torch.Generator().manual_seed(1))
     mask = torch.arange(TOKENS) < torch.tensor([[5], [3], [2], [1]])
-    text = attention.project_text(context, mask)
+    text = attention.project_text(TextContext(context, mask))
     expected = attention(image, text)
     attention.processor._attention_backend = attention_dispatch.AttentionBackendName._NATIVE_MATH
     torch.testing.assert_close(attention(image, text), expected, atol=1e-5, rtol=1e-5)
@@ -193,7 +193,7 @@ def test_stable_attention_is_attention(attention, masked):
     seed = torch.randn(image.shape, generator=torch.Generator().manual_seed(1))
 
     def text():
-        return attention.project_text(context, mask if masked else None) if attention.reads_text else None
+        return attention.project_text(TextContext(context, mask if masked else None)) if attention.reads_text else None
 
     with torch.no_grad():
         expected = attention(image, text())
@@ -228,3 +228,11 @@ def test_stable_attention_keeps_gradients_that_float16_would_lose():
         errors[type(processor)] = relative_error(gradient, exact)
     assert errors[StableImagenAttnProcessor] < 0.01
     assert errors[PlainProcessor] > 0.1
+
+
+@torch.no_grad()
+def test_a_block_may_make_keys_and_values_itself(attention):
+    image, context, mask = image_and_context()
+    if attention.reads_text:
+        text = TextContext(context, mask)
+        assert torch.equal(attention(image, text), attention(image, attention.project_text(text)))

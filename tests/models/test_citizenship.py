@@ -102,16 +102,24 @@ def test_repeated_blocks_compile_alone(one_of_each_class):
 
 @pytest.mark.group_offload
 @pytest.mark.parametrize(
-    "settings", [{"offload_type": "block_level", "num_blocks_per_group": 1}, {"offload_type": "leaf_level"}]
+    "settings",
+    [
+        {"offload_type": "block_level", "num_blocks_per_group": 1},
+        {"offload_type": "block_level", "num_blocks_per_group": 2},
+        {"offload_type": "leaf_level"},
+    ],
 )
 @torch.no_grad()
-def test_group_offloading_reaches_every_layer(unet, settings):
-    """From the CPU to the CPU: that every layer is run by its hooks, `encode_text` included."""
+def test_group_offloading_reaches_every_layer(unet, settings, tmp_path):
+    """From the disk to the CPU: a layer that runs without its hooks would run with empty weights."""
     inputs = inputs_for(unet)
     expected = run(unet, inputs)
-    unet.enable_group_offload(onload_device=torch.device("cpu"), **settings)
+    unet.enable_group_offload(onload_device=torch.device("cpu"), offload_to_disk_path=str(tmp_path), **settings)
+    for parameter in unet.parameters():
+        parameter.data.fill_(torch.nan)
+    text = unet.encode_text(inputs["encoder_hidden_states"], inputs["encoder_attention_mask"])
     assert torch.equal(run(unet, inputs), expected)
-    text = unet.encode_text(inputs.pop("encoder_hidden_states"), inputs.pop("encoder_attention_mask"))
+    del inputs["encoder_attention_mask"]
     assert torch.equal(run(unet, inputs, encoder_hidden_states=text), expected)
 
 

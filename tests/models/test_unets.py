@@ -94,7 +94,7 @@ def test_encoded_text_takes_the_place_of_the_states(unet):
     expected = run(unet, inputs)
     with torch.no_grad():
         text = unet.encode_text(inputs.pop("encoder_hidden_states"), inputs.pop("encoder_attention_mask"))
-    assert len(text.key_values) == len(unet.text_blocks())
+    assert len(text.texts) == len(unet.text_blocks())
     for timestep in (inputs["timestep"], inputs["timestep"]):  # it can be used more than once
         assert torch.equal(run(unet, inputs, encoder_hidden_states=text, timestep=timestep), expected)
 
@@ -107,7 +107,7 @@ def test_a_fully_valid_mask_equals_no_mask(unet, dtype):
     torch.testing.assert_close(run(unet, inputs, encoder_attention_mask=mask), expected, atol=1e-5, rtol=1e-5)
     with torch.no_grad():
         text = unet.encode_text(inputs["encoder_hidden_states"], mask)
-    assert all(key_value.mask is None for key_value in text.key_values)
+    assert all(key_value.mask is None for key_value in text.texts)
     assert torch.equal(run(unet, inputs, encoder_hidden_states=text), expected)
 
 
@@ -268,8 +268,8 @@ def test_at_resolution_keeps_attention_at_its_levels():
     unet = ImagenUNetModel(**config).at_resolution(256)
     assert tuple(unet.config.attention_resolutions) == (128, 32)
     rebuilt = ImagenUNetModel.from_config(unet.config)
-    with_attention = [[block.attention is not None for block in level.blocks] for level in rebuilt.down_blocks]
-    assert with_attention == [[False], [True], [False], [True]]
+    with_attention = [block.attention is not None for block in rebuilt.down_blocks]
+    assert with_attention == [False, True, False, True]
 
 
 def test_total_stride_is_that_of_the_deepest_blocks():

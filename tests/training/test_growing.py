@@ -49,8 +49,8 @@ def test_a_grown_network_draws_a_flat_image_as_the_small_one_does():
     assert grown.config.sample_size == 32
 
     seen = {}
-    small.down_blocks[0].blocks[0].register_forward_pre_hook(lambda m, args: seen.update(small=args))
-    grown.down_blocks[1].blocks[0].register_forward_pre_hook(lambda m, args: seen.update(grown=args))
+    small.down_blocks[0].register_forward_pre_hook(lambda m, args: seen.update(small=args))
+    grown.down_blocks[1].register_forward_pre_hook(lambda m, args: seen.update(grown=args))
     drawn = {}
     small.norm_out.register_forward_pre_hook(lambda m, args: drawn.update(small=args[0]))
     grown.norm_out.register_forward_pre_hook(lambda m, args: drawn.update(grown=args[0]))

@@ -4,6 +4,7 @@ A NeMo key is read in three parts, each with a table: where the block sits, whic
 """
 
 import re
+from itertools import count, islice
 from typing import Any, Union
 
 import torch
@@ -244,26 +245,26 @@ def _unet_positions(model: ImagenUNetModel) -> dict[str, str]:
         "out.0": "norm_out",
         "out.2": "conv_out",
     }
-    number = 1
-    for i, level in enumerate(model.down_blocks):
-        for j in range(len(level.blocks)):
-            positions[f"input_blocks.{number}.0"] = f"down_blocks.{i}.blocks.{j}.resnets.0"
-            positions[f"input_blocks.{number}.1"] = f"down_blocks.{i}.blocks.{j}.attention"
+    number, blocks = 1, count()
+    for level, num_layers in enumerate(model.num_layers):
+        if level > 0:
+            positions[f"input_blocks.{number}.0.op"] = f"downsamplers.{level - 1}"
+            positions[f"input_blocks.{number}.0"] = f"downsamplers.{level - 1}"
             number += 1
-        positions[f"input_blocks.{number}.0.op"] = f"down_blocks.{i}.resampler"
-        positions[f"input_blocks.{number}.0"] = f"down_blocks.{i}.resampler"
-        number += 1
-    number = 0
-    for i, level in enumerate(model.up_blocks):
-        for j, block in enumerate(level.blocks):
-            positions[f"output_blocks.{number}.0"] = f"up_blocks.{i}.blocks.{j}.resnets.0"
+        for block in islice(blocks, num_layers):
+            positions[f"input_blocks.{number}.0"] = f"down_blocks.{block}.resnets.0"
+            positions[f"input_blocks.{number}.1"] = f"down_blocks.{block}.attention"
+            number += 1
+    blocks = count()
+    for i, num_layers in enumerate(reversed(model.num_layers)):
+        for block in islice(blocks, num_layers + 1):
+            positions[f"output_blocks.{block}.0"] = f"up_blocks.{block}.resnets.0"
             upsampler = 1
-            if block.attention is not None:
-                positions[f"output_blocks.{number}.1"] = f"up_blocks.{i}.blocks.{j}.attention"
+            if model.up_blocks[block].attention is not None:
+                positions[f"output_blocks.{block}.1"] = f"up_blocks.{block}.attention"
                 upsampler = 2
-            number += 1
-        positions[f"output_blocks.{number - 1}.{upsampler}.conv"] = f"up_blocks.{i}.resampler"
-        positions[f"output_blocks.{number - 1}.{upsampler}"] = f"up_blocks.{i}.resampler"
+        positions[f"output_blocks.{block}.{upsampler}.conv"] = f"upsamplers.{i}"
+        positions[f"output_blocks.{block}.{upsampler}"] = f"upsamplers.{i}"
     return positions
 
 

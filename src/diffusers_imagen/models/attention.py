@@ -10,10 +10,11 @@ from diffusers.models.attention import AttentionModuleMixin, FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import nn
 
-from .embeddings import TextKeyValue
+from .embeddings import TextContext, TextKeyValue
 
 
 AttentionType = Literal["self", "cross", "stacked", "fused"]
+AttendedText = Union[TextKeyValue, TextContext]
 
 
 def image_to_tokens(image: torch.Tensor) -> torch.Tensor:
@@ -33,7 +34,7 @@ class ImagenAttnProcessor:
     _parallel_config = None
 
     def __call__(
-        self, attn: "ImagenAttention", hidden_states: torch.Tensor, text: Optional[TextKeyValue] = None
+        self, attn: "ImagenAttention", hidden_states: torch.Tensor, text: Optional[AttendedText] = None
     ) -> torch.Tensor:
         query, key, value, mask = attn.project(hidden_states, text)
         out = dispatch_attention_fn(
@@ -50,7 +51,7 @@ class StableImagenAttnProcessor:
     """
 
     def __call__(
-        self, attn: "ImagenAttention", hidden_states: torch.Tensor, text: Optional[TextKeyValue] = None
+        self, attn: "ImagenAttention", hidden_states: torch.Tensor, text: Optional[AttendedText] = None
     ) -> torch.Tensor:
         query, key, value, mask = attn.project(hidden_states, text)
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, heads, N or M, C / heads)
@@ -123,13 +124,13 @@ class ImagenAttention(nn.Module, AttentionModuleMixin):
         self.to_out = nn.ModuleList([zero_init(nn.Linear(channels, channels))])
         self.set_processor(ImagenAttnProcessor())
 
-    def project_text(self, context: torch.Tensor, mask: Optional[torch.Tensor]) -> TextKeyValue:
+    def project_text(self, text: TextContext) -> TextKeyValue:
         """Keys and values of the text context `(B, L, D)` under its mask `(B, L)`; independent of the noise level."""
         # the statistics run over all tokens of a group of channels, padded ones included, as in NeMo
-        context = self.norm_context(context.transpose(1, 2)).transpose(1, 2)
+        tokens, mask = self.norm_context(text.tokens.transpose(1, 2)).transpose(1, 2), text.mask
         if self.reads_image:
-            return TextKeyValue(self.add_k_proj(context), self.add_v_proj(context), mask)
-        key, value = self.to_k(context), self.to_v(context)
+            return TextKeyValue(self.add_k_proj(tokens), self.add_v_proj(tokens), mask)
+        key, value = self.to_k(tokens), self.to_v(tokens)
         if mask is not None:
             # A prompt without a valid token must give zeros. Softmax over nothing is NaN, so such a row attends
             # to all its tokens, and their values are zero.
@@ -139,9 +140,11 @@ class ImagenAttention(nn.Module, AttentionModuleMixin):
         return TextKeyValue(key, value, mask)
 
     def project(
-        self, hidden_states: torch.Tensor, text: Optional[TextKeyValue]
+        self, hidden_states: torch.Tensor, text: Optional[AttendedText]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Optional[torch.Tensor]]:
         """Query, key and value `(B, N or M, heads, C / heads)`, and a mask `(B, 1, 1, M)`, which every backend takes."""
+        if isinstance(text, TextContext):
+            text = self.project_text(text)
         tokens = image_to_tokens(self.norm(hidden_states))  # (B, N, C)
         query = self.to_q(tokens)
         if not self.reads_image:
@@ -161,7 +164,7 @@ class ImagenAttention(nn.Module, AttentionModuleMixin):
         out = self.to_out[0](out.flatten(2).to(hidden_states.dtype))  # (B, N, C)
         return hidden_states + tokens_to_image(out, like=hidden_states)
 
-    def forward(self, hidden_states: torch.Tensor, text: Optional[TextKeyValue] = None) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, text: Optional[AttendedText] = None) -> torch.Tensor:
         return self.processor(self, hidden_states, text)
 
 
@@ -180,11 +183,11 @@ class StackedAttention(nn.Module):
         self.ff = FeedForward(channels, activation_fn="geglu")
         self.proj_out = zero_init(nn.Conv2d(channels, channels, 1))
 
-    def project_text(self, context: torch.Tensor, mask: Optional[torch.Tensor]) -> TextKeyValue:
+    def project_text(self, text: TextContext) -> TextKeyValue:
         """Keys and values of the text context, for the cross-attention."""
-        return self.attn2.project_text(context, mask)
+        return self.attn2.project_text(text)
 
-    def forward(self, hidden_states: torch.Tensor, text: Optional[TextKeyValue] = None) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, text: Optional[AttendedText] = None) -> torch.Tensor:
         h = self.proj_in(self.norm(hidden_states))  # (B, C, H, W)
         h = self.attn1(h)
         h = self.attn2(h, text)

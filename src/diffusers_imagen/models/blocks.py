@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .attention import zero_init
-from .embeddings import TextKeyValue
+from .attention import AttendedText, zero_init
 
 
 TimeScaleShift = Literal["default", "scale_shift"]
@@ -98,11 +97,11 @@ class ImagenBlock(nn.Module):
 
     @property
     def reads_text(self) -> bool:
-        """Whether the block takes keys and values of the text."""
+        """Whether the block takes the text."""
         return self.attention is not None and self.attention.reads_text
 
     def forward(
-        self, hidden_states: torch.Tensor, temb: torch.Tensor, text: Optional[TextKeyValue] = None
+        self, hidden_states: torch.Tensor, temb: torch.Tensor, text: Optional[AttendedText] = None
     ) -> torch.Tensor:
         for resnet in self.resnets:
             hidden_states = resnet(hidden_states, temb)

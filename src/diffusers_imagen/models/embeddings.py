@@ -5,7 +5,7 @@ embedding.
 """
 
 import math
-from typing import Literal, NamedTuple, Optional
+from typing import Iterable, Literal, NamedTuple, Optional, Union
 
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
@@ -23,11 +23,25 @@ class TextKeyValue(NamedTuple):
     mask: Optional[torch.Tensor]  # (B, L), True where a token counts; None where all do
 
 
+class TextContext(NamedTuple):
+    """The text as all attention layers read it, each of which makes keys and values of it."""
+
+    tokens: torch.Tensor  # (B, L, D)
+    mask: Optional[torch.Tensor]  # (B, L), True where a token counts; None where all do
+
+
 class TextConditioning(NamedTuple):
     """All that a network computes from a prompt and not from the noise level: made once, used at every step."""
 
-    pooled: torch.Tensor  # (B, T), added to the time embedding
-    key_values: tuple[TextKeyValue, ...]  # one per attention layer that reads text, in the order of execution
+    pooled: Optional[torch.Tensor]  # (B, T), added to the time embedding
+    texts: Iterable[Union[TextKeyValue, TextContext]]  # one per attention layer that reads text, as they are run
+
+
+class UnencodedText(NamedTuple):
+    """What `encode_text` gives where a network's weights are only at hand in its forward: the states as they came."""
+
+    states: torch.Tensor  # (B, L, E)
+    mask: Optional[torch.Tensor]  # (B, L)
 
 
 class LearnedTimesteps(nn.Module):

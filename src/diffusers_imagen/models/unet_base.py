@@ -6,6 +6,7 @@ from typing import Iterator, Optional, Union
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin
+from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from diffusers.loaders import FromOriginalModelMixin, PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.cache_utils import CacheMixin
@@ -14,8 +15,9 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
+from .attention import AttendedText
 from .blocks import ImagenBlock
-from .embeddings import NoiseLevelEmbedding, TextConditioning, TextEmbedding, TextKeyValue
+from .embeddings import NoiseLevelEmbedding, TextConditioning, TextContext, TextEmbedding, UnencodedText
 
 
 @dataclass
@@ -86,10 +88,11 @@ class ConditionalUNet(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin,
     @apply_forward_hook
     def encode_text(
         self, encoder_hidden_states: torch.Tensor, encoder_attention_mask: Optional[torch.Tensor] = None
-    ) -> TextConditioning:
+    ) -> Union[TextConditioning, UnencodedText]:
         """Does all the work on the prompt that does not depend on the noise level.
 
-        The result takes the place of `encoder_hidden_states` in `forward`; a sampler calls this once a prompt.
+        The result takes the place of `encoder_hidden_states` in `forward`; a sampler calls this once a prompt. Under
+        group offloading weights come to the device for `forward` alone, which then does this work at every call.
 
         Args:
             encoder_hidden_states (`torch.Tensor` of shape `(batch_size, tokens, encoder_hid_dim)`):
@@ -99,17 +102,20 @@ class ConditionalUNet(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin,
         """
         if encoder_attention_mask is not None and encoder_attention_mask.bool().all():
             encoder_attention_mask = None
-        return self._encode_text(encoder_hidden_states, encoder_attention_mask)
+        if _is_group_offload_enabled(self):
+            self._check_text(encoder_hidden_states, encoder_attention_mask)
+            return UnencodedText(encoder_hidden_states, encoder_attention_mask)
+        pooled, context = self._embed_text(encoder_hidden_states, encoder_attention_mask)
+        return TextConditioning(pooled, tuple(block.attention.project_text(context) for block in self.text_blocks()))
 
-    def _encode_text(
+    def _embed_text(
         self, encoder_hidden_states: torch.Tensor, encoder_attention_mask: Optional[torch.Tensor]
-    ) -> TextConditioning:
+    ) -> tuple[torch.Tensor, TextContext]:
         self._check_text(encoder_hidden_states, encoder_attention_mask)
         if encoder_attention_mask is not None:
             encoder_attention_mask = encoder_attention_mask.bool()
         context, mask, pooled = self.text_embedding(encoder_hidden_states.to(self.dtype), encoder_attention_mask)
-        key_values = tuple(block.attention.project_text(context, mask) for block in self.text_blocks())
-        return TextConditioning(pooled, key_values)
+        return pooled, TextContext(context, mask)
 
     def _check_text(self, text: Optional[torch.Tensor], mask: Optional[torch.Tensor]) -> None:
         width = self.config.encoder_hid_dim
@@ -128,14 +134,18 @@ class ConditionalUNet(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin,
 
     def _condition_on_text(
         self,
-        encoder_hidden_states: Union[torch.Tensor, TextConditioning, None],
+        encoder_hidden_states: Union[torch.Tensor, TextConditioning, UnencodedText, None],
         encoder_attention_mask: Optional[torch.Tensor],
     ) -> TextConditioning:
         if isinstance(encoder_hidden_states, TextConditioning):
             return encoder_hidden_states
+        if isinstance(encoder_hidden_states, UnencodedText):
+            encoder_hidden_states, encoder_attention_mask = encoder_hidden_states
         if encoder_hidden_states is None and self.config.encoder_hid_dim is None:
-            return TextConditioning(pooled=None, key_values=())
-        return self._encode_text(encoder_hidden_states, encoder_attention_mask)
+            return TextConditioning(pooled=None, texts=())
+        pooled, context = self._embed_text(encoder_hidden_states, encoder_attention_mask)
+        # each block makes its own keys and values, where offloading, sharding and checkpointing have its weights
+        return TextConditioning(pooled, [context] * len(self.text_blocks()))
 
     def _embed_noise_levels(
         self,
@@ -172,10 +182,10 @@ class ConditionalUNet(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin,
         return torch.cat([sample, low_res_sample.to(sample.dtype)], dim=1)
 
     def _run(
-        self, block: ImagenBlock, h: torch.Tensor, temb: torch.Tensor, key_values: Iterator[TextKeyValue]
+        self, block: ImagenBlock, h: torch.Tensor, temb: torch.Tensor, texts: Iterator[AttendedText]
     ) -> torch.Tensor:
-        """Runs a block, which takes its keys and values of the text, under gradient checkpointing if enabled."""
-        text = next(key_values, None) if block.reads_text else None
+        """Runs a block, which takes its text, under gradient checkpointing if enabled."""
+        text = next(texts, None) if block.reads_text else None
         if torch.is_grad_enabled() and self.gradient_checkpointing:
             return self._gradient_checkpointing_func(block, h, temb, text)
         return block(h, temb, text)

@@ -8,7 +8,7 @@ from torch import nn
 
 from .attention import AttentionType, make_attention
 from .blocks import ImagenBlock, ResBlock, TimeScaleShift, transposed_upsample
-from .embeddings import TextConditioning, TextPooling
+from .embeddings import TextConditioning, TextPooling, UnencodedText
 from .unet_base import ConditionalUNet, ImagenUNetOutput, check_choice, count_heads, per_level
 
 
@@ -129,7 +129,7 @@ class EfficientUNetModel(ConditionalUNet):
         self,
         sample: torch.Tensor,
         timestep: Union[torch.Tensor, float, int],
-        encoder_hidden_states: Union[torch.Tensor, TextConditioning, None] = None,
+        encoder_hidden_states: Union[torch.Tensor, TextConditioning, UnencodedText, None] = None,
         encoder_attention_mask: Optional[torch.Tensor] = None,
         low_res_sample: Optional[torch.Tensor] = None,
         low_res_timestep: Union[torch.Tensor, float, int, None] = None,
@@ -138,20 +138,20 @@ class EfficientUNetModel(ConditionalUNet):
         r"""Takes and returns what [`ImagenUNetModel.forward`] does."""
         text = self._condition_on_text(encoder_hidden_states, encoder_attention_mask)
         temb = self._embed_noise_levels(timestep, low_res_timestep, text.pooled, sample)  # (B, T)
-        key_values = iter(text.key_values)
+        texts = iter(text.texts)
 
         h = self.conv_in(self._append_low_res(sample, low_res_sample))  # (B, C_0, H, W)
         skips = []
         for downsample, block in zip(self.downsamplers, self.down_blocks):
-            h = self._run(block, downsample(h), temb, key_values)  # (B, C_i, H / 2^(i+1), W / 2^(i+1))
+            h = self._run(block, downsample(h), temb, texts)  # (B, C_i, H / 2^(i+1), W / 2^(i+1))
             skips.append(h)
 
         # the deepest level neither halves nor doubles
-        h = self._run(self.down_blocks[-1], h, temb, key_values)
-        h = self._run(self.up_blocks[0], h, temb, key_values)
+        h = self._run(self.down_blocks[-1], h, temb, texts)
+        h = self._run(self.up_blocks[0], h, temb, texts)
 
         for block, upsample in zip(self.up_blocks[1:], self.upsamplers):
-            h = upsample(self._run(block, h + skips.pop(), temb, key_values))
+            h = upsample(self._run(block, h + skips.pop(), temb, texts))
 
         h = self.conv_out(h)  # (B, out_channels, H, W)
         return ImagenUNetOutput(sample=h) if return_dict else (h,)

@@ -1,5 +1,6 @@
 """ImagenUNetModel: the U-Net of the base stage, which also serves as a super-resolution network."""
 
+from itertools import islice
 from typing import Optional, Union, get_args
 
 import torch
@@ -16,7 +17,7 @@ from .blocks import (
     pool_downsample,
     transposed_upsample,
 )
-from .embeddings import TextConditioning, TextPooling
+from .embeddings import TextConditioning, TextPooling, UnencodedText
 from .unet_base import ConditionalUNet, ImagenUNetOutput, check_choice, count_heads, per_level
 
 
@@ -84,7 +85,7 @@ class ImagenUNetModel(ConditionalUNet):
         check_choice("text_pooling", text_pooling, get_args(TextPooling))
         check_choice("time_scale_shift", time_scale_shift, get_args(TimeScaleShift))
         check_choice("resample_type", resample_type, get_args(ResampleType))
-        num_layers = per_level("layers_per_block", layers_per_block, len(block_out_channels))
+        self.num_layers = per_level("layers_per_block", layers_per_block, len(block_out_channels))
         time_embedding_dim = time_embedding_dim or 4 * block_out_channels[0]
         context_dim = None if encoder_hid_dim is None else cross_attention_dim
         attention_strides = strides_of(attention_resolutions, sample_size, len(block_out_channels))
@@ -106,31 +107,27 @@ class ImagenUNetModel(ConditionalUNet):
 
         channels = block_out_channels[0]
         skip_channels = [channels]
-        self.down_blocks = nn.ModuleList()
+        self.down_blocks, self.downsamplers = nn.ModuleList(), nn.ModuleList()
         for level, level_channels in enumerate(block_out_channels):
-            blocks = []
-            for _ in range(num_layers[level]):
-                blocks.append(block(channels, level_channels, stride=2**level))
+            if level > 0:
+                self.downsamplers.append(make_downsampler(resample_type, channels, resnet))
+                skip_channels.append(channels)
+            for _ in range(self.num_layers[level]):
+                self.down_blocks.append(block(channels, level_channels, stride=2**level))
                 channels = level_channels
                 skip_channels.append(channels)
-            downsampler = None
-            if level < len(block_out_channels) - 1:
-                downsampler = make_downsampler(resample_type, channels, resnet)
-                skip_channels.append(channels)
-            self.down_blocks.append(UNetLevel(blocks, downsampler))
 
         self.mid_blocks = nn.ModuleList(
             [ImagenBlock([resnet(channels, channels)], attention(channels)), ImagenBlock([resnet(channels, channels)])]
         )
 
-        self.up_blocks = nn.ModuleList()
+        self.up_blocks, self.upsamplers = nn.ModuleList(), nn.ModuleList()
         for level, level_channels in reversed(list(enumerate(block_out_channels))):
-            blocks = []
-            for _ in range(num_layers[level] + 1):
-                blocks.append(block(channels + skip_channels.pop(), level_channels, stride=2**level))
+            for _ in range(self.num_layers[level] + 1):
+                self.up_blocks.append(block(channels + skip_channels.pop(), level_channels, stride=2**level))
                 channels = level_channels
-            upsampler = make_upsampler(resample_type, channels, resnet) if level > 0 else None
-            self.up_blocks.append(UNetLevel(blocks, upsampler))
+            if level > 0:
+                self.upsamplers.append(make_upsampler(resample_type, channels, resnet))
 
         self.norm_out = nn.GroupNorm(norm_num_groups, channels)
         self.conv_out = nn.Conv2d(channels, out_channels, conv_kernel_size, padding=conv_kernel_size // 2)
@@ -151,15 +148,13 @@ class ImagenUNetModel(ConditionalUNet):
 
     def text_blocks(self) -> list[ImagenBlock]:
         """The blocks that read text, in the order in which `forward` runs them."""
-        down = [block for level in self.down_blocks for block in level.blocks]
-        up = [block for level in self.up_blocks for block in level.blocks]
-        return [block for block in [*down, *self.mid_blocks, *up] if block.reads_text]
+        return [block for block in [*self.down_blocks, *self.mid_blocks, *self.up_blocks] if block.reads_text]
 
     def forward(
         self,
         sample: torch.Tensor,
         timestep: Union[torch.Tensor, float, int],
-        encoder_hidden_states: Union[torch.Tensor, TextConditioning, None] = None,
+        encoder_hidden_states: Union[torch.Tensor, TextConditioning, UnencodedText, None] = None,
         encoder_attention_mask: Optional[torch.Tensor] = None,
         low_res_sample: Optional[torch.Tensor] = None,
         low_res_timestep: Union[torch.Tensor, float, int, None] = None,
@@ -183,42 +178,36 @@ class ImagenUNetModel(ConditionalUNet):
         """
         text = self._condition_on_text(encoder_hidden_states, encoder_attention_mask)
         temb = self._embed_noise_levels(timestep, low_res_timestep, text.pooled, sample)  # (B, T)
-        key_values = iter(text.key_values)
+        texts = iter(text.texts)
 
         h = self.conv_in(self._append_low_res(sample, low_res_sample))  # (B, C_0, H, W)
         skips = [h]
-        for level in self.down_blocks:
-            for block in level.blocks:
-                h = self._run(block, h, temb, key_values)  # (B, C_i, H / 2^i, W / 2^i)
+        blocks, downsamplers = iter(self.down_blocks), iter(self.downsamplers)
+        for level, num_layers in enumerate(self.num_layers):
+            if level > 0:
+                h = resample(next(downsamplers), h, temb)
                 skips.append(h)
-            if level.resampler is not None:
-                h = level.resample(h, temb)
+            for block in islice(blocks, num_layers):
+                h = self._run(block, h, temb, texts)  # (B, C_i, H / 2^i, W / 2^i)
                 skips.append(h)
 
         for block in self.mid_blocks:
-            h = self._run(block, h, temb, key_values)
+            h = self._run(block, h, temb, texts)
 
-        for level in self.up_blocks:
-            for block in level.blocks:
-                h = self._run(block, torch.cat([h, skips.pop()], dim=1), temb, key_values)
-            if level.resampler is not None:
-                h = level.resample(h, temb)
+        blocks, upsamplers = iter(self.up_blocks), iter(self.upsamplers)
+        for level, num_layers in reversed(list(enumerate(self.num_layers))):
+            for block in islice(blocks, num_layers + 1):
+                h = self._run(block, torch.cat([h, skips.pop()], dim=1), temb, texts)
+            if level > 0:
+                h = resample(next(upsamplers), h, temb)
 
         h = self.conv_out(overwrite_silu(self.norm_out(h)))  # (B, out_channels, H, W)
         return ImagenUNetOutput(sample=h) if return_dict else (h,)
 
 
-class UNetLevel(nn.Module):
-    """The blocks at one resolution and the layer that leads to the next; the network's `forward` runs them."""
-
-    def __init__(self, blocks: list[ImagenBlock], resampler: Optional[nn.Module]):
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.resampler = resampler
-
-    def resample(self, h: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
-        """To the resolution of the next level."""
-        return self.resampler(h, temb) if isinstance(self.resampler, ResBlock) else self.resampler(h)
+def resample(resampler: nn.Module, h: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+    """To the resolution of the next level."""
+    return resampler(h, temb) if isinstance(resampler, ResBlock) else resampler(h)
 
 
 def strides_of(attention_resolutions: tuple[int, ...], sample_size: int, num_levels: int) -> set[int]:

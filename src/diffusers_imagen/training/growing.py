@@ -44,20 +44,19 @@ def grow_unet(small: ImagenUNetModel) -> ImagenUNetModel:
 
 
 def inner_key(key: str) -> str:
-    """Where a parameter of the small network sits in the grown one: one level further down."""
-    if key.startswith("down_blocks."):
-        _, level, rest = key.split(".", 2)
-        return f"down_blocks.{int(level) + 1}.{rest}"
+    """Where a parameter of the small network sits in the grown one: after the new level's block and downsampler."""
+    name, _, rest = key.partition(".")
+    if name in ("down_blocks", "downsamplers"):
+        number, _, rest = rest.partition(".")
+        return f"{name}.{int(number) + 1}.{rest}"
     return key  # the way up is counted from the deepest level
 
 
 def start_as_resampling(unet: ImagenUNetModel) -> None:
     """Sets the resampling layers of the outermost level to averaging and interpolation, its first shortcut to a pass."""
-    down = unet.down_blocks[0].resampler
-    set_depthwise(down, torch.tensor([1.0, 2.0, 1.0]) / 4)
-    up = unet.up_blocks[-2].resampler
-    set_depthwise(up, torch.tensor([1.0, 3.0, 3.0, 1.0]) / 4)
-    for block in unet.up_blocks[-1].blocks:
+    set_depthwise(unet.downsamplers[0], torch.tensor([1.0, 2.0, 1.0]) / 4)
+    set_depthwise(unet.upsamplers[-1], torch.tensor([1.0, 3.0, 3.0, 1.0]) / 4)
+    for block in unet.up_blocks[-2:]:
         # the input is the coarser level's image and then the skip connection; only the former passes
         shortcut = block.resnets[0].conv_shortcut
         shortcut.weight.zero_()
