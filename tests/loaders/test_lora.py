@@ -95,11 +95,11 @@ def test_fused_adapters_draw_the_same_and_come_out_again(cascade, saved):
     cascade.load_lora_weights(folder, adapter_name="style")
     cascade.fuse_lora()
     assert cascade.num_fused_loras == 1
-    np.testing.assert_allclose(draw(cascade), images, atol=1e-4)
+    np.testing.assert_allclose(draw(cascade), images, atol=1e-3)
     cascade.disable_lora()
     cascade.unfuse_lora()
     assert cascade.num_fused_loras == 0
-    np.testing.assert_allclose(draw(cascade), plain, atol=1e-4)
+    np.testing.assert_allclose(draw(cascade), plain, atol=1e-3)
 
 
 def test_fusing_one_stage_is_adding_its_update_to_its_weights(cascade, saved):
