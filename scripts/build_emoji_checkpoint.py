@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from diffusers_imagen import EDMHeunScheduler, EfficientUNetModel, ImagenCascadePipeline, ImagenUNetModel
+from diffusers_imagen import EDMAdamsScheduler, EfficientUNetModel, ImagenCascadePipeline, ImagenUNetModel
 
 
 MAX_SHARD_BYTES = 16 * 2**20 - 2**16  # a file is its tensors and a header
@@ -101,11 +101,11 @@ def load_cascade(base: Path, sr256: Path, text_encoder: Path) -> ImagenCascadePi
     dtype = torch.float16
     pipe = ImagenCascadePipeline(
         base_unet=ImagenUNetModel.from_pretrained(base, subfolder="unet", dtype=dtype),
-        base_scheduler=EDMHeunScheduler.from_pretrained(base, subfolder="scheduler", clip_sample=True),
+        base_scheduler=EDMAdamsScheduler.from_pretrained(base, subfolder="scheduler", clip_sample=True),
         tokenizer=AutoTokenizer.from_pretrained(text_encoder / "tokenizer"),
         text_encoder=AutoModel.from_pretrained(text_encoder / "text_encoder", dtype=dtype),
         sr256_unet=EfficientUNetModel.from_pretrained(sr256, subfolder="unet", dtype=dtype),
-        sr256_scheduler=EDMHeunScheduler.from_pretrained(sr256, subfolder="scheduler", clip_sample=True),
+        sr256_scheduler=EDMAdamsScheduler.from_pretrained(sr256, subfolder="scheduler", clip_sample=True),
     )
     return pipe
 
@@ -166,6 +166,14 @@ def write_notices(dataset: Path, styles: list[str], folder: Path) -> None:
     (licenses / "NOTICE.txt").write_text("\n".join(kept) + "\n")
 
 
+def change_config(path: Path, **changes) -> None:
+    """Changes entries of a configuration; None takes one out."""
+    config = {**json.loads(path.read_text()), **changes}
+    path.write_text(
+        json.dumps({key: value for key, value in config.items() if changes.get(key, 0) is not None}, indent=2) + "\n"
+    )
+
+
 def main() -> None:
     args = parse_args()
     if args.output_dir.exists():
@@ -175,8 +183,9 @@ def main() -> None:
     pipe = load_cascade(args.base[-1], args.sr256[-1], args.text_encoder)
     pipe.save_pretrained(partial, max_shard_size=MAX_SHARD_BYTES)
     # transformers computes in the dtype that the configuration records; diffusers computes in float32 unless asked
-    config = partial / "text_encoder" / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2) + "\n")
+    change_config(partial / "text_encoder" / "config.json", dtype="float32")
+    for name in ("base_unet", "sr256_unet"):
+        change_config(partial / name / "config.json", _name_or_path=None)
     for path in partial.rglob("*.safetensors"):
         path.chmod(0o644)
     write_notices(args.dataset, write_card(args, pipe, partial), partial)
