@@ -4,12 +4,13 @@ from importlib.metadata import version
 
 from .models import EfficientUNetModel, ImagenUNetModel
 from .pipelines import ImagenCascadePipeline, ImagenPipelineOutput
-from .schedulers import ContinuousDDPMScheduler, EDMHeunScheduler
+from .schedulers import ContinuousDDPMScheduler, EDMAdamsScheduler, EDMHeunScheduler
 
 
 __version__ = version("diffusers-imagen")
 __all__ = [
     "ContinuousDDPMScheduler",
+    "EDMAdamsScheduler",
     "EDMHeunScheduler",
     "EfficientUNetModel",
     "ImagenCascadePipeline",

@@ -12,7 +12,13 @@ from diffusers import ModelMixin, SchedulerMixin, pipelines
 from diffusers.pipelines import auto_pipeline, pipeline_loading_utils
 
 
-COMPONENTS = ("ImagenUNetModel", "EfficientUNetModel", "ContinuousDDPMScheduler", "EDMHeunScheduler")
+COMPONENTS = (
+    "ImagenUNetModel",
+    "EfficientUNetModel",
+    "ContinuousDDPMScheduler",
+    "EDMAdamsScheduler",
+    "EDMHeunScheduler",
+)
 PIPELINES = ("ImagenCascadePipeline",)
 
 

@@ -80,3 +80,26 @@ def test_add_noise_takes_one_level_or_one_a_sample():
     for sigma in (torch.ones(3), torch.ones(2, 1)):
         with pytest.raises(ValueError, match="shape"):
             edm.add_noise(x_0, noise, sigma)
+
+
+def test_draw_uniform():
+    times = edm.draw_uniform(100_000, torch.Generator().manual_seed(0))
+    assert times.dtype == torch.float32 and 0 <= times.min() and times.max() < 1
+    assert times.mean().item() == pytest.approx(0.5, abs=0.005)
+    assert times.var().item() == pytest.approx(1 / 12, abs=0.002)
+
+
+def test_stratified_draws():
+    """One draw in each part of equal probability, in random order."""
+    generator = torch.Generator().manual_seed(0)
+    times = edm.draw_uniform(64, generator, stratified=True)
+    assert sorted((times * 64).floor().int().tolist()) == list(range(64)) and times.max() < 1
+    assert times.tolist() != times.sort().values.tolist()
+    sigma = edm.draw_sigma(64, -1.0, 1.5, generator, stratified=True)
+    quantiles = torch.special.ndtr((sigma.log() + 1.0) / 1.5)
+    assert sorted((quantiles * 64).floor().int().tolist()) == list(range(64))
+    many = edm.draw_sigma(100_000, generator=generator, stratified=True).log()
+    assert many.isfinite().all()
+    assert many.mean().item() == pytest.approx(-1.2, abs=1e-3) and many.std().item() == pytest.approx(1.2, abs=1e-3)
+    with pytest.raises(ValueError, match="p_std.*got 0"):
+        edm.draw_sigma(2, p_std=0.0)

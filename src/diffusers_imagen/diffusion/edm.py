@@ -104,17 +104,48 @@ def churned_sigmas(
     return torch.where(churned, sigmas * (1 + gamma), sigmas)
 
 
+def draw_uniform(
+    batch_size: int,
+    generator: Optional[torch.Generator] = None,
+    device: Optional[torch.device] = None,
+    stratified: bool = False,
+) -> torch.Tensor:
+    """Times for training, uniform in [0, 1): `(batch_size,)` in float32.
+
+    `stratified` draws one from each of `batch_size` equal parts of [0, 1), in a random order, so that every batch has
+    low and high noise levels (antithetic times, Kingma et al. 2021, 2107.00630, appendix I.1).
+
+    The draw happens on the generator's device, so that a CPU generator gives the same times on every machine.
+    """
+    source = generator.device if generator is not None else device
+    uniform = torch.rand(batch_size, generator=generator, device=source)
+    if stratified:
+        strata = torch.randperm(batch_size, generator=generator, device=source)
+        uniform = ((strata + uniform) / batch_size).clamp(max=1 - 2**-24)  # the sum may round up to 1
+    return uniform.to(device)
+
+
 def draw_sigma(
     batch_size: int,
     p_mean: float = -1.2,
     p_std: float = 1.2,
     generator: Optional[torch.Generator] = None,
     device: Optional[torch.device] = None,
+    stratified: bool = False,
 ) -> torch.Tensor:
-    """Noise levels for training, `ln(sigma) ~ Normal(p_mean, p_std^2)` (table 1): `(batch_size,)` in float32.
+    """Noise levels for training, `ln(sigma) ~ Normal(p_mean, p_std^2)` (Karras et al. 2022, table 1): `(batch_size,)`.
 
-    The draw happens on the generator's device, so that a CPU generator gives the same levels on every machine.
+    In float32; `stratified` and devices as in `draw_uniform`, with parts of equal probability.
+
+    Raises:
+        ValueError: unless `p_std` is above 0.
     """
-    source = generator.device if generator is not None else device
-    noise = torch.randn(batch_size, generator=generator, device=source)
-    return (noise * p_std + p_mean).exp().to(device)
+    if not p_std > 0:
+        raise ValueError(f"`p_std` must be above 0, got {p_std}")
+    if not stratified:
+        source = generator.device if generator is not None else device
+        normal = torch.randn(batch_size, generator=generator, device=source)
+    else:
+        # half an ulp away from 0 and 1, where the normal distribution has its infinities
+        normal = torch.special.ndtri(draw_uniform(batch_size, generator, device, True).clamp(min=2**-25))
+    return (normal * p_std + p_mean).exp().to(device)

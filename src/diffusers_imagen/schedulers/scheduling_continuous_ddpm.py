@@ -62,7 +62,7 @@ class ContinuousDDPMScheduler(ImagenSchedulerMixin, SchedulerMixin, ConfigMixin)
             The standard deviation of the images that a network with `preconditioning="edm"` assumes.
     """
 
-    _compatibles = ["EDMHeunScheduler"]
+    _compatibles = ["EDMHeunScheduler", "EDMAdamsScheduler"]
     order = 1
 
     @register_to_config

@@ -10,7 +10,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ..diffusion import edm
 from .scheduling_utils import (
-    ImagenSchedulerMixin,
+    EDMSchedulerMixin,
     ImagenSchedulerOutput,
     NetworkPreconditioning,
     check_step_count,
@@ -20,7 +20,7 @@ from .scheduling_utils import (
 )
 
 
-class EDMHeunScheduler(ImagenSchedulerMixin, SchedulerMixin, ConfigMixin):
+class EDMHeunScheduler(EDMSchedulerMixin, SchedulerMixin, ConfigMixin):
     """
     Algorithm 2 of Karras et al. 2022 [1]: Heun's second-order steps over the noise levels of eq. 5, with churn.
 
@@ -75,7 +75,12 @@ class EDMHeunScheduler(ImagenSchedulerMixin, SchedulerMixin, ConfigMixin):
             The limit of static thresholding.
     """
 
-    _compatibles = ["ContinuousDDPMScheduler", "EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"]
+    _compatibles = [
+        "EDMAdamsScheduler",
+        "ContinuousDDPMScheduler",
+        "EDMEulerScheduler",
+        "EDMDPMSolverMultistepScheduler",
+    ]
     order = 2
 
     @register_to_config
@@ -101,6 +106,7 @@ class EDMHeunScheduler(ImagenSchedulerMixin, SchedulerMixin, ConfigMixin):
         if s_max == math.inf:
             self.register_to_config(s_max=None)  # JSON has no infinity
         self._keep_default_values()
+        self._mark_noise_levels()
         self._check_config()
         for name in ("s_churn", "s_min", "s_noise"):
             if not self.config[name] >= 0:
@@ -154,34 +160,10 @@ class EDMHeunScheduler(ImagenSchedulerMixin, SchedulerMixin, ConfigMixin):
         calls = torch.stack([raised, following], dim=1).flatten()  # (2 N,)
         self._levels = calls.tolist()
         self._churn = churn.tolist()
-        scalings = self._network_preconditioning(calls[:-1])
-        self._c_skip, self._c_out, self._c_in = (scaling.tolist() for scaling in scalings)
+        self._set_scalings(calls[:-1])
         self.init_noise_sigma = math.hypot(levels[0], churn[0])
         self._derivative = self._x_hat = None
         self._publish(calls, self.precondition_noise(calls[:-1]), device)
-
-    def scale_model_input(self, sample: torch.Tensor, timestep: Union[float, torch.Tensor]) -> torch.Tensor:
-        """
-        The network's input, `c_in(sigma) * sample`, in the sample's shape and dtype.
-
-        A timestep that is not of the schedule, or any before `set_timesteps`, is taken for the noise level it names.
-        """
-        index = self._start(timestep)
-        if index is None:
-            return self.precondition_inputs(sample, self.timestep_to_sigma(timestep))
-        return sample * self._c_in[index]
-
-    def precondition_inputs(self, sample: torch.Tensor, sigma: Union[float, torch.Tensor]) -> torch.Tensor:
-        """`c_in(sigma) * sample`, in the sample's dtype; `sigma` is one noise level or `(B,)`."""
-        sigma = edm.per_sample(torch.as_tensor(sigma), sample)
-        return (sample * self._network_preconditioning(sigma).c_in).to(sample.dtype)
-
-    def precondition_outputs(
-        self, sample: torch.Tensor, model_output: torch.Tensor, sigma: Union[float, torch.Tensor]
-    ) -> torch.Tensor:
-        """The denoised image, not thresholded, of the network's output at `sample`; `sigma` is one level or `(B,)`."""
-        scalings = self._network_preconditioning(edm.per_sample(torch.as_tensor(sigma), sample))
-        return (scalings.c_skip * sample + scalings.c_out * model_output).to(sample.dtype)
 
     def step(
         self,
@@ -216,7 +198,7 @@ class EDMHeunScheduler(ImagenSchedulerMixin, SchedulerMixin, ConfigMixin):
         index = self._start_step(model_output, timestep, sample)
         dtype = torch.promote_types(sample.dtype, torch.float32)
         x = sample.to(dtype)
-        denoised = self._threshold(self._c_skip[index] * x + self._c_out[index] * model_output.to(dtype))
+        denoised = self._denoise(x, model_output, index)
         if index == len(self._timestep_values) - 1:
             x_next = denoised  # Euler's step to 0
         elif index % 2 == 0:
@@ -251,25 +233,3 @@ class EDMHeunScheduler(ImagenSchedulerMixin, SchedulerMixin, ConfigMixin):
             noise = randn_tensor(x_next.shape, generator=generator, device=x_next.device, dtype=x_next.dtype)
             x_next = x_next + churn * noise
         return x_next
-
-    def add_noise(
-        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: Union[float, torch.Tensor]
-    ) -> torch.Tensor:
-        """
-        `original_samples + sigma * noise`, for training and for a start from an image.
-
-        Args:
-            original_samples (`torch.Tensor` of shape `(B, ...)`):
-                Clean images, values in [-1, 1].
-            noise (`torch.Tensor` of that shape):
-                Unit noise.
-            timesteps (`float` or `torch.Tensor`, one or `(B,)`):
-                Conditioning values as in `timesteps`; each is taken for the noise level it names.
-
-        Returns:
-            `torch.Tensor`: the noisy images in `original_samples`' dtype.
-
-        Raises:
-            ValueError: for integer or half-precision timesteps.
-        """
-        return edm.add_noise(original_samples, noise, self.timestep_to_sigma(timesteps))

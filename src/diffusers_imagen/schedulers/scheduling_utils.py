@@ -15,6 +15,8 @@ from ..diffusion.thresholding import check_dynamic_threshold, dynamic_threshold,
 # in, and the network is told the log-SNR.
 NetworkPreconditioning = Literal["edm", "variance_preserving"]
 
+NO_BETAS = "none: EDM noise levels"
+
 PREDICTION_TYPES = {
     "edm": ("epsilon", "v_prediction"),
     "variance_preserving": ("epsilon", "sample", "v_prediction"),
@@ -103,6 +105,8 @@ class ImagenSchedulerMixin:
         cls._refuse_other_meanings(config)
         live = "_use_default_values" in config
         config = {key: value for key, value in config.items() if key != "_use_default_values"}
+        if config.get("beta_schedule") == NO_BETAS:
+            del config["beta_schedule"]
         if "sigma_schedule" in config:  # diffusers' EDM schedulers, which have no word for these
             config = {"preconditioning": "edm", "clip_sample": False, **config}
         scheduler, unused = super().from_config(config, return_unused_kwargs=True, **kwargs)
@@ -232,6 +236,72 @@ class ImagenSchedulerMixin:
                 f"{min(self._timestep_values):g} and {max(self._timestep_values):g}; got {float(timestep):g}"
             )
         return index
+
+
+class EDMSchedulerMixin(ImagenSchedulerMixin):
+    """What the schedulers share whose sample is the EDM image, `x = x_0 + sigma * noise`; put in its place."""
+
+    def _mark_noise_levels(self) -> None:
+        """
+        Makes diffusers' discrete schedulers refuse this configuration: without a word on betas they would take their
+        own defaults, and sample noise. To be called by `__init__`.
+        """
+        if self.config.preconditioning == "edm":
+            self.register_to_config(beta_schedule=NO_BETAS)
+
+    def _set_scalings(self, sigmas: torch.Tensor) -> None:
+        """Keeps the network's scalings at the noise level of each call, `(calls,)`, as Python numbers."""
+        scalings = self._network_preconditioning(sigmas)
+        self._c_skip, self._c_out, self._c_in = (scaling.tolist() for scaling in scalings)
+
+    def _denoise(self, x: torch.Tensor, model_output: torch.Tensor, index: int) -> torch.Tensor:
+        """The denoised image of a call, thresholded, in `x`'s dtype."""
+        return self._threshold(self._c_skip[index] * x + self._c_out[index] * model_output.to(x.dtype))
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: Union[float, torch.Tensor]) -> torch.Tensor:
+        """
+        The network's input, `c_in(sigma) * sample`, in the sample's shape and dtype.
+
+        A timestep that is not of the schedule, or any before `set_timesteps`, is taken for the noise level it names.
+        """
+        index = self._start(timestep)
+        if index is None:
+            return self.precondition_inputs(sample, self.timestep_to_sigma(timestep))
+        return sample * self._c_in[index]
+
+    def precondition_inputs(self, sample: torch.Tensor, sigma: Union[float, torch.Tensor]) -> torch.Tensor:
+        """`c_in(sigma) * sample`, in the sample's dtype; `sigma` is one noise level or `(B,)`."""
+        sigma = edm.per_sample(torch.as_tensor(sigma), sample)
+        return (sample * self._network_preconditioning(sigma).c_in).to(sample.dtype)
+
+    def precondition_outputs(
+        self, sample: torch.Tensor, model_output: torch.Tensor, sigma: Union[float, torch.Tensor]
+    ) -> torch.Tensor:
+        """The denoised image, not thresholded, of the network's output at `sample`; `sigma` is one level or `(B,)`."""
+        scalings = self._network_preconditioning(edm.per_sample(torch.as_tensor(sigma), sample))
+        return (scalings.c_skip * sample + scalings.c_out * model_output).to(sample.dtype)
+
+    def add_noise(
+        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: Union[float, torch.Tensor]
+    ) -> torch.Tensor:
+        """
+        `original_samples + sigma * noise`, for training and for a start from an image.
+
+        Args:
+            original_samples (`torch.Tensor` of shape `(B, ...)`):
+                Clean images, values in [-1, 1].
+            noise (`torch.Tensor` of that shape):
+                Unit noise.
+            timesteps (`float` or `torch.Tensor`, one or `(B,)`):
+                Conditioning values as in `timesteps`; each is taken for the noise level it names.
+
+        Returns:
+            `torch.Tensor`: the noisy images in `original_samples`' dtype.
+
+        Raises:
+            ValueError: for integer or half-precision timesteps.
+        """
+        return edm.add_noise(original_samples, noise, self.timestep_to_sigma(timesteps))
 
 
 def one_schedule(num_inference_steps, sigmas, timesteps) -> None:

@@ -1,0 +1,91 @@
+"""The training side of the formulas: what a network is given and asked for, and how it is weighted.
+
+A training step draws noise levels, makes inputs and targets, and takes the weighted mean square of their difference:
+
+    sigma = edm.draw_sigma(len(x_0), generator=generator)
+    example = edm_example(x_0, noise, sigma, sigma_data)
+    loss = (example.weight * (network(example.model_input, example.timestep) - example.target).square()).mean()
+
+Images are `(B, ...)` in any floating dtype, and inputs and targets come back in it; levels, conditioning values and
+weights are in float32, or float64 for levels in float64.
+"""
+
+from typing import Literal, NamedTuple, Optional
+
+import torch
+
+from . import continuous_ddpm, edm
+from .edm import per_sample
+
+
+class Example(NamedTuple):
+    """One batch of a training step."""
+
+    model_input: torch.Tensor  # (B, ...)
+    timestep: torch.Tensor  # (B,), the conditioning value
+    target: torch.Tensor  # (B, ...)
+    weight: torch.Tensor  # (B, 1, ...), of the square of output - target
+
+
+def edm_example(x_0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, sigma_data: float) -> Example:
+    """Input, target and weight of a network with the scalings of Karras et al. 2022 (eq. 8 and table 1).
+
+    The target is what the raw output F has to be for `c_skip * x + c_out * F = x_0`. In terms of F the weight
+    `lambda * c_out^2` is 1 everywhere.
+    """
+    scalings = edm.preconditioning(per_sample(sigma, x_0), sigma_data)
+    x = x_0 + per_sample(sigma, x_0) * noise
+    target = (x_0 - scalings.c_skip * x) / scalings.c_out
+    weight = edm.loss_weight(per_sample(sigma, x_0), sigma_data) * scalings.c_out**2
+    return Example((scalings.c_in * x).to(x_0.dtype), edm.c_noise(sigma), target.to(x_0.dtype), weight)
+
+
+def continuous_ddpm_example(
+    x_0: torch.Tensor,
+    noise: torch.Tensor,
+    log_snr: torch.Tensor,
+    prediction_type: continuous_ddpm.PredictionType = "epsilon",
+    snr_gamma: Optional[float] = None,
+) -> Example:
+    """Input, target and weight of a variance-preserving network that predicts noise, image or velocity.
+
+    The weight is 1, or with `snr_gamma` that of `min_snr_weight`.
+
+    Raises:
+        ValueError: for an unknown prediction type, or a `snr_gamma` that is not above 0.
+    """
+    targets = {
+        "epsilon": lambda: noise,
+        "sample": lambda: x_0,
+        "v_prediction": lambda: continuous_ddpm.velocity(x_0, noise, log_snr),
+    }
+    if prediction_type not in targets:
+        raise ValueError(f"`prediction_type` must be one of {list(targets)}, got {prediction_type!r}")
+    weight = torch.ones_like(log_snr) if snr_gamma is None else min_snr_weight(log_snr, prediction_type, snr_gamma)
+    x_t = continuous_ddpm.q_sample(x_0, noise, log_snr)
+    return Example(x_t, log_snr, targets[prediction_type](), per_sample(weight, x_0))
+
+
+def min_snr_weight(
+    log_snr: torch.Tensor,
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon",
+    snr_gamma: float = 5.0,
+) -> torch.Tensor:
+    """Min-SNR weighting (Hang et al. 2023, 2303.09556): `min(SNR, gamma)` of the image's loss, for any prediction.
+
+    In terms of the prediction: `min(SNR, gamma) / SNR` for noise, `min(SNR, gamma) / (SNR + 1)` for velocity.
+
+    Raises:
+        ValueError: for an unknown prediction type, or unless `snr_gamma` is above 0.
+    """
+    if not snr_gamma > 0:
+        raise ValueError(f"`snr_gamma` must be above 0, got {snr_gamma}")
+    snr = log_snr.exp()
+    if prediction_type == "epsilon":
+        return (snr_gamma * (-log_snr).exp()).clamp(max=1)
+    if prediction_type == "sample":
+        return snr.clamp(max=snr_gamma)
+    if prediction_type == "v_prediction":
+        # sigmoid is SNR / (SNR + 1), without infinities
+        return torch.minimum(log_snr.sigmoid(), snr_gamma * (-log_snr).sigmoid())
+    raise ValueError(f"`prediction_type` must be 'epsilon', 'sample' or 'v_prediction', got {prediction_type!r}")

@@ -1,0 +1,212 @@
+"""A third-order multistep solver for EDM denoisers, the fast choice: formulas in `diffusion/multistep.py`."""
+
+from typing import Literal, Optional, Union
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+from ..diffusion import multistep
+from .scheduling_utils import (
+    EDMSchedulerMixin,
+    ImagenSchedulerOutput,
+    NetworkPreconditioning,
+    check_step_count,
+    decreasing_sigmas,
+    one_schedule,
+    timestep_tensor,
+)
+
+
+class EDMAdamsScheduler(EDMSchedulerMixin, SchedulerMixin, ConfigMixin):
+    """
+    Adams' predictor and corrector for the sampling ODE of Karras et al. 2022 [1]: third order, one call of the network
+    a step.
+
+    Each step is predicted from the last two denoised images (Adams-Bashforth). When the network has been called there,
+    its answer corrects the step, with the last three (Adams-Moulton), at no further call. The first step knows one
+    denoised image and is of first order, and so is the last, which ends at the denoised image of `sigma_min`. The
+    correction is added to the sample that the caller hands in, so that a callback may change it between steps.
+
+    It is deterministic, and runs in an ordinary loop of `scale_model_input`, network and `step`, from
+    `init_noise_sigma` times unit noise. The network's raw output goes into `step`, after any guidance. The noise levels
+    are the solver's own, crowded around `sigma_data` ([`~diffusion.multistep.centred_sigmas`]); `rho` in another
+    scheduler's configuration is kept for the way back, and not used.
+
+    A network trained with `ContinuousDDPMScheduler` is sampled exactly as well: its configuration, given to
+    `EDMAdamsScheduler.from_config`, says `preconditioning="variance_preserving"`. `sigma_min` should then not lie below
+    the lowest level that it was trained at, `exp(-log_snr(0) / 2)`, which is 0.0125 for the cosine schedule.
+
+    [1] https://huggingface.co/papers/2206.00364
+
+    Args:
+        num_train_timesteps (`int`, defaults to 1000):
+            The number of noise levels in `timesteps` and `sigmas` before `set_timesteps` is called.
+        sigma_min (`float`, defaults to 0.002):
+            The lowest noise level above 0, in units of the image, whose values lie in [-1, 1].
+        sigma_max (`float`, defaults to 80.0):
+            The noise level at which sampling starts.
+        sigma_data (`float`, defaults to 0.5):
+            The standard deviation of the images, as the preconditioning assumed in training; noise levels crowd around
+            it.
+        preconditioning (`"edm"` or `"variance_preserving"`, defaults to `"edm"`):
+            How the network was trained: with the scalings of [1] and c_noise as its conditioning value, or in continuous
+            DDPM with the log-SNR.
+        prediction_type (`str`, defaults to `"epsilon"`):
+            With `"edm"`, as in diffusers' EDM schedulers: `"epsilon"` is the output F of [1], `"v_prediction"` is -F.
+            With `"variance_preserving"`: `"epsilon"`, `"sample"` or `"v_prediction"`.
+        thresholding (`bool`, defaults to `False`):
+            Dynamic thresholding of every denoised image (Imagen, section 2.3); goes before `clip_sample`.
+        dynamic_thresholding_ratio (`float`, defaults to 0.995):
+            The quantile of |x_0| that dynamic thresholding scales to 1.
+        sample_max_value (`float`, *optional*):
+            The highest value that this quantile is taken for; no bound if None.
+        clip_sample (`bool`, defaults to `False`):
+            Static thresholding: clamps every denoised image.
+        clip_sample_range (`float`, defaults to 1.0):
+            The limit of static thresholding.
+    """
+
+    _compatibles = [
+        "EDMHeunScheduler",
+        "ContinuousDDPMScheduler",
+        "EDMEulerScheduler",
+        "EDMDPMSolverMultistepScheduler",
+    ]
+    order = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+        sigma_data: float = 0.5,
+        preconditioning: NetworkPreconditioning = "edm",
+        prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: Optional[float] = None,
+        clip_sample: bool = False,
+        clip_sample_range: float = 1.0,
+    ) -> None:
+        self._keep_default_values()
+        self._mark_noise_levels()
+        self._check_config()
+        self.num_inference_steps = None
+        sigmas = multistep.centred_sigmas(num_train_timesteps, sigma_min, sigma_max, sigma_data)
+        self.init_noise_sigma = float(sigma_max)
+        self._denoised = []
+        self._publish(torch.cat([sigmas, sigmas.new_zeros(1)]), self.precondition_noise(sigmas))
+
+    def set_timesteps(
+        self,
+        num_inference_steps: Optional[int] = None,
+        device: Optional[Union[str, torch.device]] = None,
+        sigmas: Optional[Union[list[float], torch.Tensor]] = None,
+        timesteps: Optional[Union[list[float], torch.Tensor]] = None,
+    ) -> None:
+        """
+        Lays out a run of N steps and N calls: `timesteps` of length N and, on the CPU, `sigmas` of length N + 1.
+
+        `sigmas[i]` is the noise level of the sample that call i of `step` takes, the last one is 0.
+
+        Args:
+            num_inference_steps (`int`, *optional*):
+                N, with the noise levels of `centred_sigmas`.
+            device (`str` or `torch.device`, *optional*):
+                Where `timesteps` goes.
+            sigmas (`list[float]` or `torch.Tensor`, *optional*):
+                The caller's N noise levels instead, strictly decreasing; taken as they are. A final 0 may be there.
+            timesteps (`list[float]` or `torch.Tensor`, *optional*):
+                The same as N conditioning values, `c_noise` or log-SNR.
+
+        Raises:
+            ValueError: unless exactly one of the three is given, and for fewer than one step, levels that do not
+                decrease, or integer timesteps.
+        """
+        one_schedule(num_inference_steps, sigmas, timesteps)
+        config = self.config
+        if num_inference_steps is not None:
+            steps = check_step_count(num_inference_steps)
+            levels = multistep.centred_sigmas(steps, config.sigma_min, config.sigma_max, config.sigma_data)
+        else:
+            levels = decreasing_sigmas(
+                sigmas if timesteps is None else self.timestep_to_sigma(timestep_tensor(timesteps))
+            )
+        self.num_inference_steps = len(levels)
+        self.init_noise_sigma = levels[0].item()
+        self._set_scalings(levels)
+        self._set_weights(levels)
+        self._denoised = []
+        self._publish(torch.cat([levels, levels.new_zeros(1)]), self.precondition_noise(levels), device)
+
+    def _set_weights(self, levels: torch.Tensor) -> None:
+        """
+        Keeps the weights of every call as Python numbers: of the prediction from it, for one and for two denoised
+        images, and of the correction of the step to it, for two and for three; the newest image first.
+        """
+        sigma, sigma_next = levels[:-1], levels[1:]  # (N - 1,)
+        # no run has a level before the first; the number there only keeps its row's unused weights finite
+        before = torch.cat([2 * levels[:1], levels])[: len(sigma)]
+        known = torch.stack([sigma_next, sigma, before], dim=-1)  # (N - 1, 3)
+
+        def weights(nodes):
+            return multistep.adams_weights(sigma, sigma_next, nodes, self.config.sigma_data)
+
+        predictors = [weights(known[:, 1:2]), weights(known[:, 1:3])]
+        correctors = [weights(known[:, :2]), weights(known)]
+        for corrector, predictor in zip(correctors, predictors):
+            corrector[:, 1:] -= predictor  # what the corrected step differs by from the predicted one
+        self._shrink = (sigma_next / sigma).tolist()
+        self._predictors = [predictor.tolist() for predictor in predictors]
+        self._corrections = [correction.tolist() for correction in correctors]
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: Union[float, torch.Tensor],
+        sample: torch.Tensor,
+        return_dict: bool = True,
+    ) -> Union[ImagenSchedulerOutput, tuple[torch.Tensor, torch.Tensor]]:
+        """
+        Corrects the step before with the network's output, and predicts the next one.
+
+        Args:
+            model_output (`torch.Tensor`):
+                The network's output, in the sample's shape, any floating dtype.
+            timestep (`float` or `torch.Tensor`):
+                The one of `timesteps` that the network was called with.
+            sample (`torch.Tensor` of shape `(B, ...)`):
+                The sample, before `scale_model_input`. The arithmetic is in float32, for float64 in float64.
+            return_dict (`bool`, defaults to `True`):
+                A tuple comes back if False.
+
+        Returns:
+            [`ImagenSchedulerOutput`] or `tuple`: the next sample in the sample's dtype, and the denoised image.
+
+        Raises:
+            ValueError: before `set_timesteps`, after the last step, or for a timestep that is not of the schedule.
+        """
+        index = self._start_step(model_output, timestep, sample)
+        x = sample.to(torch.promote_types(sample.dtype, torch.float32))
+        denoised = self._denoise(x, model_output, index)
+        known = [denoised, *self._denoised]
+        if index == len(self._timestep_values) - 1:
+            x_next, known = denoised, []
+        else:
+            if len(known) > 1:
+                x = x + _weighted_sum(self._corrections[len(known) - 2][index - 1], known)
+            predictor = self._predictors[min(len(known), 2) - 1][index]
+            x_next = self._shrink[index] * x + _weighted_sum(predictor, known)
+        self._denoised = known[:2]
+        self._step_index = index + 1
+        x_next, denoised = x_next.to(sample.dtype), denoised.to(sample.dtype)
+        if not return_dict:
+            return x_next, denoised
+        return ImagenSchedulerOutput(prev_sample=x_next, pred_original_sample=denoised)
+
+
+def _weighted_sum(weights: list[float], images: list[torch.Tensor]) -> torch.Tensor:
+    """Of as many images as there are weights."""
+    return sum(weight * image for weight, image in zip(weights, images))
