@@ -11,7 +11,7 @@ import torch
 from diffusers.utils import make_image_grid
 
 from . import ImagenCascadePipeline, __version__
-from .commands import cache_embeddings, doctor
+from .commands import cache_embeddings, doctor, reconstruct_ema
 from .pipelines.pipeline_imagen_cascade import DEFAULT_GUIDANCE, DEFAULT_STEPS
 
 
@@ -56,6 +56,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     cache_embeddings.add_parser(commands)
     doctor.add_parser(commands)
+    reconstruct_ema.add_parser(commands)
     return parser
 
 
