@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from diffusers.training_utils import EMAModel
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 
 from .config import TrainingConfig
 
@@ -39,6 +40,11 @@ def std_to_gamma(std: float) -> float:
     square = std**2
     roots = np.roots([square, 7 * square, 16 * square - 1, 12 * square - 1])
     return float(roots[np.abs(roots.imag) < 1e-9].real.max())
+
+
+def gathered(value: torch.Tensor) -> torch.Tensor:
+    """All of a tensor that may be spread over processes."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 class WeightAverages:
@@ -87,14 +93,20 @@ class WeightAverages:
         finally:
             model.restore(parameters)
 
-    def save_snapshots(self, output_dir: str, names: list[str], step: int) -> None:
-        """Writes the power-function averages in half precision, for `reconstruct`, each beside its place at first."""
+    def save_snapshots(self, output_dir: str, names: list[str], step: int, is_main_process: bool = True) -> None:
+        """Writes the averages in half precision, for `reconstruct`, each beside its place at first.
+
+        All processes take part, since each may have shards; the main process writes.
+        """
         folder = Path(output_dir) / SNAPSHOTS
-        folder.mkdir(parents=True, exist_ok=True)
         for model in self.models:
+            tensors = {name: gathered(value).half() for name, value in zip(names, model.shadow_params)}
+            if not is_main_process:
+                continue
+            folder.mkdir(parents=True, exist_ok=True)
             path = folder / f"{step:09d}-{model.std:.4f}.safetensors"
             partial = path.with_name(f".{path.name}.partial")
-            tensors = {name: value.half().cpu().contiguous() for name, value in zip(names, model.shadow_params)}
+            tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
             save_file(tensors, partial, metadata={"step": str(step), "std": repr(model.std)})
             os.replace(partial, path)
 

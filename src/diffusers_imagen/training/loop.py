@@ -11,7 +11,7 @@ from typing import Callable, Optional
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration
+from accelerate.utils import DistributedType
 from diffusers.utils import logging
 from tqdm.auto import tqdm
 
@@ -19,6 +19,7 @@ from ..models.unet_base import ConditionalUNet
 from .checkpoints import Checkpoints, describe_run
 from .config import TrainingConfig
 from .data import BatchStream, ValidationBatches, make_train_batches, make_validation_batches
+from .devices import make_accelerator, whole_network
 from .draws import StepDraws
 from .ema import WeightAverages
 from .export import make_repository, save_stage, upload_stage
@@ -92,12 +93,16 @@ class Trainer:
         self.unet, self.optimizer, self.weighting = accelerator.prepare(unet, optimizer, weighting)
         self.parameters = list(self.unet.parameters())
         self.averages = WeightAverages(config, self.parameters)
-        accelerator.register_for_checkpointing(self.averages)
+        self.monitor = Monitor(accelerator.device)
+        self.states = {"data": self.batches, "monitor": self.monitor}  # of which each process has its own
+        if accelerator.distributed_type == DistributedType.FSDP:
+            self.states["averages"] = self.averages  # each process has its shards
+        else:
+            accelerator.register_for_checkpointing(self.averages)
 
         self.draws = StepDraws(
             self.objective, config.seed, stratified=config.stratified_noise, device=accelerator.device
         )
-        self.monitor = Monitor(accelerator.device)
         self.clock, self.stopwatch = ComputeClock(accelerator.device), Stopwatch()
         self.losses = {"loss": math.nan}
 
@@ -161,11 +166,6 @@ class Trainer:
             self.accelerator.init_trackers("diffusers-imagen", settings)
         self.stopwatch, self.seen = Stopwatch(), (0.0, first_step)
         return first_step
-
-    @property
-    def states(self) -> dict:
-        """What has a state of its own in every process."""
-        return {"data": self.batches, "monitor": self.monitor}
 
     def after_step(self, done: int, progress: tqdm, interruption: Interruption) -> None:
         """What there is to do between steps, of which `done` are done."""
@@ -231,17 +231,16 @@ class Trainer:
 
     def save_snapshots(self, done: int) -> None:
         """Writes the power-function averages."""
-        if self.accelerator.is_main_process:
-            self.averages.save_snapshots(self.config.output_dir, self.names, done)
+        self.averages.save_snapshots(self.config.output_dir, self.names, done, self.accelerator.is_main_process)
 
     def save(self, done: int) -> None:
         """Writes a checkpoint, and the averaged weights as a stage."""
         self.losses["loss"] = self.monitor.running_loss(self.accelerator)
         self.checkpoints.save(done, self.states)
         self.record("losses", done, self.losses)
-        if self.accelerator.is_main_process:
-            with self.averages.applied(self.parameters):
-                unet = self.accelerator.unwrap_model(self.unet)
+        with self.averages.applied(self.parameters):
+            unet = whole_network(self.accelerator, self.unet)
+            if self.accelerator.is_main_process:
                 results = {**self.losses, "num_processes": self.accelerator.num_processes}
                 save_stage(unet, self.objective.scheduler(), self.config, done, results)
         self.accelerator.wait_for_everyone()
@@ -273,26 +272,6 @@ class Trainer:
             disable=not self.accelerator.is_local_main_process,
             mininterval=10,
         )
-
-
-def make_accelerator(config: TrainingConfig) -> Accelerator:
-    """Devices, processes and precision, as `accelerate launch` and the configuration say."""
-    accelerator = Accelerator(
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        mixed_precision=config.mixed_precision,
-        log_with=config.report_to,
-        project_config=ProjectConfiguration(
-            project_dir=config.output_dir, logging_dir=str(Path(config.output_dir) / config.logging_dir)
-        ),
-    )
-    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-    if sharded and config.uncertainty_weighting:
-        raise ValueError(
-            f"`uncertainty_weighting` is True, but {accelerator.distributed_type.value} trains one module only."
-        )
-    if config.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    return accelerator
 
 
 def release_encoder(encode: Optional[Encode], *streams: Optional[BatchStream | ValidationBatches]) -> None:
