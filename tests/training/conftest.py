@@ -93,6 +93,8 @@ def make_config(imagefolder, tmp_path, fresh_accelerator):
     """A run of four steps on six images."""
 
     def make_config(**kwargs) -> TrainingConfig:
-        return TrainingConfig(**tiny_runs.settings(imagefolder, kwargs.pop("output_dir", tmp_path / "stage"), **kwargs))
+        return TrainingConfig(
+            **tiny_runs.settings(imagefolder, kwargs.pop("output_dir", tmp_path / "stage"), **kwargs)
+        )
 
     return make_config

@@ -235,7 +235,10 @@ def test_no_rows_are_refused(imagefolder):
 
 BAD_SETTINGS = {
     "resolution": ({"resolution": 0}, "`resolution` is 0"),
-    "two data sets": ({"dataset_name": "a", "train_data_dir": "b"}, "`train_data_dir` and `dataset_name` are both given"),
+    "two data sets": (
+        {"dataset_name": "a", "train_data_dir": "b"},
+        "`train_data_dir` and `dataset_name` are both given",
+    ),
     "no caption column": ({"caption_column": []}, "`caption_column` is empty"),
     "background": ({"background": "wihte"}, "`background` is 'wihte', but should be a colour"),
     "buckets": ({"aspect_ratio_buckets": "64x32"}, "`aspect_ratio_buckets` is '64x32', but should be 'auto'"),

@@ -172,7 +172,10 @@ def damaged(tmp_path) -> Path:
     """Four good images of their own grey, a truncated one, one that is text, and one that is too small."""
     rng = np.random.default_rng(0)
     images = {f"{i}.png": np.full((16, 16, 3), 50 * i, np.uint8) for i in range(4)}
-    images |= {"cut.png": rng.integers(0, 256, (64, 64, 3), dtype=np.uint8), "small.png": np.zeros((9, 20, 3), np.uint8)}
+    images |= {
+        "cut.png": rng.integers(0, 256, (64, 64, 3), dtype=np.uint8),
+        "small.png": np.zeros((9, 20, 3), np.uint8),
+    }
     folder = tmp_path / "d"
     write_images(folder, images, {name: name[:4] for name in [*images, "text.png"]})
     (folder / "cut.png").write_bytes((folder / "cut.png").read_bytes()[:2000])

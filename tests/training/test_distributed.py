@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from tiny_runs import are_equal, exported, losses, make_unet, run_in_processes, settings, weights_of
+from tiny_runs import are_equal, encode, exported, losses, make_unet, run_in_processes, settings, weights_of
 
 from diffusers_imagen.training import TrainingConfig, train
-from tiny_runs import encode
 
 
 @pytest.fixture

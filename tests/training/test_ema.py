@@ -97,8 +97,7 @@ def test_a_finished_run_is_averaged_with_any_width(make_config, recorded, capsys
         expected = named(unet, average(recorded, profile(steps, std_to_gamma(std))))
         last = named(unet, recorded[-1])
         wrong, far = (
-            sum((a[name].double() - expected[name]).square().sum() for name in expected) ** 0.5
-            for a in (actual, last)
+            sum((a[name].double() - expected[name]).square().sum() for name in expected) ** 0.5 for a in (actual, last)
         )
         assert wrong < tolerance * far
     assert main(["reconstruct-ema", config.output_dir, "--ema_std", "0.15"]) == 2

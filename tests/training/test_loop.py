@@ -29,15 +29,22 @@ from diffusers_imagen.training.validation import ValidationLoss
 ONE_IMAGE = {"styles": ["shaded"], "p_mean": 1.0, "p_std": 0.5}  # at noise levels where it is easily learned
 LONG = {"max_train_steps": 100, "checkpointing_steps": 100, "learning_rate": 1e-2, "lr_warmup_steps": 5}
 
-# Recorded on an x86-64 CPU with AVX2, torch 2.13, one thread. Sums in another order, on other CPUs or with other
-# numbers of threads, move them by about 1e-6 at first and 1e-4 at the last step; another draw, weight or step by 1e-2.
-GOLDEN = []
+# Recorded with AVX512, oneDNN and one thread. Without vector instructions, without oneDNN and with two threads they are
+# the same to 3e-7; another draw, weight or step moves them by 1e-2 and more.
+# fmt: off
+GOLDEN = [
+    2.053242, 1.924790, 1.737387, 1.752962, 1.901464,
+    1.638397, 1.488771, 1.352337, 1.217546, 1.238462,
+    1.139598, 1.282339, 1.117086, 1.338350, 1.157031,
+    1.302451, 1.028794, 1.197712, 1.185627, 1.035218,
+]
+# fmt: on
 
 
 def test_twenty_steps_have_the_losses_that_they_had(make_config):
     config = make_config(max_train_steps=20, checkpointing_steps=20, lr_warmup_steps=5, stratified_noise=True)
     train(config, make_unet(), encode)
-    assert losses(config.output_dir) == pytest.approx(GOLDEN, rel=2e-3)
+    assert losses(config.output_dir) == pytest.approx(GOLDEN, rel=1e-3)
 
 
 def test_the_loss_falls(make_config):
@@ -82,14 +89,16 @@ def test_the_stage_folder_opens(make_config):
     assert scheduler.config.sigma_data == 0.4
     record = json.loads((folder / "training.json").read_text())
     assert record["step"] == 4 and record["loss"] == result["loss"]
-    assert TrainingConfig(**record["config"]) == config if record["config"].get("hub_token") else True
+    assert TrainingConfig(**record["config"]) == config
     index = json.loads((folder / "model_index.json").read_text())
     assert index["_class_name"] == "ImagenPipeline"
     assert index["unet"] == ["diffusers_imagen", "ImagenUNetModel"]
     assert index["scheduler"] == ["diffusers_imagen", "EDMHeunScheduler"]
     assert index["text_encoder"] == index["tokenizer"] == [None, None]
     card = (folder / "README.md").read_text()
-    assert "4 steps, 16 images seen" in card and f"| loss | {result['loss']:.4f} |" in card and "sigma_data: 0.4" in card
+    assert (
+        "4 steps, 16 images seen" in card and f"| loss | {result['loss']:.4f} |" in card and "sigma_data: 0.4" in card
+    )
     lines = [json.loads(line) for line in (folder / "losses.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4]
     assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
@@ -271,8 +280,8 @@ def test_samples_and_scalars_are_written(make_config):
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    (run,) = (path for path in (folder / "logs").rglob("events*") if path.stat().st_size > 500)
-    events = EventAccumulator(str(run)).Reload()
+    run = max((folder / "logs").rglob("events*"), key=lambda path: path.stat().st_size)  # another has the settings
+    events = EventAccumulator(str(run), size_guidance={"images": 0}).Reload()
     scalars = set(events.Tags()["scalars"])
     assert {"loss", "loss_average", "grad_norm", "lr", "images_per_second", "memory_gib", "skipped_steps"} <= scalars
     assert events.Tags()["images"]
@@ -345,4 +354,6 @@ def test_the_running_loss_is_an_average_of_a_hundred_steps():
 
 def test_the_run_says_how_much_time_was_lost():
     text = describe_time(steps=10, images=160, seconds=20.0, compute=19.0, between=3.0)
-    assert text.startswith("10 steps in 20.0 s (8.0 images/s), 5.0% of it outside forward, backward and optimizer; 3.0 s")
+    assert text.startswith(
+        "10 steps in 20.0 s (8.0 images/s), 5.0% of it outside forward, backward and optimizer; 3.0 s"
+    )

@@ -57,7 +57,9 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(make_config, whole, tmp_p
     assert not are_equal(exported(config.output_dir), after_two)
 
 
-@pytest.mark.parametrize("options", [{"uncertainty_weighting": True}, {"ema_type": "power"}], ids=["weighting", "power"])
+@pytest.mark.parametrize(
+    "options", [{"uncertainty_weighting": True}, {"ema_type": "power"}], ids=["weighting", "power"]
+)
 def test_what_is_learned_beside_the_network_is_resumed(make_config, tmp_path, monkeypatch, options):
     whole, unet = make_config(output_dir=tmp_path / "other", **options), make_unet()
     train(whole, unet, encode)

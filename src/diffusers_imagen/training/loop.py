@@ -9,8 +9,6 @@ import math
 from pathlib import Path
 from typing import Callable, Optional
 
-import torch
-from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from diffusers.utils import logging
 from tqdm.auto import tqdm
@@ -117,7 +115,6 @@ class Trainer:
         with Interruption() as interruption, self.progress_bar(first_step) as progress:
             for step in range(first_step, self.config.max_train_steps):
                 self.train_step(step)
-                self.averages.step(self.parameters)
                 progress.update()
                 self.after_step(step + 1, progress, interruption)
         return self.finish(first_step)
@@ -143,8 +140,9 @@ class Trainer:
                     step_if_finite(self.optimizer, grad_norm)
                     self.optimizer.zero_grad()
             self.monitor.add(losses.detach(), sigma, share=1 / accumulated)
-        self.monitor.end_step(grad_norm)
         self.schedule.step()
+        self.averages.step(self.parameters)
+        self.monitor.end_step(grad_norm)
 
     def start(self) -> int:
         """Goes on from the checkpoint, if there is one; returns the first step."""
