@@ -5,8 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_runs
 import torch
 from PIL import Image
+
+from diffusers_imagen.training import TrainingConfig
 
 
 SIDE = 32
@@ -76,3 +79,22 @@ def decode():
         return ["".join(chr(int(code)) for code in row[valid, 0]) for row, valid in zip(text, mask)]
 
     return decode
+
+
+@pytest.fixture
+def fresh_accelerator():
+    """accelerate keeps its state for the whole process."""
+    yield
+    tiny_runs.reset_accelerate()
+
+
+@pytest.fixture
+def make_config(imagefolder, tmp_path, fresh_accelerator):
+    """A run of four steps on six images."""
+
+    def make_config(**kwargs) -> TrainingConfig:
+        return TrainingConfig(
+            **tiny_runs.settings(imagefolder, kwargs.pop("output_dir", tmp_path / "stage"), **kwargs)
+        )
+
+    return make_config

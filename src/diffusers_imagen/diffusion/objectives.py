@@ -89,3 +89,8 @@ def min_snr_weight(
         # sigmoid is SNR / (SNR + 1), without infinities
         return torch.minimum(log_snr.sigmoid(), snr_gamma * (-log_snr).sigmoid())
     raise ValueError(f"`prediction_type` must be 'epsilon', 'sample' or 'v_prediction', got {prediction_type!r}")
+
+
+def uncertainty_weighted(loss: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
+    """`loss / exp(u) + u` of Karras et al. 2024 (EDM2, 2312.02696): least where `u` is the logarithm of the loss."""
+    return loss * (-log_variance).exp() + log_variance

@@ -1,5 +1,7 @@
 from .config import TrainingConfig
-from .loop import train
+from .interruption import TrainingInterrupted
+from .loop import Trainer, train
+from .options import parse_args
 
 
-__all__ = ["TrainingConfig", "train"]
+__all__ = ["Trainer", "TrainingConfig", "TrainingInterrupted", "parse_args", "train"]

@@ -3,14 +3,14 @@
 from typing import Optional
 
 from ..models.unet_base import ConditionalUNet
-from .data.config import DataConfig
+from .config import TrainingConfig
 
 
-def check_network(config: DataConfig, unet: ConditionalUNet, with_text: bool) -> None:
+def check_network(config: TrainingConfig, unet: ConditionalUNet, with_text: bool) -> None:
     """Checks sides, conditioning image and text.
 
     Args:
-        config (`DataConfig`): The data.
+        config (`TrainingConfig`): The data, and what is done to it.
         unet (`ConditionalUNet`): The network.
         with_text (`bool`): Whether batches have text.
 
@@ -33,6 +33,14 @@ def check_network(config: DataConfig, unet: ConditionalUNet, with_text: bool) ->
     if unet.config.low_res_conditioning != (config.low_resolution is not None):
         needs = "is conditioned on one: give `low_resolution`" if unet.config.low_res_conditioning else "takes none"
         raise ValueError(f"`low_resolution` is {config.low_resolution}, but this network {needs}.")
+    told = unet.config.low_res_noise_conditioning
+    if config.low_resolution is not None and told != bool(config.max_augmentation_sigma):
+        raise ValueError(
+            f"`max_augmentation_sigma` is {config.max_augmentation_sigma}, but this network is "
+            + ("" if told else "not ")
+            + "told its conditioning image's noise level: set it "
+            + ("above 0, such as 0.5." if told else "to 0.")
+        )
     if with_text and unet.config.encoder_hid_dim is None:
         raise ValueError("`text_encoder` or `embedding_cache` is given, but this network was built without text.")
     if not with_text and unet.config.encoder_hid_dim is not None:

@@ -1,12 +1,16 @@
 """What a training run is told. Field names are those of diffusers' training scripts where they have one."""
 
-from dataclasses import dataclass
-from typing import Optional
+from dataclasses import dataclass, field, fields
+from typing import Literal, Optional, get_args, get_type_hints
 
+from ..models.unet_base import check_choice
 from .data.config import DataConfig, arg
 
 
 MIN_AUGMENTATION_SIGMA = 0.002  # NeMo's level at inference; the conditioning value of 0 would be infinite
+
+OF_EDM = ("p_mean", "p_std")
+OF_DDPM = ("prediction_type", "beta_schedule", "snr_gamma")
 
 
 @dataclass
@@ -14,47 +18,149 @@ class TrainingConfig(DataConfig):
     """Settings of one run, which trains one stage."""
 
     output_dir: str = arg("imagen-stage", "Where checkpoints and the trained stage are written.")
-    pretrained_model_name_or_path: Optional[str] = arg(None, "Stage folder whose network is trained further.")
+    pretrained_model_name_or_path: Optional[str] = arg(
+        None, "Stage, or network, whose weights are trained further: a folder or a Hub id."
+    )
     grow: bool = arg(False, "Put a finer level around the pretrained network, for images of twice the side.")
     preset: Optional[str] = arg(None, "Name of a network in diffusers_imagen.presets, trained from scratch.")
     text_encoder: Optional[str] = arg(None, "Folder with text_encoder/ and tokenizer/; None trains without text.")
 
-    gradient_checkpointing: bool = arg(False, "Recompute activations in the backward pass, to save memory.")
+    preconditioning: Literal["edm", "ddpm"] = arg(
+        "edm", "How the network is trained: edm of Karras et al. 2022, or ddpm in continuous time."
+    )
+    sigma_data: float = arg(0.5, "Standard deviation of the images.")
+    p_mean: float = arg(-1.2, "edm: mean of the training noise levels' logarithm.")
+    p_std: float = arg(1.2, "edm: standard deviation of the training noise levels' logarithm.")
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] = arg(
+        "epsilon", "ddpm: what the network predicts: noise, image or velocity."
+    )
+    beta_schedule: Literal["squaredcos_cap_v2", "linear"] = arg(
+        "squaredcos_cap_v2", "ddpm: noise schedule, whose times are drawn uniformly."
+    )
+    snr_gamma: Optional[float] = arg(None, "ddpm: gamma of min-SNR weighting, usually 5; None weighs all times alike.")
+    loss: Literal["l2", "l1", "huber"] = arg("l2", "Distance of prediction and target.")
+    uncertainty_weighting: bool = arg(
+        False, "Learn the weight of each noise level along with the network (Karras et al. 2024, EDM2)."
+    )
+    stratified_noise: bool = arg(False, "Spread the noise levels of a step evenly over their distribution.")
+    text_drop_rate: float = arg(0.1, "Rate of dropped captions, for classifier-free guidance.")
+    max_augmentation_sigma: float = arg(
+        0.5, "Largest noise level of the conditioning image's augmentation; 0 for none."
+    )
+
     max_train_steps: int = arg(10_000, "Optimizer steps.")
     learning_rate: float = arg(4e-4, "Peak learning rate.")
+    scale_lr: bool = arg(False, "Multiply the learning rate by the images of a step.")
     lr_scheduler: str = arg("constant_with_warmup", "A schedule of diffusers.optimization.")
     lr_warmup_steps: int = arg(500, "Steps of linear warm-up.")
+    lr_num_cycles: int = arg(1, "Hard restarts of cosine_with_restarts.")
     adam_beta1: float = arg(0.9, "AdamW's first beta.")
     adam_beta2: float = arg(0.99, "AdamW's second beta.")
     adam_weight_decay: float = arg(1e-2, "AdamW's weight decay.")
     adam_epsilon: float = arg(1e-8, "AdamW's epsilon.")
-    max_grad_norm: float = arg(1.0, "Gradients are clipped to this norm.")
-    ema_decay: float = arg(0.999, "Decay of the averaged weights, which are what is exported.")
-    mixed_precision: str = arg("no", "no, fp16 or bf16.")
+    use_8bit_adam: bool = arg(False, "Keep AdamW's state in 8 bits, with bitsandbytes.")
+    max_grad_norm: float = arg(1.0, "Gradients are clipped to this norm; 0 does not clip.")
 
-    sigma_data: float = arg(0.5, "Standard deviation of the images.")
-    p_mean: float = arg(-1.2, "Mean of the training noise levels' logarithm.")
-    p_std: float = arg(1.2, "Standard deviation of the training noise levels' logarithm.")
-    text_drop_rate: float = arg(0.1, "Rate of dropped captions, for classifier-free guidance.")
-    max_augmentation_sigma: float = arg(0.5, "Largest noise level of the conditioning image's augmentation.")
+    mixed_precision: Optional[Literal["no", "fp16", "bf16"]] = arg(
+        None, "Precision of the network's arithmetic; without it, that of `accelerate launch`, or none."
+    )
+    allow_tf32: bool = arg(False, "Multiply float32 matrices in TF32 on NVIDIA GPUs.")
+    gradient_checkpointing: bool = arg(False, "Recompute activations in the backward pass, to save memory.")
+    channels_last: bool = arg(True, "Keep images as (height, width, channels) in memory, as convolutions like it.")
+    torch_compile: bool = arg(False, "Compile the network with torch.compile.")
+
+    use_ema: bool = arg(True, "Average the weights over steps; the average is what is exported.")
+    ema_type: Literal["warmup", "constant", "power"] = arg(
+        "warmup",
+        "warmup: the decay rises to ema_decay; constant: it does not; power: power functions of EDM2, snapshots of "
+        "which `diffusers-imagen reconstruct-ema` turns into averages of other lengths.",
+    )
+    ema_decay: float = arg(0.999, "Decay of the averaged weights.")
+    ema_stds: list[float] = arg([0.05, 0.1], "power: widths of the averages as shares of the run; the first exports.")
+    ema_snapshot_steps: Optional[int] = arg(None, "power: steps between snapshots; without it, checkpointing_steps.")
 
     checkpointing_steps: int = arg(500, "Steps between checkpoints, from which a run is resumed.")
     checkpoints_total_limit: int = arg(2, "Checkpoints kept.")
     resume_from_checkpoint: Optional[str] = arg(None, "A checkpoint folder, or `latest`.")
+    validation_steps: Optional[int] = arg(
+        None, "Steps between validation losses and sample grids; without it, checkpointing_steps."
+    )
+    validation_prompts: Optional[list[str]] = field(
+        default=None, metadata={"help": "Prompts that samples are drawn for."}
+    )
+    validation_images: Optional[list[str]] = field(
+        default=None, metadata={"help": "For a super-resolution stage: the image of each prompt, to be enlarged."}
+    )
     report_to: Optional[str] = arg(None, "tensorboard or wandb.")
+    logging_dir: str = arg("logs", "Folder of those logs inside output_dir.")
+    logging_steps: int = arg(10, "Steps between looks at the losses, each of which waits for the device.")
+    push_to_hub: bool = arg(False, "Upload the trained stage.")
+    hub_model_id: Optional[str] = arg(None, "Repository to upload to; without it, the name of output_dir.")
+    hub_token: Optional[str] = arg(None, "Token to upload with; without it, that of `hf auth login`.")
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("max_train_steps", "checkpointing_steps", "checkpoints_total_limit"):
+        for name in ("max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "logging_steps"):
             self._check_at_least(name, 1)
+        for name in ("validation_steps", "ema_snapshot_steps"):
+            if getattr(self, name) is not None:
+                self._check_at_least(name, 1)
+        self._check_at_least("max_grad_norm", 0)
+        self._check_choices()
         if (self.preset is None) == (self.pretrained_model_name_or_path is None):
             raise ValueError("Exactly one of `preset` and `pretrained_model_name_or_path` must be given.")
         if self.grow and self.pretrained_model_name_or_path is None:
             raise ValueError("`grow` is True, but there is no `pretrained_model_name_or_path` to grow.")
+        self._check_objective()
+        self._check_ema()
+        self._check_validation()
+        if not self.push_to_hub and (self.hub_model_id or self.hub_token):
+            raise ValueError("`hub_model_id` or `hub_token` is given, but `push_to_hub` is False.")
+
+    def _check_choices(self) -> None:
+        """Refuses what is not among the values of a Literal."""
+        for name, hint in get_type_hints(TrainingConfig).items():
+            optional = type(None) in get_args(hint)
+            hint = next((part for part in get_args(hint) if hasattr(part, "__args__")), hint) if optional else hint
+            if getattr(hint, "__origin__", None) is Literal and not (optional and getattr(self, name) is None):
+                check_choice(name, getattr(self, name), get_args(hint))
+
+    def _check_objective(self) -> None:
+        defaults = {f.name: f.default for f in fields(TrainingConfig)}
+        for name in OF_DDPM if self.preconditioning == "edm" else OF_EDM:
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)!r}, but `preconditioning` {self.preconditioning!r} has none."
+                )
+        for name in ("sigma_data", "p_std"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"`{name}` is {getattr(self, name)}, but should be above 0.")
+        if self.snr_gamma is not None and not self.snr_gamma > 0:
+            raise ValueError(f"`snr_gamma` is {self.snr_gamma}, but should be above 0.")
         if not 0 <= self.text_drop_rate <= 1:
             raise ValueError(f"`text_drop_rate` is {self.text_drop_rate}, but should be between 0 and 1.")
         if not (self.max_augmentation_sigma == 0 or self.max_augmentation_sigma > MIN_AUGMENTATION_SIGMA):
             raise ValueError(
                 f"`max_augmentation_sigma` is {self.max_augmentation_sigma}, but should be 0, for none, or above "
                 f"{MIN_AUGMENTATION_SIGMA}."
+            )
+
+    def _check_ema(self) -> None:
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"`ema_decay` is {self.ema_decay}, but should be at least 0 and below 1.")
+        if not self.ema_stds or not all(0 < std < 0.25 for std in self.ema_stds):
+            raise ValueError(f"`ema_stds` is {self.ema_stds}, but should be shares of the run between 0 and 0.25.")
+        if self.ema_snapshot_steps is not None and not (self.use_ema and self.ema_type == "power"):
+            raise ValueError(
+                f"`ema_snapshot_steps` is {self.ema_snapshot_steps}, but only `ema_type` 'power' has snapshots."
+            )
+
+    def _check_validation(self) -> None:
+        images, prompts = self.validation_images, self.validation_prompts
+        if images is not None and self.low_resolution is None:
+            raise ValueError("`validation_images` is given, but only super-resolution (`low_resolution`) enlarges.")
+        if self.low_resolution is not None and len(images or []) != len(prompts or []):
+            raise ValueError(
+                f"`validation_images` has {len(images or [])} entries, but should have one for each of the "
+                f"{len(prompts or [])} `validation_prompts`."
             )

@@ -1,18 +1,152 @@
-"""A trained network as a stage folder: `unet/`, `scheduler/`, and what it was trained with."""
+"""A trained network as a stage folder, which opens as a pipeline: `unet/`, `scheduler/`, a card, and what it was
+trained with."""
 
 import json
+import os
+import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, Optional
+
+from diffusers import SchedulerMixin
+from huggingface_hub import create_repo, upload_folder
 
 from ..models.unet_base import ConditionalUNet
-from ..schedulers import EDMHeunScheduler
+from ..pipelines.stages import write_model_index
 from .config import TrainingConfig
+from .sampling import SAMPLES
 
 
-def save_stage(unet: ConditionalUNet, config: TrainingConfig, step: int, losses: dict[str, float]) -> None:
-    """Writes the network and the scheduler it was trained for to `config.output_dir`."""
+PARTIAL, REPLACED = ".stage.partial", ".stage.replaced"
+NOT_UPLOADED = ["checkpoint-*", "logs/*", "ema-snapshots/*", "*.partial*", ".stage.*", "metrics.jsonl"]
+SECRET = ("hub_token",)
+
+CARD = """---
+library_name: diffusers
+tags:
+- {task}
+- diffusers
+- diffusers-training
+- diffusers-imagen
+---
+
+# {name}
+
+{kind} of an Imagen cascade ([arXiv 2205.11487](https://arxiv.org/abs/2205.11487)), trained with diffusers-imagen.
+
+```python
+import diffusers_imagen
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{name}")
+```
+
+## Data
+{data}
+
+## Training
+{unet_class} with {parameters:,} parameters, trained as {objective}: {steps:,} steps, {images:,} images seen.
+
+{losses}
+{samples}
+## Configuration
+```yaml
+{settings}
+```
+"""
+
+
+def save_stage(
+    unet: ConditionalUNet, scheduler: SchedulerMixin, config: TrainingConfig, step: int, results: dict[str, float]
+) -> None:
+    """Writes the stage to `config.output_dir`: all of it beside its place first, then part by part into it."""
     folder = Path(config.output_dir)
-    unet.save_pretrained(folder / "unet")
-    EDMHeunScheduler(sigma_data=config.sigma_data).save_pretrained(folder / "scheduler")
-    record = {"step": step, **losses, "config": asdict(config)}
-    (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    partial = folder / PARTIAL
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    unet.save_pretrained(partial / "unet")
+    scheduler.save_pretrained(partial / "scheduler")
+    settings = {name: value for name, value in asdict(config).items() if name not in SECRET}
+    write_json(partial / "training.json", {"step": step, **results, "config": settings})
+    write_model_index(partial, scale_factor=None if config.low_resolution is None else config.factor)
+    (partial / "README.md").write_text(model_card(unet, config, step, results))
+    move_into_place(partial, folder)
+
+
+def move_into_place(source: Path, folder: Path) -> None:
+    """Replaces parts of a folder by those in `source`, which goes. A part that is replaced is there until the new one
+    is, but for the moment between two renames, after which the next call puts it back."""
+    replaced = folder / REPLACED
+    replaced.mkdir(exist_ok=True)
+    for old in replaced.iterdir():
+        if not (folder / old.name).exists():
+            os.replace(old, folder / old.name)
+    shutil.rmtree(replaced)
+    replaced.mkdir()
+    for part in sorted(source.iterdir()):
+        if (folder / part.name).exists():
+            os.replace(folder / part.name, replaced / part.name)
+        os.replace(part, folder / part.name)
+    shutil.rmtree(replaced)
+    source.rmdir()
+
+
+def model_card(unet: ConditionalUNet, config: TrainingConfig, step: int, results: dict[str, float]) -> str:
+    """Data, configuration, steps, losses and sample images of a stage."""
+    is_base = config.low_resolution is None
+    processes = int(results.get("num_processes", 1))
+    images = step * config.train_batch_size * config.gradient_accumulation_steps * processes
+    losses = {name: value for name, value in results.items() if "loss" in name}
+    samples = sorted((Path(config.output_dir) / SAMPLES).glob("*.png"))
+    settings = asdict(config)
+    shown = {name: settings[name] for name in settings if settings[name] is not None and name not in SECRET}
+    return CARD.format(
+        task="text-to-image" if is_base else "image-to-image",
+        name=config.hub_model_id or Path(config.output_dir).name,
+        kind=f"Base stage, {config.resolution} px,"
+        if is_base
+        else f"Super-resolution stage, {config.low_resolution} to {config.resolution} px,",
+        data=describe_data(config),
+        unet_class=type(unet).__name__,
+        parameters=unet.num_parameters(),
+        objective="an EDM denoiser" if config.preconditioning == "edm" else f"a {config.prediction_type} predictor",
+        steps=step,
+        images=images,
+        losses="\n".join(
+            ["| loss | |", "|---|---|", *(f"| {name} | {value:.4f} |" for name, value in losses.items())]
+        ),
+        samples=f"\n![{'; '.join(config.validation_prompts or [])}]({SAMPLES}/{samples[-1].name})\n"
+        if samples
+        else "",
+        settings="\n".join(f"{name}: {json.dumps(value)}" for name, value in shown.items()),
+    )
+
+
+def describe_data(config: TrainingConfig) -> str:
+    """Where the images came from, in a sentence."""
+    name = config.dataset_name or Path(config.train_data_dir or "").name
+    captions = ", ".join(f"`{column}`" for column in config.caption_column)
+    return f"`{name}`, split `{config.train_split}`, captions from {captions}."
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def make_repository(config: TrainingConfig) -> Optional[str]:
+    """The repository to upload to, made if there is none yet; None without `push_to_hub`."""
+    if not config.push_to_hub:
+        return None
+    name = config.hub_model_id or Path(config.output_dir).name
+    return create_repo(name, exist_ok=True, token=config.hub_token).repo_id
+
+
+def upload_stage(repository: str, config: TrainingConfig, step: int) -> None:
+    """Uploads the stage, without checkpoints and logs."""
+    upload_folder(
+        repo_id=repository,
+        folder_path=config.output_dir,
+        commit_message=f"Stage after {step} steps",
+        ignore_patterns=NOT_UPLOADED,
+        token=config.hub_token,
+    )

@@ -1,224 +1,280 @@
-"""The training loop of one stage: draw a batch, take the loss, step, average the weights, save.
+"""The training loop of one stage. Read `Trainer.train` and `Trainer.train_step` first.
 
-Every draw of a step comes from a generator seeded by (seed, process, step), so that a resumed run continues with the
-draws of a run that was never stopped, without storing any random state.
+Every draw belongs to a slot of a step: to an image's place among those of all processes and accumulated batches. So
+two processes train as one with twice the batch does, and a resumed run goes on with the draws of one that was never
+stopped.
 """
 
-import json
 import math
-import os
-import shutil
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, Iterator, Optional
+from typing import Callable, Optional
 
-import numpy as np
-import torch
-from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
+from accelerate.utils import DistributedType
 from diffusers.utils import logging
 from tqdm.auto import tqdm
 
 from ..models.unet_base import ConditionalUNet
+from .checkpoints import Checkpoints, describe_run
 from .checks import check_network, check_width
 from .config import TrainingConfig
-from .data import Batch, BatchStream, ValidationBatches, make_train_batches, make_validation_batches
-from .export import save_stage
-from .losses import edm_loss
+from .data import BatchStream, ValidationBatches, make_train_batches, make_validation_batches
+from .devices import make_accelerator, whole_network
+from .draws import StepDraws
+from .ema import WeightAverages
+from .export import make_repository, save_stage, upload_stage
+from .interruption import Interruption, TrainingInterrupted
+from .losses import UncertaintyWeighting, denoising_loss, to_device
+from .monitor import ComputeClock, Monitor, Records, Stopwatch, describe_time, memory_used
+from .network import prepare_network
+from .objectives import make_objective
+from .optimization import (
+    apply_settings,
+    clip_gradients,
+    learning_rates,
+    make_optimizer,
+    settings_of,
+    step_if_finite,
+)
+from .sampling import draw_samples, log_samples, read_prompts, write_samples
+from .validation import ValidationLoss
 
 
 logger = logging.get_logger(__name__)
 
-VALIDATION_STEP = 2**32 - 1  # no training step has this number: validation draws are never those of a step
+Encode = Callable[[list[str]], tuple]
 
 
-def train(
-    config: TrainingConfig, unet: ConditionalUNet, encode: Optional[Callable[[list[str]], tuple]] = None
-) -> dict[str, float]:
+def train(config: TrainingConfig, unet: ConditionalUNet, encode: Optional[Encode] = None) -> dict[str, float]:
     """Trains a network and writes the stage to `config.output_dir`; returns the last losses.
 
     Args:
-        config: The settings.
-        unet: The network, trained in place.
-        encode: Maps a list of captions to text states `(B, L, E)` and mask `(B, L)`; None trains without text.
+        config (`TrainingConfig`): The settings.
+        unet (`ConditionalUNet`): The network, trained in place.
+        encode (`Callable`, *optional*): Maps a list of captions to text states `(B, L, E)` and mask `(B, L)`. Without
+            it, and without `config.embedding_cache`, the network has to be one without text.
+
+    Raises:
+        ValueError: If network, data, checkpoint and settings do not fit each other, before any step.
+        FloatingPointError: If the gradient is not finite in many steps in a row.
+        TrainingInterrupted: After SIGTERM or SIGINT, when the state is saved.
     """
-    accelerator = Accelerator(
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        mixed_precision=config.mixed_precision,
-        log_with=config.report_to,
-        project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=f"{config.output_dir}/logs"),
-    )
-    check_network(config, unet, encode is not None or config.embedding_cache is not None)
-    place = (accelerator.process_index, accelerator.num_processes)
-    batches = make_train_batches(config, encode, *place)
-    validation = make_validation_batches(config, encode, *place) if config.validation_split else None
-    check_width(unet, batches.text_width)
-    release_encoder(encode, batches, validation)
-
-    unet.train().to(memory_format=torch.channels_last)
-    if config.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    ema = EMAModel(unet.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
-    optimizer = make_optimizer(config, unet)
-    lr_scheduler = get_scheduler(
-        config.lr_scheduler,
-        optimizer,
-        num_warmup_steps=config.lr_warmup_steps * accelerator.num_processes,
-        num_training_steps=config.max_train_steps * accelerator.num_processes,
-    )
-    unet, optimizer, lr_scheduler = accelerator.prepare(unet, optimizer, lr_scheduler)
-    ema.to(accelerator.device)
-    accelerator.register_for_checkpointing(ema, batches)
-    if config.report_to:
-        accelerator.init_trackers("diffusers-imagen", {k: str(v) for k, v in vars(config).items()})
-
-    first_step = resume(accelerator, config)
-    losses = {"loss": math.nan}
-    progress = tqdm(
-        range(first_step, config.max_train_steps),
-        initial=first_step,
-        total=config.max_train_steps,
-        desc="Training",
-        disable=not accelerator.is_local_main_process,
-        mininterval=10,
-    )
-    for step in progress:
-        loss = train_step(accelerator, config, unet, batches, optimizer, lr_scheduler, step)
-        ema.step(unet.parameters())
-        # the average over about 100 steps; a single batch says little
-        losses["loss"] = loss if math.isnan(losses["loss"]) else losses["loss"] + 0.01 * (loss - losses["loss"])
-        progress.set_postfix(loss=f"{losses['loss']:.4f}", refresh=False)
-        accelerator.log({"loss": loss, "lr": lr_scheduler.get_last_lr()[0]}, step=step)
-
-        done = step + 1
-        if done % config.checkpointing_steps == 0 or done == config.max_train_steps:
-            if validation is not None:
-                losses["validation_loss"] = validation_loss(accelerator, config, unet, ema, validation)
-                accelerator.log({"validation_loss": losses["validation_loss"]}, step=step)
-            save_checkpoint(accelerator, config, done, losses)
-            export(accelerator, config, unet, ema, done, losses)
-    accelerator.end_training()
-    return losses
+    return Trainer(config, unet, encode).train()
 
 
-def release_encoder(encode, *streams: Optional[BatchStream | ValidationBatches]) -> None:
+class Trainer:
+    """A run: what is trained, on what, and what is kept of it.
+
+    Args: as `train`.
+    """
+
+    def __init__(self, config: TrainingConfig, unet: ConditionalUNet, encode: Optional[Encode] = None):
+        self.config = config
+        self.accelerator = accelerator = make_accelerator(config)
+        check_network(config, unet, with_text=encode is not None or config.embedding_cache is not None)
+        self.objective = make_objective(config)
+        weighting = UncertaintyWeighting(config.seed) if config.uncertainty_weighting else None
+        optimizer = make_optimizer(config, unet, weighting, accelerator.num_processes)
+        self.checkpoints = Checkpoints(accelerator, config, describe_run(config, unet, accelerator.mixed_precision))
+        self.found = self.checkpoints.find(config.resume_from_checkpoint)
+        self.prompts = read_prompts(config, encode)
+        self.repository = make_repository(config) if accelerator.is_main_process else None
+
+        place = (accelerator.process_index, accelerator.num_processes)
+        self.batches = make_train_batches(config, encode, *place)
+        held_out = make_validation_batches(config, encode, *place) if config.validation_split else None
+        check_width(unet, self.batches.text_width)
+        release_encoder(encode, self.batches, held_out)
+        self.validation = (
+            None if held_out is None else ValidationLoss(config, self.objective, held_out, accelerator.device)
+        )
+
+        self.names = [name for name, _ in unet.named_parameters()]
+        unet = prepare_network(unet, config)
+        self.unet, self.optimizer, self.weighting = accelerator.prepare(unet, optimizer, weighting)
+        self.parameters = list(self.unet.parameters())
+        self.averages = WeightAverages(config, self.parameters)
+        self.monitor = Monitor(accelerator.device)
+        self.states = {"data": self.batches, "monitor": self.monitor}  # of which each process has its own
+        if accelerator.distributed_type == DistributedType.FSDP:
+            self.states["averages"] = self.averages  # each process has its shards
+        else:
+            accelerator.register_for_checkpointing(self.averages)
+
+        self.draws = StepDraws(
+            self.objective, config.seed, stratified=config.stratified_noise, device=accelerator.device
+        )
+        self.clock, self.stopwatch = ComputeClock(accelerator.device), Stopwatch()
+        self.losses = {"loss": math.nan}
+
+    @property
+    def images_per_step(self) -> int:
+        """Images of a step, over all processes and accumulated batches."""
+        return self.batches.stride * self.config.gradient_accumulation_steps
+
+    def train(self) -> dict[str, float]:
+        """Runs to the last step."""
+        first_step = self.start()
+        with Interruption() as interruption, self.progress_bar(first_step) as progress:
+            for step in range(first_step, self.config.max_train_steps):
+                self.train_step(step)
+                progress.update()
+                self.after_step(step + 1, progress, interruption)
+        return self.finish(first_step)
+
+    def train_step(self, step: int) -> None:
+        """One optimizer step over all accumulated batches."""
+        accumulated = self.config.gradient_accumulation_steps
+        modules = [self.unet] if self.weighting is None else [self.unet, self.weighting]
+        self.draws.begin(step, self.batches.images_seen, self.images_per_step)
+        for _ in range(accumulated):
+            first_slot = self.batches.first_slot
+            batch = to_device(next(self.batches), self.accelerator.device, self.config.channels_last)
+            draws = self.draws(first_slot, batch)
+            sigma = self.objective.sigma(draws.level)
+
+            with self.clock, self.accelerator.accumulate(*modules):
+                with self.accelerator.autocast():
+                    losses = denoising_loss(self.unet, batch, draws, self.objective, self.config)
+                weighted = losses if self.weighting is None else self.weighting(losses, sigma)
+                self.accelerator.backward(weighted.mean())
+                if self.accelerator.sync_gradients:
+                    grad_norm = clip_gradients(self.accelerator, self.parameters, self.config.max_grad_norm)
+                    step_if_finite(self.optimizer, grad_norm)
+                    self.optimizer.zero_grad()
+            self.monitor.add(losses.detach(), sigma, share=1 / accumulated)
+        self.schedule.step()
+        self.averages.step(self.parameters)
+        self.monitor.end_step(grad_norm)
+
+    def start(self) -> int:
+        """Goes on from the checkpoint, if there is one; returns the first step."""
+        optimizer, first_step = self.optimizer.optimizer, 0
+        if self.found is not None:
+            settings = settings_of(optimizer)
+            first_step = self.checkpoints.load(self.found, self.states)
+            apply_settings(optimizer, settings)
+        self.schedule = learning_rates(self.config, optimizer, first_step)
+        output_dir = Path(self.config.output_dir)
+        self.records = {name: Records(output_dir / f"{name}.jsonl") for name in ("metrics", "losses")}
+        if self.accelerator.is_main_process:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            self.records["metrics"].cut(first_step)
+            self.losses |= self.records["losses"].cut(first_step)
+        self.losses["loss"] = self.monitor.running_loss(self.accelerator)
+        if self.config.report_to:
+            settings = {name: str(value) for name, value in vars(self.config).items() if name != "hub_token"}
+            self.accelerator.init_trackers("diffusers-imagen", settings)
+        self.stopwatch, self.seen = Stopwatch(), (0.0, first_step)
+        return first_step
+
+    def after_step(self, done: int, progress: tqdm, interruption: Interruption) -> None:
+        """What there is to do between steps, of which `done` are done."""
+        config, last = self.config, done == self.config.max_train_steps
+        looks = done % config.logging_steps == 0 or last
+        if looks:
+            self.log(done, progress)
+        saves = done % config.checkpointing_steps == 0 or last
+        validates = done % (config.validation_steps or config.checkpointing_steps) == 0 or last
+        with self.stopwatch:
+            if validates:
+                self.validate(done)
+            if config.ema_type == "power" and (
+                done % (config.ema_snapshot_steps or config.checkpointing_steps) == 0 or last
+            ):
+                self.save_snapshots(done)
+            if saves:
+                self.save(done)
+            # processes agree where they meet anyway
+            if (looks or self.accelerator.num_processes == 1) and interruption.agreed(self.accelerator) and not last:
+                if self.checkpoints.saved != done:
+                    self.checkpoints.save(done, self.states)
+                self.close()
+                folder = f"{config.output_dir}/checkpoint-{done}"
+                raise TrainingInterrupted(interruption.signum, folder)
+
+    def log(self, done: int, progress: tqdm) -> None:
+        """Fetches what the last steps had to tell, and shows it."""
+        record = self.monitor.fetch(self.accelerator)
+        seconds, before = self.stopwatch.seconds(), self.seen
+        self.seen = (seconds, done)
+        rate = (done - before[1]) * self.images_per_step / (seconds - before[0])
+        self.losses["loss"] = record["loss_average"]
+        progress.set_postfix(loss=f"{record['loss_average']:.4f}", images_per_s=f"{rate:.1f}", refresh=False)
+        record["lr"] = self.schedule.get_last_lr()[0]
+        self.record("metrics", done, record)
+        speed = {"images_per_second": rate, "memory_gib": memory_used(self.accelerator.device)}
+        self.accelerator.log({**record, **speed}, step=done)
+
+    def record(self, name: str, done: int, record: dict[str, float]) -> None:
+        """Adds a line to a file of the run."""
+        if self.accelerator.is_main_process:
+            self.records[name].append(done, record)
+
+    def validate(self, done: int) -> None:
+        """Loss on held-out rows and samples, with the averaged weights."""
+        with self.averages.applied(self.parameters):
+            if self.validation is not None:
+                self.losses |= self.validation(self.accelerator, self.unet)
+                held_out = {name: value for name, value in self.losses.items() if name.startswith("validation")}
+                self.accelerator.log(held_out, step=done)
+            if self.prompts is not None:
+                self.sample(done)
+
+    def sample(self, done: int) -> None:
+        """Draws the validation prompts, in all processes alike, and writes a grid."""
+        unet = self.accelerator.unwrap_model(self.unet).eval()
+        images = draw_samples(unet, self.objective.scheduler(), self.prompts, self.config)
+        unet.train()
+        if self.accelerator.is_main_process:
+            write_samples(images, self.config.output_dir, done)
+            log_samples(self.accelerator, images, self.config.validation_prompts, done)
+
+    def save_snapshots(self, done: int) -> None:
+        """Writes the power-function averages."""
+        self.averages.save_snapshots(self.config.output_dir, self.names, done, self.accelerator.is_main_process)
+
+    def save(self, done: int) -> None:
+        """Writes a checkpoint, and the averaged weights as a stage."""
+        self.losses["loss"] = self.monitor.running_loss(self.accelerator)
+        self.checkpoints.save(done, self.states)
+        self.record("losses", done, self.losses)
+        with self.averages.applied(self.parameters):
+            unet = whole_network(self.accelerator, self.unet)
+            if self.accelerator.is_main_process:
+                results = {**self.losses, "num_processes": self.accelerator.num_processes}
+                save_stage(unet, self.objective.scheduler(), self.config, done, results)
+        self.accelerator.wait_for_everyone()
+
+    def finish(self, first_step: int) -> dict[str, float]:
+        """Says where the time went, and uploads the stage."""
+        steps = self.config.max_train_steps - first_step
+        seconds, compute = self.stopwatch.seconds(), self.clock.seconds()
+        if self.accelerator.is_main_process:
+            logger.info(describe_time(steps, steps * self.images_per_step, seconds, compute, self.stopwatch.between))
+            if self.batches.skipped:
+                logger.info(f"{len(self.batches.skipped)} images were skipped, each named above.")
+            if self.repository is not None:
+                upload_stage(self.repository, self.config, self.config.max_train_steps)
+        self.close()
+        return self.losses | ({"overhead": 1 - compute / seconds} if steps else {})
+
+    def close(self) -> None:
+        """Ends what runs beside the loop."""
+        self.batches.close()
+        self.accelerator.end_training()
+
+    def progress_bar(self, first_step: int) -> tqdm:
+        """Of the steps of the whole run."""
+        return tqdm(
+            initial=first_step,
+            total=self.config.max_train_steps,
+            desc="Training",
+            disable=not self.accelerator.is_local_main_process,
+            mininterval=10,
+        )
+
+
+def release_encoder(encode: Optional[Encode], *streams: Optional[BatchStream | ValidationBatches]) -> None:
     """Takes the text encoder out of memory where no stream needs it while batches are drawn."""
     if hasattr(encode, "release") and not any(stream is not None and stream.needs_encoder for stream in streams):
         encode.release()
-
-
-def make_optimizer(config: TrainingConfig, unet: torch.nn.Module) -> torch.optim.Optimizer:
-    """AdamW in its fused form."""
-    return torch.optim.AdamW(
-        unet.parameters(),
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.adam_weight_decay,
-        eps=config.adam_epsilon,
-        fused=True,
-    )
-
-
-def step_generator(accelerator: Accelerator, config: TrainingConfig, step: int) -> torch.Generator:
-    """The generator of one step on one process."""
-    seed = np.random.SeedSequence((config.seed, accelerator.process_index, step)).generate_state(1, np.uint64).item()
-    return torch.Generator("cpu").manual_seed(seed)
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Moves the tensors of a batch; images in channels_last."""
-    batch = Batch(*(None if x is None else x.to(device, non_blocking=True) for x in batch))
-    return batch._replace(images=batch.images.contiguous(memory_format=torch.channels_last))
-
-
-def train_step(accelerator, config, unet, batches, optimizer, lr_scheduler, step: int) -> float:
-    """One optimizer step over all accumulated batches; returns their mean loss."""
-    generator = step_generator(accelerator, config, step)
-    total = 0.0
-    for _ in range(config.gradient_accumulation_steps):
-        with accelerator.accumulate(unet):
-            batch = to_device(next(batches), accelerator.device)
-            with accelerator.autocast():
-                loss = edm_loss(unet, batch, config, generator).mean()
-            accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
-            optimizer.step()
-            lr_scheduler.step()
-            optimizer.zero_grad()
-            total += loss.detach()
-    return (total / config.gradient_accumulation_steps).item()
-
-
-@contextmanager
-def averaged_weights(unet: torch.nn.Module, ema: EMAModel) -> Iterator[None]:
-    """The network has the averaged weights inside, and its own again after."""
-    ema.store(unet.parameters())
-    ema.copy_to(unet.parameters())
-    try:
-        yield
-    finally:
-        ema.restore(unet.parameters())
-
-
-@torch.no_grad()
-def validation_loss(accelerator, config, unet, ema: EMAModel, batches: ValidationBatches) -> float:
-    """Loss of the averaged weights on held-out rows, with the same rows and noise at every call."""
-    generator = step_generator(accelerator, config, VALIDATION_STEP)
-    unet.eval()
-    losses = []
-    with averaged_weights(unet, ema):
-        for batch in batches:
-            batch = to_device(batch, accelerator.device)
-            with accelerator.autocast():
-                losses.append(edm_loss(unet, batch, config, generator))
-    unet.train()
-    return accelerator.gather(torch.cat(losses)).mean().item()
-
-
-def save_checkpoint(accelerator: Accelerator, config: TrainingConfig, step: int, losses: dict[str, float]) -> None:
-    """Writes all that a resumed run needs, beside its place and then into it; removes the oldest ones."""
-    folder = Path(config.output_dir) / f"checkpoint-{step}"
-    partial = folder.with_name(folder.name + ".partial")
-    accelerator.save_state(str(partial))
-    if accelerator.is_main_process:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
-        for old in checkpoints(config.output_dir)[: -config.checkpoints_total_limit]:
-            shutil.rmtree(old)
-        with open(Path(config.output_dir) / "losses.jsonl", "a") as file:
-            file.write(json.dumps({"step": step, **losses}) + "\n")
-    accelerator.wait_for_everyone()
-
-
-def checkpoints(output_dir: str) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.suffix != ".partial"]
-    return sorted(folders, key=lambda path: int(path.name.split("-")[1]))
-
-
-def resume(accelerator: Accelerator, config: TrainingConfig) -> int:
-    """Loads the checkpoint that the configuration asks for; returns the step to go on with."""
-    if config.resume_from_checkpoint is None:
-        return 0
-    folder = Path(config.resume_from_checkpoint)
-    if config.resume_from_checkpoint == "latest":
-        found = checkpoints(config.output_dir)
-        if not found:
-            logger.info(f"No checkpoint in {config.output_dir}: starting from the beginning.")
-            return 0
-        folder = found[-1]
-    elif not folder.is_dir():
-        raise ValueError(f"`resume_from_checkpoint` is {config.resume_from_checkpoint!r}, which is no folder.")
-    accelerator.load_state(str(folder))
-    return int(folder.name.split("-")[1])
-
-
-def export(accelerator, config, unet, ema: EMAModel, step: int, losses: dict[str, float]) -> None:
-    """Writes the averaged weights as a stage folder."""
-    if accelerator.is_main_process:
-        with averaged_weights(unet, ema):
-            save_stage(accelerator.unwrap_model(unet), config, step, losses)
-    accelerator.wait_for_everyone()

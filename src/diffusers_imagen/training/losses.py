@@ -1,77 +1,90 @@
-"""Training losses. The formulas are those of `diffusers_imagen.diffusion`; here they meet a network and a batch."""
+"""The training loss: where an objective meets a network and a batch."""
 
 from typing import Optional
 
 import torch
+import torch.nn.functional as F
 
 from ..diffusion import edm
 from ..diffusion.augmentation import augment_low_res
+from ..diffusion.objectives import uncertainty_weighted
 from .config import MIN_AUGMENTATION_SIGMA, TrainingConfig
 from .data import Batch
+from .draws import Draws
+from .objectives import Objective
 
 
-def edm_loss(
-    unet: torch.nn.Module, batch: Batch, config: TrainingConfig, generator: Optional[torch.Generator] = None
+DISTANCES = {"l2": F.mse_loss, "l1": F.l1_loss, "huber": F.huber_loss}
+
+
+def to_device(batch: Batch, device: torch.device, channels_last: bool = True) -> Batch:
+    """Moves a batch, without a text mask that masks nothing: attention without one has flash kernels."""
+    if batch.text_mask is not None and batch.text_mask.all():
+        batch = batch._replace(text_mask=None)
+    batch = Batch(*(None if x is None else x.to(device, non_blocking=True) for x in batch))
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return batch._replace(images=batch.images.contiguous(memory_format=layout))
+
+
+def denoising_loss(
+    unet: torch.nn.Module, batch: Batch, draws: Draws, objective: Objective, config: TrainingConfig
 ) -> torch.Tensor:
-    """Weighted denoising loss of each image, `(B,)` (Karras et al. 2022, eq. 8, table 1).
-
-    The weight cancels c_out, so that the loss compares the raw network output with a target of unit variance:
-    `lambda(sigma) * |denoised - x_0|^2 = |F - (x_0 - c_skip * x) / c_out|^2`.
-    """
-    images = batch.images
-    sigma = edm.draw_sigma(len(images), config.p_mean, config.p_std, generator, images.device)
-    noise = draw_like(images, generator)
-    c_skip, c_out, c_in = (c[:, None, None, None] for c in edm.preconditioning(sigma, config.sigma_data))
-
-    noisy = images + sigma[:, None, None, None] * noise
-    low_res, low_res_noise_level = augment(batch, config, generator)
+    """Weighted distance of prediction and target for each image, `(B,)`; the weight is outside the distance."""
+    example = objective.example(batch.images, draws.noise, draws.level)
+    low_res, low_res_noise_level = augment(batch.low_res, draws, config)
     output = unet(
-        c_in * noisy,
-        edm.c_noise(sigma),
-        drop_text(batch.text, config.text_drop_rate, generator),
+        example.model_input,
+        example.timestep,
+        drop_text(batch.text, draws.text, config.text_drop_rate),
         batch.text_mask,
         low_res,
         low_res_noise_level,
         return_dict=False,
     )[0]
-    target = (images - c_skip * noisy) / c_out
-    return (output.float() - target).square().mean(dim=(1, 2, 3))
+    distance = DISTANCES[config.loss](output.float(), example.target, reduction="none")
+    return example.weight.flatten() * distance.mean(dim=(1, 2, 3))
 
 
 def augment(
-    batch: Batch, config: TrainingConfig, generator: Optional[torch.Generator]
+    low_res: Optional[torch.Tensor], draws: Draws, config: TrainingConfig
 ) -> tuple[Optional[torch.Tensor], Optional[torch.Tensor]]:
     """The low-resolution image with noise of a random level, and that level's conditioning value, where there is one.
 
     The level is uniform between the lowest and the configured maximum: mostly clean images would not teach the
     network to mistrust what the stage below gets wrong.
     """
-    if batch.low_res is None:
-        return None, None
-    if config.max_augmentation_sigma == 0:
-        return batch.low_res, None
-    uniform = torch.rand(len(batch.low_res), generator=generator, device=_source(batch.low_res, generator))
-    sigma = torch.lerp(
-        uniform.new_tensor(MIN_AUGMENTATION_SIGMA), uniform.new_tensor(config.max_augmentation_sigma), uniform
-    )
-    sigma = sigma.to(batch.low_res.device)
-    return augment_low_res(batch.low_res, sigma, draw_like(batch.low_res, generator), config.sigma_data)
+    if low_res is None or config.max_augmentation_sigma == 0:
+        return low_res, None
+    sigma = MIN_AUGMENTATION_SIGMA + draws.augmentation * (config.max_augmentation_sigma - MIN_AUGMENTATION_SIGMA)
+    return augment_low_res(low_res, sigma, draws.low_res_noise, config.sigma_data)
 
 
-def drop_text(
-    text: Optional[torch.Tensor], rate: float, generator: Optional[torch.Generator]
-) -> Optional[torch.Tensor]:
+def drop_text(text: Optional[torch.Tensor], uniform: torch.Tensor, rate: float) -> Optional[torch.Tensor]:
     """Zeros the states of dropped captions; their masks stay, as the guidance of the pipelines expects."""
-    if text is None:
-        return None
-    kept = torch.rand(len(text), generator=generator, device=_source(text, generator)).to(text.device) >= rate
-    return text * kept[:, None, None]
+    return None if text is None else text * (uniform >= rate)[:, None, None]
 
 
-def draw_like(tensor: torch.Tensor, generator: Optional[torch.Generator]) -> torch.Tensor:
-    """Unit noise of that shape, drawn on the generator's device: the same noise on every machine."""
-    return torch.randn(tensor.shape, generator=generator, device=_source(tensor, generator)).to(tensor.device)
+class UncertaintyWeighting(torch.nn.Module):
+    """Learns how hard each noise level is, and weighs it down by that (Karras et al. 2024, EDM2, 2312.02696).
 
+    A linear layer on Fourier features of `c_noise(sigma)`, which starts as no weighting. It is part of the run, not of
+    the stage.
 
-def _source(tensor: torch.Tensor, generator: Optional[torch.Generator]) -> torch.device:
-    return tensor.device if generator is None else generator.device
+    Args:
+        seed (`int`): Of the features' frequencies.
+        features (`int`): Their number.
+    """
+
+    def __init__(self, seed: int = 0, features: int = 128):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.register_buffer("frequencies", torch.randn(features, generator=generator))
+        self.register_buffer("phases", torch.rand(features, generator=generator))
+        self.linear = torch.nn.Linear(features, 1, bias=False)
+        torch.nn.init.zeros_(self.linear.weight)
+
+    def forward(self, loss: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """Losses `(B,)` at levels `(B,)`, weighted."""
+        angles = edm.c_noise(sigma)[:, None] * self.frequencies + self.phases
+        features = (2 * torch.pi * angles).cos() * 2**0.5  # (B, features)
+        return uncertainty_weighted(loss, self.linear(features).flatten().float())

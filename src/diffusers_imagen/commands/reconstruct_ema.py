@@ -1,0 +1,34 @@
+"""`diffusers-imagen reconstruct-ema`: averages of any width from the snapshots of a finished run."""
+
+import argparse
+from pathlib import Path
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Adds the command to the command line."""
+    parser = commands.add_parser(
+        "reconstruct-ema",
+        help="average the weights of a finished run over another length",
+        description="Solves for the weights of a run averaged with another width, from the snapshots that a run with "
+        "--ema_type power leaves, and writes a stage folder for each width.",
+    )
+    parser.add_argument("folder", metavar="run", type=Path, help="output folder of the run")
+    parser.add_argument(
+        "--ema_std", type=float, nargs="+", required=True, help="widths as shares of the run, such as 0.03 0.12"
+    )
+    parser.add_argument("--step", type=int, help="as if the run had ended there; default: its last snapshot")
+    parser.add_argument("--output_dir", type=Path, help="default: ema-WIDTH inside the run; for one width only")
+    parser.set_defaults(run=reconstruct_ema)
+
+
+def reconstruct_ema(args: argparse.Namespace) -> None:
+    """Writes a stage folder for each width."""
+    # torch and diffusers take seconds to import; --help should not
+    from ..training.ema_reconstruction import write_reconstructed
+
+    if args.output_dir is not None and len(args.ema_std) > 1:
+        raise ValueError(f"`output_dir` is given, but there are {len(args.ema_std)} widths: leave it out.")
+    for std in args.ema_std:
+        folder = args.output_dir or args.folder / f"ema-{std:g}"
+        error = write_reconstructed(args.folder, folder, std, args.step)
+        print(f"{folder}: width {std:g}, relative error of the profile {error:.4f}")

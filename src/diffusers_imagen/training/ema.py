@@ -1,0 +1,122 @@
+"""Averages of the weights over a run."""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.training_utils import EMAModel
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+
+from .config import TrainingConfig
+
+
+SNAPSHOTS = "ema-snapshots"
+
+
+class PowerFunctionEMA(EMAModel):
+    """The average over all steps tau with weights proportional to `tau^gamma` (EDM2, arXiv 2312.02696, section 3.1).
+
+    Args:
+        parameters (`Iterable[torch.nn.Parameter]`): What is averaged.
+        std (`float`): Width of the weights as a share of the run so far: `sigma_rel` of the paper.
+    """
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], std: float):
+        super().__init__(parameters, foreach=True)
+        self.std, self.gamma = std, std_to_gamma(std)
+
+    def get_decay(self, optimization_step: int) -> float:
+        """`(1 - 1 / t)^(gamma + 1)`, 0 at the first step."""
+        return (1 - 1 / optimization_step) ** (self.gamma + 1)
+
+
+def std_to_gamma(std: float) -> float:
+    """The exponent of a width: the largest root of `std^2 (gamma + 2)^2 (gamma + 3) = gamma + 1`."""
+    square = std**2
+    roots = np.roots([square, 7 * square, 16 * square - 1, 12 * square - 1])
+    return float(roots[np.abs(roots.imag) < 1e-9].real.max())
+
+
+def gathered(value: torch.Tensor) -> torch.Tensor:
+    """All of a tensor that may be spread over processes."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+class WeightAverages:
+    """The averages that a run keeps: none, one, or one for each width.
+
+    Args:
+        config (`TrainingConfig`): Which.
+        parameters (`Iterable[torch.nn.Parameter]`): What is averaged, where it is trained.
+    """
+
+    def __init__(self, config: TrainingConfig, parameters: Iterable[torch.nn.Parameter]):
+        parameters = list(parameters)
+        self.models: list[EMAModel] = []
+        if config.use_ema and config.ema_type == "power":
+            self.models = [PowerFunctionEMA(parameters, std) for std in config.ema_stds]
+        elif config.use_ema:
+            constant = config.ema_type == "constant"
+            self.models = [
+                EMAModel(
+                    parameters,
+                    decay=config.ema_decay,
+                    min_decay=config.ema_decay if constant else 0.0,
+                    use_ema_warmup=not constant,
+                    power=0.75,
+                    foreach=True,
+                )
+            ]
+
+    def step(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Takes the weights after a step into the averages."""
+        parameters = list(parameters)
+        for model in self.models:
+            model.step(parameters)
+
+    @contextmanager
+    def applied(self, parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
+        """The parameters have the first average's values inside, and their own again after."""
+        if not self.models:
+            yield
+            return
+        parameters, model = list(parameters), self.models[0]
+        model.store(parameters)
+        model.copy_to(parameters)
+        try:
+            yield
+        finally:
+            model.restore(parameters)
+
+    def save_snapshots(self, output_dir: str, names: list[str], step: int, is_main_process: bool = True) -> None:
+        """Writes the averages in half precision, for `reconstruct`, each beside its place at first.
+
+        All processes take part, since each may have shards; the main process writes.
+        """
+        folder = Path(output_dir) / SNAPSHOTS
+        for model in self.models:
+            tensors = {name: gathered(value).half() for name, value in zip(names, model.shadow_params)}
+            if not is_main_process:
+                continue
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / f"{step:09d}-{model.std:.4f}.safetensors"
+            partial = path.with_name(f".{path.name}.partial")
+            tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
+            save_file(tensors, partial, metadata={"step": str(step), "std": repr(model.std)})
+            os.replace(partial, path)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"averages": [model.state_dict() for model in self.models]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for model, saved in zip(self.models, state["averages"]):
+            device = model.shadow_params[0].device
+            # the run's own settings win over those that were saved
+            own = {name: getattr(model, name) for name in ("decay", "min_decay", "use_ema_warmup", "power")}
+            model.load_state_dict({**saved, **own})
+            model.to(device)

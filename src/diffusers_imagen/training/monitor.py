@@ -1,0 +1,205 @@
+"""What is seen of a run: losses by noise level, norms, rates, skipped steps, and where the time went.
+
+Sums are kept on the device and fetched together every so many steps: nothing else waits for the device.
+"""
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+
+SIGMA_EDGES = (0.1, 0.3, 1.0, 3.0)
+BUCKETS = tuple(f"sigma_{low:g}_to_{high:g}" for low, high in zip((0.0, *SIGMA_EDGES), (*SIGMA_EDGES, float("inf"))))
+AVERAGED_STEPS = 100  # about as many as the running loss is an average of; a single batch says little
+MAX_SKIPPED_IN_ROW = 50
+
+
+class NoiseLevelMeans:
+    """Means of losses, by noise level."""
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        self.edges = torch.tensor(SIGMA_EDGES, device=device)
+        self.sums = torch.zeros(2, len(BUCKETS), device=device)  # of losses, and of ones
+
+    def add(self, losses: torch.Tensor, sigma: torch.Tensor) -> None:
+        """Takes in losses `(B,)` at levels `(B,)`; those that are not finite do not count."""
+        finite = losses.isfinite()
+        values = torch.stack([losses.where(finite, 0), finite.to(losses.dtype)])
+        self.sums.index_add_(1, torch.bucketize(sigma, self.edges), values)
+
+    @staticmethod
+    def means(sums: torch.Tensor) -> dict[str, float]:
+        """The means of levels that there were, from `sums` `(2, levels)` on the CPU."""
+        return {name: total / count for name, total, count in zip(BUCKETS, *sums.tolist()) if count}
+
+
+class Monitor:
+    """Losses and norms of the steps since they were last fetched, and a running average of the loss."""
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        self.levels = NoiseLevelMeans(device)
+        self.step_loss = torch.zeros((), device=device)  # of the step that runs
+        # sum of losses, steps, gradient norm, running loss, skipped steps, skipped in a row
+        self.values = torch.tensor([0, 0, 0, torch.nan, 0, 0], device=device)
+
+    def add(self, losses: torch.Tensor, sigma: torch.Tensor, share: float) -> None:
+        """Takes in a micro-batch, which is a share of its step."""
+        self.levels.add(losses, sigma)
+        self.step_loss += share * losses.mean()
+
+    def end_step(self, grad_norm: torch.Tensor) -> None:
+        """Takes in a step; one whose gradient is not finite was skipped."""
+        finite = grad_norm.isfinite()
+        total, steps, norm, running, skipped, in_row = self.values.unbind()
+        average = running + (self.step_loss - running) / AVERAGED_STEPS
+        average = torch.where(running.isnan(), self.step_loss, average)
+        self.values = torch.stack(
+            [
+                torch.where(finite, total + self.step_loss, total),
+                steps + finite,
+                torch.where(finite, grad_norm, norm),
+                torch.where(finite, average, running),
+                skipped + ~finite,
+                torch.where(finite, 0, in_row + 1),
+            ]
+        )
+        self.step_loss = torch.zeros_like(self.step_loss)
+
+    def fetch(self, accelerator: Accelerator) -> dict[str, float]:
+        """Means over processes and over the steps since the last fetch.
+
+        Raises:
+            FloatingPointError: After many skipped steps in a row.
+        """
+        numbers = torch.cat([self.values, self.levels.sums.flatten()])
+        numbers = accelerator.reduce(numbers, "mean").cpu()
+        total, steps, norm, running, skipped, in_row = numbers[:6].tolist()
+        self.values[:2] = 0
+        levels = NoiseLevelMeans.means(numbers[6:].view(2, -1))
+        self.levels.sums.zero_()
+        if in_row >= MAX_SKIPPED_IN_ROW:
+            raise FloatingPointError(
+                f"The gradient was not finite in {in_row:.0f} steps in a row: lower `learning_rate`, or look at the "
+                "data with `diffusers-imagen doctor`. The last checkpoint is from before."
+            )
+        record = {"loss": total / steps} if steps else {}
+        return {
+            **record,
+            "loss_average": running,
+            **{f"loss/{name}": mean for name, mean in levels.items()},
+            "grad_norm": norm,
+            "skipped_steps": skipped,
+        }
+
+    def running_loss(self, accelerator: Accelerator) -> float:
+        """Average over about the last hundred steps and all processes; waits for the device."""
+        return accelerator.reduce(self.values[3], "mean").item()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"values": self.values.cpu(), "levels": self.levels.sums.cpu()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.values = state["values"].to(self.values.device)
+        self.levels.sums = state["levels"].to(self.values.device)
+
+
+class ComputeClock:
+    """Seconds inside: on a CPU by the clock, on a GPU by events that are looked at when somebody asks."""
+
+    def __init__(self, device: torch.device):
+        self.on_gpu = device.type == "cuda"
+        self.total = 0.0
+        self._events: list[tuple] = []
+
+    def __enter__(self) -> None:
+        self._start = self._now()
+
+    def __exit__(self, *exception) -> None:
+        end = self._now()
+        if self.on_gpu:
+            self._events.append((self._start, end))
+        else:
+            self.total += end - self._start
+
+    def _now(self):
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self) -> float:
+        """Seconds so far; waits for a GPU."""
+        for start, end in self._events:
+            end.synchronize()
+            self.total += start.elapsed_time(end) / 1000
+        self._events.clear()
+        return self.total
+
+
+class Stopwatch:
+    """Time of a run, without what is done between steps: checkpoints, validation, samples."""
+
+    def __init__(self):
+        self.start, self.between = time.perf_counter(), 0.0
+
+    def __enter__(self) -> None:
+        self._since = time.perf_counter()
+
+    def __exit__(self, *exception) -> None:
+        self.between += time.perf_counter() - self._since
+
+    def seconds(self) -> float:
+        """Seconds of steps so far."""
+        return time.perf_counter() - self.start - self.between
+
+
+def describe_time(steps: int, images: int, seconds: float, compute: float, between: float) -> str:
+    """Where the time of a run went, in words."""
+    if steps == 0:
+        return "no step was left to do"
+    return (
+        f"{steps} steps in {seconds:.1f} s ({images / seconds:.1f} images/s), {1 - compute / seconds:.1%} of it outside "
+        f"forward, backward and optimizer; {between:.1f} s more for checkpoints, validation and samples"
+    )
+
+
+def memory_used(device: torch.device) -> float:
+    """The most memory that was used so far, in GiB: of the GPU, or of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class Records:
+    """A file of one JSON object a line, each of a step."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def append(self, step: int, record: dict[str, float]) -> None:
+        with open(self.path, "a") as file:
+            file.write(json.dumps({"step": step, **record}) + "\n")
+
+    def cut(self, step: int) -> dict[str, float]:
+        """Forgets what comes after a step, which a resumed run does again; a half-written line too. Returns the last
+        record that is left."""
+        kept = []
+        for line in self.path.read_text().splitlines() if self.path.is_file() else []:
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except ValueError:
+                continue
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        partial.write_text("".join(kept))
+        partial.replace(self.path)
+        last = json.loads(kept[-1]) if kept else {}
+        return {name: value for name, value in last.items() if name != "step"}

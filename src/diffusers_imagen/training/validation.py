@@ -1,0 +1,49 @@
+"""The loss on held-out rows."""
+
+import torch
+from accelerate import Accelerator
+
+from .config import TrainingConfig
+from .data import ValidationBatches
+from .data.draws import VALIDATION_SEED
+from .draws import StepDraws
+from .losses import denoising_loss, to_device
+from .monitor import NoiseLevelMeans
+from .objectives import Objective
+
+
+class ValidationLoss:
+    """Loss on held-out rows, with the same rows, noise levels and noise at every call.
+
+    Args:
+        config (`TrainingConfig`): The run's.
+        objective (`Objective`): What the loss is of.
+        batches (`ValidationBatches`): The rows of this process.
+        device (`torch.device`): Where noise is drawn.
+    """
+
+    def __init__(self, config: TrainingConfig, objective: Objective, batches: ValidationBatches, device: torch.device):
+        self.config, self.objective, self.batches = config, objective, batches
+        # evenly spread levels: every call has all of them
+        self.draws = StepDraws(objective, config.seed, VALIDATION_SEED, stratified=True, device=device)
+
+    @torch.no_grad()
+    def __call__(self, accelerator: Accelerator, unet: torch.nn.Module) -> dict[str, float]:
+        """The mean, and those of noise levels, over all processes."""
+        stream = self.batches.stream
+        levels, total = NoiseLevelMeans(accelerator.device), torch.zeros(2, device=accelerator.device)
+        unet.eval()
+        self.draws.begin(0, 0, len(self.batches) * stream.stride)
+        for i, batch in enumerate(self.batches):
+            batch = to_device(batch, accelerator.device, self.config.channels_last)
+            first = i * stream.stride + stream.process_index * self.config.train_batch_size
+            draws = self.draws(first, batch)
+            with accelerator.autocast():
+                losses = denoising_loss(unet, batch, draws, self.objective, self.config)
+            levels.add(losses, self.objective.sigma(draws.level))
+            total += torch.stack([losses.sum(), losses.new_tensor(len(losses))])
+        unet.train()
+        total, sums = accelerator.reduce((total, levels.sums), "sum")
+        mean = (total[0] / total[1]).item()
+        parts = NoiseLevelMeans.means(sums.cpu())
+        return {"validation_loss": mean, **{f"validation_loss/{name}": value for name, value in parts.items()}}

@@ -1,0 +1,128 @@
+"""Tiny runs that several test modules share, also in processes of their own."""
+
+import json
+import math
+import multiprocessing
+import os
+import socket
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+from diffusers_imagen import EfficientUNetModel, ImagenUNetModel
+from diffusers_imagen.training import Trainer, TrainingConfig
+
+
+TINY = {"block_out_channels": (8, 16), "layers_per_block": 1, "attention_head_dim": 8, "norm_num_groups": 4}
+TEXT_WIDTH = 4
+
+
+def encode(captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The caption's number as a position on a circle; a second token is padding."""
+    angles = torch.tensor([int(caption.removeprefix("text ")) / 8 * 2 * math.pi for caption in captions])
+    token = torch.stack([angles.sin(), angles.cos(), 0 * angles, 1 + 0 * angles], dim=-1)
+    mask = torch.tensor([[True, False]]).expand(len(captions), 2)
+    return torch.stack([token, 0 * token], dim=1), mask
+
+
+def make_unet(seed: int = 0) -> ImagenUNetModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return ImagenUNetModel(
+            sample_size=16, attention_resolutions=(8,), encoder_hid_dim=TEXT_WIDTH, cross_attention_dim=8, **TINY
+        )
+
+
+def make_sr_unet(seed: int = 0) -> EfficientUNetModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return EfficientUNetModel(
+            sample_size=32,
+            attention_types=(None, "cross"),
+            encoder_hid_dim=TEXT_WIDTH,
+            low_res_noise_conditioning=True,
+            **TINY,
+        )
+
+
+def settings(folder: str, output_dir: Path | str, **kwargs) -> dict:
+    """Of a run of four steps."""
+    return {
+        "train_data_dir": folder,
+        "output_dir": str(output_dir),
+        "cache_dir": str(Path(folder).parent / "cache"),
+        "preset": "emoji_base_64",
+        "resolution": 16,
+        "train_batch_size": 4,
+        "max_train_steps": 4,
+        "learning_rate": 3e-3,
+        "lr_warmup_steps": 3,
+        "checkpointing_steps": 2,
+        "logging_steps": 1,
+        **kwargs,
+    }
+
+
+def reset_accelerate() -> None:
+    """accelerate keeps its state for the whole process."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+def run(settings: dict, seed: int = 0, environment: dict[str, str] | None = None) -> None:
+    """A whole run, for a process of its own; leaves its weights in `weights.pt`."""
+    reset_accelerate()
+    os.environ.update(environment or {})
+    torch.set_num_threads(1)
+    config = TrainingConfig(**settings)
+    unet = make_unet(seed)
+    trainer = Trainer(config, unet, encode)
+    trainer.train()
+    if trainer.accelerator.is_main_process:
+        torch.save(unet.state_dict(), Path(config.output_dir) / "weights.pt")
+
+
+def start(settings: dict, seed: int = 0, environment: dict[str, str] | None = None) -> multiprocessing.Process:
+    """Starts `run` in a process of its own; a fork needs no imports, but CUDA does not survive one."""
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+    process = context.Process(target=run, args=(settings, seed, environment))
+    process.start()
+    return process
+
+
+def run_in_processes(settings: dict, count: int) -> None:
+    """A run shared by processes, through gloo."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    processes = [
+        start(settings, environment={**common, "RANK": str(i), "LOCAL_RANK": str(i), "ACCELERATE_USE_CPU": "true"})
+        for i in range(count)
+    ]
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * count
+
+
+def metrics(output_dir: Path | str) -> list[dict]:
+    """What the run said of every step."""
+    return [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(output_dir: Path | str) -> list[float]:
+    """Of every step, to the last digit."""
+    return [record["loss"] for record in metrics(output_dir)]
+
+
+def weights_of(unet: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in unet.state_dict().items()}
+
+
+def are_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def exported(output_dir: Path | str, network_class=ImagenUNetModel) -> dict[str, torch.Tensor]:
+    return network_class.from_pretrained(output_dir, subfolder="unet").state_dict()

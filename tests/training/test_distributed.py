@@ -1,0 +1,47 @@
+"""Runs shared by two processes, through gloo on the CPU."""
+
+import pytest
+import torch
+from tiny_runs import are_equal, encode, exported, losses, make_unet, run_in_processes, settings, weights_of
+
+from diffusers_imagen.training import TrainingConfig, train
+
+
+@pytest.fixture
+def one_process(imagefolder, tmp_path, fresh_accelerator):
+    """Weights and losses of one process with batches of 8."""
+    output_dir, unet = tmp_path / "one", make_unet()
+    config = TrainingConfig(**settings(imagefolder, output_dir, **OPTIONS, train_batch_size=8))
+    train(config, unet, encode)
+    return weights_of(unet), losses(output_dir)
+
+
+OPTIONS = {"max_train_steps": 3, "checkpointing_steps": 3, "text_drop_rate": 0.3, "stratified_noise": True}
+
+
+@pytest.mark.parametrize(
+    ("processes", "batch_size", "accumulation"), [(2, 4, 1), (2, 2, 2), (1, 4, 2)], ids=["2x4", "2x2x2", "4x2"]
+)
+def test_a_shared_step_is_the_step_of_one_process(
+    one_process, imagefolder, tmp_path, processes, batch_size, accumulation
+):
+    """The same images, noise, levels and dropped captions, whoever draws them; sums differ in their order alone."""
+    weights, curve = one_process
+    output_dir = tmp_path / "shared"
+    options = {**OPTIONS, "train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+    shared = settings(imagefolder, output_dir, **options, validation_split="validation")
+    run_in_processes(shared, processes)
+    assert losses(output_dir) == pytest.approx(curve, rel=1e-5)
+    for name, value in torch.load(output_dir / "weights.pt").items():
+        torch.testing.assert_close(value, weights[name], atol=2e-5, rtol=1e-4)
+    assert not are_equal(weights, weights_of(make_unet()))
+    assert exported(output_dir).keys() == weights.keys()
+
+
+def test_two_processes_resume_exactly(imagefolder, tmp_path):
+    whole, stopped = (settings(imagefolder, tmp_path / name, train_batch_size=2) for name in ("whole", "stopped"))
+    run_in_processes(whole, 2)
+    run_in_processes({**stopped, "max_train_steps": 2}, 2)
+    run_in_processes({**stopped, "resume_from_checkpoint": "latest"}, 2)
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    assert are_equal(torch.load(tmp_path / "stopped" / "weights.pt"), torch.load(tmp_path / "whole" / "weights.pt"))

@@ -1,0 +1,76 @@
+from pathlib import Path
+
+import pytest
+
+from diffusers_imagen.training import parse_args
+from diffusers_imagen.training.config import TrainingConfig
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+def test_a_file_takes_the_names_of_the_flags_and_flags_win(tmp_path):
+    file = write(
+        tmp_path / "run.yaml",
+        "preset: emoji_base_64\nlearning_rate: 1e-4\np_mean: -0.8\nuse_ema: false\nsnr_gamma: null\n"
+        "caption_column: [text, tags]\ntrain_batch_size: 8\nvalidation_prompts: [a face, 'two: words']\n",
+    )
+    config = parse_args(["--config", file, "--train_batch_size", "4", "--styles", "flat", "noto"])
+    assert config == TrainingConfig(
+        preset="emoji_base_64",
+        learning_rate=1e-4,
+        p_mean=-0.8,
+        use_ema=False,
+        caption_column=["text", "tags"],
+        train_batch_size=4,
+        validation_prompts=["a face", "two: words"],
+        styles=["flat", "noto"],
+    )
+    assert parse_args(["--caption_column", "tags", f"--config={file}"]).caption_column == ["tags"]
+
+
+def test_the_flags_of_the_shipped_recipe_are_understood():
+    flags = "--styles 3d flat --mixed_precision bf16 --ema_decay 0.998 --preset emoji_base_32 --resolution 16 --p_mean -0.8"
+    config = parse_args(flags.split())
+    assert (config.mixed_precision, config.ema_decay, config.p_mean) == ("bf16", 0.998, -0.8)
+    assert parse_args("--pretrained_model_name_or_path a --grow True".split()).grow is True
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("preset: a\nlearning_speed: 1\nfoo: 2\n", r"has \['foo', 'learning_speed'\], which are no options"),
+        ("- preset\n", "should have a line `name: value`"),
+        ("a: [\n", "which cannot be read"),
+    ],
+)
+def test_a_file_that_is_none_is_refused(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_args(["--config", write(tmp_path / "run.yaml", text)])
+    with pytest.raises(ValueError, match="cannot be read"):
+        parse_args(["--config", str(tmp_path / "nowhere.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"preconditioning": "vp"}, "`preconditioning` is 'vp', but should be one of 'edm', 'ddpm'"),
+        ({"loss": "l3"}, "`loss` is 'l3', but should be one of 'l2', 'l1', 'huber'"),
+        ({"mixed_precision": "fp8"}, "`mixed_precision` is 'fp8', but should be one of 'no', 'fp16', 'bf16'"),
+        ({"snr_gamma": 5.0}, "`snr_gamma` is 5.0, but `preconditioning` 'edm' has none"),
+        ({"preconditioning": "ddpm", "p_mean": 0.0}, "`p_mean` is 0.0, but `preconditioning` 'ddpm' has none"),
+        ({"ema_stds": [0.05, 0.4]}, r"`ema_stds` is \[0.05, 0.4\], but should be shares of the run"),
+        ({"ema_snapshot_steps": 5}, "`ema_snapshot_steps` is 5, but only `ema_type` 'power' has snapshots"),
+        ({"max_grad_norm": -1.0}, "`max_grad_norm` is -1.0, but should be at least 0"),
+        ({"hub_model_id": "a"}, "`push_to_hub` is False"),
+        (
+            {"low_resolution": 16, "validation_prompts": ["a"]},
+            "`validation_images` has 0 entries, but should have one for each of the 1 `validation_prompts`",
+        ),
+    ],
+)
+def test_a_wrong_setting_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        TrainingConfig(preset="emoji_base_64", **options)
