@@ -58,9 +58,16 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(make_config, whole, tmp_p
 
 
 @pytest.mark.parametrize(
-    "options", [{"uncertainty_weighting": True}, {"ema_type": "power"}], ids=["weighting", "power"]
+    "options",
+    [
+        {"uncertainty_weighting": True},
+        {"ema_type": "power"},
+        {"streaming": True, "shuffle_buffer_size": 3},
+        {"in_memory": False, "gradient_accumulation_steps": 2, "logging_steps": 4},
+    ],
+    ids=["weighting", "power", "stream", "loader"],
 )
-def test_what_is_learned_beside_the_network_is_resumed(make_config, tmp_path, monkeypatch, options):
+def test_what_there_is_beside_the_network_is_resumed(make_config, tmp_path, monkeypatch, options):
     whole, unet = make_config(output_dir=tmp_path / "other", **options), make_unet()
     train(whole, unet, encode)
     config = make_config(resume_from_checkpoint="latest", **options)
@@ -71,6 +78,7 @@ def test_what_is_learned_beside_the_network_is_resumed(make_config, tmp_path, mo
     train(config, resumed, encode)
     assert are_equal(weights_of(resumed), weights_of(unet))
     assert are_equal(exported(config.output_dir), exported(whole.output_dir))
+    assert metrics(config.output_dir) == metrics(whole.output_dir)
     for path in Path(whole.output_dir).glob("ema-snapshots/*"):
         assert are_equal(load_file(path), load_file(Path(config.output_dir) / "ema-snapshots" / path.name))
 

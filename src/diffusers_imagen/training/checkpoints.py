@@ -23,7 +23,7 @@ logger = logging.get_logger(__name__)
 MANIFEST = "checkpoint.json"
 # what a run cannot change and go on; everything else, such as the learning rate, it can
 FIXED = ("preconditioning", "sigma_data", "prediction_type", "beta_schedule", "uncertainty_weighting")
-FIXED_STATE = ("use_ema", "ema_type", "ema_stds", "use_8bit_adam", "mixed_precision", "low_resolution")
+FIXED_STATE = ("use_ema", "ema_type", "ema_stds", "use_8bit_adam", "low_resolution")
 
 
 class Stateful(Protocol):
@@ -38,7 +38,7 @@ def describe_run(config: TrainingConfig, unet: ConditionalUNet, mixed_precision:
     """What must agree between a checkpoint and the run that goes on with it."""
     network = {key: value for key, value in unet.config.items() if not key.startswith("_")}
     settings = {name: getattr(config, name) for name in FIXED + FIXED_STATE}
-    settings["mixed_precision"] = mixed_precision == "fp16"  # which alone has a gradient scaler
+    settings["fp16"] = mixed_precision == "fp16"  # which alone has a gradient scaler
     description = {"network": type(unet).__name__, **{f"unet {key}": value for key, value in network.items()}}
     return json.loads(json.dumps({**description, **settings}))
 

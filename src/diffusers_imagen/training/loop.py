@@ -247,7 +247,7 @@ class Trainer:
 
     def finish(self, first_step: int) -> dict[str, float]:
         """Says where the time went, and uploads the stage."""
-        steps = self.config.max_train_steps - first_step
+        steps = max(0, self.config.max_train_steps - first_step)
         seconds, compute = self.stopwatch.seconds(), self.clock.seconds()
         if self.accelerator.is_main_process:
             logger.info(describe_time(steps, steps * self.images_per_step, seconds, compute, self.stopwatch.between))
