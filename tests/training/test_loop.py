@@ -29,7 +29,8 @@ from diffusers_imagen.training.validation import ValidationLoss
 ONE_IMAGE = {"styles": ["shaded"], "p_mean": 1.0, "p_std": 0.5}  # at noise levels where it is easily learned
 LONG = {"max_train_steps": 100, "checkpointing_steps": 100, "learning_rate": 1e-2, "lr_warmup_steps": 5}
 
-# Recorded with AVX512 and one thread. Without vector instructions, and with two threads, they are the same to 3e-7; another draw, weight or step moves them by 1e-2 and more.
+# Recorded with AVX512 and one thread. Without vector instructions, and with two threads, they are the same to 3e-7;
+# another draw, weight or step moves them by 1e-2 and more.
 # fmt: off
 GOLDEN = [
     1.915356, 1.776538, 1.615829, 1.553757, 1.674037,
