@@ -15,7 +15,7 @@ FOLDER = Path(__file__).parents[1] / "configs" / "accelerate"
 @pytest.mark.parametrize(
     ("name", "distributed_type", "processes", "mixed_precision"),
     [
-        ("cpu", DistributedType.MULTI_CPU, 2, "no"),
+        ("cpu", DistributedType.NO, 1, "no"),
         ("ddp", DistributedType.MULTI_GPU, 8, "bf16"),
         ("fsdp2", DistributedType.FSDP, 8, "bf16"),
         ("deepspeed", DistributedType.DEEPSPEED, 8, "bf16"),

@@ -99,6 +99,7 @@ def test_the_stage_folder_opens(make_config):
     assert (
         "4 steps, 16 images seen" in card and f"| loss | {result['loss']:.4f} |" in card and "sigma_data: 0.4" in card
     )
+    assert str(folder) not in card and "p_mean" not in card  # neither paths nor defaults
     lines = [json.loads(line) for line in (folder / "losses.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4]
     assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]

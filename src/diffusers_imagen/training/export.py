@@ -4,7 +4,7 @@ trained with."""
 import json
 import os
 import shutil
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, Optional
 
@@ -20,6 +20,7 @@ from .sampling import SAMPLES
 PARTIAL, REPLACED = ".stage.partial", ".stage.replaced"
 NOT_UPLOADED = ["checkpoint-*", "logs/*", "ema-snapshots/*", "*.partial*", ".stage.*", "metrics.jsonl"]
 SECRET = ("hub_token",)
+OF_THIS_MACHINE = ("train_data_dir", "cache_dir", "embedding_cache", "output_dir", "resume_from_checkpoint")
 
 CARD = """---
 library_name: diffusers
@@ -50,6 +51,8 @@ pipe = DiffusionPipeline.from_pretrained("{name}")
 {losses}
 {samples}
 ## Configuration
+What is not the default:
+
 ```yaml
 {settings}
 ```
@@ -98,8 +101,9 @@ def model_card(unet: ConditionalUNet, config: TrainingConfig, step: int, results
     images = step * config.train_batch_size * config.gradient_accumulation_steps * processes
     losses = {name: value for name, value in results.items() if "loss" in name}
     samples = sorted((Path(config.output_dir) / SAMPLES).glob("*.png"))
-    settings = asdict(config)
-    shown = {name: settings[name] for name in settings if settings[name] is not None and name not in SECRET}
+    defaults = {f.name: f.default_factory() if f.default is MISSING else f.default for f in fields(config)}
+    settings = {name: value for name, value in asdict(config).items() if name not in SECRET + OF_THIS_MACHINE}
+    shown = {name: value for name, value in settings.items() if value != defaults[name]}
     return CARD.format(
         task="text-to-image" if is_base else "image-to-image",
         name=config.hub_model_id or Path(config.output_dir).name,
