@@ -307,7 +307,12 @@ def test_samples_of_a_super_resolution_stage_enlarge_the_given_images(make_confi
 @pytest.mark.parametrize(
     ("make", "options", "with_text", "message"),
     [
-        (make_unet, {"resolution": 15}, True, "`resolution` gives images of 15x15, but this network takes multiples of 2"),
+        (
+            make_unet,
+            {"resolution": 15},
+            True,
+            "`resolution` gives images of 15x15, but this network takes multiples of 2",
+        ),
         (make_unet, {"low_resolution": 8}, True, "`low_resolution` is 8, but this network takes none"),
         (make_sr_unet, {}, True, "`low_resolution` is None, but this network is conditioned on one"),
         (

@@ -6,16 +6,13 @@ from typing import Callable, NamedTuple, Optional
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import SchedulerMixin
 from diffusers.utils import make_image_grid
 from PIL import Image
 
-from ..diffusion.augmentation import augment_low_res
-from ..diffusion.guidance import classifier_free_guidance
 from ..models.unet_base import ConditionalUNet
-from ..pipelines.pipeline_imagen_cascade import DEFAULT_GUIDANCE, DEFAULT_STEPS
+from ..pipelines import ImagenPipeline, ImagenSuperResolutionPipeline
 from .config import TrainingConfig
 from .data.images import BadImage, fit_image, read_image
 from .data.pyramid import to_float
@@ -23,7 +20,6 @@ from .embedding_cache import EmbeddingCache
 
 
 SAMPLES = "samples"
-AUGMENTATION_SIGMA = 0.1  # the pipelines' `low_res_noise_level`
 DDPM_STEPS = 100  # ancestral sampling needs more than the EDM samplers
 
 
@@ -71,41 +67,26 @@ def read_low_res(path: str, config: TrainingConfig) -> torch.Tensor:
     return to_float(torch.from_numpy(fit_image(image, side, side).copy()).permute(2, 0, 1))
 
 
-@torch.no_grad()
-def draw_samples(unet: ConditionalUNet, scheduler: SchedulerMixin, prompts: Prompts, config: TrainingConfig):
-    """Images `(B, 3, H, W)` in [-1, 1] with the pipelines' default steps and guidance, the same noise at every call."""
-    device = next(unet.parameters()).device
-    kind = "base" if prompts.low_res is None else "sr256"
-    guidance = DEFAULT_GUIDANCE[kind] if prompts.text is not None else 1.0
-    count = len(config.validation_prompts)
-    generator = torch.Generator().manual_seed(config.seed)
-
-    low_res, low_res_timestep = prompts.low_res, None
-    if low_res is not None and unet.config.low_res_noise_conditioning:
-        noise = torch.randn(low_res.shape, generator=generator)
-        low_res, low_res_timestep = augment_low_res(low_res, AUGMENTATION_SIGMA, noise, config.sigma_data)
-    if low_res is not None:
-        low_res = F.interpolate(low_res, (config.resolution, config.resolution), mode="bicubic")
-
-    branches = 2 if guidance != 1.0 else 1  # without the text and with it
-    conditions = [prompts.text, prompts.mask, low_res, low_res_timestep]
-    text, mask, low_res, low_res_timestep = (
-        None if x is None else x.to(device).repeat(branches, *[1] * (x.ndim - 1)) for x in conditions
-    )
-    if text is not None and branches == 2:
-        text[:count] = 0
-
-    steps = DEFAULT_STEPS[kind] if config.preconditioning == "edm" else DDPM_STEPS
-    scheduler.set_timesteps(steps, device=device)
-    shape = (count, unet.config.in_channels, config.resolution, config.resolution)
-    sample = torch.randn(shape, generator=generator).to(device) * scheduler.init_noise_sigma
-    for timestep in scheduler.timesteps:
-        model_input = scheduler.scale_model_input(sample, timestep).repeat(branches, 1, 1, 1)
-        output = unet(model_input, timestep, text, mask, low_res, low_res_timestep, return_dict=False)[0].float()
-        if branches == 2:
-            output = classifier_free_guidance(*reversed(output.chunk(2)), guidance)
-        sample = scheduler.step(output, timestep, sample, generator=generator, return_dict=False)[0]
-    return sample.clamp(-1, 1)
+def draw_samples(
+    unet: ConditionalUNet, scheduler: SchedulerMixin, prompts: Prompts, config: TrainingConfig
+) -> torch.Tensor:
+    """Images `(B, 3, H, W)` in [-1, 1] by the stage's own pipeline, with the same noise at every call."""
+    if prompts.low_res is None:
+        pipe = ImagenPipeline(unet, scheduler)
+    else:
+        pipe = ImagenSuperResolutionPipeline(unet, scheduler, scale_factor=config.factor)
+    pipe.set_progress_bar_config(disable=True)
+    inputs = {"generator": torch.Generator().manual_seed(config.seed), "output_type": "latent"}
+    if config.preconditioning == "ddpm":
+        inputs["num_inference_steps"] = DDPM_STEPS
+    images = None if prompts.low_res is None else (prompts.low_res + 1) / 2
+    if prompts.text is not None:
+        given = {} if images is None else {"image": images}
+        return pipe(prompt_embeds=prompts.text.float(), prompt_attention_mask=prompts.mask, **given, **inputs).images
+    inputs["guidance_scale"] = 1.0
+    if images is None:
+        return pipe(num_images_per_prompt=len(config.validation_prompts), **inputs).images
+    return torch.cat([pipe(image=image, **inputs).images for image in images])
 
 
 def write_samples(images: torch.Tensor, output_dir: str, step: int) -> Path:
