@@ -75,10 +75,10 @@ number of their skin tones; one caption in ten is the bare name, one in ten a li
 {training}
 
 ## Limits
-It was trained in under two hours on two CPU cores, and it shows. Colours follow the prompt, faces and hearts are
-recognised, other objects are coloured shapes of about the right outline; fine detail and relations between objects are
-missing. It knows emoji: single objects on white. Words that no caption has work as far as the text encoder puts them
-near others.
+It was trained in about four hours on two CPU cores, and it shows. Colours follow the prompt; faces, hearts, a tiger, a
+cat and people are recognised, many other objects are coloured shapes of about the right outline; fine detail and
+relations between objects are missing. It knows emoji: single objects on white. Words that no caption has work as far as
+the text encoder puts them near others.
 
 ## Licences
 The weights are under Apache-2.0. The pictures that they were trained on are the works listed in `LICENSES/NOTICE.txt`.
