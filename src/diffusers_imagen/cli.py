@@ -5,7 +5,7 @@ import sys
 from typing import Optional
 
 from . import __version__
-from .commands import cache_embeddings, demo, doctor, generate, inpaint, reconstruct_ema, upscale
+from .commands import cache_embeddings, convert_config, demo, doctor, generate, inpaint, reconstruct_ema, upscale
 
 
 def main(argv: Optional[list[str]] = None) -> int:
@@ -25,7 +25,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="diffusers-imagen", description="Imagen for diffusers.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (generate, upscale, inpaint, demo, cache_embeddings, doctor, reconstruct_ema):
+    for command in (generate, upscale, inpaint, demo, cache_embeddings, convert_config, doctor, reconstruct_ema):
         command.add_parser(commands)
     return parser
 

@@ -1,7 +1,16 @@
 from .config import TrainingConfig
 from .interruption import TrainingInterrupted
 from .loop import Trainer, train
+from .lora import LoraTrainer, LoraTrainingConfig
 from .options import parse_args
 
 
-__all__ = ["Trainer", "TrainingConfig", "TrainingInterrupted", "parse_args", "train"]
+__all__ = [
+    "LoraTrainer",
+    "LoraTrainingConfig",
+    "Trainer",
+    "TrainingConfig",
+    "TrainingInterrupted",
+    "parse_args",
+    "train",
+]

@@ -1,9 +1,15 @@
 """Whether a network can take the data, asked before any work is done."""
 
+from pathlib import Path
 from typing import Optional
 
 from ..models.unet_base import ConditionalUNet
+from ..schedulers import EDMHeunScheduler
+from ..schedulers.scheduling_utils import NO_BETAS
 from .config import TrainingConfig
+
+
+FORMULATIONS = {"edm": "edm", "variance_preserving": "ddpm"}  # how schedulers and runs call them
 
 
 def check_network(config: TrainingConfig, unet: ConditionalUNet, with_text: bool) -> None:
@@ -54,3 +60,37 @@ def check_width(unet: ConditionalUNet, width: Optional[int]) -> None:
             f"The text states are {width} wide, but this network reads {unet.config.encoder_hid_dim}: give the text "
             "encoder, or the embedding cache, that it was made for."
         )
+
+
+def check_objective(config: TrainingConfig) -> None:
+    """Checks that a stage is trained further for what it was trained for, as its scheduler says, where it has one.
+
+    Raises:
+        ValueError: If the objective is another.
+    """
+    name = config.pretrained_model_name_or_path
+    folder = Path(name)
+    # of a stage, and of the folder of a network in a stage or a cascade
+    places = [folder / "scheduler", folder.with_name(folder.name.replace("unet", "scheduler"))]
+    try:
+        if folder.is_dir():
+            place = next((place for place in places if (place / "scheduler_config.json").is_file()), None)
+            if place is None:
+                return
+            saved = EDMHeunScheduler.load_config(place)  # reads what any scheduler saved
+        else:
+            saved = EDMHeunScheduler.load_config(name, subfolder="scheduler")
+    except OSError:
+        return
+    trained = FORMULATIONS.get(saved.get("preconditioning"))
+    if trained is None:  # a scheduler that is not of this package
+        return
+    keys = ("sigma_data",) if trained == "edm" else ("sigma_data", "prediction_type", "beta_schedule")
+    expected = {"preconditioning": trained, **{key: saved[key] for key in keys if key in saved}}
+    if expected.get("beta_schedule") == NO_BETAS:  # a fast sampler, which needs none
+        del expected["beta_schedule"]
+    for key, value in expected.items():
+        if getattr(config, key) != value:
+            raise ValueError(
+                f"`{key}` is {getattr(config, key)!r}, but '{name}' was trained with {value!r}: set it to that."
+            )

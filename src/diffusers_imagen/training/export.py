@@ -4,6 +4,8 @@ trained with."""
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, Optional
@@ -28,7 +30,7 @@ tags:
 - {task}
 - diffusers
 - diffusers-training
-- diffusers-imagen
+- diffusers-imagen{tags}
 ---
 
 # {name}
@@ -36,17 +38,14 @@ tags:
 {kind} of an Imagen cascade ([arXiv 2205.11487](https://arxiv.org/abs/2205.11487)), trained with diffusers-imagen.
 
 ```python
-import diffusers_imagen
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("{name}")
+{usage}
 ```
 
 ## Data
 {data}
 
 ## Training
-{unet_class} with {parameters:,} parameters, trained as {objective}: {steps:,} steps, {images:,} images seen.
+{unet_class} with {parameters:,} {parameters_kind}, trained as {objective}: {steps:,} steps, {images:,} images seen.
 
 {losses}
 {samples}
@@ -59,21 +58,39 @@ What is not the default:
 """
 
 
-def save_stage(
-    unet: ConditionalUNet, scheduler: SchedulerMixin, config: TrainingConfig, step: int, results: dict[str, float]
-) -> None:
-    """Writes the stage to `config.output_dir`: all of it beside its place first, then part by part into it."""
+USAGE = """import diffusers_imagen
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{name}")"""
+
+
+@contextmanager
+def parts_of(config: TrainingConfig) -> Iterator[Path]:
+    """A folder beside the parts of `config.output_dir`; what is in it at the end is moved into place, part by part."""
     folder = Path(config.output_dir)
     partial = folder / PARTIAL
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    unet.save_pretrained(partial / "unet")
-    scheduler.save_pretrained(partial / "scheduler")
-    settings = {name: value for name, value in asdict(config).items() if name not in SECRET}
-    write_json(partial / "training.json", {"step": step, **results, "config": settings})
-    write_model_index(partial, scale_factor=None if config.low_resolution is None else config.factor)
-    (partial / "README.md").write_text(model_card(unet, config, step, results))
+    yield partial
     move_into_place(partial, folder)
+
+
+def save_stage(
+    unet: ConditionalUNet, scheduler: SchedulerMixin, config: TrainingConfig, step: int, results: dict[str, float]
+) -> None:
+    """Writes the stage to `config.output_dir`: all of it beside its place first, then part by part into it."""
+    with parts_of(config) as partial:
+        unet.save_pretrained(partial / "unet")
+        scheduler.save_pretrained(partial / "scheduler")
+        write_model_index(partial, scale_factor=None if config.low_resolution is None else config.factor)
+        write_record(partial, config, step, results)
+        (partial / "README.md").write_text(model_card(unet, config, step, results))
+
+
+def write_record(folder: Path, config: TrainingConfig, step: int, results: dict[str, float]) -> None:
+    """Writes what was trained how, as JSON."""
+    settings = {name: value for name, value in asdict(config).items() if name not in SECRET}
+    write_json(folder / "training.json", {"step": step, **results, "config": settings})
 
 
 def move_into_place(source: Path, folder: Path) -> None:
@@ -94,8 +111,22 @@ def move_into_place(source: Path, folder: Path) -> None:
     source.rmdir()
 
 
-def model_card(unet: ConditionalUNet, config: TrainingConfig, step: int, results: dict[str, float]) -> str:
-    """Data, configuration, steps, losses and sample images of a stage."""
+def model_card(
+    unet: ConditionalUNet,
+    config: TrainingConfig,
+    step: int,
+    results: dict[str, float],
+    usage: str = USAGE,
+    adapter_of: Optional[str] = None,
+) -> str:
+    """Data, configuration, steps, losses and sample images of a stage.
+
+    Args:
+        unet (`ConditionalUNet`), config (`TrainingConfig`): What was trained, and how.
+        step (`int`), results (`dict[str, float]`): How long, and with which losses.
+        usage (`str`): Python that uses it, with `{name}` for its folder.
+        adapter_of (`str`, *optional*): The stage that was left as it is, if only an adapter was trained.
+    """
     is_base = config.low_resolution is None
     processes = int(results.get("num_processes", 1))
     images = step * config.train_batch_size * config.gradient_accumulation_steps * processes
@@ -104,15 +135,22 @@ def model_card(unet: ConditionalUNet, config: TrainingConfig, step: int, results
     defaults = {f.name: f.default_factory() if f.default is MISSING else f.default for f in fields(config)}
     settings = {name: value for name, value in asdict(config).items() if name not in SECRET + OF_THIS_MACHINE}
     shown = {name: value for name, value in settings.items() if value != defaults[name]}
+    name = config.hub_model_id or Path(config.output_dir).name
+    stage = (
+        f"base stage, {config.resolution} px,"
+        if is_base
+        else f"super-resolution stage, {config.low_resolution} to {config.resolution} px,"
+    )
     return CARD.format(
         task="text-to-image" if is_base else "image-to-image",
-        name=config.hub_model_id or Path(config.output_dir).name,
-        kind=f"Base stage, {config.resolution} px,"
-        if is_base
-        else f"Super-resolution stage, {config.low_resolution} to {config.resolution} px,",
+        tags="" if adapter_of is None else "\n- lora",
+        name=name,
+        kind=stage.capitalize() if adapter_of is None else f"LoRA adapter of `{adapter_of}`, {stage}",
+        usage=usage.format(name=name),
         data=describe_data(config),
         unet_class=type(unet).__name__,
-        parameters=unet.num_parameters(),
+        parameters=unet.num_parameters(only_trainable=adapter_of is not None),
+        parameters_kind="parameters" if adapter_of is None else "parameters in its adapter",
         objective="an EDM denoiser" if config.preconditioning == "edm" else f"a {config.prediction_type} predictor",
         steps=step,
         images=images,

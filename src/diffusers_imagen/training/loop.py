@@ -7,8 +7,9 @@ stopped.
 
 import math
 from pathlib import Path
-from typing import Callable, Optional
+from typing import Any, Callable, Optional
 
+import torch
 from accelerate.utils import DistributedType
 from diffusers.utils import logging
 from tqdm.auto import tqdm
@@ -34,6 +35,7 @@ from .optimization import (
     make_optimizer,
     settings_of,
     step_if_finite,
+    trainable,
 )
 from .sampling import draw_samples, log_samples, read_prompts, write_samples
 from .validation import ValidationLoss
@@ -64,6 +66,8 @@ def train(config: TrainingConfig, unet: ConditionalUNet, encode: Optional[Encode
 class Trainer:
     """A run: what is trained, on what, and what is kept of it.
 
+    A fine-tuning run that differs overrides `adapt`, `describe`, `make_batches`, `weigh` or `export`.
+
     Args: as `train`.
     """
 
@@ -72,15 +76,16 @@ class Trainer:
         self.accelerator = accelerator = make_accelerator(config)
         check_network(config, unet, with_text=encode is not None or config.embedding_cache is not None)
         self.objective = make_objective(config)
+        self.adapt(unet)
         weighting = UncertaintyWeighting(config.seed) if config.uncertainty_weighting else None
         optimizer = make_optimizer(config, unet, weighting, accelerator.num_processes)
-        self.checkpoints = Checkpoints(accelerator, config, describe_run(config, unet, accelerator.mixed_precision))
+        self.checkpoints = Checkpoints(accelerator, config, self.describe(unet))
         self.found = self.checkpoints.find(config.resume_from_checkpoint)
         self.prompts = read_prompts(config, encode)
         self.repository = make_repository(config) if accelerator.is_main_process else None
 
         place = (accelerator.process_index, accelerator.num_processes)
-        self.batches = make_train_batches(config, encode, *place)
+        self.batches = self.make_batches(encode, *place)
         held_out = make_validation_batches(config, encode, *place) if config.validation_split else None
         check_width(unet, self.batches.text_width)
         release_encoder(encode, self.batches, held_out)
@@ -88,10 +93,10 @@ class Trainer:
             None if held_out is None else ValidationLoss(config, self.objective, held_out, accelerator.device)
         )
 
-        self.names = [name for name, _ in unet.named_parameters()]
+        self.names = [name for name, parameter in unet.named_parameters() if parameter.requires_grad]
         unet = prepare_network(unet, config)
         self.unet, self.optimizer, self.weighting = accelerator.prepare(unet, optimizer, weighting)
-        self.parameters = list(self.unet.parameters())
+        self.parameters = trainable(self.unet)
         self.averages = WeightAverages(config, self.parameters)
         self.monitor = Monitor(accelerator.device)
         self.states = {"data": self.batches, "monitor": self.monitor}  # of which each process has its own
@@ -105,6 +110,25 @@ class Trainer:
         )
         self.clock, self.stopwatch = ComputeClock(accelerator.device), Stopwatch()
         self.losses = {"loss": math.nan}
+
+    def adapt(self, unet: ConditionalUNet) -> None:
+        """Changes the network, in place, before anything is made for it; what needs no gradient then is not trained."""
+
+    def describe(self, unet: ConditionalUNet) -> dict[str, Any]:
+        """What a checkpoint must agree on with this run."""
+        return describe_run(self.config, unet, self.accelerator.mixed_precision)
+
+    def make_batches(self, encode: Optional[Encode], process_index: int, num_processes: int) -> BatchStream:
+        """The training batches of this process."""
+        return make_train_batches(self.config, encode, process_index, num_processes)
+
+    def weigh(self, losses: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """Losses `(B,)` at noise levels `(B,)` as the step takes their mean."""
+        return losses if self.weighting is None else self.weighting(losses, sigma)
+
+    def export(self, unet: ConditionalUNet, done: int, results: dict[str, float]) -> None:
+        """Writes what is trained, with its averaged weights."""
+        save_stage(unet, self.objective.scheduler(), self.config, done, results)
 
     @property
     def images_per_step(self) -> int:
@@ -135,8 +159,7 @@ class Trainer:
             with self.clock, self.accelerator.accumulate(*modules):
                 with self.accelerator.autocast():
                     losses = denoising_loss(self.unet, batch, draws, self.objective, self.config)
-                weighted = losses if self.weighting is None else self.weighting(losses, sigma)
-                self.accelerator.backward(weighted.mean())
+                self.accelerator.backward(self.weigh(losses, sigma).mean())
                 if self.accelerator.sync_gradients:
                     grad_norm = clip_gradients(self.accelerator, self.parameters, self.config.max_grad_norm)
                     step_if_finite(self.optimizer, grad_norm)
@@ -242,7 +265,7 @@ class Trainer:
             unet = whole_network(self.accelerator, self.unet)
             if self.accelerator.is_main_process:
                 results = {**self.losses, "num_processes": self.accelerator.num_processes}
-                save_stage(unet, self.objective.scheduler(), self.config, done, results)
+                self.export(unet, done, results)
         self.accelerator.wait_for_everyone()
 
     def finish(self, first_step: int) -> dict[str, float]:

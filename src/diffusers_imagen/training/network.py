@@ -32,12 +32,19 @@ def load_unet(name: str) -> ConditionalUNet:
         raise ValueError(f"`pretrained_model_name_or_path` is '{name}', which has no unet/config.json.")
     subfolder = None if (Path(name) / "config.json").is_file() else "unet"
     try:
-        return AutoModel.from_pretrained(name, subfolder=subfolder)  # knows our classes: they are registered
+        unet = AutoModel.from_pretrained(name, subfolder=subfolder)  # knows our classes: they are registered
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"`pretrained_model_name_or_path` is '{name}', which has no network that can be loaded: {reason}"
         ) from error
+    missing = [key for key, parameter in unet.named_parameters() if parameter.is_meta]
+    if missing:
+        raise ValueError(
+            f"`pretrained_model_name_or_path` is '{name}', whose network lacks {len(missing)} weights, {missing[0]} among "
+            "them: it was saved by another version, or is not complete."
+        )
+    return unet
 
 
 def prepare_network(unet: ConditionalUNet, config: TrainingConfig) -> ConditionalUNet:

@@ -12,6 +12,11 @@ from diffusers.optimization import get_scheduler
 from .config import TrainingConfig
 
 
+def trainable(module: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The parameters that are trained: all, or those of an adapter."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
 def make_optimizer(
     config: TrainingConfig, unet: torch.nn.Module, weighting: Optional[torch.nn.Module] = None, num_processes: int = 1
 ) -> torch.optim.Optimizer:
@@ -23,7 +28,7 @@ def make_optimizer(
     rate = config.learning_rate
     if config.scale_lr:
         rate *= config.train_batch_size * config.gradient_accumulation_steps * num_processes
-    groups = [{"params": list(unet.parameters()), "weight_decay": config.adam_weight_decay}]
+    groups = [{"params": trainable(unet), "weight_decay": config.adam_weight_decay}]
     if weighting is not None:
         groups.append({"params": list(weighting.parameters()), "weight_decay": 0.0})
     kwargs = {"lr": rate, "betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
