@@ -122,6 +122,18 @@ def test_curves(losses, wrong, word):
     assert finding.wrong is wrong and word in finding.text
 
 
+def test_cascades(cascade, tmp_path, capsys):
+    cascade.save_pretrained(tmp_path / "cascade")
+    assert cli.main(["doctor", str(tmp_path / "cascade")]) == 0
+    said = capsys.readouterr().out
+    assert "base_unet: ImagenUNetModel" in said and "sr256_unet: EfficientUNetModel" in said
+    cascade.sr256_unet = type(cascade.sr256_unet).from_config(cascade.sr256_unet.config)
+    cascade.save_pretrained(tmp_path / "half")
+    assert cli.main(["doctor", str(tmp_path / "half")]) == 1
+    wrong = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WRONG")]
+    assert len(wrong) == 1 and "sr256_unet" in wrong[0]
+
+
 def test_caches(tmp_path, capsys):
     writer = CacheWriter(tmp_path / "c", {"class": "T5EncoderModel", "width": 4, "max_length": 3})
     writer.add("a", torch.ones(2, 4))

@@ -1,4 +1,4 @@
-"""`diffusers-imagen doctor`: what is wrong with a data set, a stage, or an embedding cache, in words."""
+"""`diffusers-imagen doctor`: what is wrong with a data set, a stage, a cascade, or an embedding cache, in words."""
 
 import argparse
 from pathlib import Path
@@ -9,7 +9,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "doctor",
         help="examine a data set, a trained stage or an embedding cache",
-        description="Says what is wrong with a data set, a stage folder or an embedding cache. "
+        description="Says what is wrong with a data set, a stage, a cascade or an embedding cache. "
         "The exit code is 1 if something is.",
     )
     parser.add_argument("path", help="folder of a data set, of a stage or of an embedding cache, or a Hub data set")
@@ -34,7 +34,7 @@ def doctor(args: argparse.Namespace) -> int:
     path = Path(args.path)
     if (path / "manifest.json").is_file():
         findings = examine.examine_cache(path)
-    elif (path / "unet" / "config.json").is_file() or (path / "config.json").is_file():
+    elif examine.find_networks(path):
         findings = examine.examine_stage(path, args.text_encoder)
     else:
         from ..training.data.config import DataConfig

@@ -157,14 +157,22 @@ def examine_cache(folder: Path) -> list[Finding]:
     return findings + ([Finding(True, text) for text in problems] or [Finding(False, "all checksums are right")])
 
 
+def find_networks(folder: Path) -> list[Path]:
+    """The folders of networks: of a stage's `unet/`, a cascade's `base_unet/` and the like, or the folder itself."""
+    inside = sorted(path.parent for path in folder.glob("*unet/config.json"))
+    return inside or [folder] * (folder / "config.json").is_file()
+
+
 def examine_stage(folder: Path, text_encoder: Optional[str] = None) -> list[Finding]:
-    """Weights, widths and losses of a stage folder."""
-    inside = (folder / "unet" / "config.json").is_file()
-    unet = AutoModel.from_pretrained(str(folder), subfolder="unet" if inside else None)
-    findings = examine_weights(unet)
+    """Weights, widths and losses of a stage folder, or of all stages of a cascade."""
+    findings = []
     encoder = text_encoder or (str(folder) if (folder / "text_encoder").is_dir() else None)
-    if encoder is not None:
-        findings.append(examine_width(unet.config.get("encoder_hid_dim"), encoder))
+    for path in find_networks(folder):
+        unet = AutoModel.from_pretrained(str(path))
+        own = examine_weights(unet)
+        if encoder is not None:
+            own.append(examine_width(unet.config.get("encoder_hid_dim"), encoder))
+        findings += [finding._replace(text=f"{path.name}: {finding.text}") for finding in own]
     if (folder / "losses.jsonl").is_file():
         lines = (folder / "losses.jsonl").read_text().splitlines()
         findings += examine_losses([json.loads(line) for line in lines])
