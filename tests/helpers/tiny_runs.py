@@ -84,8 +84,9 @@ def run(settings: dict, seed: int = 0, environment: dict[str, str] | None = None
 
 
 def start(settings: dict, seed: int = 0, environment: dict[str, str] | None = None) -> multiprocessing.Process:
-    """Starts `run` in a process of its own; a fork needs no imports, but CUDA does not survive one."""
-    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+    """Starts `run` in a process of its own, forked from one that has made its imports and has no threads yet."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["diffusers_imagen.training"])
     process = context.Process(target=run, args=(settings, seed, environment))
     process.start()
     return process
@@ -102,7 +103,8 @@ def run_in_processes(settings: dict, count: int) -> None:
         for i in range(count)
     ]
     for process in processes:
-        process.join()
+        process.join(timeout=200)
+        process.kill()
     assert [process.exitcode for process in processes] == [0] * count
 
 
