@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..loaders import ImagenLoraLoaderMixin
 from ..model_card import ModelCardMixin
-from . import inputs, text
+from . import inputs
 from .denoising import run_stages
 from .images import ImageInput
 from .pipeline_mixin import ImagenPipelineMixin
@@ -182,28 +182,3 @@ class ImagenPipeline(ImagenPipelineMixin, ModelCardMixin, DiffusionPipeline, Ima
         states = self.encode_texts(texts, num_images_per_prompt)
         images = run_stages(self, request, states, callback_on_step_end, callback_on_step_end_tensor_inputs)
         return self.postprocess(images, output_type, return_dict)
-
-    def encode_prompt(
-        self,
-        prompt: Union[str, list[str], None] = None,
-        negative_prompt: Union[str, list[str], None] = None,
-        num_images_per_prompt: int = 1,
-        prompt_embeds: Optional[torch.Tensor] = None,
-        prompt_attention_mask: Optional[torch.Tensor] = None,
-        negative_prompt_embeds: Optional[torch.Tensor] = None,
-        negative_prompt_attention_mask: Optional[torch.Tensor] = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """See [`ImagenCascadePipeline.encode_prompt`]."""
-        prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask = (
-            text.encode_prompt(
-                self,
-                prompt,
-                negative_prompt,
-                num_images_per_prompt,
-                prompt_embeds,
-                prompt_attention_mask,
-                negative_prompt_embeds,
-                negative_prompt_attention_mask,
-            )
-        )
-        return prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask

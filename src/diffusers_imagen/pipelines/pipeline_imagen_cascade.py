@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..loaders import ImagenLoraLoaderMixin
 from ..model_card import ModelCardMixin
-from . import inputs, text
+from . import inputs
 from .denoising import run_stages
 from .images import ImageInput
 from .inputs import PerStage
@@ -317,38 +317,3 @@ class ImagenCascadePipeline(ImagenPipelineMixin, ModelCardMixin, DiffusionPipeli
                 f"`output_resolution` is {output_resolution!r}, but the stages of this cascade end at {resolutions}."
             )
         return stages[: resolutions.index(output_resolution) + 1]
-
-    def encode_prompt(
-        self,
-        prompt: Union[str, list[str], None] = None,
-        negative_prompt: Union[str, list[str], None] = None,
-        num_images_per_prompt: int = 1,
-        prompt_embeds: Optional[torch.Tensor] = None,
-        prompt_attention_mask: Optional[torch.Tensor] = None,
-        negative_prompt_embeds: Optional[torch.Tensor] = None,
-        negative_prompt_attention_mask: Optional[torch.Tensor] = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        r"""
-        Encodes prompts, unless embeddings are given, and repeats everything for the images of each prompt.
-
-        Without a negative prompt the negative states are zeros under the prompt's mask: what the networks saw of
-        dropped captions in training. To free the text encoder before the networks run, call this first, and then the
-        pipeline with what it returns (docs/memory.md).
-
-        Returns:
-            `prompt_embeds` `(images, tokens, width)`, `prompt_attention_mask` `(images, tokens)`,
-            `negative_prompt_embeds`, `negative_prompt_attention_mask`.
-        """
-        prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask = (
-            text.encode_prompt(
-                self,
-                prompt,
-                negative_prompt,
-                num_images_per_prompt,
-                prompt_embeds,
-                prompt_attention_mask,
-                negative_prompt_embeds,
-                negative_prompt_attention_mask,
-            )
-        )
-        return prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask

@@ -8,7 +8,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ..diffusion.augmentation import augment_low_res
 from ..models.unet_base import check_choice
-from . import inputs
+from . import inputs, text
 from .denoising import KnownPixels, Latents
 from .images import GivenImages, ImageInput, read_given, warn_of_stretching
 from .pipeline_output import ImagenPipelineOutput
@@ -188,6 +188,41 @@ class ImagenPipelineMixin:
             if asked is not None and asked != side:
                 raise ValueError(f"`{name}` is {asked}, but `latents` {tuple(latents.shape)} lead to {side}.")
         return plan_sizes(stages, low_resolution, *implied)
+
+    def encode_prompt(
+        self,
+        prompt: Union[str, list[str], None] = None,
+        negative_prompt: Union[str, list[str], None] = None,
+        num_images_per_prompt: int = 1,
+        prompt_embeds: Optional[torch.Tensor] = None,
+        prompt_attention_mask: Optional[torch.Tensor] = None,
+        negative_prompt_embeds: Optional[torch.Tensor] = None,
+        negative_prompt_attention_mask: Optional[torch.Tensor] = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        r"""
+        Encodes prompts, unless embeddings are given, and repeats everything for the images of each prompt.
+
+        Without a negative prompt the negative states are zeros under the prompt's mask: what the networks saw of
+        dropped captions in training. To free the text encoder before the networks run, call this first, and then the
+        pipeline with what it returns (docs/memory.md).
+
+        Returns:
+            `prompt_embeds` `(images, tokens, width)`, `prompt_attention_mask` `(images, tokens)`,
+            `negative_prompt_embeds`, `negative_prompt_attention_mask`.
+        """
+        prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask = (
+            text.encode_prompt(
+                self,
+                prompt,
+                negative_prompt,
+                num_images_per_prompt,
+                prompt_embeds,
+                prompt_attention_mask,
+                negative_prompt_embeds,
+                negative_prompt_attention_mask,
+            )
+        )
+        return prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask
 
     def encode_texts(self, texts: dict[str, Any], num_images_per_prompt: int) -> TextStates:
         """The text of all images; see `encode_prompt`."""

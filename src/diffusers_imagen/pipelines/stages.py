@@ -97,7 +97,7 @@ def check_loaded(name: str, unet: UNet) -> None:
     """
     if not was_loaded(unet) or any(hasattr(module, "_hf_hook") for module in unet.modules()):
         return
-    missing = [key for key, parameter in unet.named_parameters() if parameter.is_meta]
+    missing = missing_weights(unet)
     if missing:
         raise ValueError(
             f"The network of the stage `{name}`, loaded from '{unet.config._name_or_path}', lacks weights: "
@@ -113,6 +113,11 @@ def refuse_untrained(stages: list[Stage]) -> None:
     for stage in stages:
         if was_loaded(stage.unet) and is_untrained(stage.unet):
             raise ValueError(UNTRAINED.format(name=stage.name, path=stage.unet.config._name_or_path))
+
+
+def missing_weights(unet: UNet) -> list[str]:
+    """Parameters that a checkpoint lacked: diffusers leaves them on the meta device, without a word."""
+    return [name for name, parameter in unet.named_parameters() if parameter.is_meta]
 
 
 def was_loaded(unet: UNet) -> bool:

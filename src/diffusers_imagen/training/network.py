@@ -6,6 +6,7 @@ import torch
 from diffusers import AutoModel
 
 from ..models.unet_base import ConditionalUNet
+from ..pipelines.stages import missing_weights
 from ..presets import create_unet
 from .config import TrainingConfig
 from .growing import grow_unet
@@ -38,7 +39,7 @@ def load_unet(name: str) -> ConditionalUNet:
         raise ValueError(
             f"`pretrained_model_name_or_path` is '{name}', which has no network that can be loaded: {reason}"
         ) from error
-    missing = [key for key, parameter in unet.named_parameters() if parameter.is_meta]
+    missing = missing_weights(unet)
     if missing:
         raise ValueError(
             f"`pretrained_model_name_or_path` is '{name}', whose network lacks {len(missing)} weights, {missing[0]} among "

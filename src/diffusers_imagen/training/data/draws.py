@@ -21,10 +21,14 @@ PHILOX_WORDS = 4  # a step of the counter gives four numbers
 MAX_ATTEMPTS = 64  # rows tried for a slot before the data set is given up
 
 
+def philox_key(seed: int, *words: int) -> np.ndarray:
+    """The key of a seed and the words that follow it."""
+    return np.random.SeedSequence((seed, *words)).generate_state(2, np.uint64)
+
+
 def philox(seed: int, *words: int, step: int = 0) -> np.random.Generator:
     """The generator of a seed and the words that follow it, from a step of its counter on."""
-    key = np.random.SeedSequence((seed, *words)).generate_state(2, np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=step))
+    return np.random.Generator(np.random.Philox(key=philox_key(seed, *words), counter=step))
 
 
 class SlotDraws:
@@ -36,7 +40,7 @@ class SlotDraws:
     """
 
     def __init__(self, seed: int, *words: int):
-        self.key = np.random.SeedSequence((seed, *words)).generate_state(2, np.uint64)
+        self.key = philox_key(seed, *words)
 
     def __call__(self, first: int, count: int, draws: int = DRAWS_PER_SLOT) -> np.ndarray:
         """Numbers in [0, 1) of `count` slots from `first` on: `(count, draws)`; `draws` is a multiple of 4."""
