@@ -1,16 +1,10 @@
 """Runs shared by two processes, through gloo on the CPU."""
 
-import os
-
 import pytest
 import torch
 from tiny_runs import are_equal, encode, exported, losses, make_unet, run_in_processes, settings, weights_of
 
 from diffusers_imagen.training import TrainingConfig, train
-
-
-if "DISTRIBUTED_TESTS" not in os.environ:
-    pytest.skip("hang now and then: set DISTRIBUTED_TESTS=1 to run them", allow_module_level=True)
 
 
 @pytest.fixture

@@ -282,8 +282,17 @@ class Trainer:
         return self.losses | ({"overhead": 1 - compute / seconds} if steps else {})
 
     def close(self) -> None:
-        """Ends what runs beside the loop."""
+        """
+        Ends what runs beside the loop.
+
+        The wrappers of the networks go before the process group. If they held it last, its destructor would wait for
+        gloo's threads without giving up the interpreter's lock, which those threads may need for their last tensors.
+        """
         self.batches.close()
+        self.unet = self.accelerator.unwrap_model(self.unet)
+        if self.weighting is not None:
+            self.weighting = self.accelerator.unwrap_model(self.weighting)
+        self.accelerator.free_memory()
         self.accelerator.end_training()
 
     def progress_bar(self, first_step: int) -> tqdm:
