@@ -88,11 +88,14 @@ def test_only_the_adapter_is_trained_and_a_pipeline_takes_it(make_lora_config, s
 
 
 def test_a_cascade_takes_it_for_its_base_stage(make_lora_config, stage, tokenizer, text_encoder):
-    config, unet = make_lora_config(use_ema=False), load(stage)
-    LoraTrainer(config, unet, encode).train()
     cascade = ImagenCascadePipeline(load(stage), EDMHeunScheduler(), tokenizer, text_encoder)
+    cascade.save_pretrained(f"{stage}/cascade")
+    config, unet = make_lora_config(use_ema=False, pretrained_model_name_or_path=f"{stage}/cascade"), load(stage)
+    LoraTrainer(config, unet, encode).train()
     cascade.load_lora_weights(config.output_dir, component="base_unet")
     torch.testing.assert_close(call(cascade.base_unet), call(unet), rtol=0, atol=0)
+    card = (Path(config.output_dir) / "README.md").read_text()
+    assert 'pipe.load_lora_weights("lora", component="base_unet")\n' in card
 
 
 def test_a_super_resolution_stage_is_adapted_too(make_lora_config, tmp_path):
@@ -148,7 +151,7 @@ def test_what_is_written(make_lora_config, stage):
     card = (folder / "README.md").read_text()
     count = sum(p.numel() for p in trainer.parameters)
     assert f"{count:,} parameters in its adapter" in card
-    assert 'pipe.load_lora_weights("lora")  # of a cascade, with component="base_unet"' in card
+    assert 'pipe.load_lora_weights("lora")\n' in card
     assert "- lora\n" in card
 
 

@@ -7,6 +7,7 @@ from ..models.unet_base import ConditionalUNet
 from ..schedulers import EDMHeunScheduler
 from ..schedulers.scheduling_utils import NO_BETAS
 from .config import TrainingConfig
+from .network import find_network
 
 
 FORMULATIONS = {"edm": "edm", "variance_preserving": "ddpm"}  # how schedulers and runs call them
@@ -69,17 +70,15 @@ def check_objective(config: TrainingConfig) -> None:
         ValueError: If the objective is another.
     """
     name = config.pretrained_model_name_or_path
-    folder = Path(name)
-    # of a stage, and of the folder of a network in a stage or a cascade
-    places = [folder / "scheduler", folder.with_name(folder.name.replace("unet", "scheduler"))]
+    subfolder = find_network(config)
+    if subfolder is None:  # the folder of a network, in a stage or a cascade
+        place, part = Path(name).with_name(Path(name).name.replace("unet", "scheduler")), None
+        if not place.is_dir():
+            return
+    else:
+        place, part = name, subfolder.replace("unet", "scheduler")
     try:
-        if folder.is_dir():
-            place = next((place for place in places if (place / "scheduler_config.json").is_file()), None)
-            if place is None:
-                return
-            saved = EDMHeunScheduler.load_config(place)  # reads what any scheduler saved
-        else:
-            saved = EDMHeunScheduler.load_config(name, subfolder="scheduler")
+        saved = EDMHeunScheduler.load_config(place, subfolder=part)  # reads what any scheduler saved
     except OSError:
         return
     trained = FORMULATIONS.get(saved.get("preconditioning"))

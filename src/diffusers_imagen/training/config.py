@@ -19,7 +19,9 @@ class TrainingConfig(DataConfig):
 
     output_dir: str = arg("imagen-stage", "Where checkpoints and the trained stage are written.")
     pretrained_model_name_or_path: Optional[str] = arg(
-        None, "Stage, or network, whose weights are trained further: a folder or a Hub id."
+        None,
+        "Stage whose weights are trained further, or a cascade, of which the resolutions name the stage: a folder or a "
+        "Hub id.",
     )
     grow: bool = arg(False, "Put a finer level around the pretrained network, for images of twice the side.")
     preset: Optional[str] = arg(None, "Name of a network in diffusers_imagen.presets, trained from scratch.")

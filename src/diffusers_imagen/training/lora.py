@@ -16,6 +16,7 @@ from .config import TrainingConfig
 from .data.config import arg
 from .export import model_card, parts_of, write_record
 from .loop import Trainer
+from .network import find_network
 
 
 TARGET_MODULES = ["to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj"]
@@ -26,7 +27,7 @@ USAGE = """import diffusers_imagen
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{stage}")
-pipe.load_lora_weights("{{name}}")  # of a cascade, with component="{component}\""""
+pipe.load_lora_weights("{{name}}"{component})"""
 
 
 @dataclass
@@ -117,7 +118,8 @@ class LoraTrainer(Trainer):
         from peft.utils import get_peft_model_state_dict
 
         stage = self.config.pretrained_model_name_or_path
-        component = "base_unet" if self.config.low_resolution is None else f"sr{self.config.resolution}_unet"
+        subfolder = find_network(self.config)
+        component = "" if subfolder in ("unet", None) else f', component="{subfolder}"'
         usage = USAGE.format(stage=Path(stage).name if Path(stage).is_dir() else stage, component=component)
         with parts_of(self.config) as partial:
             ImagenLoraLoaderMixin.save_lora_weights(

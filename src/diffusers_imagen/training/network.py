@@ -1,9 +1,11 @@
 """The network of a run: made, and set up for training."""
 
+import re
 from pathlib import Path
+from typing import Optional
 
 import torch
-from diffusers import AutoModel
+from diffusers import AutoModel, DiffusionPipeline
 
 from ..models.unet_base import ConditionalUNet
 from ..pipelines.stages import missing_weights
@@ -17,21 +19,49 @@ def make_unet(config: TrainingConfig) -> ConditionalUNet:
     if config.preset is not None:
         unet = create_unet(config.preset)
     else:
-        unet = load_unet(config.pretrained_model_name_or_path)
+        unet = load_unet(config.pretrained_model_name_or_path, find_network(config))
     if config.grow:
         unet = grow_unet(unet)
     return unet.at_resolution(config.resolution)
 
 
-def load_unet(name: str) -> ConditionalUNet:
-    """The network of a stage, in a folder or on the Hub, or of a folder of its own.
+def find_network(config: TrainingConfig) -> Optional[str]:
+    """The subfolder of the pretrained network: of a cascade that of the stage which the resolutions name, of a single
+    stage `unet`; None if `config.pretrained_model_name_or_path` is the network itself.
+
+    Raises:
+        ValueError: If a cascade has no such stage.
+    """
+    name = config.pretrained_model_name_or_path
+    if (Path(name) / "config.json").is_file():
+        return None
+    try:
+        parts = DiffusionPipeline.load_config(name)
+    except OSError:  # a stage without a model_index.json
+        return "unet"
+    if "base_unet" not in parts:
+        return "unet"
+    wanted = "base_unet" if config.low_resolution is None else f"sr{config.resolution}_unet"
+    stages = [part for part, kind in parts.items() if re.fullmatch(r"(base|sr\d+)_unet", part) and kind[0] is not None]
+    if wanted not in stages:
+        raise ValueError(
+            f"`resolution` is {config.resolution}, but the cascade '{name}' has no {wanted} among {stages}: name one of "
+            "its stages by `resolution` and `low_resolution`."
+        )
+    return wanted
+
+
+def load_unet(name: str, subfolder: Optional[str] = "unet") -> ConditionalUNet:
+    """A network in a folder, or of a repository on the Hub.
 
     Raises:
         ValueError: If there is none.
     """
-    if Path(name).is_dir() and not any((Path(name) / part / "config.json").is_file() for part in ("unet", "")):
-        raise ValueError(f"`pretrained_model_name_or_path` is '{name}', which has no unet/config.json.")
-    subfolder = None if (Path(name) / "config.json").is_file() else "unet"
+    if Path(name).is_dir() and not (Path(name) / (subfolder or "") / "config.json").is_file():
+        raise ValueError(
+            f"`pretrained_model_name_or_path` is '{name}', which has no {subfolder or '.'}/config.json: give a stage, a "
+            "cascade or the folder of a network."
+        )
     try:
         unet = AutoModel.from_pretrained(name, subfolder=subfolder)  # knows our classes: they are registered
     except OSError as error:
