@@ -14,7 +14,7 @@ from datasets import Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 
 from diffusers_imagen.training import TrainingConfig
-from diffusers_imagen.training.data import make_train_batches, make_validation_batches
+from diffusers_imagen.training.data import DataConfig, make_train_batches, make_validation_batches
 from diffusers_imagen.training.data.sources import open_rows
 
 
@@ -223,3 +223,16 @@ def test_random_places_show_all_of_an_image(tmp_path):
     assert left.min() < 1 and left.max() > 23
     config = replace(config, center_crop=True, train_batch_size=2)
     assert ((next(make_train_batches(config)).images[:, 0, 0, 0] + 1) * 127.5 / 8).round().tolist() == [12, 12]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_one_caption_for_all_images(imagefolder, tmp_path, streaming):
+    """Of a folder with captions, and of one that has only images."""
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    PILImage.new("RGB", (8, 8)).save(bare / "0.png")
+    for folder, count in ((imagefolder, 6), (str(bare), 1)):
+        config = DataConfig(train_data_dir=folder, caption="a dog", streaming=streaming)
+        assert [row["text"] for row in open_rows(config, "train").data] == ["a dog"] * count
+    with pytest.raises(ValueError, match="`caption` and `caption_column` .'tags'. are both given"):
+        DataConfig(train_data_dir=imagefolder, caption="a dog", caption_column=["tags"])

@@ -1,4 +1,5 @@
 from .config import TrainingConfig
+from .dreambooth import DreamBoothLoraTrainer, DreamBoothTrainer, DreamBoothTrainingConfig
 from .interruption import TrainingInterrupted
 from .loop import Trainer, train
 from .lora import LoraTrainer, LoraTrainingConfig
@@ -6,6 +7,9 @@ from .options import parse_args
 
 
 __all__ = [
+    "DreamBoothLoraTrainer",
+    "DreamBoothTrainer",
+    "DreamBoothTrainingConfig",
     "LoraTrainer",
     "LoraTrainingConfig",
     "Trainer",

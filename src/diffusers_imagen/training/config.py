@@ -119,6 +119,10 @@ class TrainingConfig(DataConfig):
         if not self.push_to_hub and (self.hub_model_id or self.hub_token):
             raise ValueError("`hub_model_id` or `hub_token` is given, but `push_to_hub` is False.")
 
+    def tags(self) -> list[str]:
+        """What a model card adds to the tags of all stages."""
+        return []
+
     def _check_choices(self) -> None:
         """Refuses what is not among the values of a Literal."""
         for name, hint in get_type_hints(TrainingConfig).items():

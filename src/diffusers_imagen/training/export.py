@@ -22,7 +22,10 @@ from .sampling import SAMPLES
 PARTIAL, REPLACED = ".stage.partial", ".stage.replaced"
 NOT_UPLOADED = ["checkpoint-*", "logs/*", "ema-snapshots/*", "*.partial*", ".stage.*", "metrics.jsonl"]
 SECRET = ("hub_token",)
-OF_THIS_MACHINE = ("train_data_dir", "cache_dir", "embedding_cache", "output_dir", "resume_from_checkpoint")
+OF_THIS_MACHINE = (
+    *("train_data_dir", "instance_data_dir", "class_data_dir", "cache_dir", "embedding_cache"),
+    *("output_dir", "resume_from_checkpoint"),
+)
 
 CARD = """---
 library_name: diffusers
@@ -128,8 +131,7 @@ def model_card(
         adapter_of (`str`, *optional*): The stage that was left as it is, if only an adapter was trained.
     """
     is_base = config.low_resolution is None
-    processes = int(results.get("num_processes", 1))
-    images = step * config.train_batch_size * config.gradient_accumulation_steps * processes
+    images = step * results.get("images_per_step", config.train_batch_size * config.gradient_accumulation_steps)
     losses = {name: value for name, value in results.items() if "loss" in name}
     samples = sorted((Path(config.output_dir) / SAMPLES).glob("*.png"))
     defaults = {f.name: f.default_factory() if f.default is MISSING else f.default for f in fields(config)}
@@ -143,7 +145,7 @@ def model_card(
     )
     return CARD.format(
         task="text-to-image" if is_base else "image-to-image",
-        tags="" if adapter_of is None else "\n- lora",
+        tags="".join(f"\n- {tag}" for tag in config.tags()),
         name=name,
         kind=stage.capitalize() if adapter_of is None else f"LoRA adapter of `{adapter_of}`, {stage}",
         usage=usage.format(name=name),
@@ -167,8 +169,9 @@ def model_card(
 def describe_data(config: TrainingConfig) -> str:
     """Where the images came from, in a sentence."""
     name = config.dataset_name or Path(config.train_data_dir or "").name
-    captions = ", ".join(f"`{column}`" for column in config.caption_column)
-    return f"`{name}`, split `{config.train_split}`, captions from {captions}."
+    columns = ", ".join(f"`{column}`" for column in config.caption_column)
+    captions = f"captions from {columns}" if config.caption is None else f'all captioned "{config.caption}"'
+    return f"`{name}`, split `{config.train_split}`, {captions}."
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

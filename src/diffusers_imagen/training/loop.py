@@ -85,7 +85,7 @@ class Trainer:
         self.repository = make_repository(config) if accelerator.is_main_process else None
 
         place = (accelerator.process_index, accelerator.num_processes)
-        self.batches = self.make_batches(encode, *place)
+        self.batches = self.make_batches(unet, encode, *place)
         held_out = make_validation_batches(config, encode, *place) if config.validation_split else None
         check_width(unet, self.batches.text_width)
         release_encoder(encode, self.batches, held_out)
@@ -118,12 +118,14 @@ class Trainer:
         """What a checkpoint must agree on with this run."""
         return describe_run(self.config, unet, self.accelerator.mixed_precision)
 
-    def make_batches(self, encode: Optional[Encode], process_index: int, num_processes: int) -> BatchStream:
+    def make_batches(
+        self, unet: ConditionalUNet, encode: Optional[Encode], process_index: int, num_processes: int
+    ) -> BatchStream:
         """The training batches of this process."""
         return make_train_batches(self.config, encode, process_index, num_processes)
 
     def weigh(self, losses: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        """Losses `(B,)` at noise levels `(B,)` as the step takes their mean."""
+        """Losses `(B,)` at noise levels `(B,)` as the numbers whose mean the step takes."""
         return losses if self.weighting is None else self.weighting(losses, sigma)
 
     def export(self, unet: ConditionalUNet, done: int, results: dict[str, float]) -> None:
@@ -264,7 +266,7 @@ class Trainer:
         with self.averages.applied(self.parameters):
             unet = whole_network(self.accelerator, self.unet)
             if self.accelerator.is_main_process:
-                results = {**self.losses, "num_processes": self.accelerator.num_processes}
+                results = {**self.losses, "images_per_step": self.images_per_step}
                 self.export(unet, done, results)
         self.accelerator.wait_for_everyone()
 

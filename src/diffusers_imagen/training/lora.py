@@ -42,6 +42,9 @@ class LoraTrainingConfig(TrainingConfig):
         super().__post_init__()
         check_adapter(self)
 
+    def tags(self) -> list[str]:
+        return ["lora"]
+
 
 def check_adapter(config: TrainingConfig) -> None:
     """Checks what an adapter is told, and that there is a trained stage to adapt.
@@ -49,13 +52,17 @@ def check_adapter(config: TrainingConfig) -> None:
     Raises:
         ValueError: If not.
     """
+    if config.pretrained_model_name_or_path is None or config.grow:
+        raise ValueError("Fine-tuning begins with a trained stage: give `pretrained_model_name_or_path`, not `grow`.")
+    if config.rank is None:  # of DreamBooth, which trains whole networks too
+        if config.lora_alpha is not None or config.lora_target_modules != TARGET_MODULES:
+            raise ValueError("`lora_alpha` or `lora_target_modules` is given, but without `rank` there is no adapter.")
+        return
     config._check_at_least("rank", 1)
     if config.lora_alpha is not None and not config.lora_alpha > 0:
         raise ValueError(f"`lora_alpha` is {config.lora_alpha}, but should be above 0.")
     if not config.lora_target_modules:
         raise ValueError("`lora_target_modules` is empty, but should name layers.")
-    if config.pretrained_model_name_or_path is None or config.grow:
-        raise ValueError("An adapter is of a trained stage: give `pretrained_model_name_or_path`, without `grow`.")
     if config.use_ema and config.ema_type == "power":
         raise ValueError("`ema_type` is 'power', but only averages of whole networks can be reconstructed.")
 

@@ -35,6 +35,7 @@ class DataConfig:
     caption_probabilities: Optional[list[float]] = field(
         default=None, metadata={"help": "Probability of each caption column; equal if not given."}
     )
+    caption: Optional[str] = arg(None, "One caption for all images, instead of columns.")
     train_split: str = arg("train", "Split to train on.")
     validation_split: Optional[str] = arg(None, "Split to measure the validation loss on.")
     split_column: str = arg("split", "Where the data set has this column, splits are its values, not those it names.")
@@ -113,6 +114,8 @@ class DataConfig:
     def _check_captions(self) -> None:
         if not self.caption_column:
             raise ValueError("`caption_column` is empty, but should name a column.")
+        if self.caption is not None and self.caption_column != ["text"]:
+            raise ValueError(f"`caption` and `caption_column` {self.caption_column} are both given: choose one.")
         probabilities = self.caption_probabilities
         if probabilities is None:
             return

@@ -32,7 +32,7 @@ def open_rows(config: DataConfig, split: str, with_text: bool = True) -> Rows:
     Args:
         config (`DataConfig`): Where the data is.
         split (`str`): The split's name, or the value of the split column.
-        with_text (`bool`): Whether the caption columns are needed.
+        with_text (`bool`): Whether captions are needed.
 
     Raises:
         ValueError: If there is no such data, column or split, or a caption column that holds no text.
@@ -58,6 +58,8 @@ def open_rows(config: DataConfig, split: str, with_text: bool = True) -> Rows:
     features = data.features
     if features is not None and isinstance(features.get(image_column), Image):
         data = data.cast_column(image_column, Image(decode=False))
+    if with_text and config.caption is not None:
+        data = give_caption(data, config)
     needed = [image_column, *(config.caption_column if with_text else []), *(config.balance_by or [])]
     return Rows(data.select_columns(list(dict.fromkeys(needed))), image_column, folder)
 
@@ -124,12 +126,13 @@ def find_image_column(data, columns: list[str], config: DataConfig) -> str:
 
 def check_columns(data, columns: list[str], config: DataConfig, with_text: bool) -> None:
     """Checks that the columns exist and that captions are text."""
-    needed = {*(config.caption_column if with_text else []), *(config.balance_by or [])}
+    captions = config.caption_column if with_text and config.caption is None else []
+    needed = {*captions, *(config.balance_by or [])}
     needed |= {"style"} if config.styles else set()
     missing = needed - set(columns)
     if missing:
         raise ValueError(f"The data set lacks the columns {sorted(missing)}; it has {columns}.")
-    for column in config.caption_column if with_text and data.features is not None else []:
+    for column in captions if data.features is not None else []:
         feature = data.features[column]
         inner = feature.feature if isinstance(feature, List) else feature
         if not (isinstance(inner, Value) and inner.dtype in TEXT_TYPES):
@@ -152,6 +155,16 @@ def keep_rows(data, wanted: dict[str, list[str]], split: str):
         styles = f" and a style among {wanted['style']}" if "style" in wanted else ""
         raise ValueError(f"No row has split {split!r}{styles}.")
     return data if keep.all() else data.select(np.flatnonzero(keep))
+
+
+def give_caption(data, config: DataConfig):
+    """The rows with `config.caption` instead of their own."""
+    (column,) = config.caption_column
+    if isinstance(data, IterableDataset):
+        return data.map(lambda row: {column: config.caption})
+    return data.select_columns([name for name in data.column_names if name != column]).add_column(
+        column, [config.caption] * len(data)
+    )
 
 
 def take(data, config: DataConfig):

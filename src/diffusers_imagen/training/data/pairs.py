@@ -1,0 +1,77 @@
+"""Two streams of batches as one."""
+
+from typing import Any, Optional
+
+import torch
+from torch.nn import functional
+
+from .batch import Batch
+from .batches import BatchStream
+
+
+class PairedBatches(BatchStream):
+    """Batches of two streams, image by image in turn: slots 2 k and 2 k + 1 are the k-th images of the two.
+
+    A batch has twice the images of `train_batch_size`, whoever of the processes draws them.
+
+    Args:
+        first (`BatchStream`), second (`BatchStream`): Of the same sides, sizes and processes.
+    """
+
+    def __init__(self, first: BatchStream, second: BatchStream):
+        super().__init__(first.config, None, first.process_index, first.num_processes)
+        self.streams = (first, second)
+
+    @property
+    def needs_encoder(self) -> bool:
+        return any(stream.needs_encoder for stream in self.streams)
+
+    @property
+    def text_width(self) -> Optional[int]:
+        return self.streams[0].text_width
+
+    @property
+    def stride(self) -> int:
+        return sum(stream.stride for stream in self.streams)
+
+    @property
+    def first_slot(self) -> int:
+        return sum(stream.first_slot for stream in self.streams)
+
+    def __next__(self) -> Batch:
+        batch = interleave(*(next(stream) for stream in self.streams))
+        self.images_seen += self.stride
+        for stream in self.streams:
+            self.skipped |= stream.skipped
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "streams": [stream.state_dict() for stream in self.streams]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        for stream, own in zip(self.streams, state["streams"]):
+            stream.load_state_dict(own)
+
+    def close(self) -> None:
+        for stream in self.streams:
+            stream.close()
+
+
+def interleave(first: Batch, second: Batch) -> Batch:
+    """Two batches of B images as one of 2 B, image by image in turn; the shorter texts are padded."""
+    tokens = max(batch.text.shape[1] for batch in (first, second)) if first.text is not None else 0
+    parts = []
+    for a, b in zip(pad_text(first, tokens), pad_text(second, tokens)):
+        parts.append(None if a is None else torch.stack([a, b], dim=1).flatten(0, 1))
+    return Batch(*parts)
+
+
+def pad_text(batch: Batch, tokens: int) -> Batch:
+    """The batch with texts of so many tokens, masked and zero at the end."""
+    if batch.text is None:
+        return batch
+    missing = tokens - batch.text.shape[1]
+    return batch._replace(
+        text=functional.pad(batch.text, (0, 0, 0, missing)), text_mask=functional.pad(batch.text_mask, (0, missing))
+    )
