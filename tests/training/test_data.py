@@ -264,7 +264,10 @@ BAD_SETTINGS = {
     "steps": ({"max_train_steps": 0}, "`max_train_steps` is 0"),
     "checkpoints": ({"checkpointing_steps": 0}, "`checkpointing_steps` is 0"),
     "no checkpoints": ({"checkpoints_total_limit": 0}, "`checkpoints_total_limit` is 0"),
-    "too little augmentation": ({"max_augmentation_sigma": 0.001}, "`max_augmentation_sigma` is 0.001"),
+    "too little augmentation": (
+        {"noise_conditioning_augmentation": 0.001},
+        "`noise_conditioning_augmentation` is 0.001",
+    ),
     "nothing to grow": ({"grow": True}, "`grow` is True"),
     "two networks": ({"pretrained_model_name_or_path": "a"}, "Exactly one of"),
     "no network": ({"preset": None}, "Exactly one of"),

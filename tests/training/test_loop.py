@@ -317,9 +317,9 @@ def test_samples_of_a_super_resolution_stage_enlarge_the_given_images(make_confi
         (make_sr_unet, {}, True, "`low_resolution` is None, but this network is conditioned on one"),
         (
             make_sr_unet,
-            {"low_resolution": 8, "max_augmentation_sigma": 0},
+            {"low_resolution": 8, "noise_conditioning_augmentation": 0},
             True,
-            "`max_augmentation_sigma` is 0, but this network is told",
+            "`noise_conditioning_augmentation` is 0, but this network is told",
         ),
         (make_unet, {}, False, "This network reads text: give `text_encoder` or `embedding_cache`"),
         (make_unet, {"use_8bit_adam": True}, True, "`use_8bit_adam` needs bitsandbytes: pip install bitsandbytes"),

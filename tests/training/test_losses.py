@@ -169,7 +169,7 @@ def test_the_mask_of_a_dropped_caption_stays():
 def test_the_augmentation_is_of_the_level_that_it_names():
     low_res = torch.full((32, 3, 64, 64), 0.25)
     batch = Batch(torch.zeros(32, 3, 8, 8), low_res, None, None)
-    augmented, c_noise = augment(low_res, draws_of(batch), make_config(max_augmentation_sigma=0.4))
+    augmented, c_noise = augment(low_res, draws_of(batch), make_config(noise_conditioning_augmentation=0.4))
     assert c_noise.shape == (32,)
     sigma, _, _, c_in = scalings(c_noise)
     noise = (augmented / c_in - low_res).flatten(1)
@@ -179,7 +179,7 @@ def test_the_augmentation_is_of_the_level_that_it_names():
 
 def test_augmentation_levels_are_uniform_up_to_the_maximum():
     batch = Batch(torch.zeros(20_000, 3, 1, 1), torch.zeros(20_000, 3, 1, 1), None, None)
-    _, c_noise = augment(batch.low_res, draws_of(batch), make_config(max_augmentation_sigma=0.4))
+    _, c_noise = augment(batch.low_res, draws_of(batch), make_config(noise_conditioning_augmentation=0.4))
     sigma = edm.c_noise_to_sigma(c_noise)
     assert 0.002 * 0.999 <= sigma.min() < 0.003 and 0.399 < sigma.max() <= 0.4 * 1.001
     quantiles = torch.quantile(sigma, torch.tensor([0.25, 0.5, 0.75]))
@@ -190,9 +190,9 @@ def test_the_network_is_given_the_augmented_image_and_its_level():
     low_res = torch.full((2, 3, 4, 4), 0.25)
     network = Recorder()
     batch = images_of([0.0, 0.5])._replace(low_res=low_res)
-    loss_of(network, batch, make_config(max_augmentation_sigma=0.0))
+    loss_of(network, batch, make_config(noise_conditioning_augmentation=0.0))
     assert torch.equal(network.low_res, low_res) and network.low_res_timestep is None
-    loss_of(network, batch, make_config(max_augmentation_sigma=0.4))
+    loss_of(network, batch, make_config(noise_conditioning_augmentation=0.4))
     assert not torch.equal(network.low_res, low_res) and network.low_res_timestep.shape == (2,)
     loss_of(network, images_of([0.0, 0.5]), make_config())
     assert network.low_res is None and network.low_res_timestep is None

@@ -1,12 +1,14 @@
 """Which network a run starts from."""
 
 import pytest
+from diffusers import UNet2DModel
+from diffusers.models import attention_dispatch
 from safetensors.torch import load_file, save_file
 from tiny_runs import are_equal, make_sr_unet, make_unet, weights_of
 
 from diffusers_imagen import EDMHeunScheduler, ImagenCascadePipeline
 from diffusers_imagen.training.checks import check_objective
-from diffusers_imagen.training.network import load_unet
+from diffusers_imagen.training.network import choose_attention, load_unet
 from diffusers_imagen.training.network import make_unet as make_network
 
 
@@ -42,3 +44,39 @@ def test_the_stage_of_a_cascade_is_that_of_the_resolutions(make_config, tmp_path
     own = make_config(preset=None, pretrained_model_name_or_path=str(place / "sr256_unet"), sigma_data=0.25)
     check_objective(own)
     assert are_equal(weights_of(make_network(own)), weights_of(sr))
+
+
+def test_a_configuration_is_a_network_with_fresh_weights(make_config, tmp_path):
+    unet = make_sr_unet()
+    unet.save_config(tmp_path / "network")
+    unet.save_config(tmp_path / "stage" / "unet")
+    for place in ("network", "stage"):
+        config = make_config(
+            preset=None, model_config_name_or_path=str(tmp_path / place), resolution=32, low_resolution=16
+        )
+        made = make_network(config)
+        assert type(made) is type(unet)
+        assert [value.shape for value in weights_of(made).values()] == [w.shape for w in weights_of(unet).values()]
+    for name, problem in {"nowhere": "has no config.json", "other": "is of UNet2DModel, but should be of"}.items():
+        if name == "other":
+            UNet2DModel(
+                sample_size=8,
+                block_out_channels=(32,),
+                down_block_types=("DownBlock2D",),
+                up_block_types=("UpBlock2D",),
+            ).save_config(tmp_path / name)
+        with pytest.raises(ValueError, match=f"`model_config_name_or_path` is .*{name}', which {problem}"):
+            make_network(make_config(preset=None, model_config_name_or_path=str(tmp_path / name)))
+
+
+def test_the_attention_that_is_named_is_taken(make_config, monkeypatch):
+    registry = attention_dispatch._AttentionBackendRegistry
+    monkeypatch.setattr(registry, "_active_backend", registry._active_backend)  # of all models: put back
+    unet = make_unet()
+    choose_attention(unet, make_config(attention_backend="_native_math"))
+    backends = {processor._attention_backend for processor in unet.attn_processors.values()}
+    assert backends == {attention_dispatch.AttentionBackendName._NATIVE_MATH}
+    with pytest.raises(ValueError, match="`attention_backend` is 'flashy': .*must be one of"):
+        choose_attention(unet, make_config(attention_backend="flashy"))
+    with pytest.raises(ValueError, match="`attention_backend` is 'flash': .*flash-attn"):
+        choose_attention(unet, make_config(attention_backend="flash"))

@@ -274,14 +274,14 @@ def super_resolution(nemo: Entries, resolution: int, crop: int, differences: lis
         settings["crop_size"] = crop
         differences.append("crop_size: crops are taken at random here, by NeMo at the centre")
     if not nemo.get("model.noise_cond_aug", bool, False):
-        return {**settings, "max_augmentation_sigma": 0.0}
+        return {**settings, "noise_conditioning_augmentation": 0.0}
     if nemo.get("model.preconditioning_type", str, "DDPM") != "EDM":
         nemo.refuse("model.noise_cond_aug", "but NeMo has it for EDM only.")
     differences.append(
-        "max_augmentation_sigma: levels of the conditioning image are uniform up to it here, in NeMo log-normal as "
+        "noise_conditioning_augmentation: levels of the conditioning image are uniform up to it here, in NeMo log-normal as "
         "those of the image are"
     )
-    return {**settings, "max_augmentation_sigma": 0.5}
+    return {**settings, "noise_conditioning_augmentation": 0.5}
 
 
 def crop_side(nemo: Entries, name: str, resolution: int) -> int:
@@ -298,4 +298,8 @@ def crop_side(nemo: Entries, name: str, resolution: int) -> int:
 def to_be_given(settings: dict[str, Any], network: Optional[str] = None) -> list[str]:
     """What a run needs beside the settings."""
     needed = ["train_data_dir or dataset_name", "text_encoder or embedding_cache"]
-    return needed if network is not None else [*needed, "pretrained_model_name_or_path, or preset"]
+    return (
+        needed
+        if network is not None
+        else [*needed, "pretrained_model_name_or_path, preset or model_config_name_or_path"]
+    )

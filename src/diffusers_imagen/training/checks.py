@@ -41,9 +41,9 @@ def check_network(config: TrainingConfig, unet: ConditionalUNet, with_text: bool
         needs = "is conditioned on one: give `low_resolution`" if unet.config.low_res_conditioning else "takes none"
         raise ValueError(f"`low_resolution` is {config.low_resolution}, but this network {needs}.")
     told = unet.config.low_res_noise_conditioning
-    if config.low_resolution is not None and told != bool(config.max_augmentation_sigma):
+    if config.low_resolution is not None and told != bool(config.noise_conditioning_augmentation):
         raise ValueError(
-            f"`max_augmentation_sigma` is {config.max_augmentation_sigma}, but this network is "
+            f"`noise_conditioning_augmentation` is {config.noise_conditioning_augmentation}, but this network is "
             + ("" if told else "not ")
             + "told its conditioning image's noise level: set it "
             + ("above 0, such as 0.5." if told else "to 0.")

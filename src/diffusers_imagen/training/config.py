@@ -25,6 +25,9 @@ class TrainingConfig(DataConfig):
     )
     grow: bool = arg(False, "Put a finer level around the pretrained network, for images of twice the side.")
     preset: Optional[str] = arg(None, "Name of a network in diffusers_imagen.presets, trained from scratch.")
+    model_config_name_or_path: Optional[str] = arg(
+        None, "Network, by its config.json in a folder or on the Hub, trained from scratch."
+    )
     text_encoder: Optional[str] = arg(None, "Folder with text_encoder/ and tokenizer/; None trains without text.")
 
     preconditioning: Literal["edm", "ddpm"] = arg(
@@ -46,7 +49,7 @@ class TrainingConfig(DataConfig):
     )
     stratified_noise: bool = arg(False, "Spread the noise levels of a step evenly over their distribution.")
     text_drop_rate: float = arg(0.1, "Rate of dropped captions, for classifier-free guidance.")
-    max_augmentation_sigma: float = arg(
+    noise_conditioning_augmentation: float = arg(
         0.5, "Largest noise level of the conditioning image's augmentation; 0 for none."
     )
 
@@ -70,6 +73,9 @@ class TrainingConfig(DataConfig):
     gradient_checkpointing: bool = arg(False, "Recompute activations in the backward pass, to save memory.")
     channels_last: bool = arg(True, "Keep images as (height, width, channels) in memory, as convolutions like it.")
     torch_compile: bool = arg(False, "Compile the network with torch.compile.")
+    attention_backend: Optional[str] = arg(
+        None, "Attention of diffusers' dispatch, such as flash or _native_math; without it, torch's own choice."
+    )
 
     use_ema: bool = arg(True, "Average the weights over steps; the average is what is exported.")
     ema_type: Literal["warmup", "constant", "power"] = arg(
@@ -109,8 +115,10 @@ class TrainingConfig(DataConfig):
                 self._check_at_least(name, 1)
         self._check_at_least("max_grad_norm", 0)
         self._check_choices()
-        if (self.preset is None) == (self.pretrained_model_name_or_path is None):
-            raise ValueError("Exactly one of `preset` and `pretrained_model_name_or_path` must be given.")
+        if [self.preset, self.model_config_name_or_path, self.pretrained_model_name_or_path].count(None) != 2:
+            raise ValueError(
+                "Exactly one of `preset`, `model_config_name_or_path` and `pretrained_model_name_or_path` must be given."
+            )
         if self.grow and self.pretrained_model_name_or_path is None:
             raise ValueError("`grow` is True, but there is no `pretrained_model_name_or_path` to grow.")
         self._check_objective()
@@ -145,9 +153,11 @@ class TrainingConfig(DataConfig):
             raise ValueError(f"`snr_gamma` is {self.snr_gamma}, but should be above 0.")
         if not 0 <= self.text_drop_rate <= 1:
             raise ValueError(f"`text_drop_rate` is {self.text_drop_rate}, but should be between 0 and 1.")
-        if not (self.max_augmentation_sigma == 0 or self.max_augmentation_sigma > MIN_AUGMENTATION_SIGMA):
+        if not (
+            self.noise_conditioning_augmentation == 0 or self.noise_conditioning_augmentation > MIN_AUGMENTATION_SIGMA
+        ):
             raise ValueError(
-                f"`max_augmentation_sigma` is {self.max_augmentation_sigma}, but should be 0, for none, or above "
+                f"`noise_conditioning_augmentation` is {self.noise_conditioning_augmentation}, but should be 0, for none, or above "
                 f"{MIN_AUGMENTATION_SIGMA}."
             )
 

@@ -26,7 +26,7 @@ from .export import make_repository, save_stage, upload_stage
 from .interruption import Interruption, TrainingInterrupted
 from .losses import UncertaintyWeighting, denoising_loss, to_device
 from .monitor import ComputeClock, Monitor, Records, Stopwatch, describe_time, memory_used
-from .network import prepare_network
+from .network import choose_attention, prepare_network
 from .objectives import make_objective
 from .optimization import (
     apply_settings,
@@ -75,6 +75,7 @@ class Trainer:
         self.config = config
         self.accelerator = accelerator = make_accelerator(config)
         check_network(config, unet, with_text=encode is not None or config.embedding_cache is not None)
+        choose_attention(unet, config)
         self.objective = make_objective(config)
         self.adapt(unet)
         weighting = UncertaintyWeighting(config.seed) if config.uncertainty_weighting else None

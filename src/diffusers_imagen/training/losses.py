@@ -53,9 +53,11 @@ def augment(
     The level is uniform between the lowest and the configured maximum: mostly clean images would not teach the
     network to mistrust what the stage below gets wrong.
     """
-    if low_res is None or config.max_augmentation_sigma == 0:
+    if low_res is None or config.noise_conditioning_augmentation == 0:
         return low_res, None
-    sigma = MIN_AUGMENTATION_SIGMA + draws.augmentation * (config.max_augmentation_sigma - MIN_AUGMENTATION_SIGMA)
+    sigma = MIN_AUGMENTATION_SIGMA + draws.augmentation * (
+        config.noise_conditioning_augmentation - MIN_AUGMENTATION_SIGMA
+    )
     return augment_low_res(low_res, sigma, draws.low_res_noise, config.sigma_data)
 
 

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Optional
 
+import diffusers
 import torch
 from diffusers import AutoModel, DiffusionPipeline
 
@@ -18,6 +19,8 @@ def make_unet(config: TrainingConfig) -> ConditionalUNet:
     """The network to train, set to the resolution that it is trained at."""
     if config.preset is not None:
         unet = create_unet(config.preset)
+    elif config.model_config_name_or_path is not None:
+        unet = unet_of_config(config)
     else:
         unet = load_unet(config.pretrained_model_name_or_path, find_network(config))
     if config.grow:
@@ -26,13 +29,13 @@ def make_unet(config: TrainingConfig) -> ConditionalUNet:
 
 
 def find_network(config: TrainingConfig) -> Optional[str]:
-    """The subfolder of the pretrained network: of a cascade that of the stage which the resolutions name, of a single
-    stage `unet`; None if `config.pretrained_model_name_or_path` is the network itself.
+    """The subfolder of the network that a run begins with: of a cascade that of the stage which the resolutions name,
+    of a single stage `unet`; None if the name is that of the network itself.
 
     Raises:
         ValueError: If a cascade has no such stage.
     """
-    name = config.pretrained_model_name_or_path
+    name = config.pretrained_model_name_or_path or config.model_config_name_or_path
     if (Path(name) / "config.json").is_file():
         return None
     try:
@@ -49,6 +52,27 @@ def find_network(config: TrainingConfig) -> Optional[str]:
             "its stages by `resolution` and `low_resolution`."
         )
     return wanted
+
+
+def unet_of_config(config: TrainingConfig) -> ConditionalUNet:
+    """A network with fresh weights, of `config.model_config_name_or_path`.
+
+    Raises:
+        ValueError: If there is none, or none that this loop trains.
+    """
+    name = config.model_config_name_or_path
+    try:
+        found = ConditionalUNet.load_config(name, subfolder=find_network(config))
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"`model_config_name_or_path` is '{name}', which has no config.json: {reason}") from error
+    network_class = getattr(diffusers, str(found.get("_class_name")), None)
+    if network_class is None or not issubclass(network_class, ConditionalUNet):
+        raise ValueError(
+            f"`model_config_name_or_path` is '{name}', which is of {found.get('_class_name')}, but should be of "
+            "ImagenUNetModel or EfficientUNetModel."
+        )
+    return network_class.from_config(found)
 
 
 def load_unet(name: str, subfolder: Optional[str] = "unet") -> ConditionalUNet:
@@ -76,6 +100,20 @@ def load_unet(name: str, subfolder: Optional[str] = "unet") -> ConditionalUNet:
             "them: it was saved by another version, or is not complete."
         )
     return unet
+
+
+def choose_attention(unet: ConditionalUNet, config: TrainingConfig) -> None:
+    """Takes the attention that the configuration names.
+
+    Raises:
+        ValueError: If diffusers has none of that name, or it needs what is not installed.
+    """
+    if config.attention_backend is None:
+        return
+    try:
+        unet.set_attention_backend(config.attention_backend)
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise ValueError(f"`attention_backend` is {config.attention_backend!r}: {error}") from error
 
 
 def prepare_network(unet: ConditionalUNet, config: TrainingConfig) -> ConditionalUNet:
