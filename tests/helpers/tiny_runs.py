@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType
 
 from diffusers_imagen import EfficientUNetModel, ImagenUNetModel
 from diffusers_imagen.training import Trainer, TrainingConfig
@@ -75,11 +76,14 @@ def run(settings: dict, seed: int = 0, environment: dict[str, str] | None = None
     reset_accelerate()
     os.environ.update(environment or {})
     torch.set_num_threads(1)
+    if "ACCELERATE_USE_FSDP" in os.environ:
+        PartialState(cpu=True)
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU  # accelerate spreads on GPUs only
     config = TrainingConfig(**settings)
     unet = make_unet(seed)
     trainer = Trainer(config, unet, encode)
     trainer.train()
-    if trainer.accelerator.is_main_process:
+    if trainer.accelerator.is_main_process and "ACCELERATE_USE_FSDP" not in os.environ:
         torch.save(unet.state_dict(), Path(config.output_dir) / "weights.pt")
 
 
@@ -92,16 +96,14 @@ def start(settings: dict, seed: int = 0, environment: dict[str, str] | None = No
     return process
 
 
-def run_in_processes(settings: dict, count: int) -> None:
+def run_in_processes(settings: dict, count: int, **environment: str) -> None:
     """A run shared by processes, through gloo."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    processes = [
-        start(settings, environment={**common, "RANK": str(i), "LOCAL_RANK": str(i), "ACCELERATE_USE_CPU": "true"})
-        for i in range(count)
-    ]
+    common |= {"ACCELERATE_USE_CPU": "true", **environment}
+    processes = [start(settings, environment={**common, "RANK": str(i), "LOCAL_RANK": str(i)}) for i in range(count)]
     for process in processes:
         process.join(timeout=200)
         process.kill()

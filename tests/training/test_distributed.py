@@ -1,7 +1,10 @@
 """Runs shared by two processes, through gloo on the CPU."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file
 from tiny_runs import are_equal, encode, exported, losses, make_unet, run_in_processes, settings, weights_of
 
 from diffusers_imagen.training import TrainingConfig, train
@@ -17,6 +20,16 @@ def one_process(imagefolder, tmp_path, fresh_accelerator):
 
 
 OPTIONS = {"max_train_steps": 3, "checkpointing_steps": 3, "text_drop_rate": 0.3, "stratified_noise": True}
+
+
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "ImagenBlock",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+}
 
 
 @pytest.mark.parametrize(
@@ -36,6 +49,33 @@ def test_a_shared_step_is_the_step_of_one_process(
         torch.testing.assert_close(value, weights[name], atol=2e-5, rtol=1e-4)
     assert not are_equal(weights, weights_of(make_unet()))
     assert exported(output_dir).keys() == weights.keys()
+
+
+def test_a_network_that_is_spread_over_processes_is_trained_as_one(imagefolder, tmp_path, fresh_accelerator):
+    """FSDP2: weights, gradients, optimizer and averages in parts; checkpoint, samples and stage of the whole."""
+    options = {
+        **OPTIONS,
+        "max_train_steps": 4,
+        "checkpointing_steps": 2,
+        "validation_split": "validation",
+        "validation_prompts": ["text 1"],
+        "ema_type": "power",
+    }
+    train(
+        TrainingConfig(**settings(imagefolder, tmp_path / "one", **options, train_batch_size=4)), make_unet(), encode
+    )
+    shared = settings(imagefolder, tmp_path / "shared", **options, train_batch_size=2)
+    run_in_processes({**shared, "max_train_steps": 2}, 2, **FSDP2)
+    run_in_processes({**shared, "resume_from_checkpoint": "latest"}, 2, **FSDP2)
+    assert losses(tmp_path / "shared") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    one, whole = (exported(tmp_path / name) for name in ("one", "shared"))
+    for name, value in whole.items():
+        torch.testing.assert_close(value, one[name], atol=2e-5, rtol=1e-4)
+    samples = [np.array(Image.open(tmp_path / name / "samples" / "step-000004.png")) for name in ("one", "shared")]
+    assert np.abs(samples[0].astype(int) - samples[1]).max() <= 1
+    snapshots = [load_file(next((tmp_path / name / "ema-snapshots").glob("*4-0.1000*"))) for name in ("one", "shared")]
+    for name, value in snapshots[0].items():
+        torch.testing.assert_close(snapshots[1][name], value, atol=1e-3, rtol=1e-3)
 
 
 def test_two_processes_resume_exactly(imagefolder, tmp_path):

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-import diffusers
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from ..models.unet_base import ConditionalUNet
 from .config import TrainingConfig
@@ -44,13 +45,38 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     return accelerator
 
 
+def gathered(value: torch.Tensor) -> torch.Tensor:
+    """All of a tensor that may be spread over processes."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def own_part(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """What this process has of a parameter that may be spread over processes: the same memory."""
+    if not isinstance(parameter, DTensor):
+        return parameter
+    return parameter.detach().to_local().requires_grad_(parameter.requires_grad)
+
+
+def join(part: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
+    """All of what each process has a part of, spread as a parameter is; all processes call this."""
+    if not isinstance(parameter, DTensor):
+        return part
+    place = {"shape": parameter.shape, "stride": parameter.stride()}
+    return DTensor.from_local(part, parameter.device_mesh, parameter.placements, **place).full_tensor()
+
+
 def whole_network(accelerator: Accelerator, unet: torch.nn.Module) -> ConditionalUNet:
-    """The network as one process has it: where it is spread over processes, which all call this, a gathered copy."""
+    """The network without wrappers; where it is spread over processes, the main process gets a gathered copy.
+
+    All processes call this.
+    """
     inner = accelerator.unwrap_model(unet)
     if accelerator.distributed_type != DistributedType.FSDP:
         return inner
     state = accelerator.get_state_dict(unet)  # empty but in the main process
-    whole = getattr(diffusers, inner.config["_class_name"]).from_config(inner.config)
-    if accelerator.is_main_process:
-        whole.load_state_dict(state)
-    return whole
+    if not accelerator.is_main_process:
+        return inner
+    own_class = next(kind for kind in type(inner).__mro__ if not issubclass(kind, FSDPModule))
+    whole = own_class.from_config(inner.config)
+    whole.load_state_dict(state)
+    return whole.to(accelerator.device)

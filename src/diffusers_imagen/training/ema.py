@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from diffusers.training_utils import EMAModel
 from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor
 
 from .config import TrainingConfig
+from .devices import join, own_part
 
 
 SNAPSHOTS = "ema-snapshots"
@@ -42,13 +42,10 @@ def std_to_gamma(std: float) -> float:
     return float(roots[np.abs(roots.imag) < 1e-9].real.max())
 
 
-def gathered(value: torch.Tensor) -> torch.Tensor:
-    """All of a tensor that may be spread over processes."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
-
-
 class WeightAverages:
     """The averages that a run keeps: none, one, or one for each width.
+
+    Each process averages its own part of parameters that are spread over processes.
 
     Args:
         config (`TrainingConfig`): Which.
@@ -56,7 +53,7 @@ class WeightAverages:
     """
 
     def __init__(self, config: TrainingConfig, parameters: Iterable[torch.nn.Parameter]):
-        parameters = list(parameters)
+        parameters = [own_part(parameter) for parameter in parameters]
         self.models: list[EMAModel] = []
         if config.use_ema and config.ema_type == "power":
             self.models = [PowerFunctionEMA(parameters, std) for std in config.ema_stds]
@@ -75,7 +72,7 @@ class WeightAverages:
 
     def step(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Takes the weights after a step into the averages."""
-        parameters = list(parameters)
+        parameters = [own_part(parameter) for parameter in parameters]
         for model in self.models:
             model.step(parameters)
 
@@ -85,7 +82,7 @@ class WeightAverages:
         if not self.models:
             yield
             return
-        parameters, model = list(parameters), self.models[0]
+        parameters, model = [own_part(parameter) for parameter in parameters], self.models[0]
         model.store(parameters)
         model.copy_to(parameters)
         try:
@@ -93,14 +90,17 @@ class WeightAverages:
         finally:
             model.restore(parameters)
 
-    def save_snapshots(self, output_dir: str, names: list[str], step: int, is_main_process: bool = True) -> None:
-        """Writes the averages in half precision, for `reconstruct`, each beside its place at first.
+    def save_snapshots(
+        self, output_dir: str, parameters: dict[str, torch.nn.Parameter], step: int, is_main_process: bool = True
+    ) -> None:
+        """Writes the averages of parameters in half precision, for `reconstruct`, each beside its place at first.
 
-        All processes take part, since each may have shards; the main process writes.
+        All processes take part, since each may have parts; the main process writes.
         """
         folder = Path(output_dir) / SNAPSHOTS
         for model in self.models:
-            tensors = {name: gathered(value).half() for name, value in zip(names, model.shadow_params)}
+            pairs = zip(parameters.items(), model.shadow_params)
+            tensors = {name: join(value, parameter).half() for (name, parameter), value in pairs}
             if not is_main_process:
                 continue
             folder.mkdir(parents=True, exist_ok=True)

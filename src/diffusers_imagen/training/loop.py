@@ -95,7 +95,7 @@ class Trainer:
         )
 
         self.names = [name for name, parameter in unet.named_parameters() if parameter.requires_grad]
-        unet = prepare_network(unet, config)
+        unet = prepare_network(unet, config, accelerator.distributed_type)
         self.unet, self.optimizer, self.weighting = accelerator.prepare(unet, optimizer, weighting)
         self.parameters = trainable(self.unet)
         self.averages = WeightAverages(config, self.parameters)
@@ -247,17 +247,19 @@ class Trainer:
                 self.sample(done)
 
     def sample(self, done: int) -> None:
-        """Draws the validation prompts, in all processes alike, and writes a grid."""
-        unet = self.accelerator.unwrap_model(self.unet).eval()
-        images = draw_samples(unet, self.objective.scheduler(), self.prompts, self.config)
+        """Draws the validation prompts and writes a grid; the other processes wait where they meet next."""
+        unet = whole_network(self.accelerator, self.unet)
+        if not self.accelerator.is_main_process:
+            return
+        images = draw_samples(unet.eval(), self.objective.scheduler(), self.prompts, self.config)
         unet.train()
-        if self.accelerator.is_main_process:
-            write_samples(images, self.config.output_dir, done)
-            log_samples(self.accelerator, images, self.config.validation_prompts, done)
+        write_samples(images, self.config.output_dir, done)
+        log_samples(self.accelerator, images, self.config.validation_prompts, done)
 
     def save_snapshots(self, done: int) -> None:
         """Writes the power-function averages."""
-        self.averages.save_snapshots(self.config.output_dir, self.names, done, self.accelerator.is_main_process)
+        parameters = dict(zip(self.names, self.parameters))
+        self.averages.save_snapshots(self.config.output_dir, parameters, done, self.accelerator.is_main_process)
 
     def save(self, done: int) -> None:
         """Writes a checkpoint, and the averaged weights as a stage."""

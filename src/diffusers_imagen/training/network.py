@@ -6,6 +6,7 @@ from typing import Optional
 
 import diffusers
 import torch
+from accelerate.utils import DistributedType
 from diffusers import AutoModel, DiffusionPipeline
 
 from ..models.unet_base import ConditionalUNet
@@ -116,10 +117,12 @@ def choose_attention(unet: ConditionalUNet, config: TrainingConfig) -> None:
         raise ValueError(f"`attention_backend` is {config.attention_backend!r}: {error}") from error
 
 
-def prepare_network(unet: ConditionalUNet, config: TrainingConfig) -> ConditionalUNet:
+def prepare_network(
+    unet: ConditionalUNet, config: TrainingConfig, distributed_type: DistributedType
+) -> ConditionalUNet:
     """Sets the network up for training, in place."""
     unet.train()
-    if config.channels_last:
+    if config.channels_last and distributed_type != DistributedType.FSDP:  # whose shards have to be contiguous
         unet.to(memory_format=torch.channels_last)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()

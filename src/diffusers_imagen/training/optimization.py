@@ -10,6 +10,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from diffusers.optimization import get_scheduler
 
 from .config import TrainingConfig
+from .devices import gathered
 
 
 def trainable(module: torch.nn.Module) -> list[torch.nn.Parameter]:
@@ -81,7 +82,7 @@ def clip_gradients(
 ) -> torch.Tensor:
     """Clips gradients to a norm, 0 for none; returns their norm before, the same in all processes."""
     norm = accelerator.clip_grad_norm_(parameters, max_norm or math.inf)
-    return torch.as_tensor(1.0 if norm is None else norm, dtype=torch.float32, device=accelerator.device)
+    return torch.as_tensor(1.0 if norm is None else gathered(norm), dtype=torch.float32, device=accelerator.device)
 
 
 def step_if_finite(optimizer: AcceleratedOptimizer, grad_norm: torch.Tensor) -> None:
