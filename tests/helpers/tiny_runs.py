@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 
 from diffusers_imagen import EfficientUNetModel, ImagenUNetModel
-from diffusers_imagen.training import Trainer, TrainingConfig
+from diffusers_imagen.training import LoraTrainer, LoraTrainingConfig, Trainer, TrainingConfig
 
 
 TINY = {"block_out_channels": (8, 16), "layers_per_block": 1, "attention_head_dim": 8, "norm_num_groups": 4}
@@ -72,16 +72,19 @@ def reset_accelerate() -> None:
 
 
 def run(settings: dict, seed: int = 0, environment: dict[str, str] | None = None) -> None:
-    """A whole run, for a process of its own; leaves its weights in `weights.pt`."""
+    """A whole run, with a `rank` of an adapter, for a process of its own; leaves its weights in `weights.pt`."""
     reset_accelerate()
     os.environ.update(environment or {})
     torch.set_num_threads(1)
     if "ACCELERATE_USE_FSDP" in os.environ:
         PartialState(cpu=True)
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU  # accelerate spreads on GPUs only
-    config = TrainingConfig(**settings)
+    trainer_class, config_class = (
+        (LoraTrainer, LoraTrainingConfig) if "rank" in settings else (Trainer, TrainingConfig)
+    )
+    config = config_class(**settings)
     unet = make_unet(seed)
-    trainer = Trainer(config, unet, encode)
+    trainer = trainer_class(config, unet, encode)
     trainer.train()
     if trainer.accelerator.is_main_process and "ACCELERATE_USE_FSDP" not in os.environ:
         torch.save(unet.state_dict(), Path(config.output_dir) / "weights.pt")

@@ -78,8 +78,13 @@ def test_a_network_that_is_spread_over_processes_is_trained_as_one(imagefolder, 
         torch.testing.assert_close(snapshots[1][name], value, atol=1e-3, rtol=1e-3)
 
 
-def test_two_processes_resume_exactly(imagefolder, tmp_path):
-    whole, stopped = (settings(imagefolder, tmp_path / name, train_batch_size=2) for name in ("whole", "stopped"))
+@pytest.mark.parametrize("adapter", [False, True], ids=["all-weights", "adapter"])
+def test_two_processes_resume_exactly(imagefolder, tmp_path, adapter):
+    options = {"train_batch_size": 2, "uncertainty_weighting": True}
+    if adapter:
+        make_unet().save_pretrained(tmp_path / "stage" / "unet")
+        options |= {"rank": 2, "preset": None, "pretrained_model_name_or_path": str(tmp_path / "stage")}
+    whole, stopped = (settings(imagefolder, tmp_path / name, **options) for name in ("whole", "stopped"))
     run_in_processes(whole, 2)
     run_in_processes({**stopped, "max_train_steps": 2}, 2)
     run_in_processes({**stopped, "resume_from_checkpoint": "latest"}, 2)

@@ -108,18 +108,23 @@ class LoraTrainer(Trainer):
 
     def save_adapter_alone(self, models: list, weights: list, output_dir: str) -> None:
         """Keeps the frozen weights out of a checkpoint."""
-        weights.pop(models.index(self.unet))
+        weights.pop(self.place_among(models))
         if self.accelerator.is_main_process:
             tensors = dict(zip(self.names, (p.detach().cpu().contiguous() for p in self.parameters)))
             save_file(tensors, Path(output_dir) / ADAPTER_FILE)
 
     def load_adapter_alone(self, models: list, input_dir: str) -> None:
         """Gives the adapter the weights of a checkpoint."""
-        models.remove(self.unet)
+        models.pop(self.place_among(models))
         saved = load_file(Path(input_dir) / ADAPTER_FILE)
         with torch.no_grad():
             for name, parameter in zip(self.names, self.parameters):
                 parameter.copy_(saved[name])
+
+    def place_among(self, models: list) -> int:
+        """Where the network is among those of accelerate, which has some of them with and some without wrappers."""
+        inner, unwrap = self.accelerator.unwrap_model(self.unet), self.accelerator.unwrap_model
+        return next(place for place, model in enumerate(models) if unwrap(model) is inner)
 
     def export(self, unet: ConditionalUNet, done: int, results: dict[str, float]) -> None:
         from peft.utils import get_peft_model_state_dict
