@@ -13,6 +13,7 @@ from diffusers import AutoModel
 from tqdm.auto import tqdm
 from transformers import AutoConfig
 
+from ..pipelines.stages import is_untrained
 from .data.captions import iterate_captions
 from .data.config import DataConfig
 from .data.images import BadImage, fit_image, name_image, open_image, read_image
@@ -183,18 +184,13 @@ def examine_weights(unet: torch.nn.Module) -> list[Finding]:
     """Whether the weights are finite, and were ever trained."""
     parameters = dict(unet.named_parameters())
     broken = [name for name, value in parameters.items() if not value.isfinite().all()]
-    last = [name for name, value in parameters.items() if "conv_out" in name and not value.any()]
-    # normalisations start as ones and the last layers of residual branches as zeros: a single step moves them
-    kinds = (torch.nn.GroupNorm, torch.nn.LayerNorm)
-    norms = [module.weight for module in unet.modules() if isinstance(module, kinds) and module.weight is not None]
-    untouched = bool(norms) and all((value == 1).all() for value in norms)
     count = sum(value.numel() for value in parameters.values())
     if broken:
         return [Finding(True, f"{len(broken)} weights are not finite, such as {broken[0]}: training diverged")]
-    if last:
-        return [Finding(True, f"the output layer is zero ({', '.join(last)}): this network was never trained")]
-    if untouched:
-        return [Finding(True, "all normalisations are as they were initialised: this network was never trained")]
+    if is_untrained(unet):
+        return [
+            Finding(True, "all residual branches end in zeros, as in a new network: this network was never trained")
+        ]
     return [Finding(False, f"{type(unet).__name__}: {count:,} weights, finite and trained")]
 
 

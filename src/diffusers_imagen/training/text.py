@@ -11,12 +11,11 @@ from diffusers.training_utils import free_memory
 from diffusers.utils import logging
 from transformers import AutoModel, AutoModelForTextEncoding, AutoTokenizer, PreTrainedModel
 
-from ..pipelines.text import encode_tokens
+from ..pipelines.text import NO_LIMIT, encode_tokens
 
 
 logger = logging.get_logger(__name__)
 
-LONGEST = 100_000  # tokenizers without a limit say 10^30
 PROBES = 64
 PROBE_TOLERANCE = 2**-7  # a weight in bfloat16 is off by 2^-8; weights that were trained on move by more
 
@@ -52,7 +51,7 @@ class TextEncoder:
                     f"`tokenizer_max_length` is {max_length}, but the tokenizer of {name!r} ends at {limit}."
                 )
             self.tokenizer.model_max_length = max_length
-        elif limit > LONGEST:
+        elif limit > NO_LIMIT:
             raise ValueError(
                 f"The tokenizer of {name!r} has no limit of tokens: give `tokenizer_max_length`, e.g. 128."
             )
