@@ -70,7 +70,7 @@ list of some 45,000 words keeps its spelling in tokens and exactly its states.
 (`scripts/build_emoji_dataset.py`), the train split only. Concepts are drawn equally often in every style, whatever the
 number of their skin tones; one caption in ten is the bare name, one in ten a list of keywords. Captions read
 "{example}". Styles are named {style_phrases}.
-The last base run draws 156 common things (`scripts/common_emoji.txt`: a cat, a pizza, a rocket) three times out of four.
+The last base runs draw 156 common things (`scripts/common_emoji.txt`: a cat, a pizza, a rocket) half of the time or more.
 
 ## Training
 {training}
