@@ -40,7 +40,13 @@ TEST_CONCEPT_SHARE = 0.03
 TEST_TONE_SHARE = 0.10
 TEST_STYLE_SHARE = 0.08
 TEST_STYLE_MIN_STYLES = 4
-COMMON = frozenset((Path(__file__).parent / "common_emoji.txt").read_text().splitlines())  # what people ask for first
+# How often training may draw a thing: what people ask for first more often than what is in no file, which has 1.
+WEIGHTS = {
+    label: int(weight)
+    for weight, label in (
+        line.split("\t") for line in (Path(__file__).parent / "emoji_weights.tsv").read_text().splitlines()
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -158,7 +164,7 @@ class Row:
     def file_name(self) -> str:
         return f"images/{self.style}_{self.code_point}.png"
 
-    def metadata(self) -> dict[str, str | bool | list[str]]:
+    def metadata(self) -> dict[str, str | int | list[str]]:
         """The row as one line of `metadata.jsonl`; every key has one type, as Arrow wants it."""
         columns = ("style", "concept", "split", "label", "group", "tags", "icon_set", "icon_name", "code_point")
         return {
@@ -166,7 +172,7 @@ class Row:
             "text": self.caption,
             **{column: getattr(self, column) for column in columns},
             "tone": tone_words(self.tone),
-            "common": self.label in COMMON,
+            "weight": WEIGHTS.get(self.label, 1),
         }
 
 

@@ -138,7 +138,7 @@ def test_vector_styles_resume_and_rescale(cache_dir, tmp_path):
     output_dir = tmp_path / "emoji"
     rows = build(cache_dir, output_dir, "--styles", "flat", "line")
     assert [row["style"] for row in rows] == ["flat", "flat", "line", "line"]
-    assert [(row["label"], row["common"]) for row in rows[:2]] == [("red apple", True), ("writer", False)]
+    assert [(row["label"], row["weight"]) for row in rows[:2]] == [("red apple", 30), ("writer", 1)]
     images = [output_dir / row["file_name"] for row in rows]
     with Image.open(images[0]) as image:
         assert image.getchannel("A").point(lambda alpha: 255 * (alpha > 127)).getbbox() == (23, 23, 233, 233)

@@ -1,6 +1,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Optional
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 from diffusers_imagen.training import TrainingConfig
 from diffusers_imagen.training.data import Batch, make_train_batches
 from diffusers_imagen.training.data.batches import MemoryBatches
-from diffusers_imagen.training.data.sources import balance_weights, open_rows
+from diffusers_imagen.training.data.sources import draw_weights, open_rows
 
 
 SIDE = 32
@@ -95,22 +96,48 @@ def test_rows_of_a_split_and_a_style(imagefolder, split, styles, expected):
     assert len(open_images(make_config(imagefolder, styles=styles), split).images) == len(expected)
 
 
+def weights_of_rows(folder, **kwargs) -> Optional[list[float]]:
+    config = make_config(folder, **kwargs)
+    weights = draw_weights(open_rows(config, "train").data, config)
+    return None if weights is None else weights.tolist()
+
+
+def share_of_shaded(folder, **kwargs) -> float:
+    """How many of 2000 drawn images are the one of the style `shaded`."""
+    config = make_config(folder, **kwargs)
+    shaded = open_images(config).images.pixels[-1].float() / 127.5 - 1
+    return (draw(config, 2000).images == shaded).flatten(1).all(dim=1).float().mean().item()
+
+
 def test_combinations_of_values_are_drawn_equally_often(imagefolder):
-    config = make_config(imagefolder, balance_by=["style", "concept"])
-    rows = open_rows(config, "train").data
-    assert balance_weights(rows, ["style"]).tolist() == pytest.approx([1 / 5] * 5 + [1])
+    assert weights_of_rows(imagefolder, balance_by=["style"]) == pytest.approx([1 / 5] * 5 + [1])
     # rows 0 and 1, 2 and 3 share a concept; 4 and 6 have one each
-    assert balance_weights(rows, ["concept"]).tolist() == pytest.approx([1 / 2] * 4 + [1, 1])
-    assert balance_weights(rows, ["style", "concept"]).tolist() == pytest.approx([1 / 2] * 4 + [1, 1])
-    assert balance_weights(rows, None) is None
+    assert weights_of_rows(imagefolder, balance_by=["concept"]) == pytest.approx([1 / 2] * 4 + [1, 1])
+    assert weights_of_rows(imagefolder, balance_by=["style", "concept"]) == pytest.approx([1 / 2] * 4 + [1, 1])
+    assert weights_of_rows(imagefolder) is None
+    assert share_of_shaded(imagefolder, balance_by=["style"]) == pytest.approx(1 / 2, abs=0.05)
+    assert share_of_shaded(imagefolder) == pytest.approx(1 / 6, abs=1e-3)
 
-    def share_of_shaded(**kwargs) -> float:
-        batch = draw(make_config(imagefolder, **kwargs), 2000)
-        shaded = open_images(config).images.pixels[-1].float() / 127.5 - 1
-        return (batch.images == shaded).flatten(1).all(dim=1).float().mean().item()
 
-    assert share_of_shaded(balance_by=["style"]) == pytest.approx(1 / 2, abs=0.05)
-    assert share_of_shaded() == pytest.approx(1 / 6, abs=1e-3)
+def write_weights(folder, rows, weights) -> None:
+    lines = (json.dumps({**row, "weight": weight}) + "\n" for row, weight in zip(rows, weights, strict=True))
+    (Path(folder) / "metadata.jsonl").write_text("".join(lines))
+
+
+def test_rows_are_drawn_in_proportion_to_their_weights(imagefolder, rows):
+    write_weights(imagefolder, rows, [1, 1, 1, 1, 1, 1, 5, 1])  # rows 5 and 7 are in other splits
+    assert weights_of_rows(imagefolder, weight_column="weight") == [1, 1, 1, 1, 1, 5]
+    both = weights_of_rows(imagefolder, weight_column="weight", balance_by=["style"])
+    assert both == pytest.approx([1 / 5] * 5 + [5])
+    assert share_of_shaded(imagefolder, weight_column="weight") == pytest.approx(1 / 2, abs=0.05)
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, None, "often"])
+def test_a_weight_that_is_no_number_above_0_is_named(imagefolder, rows, bad):
+    write_weights(imagefolder, rows, ["1"] * 7 + ["1"] if bad == "often" else [1.0, 1.0, bad] + [1.0] * 5)
+    row, shown = (0, "'1'") if bad == "often" else (2, repr(bad))
+    with pytest.raises(ValueError, match=f"`weight_column` is 'weight', where row {row} has {shown}"):
+        weights_of_rows(imagefolder, weight_column="weight")
 
 
 def test_captions_are_those_of_their_images(imagefolder, encode, decode):
@@ -212,7 +239,9 @@ def test_a_folder_without_data_is_named(tmp_path):
         open_rows(make_config(str(tmp_path)), "train")
 
 
-@pytest.mark.parametrize("columns", [{"caption_column": ["text", "prompt"]}, {"balance_by": ["prompt"]}])
+@pytest.mark.parametrize(
+    "columns", [{"caption_column": ["text", "prompt"]}, {"balance_by": ["prompt"]}, {"weight_column": "prompt"}]
+)
 def test_a_missing_column_is_named(imagefolder, columns):
     with pytest.raises(ValueError, match=r"lacks the columns \['prompt'\]; it has .*'concept'"):
         open_rows(make_config(imagefolder, **columns), "train")
@@ -256,6 +285,7 @@ BAD_SETTINGS = {
         r"`degradation_jpeg_quality` is \[0, 90\], but should be .* from 1 to 100",
     ),
     "balanced stream": ({"streaming": True, "balance_by": ["a"]}, "`balance_by` is .*, but `streaming`"),
+    "weighted stream": ({"streaming": True, "weight_column": "a"}, "`weight_column` is 'a', but `streaming`"),
     "buckets in memory": ({"in_memory": True, "aspect_ratio_buckets": "auto"}, "only squares are kept in memory"),
     "random places in memory": ({"in_memory": True, "center_crop": False}, "only centre crops are kept in memory"),
     "no chance": ({"caption_probabilities": [0.0]}, r"`caption_probabilities` is \[0.0\], but should be positive"),
@@ -269,6 +299,7 @@ BAD_SETTINGS = {
         "`noise_conditioning_augmentation` is 0.001",
     ),
     "nothing to grow": ({"grow": True}, "`grow` is True"),
+    "nothing to change": ({"layers_per_block": [1, 2]}, r"`layers_per_block` is \[1, 2\], but there is no"),
     "two networks": ({"pretrained_model_name_or_path": "a"}, "Exactly one of"),
     "no network": ({"preset": None}, "Exactly one of"),
     "drop rate": ({"text_drop_rate": 1.5}, "`text_drop_rate` is 1.5"),

@@ -5,19 +5,17 @@ import torch
 
 from diffusers_imagen import ImagenUNetModel
 from diffusers_imagen.presets import PRESETS, create_unet
-from diffusers_imagen.training.growing import grow_unet
+from diffusers_imagen.training.growing import change_layers, grow_unet
 
 
 def make(**kwargs) -> ImagenUNetModel:
     unet = ImagenUNetModel(
         sample_size=16,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
         attention_resolutions=(8,),
         attention_head_dim=8,
         encoder_hid_dim=None,
         norm_num_groups=4,
-        **kwargs,
+        **{"block_out_channels": (8, 16), "layers_per_block": 1, **kwargs},
     )
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -69,3 +67,52 @@ def test_a_grown_network_draws_a_flat_image_as_the_small_one_does():
 def test_levels_joined_by_residual_blocks_are_refused():
     with pytest.raises(ValueError, match="`resample_type` is 'resnet'"):
         grow_unet(make(resample_type="resnet"))
+
+
+def draw(unet: ImagenUNetModel) -> torch.Tensor:
+    sample = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    return unet.eval()(sample, torch.tensor([0.2, -0.5]), return_dict=False)[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layers", [(1, 2), (2, 1), (3, 3), (1, 1)])
+def test_a_network_that_gains_blocks_draws_what_it_drew(layers):
+    unet = make(attention_type="self")
+    changed = change_layers(unet, list(layers))
+    assert changed.num_layers == layers and len(changed.down_blocks) == sum(layers)
+    torch.testing.assert_close(draw(changed), draw(unet), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_blocks_that_were_gained_can_be_lost_again():
+    unet = make(layers_per_block=(1, 2), attention_type="self")
+    there_and_back = change_layers(change_layers(unet, [2, 3]), [1, 2])
+    for key, value in unet.state_dict().items():
+        assert torch.equal(there_and_back.state_dict()[key], value), key
+
+
+@torch.no_grad()
+def test_the_first_level_may_lose_all_its_blocks():
+    unet = make(block_out_channels=(8, 8))
+    changed = change_layers(unet, [0, 1])
+    assert len(changed.down_blocks) == 1 and len(changed.up_blocks) == 3
+    for key, value in changed.down_blocks[0].state_dict().items():
+        assert torch.equal(value, unet.down_blocks[1].state_dict()[key])
+    for key, value in changed.up_blocks[2].state_dict().items():
+        assert torch.equal(value, unet.up_blocks[2].state_dict()[key])
+    assert draw(changed).shape == (2, 3, 16, 16)
+    assert change_layers(changed, [1, 1]).num_layers == (1, 1)
+
+
+@pytest.mark.parametrize(
+    "layers, message",
+    [
+        ([1], "`layers_per_block` has 1 entries, but `block_out_channels` has 2"),
+        ([1, 0], r"`layers_per_block` is \(1, 0\), but only the first level may have none"),
+        ([-1, 1], r"`layers_per_block` is \(-1, 1\)"),
+        ([0, 1], r"only where the second is as wide: `block_out_channels` is \(8, 16\)"),
+    ],
+)
+def test_layers_that_make_no_network_are_refused(layers, message):
+    with pytest.raises(ValueError, match=message):
+        change_layers(make(), layers)

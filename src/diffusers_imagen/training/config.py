@@ -24,6 +24,9 @@ class TrainingConfig(DataConfig):
         "Hub id.",
     )
     grow: bool = arg(False, "Put a finer level around the pretrained network, for images of twice the side.")
+    layers_per_block: Optional[list[int]] = field(
+        default=None, metadata={"help": "Give the pretrained ImagenUNetModel so many blocks at each level."}
+    )
     preset: Optional[str] = arg(None, "Name of a network in diffusers_imagen.presets, trained from scratch.")
     model_config_name_or_path: Optional[str] = arg(
         None, "Network, by its config.json in a folder or on the Hub, trained from scratch."
@@ -119,8 +122,14 @@ class TrainingConfig(DataConfig):
             raise ValueError(
                 "Exactly one of `preset`, `model_config_name_or_path` and `pretrained_model_name_or_path` must be given."
             )
-        if self.grow and self.pretrained_model_name_or_path is None:
-            raise ValueError("`grow` is True, but there is no `pretrained_model_name_or_path` to grow.")
+        if self.pretrained_model_name_or_path is None:
+            if self.grow:
+                raise ValueError("`grow` is True, but there is no `pretrained_model_name_or_path` to grow.")
+            if self.layers_per_block:
+                raise ValueError(
+                    f"`layers_per_block` is {self.layers_per_block}, but there is no `pretrained_model_name_or_path` to "
+                    "change: a fresh network has those of its configuration."
+                )
         self._check_objective()
         self._check_ema()
         self._check_validation()

@@ -13,7 +13,7 @@ from ..models.unet_base import ConditionalUNet
 from ..pipelines.stages import missing_weights
 from ..presets import create_unet
 from .config import TrainingConfig
-from .growing import grow_unet
+from .growing import change_layers, grow_unet
 
 
 def make_unet(config: TrainingConfig) -> ConditionalUNet:
@@ -26,6 +26,8 @@ def make_unet(config: TrainingConfig) -> ConditionalUNet:
         unet = load_unet(config.pretrained_model_name_or_path, find_network(config))
     if config.grow:
         unet = grow_unet(unet)
+    if config.layers_per_block:
+        unet = change_layers(unet, config.layers_per_block)
     return unet.at_resolution(config.resolution)
 
 

@@ -15,7 +15,7 @@ from .draws import VALIDATION_SEED, BucketOrder, RowOrder, SlotDraws
 from .loading import BatchPlan, SlotDataset, assign_buckets
 from .memory import CaptionedImages
 from .samples import SampleMaker
-from .sources import Rows, balance_weights, open_rows
+from .sources import Rows, draw_weights, open_rows
 from .streaming import StreamDataset
 
 
@@ -74,10 +74,10 @@ def _make_batches(
     if rows.streaming:
         return StreamBatches(*place, rows, maker, SlotDraws(*seed))
     if keeps_in_memory(config, rows):
-        images = CaptionedImages(config, rows, maker, seed, balanced=training)
+        images = CaptionedImages(config, rows, maker, seed, weighted=training)
         logger.info(f"{len(images)} images of the split {split!r} at {config.resolution} px in memory")
         return MemoryBatches(*place, images)
-    weights = balance_weights(rows.data, config.balance_by if training else None)
+    weights = draw_weights(rows.data, config) if training else None
     if config.aspect_ratio_buckets is None:
         order = RowOrder(len(rows.data), config.seed, weights)
     else:

@@ -43,6 +43,7 @@ class DataConfig:
     balance_by: Optional[list[str]] = field(
         default=None, metadata={"help": "Draw each combination of values in these columns equally often."}
     )
+    weight_column: Optional[str] = arg(None, "Column with numbers above 0: rows are drawn in proportion to them.")
     max_train_samples: Optional[int] = arg(None, "Train on so many rows only.")
     in_memory: Optional[bool] = arg(
         None, "Keep all images as pixels in memory; without it, small sets of centre crops are kept."
@@ -148,7 +149,7 @@ class DataConfig:
 
     def _check_order(self) -> None:
         """Refuses what needs every row at hand where rows come in a stream, and what needs squares without them."""
-        for name in ("balance_by", "aspect_ratio_buckets", "in_memory"):
+        for name in ("balance_by", "weight_column", "aspect_ratio_buckets", "in_memory"):
             if self.streaming and getattr(self, name):
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}, but `streaming` reads rows as they come.")
         if self.in_memory and self.aspect_ratio_buckets:

@@ -14,7 +14,7 @@ from .draws import RowOrder, SlotDraws
 from .images import BadImage, name_image
 from .pyramid import crop, reduce, to_float
 from .samples import SampleMaker
-from .sources import Rows, balance_weights
+from .sources import Rows, draw_weights
 
 
 READ_AT_ONCE = 256  # rows whose files may be in memory at the same time
@@ -28,14 +28,14 @@ class CaptionedImages:
         rows (`Rows`): The data set.
         maker (`SampleMaker`): Makes samples.
         seed (`tuple[int, ...]`): The run's seed, and words that distinguish its sequences.
-        balanced (`bool`): Whether rows are drawn as `config.balance_by` says.
+        weighted (`bool`): Whether rows are drawn as `config.balance_by` and `config.weight_column` say.
 
     Raises:
         ValueError: If no image can be used.
     """
 
     def __init__(
-        self, config: DataConfig, rows: Rows, maker: SampleMaker, seed: tuple[int, ...], balanced: bool = True
+        self, config: DataConfig, rows: Rows, maker: SampleMaker, seed: tuple[int, ...], weighted: bool = True
     ):
         self.config = config
         self.maker = maker
@@ -45,7 +45,7 @@ class CaptionedImages:
         if maker.with_text:
             columns = [rows.data[column][:] for column in config.caption_column]
             self.captions = [[caption_text(column[i]) for column in columns] for i in kept]
-        weights = balance_weights(rows.data, config.balance_by if balanced else None)
+        weights = draw_weights(rows.data, config) if weighted else None
         self.order = RowOrder(len(kept), config.seed, None if weights is None else weights[kept])
         self.draws = SlotDraws(*seed)
 

@@ -1,5 +1,6 @@
 """Rows of images and captions, from a folder or from the Hub, with images not yet decoded."""
 
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple, Optional, Union
 
@@ -60,7 +61,7 @@ def open_rows(config: DataConfig, split: str, with_text: bool = True) -> Rows:
         data = data.cast_column(image_column, Image(decode=False))
     if with_text and config.caption is not None:
         data = give_caption(data, config)
-    needed = [image_column, *(config.caption_column if with_text else []), *(config.balance_by or [])]
+    needed = [image_column, *(config.caption_column if with_text else []), *draw_columns(config)]
     return Rows(data.select_columns(list(dict.fromkeys(needed))), image_column, folder)
 
 
@@ -127,7 +128,7 @@ def find_image_column(data, columns: list[str], config: DataConfig) -> str:
 def check_columns(data, columns: list[str], config: DataConfig, with_text: bool) -> None:
     """Checks that the columns exist and that captions are text."""
     captions = config.caption_column if with_text and config.caption is None else []
-    needed = {*captions, *(config.balance_by or [])}
+    needed = {*captions, *draw_columns(config)}
     needed |= {"style"} if config.styles else set()
     missing = needed - set(columns)
     if missing:
@@ -174,12 +175,30 @@ def take(data, config: DataConfig):
     return data.shuffle(seed=config.seed).select(range(min(config.max_train_samples, len(data))))
 
 
-def balance_weights(rows: Dataset, columns: Optional[list[str]]) -> Optional[np.ndarray]:
-    """Weight of each row `(N,)`: every combination of values in `columns` is drawn equally often."""
-    if not columns:
-        return None
-    keys = list(zip(*(map(str, rows[column][:]) for column in columns)))
-    counts: dict[tuple, int] = {}
-    for key in keys:
-        counts[key] = counts.get(key, 0) + 1
-    return np.array([1 / counts[key] for key in keys])
+def draw_columns(config: DataConfig) -> list[str]:
+    """The columns that say how often a row is drawn."""
+    return [*(config.balance_by or []), *([config.weight_column] if config.weight_column else [])]
+
+
+def draw_weights(rows: Dataset, config: DataConfig) -> Optional[np.ndarray]:
+    """How often each row is drawn, `(N,)`, in proportion; None for all alike.
+
+    Every combination of values in `config.balance_by` is drawn equally often, times `config.weight_column`.
+
+    Raises:
+        ValueError: If a weight is no number above 0.
+    """
+    weights = np.ones(len(rows))
+    if config.balance_by:
+        keys = list(zip(*(map(str, rows[column][:]) for column in config.balance_by)))
+        counts = Counter(keys)
+        weights /= [counts[key] for key in keys]
+    if config.weight_column is not None:
+        for row, weight in enumerate(rows[config.weight_column][:]):
+            if not (isinstance(weight, (int, float)) and 0 < weight < float("inf")):
+                raise ValueError(
+                    f"`weight_column` is {config.weight_column!r}, where row {row} has {weight!r}, but should have a "
+                    "number above 0."
+                )
+            weights[row] *= weight
+    return weights if draw_columns(config) else None
