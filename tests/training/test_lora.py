@@ -199,7 +199,8 @@ def test_the_adapter_depends_on_the_seed_and_leaves_the_global_generator_alone(m
         ({"lora_alpha": 0}, "`lora_alpha` is 0, but should be above 0"),
         ({"lora_target_modules": []}, "`lora_target_modules` is empty"),
         ({"ema_type": "power"}, "only averages of whole networks"),
-        ({"grow": True}, "not `grow`"),
+        ({"grow": True}, "not `grow` or `layers_per_block`"),
+        ({"layers_per_block": [1, 1]}, "not `grow` or `layers_per_block`"),
     ],
 )
 def test_settings_that_are_refused(make_lora_config, options, message):

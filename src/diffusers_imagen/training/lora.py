@@ -52,8 +52,11 @@ def check_adapter(config: TrainingConfig) -> None:
     Raises:
         ValueError: If not.
     """
-    if config.pretrained_model_name_or_path is None or config.grow:
-        raise ValueError("Fine-tuning begins with a trained stage: give `pretrained_model_name_or_path`, not `grow`.")
+    if config.pretrained_model_name_or_path is None or config.grow or config.layers_per_block:
+        raise ValueError(
+            "Fine-tuning begins with a trained stage: give `pretrained_model_name_or_path`, not `grow` or "
+            "`layers_per_block`."
+        )
     if config.rank is None:  # of DreamBooth, which trains whole networks too
         if config.lora_alpha is not None or config.lora_target_modules != TARGET_MODULES:
             raise ValueError("`lora_alpha` or `lora_target_modules` is given, but without `rank` there is no adapter.")
