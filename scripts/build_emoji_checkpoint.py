@@ -22,6 +22,7 @@ from diffusers_imagen import EDMAdamsScheduler, EfficientUNetModel, ImagenCascad
 
 
 MAX_SHARD_BYTES = 16 * 2**20 - 2**16  # a file is its tensors and a header
+BASE_SIGMA_MIN = 0.05  # little training is spent below it, and the noise it leaves is less than the network's own
 
 LICENCE_FILES = {
     "3d": "lobehub-fluent-emoji-3d.txt",
@@ -70,16 +71,16 @@ list of some 45,000 words keeps its spelling in tokens and exactly its states.
 (`scripts/build_emoji_dataset.py`), the train split only. Concepts are drawn equally often in every style, whatever the
 number of their skin tones; one caption in ten is the bare name, one in ten a list of keywords. Captions read
 "{example}". Styles are named {style_phrases}.
-The last base runs draw 156 common things (`scripts/common_emoji.txt`: a cat, a pizza, a rocket) half of the time or more.
+The last base runs draw most often what people ask for first (`scripts/emoji_weights.tsv`: a cat, a pizza, a rocket).
 
 ## Training
 {training}
 
 ## Limits
-It was trained in about six hours on two CPU cores, and it shows. Colours follow the prompt; faces, hearts, an apple, a
-tree, a tiger, a dog and people are recognised, many other objects are coloured shapes of about the right outline; fine
-detail and relations between objects are missing. It knows emoji: single objects on white. Words that no caption has work as far as
-the text encoder puts them near others.
+It was trained in about seven and a half hours on two CPU cores, and it shows. Colours follow the prompt; faces, hearts,
+fruit, a house, a tree, a guitar, a bicycle, a hamburger and the faces of animals are recognised, many rarer objects are
+coloured shapes of about the right outline; fine detail and relations between objects are missing. It knows emoji: single
+objects on white. Words that no caption has work as far as the text encoder puts them near others.
 
 ## Licences
 The weights are under Apache-2.0. The pictures that they were trained on are the works listed in `LICENSES/NOTICE.txt`.
@@ -102,7 +103,9 @@ def load_cascade(base: Path, sr256: Path, text_encoder: Path) -> ImagenCascadePi
     dtype = torch.float16
     pipe = ImagenCascadePipeline(
         base_unet=ImagenUNetModel.from_pretrained(base, subfolder="unet", dtype=dtype),
-        base_scheduler=EDMAdamsScheduler.from_pretrained(base, subfolder="scheduler", clip_sample=True),
+        base_scheduler=EDMAdamsScheduler.from_pretrained(
+            base, subfolder="scheduler", clip_sample=True, sigma_min=BASE_SIGMA_MIN
+        ),
         tokenizer=AutoTokenizer.from_pretrained(text_encoder / "tokenizer"),
         text_encoder=AutoModel.from_pretrained(text_encoder / "text_encoder", dtype=dtype),
         sr256_unet=EfficientUNetModel.from_pretrained(sr256, subfolder="unet", dtype=dtype),
@@ -123,7 +126,7 @@ def describe_training(stages: dict[str, list[Path]]) -> str:
             rows.append(
                 f"| {name} | {side} px{' crops' if config['crop_size'] else ''} | {run['step']:,} "
                 f"| {config['train_batch_size']} | {seen:,} | {config['p_mean']} | {run['loss']:.4f} "
-                f"| {run.get('validation_loss', float('nan')):.4f} |"
+                f"| {format(run['validation_loss'], '.4f') if 'validation_loss' in run else 'not measured'} |"
             )
     return "\n".join(rows)
 

@@ -19,10 +19,10 @@ from diffusers_imagen.pipelines.pipeline_imagen_cascade import DEFAULT_GUIDANCE,
 PROMPTS = [
     "a 3d render of a tiger face",
     "a noto emoji of a red apple",
-    "a flat illustration of a rocket",
+    "a flat illustration of a house",
     "a 3d render of a grinning face",
-    "a noto emoji of a woman doctor, dark skin",
-    "a flat illustration of a blue fish",
+    "a hamburger",
+    "a bicycle",
 ]
 
 

@@ -26,7 +26,8 @@ IMAGEN_UNETS = {
     "500m_res_64":   (  64, (256,  512,  768, 1024),     3,               (32, 16, 8),  512, False, T5,       524_897_540),
     "2b_res_64":     (  64, (512, 1024, 1536, 2048),     3,               (32, 16, 8), 2048, False, T5,     2_171_162_116),
     "400m_res_256":  ( 256, (128, 256, 512, 768, 768),   (2, 2, 3, 4, 3), (32, 16),     512, True,  T5,       408_350_468),
-    # trained at 16 and 32 px, then grown by a level to emoji_base_64 (training/growing.py)
+    # trained at 16 and 32 px, then grown by a level to emoji_base_64 (training/growing.py); what ships has its weights,
+    # further trained with layers (0, 1, 2, 1, 1)
     "emoji_base_32": (  32, (32, 64, 128, 256),          1,               (8, 4),       256, False, MINILM,    13_401_988),
     "emoji_base_64": (  64, (32, 32, 64, 128, 256),      1,               (8, 4),       256, False, MINILM,    13_555_588),
 }
