@@ -134,7 +134,7 @@ def test_rows_are_drawn_in_proportion_to_their_weights(imagefolder, rows):
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, None, "often"])
 def test_a_weight_that_is_no_number_above_0_is_named(imagefolder, rows, bad):
-    write_weights(imagefolder, rows, ["1"] * 7 + ["1"] if bad == "often" else [1.0, 1.0, bad] + [1.0] * 5)
+    write_weights(imagefolder, rows, ["1"] * 8 if bad == "often" else [1.0, 1.0, bad] + [1.0] * 5)
     row, shown = (0, "'1'") if bad == "often" else (2, repr(bad))
     with pytest.raises(ValueError, match=f"`weight_column` is 'weight', where row {row} has {shown}"):
         weights_of_rows(imagefolder, weight_column="weight")

@@ -105,7 +105,7 @@ def change_layers(unet: ImagenUNetModel, layers_per_block: list[int]) -> ImagenU
         ValueError: If there is not one number for each level, a level but the first would have no block on the way
             down, or one with none joins levels of other widths.
     """
-    config = dict(unet.config)
+    config = unet.config
     layers = per_level("layers_per_block", list(layers_per_block), len(config["block_out_channels"]))
     if min(layers[1:], default=1) < 1 or layers[0] < 0:
         raise ValueError(f"`layers_per_block` is {layers}, but only the first level may have none.")
@@ -114,8 +114,7 @@ def change_layers(unet: ImagenUNetModel, layers_per_block: list[int]) -> ImagenU
             f"`layers_per_block` is {layers}, but the first level can have none only where the second is as wide: "
             f"`block_out_channels` is {config['block_out_channels']}."
         )
-    config.update(layers_per_block=layers, time_embedding_dim=unet.time_embedding.mlp.linear_2.out_features)
-    changed = ImagenUNetModel.from_config(config)
+    changed = ImagenUNetModel.from_config({**config, "layers_per_block": layers})
     with torch.no_grad():
         for block in changed.up_blocks:
             pass_on(block)
