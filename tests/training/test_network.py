@@ -69,6 +69,15 @@ def test_a_configuration_is_a_network_with_fresh_weights(make_config, tmp_path):
             make_network(make_config(preset=None, model_config_name_or_path=str(tmp_path / name)))
 
 
+@pytest.mark.parametrize(("change", "shown"), [({"grow": True}, "True"), ({"layers_per_block": [1, 2]}, r"\[1, 2\]")])
+def test_only_an_imagen_unet_can_be_changed(make_config, tmp_path, change, shown):
+    make_sr_unet().save_pretrained(tmp_path / "unet")
+    config = make_config(preset=None, pretrained_model_name_or_path=str(tmp_path), **change)
+    message = f"`{next(iter(change))}` is {shown}, but only an ImagenUNetModel .* has an EfficientUNetModel"
+    with pytest.raises(ValueError, match=message):
+        make_network(config)
+
+
 def test_the_attention_that_is_named_is_taken(make_config, monkeypatch):
     registry = attention_dispatch._AttentionBackendRegistry
     monkeypatch.setattr(registry, "_active_backend", registry._active_backend)  # of all models: put back

@@ -9,6 +9,7 @@ import torch
 from accelerate.utils import DistributedType
 from diffusers import AutoModel, DiffusionPipeline
 
+from ..models import ImagenUNetModel
 from ..models.unet_base import ConditionalUNet
 from ..pipelines.stages import missing_weights
 from ..presets import create_unet
@@ -17,13 +18,23 @@ from .growing import change_layers, grow_unet
 
 
 def make_unet(config: TrainingConfig) -> ConditionalUNet:
-    """The network to train, set to the resolution that it is trained at."""
+    """The network to train, set to the resolution that it is trained at.
+
+    Raises:
+        ValueError: If there is none, or the configuration changes one whose kind cannot be changed.
+    """
     if config.preset is not None:
         unet = create_unet(config.preset)
     elif config.model_config_name_or_path is not None:
         unet = unet_of_config(config)
     else:
         unet = load_unet(config.pretrained_model_name_or_path, find_network(config))
+    if (config.grow or config.layers_per_block) and not isinstance(unet, ImagenUNetModel):
+        argument = "grow" if config.grow else "layers_per_block"
+        raise ValueError(
+            f"`{argument}` is {getattr(config, argument)}, but only an ImagenUNetModel can be changed so, and "
+            f"'{config.pretrained_model_name_or_path}' has an {type(unet).__name__}."
+        )
     if config.grow:
         unet = grow_unet(unet)
     if config.layers_per_block:
