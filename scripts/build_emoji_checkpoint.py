@@ -77,10 +77,12 @@ The last base runs draw most often what people ask for first (`scripts/emoji_wei
 {training}
 
 ## Limits
-It was trained in about seven and a half hours on two CPU cores, and it shows. Colours follow the prompt; faces, hearts,
-fruit, a house, a tree, a guitar, a bicycle, a hamburger and the faces of animals are recognised, many rarer objects are
-coloured shapes of about the right outline; fine detail and relations between objects are missing. It knows emoji: single
-objects on white. Words that no caption has work as far as the text encoder puts them near others.
+It was trained in about ten hours on two CPU cores, and it shows. Colours follow the prompt; faces, hearts, fruit, a
+house, a tree, a car, a pizza, a rocket, a guitar, a penguin and the faces of animals are recognised: some thirty of 48
+prompts that were written before the training. Many rarer objects are coloured shapes of about the right outline, and a
+banana, a snowman, a clock and a piano are not yet what they should be; fine detail and relations between objects are
+missing. It knows emoji: single objects on white. Words that no caption has work as far as the text encoder puts them
+near others.
 
 ## Licences
 The weights are under Apache-2.0. The pictures that they were trained on are the works listed in `LICENSES/NOTICE.txt`.

@@ -22,7 +22,7 @@ PROMPTS = [
     "a flat illustration of a house",
     "a 3d render of a grinning face",
     "a hamburger",
-    "a bicycle",
+    "a red automobile",
 ]
 
 
