@@ -34,7 +34,6 @@ def grow_unet(small: ImagenUNetModel) -> ImagenUNetModel:
         sample_size=2 * config["sample_size"],
         block_out_channels=(widths[0], *widths),
         layers_per_block=(1, *([layers] * len(widths) if isinstance(layers, int) else layers)),
-        time_embedding_dim=small.time_embedding.mlp.linear_2.out_features,
     )
     grown = ImagenUNetModel.from_config(config)
     grown.load_state_dict(
