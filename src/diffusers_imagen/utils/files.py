@@ -1,0 +1,143 @@
+"""Files that are whole or absent, their checksums, and folders that one process holds at a time."""
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Union
+
+import filelock
+
+
+PathLike = Union[str, os.PathLike]
+LOCK, OWNER = ".lock", ".lock-owner.json"  # in a folder that is held; no part of what is in it
+
+
+@contextmanager
+def whole_file(path: PathLike) -> Iterator[Path]:
+    """A path beside `path` to write to; what is there at the end is moved into place, and removed after an error.
+
+    The file is on the disk before it takes its name, so that a crash of the machine leaves the old one or the new one.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name[:200]}.{os.getpid()}.partial")
+    try:
+        yield partial
+        sync(partial)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def whole_folder(path: PathLike) -> Iterator[Path]:
+    """As `whole_file`, for a folder that is not there yet, or is empty."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name[:200]}.{os.getpid()}.partial")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for file in partial.rglob("*"):
+            if file.is_file():
+                sync(file)
+        os.replace(partial, path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def write_text(path: PathLike, text: str) -> None:
+    """Writes a text file in UTF-8, whole or not at all."""
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: PathLike, value: Any, indent: int = 2) -> None:
+    """Writes a JSON file, whole or not at all."""
+    write_text(path, json.dumps(value, indent=indent) + "\n")
+
+
+def read_json_object(path: PathLike) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: If the file cannot be read, is not JSON, or holds something else than an object; names the file.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"'{path}' cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"'{path}' holds a JSON {type(value).__name__}, but should hold an object.")
+    return value
+
+
+def sync(path: PathLike) -> None:
+    """Waits until a file is on the disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def sha256(path: PathLike) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+class FolderHold:
+    """Keeps other processes out of a folder until it is released, or its process ends.
+
+    The lock is the operating system's: it goes with its process, however that ends, and is not inherited by the
+    processes that it forks. Who holds it is written beside the lock for the message that others get.
+
+    Args:
+        folder (`str` or `os.PathLike`): The folder, made if it is not there.
+        name (`str`): The argument that named the folder, for the message.
+
+    Raises:
+        ValueError: If another process, or another object of this one, holds the folder.
+    """
+
+    def __init__(self, folder: PathLike, name: str):
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = filelock.FileLock(self.folder / LOCK, timeout=0, thread_local=False)
+        try:
+            self._lock.acquire()
+        except (filelock.Timeout, RuntimeError) as error:  # RuntimeError: another object of this process
+            raise ValueError(
+                f"`{name}` is '{self.folder}', which {self._describe_owner()} is using: wait for its end, or name "
+                "another folder."
+            ) from error
+        for leftover in self.folder.glob(".*.partial"):  # of a process that was killed
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+        owner = {"pid": os.getpid(), "host": socket.gethostname(), "command": " ".join(sys.argv)[:500]}
+        write_json(self.folder / OWNER, owner)
+
+    def release(self) -> None:
+        """Lets others have the folder; a second call does nothing."""
+        if self._lock.is_locked:
+            (self.folder / OWNER).unlink(missing_ok=True)
+            self._lock.release()
+
+    def __enter__(self) -> "FolderHold":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.release()
+
+    def _describe_owner(self) -> str:
+        try:
+            owner = read_json_object(self.folder / OWNER)
+        except ValueError:  # it has only just begun
+            return "another process"
+        return f"process {owner.get('pid')} on {owner.get('host')} ({owner.get('command')})"

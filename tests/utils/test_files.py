@@ -1,0 +1,98 @@
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from diffusers_imagen.utils.files import FolderHold, read_json_object, sha256, whole_file, whole_folder, write_json
+
+
+HOLD = """
+import os, sys, time
+from diffusers_imagen.utils.files import FolderHold
+hold = FolderHold(sys.argv[1], "output_dir")
+if sys.argv[2] == "fork" and os.fork() == 0:
+    time.sleep(60)
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def hold_elsewhere(folder, kind="alone"):
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder), kind], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "value.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(OSError, match="full"), whole_file(path) as partial:
+        partial.write_text("half")
+        raise OSError("full")
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert os.listdir(tmp_path) == ["value.json"]
+
+
+def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
+    with pytest.raises(OSError, match="full"), whole_folder(tmp_path / "stage") as partial:
+        (partial / "a").write_text("half")
+        raise OSError("full")
+    assert os.listdir(tmp_path) == []
+    with whole_folder(tmp_path / "stage") as partial:
+        (partial / "a").write_text("whole")
+    assert os.listdir(tmp_path) == ["stage"] and (tmp_path / "stage" / "a").read_text() == "whole"
+
+
+def test_the_checksum_is_that_of_the_content(tmp_path):
+    content = os.urandom(3 * 2**20 + 1)
+    (tmp_path / "file").write_bytes(content)
+    assert sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.parametrize("text", ["[]", "1", "null", "{", "", "[" * 100_000])
+def test_what_is_no_json_object_is_refused_by_name(tmp_path, text):
+    path = tmp_path / "checkpoint.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="checkpoint.json"):
+        read_json_object(path)
+
+
+def test_a_folder_is_held_by_one_process(tmp_path):
+    holder = hold_elsewhere(tmp_path / "run")
+    try:
+        with pytest.raises(ValueError, match=f"`output_dir` is '.*run', which process {holder.pid} on .* is using"):
+            FolderHold(tmp_path / "run", "output_dir")
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+    with FolderHold(tmp_path / "run", "output_dir"):  # the lock of a dead process gives way
+        pass
+
+
+def test_a_lock_goes_with_its_process_though_processes_that_it_forked_live_on(tmp_path):
+    holder = hold_elsewhere(tmp_path, "fork")
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    time.sleep(0.01)
+    FolderHold(tmp_path, "output_dir").release()
+    subprocess.run(["pkill", "-f", str(tmp_path)], check=False)
+
+
+def test_what_a_killed_process_left_half_written_goes(tmp_path):
+    (tmp_path / ".a.png.17.partial").write_text("half")
+    (tmp_path / ".unet.17.partial").mkdir()
+    (tmp_path / "a.partial.png").write_text("the user's own")
+    FolderHold(tmp_path, "output_dir").release()
+    assert sorted(os.listdir(tmp_path)) == [".lock", "a.partial.png"]
+
+
+def test_a_folder_is_held_once_in_a_process_too(tmp_path):
+    with FolderHold(tmp_path, "output_dir"):
+        with pytest.raises(ValueError, match=f"process {os.getpid()} on"):
+            FolderHold(tmp_path, "output_dir")
+    FolderHold(tmp_path, "output_dir").release()
