@@ -13,6 +13,7 @@ from .data import BatchStream, DataConfig, PairedBatches, make_train_batches
 from .data.config import arg
 from .loop import Encode, Trainer
 from .lora import LoraTrainer, LoraTrainingConfig
+from .settings import check_settings
 
 
 LEARNING_RATE, ADAPTER_LEARNING_RATE = 5e-6, 5e-4
@@ -49,10 +50,9 @@ class DreamBoothTrainingConfig(LoraTrainingConfig):
     def __post_init__(self):
         if self.learning_rate is None:
             self.learning_rate = LEARNING_RATE if self.rank is None else ADAPTER_LEARNING_RATE
+        check_settings(self)  # before they are taken for others
         self._take_instances()
         super().__post_init__()
-        self._check_at_least("sample_batch_size", 1)
-        self._check_at_least("num_class_images", 1)
         self._check_prior()
 
     def tags(self) -> list[str]:
@@ -86,8 +86,6 @@ class DreamBoothTrainingConfig(LoraTrainingConfig):
         for name in ("class_data_dir", "class_prompt"):
             if not getattr(self, name):
                 raise ValueError(f"`with_prior_preservation` needs `{name}`, but it is {getattr(self, name)!r}.")
-        if not self.prior_loss_weight > 0:
-            raise ValueError(f"`prior_loss_weight` is {self.prior_loss_weight}, but should be above 0.")
         if self.aspect_ratio_buckets is not None:
             raise ValueError(
                 "`aspect_ratio_buckets` is given, but the subject and its class share a batch of squares."

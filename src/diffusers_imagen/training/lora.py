@@ -61,9 +61,6 @@ def check_adapter(config: TrainingConfig) -> None:
         if config.lora_alpha is not None or config.lora_target_modules != TARGET_MODULES:
             raise ValueError("`lora_alpha` or `lora_target_modules` is given, but without `rank` there is no adapter.")
         return
-    config._check_at_least("rank", 1)
-    if config.lora_alpha is not None and not config.lora_alpha > 0:
-        raise ValueError(f"`lora_alpha` is {config.lora_alpha}, but should be above 0.")
     if not config.lora_target_modules:
         raise ValueError("`lora_target_modules` is empty, but should name layers.")
     if config.use_ema and config.ema_type == "power":

@@ -6,6 +6,8 @@ from typing import Any, Optional
 from diffusers.training_utils import parse_buckets_string
 from PIL import ImageColor
 
+from ..settings import check_settings
+
 
 # width to height, from a panorama to a portrait of a whole person
 ASPECT_RATIOS = (2.0, 16 / 9, 3 / 2, 4 / 3, 5 / 4, 1.0, 4 / 5, 3 / 4, 2 / 3, 9 / 16, 1 / 2)
@@ -77,19 +79,7 @@ class DataConfig:
     seed: int = arg(0, "Seed of all draws.")
 
     def __post_init__(self):
-        for name in (
-            "resolution",
-            "train_batch_size",
-            "gradient_accumulation_steps",
-            "shuffle_buffer_size",
-            "bucket_step",
-        ):
-            self._check_at_least(name, 1)
-        for name in ("max_train_samples", "min_resolution", "tokenizer_max_length"):
-            if getattr(self, name) is not None:
-                self._check_at_least(name, 1)
-        self._check_at_least("dataloader_num_workers", 0)
-        self._check_at_least("seed", 0)
+        check_settings(self)
         if self.train_data_dir is not None and self.dataset_name is not None:
             raise ValueError("`train_data_dir` and `dataset_name` are both given, but the data is in one of them.")
         self._check_captions()
@@ -108,10 +98,6 @@ class DataConfig:
         self._check_order()
         self.bucket_shapes()
 
-    def _check_at_least(self, name: str, lowest: int) -> None:
-        if getattr(self, name) < lowest:
-            raise ValueError(f"`{name}` is {getattr(self, name)}, but should be at least {lowest}.")
-
     def _check_captions(self) -> None:
         if not self.caption_column:
             raise ValueError("`caption_column` is empty, but should name a column.")
@@ -125,7 +111,7 @@ class DataConfig:
                 f"`caption_probabilities` has {len(probabilities)} entries, "
                 f"but `caption_column` has {len(self.caption_column)}."
             )
-        if min(probabilities) < 0 or sum(probabilities) <= 0:
+        if sum(probabilities) <= 0:
             raise ValueError(f"`caption_probabilities` is {probabilities}, but should be positive.")
 
     def _check_pyramid(self) -> None:

@@ -1,0 +1,144 @@
+"""Which values settings may have: of the type that their hint says, and numbers within the bounds of one table."""
+
+import math
+import os
+import types
+from dataclasses import fields
+from functools import cache
+from numbers import Integral, Real
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+from ..models.unet_base import check_choice
+
+
+class Bounds(NamedTuple):
+    """The least and the largest value, or what the value has to be above and below, of what a list has."""
+
+    low: float
+    high: float
+    above: bool = False
+    below: bool = False
+    of: str = "numbers"
+
+    def has(self, value: float) -> bool:
+        """Whether a number is within; NaN never is."""
+        return (self.low < value if self.above else self.low <= value) and (
+            value < self.high if self.below else value <= self.high
+        )
+
+    def __str__(self) -> str:
+        low, high = "above" if self.above else "at least", "below" if self.below else "at most"
+        return f"{low} {self.low:.17g} and {high} {self.high:.17g}"
+
+
+SIDE = Bounds(1, 2**14)  # pixels
+COUNT, STEPS = Bounds(1, 2**20), Bounds(1, 10**9)
+SHARE = Bounds(0, 1)
+
+# of every number among the settings of a run, of its data, of an adapter and of DreamBooth; of lists, for each entry
+BOUNDS = {
+    **dict.fromkeys(("resolution", "min_resolution", "bucket_step", "low_resolution"), SIDE),
+    "max_train_samples": Bounds(1, 10**12),
+    "shuffle_buffer_size": Bounds(1, 10**7),
+    "caption_probabilities": Bounds(0, 10**6),
+    "degradation_blur_sigma": Bounds(0, 1000),
+    "degradation_jpeg_quality": Bounds(0, 100),  # of this and of crop_size, 0 is refused with more to say
+    "crop_size": Bounds(0, SIDE.high),
+    **dict.fromkeys(("tokenizer_max_length", "train_batch_size", "gradient_accumulation_steps"), COUNT),
+    "dataloader_num_workers": Bounds(0, 1024),
+    "seed": Bounds(0, 2**32 - 1),  # what Python, NumPy and torch take alike
+    "layers_per_block": Bounds(0, 100),
+    "sigma_data": Bounds(0, 1000, above=True),
+    "p_mean": Bounds(-20, 20),
+    "p_std": Bounds(0, 20, above=True),
+    "snr_gamma": Bounds(0, 10**6, above=True),
+    "text_drop_rate": SHARE,
+    "noise_conditioning_augmentation": Bounds(0, 1000),
+    "max_train_steps": STEPS,
+    "learning_rate": SHARE,
+    "lr_warmup_steps": Bounds(0, 10**9),
+    "lr_num_cycles": Bounds(1, 10**6),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "ema_decay"), Bounds(0, 1, below=True)),
+    "adam_weight_decay": Bounds(0, 100),
+    "adam_epsilon": Bounds(0, 1, above=True),  # with 0, a gradient of 0 would be 0 / 0
+    "max_grad_norm": Bounds(0, 10**9),
+    "ema_stds": Bounds(0, 0.25, above=True, below=True, of="shares of the run"),
+    "ema_snapshot_steps": STEPS,
+    **dict.fromkeys(("checkpointing_steps", "checkpoints_total_limit", "validation_steps", "logging_steps"), STEPS),
+    "rank": Bounds(1, 2**14),
+    "lora_alpha": Bounds(0, 10**6, above=True),
+    "prior_loss_weight": Bounds(0, 10**6, above=True),
+    "num_class_images": Bounds(1, 10**6),
+    "sample_batch_size": COUNT,
+}
+
+KINDS = {int: (Integral, "an integer"), float: (Real, "a number"), str: ((str, os.PathLike), "a string")}
+
+
+def check_settings(settings: Any) -> None:
+    """Checks types and bounds of all fields of a dataclass, in place: numbers and paths become int, float and str.
+
+    Raises:
+        ValueError: For the first field that does not fit; names field, value and what it should be.
+    """
+    hints = hints_of(type(settings))
+    for field in fields(settings):
+        value, hint = getattr(settings, field.name), hints[field.name]
+        if get_origin(hint) in (Union, types.UnionType):
+            if value is None:
+                continue
+            hint = next(part for part in get_args(hint) if part is not type(None))
+        setattr(settings, field.name, check_value(field.name, value, hint))
+
+
+@cache
+def hints_of(settings_class: type) -> dict[str, Any]:
+    """The types of a dataclass's fields."""
+    return get_type_hints(settings_class)
+
+
+def check_value(name: str, value: Any, hint: Any) -> Any:
+    """A value that fits its hint and bounds, in the type that the hint says."""
+    if get_origin(hint) is Literal:
+        check_choice(name, value, get_args(hint))
+        return value
+    if get_origin(hint) is list:
+        (kind,) = get_args(hint)
+        if not isinstance(value, (list, tuple)) or not all(is_of_kind(entry, kind) for entry in value):
+            raise ValueError(f"`{name}` is {show(value)}, but should be a list, each entry {KINDS[kind][1]}.")
+        bounds = BOUNDS.get(name)
+        if bounds is not None and not all(map(bounds.has, value)):
+            raise ValueError(f"`{name}` is {show(value)}, but should be {bounds.of} {bounds}.")
+        return [plain(entry, kind) for entry in value]
+    if not is_of_kind(value, hint):
+        raise ValueError(
+            f"`{name}` is {show(value)}, but should be {'True or False' if hint is bool else KINDS[hint][1]}."
+        )
+    if name in BOUNDS and not BOUNDS[name].has(value):
+        raise ValueError(f"`{name}` is {show(value)}, but should be {BOUNDS[name]}.")
+    return plain(value, hint)
+
+
+def is_of_kind(value: Any, kind: type) -> bool:
+    """Whether a value can stand for one of a kind: True is no number."""
+    if kind is bool or isinstance(value, bool):
+        return kind is bool and isinstance(value, bool)
+    return isinstance(value, KINDS[kind][0])
+
+
+def plain(value: Any, kind: type) -> Any:
+    """A value as JSON has it."""
+    if kind is str:
+        return os.fspath(value)
+    if kind is bool or type(value) in (int, float):
+        return value
+    return kind(value)
+
+
+def show(value: Any) -> str:
+    """A value for a message, which may be cut."""
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # an integer of thousands of digits
+        text = f"a number of some {int(math.log10(abs(value)))} digits"
+    return text if len(text) <= 200 else f"{text[:200]}..."

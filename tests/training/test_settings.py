@@ -1,0 +1,145 @@
+"""Settings that no run can have, by the error that names them."""
+
+import math
+from dataclasses import fields
+from pathlib import Path
+from typing import Literal, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
+import pytest
+
+from diffusers_imagen.training import DreamBoothTrainingConfig, LoraTrainingConfig, TrainingConfig
+from diffusers_imagen.training.settings import BOUNDS, hints_of, show
+
+
+CLASSES = {
+    TrainingConfig: {"preset": "emoji_base_64"},
+    LoraTrainingConfig: {"pretrained_model_name_or_path": "a"},
+    DreamBoothTrainingConfig: {
+        "pretrained_model_name_or_path": "a",
+        "instance_data_dir": "a",
+        "instance_prompt": "a",
+        "with_prior_preservation": True,
+        "class_data_dir": "b",
+        "class_prompt": "b",
+        "rank": 2,
+    },
+}
+# what lets a setting count at all
+WITH = {
+    "snr_gamma": {"preconditioning": "ddpm"},
+    "ema_snapshot_steps": {"ema_type": "power"},
+    "caption_probabilities": {"caption_column": ["a", "b"], "caption": None},
+    "layers_per_block": {"pretrained_model_name_or_path": "a", "preset": None},
+    "degradation_blur_sigma": {"low_resolution": 8},
+    "degradation_jpeg_quality": {"low_resolution": 8},
+    "crop_size": {"low_resolution": 8},
+}
+
+
+def kinds(hint) -> tuple[type, bool]:
+    """What a setting is, and whether it is a list of it; the kind of a choice is Literal."""
+    if get_origin(hint) is Union:
+        hint = next(part for part in get_args(hint) if part is not type(None))
+    if get_origin(hint) is list:
+        return get_args(hint)[0], True
+    return get_origin(hint) or hint, False
+
+
+FIELDS = {field.name: (config, *kinds(hints_of(config)[field.name])) for config in CLASSES for field in fields(config)}
+NUMBERS = {name: (config, is_list) for name, (config, kind, is_list) in FIELDS.items() if kind in (int, float)}
+
+
+def construct(config: type, name: str, value):
+    return config(**{**CLASSES[config], **WITH.get(name, {}), name: value})
+
+
+def test_every_number_has_bounds_within_which_its_default_is():
+    assert set(NUMBERS) == set(BOUNDS)
+    for config in CLASSES:
+        for field in fields(config):
+            default = getattr(config(**CLASSES[config]), field.name)
+            if field.name in BOUNDS and default is not None:
+                assert all(map(BOUNDS[field.name].has, default if isinstance(default, list) else [default]))
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_out_of_bounds_or_of_another_kind_is_refused_by_name(name):
+    config, is_list = NUMBERS[name]
+    bounds, kind = BOUNDS[name], FIELDS[name][1]
+    wrong = [bounds.low - 1, bounds.high * 2 + 1, 10**400, -(10**30), "abc", "1", True, [[1]], {}, b"1", object(), 1j]
+    wrong += [math.nan, math.inf, -math.inf] + [1.5] * (kind is int)
+    wrong += [bounds.low] * bounds.above + [bounds.high] * bounds.below
+    for value in wrong:
+        with pytest.raises(ValueError, match=f"^`{name}` is ") as caught:
+            construct(config, name, [value, value] if is_list else value)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("name", [name for name in FIELDS if name not in NUMBERS])
+def test_what_is_no_number_is_refused_by_name_too(name):
+    config, kind, is_list = FIELDS[name]
+    wrong = (
+        [0.5, [1], {"a": 1}, b"a", object()]
+        + ([] if is_list else [["a"]])
+        + (["a"] if kind is not str or is_list else [])
+    )
+    for value in [*wrong, *(["a", 1],) * is_list]:
+        with pytest.raises(ValueError, match=f"^`{name}` is "):
+            construct(config, name, value)
+
+
+def test_the_error_says_value_and_bounds():
+    with pytest.raises(ValueError, match=r"^`learning_rate` is nan, but should be at least 0 and at most 1\.$"):
+        TrainingConfig(preset="a", learning_rate=math.nan)
+    with pytest.raises(
+        ValueError, match="^`layers_per_block` is .1000000., but should be numbers at least 0 and at most 100"
+    ):
+        TrainingConfig(pretrained_model_name_or_path="a", layers_per_block=[1000000])
+    with pytest.raises(ValueError, match="^`max_train_steps` is 'abc', but should be an integer"):
+        TrainingConfig(preset="a", max_train_steps="abc")
+    assert show(10**5000).startswith("a number of some 5000 digits")
+
+
+def test_what_json_cannot_hold_becomes_plain():
+    config = TrainingConfig(
+        preset="a", output_dir=Path("b"), seed=np.int64(3), p_mean=np.float32(0.5), caption_column=("c",)
+    )
+    assert (config.output_dir, config.seed, config.p_mean, config.caption_column) == ("b", 3, 0.5, ["c"])
+    assert [type(value) for value in (config.output_dir, config.seed, config.p_mean)] == [str, int, float]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr_scheduler": "piecewise_constant"}, "`lr_scheduler` is 'piecewise_constant', but should be one of 'constant', "),
+        ({"lr_scheduler": "cosin"}, "`lr_scheduler` is 'cosin', but should be one of 'constant', 'constant_with_warmup'"),
+        ({"lr_scheduler": "polynomial", "learning_rate": 1e-8}, "`learning_rate` is 1e-08, but `lr_scheduler` 'polynomial'"),
+        ({"report_to": "nonsense"}, "`report_to` is 'nonsense', but should be one of 'tensorboard', 'wandb'"),
+        ({"push_to_hub": True, "hub_token": "hf_a", "hub_model_id": "a b"}, "`hub_model_id` is 'a b', and 'a b' cannot be"),
+        ({"push_to_hub": True, "hub_token": "hf_a", "hub_model_id": "a/b/c"}, "`hub_model_id` is 'a/b/c'"),
+        ({"push_to_hub": True, "hub_token": "hf_a", "output_dir": "."}, "`hub_model_id` is None, and '' cannot be"),
+        ({"push_to_hub": True, "hub_token": "hf_a\n"}, "`hub_token` has characters that no token has"),
+        ({"push_to_hub": True, "hub_token": ""}, "`push_to_hub` is True, but there is no token"),
+        ({"push_to_hub": True}, "`push_to_hub` is True, but there is no token: give `hub_token`"),
+    ],
+)  # fmt: skip
+def test_what_no_run_can_do_is_refused(monkeypatch, options, message):
+    monkeypatch.setattr("diffusers_imagen.training.config.get_token", lambda: None)
+    with pytest.raises(ValueError, match=message):
+        TrainingConfig(preset="emoji_base_64", **options)
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
+def test_a_tracker_that_is_not_installed_is_refused(monkeypatch, tracker):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=f"`report_to` is '{tracker}', which is not installed: pip install {tracker}"):
+        TrainingConfig(preset="emoji_base_64", report_to=tracker)
+
+
+def test_the_schedules_are_those_of_diffusers_but_for_the_one_with_rules():
+    from diffusers.optimization import SchedulerType
+
+    choices = get_type_hints(TrainingConfig)["lr_scheduler"]
+    assert get_origin(choices) is Literal
+    assert set(get_args(choices)) == {kind.value for kind in SchedulerType} - {"piecewise_constant"}
