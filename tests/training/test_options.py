@@ -44,6 +44,18 @@ def test_the_flags_of_the_shipped_recipe_are_understood():
         ("preset: a\nlearning_speed: 1\nfoo: 2\n", r"has \['foo', 'learning_speed'\], which are no options"),
         ("- preset\n", "should have a line `name: value`"),
         ("a: [\n", "which cannot be read"),
+        ("seed: 1\nseed: 2\n", "which cannot be read: it has the key 'seed' twice"),
+        ("preset: a\nmax_train_steps: abc\n", "argument --max_train_steps.*: invalid int value: 'abc'"),
+        ("preset: a\nseed: true\n", "`seed` is True, but should be an integer"),
+        ("preset: a\nseed: [1, 2]\n", r"`seed` is \[1, 2\], but should be an integer"),
+        ("preset: a\nseed: {a: 1}\n", "`seed` is {'a': 1}, but should be an integer"),
+        ("preset: a\nlearning_rate: .nan\n", "`learning_rate` is nan, but should be at least 0"),
+        ("preset: a\nema_stds: [5e-2, wide]\n", r"`ema_stds` is \['5e-2', 'wide'\], but should be a list"),
+        ("preset: a\nvalidation_prompts: [a, 5]\n", r"`validation_prompts` is \['a', 5\], but should be a list"),
+        ("preset: a\nvalidation_prompts: [a, null]\n", r"`validation_prompts` is \['a', None\], but"),
+        ("preset: 5\n", "`preset` is 5, but should be a string"),
+        ("preset: a\nloss: l3\n", "`loss` is 'l3', but should be one of"),
+        ("preset: a\nmixed_precision: no\n", "`mixed_precision` is False, but should be one of 'no'"),
     ],
 )
 def test_a_file_that_is_none_is_refused(tmp_path, text, message):
@@ -51,6 +63,33 @@ def test_a_file_that_is_none_is_refused(tmp_path, text, message):
         parse_args(["--config", write(tmp_path / "run.yaml", text)])
     with pytest.raises(ValueError, match="cannot be read"):
         parse_args(["--config", str(tmp_path / "nowhere.yaml")])
+
+
+def test_entries_of_a_file_are_no_flags(tmp_path):
+    file = write(
+        tmp_path / "run.yaml",
+        "preset: a\nvalidation_prompts: ['--push_to_hub', '-1']\nema_stds: [5e-2, 0.1]\ncaption_column: label\n",
+    )
+    config = parse_args(["--config", file])
+    assert (config.validation_prompts, config.push_to_hub) == (["--push_to_hub", "-1"], False)
+    assert (config.ema_stds, config.caption_column) == ([0.05, 0.1], ["label"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--config", "argument --config: expected one argument"),
+        ("--max_train_steps abc", "argument --max_train_steps.*: invalid int value: 'abc'"),
+        ("--lr_scheduler piecewise_constant", "argument --lr_scheduler.*: invalid choice: 'piecewise_constant'"),
+        ("--max_train_step 5", "unrecognized arguments: --max_train_step 5"),
+        ("--preset a --learning_rate nan", "`learning_rate` is nan, but should be at least 0 and at most 1"),
+        ("--use_ema maybe", "argument --use_ema"),
+    ],
+)
+def test_a_wrong_flag_is_one_line(flags, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        parse_args(flags.split())
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,10 @@
 
 import logging
 import sys
-from typing import Callable, Optional
+from pathlib import Path
+from typing import Callable, NoReturn, Optional
 
+from ..utils.errors import run_to_exit_code
 from .config import TrainingConfig
 from .interruption import TrainingInterrupted
 from .loop import Trainer
@@ -14,8 +16,11 @@ from .text import load_text_encoder
 
 def main(
     config_class: type[TrainingConfig], make_trainer: Callable[..., Trainer], description: Optional[str] = None
-) -> None:
-    """Trains as the command line says; a bad argument is one line on stderr, and a signal the exit code.
+) -> NoReturn:
+    """Trains as the command line says, and ends the process.
+
+    Its exit code is 0, 2 after one line about what was wrong with arguments, files, devices or the Hub, and 128 plus
+    the signal that stopped the run.
 
     Args:
         config_class (`type`): Whose fields are the flags.
@@ -23,13 +28,16 @@ def main(
         description (`str`, *optional*): What `--help` begins with.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-    try:
+
+    def run() -> int:
         config = parse_args(description=description, config_class=config_class)
         unet = make_unet(config)
         encode = load_text_encoder(config.text_encoder, config.tokenizer_max_length) if config.text_encoder else None
-        make_trainer(config, unet, encode).train()
-    except (ValueError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
-    except TrainingInterrupted as stopped:
-        print(stopped, file=sys.stderr)
-        sys.exit(128 + stopped.signum)
+        try:
+            make_trainer(config, unet, encode).train()
+        except TrainingInterrupted as stopped:
+            print(stopped, file=sys.stderr)
+            return 128 + stopped.signum
+        return 0
+
+    sys.exit(run_to_exit_code(run, Path(sys.argv[0]).name))

@@ -3,16 +3,27 @@
 import argparse
 import sys
 from dataclasses import fields
-from pathlib import Path
-from typing import Any, Optional, TypeVar
+from typing import Any, NoReturn, Optional, TypeVar, get_args, get_origin
 
-import yaml
 from transformers import HfArgumentParser
 
+from ..utils.yaml import read_yaml
 from .config import TrainingConfig
+from .settings import hints_of
 
 
 Config = TypeVar("Config", bound=TrainingConfig)
+
+
+class OneLineErrors(argparse.ArgumentParser):
+    """A parser that raises instead of showing all options and leaving the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; --help lists the options.")
+
+
+class OptionParser(OneLineErrors, HfArgumentParser):
+    """A parser of a dataclass's fields."""
 
 
 def parse_args(
@@ -28,45 +39,48 @@ def parse_args(
         config_class (`type`, defaults to `TrainingConfig`): Whose fields are the flags.
 
     Raises:
-        ValueError: If the file cannot be read, has a name that is no option, or a value does not fit.
+        ValueError: If the file cannot be read, there is a name that is no option, or a value does not fit.
     """
     argv = sys.argv[1:] if argv is None else argv
-    file = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    file.add_argument("--config", type=Path)
+    file = OneLineErrors(add_help=False, allow_abbrev=False)
+    file.add_argument("--config")
     given, flags = file.parse_known_args(argv)
-    if given.config is not None:
-        flags = yaml_to_flags(given.config, config_class) + flags  # of two values the parser takes the later
 
-    parser = HfArgumentParser(config_class, description=description, allow_abbrev=False)
+    parser = OptionParser(config_class, description=description, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE.yaml", help="File with the same names; flags win over it.")
+    if given.config is not None:
+        parser.set_defaults(**read_settings(given.config, config_class))
     namespace = parser.parse_args(flags)
     return config_class(**{f.name: getattr(namespace, f.name) for f in fields(config_class)})
 
 
-def yaml_to_flags(path: Path, config_class: type[TrainingConfig] = TrainingConfig) -> list[str]:
-    """The entries of a YAML file as flags.
+def read_settings(path: str, config_class: type[TrainingConfig] = TrainingConfig) -> dict[str, Any]:
+    """The entries of a YAML file but for those that are null, which leave the default.
 
     Raises:
         ValueError: If it is no file of names and values, or has names that are no options.
     """
-    try:
-        entries = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"`config` is '{path}', which cannot be read: {reason}") from error
+    entries = read_yaml(path, "config")
     if not isinstance(entries, dict):
         raise ValueError(f"`config` is '{path}', but should have a line `name: value` for each option.")
     known = {f.name for f in fields(config_class)}
-    unknown = sorted(str(name) for name in entries.keys() - known)
+    unknown = sorted(entries.keys() - known)
     if unknown:
         raise ValueError(f"`config` '{path}' has {unknown}, which are no options; --help lists those there are.")
-    return [part for name, value in entries.items() for part in to_flag(name, value)]
+    hints = hints_of(config_class)
+    return {name: read_value(value, hints[name]) for name, value in entries.items() if value is not None}
 
 
-def to_flag(name: str, value: Any) -> list[str]:
-    """An entry as the parts of a command line; null leaves the default."""
-    if value is None:
-        return []
-    if isinstance(value, list):
-        return [f"--{name}", *map(str, value)]
-    return [f"--{name}={value}"]
+def read_value(value: Any, hint: Any) -> Any:
+    """An entry as the option takes it: one value for a list of one, and numbers that YAML takes for strings (1e-4).
+
+    What does not fit is left to the check of types, and a single string to argparse.
+    """
+    kinds = [kind for part in (hint, *get_args(hint)) if get_origin(part) is list for kind in get_args(part)]
+    if not kinds:
+        return value
+    entries = value if isinstance(value, list) else [value]
+    try:
+        return [float(entry) if float in kinds and isinstance(entry, str) else entry for entry in entries]
+    except ValueError:
+        return entries
