@@ -28,7 +28,6 @@ def reconstruct_ema(args: argparse.Namespace) -> None:
 
     if args.output_dir is not None and len(args.ema_std) > 1:
         raise ValueError(f"`output_dir` is given, but there are {len(args.ema_std)} widths: leave it out.")
-    for std in args.ema_std:
-        folder = args.output_dir or args.folder / f"ema-{std:g}"
-        error = write_reconstructed(args.folder, folder, std, args.step)
-        print(f"{folder}: width {std:g}, relative error of the profile {error:.4f}")
+    outputs = {std: args.output_dir or args.folder / f"ema-{std:g}" for std in args.ema_std}
+    for std, error in write_reconstructed(args.folder, outputs, args.step).items():
+        print(f"{outputs[std]}: width {std:g}, relative error of the profile {error:.4f}")

@@ -166,6 +166,8 @@ class TrainingConfig(DataConfig):
     def _check_ema(self) -> None:
         if not self.ema_stds:
             raise ValueError(f"`ema_stds` is {self.ema_stds}, but should be shares of the run between 0 and 0.25.")
+        if len({f"{std:.4f}" for std in self.ema_stds}) < len(self.ema_stds):  # names of snapshots
+            raise ValueError(f"`ema_stds` is {self.ema_stds}, but should differ in their first four digits.")
         if self.ema_snapshot_steps is not None and not (self.use_ema and self.ema_type == "power"):
             raise ValueError(
                 f"`ema_snapshot_steps` is {self.ema_snapshot_steps}, but only `ema_type` 'power' has snapshots."

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from .config import TrainingConfig
 from .devices import join, own_part
+from .snapshots import snapshot_metadata
 
 
 SNAPSHOTS = "ema-snapshots"
@@ -107,7 +108,7 @@ class WeightAverages:
             path = folder / f"{step:09d}-{model.std:.4f}.safetensors"
             partial = path.with_name(f".{path.name}.partial")
             tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
-            save_file(tensors, partial, metadata={"step": str(step), "std": repr(model.std)})
+            save_file(tensors, partial, metadata=snapshot_metadata(tensors, step, model.std))
             os.replace(partial, path)
 
     def state_dict(self) -> dict[str, Any]:

@@ -3,45 +3,22 @@
 import os
 import shutil
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import Optional
 
 import numpy as np
 import torch
-from diffusers import AutoModel
 from diffusers.utils import logging
-from safetensors import safe_open
 from tqdm.auto import tqdm
 
+from ..utils.files import whole_folder
 from .ema import SNAPSHOTS, std_to_gamma
+from .network import load_unet
+from .snapshots import MAX_STD, MIN_STD, Snapshot, check_shapes, list_snapshots, read_tensors
 
 
 logger = logging.get_logger(__name__)
 
 MAX_ERROR = 0.1  # of the profile, relative to its norm; beyond it the snapshots are too few
-
-
-class Snapshot(NamedTuple):
-    """A saved average."""
-
-    path: Path
-    step: int
-    std: float
-
-
-def list_snapshots(run: Path) -> list[Snapshot]:
-    """The snapshots of a run, oldest first.
-
-    Raises:
-        ValueError: If there are none.
-    """
-    found = []
-    for path in sorted((run / SNAPSHOTS).glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata()
-        found.append(Snapshot(path, int(metadata["step"]), float(metadata["std"])))
-    if not found:
-        raise ValueError(f"`run` is '{run}', which has no {SNAPSHOTS}/: train it with `ema_type` power.")
-    return found
 
 
 def profile_product(step_a: np.ndarray, gamma_a: np.ndarray, step_b: np.ndarray, gamma_b: np.ndarray) -> np.ndarray:
@@ -68,60 +45,93 @@ def solve_coefficients(
     return coefficients, float(np.sqrt(max(error, 0) / norm))
 
 
-def reconstruct(run: Path, std: float, step: Optional[int] = None) -> tuple[dict[str, torch.Tensor], float]:
-    """The weights of a run averaged with another width, in float32, and the relative error of the profile.
+def find_snapshots(run: Path, step: Optional[int], shapes: dict[str, tuple[int, ...]]) -> tuple[list[Snapshot], int]:
+    """The snapshots of a run up to a step, by default its last, and that step; all of them fit the network.
+
+    Raises:
+        ValueError: If there are none, or one is damaged or of another network; names it.
+    """
+    snapshots = list_snapshots(run / SNAPSHOTS)
+    if not snapshots:
+        raise ValueError(f"`run` is '{run}', which has no {SNAPSHOTS}/: train it with `ema_type` power.")
+    first, last = (choose(snapshot.step for snapshot in snapshots) for choose in (min, max))
+    step = last if step is None else step
+    if not first <= step <= last:
+        raise ValueError(f"`step` is {step}, but the snapshots are of steps {first} to {last}.")
+    used = [snapshot for snapshot in snapshots if snapshot.step <= step]
+    for snapshot in used:
+        check_shapes(snapshot, shapes)
+    return used, step
+
+
+def sum_snapshots(snapshots: list[Snapshot], coefficients: np.ndarray) -> dict[str, torch.Tensor]:
+    """The weighted sum of snapshots, in float32.
+
+    Raises:
+        ValueError: If a snapshot is damaged or not finite; names it.
+    """
+    weights: dict[str, torch.Tensor] = {}
+    for snapshot, coefficient in zip(tqdm(snapshots, desc="Summing snapshots"), coefficients):
+        for name, tensor in read_tensors(snapshot).items():
+            part = float(coefficient) * tensor.float()
+            weights[name] = weights[name].add_(part) if name in weights else part
+    return weights
+
+
+def write_reconstructed(run: Path, outputs: dict[float, Path], step: Optional[int] = None) -> dict[float, float]:
+    """Writes a stage folder for each width of the average, whole or not at all; returns the profiles' relative errors.
 
     Args:
         run (`Path`): Folder of a run with `ema_type` power.
-        std (`float`): Width as a share of the steps up to `step`.
+        outputs (`dict[float, Path]`): Where to write the average of each width, a share of the steps up to `step`.
         step (`int`, *optional*): As if the run had ended there; by default at its last snapshot.
 
     Raises:
-        ValueError: If there are no snapshots up to that step, or the width is out of reach.
+        ValueError: Before anything is written: if a width is out of bounds, a folder exists or is named twice, the run
+            has no stage or no snapshots up to that step, or one of them is damaged; names it.
     """
-    if not 0 < std < 0.25:
-        raise ValueError(f"`ema_std` is {std}, but should be a share of the run between 0 and 0.25.")
-    snapshots = list_snapshots(run)
-    last = max(snapshot.step for snapshot in snapshots)
-    step = last if step is None else step
-    used = [snapshot for snapshot in snapshots if snapshot.step <= step]
-    if not used or step > last:
-        first = min(snapshot.step for snapshot in snapshots)
-        raise ValueError(f"`step` is {step}, but the snapshots are of steps {first} to {last}.")
-    coefficients, error = solve_coefficients([s.step for s in used], [s.std for s in used], step, std)
-    if error > MAX_ERROR:
-        logger.warning(
-            f"{len(used)} snapshots give width {std} with a relative error of {error:.2f}: save more of them "
-            "(`ema_snapshot_steps`), or ask for a width nearer to those tracked."
-        )
-    weights: dict[str, torch.Tensor] = {}
-    for snapshot, coefficient in zip(tqdm(used, desc="Summing snapshots"), coefficients):
-        with safe_open(snapshot.path, "pt") as file:
-            for name in file.keys():
-                part = float(coefficient) * file.get_tensor(name).float()
-                weights[name] = weights[name].add_(part) if name in weights else part
-    return weights, error
+    check_outputs(outputs)
+    for part in ("unet/config.json", "scheduler/scheduler_config.json"):
+        if not (run / part).is_file():
+            raise ValueError(f"`run` is '{run}', which has no {part}: the run has not exported its stage yet.")
+    try:
+        unet = load_unet(str(run))
+    except ValueError as error:
+        raise ValueError(f"`run` is '{run}', whose unet/ cannot be loaded: {error}") from error
+    shapes = {name: tuple(parameter.shape) for name, parameter in unet.named_parameters()}
+    snapshots, step = find_snapshots(run, step, shapes)
+    errors = {}
+    for std, output in outputs.items():
+        steps, stds = [snapshot.step for snapshot in snapshots], [snapshot.std for snapshot in snapshots]
+        coefficients, errors[std] = solve_coefficients(steps, stds, step, std)
+        if errors[std] > MAX_ERROR:
+            logger.warning(
+                f"{len(snapshots)} snapshots give width {std} with a relative error of {errors[std]:.2f}: save more of "
+                "them (`ema_snapshot_steps`), or ask for a width nearer to those tracked."
+            )
+        unet.load_state_dict(sum_snapshots(snapshots, coefficients), strict=False)  # buffers are not averaged
+        with whole_folder(output) as partial:
+            unet.save_pretrained(partial / "unet")
+            shutil.copytree(run / "scheduler", partial / "scheduler")
+            for name in ("model_index.json", "training.json"):
+                if (run / name).is_file():
+                    shutil.copyfile(run / name, partial / name)
+    return errors
 
 
-def write_reconstructed(run: Path, output_dir: Path, std: float, step: Optional[int] = None) -> float:
-    """Writes a stage folder with reconstructed weights beside its place and then into it; returns the relative error.
-
-    Raises:
-        ValueError: If `output_dir` exists, or as `reconstruct`.
-    """
-    if output_dir.exists():
-        raise ValueError(f"`output_dir` is '{output_dir}', which exists already.")
-    if not (run / "unet" / "config.json").is_file():
-        raise ValueError(f"`run` is '{run}', which has no unet/: the run has not exported its stage yet.")
-    weights, error = reconstruct(run, std, step)
-    unet = AutoModel.from_pretrained(str(run), subfolder="unet")
-    unet.load_state_dict(weights, strict=False)  # buffers are not averaged
-    partial = output_dir.with_name(output_dir.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    unet.save_pretrained(partial / "unet")
-    shutil.copytree(run / "scheduler", partial / "scheduler")
-    for name in ("model_index.json", "training.json"):
-        if (run / name).is_file():
-            shutil.copyfile(run / name, partial / name)
-    os.replace(partial, output_dir)
-    return error
+def check_outputs(outputs: dict[float, Path]) -> None:
+    """Checks widths, and that their folders can be written."""
+    taken: dict[Path, float] = {}
+    for std, output in outputs.items():
+        if not MIN_STD <= std < MAX_STD:
+            raise ValueError(
+                f"`ema_std` is {std}, but should be a share of the run, at least {MIN_STD} and below {MAX_STD}."
+            )
+        if output.exists() or output.is_symlink():
+            raise ValueError(f"`output_dir` is '{output}', which exists already.")
+        there = next(parent for parent in output.absolute().parents if parent.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise ValueError(f"`output_dir` is '{output}', but nothing can be written to '{there}'.")
+        other = taken.setdefault(output.absolute(), std)
+        if other != std:
+            raise ValueError(f"`ema_std` has {other} and {std}, which would both be written to '{output}'.")

@@ -9,6 +9,7 @@ from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from ..models.unet_base import check_choice
+from .snapshots import MAX_STD, MIN_STD
 
 
 class Bounds(NamedTuple):
@@ -62,7 +63,7 @@ BOUNDS = {
     "adam_weight_decay": Bounds(0, 100),
     "adam_epsilon": Bounds(0, 1, above=True),  # with 0, a gradient of 0 would be 0 / 0
     "max_grad_norm": Bounds(0, 10**9),
-    "ema_stds": Bounds(0, 0.25, above=True, below=True, of="shares of the run"),
+    "ema_stds": Bounds(MIN_STD, MAX_STD, below=True, of="shares of the run"),
     "ema_snapshot_steps": STEPS,
     **dict.fromkeys(("checkpointing_steps", "checkpoints_total_limit", "validation_steps", "logging_steps"), STEPS),
     "rank": Bounds(1, 2**14),

@@ -1,0 +1,115 @@
+"""Files of averaged weights that know their own content."""
+
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from diffusers.utils import logging
+from safetensors import SafetensorError, safe_open
+
+
+logger = logging.get_logger(__name__)
+
+MIN_STD, MAX_STD = 1e-6, 0.25  # of a width; narrower than a step of any run, and wider than the method has
+DTYPES = ("F16", "BF16", "F32")
+
+
+class Snapshot(NamedTuple):
+    """A saved average."""
+
+    path: Path
+    step: int
+    std: float
+    sha256: str | None
+
+
+def snapshot_metadata(tensors: dict[str, torch.Tensor], step: int, std: float) -> dict[str, str]:
+    """What a snapshot says of itself: step, width, and the SHA-256 of both and all tensors."""
+    return {"step": str(step), "std": repr(std), "sha256": digest(tensors, step, std)}
+
+
+def digest(tensors: dict[str, torch.Tensor], step: int, std: float) -> str:
+    """SHA-256 of an average's step, width, names, types, shapes and numbers."""
+    sha = hashlib.sha256(f"{step} {std!r}".encode())
+    for name, tensor in sorted(tensors.items()):
+        sha.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        sha.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return sha.hexdigest()
+
+
+def list_snapshots(folder: Path) -> list[Snapshot]:
+    """The snapshots in a folder, oldest first.
+
+    Raises:
+        ValueError: If a file is no snapshot; names it.
+    """
+    paths = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
+    return [read_head(path) for path in paths]
+
+
+def read_head(path: Path) -> Snapshot:
+    """Step, width and checksum of a snapshot."""
+    if not path.is_file():  # opening a FIFO would wait
+        raise ValueError(f"'{path}' is no regular file.")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"'{path}' cannot be read: {error}") from error
+    try:
+        step, std = int(metadata["step"]), float(metadata["std"])
+    except (KeyError, ValueError):
+        raise ValueError(f"'{path}' does not say its `step` and `std`: it is no snapshot, or damaged.") from None
+    if not (0 < step <= 10**9 and MIN_STD <= std < MAX_STD):
+        raise ValueError(f"'{path}' says that its step is {step} and its std {std}, which cannot be: it is damaged.")
+    return Snapshot(path, step, std, metadata.get("sha256"))
+
+
+def check_shapes(snapshot: Snapshot, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Checks by its header that a snapshot has all parameters of a network and nothing else.
+
+    Raises:
+        ValueError: If not; names the file.
+    """
+    with safe_open(snapshot.path, "pt") as file:
+        parts = {name: file.get_slice(name) for name in file.keys()}
+        found = {name: tuple(part.get_shape()) for name, part in parts.items()}
+        wrong = sorted(name for name, part in parts.items() if part.get_dtype() not in DTYPES)
+    missing, unknown = sorted(shapes.keys() - found.keys()), sorted(found.keys() - shapes.keys())
+    other = sorted(name for name in shapes.keys() & found.keys() if shapes[name] != found[name])
+    reason = None
+    if missing:
+        reason = f"lacks {len(missing)} of the network's {len(shapes)} parameters, {missing[0]} among them"
+    elif unknown:
+        reason = f"has {unknown[0]!r}, which is no parameter of the network"
+    elif other:
+        name = other[0]
+        reason = f"has {name} of shape {found[name]}, but the network's is {shapes[name]}"
+    elif wrong:
+        reason = f"has {wrong[0]} in another type than {', '.join(DTYPES)}"
+    if reason is not None:
+        raise ValueError(f"'{snapshot.path}' {reason}.")
+
+
+def read_tensors(snapshot: Snapshot) -> dict[str, torch.Tensor]:
+    """The numbers of a snapshot.
+
+    Raises:
+        ValueError: If they are not those that were saved, or not finite; names the file.
+    """
+    try:
+        with safe_open(snapshot.path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"'{snapshot.path}' cannot be read: {error}") from error
+    if snapshot.sha256 is None:
+        logger.warning(
+            f"'{snapshot.path}' has no checksum, which earlier versions did not write: it is taken as it is."
+        )
+    elif digest(tensors, snapshot.step, snapshot.std) != snapshot.sha256:
+        raise ValueError(f"'{snapshot.path}' is damaged: its content is not what was saved.")
+    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if broken:
+        raise ValueError(f"'{snapshot.path}' holds numbers that are not finite, in {broken[0]}.")
+    return tensors
