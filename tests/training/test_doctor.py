@@ -1,12 +1,14 @@
 """What `diffusers-imagen doctor` finds."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from diffusers_imagen import cli
 from diffusers_imagen.models import ImagenUNetModel
@@ -151,3 +153,96 @@ def test_bad_arguments_are_one_line(tmp_path, capsys):
     assert "`num_images` is 0" in capsys.readouterr().err
     assert cli.main(["doctor", str(tmp_path)]) == 2
     assert "which cannot be opened" in capsys.readouterr().err
+
+
+@pytest.fixture
+def stage(tmp_path, text_encoder) -> Path:
+    """A trained stage that reads the text encoder's states."""
+    unet = ImagenUNetModel.from_config({**make_unet().config, "encoder_hid_dim": text_encoder.config.hidden_size})
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter.add_(0.01)
+    unet.save_pretrained(tmp_path / "stage" / "unet")
+    text_encoder.save_pretrained(tmp_path / "stage" / "text_encoder")
+    (tmp_path / "stage" / "losses.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    return tmp_path / "stage"
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+FAULTS = {
+    "no weights": (lambda stage: (stage / "unet" / WEIGHTS).unlink(), "unet: the network cannot be read: "),
+    "weights that are cut": (lambda stage: cut(stage / "unet" / WEIGHTS), "unet: the network cannot be read: "),
+    "a list": (lambda stage: (stage / "unet" / "config.json").write_text("[]"), "unet: the network cannot be read: "),
+    "half": (lambda stage: (stage / "unet" / "config.json").write_text("{"), "unet: the network cannot be read: "),
+    "no class": (lambda stage: (stage / "unet" / "config.json").write_text("{}"), "unet: the network cannot be read: "),
+    "text encoder": (
+        lambda stage: (stage / "text_encoder" / "config.json").write_text("7"),
+        "unet: the text encoder cannot be read: ",
+    ),
+    "index": (lambda stage: (stage / "model_index.json").write_text("[]"), "model_index.json cannot be read: "),
+    "losses": (
+        lambda stage: (stage / "losses.jsonl").write_text('{"loss": 1}\n{"loss"\n'),
+        "losses.jsonl cannot be read: line 2 is no record with a `loss`: '{\"loss\"'",
+    ),
+    "a list of losses": (lambda stage: (stage / "losses.jsonl").write_text("[1]\n"), "losses.jsonl cannot be read: line 1"),
+    "a word": (lambda stage: (stage / "losses.jsonl").write_text('{"loss": "low"}'), "losses.jsonl cannot be read: line 1"),
+    "bytes": (lambda stage: (stage / "losses.jsonl").write_bytes(b"\xff"), "losses.jsonl cannot be read: "),
+    "diverged": (lambda stage: (stage / "losses.jsonl").write_text('{"loss": NaN}'), "the loss is nan at step None"),
+    "fifo": (lambda stage: os.mkfifo(stage / "unet" / "fifo"), "unet/fifo is no regular file"),
+    "broken link": (lambda stage: (stage / "a").symlink_to("nowhere"), "a is no regular file"),
+    "manifest": (lambda stage: (stage / "manifest.json").write_text("[]"), "the embedding cache cannot be read: "),
+    "manifest of another": (lambda stage: (stage / "manifest.json").write_text("{}"), "the embedding cache cannot be read: "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault, message", FAULTS.values(), ids=FAULTS)
+def test_what_cannot_be_read_is_a_finding(stage, capsys, fault, message):
+    assert run(capsys, stage)[:2] == (0, [])
+    fault(stage)
+    code, wrong, _ = run(capsys, stage)
+    assert code == 1 and len(wrong) == 1 and wrong[0].startswith(f"WRONG  {message}")
+
+
+def test_a_folder_with_only_a_config_is_a_finding(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"_class_name": "ImagenUNetModel"}')
+    code, wrong, _ = run(capsys, tmp_path)
+    assert code == 1 and "the network cannot be read: " in wrong[0]
+
+
+def test_a_network_that_lacks_weights_is_a_finding(stage, capsys):
+    tensors = load_file(stage / "unet" / WEIGHTS)
+    del tensors["conv_in.weight"]
+    save_file(tensors, stage / "unet" / WEIGHTS, metadata={"format": "pt"})
+    code, wrong, _ = run(capsys, stage)
+    assert code == 1 and "1 weights are missing, conv_in.weight among them" in wrong[0]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("sigma_data", value) for value in ("0", "-1", "nan", "inf")]
+    + [("resolution", value) for value in ("0", "-1", "1000000")]
+    + [("num_images", value) for value in ("0", "-3")]
+    + [("tokenizer_max_length", "0")],
+)
+def test_numbers_that_cannot_be_are_refused_before_anything_is_read(stage, capsys, option, value):
+    assert cli.main(["doctor", str(stage), f"--{option}", value]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"diffusers-imagen: error: `{option}` is {value}") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["fifo", "nowhere/at/all", "./nowhere", "no where"])
+def test_what_is_no_folder_is_refused_without_asking_the_hub(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("fifo")
+    assert cli.main(["doctor", name]) == 2
+    assert f"`path` is '{Path(name)}', " in capsys.readouterr().err
+
+
+def test_one_colour_has_no_deviation(tmp_path, capsys):
+    images = {f"{i}.png": np.full((16, 16, 3), 77, np.uint8) for i in range(2)}
+    code, wrong, text = run(capsys, write_data(tmp_path / "d", images, ["a", "b"]), "--resolution", 16)
+    assert code == 1 and "measured sigma_data 0.000" in text and "give `sigma_data`" not in text

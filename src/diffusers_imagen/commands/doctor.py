@@ -1,7 +1,11 @@
 """`diffusers-imagen doctor`: what is wrong with a data set, a stage, a cascade, or an embedding cache, in words."""
 
 import argparse
+import re
 from pathlib import Path
+
+
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -28,13 +32,21 @@ def doctor(args: argparse.Namespace) -> int:
     """Prints what was found; returns 1 if something is wrong."""
     # torch and transformers take seconds to import; --help should not
     from ..training import doctor as examine
+    from ..training.settings import COUNT, check_value
 
-    if args.num_images < 1:
-        raise ValueError(f"`num_images` is {args.num_images}, but should be at least 1.")
+    for name, kind in (("resolution", int), ("sigma_data", float), ("tokenizer_max_length", int)):
+        if getattr(args, name) is not None:
+            check_value(name, getattr(args, name), kind)
+    if not COUNT.has(args.num_images):
+        raise ValueError(f"`num_images` is {args.num_images}, but should be {COUNT}.")
     path = Path(args.path)
-    if (path / "manifest.json").is_file():
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"`path` is '{path}', a file, but should be a folder or a Hub data set.")
+    if not path.is_dir() and not HUB_ID.fullmatch(args.path):
+        raise ValueError(f"`path` is '{path}', which is neither a folder nor a Hub id like 'name/repository'.")
+    if (path / "manifest.json").exists():
         findings = examine.examine_cache(path)
-    elif examine.find_networks(path):
+    elif path.is_dir() and examine.find_networks(path):
         findings = examine.examine_stage(path, args.text_encoder)
     else:
         from ..training.data.config import DataConfig

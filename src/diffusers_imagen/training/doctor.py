@@ -5,7 +5,7 @@ import json
 import math
 from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, Callable, NamedTuple, Optional
 
 import numpy as np
 import torch
@@ -13,7 +13,9 @@ from diffusers import AutoModel
 from tqdm.auto import tqdm
 from transformers import AutoConfig
 
-from ..pipelines.stages import is_untrained
+from ..models.unet_base import ConditionalUNet
+from ..pipelines.stages import is_untrained, missing_weights
+from ..utils.files import read_json_object
 from .data.captions import iterate_captions
 from .data.config import DataConfig
 from .data.images import BadImage, fit_image, name_image, open_image, read_image
@@ -46,6 +48,8 @@ def examine_data(
         num_images (`int`): Images that are opened, evenly spread over the rows.
     """
     rows = open_rows(config, config.train_split)
+    if not len(rows.data):
+        return [Finding(True, f"there are no rows in split {config.train_split!r}")]
     places = np.unique(np.linspace(0, len(rows.data) - 1, min(num_images, len(rows.data))).round().astype(int))
     findings = [Finding(False, f"{len(rows.data)} rows, of which {len(places)} images are opened")]
     findings += examine_images(rows, places, config, sigma_data)
@@ -83,7 +87,7 @@ def examine_images(rows: Rows, places: np.ndarray, config: DataConfig, sigma_dat
     if count == 0:
         return findings
     mean = total / count
-    sigma = math.sqrt(squares / count - mean**2)
+    sigma = math.sqrt(max(0.0, squares / count - mean**2))
     off = abs(sigma / sigma_data - 1) > SIGMA_TOLERANCE
     findings += [
         Finding(False, "modes: " + ", ".join(f"{mode} {number}" for mode, number in modes.most_common())),
@@ -95,7 +99,7 @@ def examine_images(rows: Rows, places: np.ndarray, config: DataConfig, sigma_dat
         Finding(
             off,
             f"measured sigma_data {sigma:.3f} at {config.resolution} px, mean {mean:+.3f}; configured {sigma_data}"
-            + (f": give `sigma_data` {sigma:.2f}" if off else ""),
+            + (f": give `sigma_data` {sigma:.2f}" if off and sigma > 0.005 else ""),
         ),
         Finding(
             len(small) >= max(1, MANY * len(places)),
@@ -143,9 +147,22 @@ def examine_captions(rows: Rows, config: DataConfig, text_encoder: Optional[str]
     ]
 
 
+def attempt(what: str, examine: Callable[[], list[Finding]]) -> list[Finding]:
+    """What an examination finds; that it cannot be made is a finding too, whatever is in the files."""
+    try:
+        return examine()
+    except Exception as error:
+        kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
+        return [Finding(True, f"{what} cannot be read: {kind}{' '.join(str(error).split())[:500]}")]
+
+
 def examine_cache(folder: Path) -> list[Finding]:
     """Size, width and checksums of an embedding cache."""
-    cache = EmbeddingCache(folder)
+    return find_irregular(folder) or attempt("the embedding cache", lambda: examine_shards(EmbeddingCache(folder)))
+
+
+def examine_shards(cache: EmbeddingCache) -> list[Finding]:
+    """Size, width and checksums of a cache that can be opened."""
     encoder = cache.manifest["encoder"]
     findings = [
         Finding(
@@ -158,40 +175,77 @@ def examine_cache(folder: Path) -> list[Finding]:
     return findings + ([Finding(True, text) for text in problems] or [Finding(False, "all checksums are right")])
 
 
+def find_irregular(folder: Path) -> list[Finding]:
+    """FIFOs, sockets, devices and broken links in a folder, which nothing could be read from."""
+    paths = [path for path in sorted(folder.rglob("*")) if not path.is_file() and not path.is_dir()]
+    return [Finding(True, f"{path.relative_to(folder)} is no regular file") for path in paths[:NAMED]]
+
+
 def find_networks(folder: Path) -> list[Path]:
     """The folders of networks: of a stage's `unet/`, a cascade's `base_unet/` and the like, or the folder itself."""
     inside = sorted(path.parent for path in folder.glob("*unet/config.json"))
-    return inside or [folder] * (folder / "config.json").is_file()
+    return inside or [folder] * (folder / "config.json").exists()
 
 
 def examine_stage(folder: Path, text_encoder: Optional[str] = None) -> list[Finding]:
     """Weights, widths and losses of a stage folder, or of all stages of a cascade."""
-    findings = []
+    findings = find_irregular(folder)
+    if findings:  # reading a FIFO would not end
+        return findings
     encoder = text_encoder or (str(folder) if (folder / "text_encoder").is_dir() else None)
+    for path in [folder / "model_index.json", *sorted(folder.glob("*scheduler/scheduler_config.json"))]:
+        if path.exists():
+            findings += attempt(str(path.relative_to(folder)), lambda path=path: read_json_object(path) and [])
     for path in find_networks(folder):
-        unet = AutoModel.from_pretrained(str(path))
-        own = examine_weights(unet)
-        if encoder is not None:
-            own.append(examine_width(unet.config.get("encoder_hid_dim"), encoder))
+        own = attempt("the network", lambda path=path: examine_network(path, encoder))
         findings += [finding._replace(text=f"{path.name}: {finding.text}") for finding in own]
-    if (folder / "losses.jsonl").is_file():
-        lines = (folder / "losses.jsonl").read_text().splitlines()
-        findings += examine_losses([json.loads(line) for line in lines])
+    if (folder / "losses.jsonl").exists():
+        findings += attempt("losses.jsonl", lambda: examine_losses(read_losses(folder / "losses.jsonl")))
     return findings
 
 
-def examine_weights(unet: torch.nn.Module) -> list[Finding]:
+def read_losses(path: Path) -> list[dict[str, Any]]:
+    """The records of a run's losses.
+
+    Raises:
+        ValueError: If a line is none; names it.
+    """
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            record = json.loads(line)
+            float(record.get("loss") or 0)
+        except (ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+            raise ValueError(f"line {number} is no record with a `loss`: {line[:80]!r}") from error
+        records.append(record)
+    return records
+
+
+def examine_network(folder: Path, text_encoder: Optional[str]) -> list[Finding]:
+    """The weights of a network, and whether they go with the text encoder."""
+    unet = AutoModel.from_pretrained(str(folder))
+    if not isinstance(unet, ConditionalUNet):
+        return [Finding(True, f"it is {type(unet).__name__}, but should be ImagenUNetModel or EfficientUNetModel")]
+    missing = missing_weights(unet)
+    if missing:
+        return [Finding(True, f"{len(missing)} weights are missing, {missing[0]} among them")]
+    findings = [examine_weights(unet)]
+    if text_encoder is not None:
+        width = unet.config.get("encoder_hid_dim")
+        findings += attempt("the text encoder", lambda: [examine_width(width, text_encoder)])
+    return findings
+
+
+def examine_weights(unet: torch.nn.Module) -> Finding:
     """Whether the weights are finite, and were ever trained."""
     parameters = dict(unet.named_parameters())
     broken = [name for name, value in parameters.items() if not value.isfinite().all()]
     count = sum(value.numel() for value in parameters.values())
     if broken:
-        return [Finding(True, f"{len(broken)} weights are not finite, such as {broken[0]}: training diverged")]
+        return Finding(True, f"{len(broken)} weights are not finite, such as {broken[0]}: training diverged")
     if is_untrained(unet):
-        return [
-            Finding(True, "all residual branches end in zeros, as in a new network: this network was never trained")
-        ]
-    return [Finding(False, f"{type(unet).__name__}: {count:,} weights, finite and trained")]
+        return Finding(True, "all residual branches end in zeros, as in a new network: this network was never trained")
+    return Finding(False, f"{type(unet).__name__}: {count:,} weights, finite and trained")
 
 
 def examine_width(width: Optional[int], text_encoder: str) -> Finding:
@@ -207,7 +261,7 @@ def examine_losses(records: list[dict[str, Any]]) -> list[Finding]:
     """Whether a curve of losses is finite and falls."""
     losses = [float(record["loss"]) for record in records if record.get("loss") is not None]
     for record in records:
-        if not math.isfinite(float(record.get("loss", 0))):
+        if not math.isfinite(float(record.get("loss") or 0)):
             return [Finding(True, f"the loss is {record['loss']} at step {record.get('step')}: training diverged")]
     if len(losses) < 3:
         return [Finding(False, f"{len(losses)} recorded losses, too few to judge")]
