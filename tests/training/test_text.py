@@ -2,9 +2,11 @@
 
 import gc
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5Model
 
 from diffusers_imagen.pipelines.text import encode_text
@@ -88,3 +90,69 @@ def test_what_is_no_encoder_is_named(folder, tmp_path, tokenizer):
     endless = TextEncoder(str(tmp_path / "endless"), max_length=8)
     with pytest.raises(ValueError, match="which has no encoder that can be loaded"):
         endless(CAPTIONS)
+
+
+def change_weights(folder: str, change) -> None:
+    path = f"{folder}/text_encoder/model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+WORDS = "embeddings.word_embeddings.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop(WORDS), f"lacks 1 weights, {WORDS} among them"),
+        (lambda tensors: [tensors.pop(name) for name in list(tensors)[1:]], r"lacks \d+ weights"),
+        (lambda tensors: tensors[WORDS].fill_(float("nan")), f"weights that are not finite, {WORDS} among them"),
+        (lambda tensors: tensors.update({WORDS: torch.zeros(3, 3)}), "which has no encoder that can be loaded"),
+    ],
+)
+def test_an_encoder_without_its_weights_is_refused(folder, change, message):
+    change_weights(folder, change)
+    encoder = TextEncoder(folder)
+    with pytest.raises(ValueError, match=f"`text_encoder` is '{folder}', .*{message}"):
+        encoder(CAPTIONS)
+
+
+def test_weights_that_no_state_depends_on_may_be_missing(folder, tokenizer, text_encoder):
+    with torch.no_grad():
+        expected, _ = encode_text(tokenizer, text_encoder.eval(), CAPTIONS)
+    change_weights(folder, lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith("pooler.")])
+    assert torch.equal(TextEncoder(folder)(CAPTIONS)[0], expected)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_encoder_knows_is_refused(folder, tokenizer):
+    tokenizer.add_tokens(["another"])
+    tokenizer.save_pretrained(f"{folder}/tokenizer")
+    with pytest.raises(ValueError, match="whose tokenizer has 13 tokens, but its encoder knows 12"):
+        TextEncoder(folder)(CAPTIONS)
+
+
+FILES = ("tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json", "text_encoder/config.json")
+CONTENTS = (
+    "", "[]", "{}", "{", "7", "null", '"a"', '{"model_type": 5}', '{"model_type": "bert", "hidden_size": "a"}', "[" * 5000,
+    '{"model_max_length": "many", "tokenizer_class": "BertTokenizer"}', '{"model_max_length": -1}', '{"version": "9", "model": {}}',
+    '{"auto_map": {"AutoModel": "evil.Evil", "AutoTokenizer": ["evil.Evil", null], "AutoConfig": "evil.Evil"}, "model_type": "evil"}',
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_file_that_is_malformed_is_one_line_and_runs_nothing(folder, file):
+    path = Path(folder) / file
+    (path.parent / "evil.py").write_text("raise SystemExit('executed')")
+    for content in CONTENTS:
+        path.write_text(content)
+        try:
+            TextEncoder(folder, max_length=8)(CAPTIONS)
+        except ValueError as error:
+            assert folder in str(error) and "\n" not in str(error)
+
+
+def test_a_file_in_the_place_of_a_folder_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="a file, but should be a folder or a Hub id"):
+        TextEncoder(str(tmp_path / "file"))

@@ -251,7 +251,7 @@ def examine_weights(unet: torch.nn.Module) -> Finding:
 def examine_width(width: Optional[int], text_encoder: str) -> Finding:
     """Whether the network reads states as wide as the encoder makes them."""
     subfolder = "text_encoder" if (Path(text_encoder) / "text_encoder").is_dir() else ""
-    actual = encoder_width(AutoConfig.from_pretrained(text_encoder, subfolder=subfolder))
+    actual = encoder_width(AutoConfig.from_pretrained(text_encoder, subfolder=subfolder, trust_remote_code=False))
     wrong = width != actual
     text = f"the text encoder's states are {actual} wide"
     return Finding(wrong, text + (f", but the network reads {width}" if wrong else ", as the network reads them"))

@@ -11,6 +11,7 @@ from diffusers.training_utils import free_memory
 from diffusers.utils import logging
 from transformers import AutoModel, AutoModelForTextEncoding, AutoTokenizer, PreTrainedModel
 
+from ..pipelines.loading import refuse_broken_weights, refuse_missing_weights
 from ..pipelines.text import NO_LIMIT, encode_tokens
 
 
@@ -30,7 +31,7 @@ class TextEncoder:
         dtype (`torch.dtype`): Of its weights.
 
     Raises:
-        ValueError: If there is no such encoder, or no limit of tokens.
+        ValueError: If there is no such encoder, it lacks weights, or there is no limit of tokens.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class TextEncoder:
         """The network, loaded when it is first needed."""
         if self._model is None:
             model = load_encoder(self.name, self.subfolder, self.dtype)
+            check_vocabulary(self.name, self.tokenizer, model)
             self._model = model.eval().requires_grad_(False).to(self.device)
         return self._model
 
@@ -77,7 +79,16 @@ class TextEncoder:
     @torch.no_grad()
     def __call__(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """States `(B, L, E)`, zero at padded positions, and mask `(B, L)`."""
-        return encode_tokens(self.tokenizer, self.model, captions)
+        return self._encode(captions, "max_length")
+
+    def _encode(self, captions: list[str], padding: str) -> tuple[torch.Tensor, torch.Tensor]:
+        states, mask = encode_tokens(self.tokenizer, self.model, captions, padding=padding)
+        if not states.isfinite().all():
+            raise ValueError(
+                f"`text_encoder` is {self.name!r}, whose states in {self.dtype} are not finite: its weights are damaged, "
+                "or the precision is too narrow for it."
+            )
+        return states, mask
 
     @torch.no_grad()
     def unpadded(self, captions: list[str]) -> list[torch.Tensor]:
@@ -86,7 +97,7 @@ class TextEncoder:
         The encoder sees captions padded to the longest of them only: for short captions and a limit of 512 tokens
         that is tens of times faster.
         """
-        states, mask = encode_tokens(self.tokenizer, self.model, captions, padding="longest")
+        states, mask = self._encode(captions, "longest")
         lengths = mask.sum(dim=1).tolist()
         if any(not row[:length].all() for row, length in zip(mask, lengths)):
             raise ValueError(
@@ -122,34 +133,87 @@ def load_text_encoder(name: str, max_length: Optional[int] = None, **kwargs) -> 
 
 
 def load_tokenizer(name: str):
-    """The tokenizer of a pipeline folder or of a model, and the subfolder that the encoder is in."""
+    """The tokenizer of a pipeline folder or of a model, and the subfolder that the encoder is in.
+
+    Raises:
+        ValueError: If there is none, or it cannot pad captions to a limit.
+    """
     folders = [("tokenizer", "text_encoder"), ("", "")]
     if os.path.isdir(name):
         folders = folders[:1] if os.path.isdir(os.path.join(name, "tokenizer")) else folders[1:]
-    for tokenizer, encoder in folders:
+    elif os.path.exists(name):
+        raise ValueError(f"`text_encoder` is {name!r}, a file, but should be a folder or a Hub id.")
+    for subfolder, encoder in folders:
         try:
-            return AutoTokenizer.from_pretrained(name, subfolder=tokenizer), encoder
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
+            tokenizer = AutoTokenizer.from_pretrained(name, subfolder=subfolder, trust_remote_code=False)
+        except Exception as error:  # tokenizers raises plain ones for what is in a file
+            reason = describe_fault(error)
+            continue
+        limit = tokenizer.model_max_length
+        if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit >= 1:
+            raise ValueError(
+                f"`text_encoder` is {name!r}, whose tokenizer has the limit {limit!r}, which is no number."
+            )
+        if tokenizer.pad_token is None:
+            raise ValueError(f"`text_encoder` is {name!r}, whose tokenizer has no token to pad captions with.")
+        return tokenizer, encoder
     raise ValueError(f"`text_encoder` is {name!r}, which has no tokenizer that can be loaded: {reason}")
 
 
 def load_encoder(name: str, subfolder: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The encoder alone: of T5 and its like, whose AutoModel has a decoder too, the class without it."""
+    """The encoder alone: of T5 and its like, whose AutoModel has a decoder too, the class without it.
+
+    Raises:
+        ValueError: If there is none, or it lacks weights or has some that are not finite.
+    """
+    what = f"`text_encoder` is {name!r}"
+    options = {"subfolder": subfolder, "dtype": dtype, "trust_remote_code": False, "output_loading_info": True}
     for auto_class in (AutoModelForTextEncoding, AutoModel):
         try:
-            return auto_class.from_pretrained(name, subfolder=subfolder, dtype=dtype)
-        except OSError as error:
-            reason = str(error).strip().splitlines()[0]
-            break
+            model, info = auto_class.from_pretrained(name, **options)
         except ValueError as error:  # not a kind that transformers counts among text encoders
-            reason = str(error).strip().splitlines()[0]
-    raise ValueError(f"`text_encoder` is {name!r}, which has no encoder that can be loaded: {reason}")
+            reason = describe_fault(error)
+            continue
+        except Exception as error:  # whatever a configuration or a file of weights makes of itself
+            reason = describe_fault(error)
+            break
+        refuse_missing_weights(what, info)
+        refuse_broken_weights(what, model)
+        return model
+    raise ValueError(f"{what}, which has no encoder that can be loaded: {reason}")
+
+
+def describe_fault(error: Exception) -> str:
+    """The first line of an error, with its kind where the text alone says little."""
+    lines = str(error).strip().splitlines()
+    kind = "" if isinstance(error, (OSError, ValueError)) and lines else f"{type(error).__name__}: "
+    return kind + (lines[0][:300] if lines else "")
+
+
+def check_vocabulary(name: str, tokenizer, model: PreTrainedModel) -> None:
+    """Checks that the encoder knows every token: another would end in an error of indexing, on a GPU in an abort.
+
+    Raises:
+        ValueError: If not.
+    """
+    known = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > known:
+        raise ValueError(
+            f"`text_encoder` is {name!r}, whose tokenizer has {len(tokenizer)} tokens, but its encoder knows {known}: they "
+            "do not belong together."
+        )
 
 
 def encoder_width(config) -> int:
-    """Width of an encoder's states."""
-    return config.d_model if hasattr(config, "d_model") else config.hidden_size
+    """Width of an encoder's states.
+
+    Raises:
+        ValueError: If its configuration names none.
+    """
+    width = getattr(config, "d_model", None) or getattr(config, "hidden_size", None)
+    if not isinstance(width, int):
+        raise ValueError(f"{type(config).__name__} has no width (`hidden_size`): it is no text encoder's.")
+    return width
 
 
 def identity_mismatch(expected: dict[str, Any], actual: dict[str, Any]) -> Optional[str]:
