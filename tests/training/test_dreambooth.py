@@ -1,6 +1,8 @@
 """A subject and its class, by what the batches, the loss and the weights are."""
 
+import errno
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,15 +10,18 @@ import numpy as np
 import pytest
 import tiny_runs
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from tiny_runs import are_equal, encode, exported, losses, weights_of
 
 from diffusers_imagen import EDMHeunScheduler, EfficientUNetModel, ImagenCascadePipeline, ImagenPipeline
+from diffusers_imagen.pipelines.stages import write_model_index as save_index
 from diffusers_imagen.training import DreamBoothLoraTrainer, DreamBoothTrainer, DreamBoothTrainingConfig, Trainer
-from diffusers_imagen.training.class_images import missing_images
+from diffusers_imagen.training.class_images import draw_by_pipeline, missing_images
 from diffusers_imagen.training.data import Batch, PairedBatches, make_train_batches
 from diffusers_imagen.training.data.pairs import interleave
 from diffusers_imagen.training.dreambooth import make_trainer
+from diffusers_imagen.utils.files import FolderHold
 
 
 SUBJECT, CLASS = "text 1", "text 5"
@@ -67,7 +72,7 @@ def load(stage: str):
 
 
 def drawn(folder: Path | str) -> dict[str, np.ndarray]:
-    return {path.name: np.array(Image.open(path)).astype(int) for path in sorted(Path(folder).iterdir())}
+    return {path.name: np.array(Image.open(path)).astype(int) for path in sorted(Path(folder).glob("[!.]*"))}
 
 
 def paired(config: DreamBoothTrainingConfig, *place: int) -> PairedBatches:
@@ -290,3 +295,70 @@ def test_stages_that_are_refused(make_subject_config, stage):
         DreamBoothTrainer(make_subject_config(), unet)
     with pytest.raises(ValueError, match="`sigma_data` is 0.25, but .* was trained with 0.5"):
         DreamBoothTrainer(make_subject_config(sigma_data=0.25), load(stage), encode)
+
+
+def test_folders_that_are_none_or_empty_are_refused_by_the_name_that_they_were_given(
+    make_subject_config, stage, tmp_path
+):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    for options, message in (
+        ({"instance_data_dir": str(tmp_path / "file")}, "`instance_data_dir` is '.*file', which is no folder"),
+        ({"instance_data_dir": str(tmp_path / "nowhere")}, "`instance_data_dir` is '.*nowhere', which is no folder"),
+        ({"instance_data_dir": str(tmp_path / "empty")}, "`instance_data_dir` is '.*empty', which"),
+        ({**PRIOR, "class_data_dir": str(tmp_path / "file")}, "`class_data_dir` is '.*file', which is no folder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            DreamBoothTrainer(make_subject_config(**options), load(stage), encode)
+        tiny_runs.reset_accelerate()
+
+
+def test_two_runs_do_not_draw_into_one_folder(make_subject_config, stage, tmp_path):
+    with FolderHold(tmp_path / "class", "class_data_dir"):
+        with pytest.raises(
+            ValueError, match=f"`class_data_dir` is '.*class', which process {os.getpid()} on .* is using"
+        ):
+            DreamBoothTrainer(make_subject_config(**PRIOR), load(stage), encode)
+        assert drawn(tmp_path / "class") == {}
+        paint(tmp_path / "whole", 3, red=0)  # what is there can be read by many
+        config = make_subject_config(**PRIOR, class_data_dir=str(tmp_path / "whole"))
+        with FolderHold(tmp_path / "whole", "class_data_dir"):
+            DreamBoothTrainer(config, load(stage), encode)
+    DreamBoothTrainer(make_subject_config(**PRIOR), load(stage), encode)
+    assert len(drawn(tmp_path / "class")) == 3
+
+
+def test_a_class_image_is_whole_or_absent(make_subject_config, stage, tmp_path, monkeypatch):
+    save, count = Image.Image.save, []
+
+    def full(image, path, *args):
+        count.append(path)
+        if len(count) == 2:
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(image, path, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(Image.Image, "save", full)
+        DreamBoothTrainer(make_subject_config(**PRIOR), load(stage), encode)
+    assert list(drawn(tmp_path / "class")) == ["class-00000.png"]
+    (tmp_path / "class" / "._class-00001.png").write_bytes(b"hidden")
+    assert [path.name for path in missing_images(tmp_path / "class", 3)] == ["class-00001.png", "class-00002.png"]
+
+
+@pytest.mark.parametrize("index", ["[]", "7", "{}", '{"_class_name": 5}', '{"_class_name": ["evil", "Evil"]}', "{"])
+def test_a_class_model_that_cannot_be_loaded_is_refused(make_subject_config, stage, tmp_path, index):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model_index.json").write_text(index)
+    (tmp_path / "model" / "evil.py").write_text("raise SystemExit('executed')")
+    config = make_subject_config(**PRIOR, class_model=str(tmp_path / "model"))
+    with pytest.raises(ValueError, match="`class_model` is '.*model', which cannot be loaded: ") as caught:
+        draw_by_pipeline(config, Accelerator(cpu=True))
+    assert "\n" not in str(caught.value) and not (tmp_path / "class").exists()
+
+
+def test_a_class_model_that_draws_nothing_from_words_is_refused(make_subject_config, stage):
+    config = make_subject_config(**PRIOR, class_model=stage)
+    save_index(Path(stage))
+    with pytest.raises(ValueError, match="`class_model` is '.*', which cannot draw `class_prompt`: "):
+        draw_by_pipeline(config, Accelerator(cpu=True))([torch.Generator()])

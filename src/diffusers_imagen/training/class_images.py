@@ -1,6 +1,6 @@
 """The class images of DreamBooth: what a network draws of a subject's class before it is taught the subject."""
 
-import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Callable, Optional
 
@@ -14,8 +14,10 @@ from tqdm.auto import tqdm
 
 from ..models.unet_base import ConditionalUNet
 from ..pipelines import ImagenPipeline
+from ..utils.files import FolderHold, whole_file
 from .embedding_cache import EmbeddingCache
 from .sampling import DDPM_STEPS
+from .text import describe_fault
 
 
 if TYPE_CHECKING:
@@ -40,32 +42,34 @@ def draw_class_images(
     from a run that was stopped too, stay.
 
     Raises:
-        ValueError: If images are missing and nothing can draw them.
+        ValueError: If images are missing and nothing can draw them, or another run is drawing them.
     """
     folder = Path(config.class_data_dir)
-    wanted = missing_images(folder, config.num_class_images)
+    complete = not missing_images(folder, config.num_class_images)
     accelerator.wait_for_everyone()  # nobody counts what another has drawn already
-    if not wanted:
+    if complete:
         return
-    logger.info(f"Drawing {len(wanted)} class images of {config.class_prompt!r} into {folder}")
     draw = make_draw(config, accelerator, unet, scheduler, encode)
-    folder.mkdir(parents=True, exist_ok=True)
-    mine = wanted[accelerator.process_index :: accelerator.num_processes]
-    with tqdm(total=len(mine), desc="Class images", disable=not accelerator.is_local_main_process) as progress:
-        for start in range(0, len(mine), config.sample_batch_size):
-            paths = mine[start : start + config.sample_batch_size]
-            for path, image in zip(paths, draw([make_generator(config.seed, path) for path in paths])):
-                partial = path.with_suffix(".partial")
-                image.save(partial, "PNG")
-                os.replace(partial, path)
-                progress.update()
-    accelerator.wait_for_everyone()
+    with FolderHold(folder, "class_data_dir") if accelerator.is_main_process else nullcontext():
+        wanted = missing_images(folder, config.num_class_images)  # another run may have drawn some since
+        accelerator.wait_for_everyone()
+        logger.info(f"Drawing {len(wanted)} class images of {config.class_prompt!r} into {folder}")
+        mine = wanted[accelerator.process_index :: accelerator.num_processes]
+        with tqdm(total=len(mine), desc="Class images", disable=not accelerator.is_local_main_process) as progress:
+            for start in range(0, len(mine), config.sample_batch_size):
+                paths = mine[start : start + config.sample_batch_size]
+                for path, image in zip(paths, draw([make_generator(config.seed, path) for path in paths])):
+                    with whole_file(path) as partial:
+                        image.save(partial, "PNG")
+                    progress.update()
+        accelerator.wait_for_everyone()
 
 
 def missing_images(folder: Path, count: int) -> list[Path]:
-    """Where to draw what a folder lacks of `count` images, of any names and kinds."""
+    """Where to draw what a folder lacks of `count` images, of any names and kinds but hidden ones."""
     kinds = Image.registered_extensions()
-    there = {path for path in folder.rglob("*") if path.suffix.lower() in kinds} if folder.is_dir() else set()
+    found = [path for path in folder.rglob("*") if path.suffix.lower() in kinds] if folder.is_dir() else []
+    there = {path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)}
     paths = [folder / f"class-{number:05d}.png" for number in range(count)]
     return [path for path in paths if path not in there][: max(0, count - len(there))]
 
@@ -90,15 +94,28 @@ def make_draw(config, accelerator, unet, scheduler, encode) -> Draw:
 
 
 def draw_by_pipeline(config, accelerator: Accelerator) -> Draw:
-    """Draws with a pipeline, which is freed with the function that is returned."""
+    """Draws with a pipeline, which is freed with the function that is returned.
+
+    Raises:
+        ValueError: If it cannot be loaded, or, when it draws, if it makes no images from words alone.
+    """
+    what = f"`class_model` is {config.class_model!r}"
     try:
         pipe = DiffusionPipeline.from_pretrained(config.class_model).to(accelerator.device)
-    except OSError as error:
-        raise ValueError(
-            f"`class_model` is {config.class_model!r}, which cannot be loaded: {str(error).strip().splitlines()[0]}"
-        ) from error
+    except Exception as error:  # whatever is in its folder
+        raise ValueError(f"{what}, which cannot be loaded: {describe_fault(error)}") from error
     pipe.set_progress_bar_config(disable=True)
-    return lambda generators: pipe([config.class_prompt] * len(generators), generator=generators).images
+
+    def draw(generators: list[torch.Generator]) -> list[Image.Image]:
+        try:
+            images = pipe([config.class_prompt] * len(generators), generator=generators).images
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{what}, which cannot draw `class_prompt`: {describe_fault(error)}") from error
+        if len(images) != len(generators) or not all(isinstance(image, Image.Image) for image in images):
+            raise ValueError(f"{what}, which draws no pictures.")
+        return images
+
+    return draw
 
 
 def draw_by_stage(config, accelerator, unet, scheduler, encode) -> Draw:

@@ -1,7 +1,10 @@
 """DreamBooth (Ruiz et al. 2022, arXiv 2208.12242) of a stage: a few images of a subject, and what its class looks like
 to a network that has not seen them, so that the network does not forget the class (prior preservation)."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Optional
 
 import torch
@@ -99,6 +102,29 @@ class DreamBoothTrainingConfig(LoraTrainingConfig):
         return DataConfig(**{**same, **other, **dict.fromkeys(unset), "streaming": False})
 
 
+def check_folders(config: DreamBoothTrainingConfig) -> None:
+    """Checks that the folders of the images are folders.
+
+    Raises:
+        ValueError: If the subject's is not, or something else is in the place of the class's.
+    """
+    for name in ("instance_data_dir", "class_data_dir"):
+        folder = getattr(config, name)
+        if folder is None or Path(folder).is_dir():
+            continue
+        if name == "instance_data_dir" or Path(folder).exists():
+            raise ValueError(f"`{name}` is {folder!r}, which is no folder.")
+
+
+@contextmanager
+def called(name: str) -> Iterator[None]:
+    """Inside, errors about `train_data_dir` are about the option that stands for it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error).replace("`train_data_dir`", f"`{name}`")) from error
+
+
 class DreamBoothTrainer(Trainer):
     """A run on a subject, and with `with_prior_preservation` on its class.
 
@@ -112,6 +138,7 @@ class DreamBoothTrainer(Trainer):
         if unet.config.encoder_hid_dim is None:
             raise ValueError("This network reads no text, but `instance_prompt` tells the subject by a word.")
         check_objective(self.config)
+        check_folders(self.config)
         super().adapt(unet)
 
     def describe(self, unet: ConditionalUNet) -> dict[str, Any]:
@@ -121,11 +148,13 @@ class DreamBoothTrainer(Trainer):
         self, unet: ConditionalUNet, encode: Optional[Encode], process_index: int, num_processes: int
     ) -> BatchStream:
         place = (process_index, num_processes)
-        subject = super().make_batches(unet, encode, *place)
+        with called("instance_data_dir"):
+            subject = super().make_batches(unet, encode, *place)
         if not self.config.with_prior_preservation:
             return subject
         draw_class_images(self.config, self.accelerator, unet, self.objective.scheduler(), encode)
-        return PairedBatches(subject, make_train_batches(self.config.class_data(), encode, *place))
+        with called("class_data_dir"):
+            return PairedBatches(subject, make_train_batches(self.config.class_data(), encode, *place))
 
     def weigh(self, losses: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         losses = super().weigh(losses, sigma)
