@@ -3,10 +3,13 @@
 import errno
 import signal
 import sys
+from dataclasses import replace
 
 import pytest
+from huggingface_hub import errors as hub_errors
+from tiny_runs import encode, make_unet
 
-from diffusers_imagen.training import DreamBoothTrainingConfig, Trainer, TrainingConfig
+from diffusers_imagen.training import DreamBoothTrainingConfig, Trainer, TrainingConfig, export
 from diffusers_imagen.training.command import main
 from diffusers_imagen.training.interruption import TrainingInterrupted
 
@@ -68,3 +71,28 @@ def test_a_run_that_ends_has_exit_code_0(monkeypatch, capsys):
     monkeypatch.setattr("diffusers_imagen.training.command.make_unet", lambda config: None)
     ended = type("Ended", (), {"__init__": lambda self, *args: None, "train": lambda self: {}})
     assert ends(monkeypatch, capsys, "--preset emoji_base_64", ended) == (0, "")
+
+
+@pytest.mark.parametrize("name", ["create_repo", "upload_folder"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        getattr(hub_errors, "HTTPError", ConnectionError)("Name or service not known"),
+        hub_errors.OfflineModeIsEnabled("Cannot reach the Hub: offline mode is enabled."),
+        ConnectionResetError(104, "Connection reset by peer"),
+        hub_errors.HFValidationError("Repo id must be"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_the_hub_and_the_network_refuse_names_the_argument(make_config, monkeypatch, name, error):
+    def refuse(*args, **kwargs):
+        raise error
+
+    config = make_config(push_to_hub=True, hub_model_id="me/stage", hub_token="hf_a")
+    monkeypatch.setattr(export, name, refuse)
+    if name == "create_repo":
+        with pytest.raises(ValueError, match="`push_to_hub` is True, but 'me/stage' cannot be made .*`hub_token`"):
+            Trainer(replace(config, train_data_dir="nowhere"), make_unet(), encode)  # before the data is read
+    else:
+        with pytest.raises(ValueError, match="The run is whole in '.*', but was not uploaded to 'me/stage': "):
+            export.upload_stage("me/stage", config, 4)

@@ -53,12 +53,16 @@ def change(run: Path, **changes) -> None:
 
 
 def test_a_width_that_was_tracked_is_read_back(run, capsys):
+    record = {"step": 8, "loss": 0.5, "config": {"seed": 3}, "files": {"unet/config.json": "0"}}
+    (run / "training.json").write_text(json.dumps(record))
     code, _ = reconstruct(capsys, run, "--ema_std", 0.1)
     assert code == 0
     written = ImagenUNetModel.from_pretrained(run / "ema-0.1", subfolder="unet").state_dict()
     expected = {name: value.half().float() for name, value in make_unet(3).state_dict().items()}
     assert all(torch.allclose(written[name], expected[name], atol=1e-4) for name in expected)
-    assert sorted(os.listdir(run / "ema-0.1")) == ["scheduler", "unet"]
+    assert sorted(os.listdir(run / "ema-0.1")) == ["scheduler", "training.json", "unet"]
+    written = json.loads((run / "ema-0.1" / "training.json").read_text())
+    assert written == {"step": 8, "ema_std": 0.1, "config": {"seed": 3}}
     assert reconstruct(capsys, run, "--ema_std", 0.05, "--step", 4)[0] == 0
     written = ImagenUNetModel.from_pretrained(run / "ema-0.05", subfolder="unet").state_dict()
     expected = {name: value.half().float() for name, value in make_unet(0).state_dict().items()}
@@ -111,7 +115,7 @@ def test_every_flipped_bit_is_found(run):
     (expected,) = (snapshot for snapshot in list_snapshots(path.parent) if snapshot.path == path)
     tensors, header = read_tensors(expected), 8 + struct.unpack("<Q", whole[:8])[0]
     harmless = 0
-    for place in [*draw.sample(range(header), 200), *draw.sample(range(header, len(whole)), 200)]:
+    for place in [*draw.sample(range(header), 120), *draw.sample(range(header, len(whole)), 60)]:
         flipped = bytearray(whole)
         flipped[place] ^= 1 << draw.randrange(8)
         path.write_bytes(flipped)
@@ -123,7 +127,7 @@ def test_every_flipped_bit_is_found(run):
             continue
         assert (snapshot.step, snapshot.std) == (4, 0.1) and are_equal(found, tensors)
         harmless += 1
-    assert harmless < 20
+    assert harmless < 12
 
 
 def test_a_file_that_is_cut_and_one_that_is_none_are_refused_by_name(run, capsys):

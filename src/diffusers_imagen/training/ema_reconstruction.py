@@ -10,7 +10,7 @@ import torch
 from diffusers.utils import logging
 from tqdm.auto import tqdm
 
-from ..utils.files import whole_folder
+from ..utils.files import read_json_object, whole_folder, write_json
 from .ema import SNAPSHOTS, std_to_gamma
 from .network import load_unet
 from .snapshots import MAX_STD, MIN_STD, Snapshot, check_shapes, list_snapshots, read_tensors
@@ -18,6 +18,7 @@ from .snapshots import MAX_STD, MIN_STD, Snapshot, check_shapes, list_snapshots,
 
 logger = logging.get_logger(__name__)
 
+RECORD = "training.json"
 MAX_ERROR = 0.1  # of the profile, relative to its norm; beyond it the snapshots are too few
 
 
@@ -94,6 +95,7 @@ def write_reconstructed(run: Path, outputs: dict[float, Path], step: Optional[in
     for part in ("unet/config.json", "scheduler/scheduler_config.json"):
         if not (run / part).is_file():
             raise ValueError(f"`run` is '{run}', which has no {part}: the run has not exported its stage yet.")
+    record = read_json_object(run / RECORD) if (run / RECORD).is_file() else {}
     try:
         unet = load_unet(str(run))
     except ValueError as error:
@@ -113,9 +115,11 @@ def write_reconstructed(run: Path, outputs: dict[float, Path], step: Optional[in
         with whole_folder(output) as partial:
             unet.save_pretrained(partial / "unet")
             shutil.copytree(run / "scheduler", partial / "scheduler")
-            for name in ("model_index.json", "training.json"):
-                if (run / name).is_file():
-                    shutil.copyfile(run / name, partial / name)
+            if (run / "model_index.json").is_file():
+                shutil.copyfile(run / "model_index.json", partial / "model_index.json")
+            if record:  # losses and checksums are those of the weights that the run exported
+                settings = {"config": record["config"]} if "config" in record else {}
+                write_json(partial / RECORD, {"step": step, "ema_std": std, **settings})
     return errors
 
 

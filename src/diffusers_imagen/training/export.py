@@ -15,6 +15,7 @@ from huggingface_hub import create_repo, upload_folder
 
 from ..models.unet_base import ConditionalUNet
 from ..pipelines.stages import write_model_index
+from ..utils.errors import NETWORK, one_line
 from .config import TrainingConfig
 from .sampling import SAMPLES
 
@@ -183,15 +184,26 @@ def make_repository(config: TrainingConfig) -> Optional[str]:
     if not config.push_to_hub:
         return None
     name = config.hub_model_id or Path(config.output_dir).name
-    return create_repo(name, exist_ok=True, token=config.hub_token).repo_id
+    with hub_errors(f"`push_to_hub` is True, but '{name}' cannot be made on the Hub (`hub_model_id`, `hub_token`)"):
+        return create_repo(name, exist_ok=True, token=config.hub_token).repo_id
+
+
+@contextmanager
+def hub_errors(what: str) -> Iterator[None]:
+    """Inside, errors of the network and of the Hub are ValueErrors that begin with what failed."""
+    try:
+        yield
+    except (*NETWORK, ValueError) as error:
+        raise ValueError(f"{what}: {one_line(error)}") from error
 
 
 def upload_stage(repository: str, config: TrainingConfig, step: int) -> None:
     """Uploads the stage, without checkpoints and logs."""
-    upload_folder(
-        repo_id=repository,
-        folder_path=config.output_dir,
-        commit_message=f"Stage after {step} steps",
-        ignore_patterns=NOT_UPLOADED,
-        token=config.hub_token,
-    )
+    with hub_errors(f"The run is whole in '{config.output_dir}', but was not uploaded to '{repository}'"):
+        upload_folder(
+            repo_id=repository,
+            folder_path=config.output_dir,
+            commit_message=f"Stage after {step} steps",
+            ignore_patterns=NOT_UPLOADED,
+            token=config.hub_token,
+        )

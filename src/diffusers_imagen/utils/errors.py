@@ -4,6 +4,7 @@ import errno
 import sys
 from typing import Callable, Optional
 
+from huggingface_hub import errors as hub_errors
 from huggingface_hub.errors import HfHubHTTPError
 from PIL.Image import DecompressionBombError
 from safetensors import SafetensorError
@@ -11,6 +12,8 @@ from safetensors import SafetensorError
 
 USAGE = 2  # exit code after a bad argument, as argparse's
 INTERRUPTED = 130
+# what requests to the Hub end in: the base error of its HTTP client, whichever that is, and connections cut and timed out
+NETWORK = (HfHubHTTPError, getattr(hub_errors, "HTTPError", HfHubHTTPError), ConnectionError, TimeoutError)
 # what arguments, files, disks, networks and devices cause; anything else is a fault of this package and keeps its traceback
 EXPECTED = (ValueError, OSError, FloatingPointError, MemoryError, DecompressionBombError, SafetensorError)
 
@@ -35,6 +38,8 @@ def describe(error: BaseException) -> Optional[str]:
         return "the output was closed before everything was written to it."
     if isinstance(error, HfHubHTTPError):
         return f"the Hub refused: {one_line(error)}"
+    if isinstance(error, NETWORK) and not isinstance(error, OSError):
+        return f"the network failed: {one_line(error)}"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"no space left on the device{of_file(error)}: free some, and run this again."
     if isinstance(error, OSError) and error.strerror:
