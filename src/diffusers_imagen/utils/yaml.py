@@ -1,0 +1,123 @@
+"""YAML files of plain values, read within bounds."""
+
+import os
+from pathlib import Path
+from typing import Any, Union
+
+import yaml
+
+
+MAX_BYTES = 2**18  # PyYAML reads some 50 KB/s
+MAX_DEPTH = 32
+MAX_VALUES = 20_000  # aliases counted as often as they are named
+MERGE = "tag:yaml.org,2002:merge"  # of the key `<<`
+STRING = "tag:yaml.org,2002:str"
+
+
+def read_yaml(path: Union[str, os.PathLike], name: str) -> Any:
+    """The content of a YAML file: dicts with strings as keys, lists, strings, numbers, booleans, dates and None.
+
+    Args:
+        path (`str` or `os.PathLike`): The file.
+        name (`str`): The argument that named it, for the message.
+
+    Raises:
+        ValueError: If it is no regular file, cannot be read, is not YAML, has a key twice, a key that is no string or
+            a tag (`!!python/object`), or is longer, deeper or, with its aliases followed, larger than a configuration
+            is. Names argument and file.
+    """
+    try:
+        return load(read_bytes(Path(path)))
+    except yaml.MarkedYAMLError as error:
+        reason = f"{error.problem or error.context}{of_line(error.problem_mark or error.context_mark)}"
+    except (OSError, ValueError, ArithmeticError, RecursionError, yaml.YAMLError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+    raise ValueError(f"`{name}` is '{path}', which cannot be read: {' '.join(reason.split())}")
+
+
+def read_bytes(path: Path) -> bytes:
+    """A file that is small enough."""
+    if not path.exists():
+        raise ValueError("there is no such file")
+    if not path.is_file():  # reading a FIFO or a device may have no end
+        raise ValueError("it is no regular file")
+    with open(path, "rb") as file:
+        content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
+    return content
+
+
+def load(content: bytes) -> Any:
+    """The value of a YAML document."""
+    loader = BoundedLoader(content)
+    try:
+        root = loader.get_single_node()
+        if root is None:
+            return None
+        count_values(root)
+        return loader.construct_document(root)
+    finally:
+        loader.dispose()
+
+
+class BoundedLoader(yaml.SafeLoader):
+    """A SafeLoader of nodes that are not too deep and have no tags, keys that are strings, and each once."""
+
+    depth = 0
+
+    def compose_node(self, parent, index):
+        event = self.peek_event()
+        if getattr(event, "tag", None) not in (None, "!"):
+            raise refusal(f"it has the tag {event.tag[:60]!r}", event.start_mark)
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise refusal(f"it is nested more than {MAX_DEPTH} deep", event.start_mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def compose_mapping_node(self, anchor):
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if key.tag not in (STRING, MERGE) or not isinstance(key, yaml.ScalarNode):
+                raise refusal("a key is no string (quote it)", key.start_mark)
+            if key.value in seen:
+                raise refusal(f"it has the key {key.value[:60]!r} twice", key.start_mark)
+            seen.add(key.value)
+        return node
+
+
+def count_values(root: yaml.Node) -> None:
+    """Refuses a document that is too large with its aliases followed, or contains itself."""
+    counts: dict[yaml.Node, int] = {}  # 0: being counted
+
+    def count(node: yaml.Node) -> int:
+        if node not in counts:
+            counts[node] = 0
+            counts[node] = 1 + sum(count(child) for child in children(node))
+        elif not counts[node]:
+            raise refusal("it contains itself", node.start_mark)
+        if counts[node] > MAX_VALUES:
+            raise refusal(f"it has more than {MAX_VALUES:,} values", node.start_mark)
+        return counts[node]
+
+    count(root)
+
+
+def children(node: yaml.Node) -> list[yaml.Node]:
+    """The nodes right below one."""
+    if isinstance(node, yaml.MappingNode):
+        return [part for pair in node.value for part in pair]
+    return node.value if isinstance(node, yaml.SequenceNode) else []
+
+
+def refusal(problem: str, mark: yaml.Mark) -> yaml.MarkedYAMLError:
+    """An error that tells the line."""
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
+
+
+def of_line(mark: yaml.Mark) -> str:
+    """Where an error is."""
+    return "" if mark is None else f" (line {mark.line + 1})"
