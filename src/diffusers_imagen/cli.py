@@ -1,28 +1,34 @@
 """The command `diffusers-imagen`."""
 
-import argparse
 import sys
 from typing import Optional
 
 from . import __version__
 from .commands import cache_embeddings, convert_config, demo, doctor, generate, inpaint, reconstruct_ema, upscale
+from .commands.arguments import Parser, check_numbers
+from .utils.errors import run_to_exit_code
 
 
 def main(argv: Optional[list[str]] = None) -> int:
-    """Runs a command; returns its exit code, 0 if it has none, 2 after one line about a bad argument, 130 if interrupted."""
-    args = make_parser().parse_args(argv)
-    try:
-        return args.run(args) or 0
-    except ValueError as error:
-        print(f"diffusers-imagen: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    """Runs a command.
+
+    Returns:
+        Its exit code, 0 if it has none, 2 after one line about what does not fit, 130 if interrupted. A line that
+        cannot be parsed ends in SystemExit with code 2.
+    """
+
+    def run() -> Optional[int]:
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
+        args = make_parser().parse_args(argv)
+        check_numbers(args)
+        return args.run(args)
+
+    return run_to_exit_code(run, "diffusers-imagen")
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="diffusers-imagen", description="Imagen for diffusers.")
+    parser = Parser(prog="diffusers-imagen", description="Imagen for diffusers.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in (generate, upscale, inpaint, demo, cache_embeddings, convert_config, doctor, reconstruct_ema):

@@ -1,5 +1,11 @@
-"""A page to draw with: the images of every stage appear as it finishes. Needs gradio, the extra `demo`."""
+"""A page to draw with: the images of every stage appear as it finishes. Needs gradio, the extra `demo`.
 
+It may be served to anybody, so what a visitor can ask for is bounded: one drawing at a time and few that wait, short
+texts, numbers within the page's limits, no uploads, and pictures that are deleted after a while.
+"""
+
+import logging
+import math
 import queue
 import random
 import re
@@ -9,7 +15,11 @@ from typing import Any, Iterator, NamedTuple, Optional
 
 import gradio as gr
 import torch
+from gradio import processing_utils
+from gradio.utils import get_upload_folder
 from PIL import Image
+from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
 
 from .pipelines import ImagenCascadePipeline
 from .pipelines.pipeline_imagen_cascade import DEFAULT_GUIDANCE, DEFAULT_STEPS
@@ -23,8 +33,48 @@ EXAMPLES = [
     "a flat illustration of a blue fish",
 ]
 MAX_SEED = 2**31 - 1
+MAX_IMAGES, MAX_STEPS, MAX_GUIDANCE = 8, 50, 10
+MAX_PROMPT_LENGTH = 1000  # in characters
+MAX_WAITING = 16  # drawings; who comes then is told that the queue is full
+MAX_BODY_BYTES = 2**16  # of a request: twice two texts of four bytes a character, and numbers
+SECONDS_TO_LIVE = 1800  # of a picture on the disk: the page has it long before
+POSTS = ("/gradio_api/queue/join", "/gradio_api/call/", "/gradio_api/run/", "/gradio_api/cancel", "/gradio_api/reset")
+REFUSED_GETS = ("/gradio_api/proxy=",)  # fetches what others name
+
+logger = logging.getLogger(__name__)
+
+
+class Guard:
+    """ASGI middleware that lets through what the page itself asks for, in requests of a bounded size."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
+            if scope["type"] == "http" and scope["path"].startswith(REFUSED_GETS):
+                return await PlainTextResponse("This page fetches nothing.", 403)(scope, receive, send)
+            return await self.app(scope, receive, send)
+        if scope["method"] != "POST" or not scope["path"].startswith(POSTS):
+            return await PlainTextResponse("This page takes no files.", 403)(scope, receive, send)
+        body, more = b"", True
+        while more:
+            message = await receive()
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+            if len(body) > MAX_BODY_BYTES:
+                text = f"The request has more than {MAX_BODY_BYTES} bytes."
+                return await PlainTextResponse(text, 413)(scope, receive, send)
+        whole = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+        async def replay():
+            return next(whole, None) or await receive()
+
+        await self.app(scope, replay, send)
+
+
 STAGE_TITLES = {"base": "Base", "sr256": "Super-resolution", "sr1024": "Super-resolution"}
-# how the page looks: arguments of `launch`. System fonts, so that nothing is asked of other servers.
+# how the page looks, and what it lets in: arguments of `launch`. System fonts, so that nothing is asked of other servers.
 LOOK = {
     "theme": gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
     "css": """
@@ -34,6 +84,10 @@ LOOK = {
     """,
     "footer_links": ["api", "gradio"],
     "ssr_mode": False,
+    "show_error": False,  # errors of Python are the log's
+    "max_file_size": 1,
+    "enable_monitoring": False,
+    "app_kwargs": {"middleware": [Middleware(Guard)]},
 }
 
 
@@ -97,17 +151,18 @@ def build(pipe: ImagenCascadePipeline, model: str) -> gr.Blocks:
         model (`str`): Folder or Hub id that it comes from, which the page names.
     """
     stages = pipe.stages
-    with gr.Blocks(title="diffusers-imagen") as page:
+    with gr.Blocks(title="diffusers-imagen", delete_cache=(60, SECONDS_TO_LIVE)) as page:
         gr.Markdown(f"# diffusers-imagen\n{describe(pipe, model)}")
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
-                prompt = gr.Textbox(label="Prompt", value=EXAMPLES[0], autofocus=True)
-                negative_prompt = gr.Textbox(label="Negative prompt", placeholder="what to guide away from")
+                limit = {"max_length": MAX_PROMPT_LENGTH}  # of the browser; `read_request` asks again
+                prompt = gr.Textbox(label="Prompt", value=EXAMPLES[0], autofocus=True, **limit)
+                negative_prompt = gr.Textbox(label="Negative prompt", placeholder="what to guide away from", **limit)
                 with gr.Row():
                     stop = gr.Button("Stop")
                     start = gr.Button("Draw", variant="primary")
                 gr.Examples(EXAMPLES, inputs=prompt, label="Try")
-                num_images = gr.Slider(1, 8, label="Images", step=1, value=4)
+                num_images = gr.Slider(1, MAX_IMAGES, label="Images", step=1, value=4)
                 settings = [setting for stage in stages for setting in stage_settings(stage)]
                 with gr.Row():
                     seed = gr.Number(label="Seed", value=0, precision=0, minimum=0, maximum=MAX_SEED)
@@ -116,7 +171,9 @@ def build(pipe: ImagenCascadePipeline, model: str) -> gr.Blocks:
                 status = gr.Markdown("Ready.")
                 galleries = [stage_gallery(stage) for stage in stages]
 
-        run = drawer(pipe)
+        pictures: set[str] = set()
+        page.temp_file_sets.append(pictures)  # what `delete_cache` deletes
+        run = drawer(pipe, pictures)
         inputs = [prompt, negative_prompt, seed, num_images, *settings]
         outputs = [status, *galleries]
         event = gr.on(
@@ -128,15 +185,18 @@ def build(pipe: ImagenCascadePipeline, model: str) -> gr.Blocks:
             api_visibility="private",
         ).then(run, inputs=inputs, outputs=outputs, show_progress="hidden", api_name="draw")
         stop.click(lambda: "Stopped.", outputs=status, cancels=event, api_visibility="private")
-    return page
+    # without the queue, everybody's drawings would run at once
+    return page.queue(max_size=MAX_WAITING, default_concurrency_limit=1, api_open=False)
 
 
 def stage_settings(stage) -> tuple[gr.Slider, gr.Slider]:
     """Steps and guidance of one stage."""
     with gr.Row():
         return (
-            gr.Slider(1, 50, label=f"{stage.resolution} px steps", step=1, value=DEFAULT_STEPS[stage.name]),
-            gr.Slider(1, 10, label=f"{stage.resolution} px guidance", step=0.5, value=DEFAULT_GUIDANCE[stage.name]),
+            gr.Slider(1, MAX_STEPS, label=f"{stage.resolution} px steps", step=1, value=DEFAULT_STEPS[stage.name]),
+            gr.Slider(
+                1, MAX_GUIDANCE, label=f"{stage.resolution} px guidance", step=0.5, value=DEFAULT_GUIDANCE[stage.name]
+            ),
         )
 
 
@@ -174,40 +234,87 @@ def describe(pipe: ImagenCascadePipeline, model: str) -> str:
 
 def choose_seed(seed: float, new_seed: bool) -> int:
     """The seed of the next drawing, which the page shows so that it can be drawn again."""
-    return random.SystemRandom().randint(0, MAX_SEED) if new_seed else int(seed or 0)
+    return random.SystemRandom().randint(0, MAX_SEED) if new_seed else whole("Seed", seed or 0, 0, MAX_SEED)
 
 
-def drawer(pipe: ImagenCascadePipeline):
-    """The function behind the button: a generator of the page's status and galleries."""
+def drawer(pipe: ImagenCascadePipeline, pictures: set[str]):
+    """The function behind the button: a generator of the page's status and galleries; files go to `pictures`."""
     stages = pipe.stages
 
+    def keep(images: list[Image.Image]) -> list[str]:
+        # gradio would write images of a gallery to its cache too, but never delete them
+        paths = [processing_utils.save_pil_to_cache(image, get_upload_folder(), format="png") for image in images]
+        pictures.update(paths)
+        return paths
+
     def run(prompt: str, negative_prompt: str, seed: float, num_images: float, *settings: float):
-        if not prompt.strip():
-            raise gr.Error("Say what to draw.", print_exception=False)
-        steps, scales = settings[0::2], settings[1::2]
+        request = read_request(stages, prompt, negative_prompt, seed, num_images, settings)
+        seed = request.pop("seed")
         yield ["Reading the prompt ...", *([] for _ in stages)]
-        progress = draw(
-            pipe,
-            prompt,
-            negative_prompt=negative_prompt.strip() or None,
-            num_images_per_prompt=int(num_images),
-            num_inference_steps=[int(count) for count in steps],
-            guidance_scale=[float(scale) for scale in scales],
-            generator=torch.Generator().manual_seed(int(seed)),
-        )
+        progress = draw(pipe, generator=torch.Generator().manual_seed(seed), **request)
         shown = 0
         try:
             for calls, total, images in progress:
                 done = [images.get(stage.resolution) for stage in stages]
                 # what the page has already is not sent again, but the last answer is the whole one
                 first_new = 0 if None not in done else shown
-                galleries = [x if x and i >= first_new else gr.skip() for i, x in enumerate(done)]
+                galleries = [keep(x) if x and i >= first_new else gr.skip() for i, x in enumerate(done)]
                 shown = len(images)
                 running = "Done" if shown == len(stages) else f"Drawing: {title(stages[shown])}"
-                yield [f"{running}. Network call {calls} of {total}, seed {int(seed)}.", *galleries]
-        except ValueError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+                yield [f"{running}. Network call {calls} of {total}, seed {seed}.", *galleries]
+        except (ValueError, FloatingPointError) as error:
+            raise refusal(str(error)) from error
+        except Exception as error:  # its text may tell of this machine
+            logger.exception("A drawing failed")
+            raise refusal("The drawing failed; the log of the server says why.") from error
         finally:
             progress.close()
 
     return run
+
+
+def read_request(stages, prompt, negative_prompt, seed, num_images, settings) -> dict[str, Any]:
+    """What a visitor asks for as arguments of the pipeline, with the seed as `seed`.
+
+    Browsers keep to the page's limits, but requests need not come from one.
+
+    Raises:
+        gr.Error: For what the page would not send.
+    """
+    for name, text in (("The prompt", prompt), ("The negative prompt", negative_prompt)):
+        if not isinstance(text, (str, type(None))):
+            raise refusal(f"{name} is no text.")
+        if text and len(text) > MAX_PROMPT_LENGTH:
+            raise refusal(f"{name} has {len(text)} characters, but should have at most {MAX_PROMPT_LENGTH}.")
+        if text and not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            raise refusal(f"{name} is no text.")
+    if not prompt or not prompt.strip():
+        raise refusal("Say what to draw.")
+    if len(settings) != 2 * len(stages):
+        raise refusal(f"There should be {2 * len(stages)} settings of stages, not {len(settings)}.")
+    return {
+        "prompt": prompt,
+        "negative_prompt": (negative_prompt or "").strip() or None,
+        "seed": whole("Seed", seed or 0, 0, MAX_SEED),
+        "num_images_per_prompt": whole("Images", num_images, 1, MAX_IMAGES),
+        "num_inference_steps": [whole("Steps", count, 1, MAX_STEPS) for count in settings[0::2]],
+        "guidance_scale": [float(number("Guidance", scale, 1, MAX_GUIDANCE)) for scale in settings[1::2]],
+    }
+
+
+def number(name: str, value: Any, lowest: float, highest: float) -> float:
+    """A number that is within the page's limits."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or not lowest <= value <= highest:
+        raise refusal(f"{name} should be a number from {lowest} to {highest}.")
+    return value
+
+
+def whole(name: str, value: Any, lowest: int, highest: int) -> int:
+    """As `number`, without what comes after the point."""
+    return int(number(name, value, lowest, highest))
+
+
+def refusal(text: str) -> gr.Error:
+    """An error that the page shows, and the log does not."""
+    return gr.Error(text, print_exception=False)

@@ -1,8 +1,10 @@
 """What several commands need: the model, and image files that are whole or absent."""
 
 import argparse
+import math
 import os
 import re
+import textwrap
 from pathlib import Path
 from typing import Callable, Union
 
@@ -12,15 +14,25 @@ from PIL import Image, ImageOps
 
 from ..pipelines import ImagenCascadePipeline
 from ..pipelines.stages import DEFAULT_GUIDANCE, DEFAULT_STEPS, refuse_untrained
+from ..utils.files import check_writable, whole_file
+from .arguments import Parser, check_prompt
 
 
 # an editable install finds the cascade that the repository ships
 SHIPPED_MODEL = Path(__file__).resolve().parents[3] / "checkpoints" / "imagen-emoji"
 DEFAULT_OUTPUT = Path("output.png")
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+MAX_SIDES = {"JPEG": 65500, "WEBP": 16383}  # in pixels
+# bounds: what is above is a slip, and would run until it is killed
+MAX_SIDE = 8192
+MAX_SEED = 2**63 - 1
+MAX_STEPS = 10_000
+MAX_GUIDANCE = 1000
+MAX_IMAGES = 1000
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def add_model_arguments(command: argparse.ArgumentParser) -> None:
+def add_model_arguments(command: Parser) -> None:
     """Which model, where and in which precision."""
     command.add_argument("--model", default=str(SHIPPED_MODEL), help="folder or Hub id; default: the shipped cascade")
     command.add_argument(
@@ -29,31 +41,52 @@ def add_model_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
 
 
-def add_sampling_arguments(command: argparse.ArgumentParser) -> None:
+def add_sampling_arguments(command: Parser) -> None:
     """How images are made, and where they go."""
     command.add_argument("--negative-prompt", help="what to guide away from")
     command.add_argument("--output", type=Path, help=f"image file; default: {DEFAULT_OUTPUT}")
-    command.add_argument("--resolution", type=int, help="stop after the stage of this resolution: 64, 256 or 1024")
-    command.add_argument("--height", type=int, help="of the image in pixels; default: the resolution")
-    command.add_argument("--width", type=int, help="of the image in pixels; default: the resolution")
-    command.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    command.add_number(
+        "--resolution",
+        int,
+        1,
+        MAX_SIDE,
+        "output_resolution",
+        help="stop after the stage of this resolution: 64, 256 or 1024",
+    )
+    command.add_number("--height", int, 1, MAX_SIDE, help="of the image in pixels; default: the resolution")
+    command.add_number("--width", int, 1, MAX_SIDE, help="of the image in pixels; default: the resolution")
+    command.add_number("--seed", int, 0, MAX_SEED, default=0, help="default: %(default)s")
     per_stage = "for all stages, or one value a stage; default: %(default)s"
-    command.add_argument("--steps", type=int, nargs="+", default=DEFAULT_STEPS, help=per_stage)
-    command.add_argument("--guidance-scale", type=float, nargs="+", default=DEFAULT_GUIDANCE, help=per_stage)
-    command.add_argument(
+    command.add_number(
+        "--steps", int, 1, MAX_STEPS, "num_inference_steps", nargs="+", default=DEFAULT_STEPS, help=per_stage
+    )
+    command.add_number("--guidance-scale", float, 0, MAX_GUIDANCE, nargs="+", default=DEFAULT_GUIDANCE, help=per_stage)
+    command.add_number(
         "--guidance-interval",
-        type=float,
+        float,
+        0,
+        math.inf,
         nargs=2,
         metavar=("LOW", "HIGH"),
         help="lowest and highest noise level (sigma) with guidance; default: all",
     )
-    command.add_argument(
+    command.add_number(
         "--guidance-rescale",
-        type=float,
+        float,
+        0,
+        1,
         default=0.0,
         help="share brought back to plain contrast; default: %(default)s",
     )
-    command.add_argument("--num-images", type=int, default=1, help="of each prompt, numbered: output-0.png, ...")
+    command.add_number(
+        "--num-images",
+        int,
+        1,
+        MAX_IMAGES,
+        "num_images_per_prompt",
+        default=1,
+        help="of each prompt, numbered: output-0.png, ...",
+    )
     command.add_argument("--grid", action="store_true", help="write all images into one file, side by side")
 
 
@@ -71,12 +104,21 @@ def sampling_arguments(args: argparse.Namespace) -> dict:
     }
 
 
+def check_sampling(args: argparse.Namespace) -> None:
+    """Refuses what can be refused before pictures are read and a model loads: output, device and texts."""
+    check_output(args)
+    check_device(args.device)
+    for name in ("prompt", "negative_prompt"):
+        check_prompt(name, getattr(args, name))
+    if args.guidance_interval is not None and args.guidance_interval[0] > args.guidance_interval[1]:
+        raise ValueError(f"`guidance-interval` is {args.guidance_interval}, but should have the lower level first.")
+
+
 def make_images(args: argparse.Namespace, prepare: Callable = lambda pipe: None, **inputs) -> None:
-    """Makes the pictures of one call of the pipeline, and writes them."""
-    output = args.output or DEFAULT_OUTPUT
-    check_output(output)
+    """Makes the pictures of one call of the pipeline, and writes them; after `check_sampling`."""
     pipe = load_pipeline(args.model, getattr(torch, args.dtype)).to(args.device)
     prepare(pipe)
+    check_picture_size(args, pipe)
     images = pipe(
         num_images_per_prompt=args.num_images,
         generator=torch.Generator().manual_seed(args.seed),
@@ -84,14 +126,27 @@ def make_images(args: argparse.Namespace, prepare: Callable = lambda pipe: None,
         **inputs,
     ).images
     if args.grid:
-        columns = int(len(images) ** 0.5)
-        while len(images) % columns:
-            columns -= 1
-        images = [make_image_grid(images, rows=columns, cols=len(images) // columns)]
-    for i, image in enumerate(images):
-        path = output if len(images) == 1 else output.with_stem(f"{output.stem}-{i}")
+        rows, columns = grid_shape(len(images))
+        images = [make_image_grid(images, rows=rows, cols=columns)]
+    paths = output_paths(args)
+    for image, path in zip(images, paths):
         save_image(image, path)
+    for path in paths:  # when all are on the disk: who reads the names may end early
         print(path)
+
+
+def output_paths(args: argparse.Namespace) -> list[Path]:
+    """The files of one call of the pipeline."""
+    output = args.output or DEFAULT_OUTPUT
+    if args.grid or args.num_images == 1:
+        return [output]
+    return [output.with_name(f"{output.stem}-{i}{output.suffix}") for i in range(args.num_images)]
+
+
+def grid_shape(count: int) -> tuple[int, int]:
+    """Rows and columns of a grid without gaps, rows being the more."""
+    columns = next(n for n in range(int(count**0.5), 0, -1) if count % n == 0)
+    return count // columns, columns
 
 
 def read_image(name: str, path: Path) -> Image.Image:
@@ -127,26 +182,49 @@ def load_pipeline(model: str, dtype: torch.dtype = torch.float32) -> ImagenCasca
     return pipe
 
 
-def check_output(path: Path) -> None:
-    """Checks that an image can be written there, before it takes minutes to make one."""
-    extensions = (".png", ".jpg", ".jpeg", ".webp")
-    if path.suffix.lower() not in extensions:
-        raise ValueError(f"`output` is '{path}', but should end in one of {', '.join(extensions)}.")
-    check_folder("output", path.parent)
+def check_output(args: argparse.Namespace) -> None:
+    """Checks that the images can be written, before it takes minutes to make them."""
+    output = args.output or DEFAULT_OUTPUT
+    if output.suffix.lower() not in FORMATS:
+        raise ValueError(f"`output` is '{output}', but should end in one of {', '.join(FORMATS)}.")
+    for path in output_paths(args):
+        check_writable(path, "output")
+        for name in ("image", "mask"):
+            given = getattr(args, name, None)
+            if given is not None and path.exists() and given.exists() and path.samefile(given):
+                raise ValueError(f"`output` is '{path}', which is the `{name}`: name another file.")
 
 
-def check_folder(name: str, folder: Path) -> None:
-    """Checks that there is no file in the place of a folder."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"`{name}` needs the folder '{folder}', but that is a file.")
+def check_picture_size(args: argparse.Namespace, pipe: ImagenCascadePipeline) -> None:
+    """Checks that the format of the output takes images of this size."""
+    output = args.output or DEFAULT_OUTPUT
+    format = FORMATS[output.suffix.lower()]
+    side = args.resolution or pipe.stages[-1].resolution
+    shape = grid_shape(args.num_images) if args.grid else (1, 1)
+    sides = [count * (own or side) for count, own in zip(shape, (args.height, args.width))]
+    if max(sides) > MAX_SIDES.get(format, math.inf):
+        raise ValueError(
+            f"`output` is '{output}', but {format} takes at most {MAX_SIDES[format]} pixels a side, not "
+            f"{sides[0]}x{sides[1]}: take .png."
+        )
 
 
-def save_image(image, path: Path) -> None:
-    """Writes an image beside its place and then moves it there."""
+def check_device(device: str) -> None:
+    """Checks that there is such a device, and that tensors can be on it."""
+    try:
+        if torch.device(device).type == "meta":
+            raise RuntimeError("tensors on it have no values")
+        torch.zeros(1, device=device).add(1).item()
+    except Exception as error:  # each of torch's backends has its own
+        reason = textwrap.shorten(str(error).strip().partition("\n")[0], 200) or type(error).__name__
+        raise ValueError(f"`device` is {device!r}, which cannot be used: {reason}") from error
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    """Writes an image file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    image.save(partial, format={".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}.get(path.suffix.lower(), "PNG"))
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        image.save(partial, format=FORMATS[path.suffix.lower()])
 
 
 def scalar_or_list(values: Union[list, dict]):

@@ -1,12 +1,18 @@
 """`diffusers-imagen demo`: the cascade in a browser."""
 
 import argparse
+import errno
 import importlib.util
+import ipaddress
 import os
+import signal
+import socket
+import sys
+import tempfile
 
 import torch
 
-from .common import add_model_arguments, load_pipeline
+from .common import add_model_arguments, check_device, load_pipeline
 
 
 def add_parser(commands) -> None:
@@ -16,7 +22,7 @@ def add_parser(commands) -> None:
     )
     add_model_arguments(command)
     command.add_argument("--host", default="127.0.0.1", help="0.0.0.0 serves other machines too; default: %(default)s")
-    command.add_argument("--port", type=int, default=7860, help="default: %(default)s")
+    command.add_number("--port", int, 0, 65535, default=7860, help="0 takes a free one; default: %(default)s")
     command.add_argument("--open", action="store_true", help="open the page in a browser")
     command.set_defaults(run=demo)
 
@@ -25,8 +31,21 @@ def demo(args: argparse.Namespace) -> None:
     """Serves the page until interrupted."""
     if importlib.util.find_spec("gradio") is None:
         raise ValueError("the demo needs gradio: pip install 'diffusers-imagen[demo]'")
+    check_device(args.device)
+    port = find_port(args.host, args.port)
     # gradio would report its use to its makers, from the moment of its import
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the pictures are deleted
+    with tempfile.TemporaryDirectory(prefix="diffusers-imagen-demo-") as pictures:
+        os.environ["GRADIO_TEMP_DIR"] = pictures  # read at gradio's import
+        try:
+            serve(args, port)
+        finally:
+            del os.environ["GRADIO_TEMP_DIR"]
+
+
+def serve(args: argparse.Namespace, port: int) -> None:
+    """Loads the model and serves the page until interrupted."""
     from .. import webdemo
 
     pipe = load_pipeline(args.model, getattr(torch, args.dtype)).to(args.device)
@@ -34,13 +53,36 @@ def demo(args: argparse.Namespace) -> None:
     try:
         _, url, _ = page.launch(
             server_name=args.host,
-            server_port=args.port,
+            server_port=port,
             inbrowser=args.open,
             prevent_thread_lock=True,
             quiet=True,
             **webdemo.LOOK,
         )
     except OSError as error:
-        raise ValueError(f"`port` is {args.port}, which cannot be served: {error}") from error
+        raise ValueError(f"`port` is {port}, which cannot be served: {error}") from error
     print(f"{url} (stop with Ctrl-C)", flush=True)
     page.block_thread()
+
+
+def find_port(host: str, port: int) -> int:
+    """The port, or for 0 a free one.
+
+    Raises:
+        ValueError: If it is in use, or `host` is no address of this machine.
+    """
+    if host != "localhost":
+        try:
+            ipaddress.IPv4Address(host)
+        except ValueError as error:
+            raise ValueError(f"`host` is {host!r}, but should be an IPv4 address such as 127.0.0.1.") from error
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except PermissionError as error:
+            raise ValueError(f"`port` is {port}, which cannot be served: {error.strerror}.") from error
+        except OSError as error:
+            name, value = ("host", host) if error.errno == errno.EADDRNOTAVAIL else ("port", port)
+            raise ValueError(f"`{name}` is {value!r}, which cannot be served: {error.strerror}.") from error
+        return probe.getsockname()[1]

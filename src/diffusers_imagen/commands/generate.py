@@ -4,15 +4,20 @@ import argparse
 import hashlib
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
 
+from ..pipelines import ImagenCascadePipeline
+from ..utils.files import LOCK, FolderHold, check_writable
+from .arguments import check_prompt, refuse_empty
 from .common import (
+    MAX_STEPS,
     add_model_arguments,
     add_sampling_arguments,
-    check_folder,
+    check_device,
+    check_sampling,
     load_pipeline,
     make_images,
     read_image,
@@ -23,8 +28,10 @@ from .common import (
 
 DEFAULT_OUTPUT_DIR = Path("outputs")
 DEFAULT_STRENGTH = 0.7
-# how much of a prompt goes into the name of its file
-NAME_LENGTH = 60
+# how much of a prompt goes into the name of its file, in characters and in bytes: file systems take 255 bytes in all
+NAME_LENGTH, NAME_BYTES = 60, 180
+MAX_FILE_BYTES = 32 * 2**20
+MAX_FILE_IMAGES = 100_000
 
 
 def add_parser(commands) -> None:
@@ -38,8 +45,12 @@ def add_parser(commands) -> None:
     add_model_arguments(command)
     add_sampling_arguments(command)
     command.add_argument("--image", type=Path, help="picture to change, with --strength")
-    command.add_argument(
-        "--strength", type=float, help="how much of --image changes, above 0 and up to 1; default: 0.7"
+    command.add_number(
+        "--strength",
+        float,
+        1 / MAX_STEPS,
+        1,
+        help="how much of --image changes, above 0 and up to 1; default: 0.7",
     )
     command.add_argument(
         "--output-dir",
@@ -47,7 +58,7 @@ def add_parser(commands) -> None:
         help="folder for the images of --prompts-file, named by line and prompt; what exists is skipped, so that an "
         f"interrupted run goes on; default: {DEFAULT_OUTPUT_DIR}",
     )
-    command.add_argument("--batch-size", type=int, help="images at once with --prompts-file; default: 4")
+    command.add_number("--batch-size", int, 1, 1024, help="images at once with --prompts-file; default: 4")
     command.set_defaults(run=generate)
 
 
@@ -72,6 +83,8 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def generate_one(args: argparse.Namespace) -> None:
     """Makes pictures of one prompt, from noise or from a picture."""
+    check_sampling(args)
+    refuse_empty(args.prompt)
     inputs = {}
     if args.image is not None:
         strength = DEFAULT_STRENGTH if args.strength is None else args.strength
@@ -84,39 +97,86 @@ def generate_one(args: argparse.Namespace) -> None:
 class Item(NamedTuple):
     """One image to make."""
 
+    line: int
     prompt: str
     path: Path
-    generator: torch.Generator
+    seed: int
 
 
 def generate_many(args: argparse.Namespace) -> None:
-    """Makes the pictures of a file of prompts that do not exist yet."""
+    """Makes the pictures of a file of prompts that do not exist yet.
+
+    A prompt that cannot be drawn does not keep the others from it; they are all named at the end.
+    """
     folder = args.output_dir or DEFAULT_OUTPUT_DIR
-    check_folder("output-dir", folder)
-    batch_size = 4 if args.batch_size is None else args.batch_size
-    for name, value in (("batch-size", batch_size), ("num-images", args.num_images)):
-        if value < 1:
-            raise ValueError(f"`{name}` is {value}, but should be at least 1.")
+    check_device(args.device)
+    check_prompt("negative_prompt", args.negative_prompt)
     items = list_items(args.prompts_file, folder, args.seed, args.num_images)
-    todo = [item for item in items if not item.path.exists()]
-    if not todo:
+    check_writable(max((item.path for item in items), key=lambda path: len(path.name.encode())), "output-dir")
+    if not to_do(items):
         print(f"{folder}: all {len(items)} images exist")
         return
 
+    is_new = not folder.exists()
+    try:
+        with FolderHold(folder, "output-dir"):
+            todo = to_do(items)  # another process may have made some meanwhile
+            try:
+                failed = draw_items(args, items, todo)
+            finally:
+                (folder / LOCK).unlink(missing_ok=True)  # nothing but pictures is to stay
+    finally:
+        if is_new and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+    if failed:
+        raise ValueError(f"{folder}: {len(failed)} of {len(items)} images could not be made: {'; '.join(failed[:10])}")
+    print(f"{folder}: {len(items)} images, {len(todo)} of them new")
+
+
+def to_do(items: list[Item]) -> list[Item]:
+    """The images that do not exist yet.
+
+    Raises:
+        ValueError: If something else is in the place of one.
+    """
+    todo = [item for item in items if not item.path.exists()]
+    missing = {item.path for item in todo}
+    for item in items:
+        if item.path not in missing and not item.path.is_file():
+            raise ValueError(f"`output-dir` has '{item.path}', which is no file, in the place of an image.")
+    return todo
+
+
+def draw_items(args: argparse.Namespace, items: list[Item], todo: list[Item]) -> list[str]:
+    """Makes images in batches and writes them; returns what went wrong, by line of the file."""
+    batch_size = 4 if args.batch_size is None else args.batch_size
     pipe = load_pipeline(args.model, getattr(torch, args.dtype)).to(args.device)
     pipe.set_progress_bar_config(disable=True)
+    arguments, failed = sampling_arguments(args), []
     with tqdm(total=len(items), initial=len(items) - len(todo), unit="image") as progress:
         for start in range(0, len(todo), batch_size):
             batch = todo[start : start + batch_size]
-            images = pipe(
-                [item.prompt for item in batch],
-                generator=[item.generator for item in batch],
-                **sampling_arguments(args),
-            ).images
-            for item, image in zip(batch, images):
-                save_image(image, item.path)
+            failed += draw_batch(pipe, batch, arguments)
+            if len(failed) == start + len(batch):  # none so far: it is not the prompts' fault
+                raise ValueError(failed[0])
             progress.update(len(batch))
-    print(f"{folder}: {len(items)} images, {len(todo)} of them new")
+    return failed
+
+
+def draw_batch(pipe: ImagenCascadePipeline, batch: list[Item], arguments: dict[str, Any]) -> list[str]:
+    """Makes images together, or one by one where that fails; returns what went wrong."""
+    generators = [torch.Generator().manual_seed(item.seed) for item in batch]
+    try:
+        for item in batch:
+            check_prompt("prompt", item.prompt)
+        images = pipe([item.prompt for item in batch], generator=generators, **arguments).images
+    except (ValueError, FloatingPointError) as error:
+        if len(batch) == 1:
+            return [f"line {batch[0].line}: {error}"]
+        return [failure for item in batch for failure in draw_batch(pipe, [item], arguments)]
+    for item, image in zip(batch, images):
+        save_image(image, item.path)
+    return []
 
 
 def list_items(prompts_file: Path, folder: Path, seed: int, num_images: int) -> list[Item]:
@@ -125,20 +185,37 @@ def list_items(prompts_file: Path, folder: Path, seed: int, num_images: int) -> 
     The noise of an image depends on the seed, the line and the image's number, not on what else is made.
 
     Raises:
-        ValueError: If there is no prompt to read.
+        ValueError: If there is no prompt to read, or too much.
     """
-    try:
-        lines = prompts_file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"`prompts-file` is '{prompts_file}', which cannot be read: {error}") from error
     items = []
-    for line, prompt in enumerate(map(str.strip, lines), start=1):
+    for line, prompt in enumerate(map(str.strip, read_lines(prompts_file)), start=1):
         for number in range(num_images) if prompt else ():
-            slug = re.sub(r"\W+", "-", prompt.lower())[:NAME_LENGTH].strip("-")
-            suffix = f"-{number}" if num_images > 1 else ""
             digest = hashlib.sha256(f"{seed} {line} {number}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-            items.append(Item(prompt, folder / f"{line:05d}-{slug}{suffix}.png", generator))
+            name = name_of(line, prompt, f"-{number}" if num_images > 1 else "")
+            items.append(Item(line, prompt, folder / name, int.from_bytes(digest[:8], "big") >> 1))
+            if len(items) > MAX_FILE_IMAGES:
+                raise ValueError(
+                    f"`prompts-file` is '{prompts_file}', which asks for more than {MAX_FILE_IMAGES:,} images: split it."
+                )
     if not items:
         raise ValueError(f"`prompts-file` is '{prompts_file}', which has no prompt in it.")
     return items
+
+
+def read_lines(prompts_file: Path) -> list[str]:
+    """The lines of a text file in UTF-8, with or without a byte order mark."""
+    try:
+        if prompts_file.exists() and not prompts_file.is_file():
+            raise OSError("it is no regular file.")
+        if prompts_file.stat().st_size > MAX_FILE_BYTES:
+            raise OSError(f"it has more than {MAX_FILE_BYTES:,} bytes.")
+        return prompts_file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`prompts-file` is '{prompts_file}', which cannot be read: {error}") from error
+
+
+def name_of(line: int, prompt: str, suffix: str) -> str:
+    """The name of an image's file."""
+    slug = re.sub(r"\W+", "-", prompt[: 20 * NAME_LENGTH].lower())[:NAME_LENGTH]
+    slug = slug.encode()[:NAME_BYTES].decode(errors="ignore").strip("-")
+    return f"{line:05d}-{slug}{suffix}.png"

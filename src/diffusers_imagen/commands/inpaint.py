@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from .common import add_model_arguments, add_sampling_arguments, make_images, read_image
+from .arguments import refuse_empty
+from .common import MAX_STEPS, add_model_arguments, add_sampling_arguments, check_sampling, make_images, read_image
 
 
 def add_parser(commands) -> None:
@@ -16,15 +17,25 @@ def add_parser(commands) -> None:
     command.add_argument("prompt", help="what to draw")
     add_model_arguments(command)
     add_sampling_arguments(command)
-    command.add_argument("--strength", type=float, help="how much of the masked part changes; default: 1, all of it")
-    command.add_argument(
-        "--resample-times", type=int, default=4, help="how often each step is done, for harmony; default: %(default)s"
+    command.add_number(
+        "--strength", float, 1 / MAX_STEPS, 1, help="how much of the masked part changes; default: 1, all of it"
+    )
+    command.add_number(
+        "--resample-times",
+        int,
+        1,
+        100,
+        "num_resample_times",
+        default=4,
+        help="how often each step is done, for harmony; default: %(default)s",
     )
     command.set_defaults(run=inpaint)
 
 
 def inpaint(args: argparse.Namespace) -> None:
     """Paints a part of a picture anew and writes it."""
+    check_sampling(args)
+    refuse_empty(args.prompt)
     make_images(
         args,
         prompt=args.prompt,

@@ -3,7 +3,15 @@
 import argparse
 from pathlib import Path
 
-from .common import add_model_arguments, add_sampling_arguments, make_images, read_image
+from ..pipelines.inputs import MIN_NOISE_LEVEL
+from .common import (
+    MAX_SIDE,
+    add_model_arguments,
+    add_sampling_arguments,
+    check_sampling,
+    make_images,
+    read_image,
+)
 
 
 def add_parser(commands) -> None:
@@ -18,20 +26,31 @@ def add_parser(commands) -> None:
     command.add_argument("--prompt", default="", help="what is on it; default: nothing is said")
     add_model_arguments(command)
     add_sampling_arguments(command)
-    command.add_argument(
-        "--noise-level", type=float, default=0.1, help="noise in the small image; default: %(default)s"
+    command.add_number(
+        "--noise-level",
+        float,
+        MIN_NOISE_LEVEL,
+        80,
+        "low_res_noise_level",
+        default=0.1,
+        help="noise in the small image; default: %(default)s",
     )
-    command.add_argument(
-        "--tile-size", type=int, help="work in tiles of this side, for images larger than trained for"
+    command.add_number(
+        "--tile-size", int, 1, MAX_SIDE, help="work in tiles of this side, for images larger than trained for"
     )
-    command.add_argument("--tile-overlap", type=int, help="pixels that tiles share; default: a quarter of a tile")
+    command.add_number(
+        "--tile-overlap", int, 0, MAX_SIDE, help="pixels that tiles share; default: a quarter of a tile"
+    )
     command.set_defaults(run=upscale)
 
 
 def upscale(args: argparse.Namespace) -> None:
     """Makes a picture larger and writes it."""
+    check_sampling(args)
     if args.tile_overlap is not None and args.tile_size is None:
         raise ValueError(f"`tile-overlap` is {args.tile_overlap}, but there is no `tile-size`.")
+    if args.tile_overlap is not None and args.tile_overlap >= args.tile_size:
+        raise ValueError(f"`tile-overlap` is {args.tile_overlap}, but should be below `tile-size`, {args.tile_size}.")
 
     def prepare(pipe) -> None:
         if args.tile_size is not None:

@@ -1,6 +1,7 @@
 """Errors of a command as one line and an exit code."""
 
 import errno
+import os
 import sys
 from typing import Callable, Optional
 
@@ -21,7 +22,9 @@ EXPECTED = (ValueError, OSError, FloatingPointError, MemoryError, DecompressionB
 def run_to_exit_code(run: Callable[[], Optional[int]], program: str) -> int:
     """Calls a command; an expected error is one line on stderr and exit code 2, an interruption exit code 130."""
     try:
-        return run() or 0
+        code = run() or 0
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception as error:
@@ -30,6 +33,16 @@ def run_to_exit_code(run: Callable[[], Optional[int]], program: str) -> int:
             raise
         print(f"{program}: error: {line}", file=sys.stderr)
         return USAGE
+    finally:
+        give_up_broken_stdout()
+
+
+def give_up_broken_stdout() -> None:
+    """Lets an output that nobody reads, or that is full, end without a second error when the interpreter closes it."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def describe(error: BaseException) -> Optional[str]:
@@ -44,7 +57,7 @@ def describe(error: BaseException) -> Optional[str]:
         return f"no space left on the device{of_file(error)}: free some, and run this again."
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}{of_file(error)}."
-    if isinstance(error, MemoryError) or is_out_of_gpu_memory(error):
+    if isinstance(error, MemoryError) or is_out_of_memory(error):
         return f"out of memory: {one_line(error) or 'ask for less at once'}"
     if isinstance(error, EXPECTED):
         return one_line(error)
@@ -56,9 +69,10 @@ def of_file(error: OSError) -> str:
     return f": '{error.filename}'" if error.filename else ""
 
 
-def is_out_of_gpu_memory(error: BaseException) -> bool:
-    """Whether it is torch's error for a full GPU."""
-    return type(error).__name__ == "OutOfMemoryError"  # torch takes seconds to import, and need not be
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it is torch's error for a full GPU, or for more than the CPU's memory."""
+    # torch takes seconds to import, and need not be
+    return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate" in str(error)
 
 
 def one_line(error: BaseException) -> str:

@@ -1,10 +1,12 @@
 """Files that are whole or absent, their checksums, and folders that one process holds at a time."""
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import socket
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +27,7 @@ def whole_file(path: PathLike) -> Iterator[Path]:
     The file is on the disk before it takes its name, so that a crash of the machine leaves the old one or the new one.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name[:200]}.{os.getpid()}.partial")
+    partial = partial_of(path)
     try:
         yield partial
         sync(partial)
@@ -39,7 +41,7 @@ def whole_file(path: PathLike) -> Iterator[Path]:
 def whole_folder(path: PathLike) -> Iterator[Path]:
     """As `whole_file`, for a folder that is not there yet, or is empty."""
     path = Path(path)
-    partial = path.with_name(f".{path.name[:200]}.{os.getpid()}.partial")
+    partial = partial_of(path)
     try:
         partial.mkdir(parents=True)
         yield partial
@@ -50,6 +52,66 @@ def whole_folder(path: PathLike) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def partial_of(path: Path) -> Path:
+    """Where a file or folder is written before it is moved into place; names are limited in bytes, to 255."""
+    name = os.fsdecode(os.fsencode(path.name)[:200])
+    return path.with_name(f".{name}.{os.getpid()}.partial")
+
+
+def check_writable(path: PathLike, name: str) -> None:
+    """Finds out whether a file can be written, by writing a few bytes beside it; folders that lack are not made.
+
+    Args:
+        path (`str` or `os.PathLike`): The file, which may be there already.
+        name (`str`): The argument that named it, for the message.
+
+    Raises:
+        ValueError: If it cannot: because of its name, what is in its place, its folder, or the disk.
+    """
+    path = Path(path)
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        raise ValueError(f"`{name}` is {str(path)!r}, which no file can be called.") from None
+    if path.name in ("", "..") or "\0" in str(path):
+        raise ValueError(f"`{name}` is {str(path)!r}, which no file can be called.")
+    try:
+        check_name(path)
+        if path.exists() and not path.is_file():
+            kind = describe_kind(path.stat().st_mode)
+            raise ValueError(f"`{name}` is '{path}', which is {kind}, but should be a file.")
+        folder = path.absolute().parent
+        while not folder.exists():
+            check_name(folder)
+            folder = folder.parent
+        if not folder.is_dir():
+            raise ValueError(f"`{name}` is '{path}', which needs the folder '{folder}', but that is a file.")
+        probe = partial_of(folder / "probe")
+        try:
+            with open(probe, "wb") as file:  # a full disk may tell only when the file is closed
+                file.write(b"probe")
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(f"`{name}` is '{path}', which cannot be written: {error.strerror or error}.") from error
+
+
+def check_name(path: Path) -> None:
+    """Raises OSError for a name that no file of a file system can have, whether its folder is there or not."""
+    if len(os.fsencode(path.name)) > 255:
+        raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), str(path))
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # nothing there
+
+
+def describe_kind(mode: int) -> str:
+    """What is in the place of a file, of the mode that `os.stat` tells."""
+    kinds = {"a folder": stat.S_ISDIR, "a FIFO": stat.S_ISFIFO, "a socket": stat.S_ISSOCK}
+    return next((kind for kind, matches in kinds.items() if matches(mode)), "a device")
 
 
 def write_text(path: PathLike, text: str) -> None:

@@ -1,0 +1,97 @@
+"""What the command line asks of arguments before anything is loaded: their names in full, and numbers in their range."""
+
+import argparse
+import difflib
+from typing import Any, NamedTuple, NoReturn, Optional, Union
+
+
+USAGE = 2
+MAX_PROMPT_LENGTH = 10_000  # in characters; a text encoder reads some hundred tokens
+
+
+class Range(NamedTuple):
+    """The numbers that an option takes, both ends included."""
+
+    flag: str
+    name: str  # of the argument in messages
+    lowest: Union[int, float]
+    highest: Union[int, float]
+
+    def check(self, value: Any) -> None:
+        """Raises ValueError for a number outside, or NaN."""
+        if not self.lowest <= value <= self.highest:
+            flag = "" if self.flag.strip("-") == self.name else f" ({self.flag})"
+            raise ValueError(
+                f"`{self.name}` is {value}, but should be from {self.lowest:,} to {self.highest:,}{flag}."
+            )
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that wants options in full, reports errors in one line, and knows the ranges of numbers.
+
+    Subparsers are of the same class.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+        self.ranges: dict[str, Range] = {}
+        self.set_defaults(ranges=self.ranges)
+
+    def add_number(
+        self, flag: str, kind: type, lowest: float, highest: float, name: Optional[str] = None, **kwargs
+    ) -> None:
+        """Adds an option that takes numbers of a kind, from `lowest` to `highest`; see `check_numbers`.
+
+        `name` is what messages call it, where that is not its flag.
+        """
+        action = self.add_argument(flag, type=kind, **kwargs)
+        self.ranges[action.dest] = Range(flag, name or flag.lstrip("-"), lowest, highest)
+
+    def parse_known_args(self, args=None, namespace=None):
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(self.describe_unknown(unknown[0]))
+        return namespace, unknown
+
+    def describe_unknown(self, argument: str) -> str:
+        """What may have been meant by an argument that has no place."""
+        name = argument.split("=")[0]
+        positional = next((a.dest for a in self._actions if not a.option_strings and name == f"--{a.dest}"), None)
+        if positional is not None:
+            return f"there is no option {name}: give the {positional} without it, in quotes if it has spaces"
+        if not argument.startswith("-"):
+            return f"unrecognized argument {argument!r}: one of several words needs quotes"
+        options = [option for action in self._actions for option in action.option_strings]
+        close = difflib.get_close_matches(name, options, n=1)
+        return f"there is no option {name}" + (f": did you mean {close[0]}?" if close else "")
+
+    def error(self, message: str) -> NoReturn:
+        line = " ".join(message.split())
+        self.exit(USAGE, f"{self.prog}: error: {line[:500]} (see {self.prog} --help)\n")
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    """Raises ValueError for a number that is outside of its option's range."""
+    for name, range in args.ranges.items():
+        values = getattr(args, name)
+        for value in values if isinstance(values, list) else [values]:
+            if isinstance(value, (int, float)):  # not None, nor the defaults by stage
+                range.check(value)
+
+
+def check_prompt(name: str, prompt: Optional[str]) -> None:
+    """Raises ValueError for a prompt that no tokenizer reads."""
+    if prompt is None:
+        return
+    if len(prompt) > MAX_PROMPT_LENGTH:
+        raise ValueError(f"`{name}` has {len(prompt):,} characters, but should have at most {MAX_PROMPT_LENGTH:,}.")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"`{name}` is {prompt!r}, which is no text in UTF-8.") from error
+
+
+def refuse_empty(prompt: str) -> None:
+    """Raises ValueError for a prompt that says nothing."""
+    if not prompt.strip():
+        raise ValueError(f"`prompt` is {prompt!r}, but should say what to draw.")
