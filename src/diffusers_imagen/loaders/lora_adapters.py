@@ -1,6 +1,9 @@
 """What is done with adapters that a pipeline's networks have: weighed, fused, put aside, taken out."""
 
-from typing import Any, Optional, Union
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, Callable, Optional, Union
 
 import torch
 from diffusers.loaders import lora_base
@@ -36,11 +39,8 @@ class AdaptersMixin(LoraBaseMixin):
         """
         adapter_names = self._checked_adapters(adapter_names)
         if not isinstance(adapter_weights, list):
-            adapter_weights = self._without_strangers(adapter_weights)
-            # diffusers takes entries out of a dict, which adapters must not share
-            adapter_weights = [
-                dict(adapter_weights) if isinstance(adapter_weights, dict) else adapter_weights for _ in adapter_names
-            ]
+            adapter_weights = [adapter_weights] * len(adapter_names)
+        # each gets a dict of its own, as diffusers takes entries out of it
         self._networks().set_adapters(adapter_names, [self._expanded_weights(weights) for weights in adapter_weights])
 
     def fuse_lora(
@@ -151,18 +151,6 @@ class AdaptersMixin(LoraBaseMixin):
             raise ValueError(f"`adapter_names` has {unknown}, not in the list of present adapters: {sorted(present)}.")
         return list(names)
 
-    def _without_strangers(self, adapter_weights: Any) -> Any:
-        """Weights without those for components that no pipeline has, of which diffusers' tests want a warning only."""
-        if not isinstance(adapter_weights, dict):
-            return adapter_weights
-        strangers = sorted(set(adapter_weights) - set(self._lora_loadable_modules))
-        if strangers:
-            lora_base.logger.warning(
-                f"The following components in `adapter_weights` are not part of the pipeline: {strangers}. They are "
-                "ignored."
-            )
-        return {name: weight for name, weight in adapter_weights.items() if name not in strangers}
-
     def _expanded_weights(self, weights: Any) -> Any:
         """An adapter's weights as diffusers takes them: a number, or by component a number or numbers by layer."""
         if not isinstance(weights, dict):
@@ -170,6 +158,13 @@ class AdaptersMixin(LoraBaseMixin):
                 raise ValueError(f"`adapter_weights` has {weights!r}, but should have numbers.")
             return weights
         present = self._lora_unets()
+        strangers = sorted(set(weights) - set(self._lora_loadable_modules), key=str)
+        if strangers:  # as text encoders: diffusers' pipelines warn too
+            lora_base.logger.warning(
+                f"The following components in `adapter_weights` are not part of the pipeline: {strangers}. They are "
+                "ignored."
+            )
+            weights = {name: weight for name, weight in weights.items() if name not in strangers}
         unknown = sorted(set(weights) - set(present))
         if unknown:
             raise ValueError(
@@ -183,6 +178,40 @@ class AdaptersMixin(LoraBaseMixin):
                 raise ValueError(f"`adapter_weights` has {weight!r} for {component}, but should have a number.")
             expanded[component] = weight
         return expanded
+
+
+def with_lora_scale(call: Callable) -> Callable:
+    """Makes `cross_attention_kwargs={"scale": 0.5}` of a pipeline's call weigh the adapters for that call.
+
+    Raises:
+        ValueError: If there is anything else in it.
+    """
+
+    @wraps(call)
+    def weighed(self: AdaptersMixin, *args, **kwargs):
+        options = kwargs.get("cross_attention_kwargs")
+        if options is None:
+            return call(self, *args, **kwargs)
+        if not isinstance(options, dict) or set(options) - {"scale"} or not is_number(options.get("scale", 1.0)):
+            raise ValueError(f"`cross_attention_kwargs` is {options!r}, but should be {{'scale': a number}}.")
+        with scaled_layers(self._lora_unets().values(), options.get("scale", 1.0)):
+            return call(self, *args, **kwargs)
+
+    return weighed
+
+
+@contextmanager
+def scaled_layers(unets: Iterable[ConditionalUNet], scale: float) -> Iterator[None]:
+    """Multiplies the weights of all adapters, and puts the old ones back."""
+    layers = [layer for unet in unets for layer in unet.modules() if isinstance(getattr(layer, "scaling", None), dict)]
+    before = [dict(layer.scaling) for layer in layers]
+    for layer in layers:
+        layer.scaling.update({name: value * scale for name, value in layer.scaling.items()})
+    try:
+        yield
+    finally:
+        for layer, scaling in zip(layers, before):
+            layer.scaling.update(scaling)
 
 
 class LoraNetworks(LoraBaseMixin):
