@@ -34,9 +34,9 @@ def read_source(
         ValueError: If there are none, or they are damaged.
     """
     path = Path(source)
-    if path.is_file():
+    if os.path.isfile(source):  # False for what is no path at all
         file, config = path, path.with_name(PEFT_CONFIG)
-    elif path.is_dir():
+    elif os.path.isdir(source):
         folder = path / (hub.get("subfolder") or "")
         names = [name.name for name in sorted(folder.iterdir()) if name.is_file()] if folder.is_dir() else []
         file = folder / (weight_name or choose_name(names, use_safetensors, str(folder)))
@@ -105,7 +105,12 @@ def guess_name(source: str, use_safetensors: Optional[bool], hub: dict[str, Any]
     """The name of the file of weights in a repository, or without a network the one that training writes."""
     if hub.get("local_files_only") or constants.HF_HUB_OFFLINE:
         return LORA_WEIGHT_NAME if use_safetensors is False else LORA_WEIGHT_NAME_SAFE
-    info = model_info(source, revision=hub.get("revision"), token=hub.get("token"))
+    try:
+        info = model_info(source, revision=hub.get("revision"), token=hub.get("token"))
+    except (ValueError, OSError):
+        raise  # there is no such repository
+    except Exception:  # there is no network, which has errors of its own kinds: what the cache has may do
+        return LORA_WEIGHT_NAME if use_safetensors is False else LORA_WEIGHT_NAME_SAFE
     folder = f"{hub['subfolder']}/" if hub.get("subfolder") else ""
     names = [file.rfilename for file in info.siblings if file.rfilename.startswith(folder)]
     names = [name.removeprefix(folder) for name in names]
