@@ -244,3 +244,104 @@ def test_bad_arguments_of_the_other_methods(cascade, tmp_path):
             call()
         assert message in str(error.value)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def force_eager():
+    """torch.compile wraps, and compiles nothing."""
+    torch.compiler.set_stance("force_eager")
+    yield
+    torch.compiler.set_stance("default")
+
+
+def test_every_method_reaches_the_networks_in_torch_compiles_wrapper(cascade, saved, tmp_path, force_eager):
+    _, folder = saved
+    plain = draw(cascade)
+    inner = [cascade.base_unet, cascade.sr256_unet]
+    cascade.load_lora_weights(folder, adapter_name="before")
+    for stage, unet in zip(STAGES, inner):
+        cascade.register_modules(**{stage: torch.compile(unet, backend="eager")})
+    cascade.load_lora_weights(folder, adapter_name="style")
+    assert cascade.get_list_adapters() == dict.fromkeys(STAGES, ["before", "style"])
+    cascade.delete_adapters("before")
+    cascade.set_adapters("style", {"base_unet": 0.5})
+    assert cascade.get_active_adapters() == ["style"]
+    assert inner[0].mid_blocks[0].attention.to_q.scaling == {"style": 2.0}
+    assert inner[1].down_blocks[1].attention.to_q.scaling == {"style": 4.0}
+    cascade.set_lora_device(["style"], "cpu")
+    cascade.disable_lora()
+    assert all(unet.down_blocks[1].attention.to_q.disable_adapters for unet in inner)
+    cascade.enable_lora()
+    cascade.fuse_lora()
+    assert cascade.num_fused_loras == 1 and inner[0].mid_blocks[0].attention.to_q.merged
+    cascade.unfuse_lora()
+    assert cascade.num_fused_loras == 0 and not inner[0].mid_blocks[0].attention.to_q.merged
+    cascade.save_lora_adapter(tmp_path / "again")
+    again, first = (load_file(f"{path}/{FILE}") for path in (tmp_path / "again", folder))
+    assert again.keys() == first.keys() and all(torch.equal(again[key], first[key]) for key in first)
+    cascade.unload_lora_weights()
+    assert cascade.get_list_adapters() == {} and "lora" not in " ".join(inner[0].state_dict())
+    for stage, unet in zip(STAGES, inner):
+        cascade.register_modules(**{stage: unet})
+    np.testing.assert_allclose(draw(cascade), plain, atol=1e-3)
+
+
+def test_a_calls_scale_is_the_adapters_weight_for_that_call(cascade):
+    train(cascade)
+    cascade.set_adapters("style", 0.8)
+    images = draw(cascade)
+    cascade.set_adapters("style", 0.2)
+    expected = draw(cascade)
+    cascade.set_adapters("style", 0.8)
+    generator = torch.Generator().manual_seed(0)
+    arguments = {"num_inference_steps": 2, "output_type": "np"}
+    scaled = cascade("a red apple", generator=generator, cross_attention_kwargs={"scale": 0.25}, **arguments).images
+    np.testing.assert_allclose(scaled, expected, atol=1e-5)
+    np.testing.assert_array_equal(draw(cascade), images)
+    for options in ({"scale": "a"}, {"scale": float("nan")}, {"gligen": 1}, [0.5]):
+        with pytest.raises(ValueError, match="`cross_attention_kwargs` is"):
+            cascade("a", cross_attention_kwargs=options, **arguments)
+
+
+def test_weights_by_block(cascade):
+    train(cascade)
+    for layer in ("conv_in", "up_blocks.1.resnets.0.conv1"):
+        cascade.base_unet.add_adapter(LoraConfig(r=1, lora_alpha=1, target_modules=[layer]), layer.replace(".", "-"))
+    names = ["style", "conv_in", "up_blocks-1-resnets-0-conv1"]
+    cascade.set_adapters(names, {"base_unet": {"down": 0.5, "up": {"block_1": 0.25}}})
+    unet = cascade.base_unet
+    scaling = lambda layer, name="style": unet.get_submodule(layer).scaling[name]  # noqa: E731
+    assert scaling("down_blocks.1.attention.to_q") == 0.5 * 4
+    assert scaling("mid_blocks.0.attention.to_q") == scaling("up_blocks.0.attention.to_q") == 4
+    assert scaling("up_blocks.1.attention.to_q") == 0.25 * 4
+    assert scaling("conv_in", "conv_in") == 1
+    assert scaling("up_blocks.1.resnets.0.conv1", "up_blocks-1-resnets-0-conv1") == 0.25
+    for weights, message in (
+        ({"base_unet": {"sideways": 1}}, "`adapter_weights` has base_unet.sideways, but"),
+        ({"base_unet": {"down": "a"}}, "`adapter_weights` has 'a' for base_unet.down_blocks"),
+        ({"base_unet": float("nan")}, "`adapter_weights` has nan for base_unet"),
+        (float("inf"), "`adapter_weights` has inf"),
+    ):
+        with pytest.raises(ValueError) as error:
+            cascade.set_adapters("style", weights)
+        assert message in str(error.value)
+
+
+def test_names_of_adapters_are_checked(cascade, tmp_path):
+    train(cascade)
+    for call in (cascade.set_adapters, cascade.delete_adapters, lambda names: cascade.set_lora_device(names, "cpu")):
+        for names in ("other", ["style", "other"], [], [7], None):
+            with pytest.raises(ValueError, match="`adapter_names` "):
+                call(names)
+    for name in ("a.b", "", 7):
+        with pytest.raises(ValueError, match="`adapter_name` is .*, but should be a name without dots"):
+            cascade.load_lora_weights("me/style", adapter_name=name)
+    assert cascade.get_list_adapters() == {"base_unet": ["style"], "sr256_unet": ["style"]}
+
+
+def test_fusing_what_diffusers_names_fuses_what_is_there(cascade):
+    train(cascade)
+    cascade.fuse_lora(components=cascade._lora_loadable_modules)
+    assert cascade.fused_loras == {"style"}
+    cascade.unfuse_lora(components=cascade._lora_loadable_modules)
+    assert cascade.fused_loras == set()

@@ -228,3 +228,34 @@ def test_flags_and_file_have_the_options_of_adapters(tmp_path):
     assert (config.rank, config.lora_alpha, config.lora_target_modules) == (16, 8.0, ["to_q", "to_v"])
     with pytest.raises(ValueError, match="which are no options"):
         parse_args(["--config", str(file)])
+
+
+@pytest.fixture
+def force_eager():
+    """torch.compile wraps, and compiles nothing."""
+    torch.compiler.set_stance("force_eager")
+    yield
+    torch.compiler.set_stance("default")
+
+
+@pytest.mark.parametrize("trainer_class", [LoraTrainer, Trainer])
+def test_a_run_under_accelerates_dynamo_writes_and_resumes_the_names_of_one_without(
+    make_lora_config, stage, tmp_path, monkeypatch, force_eager, trainer_class
+):
+    def run(folder: str) -> tuple[LoraTrainingConfig, Trainer]:
+        config = make_lora_config(max_train_steps=2, output_dir=tmp_path / folder, use_ema=False)
+        trainer = trainer_class(config, load(stage), encode)
+        trainer.train()
+        tiny_runs.reset_accelerate()
+        return config, trainer
+
+    eager, _ = run("eager")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    config, trainer = run("dynamo")
+    file = FILE if trainer_class is LoraTrainer else "unet/diffusion_pytorch_model.safetensors"
+    assert are_equal(load_file(f"{config.output_dir}/{file}"), load_file(f"{eager.output_dir}/{file}"))
+    config.resume_from_checkpoint, config.max_train_steps = "latest", 3
+    resumed = trainer_class(config, load(stage), encode)
+    assert hasattr(resumed.unet, "_orig_mod")
+    assert resumed.start() == 2
+    assert all(torch.equal(a, b) for a, b in zip(resumed.parameters, trainer.parameters))

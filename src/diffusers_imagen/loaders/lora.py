@@ -1,36 +1,41 @@
 """LoRA adapters for every stage of a pipeline, in one file of weights."""
 
 import os
-import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, Callable, Optional, Union
 
 import torch
-from diffusers.loaders.lora_base import LoraBaseMixin, _fetch_state_dict
-from diffusers.utils import is_peft_available, logging
+from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME, LORA_WEIGHT_NAME_SAFE
+from diffusers.utils import logging
 
 from ..models.unet_base import ConditionalUNet
+from ..utils.files import whole_file
+from .lora_adapters import AdaptersMixin, require_peft
+from .lora_conversion import (
+    ALPHA,
+    BARE,
+    Adapter,
+    Update,
+    check_finite,
+    group_weights,
+    make_adapter,
+    plain_name,
+)
+from .lora_files import SOURCE, StateDict, read_source
+from .lora_networks import check_hotswap, describe_adapter, hotswap_adapter, restored_after_error
 
 
 logger = logging.get_logger(__name__)
 
-StateDict = dict[str, torch.Tensor]
-# how PEFT and older files call the first and the second factor of an update
-DOWN, UP = (".lora_A.", ".lora.down."), (".lora_B.", ".lora.up.")
-HUB_OPTIONS = (
-    "weight_name",
-    "subfolder",
-    "revision",
-    "token",
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "proxies",
-)
+HUB_OPTIONS = ("subfolder", "revision", "token", "cache_dir", "force_download", "local_files_only", "proxies")
+FILE_OPTIONS = ("weight_name", "use_safetensors")
 
 
-class ImagenLoraLoaderMixin(LoraBaseMixin):
+class ImagenLoraLoaderMixin(AdaptersMixin):
     r"""
     Loads, saves, weighs and fuses LoRA adapters of the networks: `base_unet`, `sr256_unet` and `sr1024_unet` of a
     cascade, `unet` of a pipeline of a single stage. Every method needs peft.
@@ -50,31 +55,39 @@ class ImagenLoraLoaderMixin(LoraBaseMixin):
         **kwargs,
     ) -> Union[StateDict, tuple[StateDict, Optional[dict[str, Any]]]]:
         r"""
-        Reads the weights of adapters.
+        Reads the weights of adapters, under the keys that they were saved with.
 
         Args:
             pretrained_model_name_or_path_or_dict (`str`, `os.PathLike` or `dict`):
-                A Hub id, a folder, a safetensors file, or the weights themselves.
-            metadata (`dict`, *optional*): Configuration of weights that are given as a dict.
+                A Hub id, a folder, a file of safetensors or of torch.save, or the weights themselves.
+            metadata (`dict`, *optional*): Configuration of the weights, in place of the one that the file has.
             return_lora_metadata (`bool`, defaults to `False`): Whether to return the configuration too.
             kwargs: Where the file is: `weight_name`, `subfolder`, `revision`, `token`, `cache_dir`,
-                `force_download`, `local_files_only`, `proxies`.
+                `force_download`, `local_files_only`, `proxies`; `use_safetensors`, False for a file of torch.save, which
+                is read by torch's unpickler of weights.
 
         Returns:
             The weights by key, and with `return_lora_metadata` the configuration, None if the file has none.
+
+        Raises:
+            ValueError: If there are no weights, or they are damaged.
         """
-        unknown = sorted(set(kwargs) - set(HUB_OPTIONS))
+        options = FILE_OPTIONS + HUB_OPTIONS
+        unknown = sorted(set(kwargs) - set(options))
         if unknown:
-            raise ValueError(f"`{unknown[0]}` is not an option of loading LoRA weights; those are {HUB_OPTIONS}.")
+            raise ValueError(f"`{unknown[0]}` is not an option of loading LoRA weights; those are {options}.")
         source = pretrained_model_name_or_path_or_dict
-        state_dict, metadata = _fetch_state_dict(
-            source if isinstance(source, dict) else os.fspath(source),
-            **{option: kwargs.get(option) for option in HUB_OPTIONS},
-            use_safetensors=True,
-            allow_pickle=False,
-            user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
-            metadata=metadata,
-        )
+        if not isinstance(source, (str, os.PathLike, dict)) or source == "":
+            raise ValueError(f"`{SOURCE}` is {source!r}, but should be a path, a name on the Hub or weights by key.")
+        if metadata is not None and not isinstance(metadata, dict):
+            raise ValueError(f"`metadata` is a {type(metadata).__name__}, but should be a dict.")
+        if isinstance(source, dict):
+            state_dict, found = dict(source), None
+        else:
+            hub = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
+            file = {name: kwargs.get(name) for name in FILE_OPTIONS}
+            state_dict, found = read_source(os.fspath(source), **file, has_metadata=metadata is not None, **hub)
+        metadata = found if metadata is None else metadata
         return (state_dict, metadata) if return_lora_metadata else state_dict
 
     def load_lora_weights(
@@ -87,49 +100,57 @@ class ImagenLoraLoaderMixin(LoraBaseMixin):
         **kwargs,
     ) -> None:
         r"""
-        Loads adapters into the stages that the file names, and activates them.
+        Loads adapters into the stages that the file names, and activates them. LoRA and DoRA of diffusers, of peft (a
+        folder with `adapter_config.json`) and of kohya's scripts can be loaded.
 
         Args:
             pretrained_model_name_or_path_or_dict (`str`, `os.PathLike` or `dict`):
-                A Hub id, a folder, a safetensors file, or the weights themselves.
+                A Hub id, a folder, a file of safetensors or of torch.save, or the weights themselves.
             adapter_name (`str`, *optional*): Name of the adapter in every stage; the next `default_0`, `default_1`, ...
                 if None.
             component (`str`, *optional*):
                 The stage that the weights of a single stage are for, whatever name they were saved under: an adapter
-                that was trained on a pipeline of one stage (`unet`) serves a cascade with `component="base_unet"`.
+                that was trained on a pipeline of one stage (`unet`) serves a cascade with `component="base_unet"`. So
+                does one that names no stage, as peft's and kohya's do not.
             hotswap (`bool`, defaults to `False`): Whether to replace the weights of the adapter of that name in place.
             low_cpu_mem_usage (`bool`, defaults to `True`): Whether to skip the initialisation of what is then loaded.
             kwargs: Passed to [`~ImagenLoraLoaderMixin.lora_state_dict`].
 
         Raises:
-            ValueError: If the weights do not fit the networks of this pipeline; nothing is loaded then.
+            ValueError: If the weights are damaged, of another method than LoRA, or do not fit the networks of this
+                pipeline; nothing is loaded then.
         """
         require_peft()
+        present = self._lora_unets()
+        if component is not None and component not in present:
+            raise ValueError(f"`component` is {component!r}, but should be one of {list(present)}.")
+        check_adapter_name(adapter_name, present, hotswap)
         state_dict, metadata = self.lora_state_dict(
             pretrained_model_name_or_path_or_dict, return_lora_metadata=True, **kwargs
         )
-        if component is not None:
-            state_dict, metadata = self._readdress(state_dict, metadata, component)
-        unets = self._addressed_unets(state_dict)
-        for name, unet in unets.items():
-            check_fit(name, unet, state_dict)
-        adapter_name = choose_adapter_name(adapter_name, unets, hotswap)
-
-        for name, unet in unets.items():
-            config = {key: value for key, value in (metadata or {}).items() if key.startswith(f"{name}.")}
-            if not config:
-                logger.warning(
-                    f"The LoRA weights of {name} come without their configuration: lora_alpha is taken to be the rank."
-                )
-            unet.load_lora_adapter(
-                state_dict,
-                prefix=name,
-                adapter_name=adapter_name,
-                metadata=config or None,
-                hotswap=hotswap,
-                low_cpu_mem_usage=low_cpu_mem_usage,
-                _pipeline=self,
+        if state_dict and all(isinstance(key, str) and "lora" in key and "." not in key for key in state_dict):
+            logger.warning(
+                f"No key of the LoRA weights names a layer, as {next(iter(state_dict))!r}: nothing is loaded."
             )
+            return
+        adapters = self._adapters_of(state_dict, metadata, component)
+        unets = {name: present[name] for name in adapters}
+        adapter_name = choose_adapter_name(adapter_name, unets, hotswap)
+        if hotswap:
+            for name, unet in unets.items():
+                check_hotswap(name, unet, adapter_name, adapters[name])
+        with self._without_offloading(), restored_after_error(list(unets.values())):
+            for name, unet in unets.items():
+                if hotswap:
+                    hotswap_adapter(unet, adapter_name, adapters[name], low_cpu_mem_usage)
+                    continue
+                unet.load_lora_adapter(
+                    adapters[name].state_dict,
+                    prefix=None,
+                    adapter_name=adapter_name,
+                    metadata=adapters[name].config,
+                    low_cpu_mem_usage=low_cpu_mem_usage,
+                )
 
     @classmethod
     def save_lora_weights(
@@ -137,42 +158,56 @@ class ImagenLoraLoaderMixin(LoraBaseMixin):
         save_directory: Union[str, os.PathLike],
         weight_name: Optional[str] = None,
         is_main_process: bool = True,
-        **lora: dict[str, Any],
+        save_function: Optional[Callable] = None,
+        safe_serialization: bool = True,
+        **lora: Any,
     ) -> None:
         r"""
-        Writes adapters of any number of stages as one safetensors file: what a training loop calls.
+        Writes adapters of any number of stages as one file: what a training loop calls.
         [`~ImagenLoraLoaderMixin.save_lora_adapter`] is shorter where a pipeline holds the adapter.
 
         Args:
             save_directory (`str` or `os.PathLike`): Folder, made if it does not exist.
             weight_name (`str`, *optional*): Name of the file; `pytorch_lora_weights.safetensors` if None.
             is_main_process (`bool`, defaults to `True`): Only the main process of a distributed run writes.
+            save_function (`Callable`, *optional*): Writes weights by key to a path; safetensors or torch.save if None.
+            safe_serialization (`bool`, defaults to `True`):
+                Whether to write safetensors; otherwise a file of torch.save, which has no place for a configuration.
             lora: `{component}_lora_layers`, the weights as `peft.get_peft_model_state_dict` gives them, and
                 `{component}_lora_adapter_metadata`, the adapter's `peft_config` as a dict: `base_unet_lora_layers`, ...
+                Those of text encoders have to be None.
+
+        Raises:
+            ValueError: If weights are missing, or not finite; nothing is written then.
         """
+        for name in [name for name in lora if name.startswith("text_encoder") and not lora[name]]:
+            del lora[name]
         layers = {name: lora.pop(f"{name}_lora_layers", None) for name in cls._lora_loadable_modules}
         configs = {name: lora.pop(f"{name}_lora_adapter_metadata", None) for name in cls._lora_loadable_modules}
-        layers = {name: weights for name, weights in layers.items() if weights}
+        layers = {name: plain_weights(f"{name}_lora_layers", weights) for name, weights in layers.items() if weights}
         if lora or not layers:
             raise ValueError(
                 f"`{next(iter(lora), 'lora_layers')}` is not known or missing: give the weights as "
                 f"{', '.join(f'`{name}_lora_layers`' for name in cls._lora_loadable_modules)}."
             )
+        configs = {name: configs[name] for name in layers}
+        check_serialization(save_directory, weight_name, save_function, safe_serialization, configs)
         for name in layers:
             if configs[name] is None:
                 logger.warning(f"`{name}_lora_adapter_metadata` is None: lora_alpha will be taken to be the rank.")
         if not is_main_process:
             return
         os.makedirs(save_directory, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=save_directory, prefix=".lora-") as partial:
+        weight_name = weight_name or (LORA_WEIGHT_NAME_SAFE if safe_serialization else LORA_WEIGHT_NAME)
+        with whole_file(Path(save_directory, weight_name)) as partial:
             cls._save_lora_weights(
-                partial,
+                str(partial.parent),
                 lora_layers=layers,
-                lora_metadata={name: configs[name] for name in layers},
-                weight_name=weight_name,
+                lora_metadata=configs,
+                weight_name=partial.name,
+                save_function=save_function,
+                safe_serialization=safe_serialization,
             )
-            for path in Path(partial).iterdir():
-                os.replace(path, Path(save_directory, path.name))
 
     def save_lora_adapter(
         self,
@@ -199,112 +234,106 @@ class ImagenLoraLoaderMixin(LoraBaseMixin):
             raise ValueError(f"`adapter_name` is {adapter_name!r}, but the adapters of this pipeline are {names}.")
         lora = {}
         for component in (component for component, names in adapters.items() if adapter_name in names):
-            unet = getattr(self, component)
+            unet = self._lora_unets()[component]
             lora[f"{component}_lora_layers"] = get_peft_model_state_dict(unet, adapter_name=adapter_name)
-            lora[f"{component}_lora_adapter_metadata"] = unet.peft_config[adapter_name].to_dict()
+            lora[f"{component}_lora_adapter_metadata"] = describe_adapter(unet, adapter_name)
         self.save_lora_weights(save_directory, weight_name=weight_name, **lora)
 
-    def set_adapters(
-        self,
-        adapter_names: Union[list[str], str],
-        adapter_weights: Union[float, dict[str, float], list[Union[float, dict[str, float]]], None] = None,
-    ) -> None:
-        r"""
-        Activates adapters, and no others, with weights.
+    @contextmanager
+    def _without_offloading(self) -> Iterator[None]:
+        """Takes offloading off and puts it back, for all stages together and after an error too."""
+        by_model, by_layer, by_group = self._optionally_disable_offloading(self)
+        try:
+            yield
+        finally:
+            if by_model:
+                self.enable_model_cpu_offload()
+            elif by_layer:
+                self.enable_sequential_cpu_offload()
+            elif by_group:
+                for component in self.components.values():
+                    if isinstance(component, torch.nn.Module):
+                        _maybe_remove_and_reapply_group_offloading(component)
 
-        Args:
-            adapter_names (`list[str]` or `str`): The adapters.
-            adapter_weights (`float`, `dict[str, float]` or a `list` of these, *optional*):
-                One weight for all, one each, or weights by component: `{"base_unet": 0.8, "sr256_unet": 0.0}`. What
-                is not named has weight 1.
-        """
-        adapter_names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        if not isinstance(adapter_weights, list):
-            # diffusers takes entries out of a dict, which adapters must not share
-            adapter_weights = [
-                dict(adapter_weights) if isinstance(adapter_weights, dict) else adapter_weights for _ in adapter_names
-            ]
-        present = list(self._lora_unets())
-        for weights in adapter_weights:
-            unknown = sorted(set(weights) - set(present)) if isinstance(weights, dict) else []
-            if unknown:
-                raise ValueError(
-                    f"`adapter_weights` names {unknown}, but the components of this pipeline are {present}."
-                )
-        super().set_adapters(adapter_names, adapter_weights)
-
-    def fuse_lora(
-        self,
-        components: Optional[list[str]] = None,
-        lora_scale: float = 1.0,
-        safe_fusing: bool = False,
-        adapter_names: Optional[list[str]] = None,
-    ) -> None:
-        r"""
-        Adds the adapters to the networks' own weights, which makes them as fast as without.
-
-        Args:
-            components (`list[str]`, *optional*): Networks to fuse; all if None.
-            lora_scale (`float`, defaults to 1.0): Weight of the adapters, on top of `set_adapters`.
-            safe_fusing (`bool`, defaults to `False`): Whether to refuse to fuse weights that are not finite.
-            adapter_names (`list[str]`, *optional*): The adapters; those that are active if None.
-        """
-        super().fuse_lora(self._checked_components(components), lora_scale, safe_fusing, adapter_names)
-
-    def unfuse_lora(self, components: Optional[list[str]] = None) -> None:
-        r"""
-        Takes fused adapters out of the networks' weights again, up to rounding.
-
-        Args:
-            components (`list[str]`, *optional*): Networks; all if None.
-        """
-        super().unfuse_lora(self._checked_components(components))
-
-    def _lora_unets(self) -> dict[str, ConditionalUNet]:
-        """The networks that this pipeline has, by component."""
-        unets = {name: getattr(self, name, None) for name in self._lora_loadable_modules}
-        return {name: unet for name, unet in unets.items() if unet is not None}
-
-    def _checked_components(self, components: Optional[list[str]]) -> list[str]:
-        present = list(self._lora_unets())
-        unknown = [name for name in components or [] if name not in present]
-        if unknown or components == []:
-            raise ValueError(f"`components` is {components}, but should be among {present}.")
-        return components or present
-
-    def _addressed_unets(self, state_dict: StateDict) -> dict[str, ConditionalUNet]:
-        """The networks that the keys name; a stage that this pipeline lacks is left out, with a warning."""
+    def _adapters_of(
+        self, state_dict: StateDict, metadata: Optional[dict[str, Any]], component: Optional[str]
+    ) -> dict[str, Adapter]:
+        """What each network gets; a stage that this pipeline lacks is left out, with a warning."""
         present = self._lora_unets()
-        named = list(dict.fromkeys(key.split(".")[0] for key in state_dict))
-        foreign = [name for name in named if name not in self._lora_loadable_modules]
-        if foreign or not set(named) & set(present):
-            raise ValueError(
-                f"The LoRA weights are for {named}, but the components of this pipeline are {list(present)}. "
-                "`component` says which one the weights of a single stage are for."
-            )
-        missing = [name for name in named if name not in present]
+        if not state_dict:
+            raise ValueError(f"`{SOURCE}` holds no weights.")
+        updates = group_weights(state_dict, self._known_prefixes(state_dict, component))
+        places = dict.fromkeys(updates)
+        if component is not None:
+            if len(updates) != 1:
+                raise ValueError(
+                    f"`component` is {component!r}, but the LoRA weights are for several: {sorted(updates)}."
+                )
+            places = dict.fromkeys(updates, component)
+        else:
+            places = {place: self._place_of(place, updates) for place in updates}
+        missing = [name for name in places.values() if name not in present]
         if missing:
             logger.warning(f"This pipeline has no {', '.join(missing)}: the LoRA weights for it are left out.")
-        return {name: unet for name, unet in present.items() if name in named}
+        adapters = {}
+        for place, name in places.items():
+            if name not in present:
+                continue
+            config = config_of(metadata, place)
+            if not config and not any(ALPHA in update.parts for update in updates[place].values()):
+                logger.warning(
+                    f"The LoRA weights of {name} come without their configuration: lora_alpha is taken to be the rank."
+                )
+            adapters[name] = make_adapter(name, present[name], updates[place], config)
+        return adapters
 
-    def _readdress(
-        self, state_dict: StateDict, metadata: Optional[dict[str, Any]], component: str
-    ) -> tuple[StateDict, Optional[dict[str, Any]]]:
-        """The weights of one stage under another component's name."""
-        present = list(self._lora_unets())
-        if component not in present:
-            raise ValueError(f"`component` is {component!r}, but should be one of {present}.")
-        named = {key.split(".")[0] for key in state_dict}
-        if len(named) != 1:
-            raise ValueError(f"`component` is {component!r}, but the LoRA weights are for several: {sorted(named)}.")
-        rename = lambda entries: {f"{component}.{key.split('.', 1)[1]}": value for key, value in entries.items()}  # noqa: E731
-        return rename(state_dict), metadata and rename(metadata)
+    def _known_prefixes(self, state_dict: StateDict, component: Optional[str]) -> list[str]:
+        """What keys may begin with; with `component`, any name that all of them begin with."""
+        known = list(self._lora_loadable_modules)
+        if component is not None:
+            named = {str(key).split(".")[0] for key in state_dict}
+            children = [name for name, _ in self._lora_unets()[component].named_children()]
+            if len(named) == 1 and not named & {*children, "base_model", "module", "_orig_mod"}:
+                known += [name for name in named if not name.startswith(("lora_", "text_encoder"))]
+        return known
+
+    def _place_of(self, place: str, updates: dict[str, dict[str, Update]]) -> str:
+        """The component that weights are for, where `component` does not say it."""
+        present = self._lora_unets()
+        if place in self._lora_loadable_modules and set(updates) & set(present):
+            return place
+        layers = [layer for updated in updates.values() for layer in updated] if place == BARE else []
+        children = {name for unet in present.values() for name, _ in unet.named_children()}
+        firsts = list(dict.fromkeys(layer.split(".")[0] for layer in layers if not layer.startswith("lora_unet_")))
+        foreign = [name for name in firsts if name not in children]
+        if place == BARE and not foreign and len(present) == len(updates) == 1:
+            return next(iter(present))
+        named = foreign or [name for name in updates if name != BARE]
+        raise ValueError(
+            f"The LoRA weights {f'are for {named}' if named else 'do not say which network they are for'}, but the "
+            f"components of this pipeline are {list(present)}. `component` says which one the weights of a single stage "
+            "are for."
+        )
 
 
-def require_peft() -> None:
-    """Says how to get what adapters need."""
-    if not is_peft_available():
-        raise ValueError("LoRA adapters need peft: pip install peft")
+def config_of(metadata: Optional[dict[str, Any]], place: str) -> dict[str, Any]:
+    """The configuration of a component's weights, or the one that names no component, as peft's does."""
+    metadata = metadata or {}
+    own = {key.removeprefix(f"{place}."): value for key, value in metadata.items() if key.startswith(f"{place}.")}
+    return own or {key: value for key, value in metadata.items() if "." not in key}
+
+
+def check_adapter_name(adapter_name: Optional[str], unets: dict[str, ConditionalUNet], hotswap: bool) -> None:
+    """Checks a name for an adapter, before its weights are looked for.
+
+    Raises:
+        ValueError: If it is no name, or, to hotswap, if there is nothing of that name to replace.
+    """
+    if adapter_name is not None and (not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name):
+        raise ValueError(f"`adapter_name` is {adapter_name!r}, but should be a name without dots.")
+    if hotswap and not any(adapter_name in getattr(unet, "peft_config", {}) for unet in unets.values()):
+        taken = {name: list(getattr(unet, "peft_config", {})) for name, unet in unets.items()}
+        raise ValueError(f"`adapter_name` is {adapter_name!r}, which `hotswap` cannot replace: there is {taken}.")
 
 
 def choose_adapter_name(adapter_name: Optional[str], unets: dict[str, ConditionalUNet], hotswap: bool) -> str:
@@ -324,23 +353,41 @@ def choose_adapter_name(adapter_name: Optional[str], unets: dict[str, Conditiona
     return next(name for name in map("default_{}".format, count()) if name not in used)
 
 
-def check_fit(component: str, unet: ConditionalUNet, state_dict: StateDict) -> None:
-    """Checks that every layer that the weights change is there, and as wide.
+def plain_weights(argument: str, layers: Union[StateDict, torch.nn.Module]) -> StateDict:
+    """Weights to save, under keys without what torch.compile puts into them.
 
     Raises:
-        ValueError: If not.
+        ValueError: If they are not weights, or not finite.
     """
-    modules = dict(unet.named_modules())
-    for key, weight in state_dict.items():
-        factor = next((factor for factor in DOWN + UP if factor in key), None)
-        if not key.startswith(f"{component}.") or factor is None:
-            continue
-        layer = key.removeprefix(f"{component}.").split(factor)[0]
-        if layer not in modules:
-            raise ValueError(f"The LoRA weights change {component}.{layer}, which this network does not have.")
-        side = 1 if factor in DOWN else 0
-        width = modules[layer].weight.shape[side]
-        if key.endswith("weight") and weight.shape[side] != width:
-            raise ValueError(
-                f"The LoRA weights for {component}.{layer} have width {weight.shape[side]}, but the layer has {width}."
-            )
+    layers = layers.state_dict() if isinstance(layers, torch.nn.Module) else layers
+    if not isinstance(layers, dict) or not all(isinstance(value, torch.Tensor) for value in layers.values()):
+        raise ValueError(f"`{argument}` is a {type(layers).__name__}, but should have tensors by key.")
+    for key, value in layers.items():
+        check_finite(key, value)
+    return {plain_name(key): value.contiguous() for key, value in layers.items()}
+
+
+def check_serialization(
+    save_directory: Union[str, os.PathLike],
+    weight_name: Optional[str],
+    save_function: Optional[Callable],
+    safe_serialization: bool,
+    configs: dict[str, Optional[dict[str, Any]]],
+) -> None:
+    """Checks how weights are to be written.
+
+    Raises:
+        ValueError: If they cannot be written so.
+    """
+    if not isinstance(save_directory, (str, os.PathLike)) or os.path.isfile(save_directory):
+        raise ValueError(f"`save_directory` is {save_directory!r}, but should be a folder.")
+    if weight_name is not None and (not isinstance(weight_name, str) or Path(weight_name).name != weight_name):
+        raise ValueError(f"`weight_name` is {str(weight_name)[:80]!r}, but should be the name of a file.")
+    if save_function is not None and not callable(save_function):
+        raise ValueError(f"`save_function` is a {type(save_function).__name__}, but should be callable.")
+    if not safe_serialization and any(configs.values()):
+        name = next(name for name, config in configs.items() if config)
+        raise ValueError(
+            f"`safe_serialization` is False, but only safetensors keep `{name}_lora_adapter_metadata`, and with it "
+            "lora_alpha: leave one of the two out."
+        )

@@ -8,7 +8,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import replace_example_docstring
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..loaders import ImagenLoraLoaderMixin
+from ..loaders import ImagenLoraLoaderMixin, with_lora_scale
 from ..model_card import ModelCardMixin
 from . import inputs
 from .denoising import run_stages
@@ -71,6 +71,7 @@ class ImagenPipeline(ImagenPipelineMixin, ModelCardMixin, DiffusionPipeline, Ima
         """The one stage."""
         return [Stage("base", self.unet, self.scheduler, self.guidance_unet)]
 
+    @with_lora_scale
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
@@ -100,6 +101,7 @@ class ImagenPipeline(ImagenPipelineMixin, ModelCardMixin, DiffusionPipeline, Ima
         return_dict: bool = True,
         callback_on_step_end: Optional[Callable] = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+        cross_attention_kwargs: Optional[dict[str, float]] = None,
     ) -> Union[ImagenPipelineOutput, tuple]:
         r"""
         Args:
@@ -133,6 +135,7 @@ class ImagenPipeline(ImagenPipelineMixin, ModelCardMixin, DiffusionPipeline, Ima
             callback_on_step_end (`Callable`, *optional*):
                 Called as `callback(pipe, step, timestep, tensors)` after every network call.
             callback_on_step_end_tensor_inputs (`list[str]`): Tensors it takes and may return changed.
+            cross_attention_kwargs (`dict`, *optional*): `{"scale": 0.5}` weighs the LoRA adapters of this call.
 
         Examples:
 

@@ -8,7 +8,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import replace_example_docstring
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..loaders import ImagenLoraLoaderMixin
+from ..loaders import ImagenLoraLoaderMixin, with_lora_scale
 from ..model_card import ModelCardMixin
 from . import inputs
 from .denoising import run_stages
@@ -154,6 +154,7 @@ class ImagenCascadePipeline(ImagenPipelineMixin, ModelCardMixin, DiffusionPipeli
         guides = {"base": self.base_guidance_unet}
         return [Stage(name, unet, scheduler, guides.get(name)) for name, unet, scheduler in parts if unet is not None]
 
+    @with_lora_scale
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
@@ -185,6 +186,7 @@ class ImagenCascadePipeline(ImagenPipelineMixin, ModelCardMixin, DiffusionPipeli
         return_dict: bool = True,
         callback_on_step_end: Optional[Callable] = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+        cross_attention_kwargs: Optional[dict[str, float]] = None,
     ) -> Union[ImagenPipelineOutput, tuple]:
         r"""
         Arguments that each stage has its own value of take one for all stages, a list with one for each stage that
@@ -240,6 +242,7 @@ class ImagenCascadePipeline(ImagenPipelineMixin, ModelCardMixin, DiffusionPipeli
             callback_on_step_end (`Callable`, *optional*):
                 Called as `callback(pipe, step, timestep, tensors)` after every network call, counted over all stages.
             callback_on_step_end_tensor_inputs (`list[str]`): Tensors it takes and may return changed.
+            cross_attention_kwargs (`dict`, *optional*): `{"scale": 0.5}` weighs the LoRA adapters of this call.
 
         Examples:
 

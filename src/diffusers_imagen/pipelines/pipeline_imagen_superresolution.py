@@ -8,7 +8,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import replace_example_docstring
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..loaders import ImagenLoraLoaderMixin
+from ..loaders import ImagenLoraLoaderMixin, with_lora_scale
 from ..model_card import ModelCardMixin
 from . import inputs
 from .denoising import run_stages
@@ -75,6 +75,7 @@ class ImagenSuperResolutionPipeline(ImagenPipelineMixin, ModelCardMixin, Diffusi
         """The one stage, under the name of those that a cascade has."""
         return [Stage("sr256" if self.unet.config.sample_size <= 256 else "sr1024", self.unet, self.scheduler)]
 
+    @with_lora_scale
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
@@ -102,6 +103,7 @@ class ImagenSuperResolutionPipeline(ImagenPipelineMixin, ModelCardMixin, Diffusi
         return_dict: bool = True,
         callback_on_step_end: Optional[Callable] = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+        cross_attention_kwargs: Optional[dict[str, float]] = None,
     ) -> Union[ImagenPipelineOutput, tuple]:
         r"""
         Args:
@@ -136,6 +138,7 @@ class ImagenSuperResolutionPipeline(ImagenPipelineMixin, ModelCardMixin, Diffusi
             callback_on_step_end (`Callable`, *optional*):
                 Called as `callback(pipe, step, timestep, tensors)` after every network call.
             callback_on_step_end_tensor_inputs (`list[str]`): Tensors it takes and may return changed.
+            cross_attention_kwargs (`dict`, *optional*): `{"scale": 0.5}` weighs the LoRA adapters of this call.
 
         Examples:
 

@@ -79,12 +79,17 @@ def join(part: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
     return DTensor.from_local(part, parameter.device_mesh, parameter.placements, **place).full_tensor()
 
 
+def inner_network(accelerator: Accelerator, module: torch.nn.Module) -> torch.nn.Module:
+    """A module without the wrappers of accelerate, those of its compiler too."""
+    return accelerator.unwrap_model(getattr(module, "_orig_mod", module))
+
+
 def whole_network(accelerator: Accelerator, unet: torch.nn.Module) -> ConditionalUNet:
     """The network without wrappers; where it is spread over processes, the main process gets a gathered copy.
 
     All processes call this.
     """
-    inner = accelerator.unwrap_model(unet)
+    inner = inner_network(accelerator, unet)
     if accelerator.distributed_type != DistributedType.FSDP:
         return inner
     state = accelerator.get_state_dict(unet)  # empty but in the main process

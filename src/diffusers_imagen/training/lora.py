@@ -14,6 +14,7 @@ from ..models.unet_base import ConditionalUNet
 from .checks import check_objective
 from .config import TrainingConfig
 from .data.config import arg
+from .devices import inner_network
 from .export import model_card, parts_of, write_record
 from .loop import Trainer
 from .network import find_network
@@ -123,8 +124,8 @@ class LoraTrainer(Trainer):
 
     def place_among(self, models: list) -> int:
         """Where the network is among those of accelerate, which has some of them with and some without wrappers."""
-        inner, unwrap = self.accelerator.unwrap_model(self.unet), self.accelerator.unwrap_model
-        return next(place for place, model in enumerate(models) if unwrap(model) is inner)
+        inner = inner_network(self.accelerator, self.unet)
+        return next(place for place, model in enumerate(models) if inner_network(self.accelerator, model) is inner)
 
     def export(self, unet: ConditionalUNet, done: int, results: dict[str, float]) -> None:
         from peft.utils import get_peft_model_state_dict

@@ -1,0 +1,230 @@
+"""What is done with adapters that a pipeline's networks have: weighed, fused, put aside, taken out."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, Callable, Optional, Union
+
+import torch
+from diffusers.loaders import lora_base
+from diffusers.loaders.lora_base import LoraBaseMixin
+from diffusers.utils import is_peft_available
+from diffusers.utils.torch_utils import unwrap_module
+
+from ..models.unet_base import ConditionalUNet
+from .lora_conversion import is_number
+from .lora_networks import weights_by_layer
+
+
+class AdaptersMixin(LoraBaseMixin):
+    """The methods of [`ImagenLoraLoaderMixin`] for adapters that are there; networks may be compiled."""
+
+    def set_adapters(
+        self,
+        adapter_names: Union[list[str], str],
+        adapter_weights: Union[float, dict[str, Any], list[Union[float, dict[str, Any]]], None] = None,
+    ) -> None:
+        r"""
+        Activates adapters, and no others, with weights.
+
+        Args:
+            adapter_names (`list[str]` or `str`): The adapters.
+            adapter_weights (`float`, `dict[str, float]` or a `list` of these, *optional*):
+                One weight for all, one each, or weights by component: `{"base_unet": 0.8, "sr256_unet": 0.0}`, or by
+                component and block: `{"base_unet": {"down": 0.5, "mid": 1, "up": {"block_1": 0.2}}}`. What is not named
+                has weight 1.
+
+        Raises:
+            ValueError: If there is no such adapter or component, or a weight is not a finite number.
+        """
+        adapter_names = self._checked_adapters(adapter_names)
+        if not isinstance(adapter_weights, list):
+            adapter_weights = [adapter_weights] * len(adapter_names)
+        # each gets a dict of its own, as diffusers takes entries out of it
+        self._networks().set_adapters(adapter_names, [self._expanded_weights(weights) for weights in adapter_weights])
+
+    def fuse_lora(
+        self,
+        components: Optional[list[str]] = None,
+        lora_scale: float = 1.0,
+        safe_fusing: bool = False,
+        adapter_names: Optional[list[str]] = None,
+    ) -> None:
+        r"""
+        Adds the adapters to the networks' own weights, which makes them as fast as without.
+
+        Args:
+            components (`list[str]`, *optional*): Networks to fuse, of which this pipeline may lack some; all if None.
+            lora_scale (`float`, defaults to 1.0): Weight of the adapters, on top of `set_adapters`.
+            safe_fusing (`bool`, defaults to `False`): Whether to refuse to fuse weights that are not finite.
+            adapter_names (`list[str]`, *optional*): The adapters; those that are active if None.
+        """
+        components = self._checked_components(components)
+        if not is_number(lora_scale):
+            raise ValueError(f"`lora_scale` is {lora_scale!r}, but should be a number.")
+        adapter_names = None if adapter_names is None else self._checked_adapters(adapter_names)
+        networks = self._networks()
+        try:
+            networks.fuse_lora(components, lora_scale, safe_fusing, adapter_names)
+        finally:
+            self._merged_adapters = networks._merged_adapters
+
+    def unfuse_lora(self, components: Optional[list[str]] = None) -> None:
+        r"""
+        Takes fused adapters out of the networks' weights again, up to rounding.
+
+        Args:
+            components (`list[str]`, *optional*): Networks, of which this pipeline may lack some; all if None.
+        """
+        networks = self._networks()
+        networks.unfuse_lora(self._checked_components(components))
+        self._merged_adapters = networks._merged_adapters
+
+    def unload_lora_weights(self) -> None:
+        """Takes all adapters out of the networks, which then are what they were before, but for what is fused."""
+        self._networks().unload_lora_weights()
+
+    def disable_lora(self) -> None:
+        """Makes the networks run without their adapters, until `enable_lora`."""
+        self._networks().disable_lora()
+
+    def enable_lora(self) -> None:
+        """Makes the networks run with their adapters again."""
+        self._networks().enable_lora()
+
+    def delete_adapters(self, adapter_names: Union[list[str], str]) -> None:
+        """Takes adapters of these names out of all networks."""
+        self._networks().delete_adapters(self._checked_adapters(adapter_names))
+
+    def get_active_adapters(self) -> list[str]:
+        """The names of the adapters that a network runs with."""
+        active = {}
+        for name, unet in self._lora_unets().items():
+            networks = LoraNetworks({name: unet}, set())
+            active |= dict.fromkeys(networks.get_active_adapters())
+        return list(active)
+
+    def get_list_adapters(self) -> dict[str, list[str]]:
+        """The names of all adapters by component."""
+        return self._networks().get_list_adapters()
+
+    def set_lora_device(self, adapter_names: Union[list[str], str], device: Union[torch.device, str, int]) -> None:
+        """Moves adapters to a device, as to the CPU while they are not active."""
+        self._networks().set_lora_device(self._checked_adapters(adapter_names), device)
+
+    def enable_lora_hotswap(self, **kwargs) -> None:
+        """Prepares the networks for adapters that replace each other, before the first is loaded.
+
+        Args:
+            kwargs: `target_rank`, the highest rank that any of them has, and `check_compiled`, as in diffusers.
+        """
+        self._networks().enable_lora_hotswap(**kwargs)
+
+    def _lora_unets(self) -> dict[str, ConditionalUNet]:
+        """The networks that this pipeline has, by component, without torch.compile's wrapper."""
+        unets = {name: getattr(self, name, None) for name in self._lora_loadable_modules}
+        return {name: unwrap_module(unet) for name, unet in unets.items() if unet is not None}
+
+    def _networks(self) -> "LoraNetworks":
+        """The networks for the methods of diffusers."""
+        require_peft()
+        return LoraNetworks(self._lora_unets(), self._merged_adapters)
+
+    def _checked_components(self, components: Optional[list[str]]) -> list[str]:
+        """Those of the components that are here; all if None."""
+        present = list(self._lora_unets())
+        if components is None:
+            return present
+        found = [name for name in present if name in components]
+        if not found or not set(components) <= set(self._lora_loadable_modules):
+            raise ValueError(f"`components` is {components}, but should be among {present}.")
+        return found
+
+    def _checked_adapters(self, adapter_names: Union[list[str], str]) -> list[str]:
+        """Names of adapters as a list."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        if not isinstance(names, (list, tuple)) or not names or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"`adapter_names` is {adapter_names!r}, but should be a name or a list of names.")
+        present = {name for names in self.get_list_adapters().values() for name in names}
+        unknown = [name for name in names if name not in present]
+        if unknown:
+            raise ValueError(f"`adapter_names` has {unknown}, not in the list of present adapters: {sorted(present)}.")
+        return list(names)
+
+    def _expanded_weights(self, weights: Any) -> Any:
+        """An adapter's weights as diffusers takes them: a number, or by component a number or numbers by layer."""
+        if not isinstance(weights, dict):
+            if weights is not None and not is_number(weights):
+                raise ValueError(f"`adapter_weights` has {weights!r}, but should have numbers.")
+            return weights
+        present = self._lora_unets()
+        strangers = sorted(set(weights) - set(self._lora_loadable_modules), key=str)
+        if strangers:  # as text encoders: diffusers' pipelines warn too
+            lora_base.logger.warning(
+                f"The following components in `adapter_weights` are not part of the pipeline: {strangers}. They are "
+                "ignored."
+            )
+            weights = {name: weight for name, weight in weights.items() if name not in strangers}
+        unknown = sorted(set(weights) - set(present))
+        if unknown:
+            raise ValueError(
+                f"`adapter_weights` names {unknown}, but the components of this pipeline are {list(present)}."
+            )
+        expanded = {}
+        for component, weight in weights.items():
+            if isinstance(weight, dict):
+                weight = weights_by_layer(present[component], weight, component)
+            elif weight is not None and not is_number(weight):
+                raise ValueError(f"`adapter_weights` has {weight!r} for {component}, but should have a number.")
+            expanded[component] = weight
+        return expanded
+
+
+def with_lora_scale(call: Callable) -> Callable:
+    """Makes `cross_attention_kwargs={"scale": 0.5}` of a pipeline's call weigh the adapters for that call.
+
+    Raises:
+        ValueError: If there is anything else in it.
+    """
+
+    @wraps(call)
+    def weighed(self: AdaptersMixin, *args, **kwargs):
+        options = kwargs.get("cross_attention_kwargs")
+        if options is None:
+            return call(self, *args, **kwargs)
+        if not isinstance(options, dict) or set(options) - {"scale"} or not is_number(options.get("scale", 1.0)):
+            raise ValueError(f"`cross_attention_kwargs` is {options!r}, but should be {{'scale': a number}}.")
+        with scaled_layers(self._lora_unets().values(), options.get("scale", 1.0)):
+            return call(self, *args, **kwargs)
+
+    return weighed
+
+
+@contextmanager
+def scaled_layers(unets: Iterable[ConditionalUNet], scale: float) -> Iterator[None]:
+    """Multiplies the weights of all adapters, and puts the old ones back."""
+    layers = [layer for unet in unets for layer in unet.modules() if isinstance(getattr(layer, "scaling", None), dict)]
+    before = [dict(layer.scaling) for layer in layers]
+    for layer in layers:
+        layer.scaling.update({name: value * scale for name, value in layer.scaling.items()})
+    try:
+        yield
+    finally:
+        for layer, scaling in zip(layers, before):
+            layer.scaling.update(scaling)
+
+
+class LoraNetworks(LoraBaseMixin):
+    """Networks as diffusers' methods of pipelines take them, which pass over what torch.compile has wrapped."""
+
+    def __init__(self, unets: dict[str, ConditionalUNet], merged_adapters: set[str]):
+        self.components = unets
+        self._lora_loadable_modules = list(unets)
+        self._merged_adapters = merged_adapters
+        vars(self).update(unets)
+
+
+def require_peft() -> None:
+    """Says how to get what adapters need."""
+    if not is_peft_available():
+        raise ValueError("LoRA adapters need peft: pip install peft")

@@ -1,0 +1,402 @@
+"""LoRA weights in the forms of diffusers, peft and kohya's scripts, turned into what peft loads, and checked first."""
+
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+import torch
+from torch import nn
+
+
+StateDict = dict[str, torch.Tensor]
+
+BARE = ""  # of weights that do not say which network they are for
+MAX_RANK = 4096
+MAX_PATTERNS = 4096
+WRAPPER = "_orig_mod"  # torch.compile's, which is no part of a layer's name
+DOWN, UP, ALPHA, MAGNITUDE, BIAS = "down", "up", "alpha", "magnitude", "bias"
+PARTS = {
+    **dict.fromkeys(("lora_A", "lora_down", "lora.down", "lora_linear_layer.down"), DOWN),
+    **dict.fromkeys(("lora_B", "lora_up", "lora.up", "lora_linear_layer.up"), UP),
+    "alpha": ALPHA,
+    "lora_magnitude_vector": MAGNITUDE,
+}
+KEY = re.compile(
+    rf"(?P<layer>.+?)\.(?P<part>{'|'.join(map(re.escape, PARTS))})"
+    r"(?:\.(?P<adapter>(?!(?:weight|bias)$)[^.]+))?(?:\.(?P<kind>weight|bias))?"
+)
+# of diffusers before 0.18
+OLD_KEY = re.compile(r"(?P<block>.+?)(?:\.processor)?\.(?P<layer>to_[a-z]+)_lora\.(?P<part>down|up)\.weight")
+OTHER_METHODS = {
+    r"\.hada_": "LoHa",
+    r"\.lokr_": "LoKr",
+    r"\.oft_": "OFT",
+    r"\.boft_": "BOFT",
+    r"\.ia3_": "IA3",
+    r"\.dora_scale$": "LyCORIS's DoRA",
+    r"\.lora_mid\b": "Tucker-decomposed LoCon",
+    r"\.lora_embedding_": "LoRA of embeddings",
+    r"\.diff(_b)?$": "full differences of weights",
+    r"\.base_layer\b": "the network's own weights",
+    r"\bmodules_to_save\b": "whole layers",
+}
+# settings of peft that change what the weights do, or which weights they were trained on
+UNSUPPORTED_SETTINGS = (
+    *("fan_in_fan_out", "layer_replication", "modules_to_save", "target_parameters", "trainable_token_indices"),
+    *("alora_invocation_tokens", "use_qalora", "use_bdlora", "megatron_config", "arrow_config", "kasa_config"),
+    *("monteclora_config", "velora_config"),
+)
+# begin with weights that are not the network's own
+UNSUPPORTED_BEGINNINGS = ("pissa", "olora", "corda", "loftq", "lora_ga", "lora-ga")
+
+
+@dataclass
+class Update:
+    """What an adapter adds to a layer, by part, each with the key that it came under."""
+
+    parts: dict[str, torch.Tensor] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def rank(self) -> int:
+        return self.parts[DOWN].shape[0]
+
+
+@dataclass
+class Adapter:
+    """Weights and configuration of a network's adapter, as peft takes them."""
+
+    state_dict: StateDict
+    config: dict[str, Any]
+
+
+def plain_name(name: str) -> str:
+    """A key or a module's name without what torch.compile puts into it."""
+    return ".".join(part for part in name.split(".") if part != WRAPPER)
+
+
+def split_key(key: str, components: list[str]) -> tuple[str, str, str]:
+    """The component, the layer and the part that a key names; the component is `BARE` if it names none.
+
+    Raises:
+        ValueError: If the key is of another kind of adapter, or of none.
+    """
+    name = plain_name(key).removeprefix("module.").removeprefix("base_model.model.")
+    method = next((method for pattern, method in OTHER_METHODS.items() if re.search(pattern, name)), None)
+    if method is not None:
+        raise ValueError(f"The weights have the key '{key}', which is of {method}; only LoRA and DoRA can be loaded.")
+    component, _, rest = name.partition(".")
+    if component.startswith("text_encoder") or name.startswith("lora_te"):
+        raise ValueError(
+            f"The weights have the key '{key}', which adapts a text encoder; only networks can be adapted."
+        )
+    if component not in components:
+        component, rest = BARE, name
+    old, match = OLD_KEY.fullmatch(rest), KEY.fullmatch(rest)
+    if old:
+        layer = "to_out.0" if old["layer"] == "to_out" else old["layer"]
+        return component, f"{old['block']}.{layer}", old["part"]
+    if match is None:
+        raise ValueError(f"The weights have the key '{key}', which is of no LoRA adapter.")
+    part = BIAS if match["kind"] == "bias" and PARTS[match["part"]] == UP else PARTS[match["part"]]
+    if match["kind"] == "bias" and part != BIAS:
+        raise ValueError(f"The weights have the key '{key}', which is of no LoRA adapter.")
+    return component, match["layer"], part
+
+
+def group_weights(state_dict: StateDict, components: list[str]) -> dict[str, dict[str, Update]]:
+    """The updates by component and layer, as the keys name them.
+
+    Raises:
+        ValueError: If a key or a value is not of an adapter, or two keys say the same.
+    """
+    updates: dict[str, dict[str, Update]] = {}
+    for key, value in state_dict.items():
+        if not isinstance(key, str):
+            raise ValueError(f"The weights have the key {key!r}, but keys should be strings.")
+        component, layer, part = split_key(key, components)
+        if part == ALPHA and isinstance(value, (int, float)):
+            value = torch.tensor(float(value))
+        if type(value) not in (torch.Tensor, nn.Parameter) or value.layout != torch.strided or value.is_meta:
+            raise ValueError(f"The weights have a {describe_value(value)} under '{key}', but should have a tensor.")
+        update = updates.setdefault(component, {}).setdefault(layer, Update())
+        if part in update.parts:
+            raise ValueError(
+                f"The weights have both '{update.keys[part]}' and '{key}', of which only one can be loaded."
+            )
+        update.parts[part], update.keys[part] = value.detach(), key
+    return updates
+
+
+def describe_value(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"tensor on {value.device.type} of layout {value.layout}"
+    return type(value).__name__
+
+
+def adaptable_layers(unet: nn.Module) -> dict[str, tuple[str, nn.Module]]:
+    """The layers that an adapter can change: by plain name, the name in the network and the layer without adapters."""
+    layers, inside = {}, []
+    for name, module in unet.named_modules():
+        if any(name.startswith(prefix) for prefix in inside):
+            continue
+        if hasattr(module, "base_layer"):  # adapted already
+            inside.append(f"{name}.")
+            module = module.get_base_layer()
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            layers[plain_name(name)] = (name, module)
+    return layers
+
+
+def make_adapter(
+    component: str, unet: nn.Module, updates: dict[str, Update], config: Optional[dict[str, Any]]
+) -> Adapter:
+    """What peft loads into a network.
+
+    Args:
+        component (`str`): The network's name, for messages.
+        unet (`nn.Module`): The network, which stays as it is.
+        updates (`dict[str, Update]`): By layer, with its name or kohya's, in which dots are underscores.
+        config (`dict`, *optional*): What came with the weights; lora_alpha is the rank otherwise, or what the keys say.
+
+    Raises:
+        ValueError: If the weights are not whole, not finite or do not fit the network, or the configuration does not
+            fit the weights.
+    """
+    layers = adaptable_layers(unet)
+    named = {place_of(component, layers, layer, update): update for layer, update in updates.items()}
+    if len(named) != len(updates):
+        raise ValueError(f"The weights for {component} change a layer twice, under its name and under kohya's.")
+    settings = Settings.read(config or {}, component)
+    state_dict, ranks, alphas = {}, {}, {}
+    for layer, update in named.items():
+        name, module = layers[layer]
+        for key, value in fit(f"{component}.{layer}", module, update).items():
+            state_dict[f"{name}.{key}"] = value
+        ranks[name] = settings.checked_rank(layer, update)
+        alphas[name] = settings.alpha(layer, update)
+    extras = {}
+    for setting, part in (("use_dora", MAGNITUDE), ("lora_bias", BIAS)):
+        having = [layer for layer, update in named.items() if part in update.parts]
+        extras[setting] = bool(having)
+        if having and len(having) < len(named) or (config or {}).get(setting, bool(having)) != bool(having):
+            raise ValueError(f"The weights for {component} have `{part}` in {len(having)} of {len(named)} layers.")
+    return Adapter(state_dict, {**configuration(ranks, alphas), **extras, **settings.kept})
+
+
+def place_of(component: str, layers: dict[str, tuple[str, nn.Module]], layer: str, update: Update) -> str:
+    """The plain name of the layer that is meant."""
+    if layer in layers:
+        return layer
+    flat = layer.removeprefix("lora_unet_")
+    found = [name for name in layers if "." not in layer and name.replace(".", "_") == flat]
+    if len(found) == 1:
+        return found[0]
+    key = next(iter(update.keys.values()))
+    if found:
+        raise ValueError(f"The weights have the key '{key}', which may be of {' or '.join(found)} in {component}.")
+    raise ValueError(
+        f"The LoRA weights change {component}.{layer}, which this network does not have as a layer that can be adapted "
+        f"(key '{key}')."
+    )
+
+
+def fit(layer: str, module: nn.Module, update: Update) -> StateDict:
+    """The parts of an update in the shapes that peft's layer for `module` has, by the ends of their keys."""
+    parts, keys = update.parts, update.keys
+    missing = [part for part in (DOWN, UP) if part not in parts]
+    if missing:
+        raise ValueError(
+            f"The LoRA weights for {layer} lack the factor {missing[0]} (key '{next(iter(keys.values()))}')."
+        )
+    down, up = parts[DOWN], parts[UP]
+    if isinstance(module, nn.Linear):
+        wide, side, window = (module.in_features, module.out_features, (1, 1))
+    else:
+        wide, side, window = (module.in_channels // module.groups, module.out_channels, tuple(module.kernel_size))
+    for part, value in ((DOWN, down), (UP, up)):
+        if value.ndim not in (2, 4) or 0 in value.shape:
+            raise ValueError(f"The LoRA weights have the shape {tuple(value.shape)} under '{keys[part]}'.")
+    window_of = lambda value: tuple(value.shape[2:]) or (1, 1)  # noqa: E731
+    for found, width in ((down.shape[1], wide), (up.shape[0], side)):
+        if found != width:
+            raise ValueError(f"The LoRA weights for {layer} have width {found}, but the layer has {width}.")
+    if window_of(down) != window or window_of(up) != (1, 1):
+        raise ValueError(
+            f"The LoRA weights for {layer} have windows of {window_of(down)} and {window_of(up)}, but the layer has "
+            f"{window}, and the second should be (1, 1)."
+        )
+    if down.shape[0] != up.shape[1]:
+        raise ValueError(f"The LoRA weights for {layer} have factors of ranks {down.shape[0]} and {up.shape[1]}.")
+    if down.shape[0] > MAX_RANK:
+        raise ValueError(f"The LoRA weights for {layer} have rank {down.shape[0]}, but it should be up to {MAX_RANK}.")
+    fitted = {"lora_A.weight": down.reshape(-1, wide, *window), "lora_B.weight": up.reshape(side, -1, 1, 1)}
+    if isinstance(module, nn.Linear):
+        fitted = {key: value.flatten(1) for key, value in fitted.items()}
+    for part, key, shape in (
+        (BIAS, "lora_B.bias", (side,)),
+        (MAGNITUDE, "lora_magnitude_vector", (side,) if isinstance(module, nn.Linear) else (1, side, 1, 1)),
+    ):
+        if part in parts:
+            if parts[part].numel() != side or max(parts[part].shape, default=1) != side:
+                raise ValueError(
+                    f"The LoRA weights have {tuple(parts[part].shape)} under '{keys[part]}', not {shape}."
+                )
+            fitted[key] = parts[part].reshape(shape)
+    named = dict(zip(fitted, (keys[part] for part in (DOWN, UP, BIAS, MAGNITUDE) if part in parts)))
+    return {key: as_precise(named[key], value, module) for key, value in fitted.items()}
+
+
+def as_precise(key: str, value: torch.Tensor, module: nn.Module) -> torch.Tensor:
+    """A finite float tensor, at least as precise as the layer's weights, in float32 at most."""
+    if not value.is_floating_point():
+        raise ValueError(f"The LoRA weights have {value.dtype} under '{key}', but should have floats.")
+    if value.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        value = value.float()
+    own = module.weight.dtype
+    if own in (torch.float32, torch.bfloat16, torch.float16):
+        value = value.to(torch.promote_types(value.dtype, own))
+    check_finite(key, value)
+    return value.contiguous()
+
+
+def check_finite(key: str, value: torch.Tensor) -> None:
+    """Checks weights.
+
+    Raises:
+        ValueError: If there is NaN or infinity among them.
+    """
+    if not torch.isfinite(value).all():
+        kind = "NaN" if value.isnan().any() else "infinity"
+        raise ValueError(f"The LoRA weights have {kind} under '{key}': the file is damaged, or its training diverged.")
+
+
+@dataclass
+class Settings:
+    """What a configuration says about ranks and scaling; nothing of it is imported, fetched or run."""
+
+    component: str
+    rank: Optional[int]
+    lora_alpha: Optional[float]
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, float]
+    kept: dict[str, Any]
+
+    @classmethod
+    def read(cls, config: dict[str, Any], component: str) -> "Settings":
+        """Reads peft's settings.
+
+        Raises:
+            ValueError: If one has a value that it cannot have, or one that other weights would be needed for.
+        """
+        kind = getattr(config.get("peft_type"), "value", config.get("peft_type"))
+        if kind not in (None, "LORA"):
+            raise ValueError(f"`peft_type` of the adapter for {component} is {kind!r}, but should be 'LORA'.")
+        for name in UNSUPPORTED_SETTINGS:
+            if config.get(name):
+                raise ValueError(f"`{name}` of the adapter for {component} is set, which cannot be loaded.")
+        if config.get("bias") not in (None, "none"):
+            raise ValueError(f"`bias` of the adapter for {component} is {config['bias']!r}, but should be 'none'.")
+        beginning = config.get("init_lora_weights")
+        if isinstance(beginning, str) and beginning.lower().startswith(UNSUPPORTED_BEGINNINGS):
+            raise ValueError(
+                f"`init_lora_weights` of the adapter for {component} is {beginning!r}: it belongs to other weights than "
+                "the network's own, and has to be converted to plain LoRA by peft."
+            )
+        for name in ("use_rslora", "use_dora", "lora_bias"):
+            if not isinstance(config.get(name, False), bool):
+                raise ValueError(f"`{name}` of the adapter for {component} is {config[name]!r}, but should be a bool.")
+        dropout = number(config, "lora_dropout", component) or 0.0
+        if not 0 <= dropout < 1:
+            raise ValueError(f"`lora_dropout` of the adapter for {component} is {dropout}, but should be in [0, 1).")
+        return cls(
+            component,
+            number(config, "r", component),
+            number(config, "lora_alpha", component),
+            *(patterns(config, name, component) for name in ("rank_pattern", "alpha_pattern")),
+            kept={"use_rslora": config.get("use_rslora", False), "lora_dropout": dropout},
+        )
+
+    def checked_rank(self, layer: str, update: Update) -> int:
+        rank = matching(self.rank_pattern, layer, self.rank)
+        if rank is not None and rank != update.rank:
+            raise ValueError(
+                f"The LoRA weights for {self.component}.{layer} have rank {update.rank}, but their configuration says "
+                f"{rank}."
+            )
+        return update.rank
+
+    def alpha(self, layer: str, update: Update) -> float:
+        """The lora_alpha of a layer: of its key, of the configuration, or the rank."""
+        told = matching(self.alpha_pattern, layer, self.lora_alpha)
+        if ALPHA not in update.parts:
+            return update.rank if told is None else told
+        key, value = update.keys[ALPHA], update.parts[ALPHA]
+        if value.numel() != 1 or value.is_complex() or value.dtype == torch.bool:
+            raise ValueError(f"The weights have {tuple(value.shape)} of {value.dtype} under '{key}', not a number.")
+        alpha = value.float()
+        check_finite(key, alpha)
+        if told is not None and not math.isclose(told, alpha.item(), rel_tol=1e-2):
+            raise ValueError(f"The weights have {alpha.item()} under '{key}', but their configuration says {told}.")
+        return int(alpha) if alpha == alpha.round() else alpha.item()
+
+
+def number(config: dict[str, Any], name: str, component: str) -> Optional[float]:
+    """A setting that is a finite number, or not there."""
+    value = config.get(name)
+    if value is None:
+        return None
+    if not is_number(value):
+        raise ValueError(f"`{name}` of the adapter for {component} is {str(value)[:80]!r}, but should be a number.")
+    return value
+
+
+def is_number(value: Any) -> bool:
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def patterns(config: dict[str, Any], name: str, component: str) -> dict[str, float]:
+    """A setting that has numbers by regular expression."""
+    found = config.get(name)
+    if not found:
+        return {}
+    if not isinstance(found, dict) or len(found) > MAX_PATTERNS or not all(map(is_number, found.values())):
+        raise ValueError(f"`{name}` of the adapter for {component} should have numbers by the names of layers.")
+    for pattern in found:
+        try:
+            # a group that is repeated, or many repetitions, may take forever to match
+            if len(pattern) > 300 or re.search(r"\)[*+{?]", pattern) or len(re.findall(r"[*+{?]", pattern)) > 3:
+                raise re.error("it is too long, or repeats too much")
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(f"`{name}` of the adapter for {component} has {pattern[:80]!r}: {error}.") from error
+    return found
+
+
+def matching(found: dict[str, float], layer: str, default: Optional[float]) -> Optional[float]:
+    """The number whose pattern matches the end of a layer's name, as peft matches it."""
+    for pattern, value in found.items():
+        plain = pattern.removeprefix("^")
+        if re.fullmatch(r"[\w.]+", plain):  # nearly all are, and comparing is a hundred times as fast
+            if layer == plain or plain == pattern and layer.endswith(f".{plain}"):
+                return value
+        elif re.match(rf"(.*\.)?({pattern})$", layer):
+            return value
+    return default
+
+
+def configuration(ranks: dict[str, int], alphas: dict[str, float]) -> dict[str, Any]:
+    """peft's settings for layers with these ranks and alphas."""
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {f"^{name}": value for name, value in ranks.items() if value != rank},
+        "alpha_pattern": {f"^{name}": value for name, value in alphas.items() if value != alpha},
+        "target_modules": sorted(ranks),
+    }

@@ -1,0 +1,163 @@
+"""Where LoRA weights come from: a file, a folder or the Hub; nothing in them is run."""
+
+import json
+import os
+import zipfile
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME, LORA_WEIGHT_NAME_SAFE
+from diffusers.utils import _get_model_file
+from huggingface_hub import constants, model_info
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from safetensors import SafetensorError, safe_open
+
+from ..utils.files import read_json_object
+
+
+StateDict = dict[str, torch.Tensor]
+Metadata = Optional[dict[str, Any]]
+
+SOURCE = "pretrained_model_name_or_path_or_dict"
+PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PICKLED = (".bin", ".pt", ".pth")
+NO_ADAPTER = ("scheduler", "optimizer", "checkpoint")  # in the names of files, as diffusers reads them
+
+
+def read_source(
+    source: str, weight_name: Optional[str], use_safetensors: Optional[bool], has_metadata: bool = False, **hub: Any
+) -> tuple[StateDict, Metadata]:
+    """The weights, and the configuration that came with them: in the file, or beside it as peft writes it.
+
+    Raises:
+        ValueError: If there are none, or they are damaged.
+    """
+    path = Path(source)
+    if os.path.isfile(source):  # False for what is no path at all
+        file, config = path, path.with_name(PEFT_CONFIG)
+    elif os.path.isdir(source):
+        folder = path / (hub.get("subfolder") or "")
+        names = [name.name for name in sorted(folder.iterdir()) if name.is_file()] if folder.is_dir() else []
+        file = folder / (weight_name or choose_name(names, use_safetensors, str(folder)))
+        config = file.with_name(PEFT_CONFIG)
+        if not file.is_file():
+            raise ValueError(f"`weight_name` is {weight_name!r}, but '{folder}' has no such file.")
+    else:
+        file, config = download(source, weight_name, use_safetensors, hub)
+    if file.suffix in PICKLED and use_safetensors:
+        raise ValueError(f"`use_safetensors` is True, but '{file}' is no safetensors file.")
+    state_dict, metadata = read_pickle(file) if file.suffix in PICKLED else read_safetensors(file)
+    if has_metadata:
+        return state_dict, metadata
+    if metadata is None and config.is_file():
+        metadata = read_json_object(config)
+    if metadata is None and file.stem == Path(PEFT_WEIGHTS).stem:
+        raise ValueError(f"'{file}' has no {PEFT_CONFIG} beside it, which says how the weights are scaled.")
+    return state_dict, metadata
+
+
+def choose_name(names: list[str], use_safetensors: Optional[bool], place: str) -> str:
+    """The file among others that has an adapter's weights.
+
+    Raises:
+        ValueError: If there is none, or it is not clear which.
+    """
+    allowed = (".safetensors",) if use_safetensors else PICKLED if use_safetensors is False else None
+    for suffixes, known in (
+        ((".safetensors",), (LORA_WEIGHT_NAME_SAFE, PEFT_WEIGHTS)),
+        (PICKLED, (LORA_WEIGHT_NAME,)),
+    ):
+        found = [name for name in names if name.endswith(suffixes) and not any(part in name for part in NO_ADAPTER)]
+        chosen = [name for name in known if name in found] or found
+        if not chosen or allowed not in (None, suffixes):
+            continue
+        if len(chosen) > 1 and chosen[0] not in known:
+            raise ValueError(f"'{place}' has several files of weights, {chosen[:5]}: choose one by `weight_name`.")
+        return chosen[0]
+    kind = "" if use_safetensors is None else f" with `use_safetensors={use_safetensors}`"
+    raise ValueError(f"`{SOURCE}` is '{place}', which has no file of LoRA weights{kind}.")
+
+
+def download(
+    source: str, weight_name: Optional[str], use_safetensors: Optional[bool], hub: dict[str, Any]
+) -> tuple[Path, Path]:
+    """Weights and peft's configuration, which may not be there, from the Hub or its cache."""
+    try:
+        validate_repo_id(source)
+    except HFValidationError as error:
+        raise ValueError(
+            f"`{SOURCE}` is '{source[:200]}', which is no file, no folder and no name on the Hub."
+        ) from error
+    if os.path.exists(source):
+        raise ValueError(f"`{SOURCE}` is '{source}', which is no regular file.")
+    if weight_name is None:
+        weight_name = guess_name(source, use_safetensors, hub)
+    fetch = lambda name: Path(_get_model_file(source, weights_name=name, **hub))  # noqa: E731
+    file = fetch(weight_name)
+    config = file.with_name(PEFT_CONFIG)
+    if file.name.startswith("adapter_model"):
+        config = fetch(str(Path(weight_name).with_name(PEFT_CONFIG)))
+    return file, config
+
+
+def guess_name(source: str, use_safetensors: Optional[bool], hub: dict[str, Any]) -> str:
+    """The name of the file of weights in a repository, or without a network the one that training writes."""
+    if hub.get("local_files_only") or constants.HF_HUB_OFFLINE:
+        return LORA_WEIGHT_NAME if use_safetensors is False else LORA_WEIGHT_NAME_SAFE
+    try:
+        info = model_info(source, revision=hub.get("revision"), token=hub.get("token"))
+    except (ValueError, OSError):
+        raise  # there is no such repository
+    except Exception:  # there is no network, which has errors of its own kinds: what the cache has may do
+        return LORA_WEIGHT_NAME if use_safetensors is False else LORA_WEIGHT_NAME_SAFE
+    folder = f"{hub['subfolder']}/" if hub.get("subfolder") else ""
+    names = [file.rfilename for file in info.siblings if file.rfilename.startswith(folder)]
+    names = [name.removeprefix(folder) for name in names]
+    return choose_name([name for name in names if "/" not in name], use_safetensors, source)
+
+
+def read_safetensors(file: Path) -> tuple[StateDict, Metadata]:
+    """Weights and configuration of a safetensors file.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
+    try:
+        with safe_open(file, "pt") as opened:
+            header = opened.metadata() or {}
+            state_dict = {key: opened.get_tensor(key) for key in opened.keys()}
+    except (SafetensorError, RuntimeError, AttributeError, TypeError) as error:
+        raise ValueError(f"'{file}' cannot be read as a safetensors file: {one_line(error)}") from error
+    if LORA_ADAPTER_METADATA_KEY not in header:
+        return state_dict, None
+    try:
+        metadata = json.loads(header[LORA_ADAPTER_METADATA_KEY])
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"'{file}' has a configuration that is not JSON: {error}") from error
+    if not isinstance(metadata, dict):
+        raise ValueError(f"'{file}' has a JSON {type(metadata).__name__} as its configuration, but should an object.")
+    return state_dict, metadata
+
+
+def read_pickle(file: Path) -> tuple[StateDict, None]:
+    """Weights of a file that torch.save wrote, read by torch's unpickler of weights, which runs nothing of the file's.
+
+    Raises:
+        ValueError: If it is damaged, or holds anything else than weights.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("it is compressed, which torch.save never does")
+        state_dict = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # what a damaged pickle raises is not known
+        raise ValueError(f"'{file}' cannot be read as weights of torch.save: {one_line(error)}") from error
+    if not isinstance(state_dict, dict):
+        raise ValueError(f"'{file}' holds a {type(state_dict).__name__}, but should hold weights by key.")
+    return state_dict, None
+
+
+def one_line(error: BaseException) -> str:
+    """The beginning of an error's text."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

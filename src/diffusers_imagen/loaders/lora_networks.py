@@ -1,0 +1,181 @@
+"""What adapters change in a network: undone after an error, swapped, and weighed block by block."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Union
+
+import torch
+from torch import nn
+
+from .lora_conversion import Adapter, configuration, is_number, matching, plain_name
+
+
+BLOCKS = {"down": "down_blocks", "mid": "mid_blocks", "up": "up_blocks"}  # as diffusers calls them
+
+
+@contextmanager
+def restored_after_error(unets: list[nn.Module]) -> Iterator[None]:
+    """After an error, the networks have the layers, the adapters and the trainable weights that they had before."""
+    before = [Snapshot(unet) for unet in unets]
+    try:
+        yield
+    except BaseException:
+        for snapshot in before:
+            snapshot.restore()
+        raise
+
+
+class Snapshot:
+    """What loading an adapter changes in a network, but the values of weights."""
+
+    def __init__(self, unet: nn.Module):
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        self.unet = unet
+        self.own = {
+            name: dict(value) if isinstance(value, dict) else value
+            for name, value in vars(unet).items()
+            if name in ("peft_config", "_hf_peft_config_loaded", "_prepare_lora_hotswap_kwargs")
+        }
+        self.trainable = [(parameter, parameter.requires_grad) for parameter in unet.parameters()]
+        self.children = [(module._modules, dict(module._modules)) for module in unet.modules()]
+        # by adapter: scaling, rank, whether it is active, ...
+        self.layers = [
+            (module, {name: copied(value) for name, value in vars(module).items() if not name.startswith("_modules")})
+            for module in unet.modules()
+            if isinstance(module, BaseTunerLayer)
+        ]
+
+    def restore(self) -> None:
+        for children, before in self.children:
+            children.clear()
+            children.update(before)
+        for module, before in self.layers:
+            vars(module).update(before)
+        for parameter, trainable in self.trainable:
+            parameter.requires_grad_(trainable)
+        for name in ("peft_config", "_hf_peft_config_loaded", "_prepare_lora_hotswap_kwargs"):
+            vars(self.unet).pop(name, None)
+        vars(self.unet).update(self.own)
+
+
+def copied(value: Any) -> Any:
+    """A copy of what is changed in place, else the value itself."""
+    return value.copy() if type(value) in (dict, list, set) else value
+
+
+def own_scaling(layer: nn.Module, adapter_name: str) -> float:
+    """What a layer's update is multiplied by at weight 1."""
+    rank = layer.r[adapter_name]
+    return layer.lora_alpha[adapter_name] / (math.sqrt(rank) if layer.use_rslora.get(adapter_name) else rank)
+
+
+def adapted_layers(unet: nn.Module, adapter_name: str) -> dict[str, nn.Module]:
+    """The layers that have an adapter of this name."""
+    return {name: layer for name, layer in unet.named_modules() if adapter_name in getattr(layer, "lora_alpha", {})}
+
+
+def describe_adapter(unet: nn.Module, adapter_name: str) -> dict[str, Any]:
+    """The configuration to save with an adapter's weights: peft's, but with the ranks and scaling that the layers have.
+
+    `enable_lora_hotswap` and swapping change the ranks, and leave the scaling as it is.
+    """
+    config = unet.peft_config[adapter_name].to_dict()
+    ranks, alphas, told = {}, {}, {}
+    for name, layer in adapted_layers(unet, adapter_name).items():
+        if adapter_name not in layer.lora_A:  # of embeddings
+            return config
+        rank, plain = layer.lora_A[adapter_name].weight.shape[0], plain_name(name)
+        same = rank == layer.r[adapter_name]
+        scaling = own_scaling(layer, adapter_name)
+        ranks[plain] = rank
+        alphas[plain] = (
+            layer.lora_alpha[adapter_name] if same else scaling * (rank**0.5 if config["use_rslora"] else rank)
+        )
+        told[plain] = [
+            matching(config[f"{kind}_pattern"], plain, config[default])
+            for kind, default in (("rank", "r"), ("alpha", "lora_alpha"))
+        ]
+    if all(told[name] == [ranks[name], alphas[name]] for name in ranks):
+        return config
+    return {**config, **configuration(ranks, alphas)}
+
+
+def check_hotswap(component: str, unet: nn.Module, adapter_name: str, adapter: Adapter) -> None:
+    """Checks that an adapter can take the place of one in a network.
+
+    Raises:
+        ValueError: If not.
+    """
+    layers = adapted_layers(unet, adapter_name)
+    config = unet.peft_config[adapter_name]
+    missing = [name for name in adapter.config["target_modules"] if name not in layers]
+    if missing:
+        raise ValueError(f"`hotswap` is True, but '{adapter_name}' does not adapt {component}.{missing[0]}.")
+    if any(getattr(config, name, False) or adapter.config[name] for name in ("use_dora", "lora_bias")):
+        raise ValueError("`hotswap` is True, but DoRA and adapters with biases cannot be swapped: unload the old one.")
+    if any(adapter_name in layer.merged_adapters for layer in layers.values()):
+        raise ValueError(f"`hotswap` is True, but '{adapter_name}' is fused: call `unfuse_lora` first.")
+    if any(own_scaling(layer, adapter_name) == 0 for layer in layers.values()):
+        raise ValueError(f"`hotswap` is True, but '{adapter_name}' has lora_alpha 0: unload it instead.")
+
+
+def hotswap_adapter(unet: nn.Module, adapter_name: str, adapter: Adapter, low_cpu_mem_usage: bool) -> None:
+    """Puts an adapter's weights in the place of those of one that is there, which `check_hotswap` has passed.
+
+    The scaling of the old one stays, as what is saved and weighed later goes by it: the weights make up for it.
+    """
+    layers, old, new = adapted_layers(unet, adapter_name), unet.peft_config[adapter_name], adapter.config
+    state_dict = dict(adapter.state_dict)
+    for name in new["target_modules"]:
+        rank = new["rank_pattern"].get(f"^{name}", new["r"])
+        alpha = new["alpha_pattern"].get(f"^{name}", new["lora_alpha"])
+        factor = alpha / (math.sqrt(rank) if new["use_rslora"] else rank) / own_scaling(layers[name], adapter_name)
+        if factor != 1:
+            state_dict[f"{name}.lora_B.weight"] = state_dict[f"{name}.lora_B.weight"] * factor
+    kept = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout")
+    unet.load_lora_adapter(
+        state_dict,
+        prefix=None,
+        adapter_name=adapter_name,
+        metadata={**new, **{name: getattr(old, name) for name in kept}},
+        hotswap=True,
+        low_cpu_mem_usage=low_cpu_mem_usage,
+    )
+    for layer in layers.values():  # peft takes one scaling for all
+        scaling = own_scaling(layer, adapter_name)
+        if isinstance(layer.scaling[adapter_name], torch.Tensor):  # of a network that may be compiled for it
+            layer.scaling[adapter_name].fill_(scaling)
+        else:
+            layer.scaling[adapter_name] = scaling
+
+
+def weights_by_layer(unet: nn.Module, weights: dict[str, Any], component: str) -> dict[str, float]:
+    """The weight of each adapted layer, 1 where nothing names it; those first that others are a part of.
+
+    Args:
+        unet (`nn.Module`): The network.
+        weights (`dict`):
+            By part of a layer's name, or as diffusers writes it: `{"down": 0.5, "mid": 1, "up": {"block_1": 0.2}}`.
+        component (`str`): The network's name, for messages.
+
+    Raises:
+        ValueError: If a weight is no number, or no layer has the name.
+    """
+    flat: dict[str, Union[float, Any]] = {}
+    for name, weight in weights.items():
+        stem = BLOCKS.get(name, name)
+        blocks = weight if isinstance(weight, dict) else {"": weight}
+        flat |= {
+            f"{stem}.{block.removeprefix('block_')}." if block else stem: value for block, value in blocks.items()
+        }
+    names = [f"{name}." for name, _ in unet.named_modules()]
+    for name, weight in flat.items():
+        if not is_number(weight):
+            raise ValueError(f"`adapter_weights` has {weight!r} for {component}.{name}, but should have a number.")
+        if not any(name in layer for layer in names):
+            raise ValueError(f"`adapter_weights` has {component}.{name}, but the network has no layer of that name.")
+    layers = [name for name, layer in unet.named_modules() if hasattr(layer, "lora_alpha")]
+    first = lambda layer: next((weight for name, weight in flat.items() if name in f"{layer}."), 1.0)  # noqa: E731
+    return {layer: first(layer) for layer in sorted(layers, key=len, reverse=True)}
