@@ -26,10 +26,37 @@ def test_arrays_and_tensors_of_every_protocol(protocol, kind):
     assert torch.equal(unpickle_states(data)["t5_text"], torch.from_numpy(STATES))
 
 
-def test_files_of_torch_save():
-    file = io.BytesIO()
-    torch.save({"t5_text": torch.from_numpy(STATES)}, file)
-    assert torch.equal(unpickle_states(file.getvalue())["t5_text"], torch.from_numpy(STATES))
+@pytest.mark.parametrize("dtype", ["<f2", "<f4", "<f8", ">f2", ">f4", ">f8"])
+@pytest.mark.parametrize("protocol", range(6))
+def test_arrays_of_every_layout(dtype, protocol):
+    array = STATES.astype(dtype)
+    for value in (array, np.asfortranarray(array), array[::2, 1:], array[:0], array.T):
+        data = pickle.dumps({"t5_text": {"encodings": value, "mask": np.ones(3, bool), "n": np.int64(3)}}, protocol)
+        expected = torch.from_numpy(np.ascontiguousarray(value).astype(dtype[1:]))
+        for version in (data, data.replace(b"numpy._core.", b"numpy.core.") if protocol < 4 else data):
+            found = unpickle_states(version)["t5_text"]
+            assert found.dtype == expected.dtype and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64, torch.bfloat16])
+def test_tensors_of_every_layout_and_format(dtype):
+    tensor = torch.from_numpy(STATES).to(dtype)
+    for value in (tensor, tensor.T, tensor[1:3], tensor[:, 1:3], tensor[:0], torch.nn.Parameter(tensor[::2])):
+        files = [pickle.dumps({"t5_text": {"encodings": value}}, protocol) for protocol in (0, 2, 5)]
+        for options in ({}, {"pickle_protocol": 4}):
+            for new in (True, False):
+                files.append(
+                    torch_bytes({"t5_text": value, "b": tensor}, _use_new_zipfile_serialization=new, **options)
+                )
+        for data in files:
+            found = unpickle_states(data)["t5_text"]
+            assert found.dtype == dtype and found.is_contiguous() and torch.equal(found, value)
+
+
+def test_the_larger_part_of_a_file_is_refused_by_its_size(monkeypatch):
+    monkeypatch.setattr("diffusers_imagen.training.nemo_embeddings.PICKLE_BYTES", 100)
+    with pytest.raises(ValueError, match="a.pickle cannot be read safely: it has 2.. bytes, more than 100"):
+        unpickle_states(pickle.dumps({"t5_text": STATES}), "a.pickle")
 
 
 class Malicious:
@@ -52,9 +79,9 @@ ATTACKS = {
 }
 
 
-def torch_bytes(content) -> bytes:
+def torch_bytes(content, **options) -> bytes:
     file = io.BytesIO()
-    torch.save(content, file)
+    torch.save(content, file, **options)
     return file.getvalue()
 
 
@@ -111,3 +138,16 @@ def test_tar_shards_become_a_cache(tmp_path, capsys):
     alone = write_tar(tmp_path / "1.tar", {"a.pickle": pickle.dumps({"t5_text": STATES})})
     with pytest.raises(ValueError, match="1 pickles have no caption .* such as 'a'"):
         list(read_tar(alone, "t5_text"))
+
+
+def test_a_tar_whose_members_do_not_fit_together_is_refused(tmp_path):
+    states = pickle.dumps({"t5_text": STATES})
+    two = write_tar(tmp_path / "0.tar", {"a.pickle": states, "a.pkl": states, "a.txt": b"a"})
+    with pytest.raises(ValueError, match="0.tar: 'a' has two members that are its pickle"):
+        list(read_tar(two, "t5_text"))
+    latin = write_tar(tmp_path / "1.tar", {"a.pickle": states, "a.txt": "ü".encode("latin-1")})
+    with pytest.raises(ValueError, match="1.tar:a has a caption that is not UTF-8"):
+        list(read_tar(latin, "t5_text"))
+    hostile = write_tar(tmp_path / "2.tar", {"a.pickle": pickle.dumps(Malicious(os.mkdir, "x")), "a.txt": b"a"})
+    with pytest.raises(ValueError, match="2.tar:a cannot be read safely: it asks for 'posix.mkdir'"):
+        list(read_tar(hostile, "t5_text"))

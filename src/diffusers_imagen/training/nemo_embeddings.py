@@ -4,88 +4,311 @@ NeMo's Imagen kept them in the tar shards of its WebDatasets: beside each image 
 (such as `t5_text`) a dictionary whose `encodings` are the states of the caption's tokens, `(tokens, E)`.
 """
 
-import codecs
-import collections
 import io
-import pickle
-import tarfile
-from collections.abc import Iterator
+import math
+import re
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-
-PICKLES = (".pickle", ".pkl")
-ARRAY_PARTS = {
-    (f"numpy.{core}.{module}", name)
-    for core in ("core", "_core")
-    for module, name in (("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer"))
-}
+from .inert_pickle import Call, PickleMachine
+from .safe_tar import read_members
 
 
-def _load_torch(data: bytes) -> Any:
-    return torch.load(io.BytesIO(data), weights_only=True)
+SUFFIXES = {".txt": "caption", ".pickle": "pickle", ".pkl": "pickle"}
+CAPTION_BYTES = 2**20
+PICKLE_BYTES = 64 * 2**20  # 512 tokens of T5-XXL in float32 are 8 MiB
+MAX_ENCODERS = 16
+ZIP, ZIP_ENTRY = b"PK\x03\x04", b"PK\x01\x02"  # how torch.save's files begin, and each entry of their list
+MAX_ZIP_ENTRIES = 10_000
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of torch.save's older files
+LEGACY_PROTOCOL = 1001
+DTYPES = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+NUMPY_KINDS = {"f": "float", "i": "int", "u": "uint", "c": "complex", "b": "bool"}
 
 
-def _array_part(module: str, name: str) -> Any:
-    core = getattr(np, "_core", None) or np.core  # numpy 2, numpy 1; pickles of one are read with the other
-    return getattr(getattr(core, module.rsplit(".", 1)[1]), name)
+class Storage(NamedTuple):
+    """Numbers one after another, as bytes that nothing has interpreted yet."""
+
+    dtype: str
+    data: bytes
+    big_endian: bool = False
 
 
-# what arrays and tensors are made of, and nothing that could do more than make them
-ALLOWED = {
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    ("_codecs", "encode"): codecs.encode,
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("torch", "device"): torch.device,
-    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
-    # torch's own would unpickle without restrictions
-    ("torch.storage", "_load_from_bytes"): _load_torch,
-}
+class Content(NamedTuple):
+    """What a file holds: plain values and calls, and its storages by their persistent ids."""
+
+    value: Any
+    read_storage: Callable[[Any], Storage]
 
 
-class TensorUnpickler(pickle.Unpickler):
-    """Unpickles dictionaries, lists, numbers, text, arrays and tensors; anything else is refused."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in ALLOWED:
-            return ALLOWED[module, name]
-        if (module, name) in ARRAY_PARTS:
-            return _array_part(module, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no array needs")
+class WrongType(ValueError):
+    """An array of whole numbers, objects or the like."""
 
 
 def unpickle_states(data: bytes, name: str = "the pickle") -> dict[str, torch.Tensor]:
-    """Text states `(tokens, E)` by encoder name.
+    """Text states `(tokens, E)` by encoder name, in the floating-point type that they were pickled in.
+
+    No function of the file is called: arrays and tensors are made here, of their bytes, once type, shape and number
+    of bytes are found to fit.
 
     Args:
-        data (`bytes`): A pickled dictionary of NeMo.
+        data (`bytes`): A pickled dictionary of NeMo, by `pickle` or `torch.save`; up to 64 MiB.
         name (`str`): Its name in errors.
 
     Raises:
         ValueError: If it holds anything but states, or asks for code.
     """
+    if len(data) > PICKLE_BYTES:
+        raise ValueError(f"{name} cannot be read safely: it has {len(data)} bytes, more than {PICKLE_BYTES}")
     try:
-        if data[:4] == b"PK\x03\x04":  # torch.save's format
-            content = _load_torch(data)
-        else:
-            content = TensorUnpickler(io.BytesIO(data)).load()
+        content = read_content(data)
     except Exception as error:  # damaged pickles raise whatever they stumble over
-        raise ValueError(f"{name} cannot be read safely: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{name} holds {type(content).__name__}, but should hold a dictionary by encoder name.")
-    states = {}
-    for key, value in content.items():
-        value = value["encodings"] if isinstance(value, dict) and "encodings" in value else value
-        if not isinstance(value, (np.ndarray, torch.Tensor)) or value.ndim != 2:
-            raise ValueError(f"{name} has no states (tokens, width) at {key!r}.")
-        if isinstance(value, np.ndarray) and value.dtype.kind != "f":
-            raise ValueError(f"{name} has {value.dtype} at {key!r}, but states are floating-point numbers.")
-        states[key] = torch.as_tensor(value)
+        raise ValueError(f"{name} cannot be read safely: {error or type(error).__name__}") from error
+    if type(content.value) is not dict:
+        kind = content.value.kind if isinstance(content.value, Call) else type(content.value).__name__
+        raise ValueError(f"{name} holds {kind}, but should hold a dictionary by encoder name.")
+    if len(content.value) > MAX_ENCODERS:
+        raise ValueError(f"{name} has {len(content.value)} encoders, more than {MAX_ENCODERS}.")
+    states, total = {}, 0
+    for key, value in content.value.items():
+        value = value["encodings"] if type(value) is dict and "encodings" in value else value
+        if not isinstance(value, Call) or value.kind not in BUILDERS:
+            raise ValueError(f"{name} has no states (tokens, width) at {shown(key)}.")
+        try:
+            states[key] = BUILDERS[value.kind](value, content)
+        except WrongType as error:
+            raise ValueError(f"{name} has {error} at {shown(key)}, but states are floating-point numbers.") from None
+        except Exception as error:
+            reason = error or type(error).__name__
+            raise ValueError(f"{name} cannot be read safely: at {shown(key)}, {reason}") from error
+        if states[key].ndim != 2:
+            raise ValueError(f"{name} has no states (tokens, width) at {shown(key)}.")
+        total += states[key].nbytes
+        if total > 4 * PICKLE_BYTES:  # one array under many names
+            raise ValueError(f"{name} cannot be read safely: its states need more than {4 * PICKLE_BYTES} bytes")
     return states
+
+
+def shown(key: str) -> str:
+    """A key of a file in an error."""
+    return repr(key if len(key) <= 50 else f"{key[:50]}...")
+
+
+def read_content(data: bytes) -> Content:
+    """Takes a file of `pickle`, or of `torch.save` in its zip or its older format, apart."""
+    if data.startswith(ZIP):
+        return read_zip(data)
+    file = io.BytesIO(data)
+    value = PickleMachine(file, nested=read_nested).run()
+    if type(value) is int and value == LEGACY_MAGIC:
+        return read_legacy(file)
+    return Content(value, no_storage)
+
+
+def read_nested(data: bytes) -> Storage:
+    """A storage as `pickle` writes it: a file of `torch.save` with nothing else."""
+    file = io.BytesIO(data)
+    if not data.startswith(ZIP) and PickleMachine(file).run() != LEGACY_MAGIC:
+        raise ValueError("it has a file within it that is none of torch")
+    content = read_zip(data) if data.startswith(ZIP) else read_legacy(file)
+    if type(content.value) is not Call or content.value.kind != "storage":
+        raise ValueError("it has a file within it that is no storage")
+    return content.read_storage(content.value)
+
+
+def no_storage(_) -> Storage:
+    """What a persistent id stands for where there are none."""
+    raise ValueError("it has a tensor without numbers")
+
+
+def note_storage(pid: Any) -> Call:
+    """A persistent id: ("storage", type, key, location, numbers, and of the older format None)."""
+    if type(pid) is not tuple or pid[:1] != ("storage",) or pid[5:] not in ((), (None,)) or len(pid) < 5:
+        raise ValueError("it has a persistent id that is no storage")
+    _, kind, key, _, count = pid[:5]
+    if type(key) is not str or type(count) is not int or count < 0:
+        raise ValueError("it has a storage without a name or a size")
+    return Call("storage", (getattr(kind, "kind", "objects"), key, count))
+
+
+def read_legacy(file: io.BytesIO) -> Content:
+    """The rest of torch.save's older format: two pickles, the content, the keys of storages, and those."""
+    protocol = PickleMachine(file).run()
+    if protocol != LEGACY_PROTOCOL:
+        raise ValueError("it is of a format of torch that is not known")
+    PickleMachine(file).run()  # about the machine; the numbers are little-endian on all
+    storages: dict[str, Call] = {}
+
+    def persistent(pid: Any) -> Call:
+        storage = note_storage(pid)
+        return storages.setdefault(storage.args[1], storage)
+
+    value = PickleMachine(file, persistent).run()
+    numbers = {}
+    keys = PickleMachine(file).run()
+    if type(keys) is not list or any(type(key) is not str or key not in storages for key in keys):
+        raise ValueError("it lists storages that no tensor has")
+    for key in keys:
+        kind, _, count = storages[key].args
+        if key in numbers or int.from_bytes(file.read(8), "little", signed=True) != count:
+            raise ValueError("it has a storage of another size than it says")
+        size = itemsize(kind)
+        numbers[key] = file.read(count * size)
+        if len(numbers[key]) != count * size:
+            raise ValueError("it ends within a storage")
+    if len(numbers) < len(storages):
+        raise ValueError("it lacks a storage")
+    return Content(value, lambda call: Storage(call.args[0], numbers[call.args[1]]))
+
+
+def read_zip(data: bytes) -> Content:
+    """torch.save's format: a pickle, and each storage as an entry, none of them compressed."""
+    if data.count(ZIP_ENTRY) > MAX_ZIP_ENTRIES:
+        raise ValueError(f"it has more than {MAX_ZIP_ENTRIES} entries")
+    archive = zipfile.ZipFile(io.BytesIO(data))
+    entries = {entry.filename: entry for entry in archive.infolist()}
+
+    def read(name: str) -> bytes:
+        if name not in entries:
+            raise ValueError(f"it lacks its entry {shown(name)}")
+        entry = entries[name]
+        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > len(data):
+            raise ValueError(f"its entry {shown(name)} is compressed")
+        return archive.read(entry)
+
+    folders = [name.partition("/")[0] for name in entries if name.endswith("/data.pkl") and name.count("/") == 1]
+    if len(folders) != 1:
+        raise ValueError("it is a zip file, but not one of torch.save")
+    (folder,) = folders
+    big_endian = f"{folder}/byteorder" in entries and read(f"{folder}/byteorder") == b"big"
+
+    def read_storage(call: Call) -> Storage:
+        kind, key, count = call.args
+        numbers = read(f"{folder}/data/{key}")
+        if len(numbers) != count * itemsize(kind):
+            raise ValueError("it has a storage of another size than it says")
+        return Storage(kind, numbers, big_endian)
+
+    return Content(PickleMachine(io.BytesIO(read(f"{folder}/data.pkl")), note_storage).run(), read_storage)
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes of a number of any type that a storage may have."""
+    bits = re.fullmatch(r"\D+(\d+)", dtype)
+    if bits is None and dtype != "bool":
+        raise ValueError(f"it has a storage of {dtype}")
+    return int(bits[1]) // 8 if bits else 1
+
+
+def build_tensor(call: Call, content: Content) -> torch.Tensor:
+    """A tensor of torch: storage, first number, shape and strides."""
+    if len(call.args) < 4:
+        raise ValueError("it has a tensor without a shape")
+    storage, offset, size, stride = call.args[:4]
+    if type(storage) is Call and storage.kind == "storage":
+        storage = content.read_storage(storage)
+    if type(storage) is not Storage:
+        raise ValueError("it has a tensor without numbers")
+    numbers = as_numbers(storage)
+    size, stride = check_sizes(size), check_sizes(stride)
+    (offset,) = check_sizes((offset,))
+    if len(stride) != len(size):
+        raise ValueError("it has a tensor with more or less strides than sides")
+    last = offset + sum((side - 1) * step for side, step in zip(size, stride))
+    if math.prod(size) > len(numbers) or (math.prod(size) and last >= len(numbers)):
+        raise ValueError("it has a tensor with more numbers than its storage")
+    if not math.prod(size):
+        return torch.zeros(size, dtype=numbers.dtype)
+    return numbers.as_strided(size, stride, offset).clone(memory_format=torch.contiguous_format)
+
+
+def build_parameter(call: Call, content: Content) -> torch.Tensor:
+    """A parameter of torch is a tensor and whether it is trained."""
+    tensor = call.args[0] if call.args else None
+    if type(tensor) is not Call or tensor.kind != "tensor":
+        raise ValueError("it has a parameter that is no tensor")
+    return build_tensor(tensor, content)
+
+
+def build_array(call: Call, content: Content) -> torch.Tensor:
+    """An array of NumPy, by what `ndarray.__setstate__` was to be given."""
+    if call.state is None or len(call.state) != 5:
+        raise ValueError("it has an array without a state")
+    _, shape, dtype, columns_first, data = call.state
+    return of_array(data, dtype, shape, columns_first)
+
+
+def build_buffer_array(call: Call, content: Content) -> torch.Tensor:
+    """An array of NumPy in protocol 5: `_frombuffer(data, dtype, shape, order)`."""
+    if len(call.args) < 4:
+        raise ValueError("it has an array without a shape")
+    data, dtype, shape, order = call.args[:4]
+    if order not in ("C", "F"):
+        raise ValueError("it has an array of an order that is not known")
+    return of_array(data, dtype, shape, order == "F")
+
+
+BUILDERS = {
+    "array": build_array,
+    "buffer_array": build_buffer_array,
+    "tensor": build_tensor,
+    "parameter": build_parameter,
+}
+
+
+def of_array(data: Any, dtype: Any, shape: Any, columns_first: Any) -> torch.Tensor:
+    """Numbers in the order of an array, as a tensor."""
+    name, big_endian = read_dtype(dtype)
+    shape = check_sizes(shape)
+    if type(data) not in (bytes, bytearray):
+        raise ValueError("it has an array without bytes")
+    numbers = as_numbers(Storage(name, bytes(data), big_endian))
+    if math.prod(shape) != len(numbers):
+        raise ValueError(f"it has an array {shape} of {len(numbers)} numbers")
+    if columns_first:
+        return numbers.reshape(shape[::-1]).permute(*reversed(range(len(shape)))).contiguous()
+    return numbers.reshape(shape)
+
+
+def read_dtype(dtype: Any) -> tuple[str, bool]:
+    """Name of a NumPy type, and whether its numbers are big-endian."""
+    if type(dtype) is not Call or dtype.kind != "dtype":
+        raise ValueError("it has an array without a type")
+    code = re.fullmatch(r"[<>=|]?(.)(\d+)", dtype.args[0])
+    if code[1] not in NUMPY_KINDS:
+        raise WrongType("text")
+    name = "bool" if code[1] == "b" else f"{NUMPY_KINDS[code[1]]}{8 * int(code[2])}"
+    order = dtype.state[1] if dtype.state is not None and len(dtype.state) > 1 else "<"
+    if order not in ("<", ">", "=", "|"):
+        raise ValueError("it has an array of a byte order that is not known")
+    return name, order == ">"
+
+
+def check_sizes(sizes: Any) -> tuple[int, ...]:
+    """Up to three sides, strides or offsets."""
+    if type(sizes) is Call and sizes.kind == "Size" and len(sizes.args) == 1:
+        (sizes,) = sizes.args
+    if type(sizes) is not tuple or len(sizes) > 3:
+        raise ValueError("it has an array of more than three dimensions")
+    if any(type(side) is not int or not 0 <= side <= PICKLE_BYTES for side in sizes):
+        raise ValueError("it has an array with sides that are no sizes")
+    return sizes
+
+
+def as_numbers(storage: Storage) -> torch.Tensor:
+    """The numbers of a storage `(N,)`, in this machine's byte order and memory of their own."""
+    if storage.dtype not in DTYPES:
+        raise WrongType(storage.dtype)
+    size = DTYPES[storage.dtype].itemsize
+    if len(storage.data) % size:
+        raise ValueError("it has an array that ends within a number")
+    words = np.frombuffer(storage.data, f"{'>' if storage.big_endian else '<'}i{size}").astype(f"=i{size}")
+    return torch.from_numpy(words).view(DTYPES[storage.dtype])
 
 
 def read_tar(path: str | Path, key: str) -> Iterator[tuple[str, torch.Tensor]]:
@@ -96,23 +319,27 @@ def read_tar(path: str | Path, key: str) -> Iterator[tuple[str, torch.Tensor]]:
         key (`str`): The encoder's name.
 
     Raises:
-        ValueError: If a pickle has no caption beside it, or no states of that encoder.
+        ValueError: If the file is damaged or cut, a pickle has no caption beside it, or no states of that encoder.
     """
-    with tarfile.open(path) as tar:
-        waiting: dict[str, dict[str, bytes]] = {}
-        for member in tar:
-            stem, suffix = Path(member.name).with_suffix("").as_posix(), Path(member.name).suffix.lower()
-            if not member.isfile() or suffix not in (".txt", *PICKLES):
-                continue
-            parts = waiting.setdefault(stem, {})
-            parts["text" if suffix == ".txt" else "pickle"] = tar.extractfile(member).read()
-            if len(parts) < 2:
-                continue
-            del waiting[stem]
-            states = unpickle_states(parts["pickle"], f"{path}:{stem}")
-            if key not in states:
-                raise ValueError(f"{path}:{stem} has states of {sorted(states)}, but not of {key!r}.")
-            yield parts["text"].decode(), states[key]
+    waiting: dict[str, dict[str, bytes]] = {}
+    for name, data in read_members(path, {".txt": CAPTION_BYTES, ".pickle": PICKLE_BYTES, ".pkl": PICKLE_BYTES}):
+        stem, suffix = name.with_suffix("").as_posix(), name.suffix.lower()
+        parts = waiting.setdefault(stem, {})
+        if SUFFIXES[suffix] in parts:
+            raise ValueError(f"{path}: {shown(stem)} has two members that are its {SUFFIXES[suffix]}.")
+        parts[SUFFIXES[suffix]] = data
+        if len(parts) < 2:
+            continue
+        del waiting[stem]
+        states = unpickle_states(parts["pickle"], f"{path}:{stem}")
+        if key not in states:
+            names = ", ".join(map(shown, sorted(states)))
+            raise ValueError(f"{path}:{stem} has states of [{names}], but not of {key!r}.")
+        try:
+            caption = parts["caption"].decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}:{stem} has a caption that is not UTF-8: {error}") from error
+        yield caption, states[key]
     alone = [stem for stem, parts in waiting.items() if "pickle" in parts]
     if alone:
         raise ValueError(f"{path}: {len(alone)} pickles have no caption (.txt) beside them, such as {alone[0]!r}.")

@@ -1,0 +1,115 @@
+"""Tar files read member by member, into memory and never to disk, and whole or not at all."""
+
+import gzip
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from tarfile import BLOCKSIZE
+from typing import BinaryIO
+
+
+HEADER_BYTES = 2**14  # of one member, with what extends its header
+GZIP = b"\x1f\x8b"
+GZIP_RATIO = 50  # pixels and states hardly shrink; zeros shrink a thousandfold
+
+
+class GuardedFile:
+    """A file for `tarfile`, which believes whatever length a header declares: it gets a header's length only."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.left = file, 0
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        """Reads a part of a header."""
+        if not 0 <= size <= self.left:
+            raise ValueError(f"a header has more than {HEADER_BYTES} bytes")
+        self.left -= size
+        return self.file.read(size)
+
+
+def read_members(path: str | Path, limits: dict[str, int]) -> Iterator[tuple[PurePosixPath, bytes]]:
+    """Names and contents of a tar file's members with certain suffixes; the file may be compressed by gzip.
+
+    Args:
+        path (`str` or `Path`): The tar file.
+        limits (`dict`): The suffixes in lower case, and the most bytes that such a member may have.
+
+    Raises:
+        ValueError: If it is no tar file, is damaged or cut, or has a member that is no plain file or directory, has
+            a name that leads out of the folder, or is larger than its limit; names the member.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"'{path}' is no file.")
+    with open(path, "rb") as raw:
+        compressed = raw.read(2) == GZIP
+        raw.seek(0)
+        size = path.stat().st_size
+        limit = size * GZIP_RATIO + 2**20 if compressed else size
+        file = gzip.GzipFile(fileobj=raw) if compressed else raw
+        for member in walk(path, file):
+            name = check_member(path, member, limit, compressed)
+            suffix = name.suffix.lower()
+            if not member.isfile() or suffix not in limits:
+                continue
+            if member.size > limits[suffix]:
+                raise ValueError(f"'{path}' has {shown(member)} of {member.size} bytes, more than {limits[suffix]}.")
+            yield name, read_data(path, file, member)
+
+
+def walk(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
+    """The headers of a tar file, up to the empty block that ends it."""
+    guarded = GuardedFile(file)
+    tar = None
+    while True:
+        guarded.left = HEADER_BYTES
+        try:
+            if tar is None:
+                tar = tarfile.TarFile(fileobj=guarded)
+            member = tar.next()
+            if member is None:
+                file.seek(tar.offset)
+                end = file.read(BLOCKSIZE)
+        except Exception as error:  # a damaged header raises whatever it leads to
+            raise ValueError(f"'{path}' cannot be read as a tar file: {error or type(error).__name__}") from error
+        if member is None:
+            break
+        yield member
+        tar.members.clear()
+    if end != bytes(BLOCKSIZE):
+        raise ValueError(f"'{path}' is cut or damaged at byte {tar.offset}: a tar file ends in an empty block.")
+
+
+def check_member(path: Path, member: tarfile.TarInfo, limit: int, compressed: bool) -> PurePosixPath:
+    """Refuses what no shard has; returns the member's name."""
+    name = PurePosixPath(member.name)
+    if name.is_absolute() or ".." in name.parts:
+        raise ValueError(f"'{path}' has {shown(member)}, a name that leads out of a folder.")
+    if not (member.isdir() or member.isfile()) or member.issparse():
+        raise ValueError(
+            f"'{path}' has {shown(member)}, which is no plain file: links, devices and the like are not read."
+        )
+    if member.size < 0:
+        raise ValueError(f"'{path}' has {shown(member)} of {member.size} bytes.")
+    if member.offset_data + member.size > limit:
+        what = f"more than {GZIP_RATIO} times what it is compressed to" if compressed else "beyond the end of the file"
+        raise ValueError(f"'{path}' has {shown(member)} of {member.size} bytes, {what}: it is cut or damaged.")
+    return name
+
+
+def read_data(path: Path, file: BinaryIO, member: tarfile.TarInfo) -> bytes:
+    """The content of a member."""
+    try:
+        file.seek(member.offset_data)
+        data = file.read(member.size)
+    except Exception as error:  # of gzip and zlib: their own kinds, EOFError, OSError
+        raise ValueError(f"'{path}' cannot be read at {shown(member)}: {error or type(error).__name__}") from error
+    if len(data) < member.size:
+        raise ValueError(f"'{path}' is cut within {shown(member)}.")
+    return data
+
+
+def shown(member: tarfile.TarInfo) -> str:
+    """The name of a member in an error."""
+    return repr(member.name if len(member.name) <= 100 else f"{member.name[:100]}...")
