@@ -1,4 +1,4 @@
-"""Images of every mode, in files of every quality."""
+"""Images in the cells of a data set, in files of every quality."""
 
 import json
 import logging
@@ -16,63 +16,8 @@ from diffusers_imagen.training.data import make_train_batches
 from diffusers_imagen.training.data.captions import speaks_of_sides
 from diffusers_imagen.training.data.config import make_buckets
 from diffusers_imagen.training.data.draws import DRAWS_PER_SLOT, JPEG
-from diffusers_imagen.training.data.images import BadImage, fit_image, read_image, to_rgb
+from diffusers_imagen.training.data.images import BadImage, fit_image, read_image
 from diffusers_imagen.training.data.pyramid import crop, crop_both, degrade, reduce, to_float
-
-
-RED, HALF_RED = (200, 40, 30), (200, 40, 30, 128)
-
-
-def paletted() -> Image.Image:
-    image = Image.new("P", (2, 2), 1)
-    image.putpalette([0, 0, 0, *RED])
-    image.info["transparency"] = 0
-    image.putpixel((0, 0), 0)
-    return image
-
-
-def sixteen_bits() -> Image.Image:
-    return Image.fromarray(np.full((2, 2), 200 * 257, dtype=np.uint16))
-
-
-MODES = {
-    "RGB": (Image.new("RGB", (2, 2), RED), RED),
-    "L": (Image.new("L", (2, 2), 77), (77, 77, 77)),
-    "1": (Image.new("1", (2, 2), 1), (255, 255, 255)),
-    "I;16": (sixteen_bits(), (200, 200, 200)),
-    "I": (Image.new("I", (2, 2), 51400), (200, 200, 200)),
-    "I of bytes": (Image.new("I", (2, 2), 200), (200, 200, 200)),
-    "F": (Image.new("F", (2, 2), 0.5), (128, 128, 128)),
-    "CMYK": (Image.new("CMYK", (2, 2), (0, 255, 255, 0)), (255, 0, 0)),
-    "LA": (Image.new("LA", (2, 2), (77, 0)), (0, 0, 255)),
-    "RGBA": (Image.new("RGBA", (2, 2), HALF_RED), (100, 20, 142)),
-    "P": (paletted(), (0, 0, 255)),
-}
-
-
-@pytest.mark.parametrize("image, expected", MODES.values(), ids=MODES)
-def test_every_mode_becomes_rgb_on_the_background(image, expected):
-    rgb = to_rgb(image, "blue")
-    assert rgb.mode == "RGB"
-    assert np.abs(np.array(rgb.getpixel((0, 0))) - expected).max() <= 1
-
-
-def test_palette_and_its_transparency_survive_a_file(tmp_path):
-    paletted().save(tmp_path / "a.png", transparency=0)
-    image = read_image("a.png", str(tmp_path), "white")
-    assert image.getpixel((0, 0)) == (255, 255, 255) and image.getpixel((1, 1)) == RED
-    assert read_image((tmp_path / "a.png").read_bytes()).getpixel((1, 1)) == RED
-    assert read_image({"bytes": None, "path": str(tmp_path / "a.png")}).getpixel((1, 1)) == RED
-
-
-def test_images_are_turned_upright(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise by a quarter
-    pixels = np.zeros((4, 8, 3), np.uint8)
-    pixels[:, :4] = 255  # left half
-    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
-    upright = np.asarray(read_image(str(tmp_path / "a.png")))
-    assert upright.shape == (8, 4, 3) and (upright[:4] == 255).all() and (upright[4:] == 0).all()
 
 
 def test_images_are_cropped_before_they_are_resized():
@@ -87,6 +32,47 @@ def test_images_are_cropped_before_they_are_resized():
 def test_what_is_no_image_is_told_apart(value):
     with pytest.raises(BadImage):
         read_image(value)
+
+
+def test_a_cell_is_bytes_or_a_path(tmp_path):
+    Image.new("RGB", (2, 2), "red").save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    cells = ["a.png", "./x/../a.png", str(tmp_path / "a.png"), data, {"bytes": data, "path": "b.png"}]
+    for cell in [*cells, {"bytes": None, "path": str(tmp_path / "a.png")}, Image.open(tmp_path / "a.png")]:
+        assert read_image(cell, str(tmp_path)).getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "cell",
+    ["http://127.0.0.1:9/a.png", "file:///{outside}", "zip://a::http://127.0.0.1:9/", "hf://datasets/me/set/a.png"]
+    + ["s3://bucket/a.png", "../outside.png", "{outside}", "a/../../outside.png", ""]
+    + [{"bytes": None, "path": "http://127.0.0.1:9/a.png"}, {"path": "hf://datasets/other/set@main/a.png"}]
+    + [{"path": "zip://a.png::http://127.0.0.1:9/a.zip"}, {"path": "hf://datasets/me/set-2@main/a.png"}]
+    + [{"path": "file:///{outside}"}],
+)
+def test_a_row_names_no_file_but_those_of_its_data_set(tmp_path, monkeypatch, cell):
+    """No other machine is asked, and nothing outside of the folder is read."""
+    monkeypatch.setattr("fsspec.open", lambda *args, **kwargs: pytest.fail("a file system was opened"))
+    outside = tmp_path / "outside.png"
+    Image.new("RGB", (2, 2)).save(outside)
+    (tmp_path / "d").mkdir()
+    fill = lambda text: text.replace("{outside}", str(outside))  # noqa: E731
+    cell = fill(cell) if isinstance(cell, str) else {name: value and fill(value) for name, value in cell.items()}
+    for folder in (str(tmp_path / "d"), "me/set"):
+        if "me/set/" in str(cell) and folder == "me/set":
+            continue
+        with pytest.raises(BadImage):
+            read_image(cell, folder)
+
+
+def test_files_of_a_streamed_repository_are_read(tmp_path, monkeypatch):
+    Image.new("RGB", (2, 2), "red").save(tmp_path / "a.png")
+    opened = []
+    monkeypatch.setattr("fsspec.open", lambda path, mode: opened.append(path) or open(tmp_path / "a.png", mode))
+    paths = ["hf://datasets/me/set@main/a.png", "zip://x/a.png::hf://datasets/me/set@main/a.zip"]
+    for path in [*paths, f"zip://a.png::{tmp_path}/a.zip"]:
+        assert read_image({"bytes": None, "path": path}, "me/set").getpixel((0, 0)) == (255, 0, 0)
+    assert len(opened) == 3
 
 
 def test_a_crop_of_the_reduction_is_that_of_the_whole_image():

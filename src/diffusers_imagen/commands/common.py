@@ -10,11 +10,13 @@ from typing import Callable, Union
 
 import torch
 from diffusers.utils import make_image_grid
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ..pipelines import ImagenCascadePipeline
 from ..pipelines.stages import DEFAULT_GUIDANCE, DEFAULT_STEPS, refuse_untrained
 from ..utils.files import check_writable, whole_file
+from ..utils.images import BadImage
+from ..utils.images import read_image as read_picture
 from .arguments import Parser, check_prompt
 
 
@@ -150,16 +152,14 @@ def grid_shape(count: int) -> tuple[int, int]:
 
 
 def read_image(name: str, path: Path) -> Image.Image:
-    """An image file, upright.
+    """An image file, upright, in RGB, as training reads it.
 
     Raises:
         ValueError: If there is none that can be read.
     """
     try:
-        with Image.open(path) as image:
-            image.load()
-            return ImageOps.exif_transpose(image)
-    except OSError as error:
+        return read_picture(path)
+    except BadImage as error:
         raise ValueError(f"`{name}` is '{path}', which cannot be read: {error}") from error
 
 

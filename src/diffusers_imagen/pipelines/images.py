@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from diffusers.utils import logging
 
+from ..utils.images import BadImage, read_image, white_of_integers
+
 
 logger = logging.get_logger(__name__)
 
@@ -59,7 +61,7 @@ def read_given(image: Optional[ImageInput], mask_image: Optional[ImageInput], nu
     check_number("image", len(pixels), num_prompts)
     if mask_image is None:
         return GivenImages(pixels)
-    masks = read_masks(mask_image)
+    masks = read_masks(mask_image, num_prompts)
     check_number("mask_image", len(masks), num_prompts)
     for i in range(max(len(pixels), len(masks))):
         picture, mask = pixels[i % len(pixels)], masks[i % len(masks)]
@@ -98,33 +100,36 @@ def warn_of_stretching(given: GivenImages, size: tuple[int, int], last_size: tup
 def read_images(image: ImageInput) -> list[torch.Tensor]:
     """Each image as `(3, H, W)` in [-1, 1], float32 on the CPU.
 
-    PIL images and uint8 arrays have values to 255; floating-point ones are in [0, 1], or in [-1, 1] if any is negative.
-    Arrays have channels last, tensors first; transparency is put on white, as in training.
+    PIL images of any mode are read as in training: upright, 16 bits as 8, transparency on white. Arrays have channels
+    last and tensors first; integers have 8 or 16 bits, by their type or their largest value, and floating-point values
+    are in [0, 1], or in [-1, 1] if any of that image is negative.
     """
-    arrays = [_to_array("image", item, channels=3) for item in _each("image", image)]
-    if not any(array.min() < 0 for array in arrays):
-        arrays = [array * 2 - 1 for array in arrays]
-    return arrays
+    return [read_one("image", item) for item in _each("image", image)]
 
 
-def read_masks(mask_image: ImageInput) -> list[torch.Tensor]:
-    """Each mask as `(1, H, W)`, 1 where it is at least half white, else 0; in the forms of images, or without channels."""
-    arrays = [_to_array("mask_image", item, channels=1) for item in _each("mask_image", mask_image)]
-    if any(array.min() < 0 for array in arrays):
-        raise ValueError(f"`mask_image` has values down to {min(a.min().item() for a in arrays):g}, below 0.")
-    return [(array >= 0.5).float() for array in arrays]
+def read_masks(mask_image: ImageInput, num_prompts: int = 1) -> list[torch.Tensor]:
+    """Each mask as `(1, H, W)`, 1 where it is at least half white, else 0; in the forms of images, or without channels.
+
+    A tensor of three dimensions is a batch `(B, H, W)`, but for one of `(3, H, W)` where there are not three prompts:
+    that is a single mask in RGB.
+    """
+    masks = []
+    for item in _each("mask_image", mask_image, num_prompts):
+        values = read_one("mask_image", item, is_mask=True)
+        masks.append((values.mean(dim=0, keepdim=True) >= 0.5).float())
+    return masks
 
 
-def _each(name: str, images: Any) -> list:
+def _each(name: str, images: Any, num_prompts: int = 1) -> list:
     """The images of a list or of a batch."""
     if isinstance(images, (list, tuple)):
         if not images:
             raise ValueError(f"`{name}` is an empty list.")
         return [single for item in images for single in _each(name, item)]
     if isinstance(images, (np.ndarray, torch.Tensor)):
-        # a mask may come without channels: three dimensions are then a batch of them, unless one can be the channels
-        channels = images.shape[-1 if isinstance(images, np.ndarray) else 0] if images.ndim == 3 else 0
-        if images.ndim == 4 or (images.ndim == 3 and name == "mask_image" and channels not in (1, 3)):
+        if images.ndim == 4 or (name == "mask_image" and _is_batch_of_masks(images, num_prompts)):
+            if len(images) == 0:
+                raise ValueError(f"`{name}` has shape {tuple(images.shape)}, which holds no image.")
             return list(images)
         return [images]
     if isinstance(images, PIL.Image.Image):
@@ -134,40 +139,76 @@ def _each(name: str, images: Any) -> list:
     )
 
 
-def _to_array(name: str, image: Union[PIL.Image.Image, np.ndarray, torch.Tensor], channels: int) -> torch.Tensor:
-    """One image as `(channels, H, W)` in float32, [0, 1] or as it was given."""
-    if isinstance(image, PIL.Image.Image):
-        image = np.array(_on_white(image) if channels == 3 else image.convert("L"))
+def _is_batch_of_masks(masks: Union[np.ndarray, torch.Tensor], num_prompts: int) -> bool:
+    """Whether three dimensions are a batch without channels, and not a single mask with them."""
+    if masks.ndim != 3:
+        return False
+    if isinstance(masks, np.ndarray):
+        return masks.shape[-1] not in (1, 3)
+    return masks.shape[0] not in (1, 3) or masks.shape[0] == num_prompts == 3
+
+
+def read_one(
+    name: str, image: Union[PIL.Image.Image, np.ndarray, torch.Tensor], is_mask: bool = False
+) -> torch.Tensor:
+    """One image as `(3, H, W)` in float32, in [-1, 1]; a mask as `(3 or 1, H, W)` in [0, 1].
+
+    Raises:
+        ValueError: For shapes, types or values that `read_images` does not describe.
+    """
+    try:
+        if isinstance(image, PIL.Image.Image):
+            image = np.asarray(read_image(image).convert("L" if is_mask else "RGB"))
+        values = to_numbers(name, image)
+        shape = tuple(values.shape)
+        if len(shape) != 3 or shape[0] not in (1, 3) or 0 in shape:
+            raise ValueError(
+                f"`{name}` has shape {shape} (channels first), but should have 3 channels{', or 1' * is_mask}, height "
+                "and width."
+            )
+        values = to_unit_range(name, values)
+    except BadImage as error:
+        raise ValueError(f"`{name}` cannot be used: {error}.") from error
+    is_signed = bool(values.min() < 0)
+    if is_mask and is_signed:
+        raise ValueError(f"`{name}` has values down to {values.min():g}, below 0.")
+    if is_mask:
+        return values
+    return (values if is_signed else values * 2 - 1).expand(3, -1, -1)
+
+
+def to_numbers(name: str, image: Union[np.ndarray, torch.Tensor]) -> torch.Tensor:
+    """An array, channels last, or a tensor, channels first, as a tensor on the CPU, channels first."""
     if isinstance(image, np.ndarray):
-        image = torch.from_numpy(np.ascontiguousarray(image))
-        image = image[None] if image.ndim == 2 else image.movedim(-1, 0)
-    elif image.ndim == 2:
-        image = image[None]
-    shape = tuple(image.shape)
-    if image.ndim != 3 or shape[0] not in (1, 3) or 0 in shape:
-        raise ValueError(
-            f"`{name}` has shape {shape} (channels first), but should have 3 channels{', or 1' * (channels == 1)}, "
-            "height and width."
-        )
-    values = image.detach().to("cpu", torch.float32)
-    if image.dtype == torch.uint8:
-        values = values / 255
+        if image.dtype.kind not in "buif":
+            raise ValueError(f"`{name}` is an array of {image.dtype}, but should have real numbers.")
+        # torch knows the machine's byte order and no more than 64 bits
+        image = np.array(image, dtype=np.float64 if image.dtype.itemsize > 8 else image.dtype.newbyteorder("="))
+        image = torch.from_numpy(image)
+        return image.movedim(-1, 0) if image.ndim == 3 else image[None]
+    if image.is_meta or image.layout != torch.strided or image.is_complex() or image.is_quantized:
+        kind = "without values (on the meta device)" if image.is_meta else f"of {image.layout}, {image.dtype}"
+        raise ValueError(f"`{name}` is a tensor {kind}, but should be a dense one of real numbers.")
+    image = image.detach().cpu()
+    return image[None] if image.ndim == 2 else image
+
+
+def to_unit_range(name: str, values: torch.Tensor) -> torch.Tensor:
+    """Numbers of any type as float32 in [0, 1], or as they are where they are in [-1, 1] already."""
+    if values.dtype.is_floating_point or values.dtype == torch.bool:
+        values, white = values.to(torch.float32), 1
+    elif values.dtype in (torch.uint8, torch.uint16):
+        values, white = values.to(torch.float32), int(torch.iinfo(values.dtype).max)
+    else:
+        values = values.to(torch.int64)
+        white = 1 if values.abs().max() <= 1 else white_of_integers(values.numpy())
+        values = values.to(torch.float32)
     if not values.isfinite().all():
         raise ValueError(f"`{name}` has values that are not finite (NaN or infinite).")
+    values = values / white
     if values.abs().max() > 1:
         raise ValueError(
-            f"`{name}` has values from {values.min():g} to {values.max():g}, but should be uint8, or floating point in "
-            "[0, 1] or [-1, 1]."
+            f"`{name}` has values from {values.min():g} to {values.max():g}, but should be integers of 8 or 16 bits, or "
+            "floating point in [0, 1] or [-1, 1]."
         )
-    if channels == 1:
-        return values.mean(dim=0, keepdim=True)
-    return values.expand(3, -1, -1)
-
-
-def _on_white(image: PIL.Image.Image) -> PIL.Image.Image:
-    """The image in RGB, transparency on white."""
-    if "A" in image.getbands() or "transparency" in image.info:
-        canvas = PIL.Image.new("RGBA", image.size, "white")
-        canvas.alpha_composite(image.convert("RGBA"))
-        image = canvas
-    return image.convert("RGB")
+    return values

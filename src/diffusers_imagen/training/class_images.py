@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from ..models.unet_base import ConditionalUNet
 from ..pipelines import ImagenPipeline
 from ..utils.files import FolderHold, whole_file
+from .data.folders import find_pictures, list_files
 from .embedding_cache import EmbeddingCache
 from .sampling import DDPM_STEPS
 from .text import describe_fault
@@ -66,10 +67,8 @@ def draw_class_images(
 
 
 def missing_images(folder: Path, count: int) -> list[Path]:
-    """Where to draw what a folder lacks of `count` images, of any names and kinds but hidden ones."""
-    kinds = Image.registered_extensions()
-    found = [path for path in folder.rglob("*") if path.suffix.lower() in kinds] if folder.is_dir() else []
-    there = {path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)}
+    """Where to draw what a folder lacks of `count` images, of any names and kinds."""
+    there = {folder / path for path in find_pictures(list_files(str(folder)))} if folder.is_dir() else set()
     paths = [folder / f"class-{number:05d}.png" for number in range(count)]
     return [path for path in paths if path not in there][: max(0, count - len(there))]
 

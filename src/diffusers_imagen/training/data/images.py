@@ -1,16 +1,19 @@
-"""Images from files: any mode, on a background, upright, at the size of the batch."""
+"""Images in the cells of a data set, read by `utils.images`, at the size of the batch."""
 
-import io
 import os
-from typing import Any, Optional
+import re
+from typing import Any, Optional, Union
 
 import fsspec
 import numpy as np
-from PIL import Image, ImageColor, ImageOps
+from PIL import Image, ImageOps
+
+from ...utils import images as pictures
+from ...utils.images import BadImage
 
 
-class BadImage(Exception):
-    """An image that cannot be used, and why."""
+# a file of a streamed data set, where `datasets` found it: in archives or not, of the repository {name} or at hand
+STREAMED = r"(?:(?:zip|tar|gzip|bz2|xz|zstd|lz4)://(?:(?!::).)*::)*(?:hf://datasets/{name}[@/].*|(?:(?!://).)*)"
 
 
 def read_image(value: Any, folder: str = "", background: str = "white") -> Image.Image:
@@ -18,48 +21,68 @@ def read_image(value: Any, folder: str = "", background: str = "white") -> Image
 
     Args:
         value (`str`, `bytes`, `dict` or `PIL.Image.Image`): A path, bytes of a file, or what `datasets` makes of them.
-        folder (`str`): Where relative paths begin.
+        folder (`str`): Where relative paths begin, and which paths must not leave; without it any path will do.
         background (`str`): Colour behind transparent images.
 
     Raises:
-        BadImage: If it cannot be read to the end.
+        BadImage: If it cannot be read to the end, or the cell names what is no file of the data set.
     """
-    image = open_image(value, folder)
-    try:
-        image.load()
-        return to_rgb(ImageOps.exif_transpose(image), background)
-    # decoders of damaged files raise whatever they stumble over
-    except Exception as error:
-        raise BadImage(f"{type(error).__name__}: {error}") from error
+    return pictures.read_image(find_source(value, folder), background)
 
 
 def open_image(value: Any, folder: str = "") -> Image.Image:
     """As `read_image`, up to the header only: size and mode are known, pixels are not."""
-    if isinstance(value, Image.Image):
+    return pictures.open_image(find_source(value, folder))
+
+
+def find_source(value: Any, folder: str) -> Union[str, bytes, Image.Image]:
+    """The file, bytes or picture that a cell means.
+
+    Raises:
+        BadImage: If it means none, or a file that the data set must not name.
+    """
+    if isinstance(value, (bytes, Image.Image)):
         return value
-    source = _source(value, folder)
-    try:
-        return Image.open(source)
-    except Exception as error:
-        raise BadImage(f"{type(error).__name__}: {error}") from error
-
-
-def _source(value: Any, folder: str):
-    path = value
+    if isinstance(value, str):
+        return check_path(value, folder)
     if isinstance(value, dict):
-        if value.get("bytes") is not None:
-            return io.BytesIO(value["bytes"])
-        path = value.get("path")
-    elif isinstance(value, bytes):
-        return io.BytesIO(value)
-    if not isinstance(path, str):
-        raise BadImage(f"the cell holds {type(value).__name__}, neither a path nor an image")
-    if "://" not in path:
-        return os.path.join(folder, path)
+        data, path = value.get("bytes"), value.get("path")
+        if isinstance(data, bytes):
+            if not data:
+                raise BadImage("there is no image")
+            return data
+        if isinstance(path, str):
+            return read_streamed(path, folder) if "://" in path else os.path.join(folder, path)
+        value = path
+    if value is None:
+        raise BadImage("the cell is empty")
+    raise BadImage(f"the cell holds {type(value).__name__}, neither a path nor an image")
+
+
+def check_path(path: str, folder: str) -> str:
+    """Where the file lies that a row names by its path in `folder`.
+
+    Whoever wrote the row may be a stranger: it reaches no other machine, and no file outside of the folder.
+    """
+    if "://" in path:
+        raise BadImage(f"{path!r} is a URL, but only files of the data set are read: download it first")
+    if not folder:
+        return path
+    root, full = os.path.abspath(folder), os.path.abspath(os.path.join(folder, path))
+    if full != root and not full.startswith(os.path.join(root, "")):
+        raise BadImage(f"{path!r} leads out of the data set's folder: move or link the image into it")
+    return full
+
+
+def read_streamed(path: str, name: str) -> bytes:
+    """The bytes of a file that `datasets` streams from its own repository, or from an archive at hand."""
+    if not re.fullmatch(STREAMED.format(name=re.escape(name)), path, re.DOTALL):
+        raise BadImage(f"{path!r} is a URL, but only files of the data set are read: download it first")
     try:
-        with fsspec.open(path, "rb") as file:  # a file of a streamed data set
-            return io.BytesIO(file.read())
-    except OSError as error:
+        with fsspec.open(path, "rb") as file:
+            return file.read()
+    # archives and file systems raise whatever they stumble over
+    except Exception as error:
         raise BadImage(f"{type(error).__name__}: {error}") from error
 
 
@@ -67,29 +90,7 @@ def name_image(value: Any, row: Any) -> str:
     """How an image is called in reports: its path, or its row."""
     if isinstance(value, dict):
         value = value.get("path")
-    return value if isinstance(value, str) else f"row {row}"
-
-
-def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
-    """Any mode to RGB: 16 bits become 8, what is transparent shows the background."""
-    if image.mode.startswith("I") or image.mode == "F":
-        image = _to_eight_bits(image)
-    transparent = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
-    if not transparent:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    canvas = Image.new("RGBA", image.size, ImageColor.getrgb(background))
-    canvas.alpha_composite(image)
-    return canvas.convert("RGB")
-
-
-def _to_eight_bits(image: Image.Image) -> Image.Image:
-    values = np.asarray(image).astype(np.float64)
-    if image.mode == "F":
-        scale = 255 if values.max() <= 1 else 1
-    else:
-        scale = 1 / 257 if image.mode.startswith("I;16") or values.max() > 255 else 1
-    return Image.fromarray((values * scale).round().clip(0, 255).astype(np.uint8))
+    return value if isinstance(value, str) and value else f"row {row}"
 
 
 def fit_image(image: Image.Image, height: int, width: int, top: float = 0.5, left: float = 0.5) -> np.ndarray:

@@ -1,0 +1,163 @@
+"""The one reader of pictures, for training, pipelines and commands: any mode and depth to upright RGB.
+
+Every failure is a `BadImage` that says why; nothing is opened that is no regular file, and no other program is called.
+"""
+
+import io
+import os
+import stat
+from functools import cache
+from typing import Any, Union
+
+import numpy as np
+from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
+
+
+PictureSource = Union[str, os.PathLike, bytes, Image.Image]
+
+# EPS and WMF are drawn by other programs, FITS is unpacked without a limit, and of the others Pillow knows the name only
+REFUSED_FORMATS = {"EPS", "WMF", "FITS", "BUFR", "GRIB", "HDF5", "MPEG"}
+# pictures to everybody, but not to Pillow alone: they are counted, and named when they cannot be read
+FOREIGN_EXTENSIONS = {".heic", ".heif", ".jxl", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw"}
+NEARLY_ONE = 2.0  # floating-point pictures up to here are in [0, 1], where sharpening may have overshot
+NEARLY_ZERO = -1 / 510  # what rounds to 0
+
+
+class BadImage(ValueError):
+    """An image that cannot be used, and why."""
+
+
+def read_image(source: PictureSource, background: str = "white") -> Image.Image:
+    """A picture, upright, as RGB.
+
+    Args:
+        source (`str`, `os.PathLike`, `bytes` or `PIL.Image.Image`): A file, the bytes of one, or a picture of any mode.
+        background (`str`): Colour behind what is transparent.
+
+    Raises:
+        BadImage: If it cannot be read to the end, or holds values that no picture has.
+    """
+    if isinstance(source, Image.Image):
+        return _decode(source, background)
+    with open_image(source) as image:
+        return _decode(image, background)
+
+
+def open_image(source: PictureSource) -> Image.Image:
+    """As `read_image`, up to the header only: size and mode are known, pixels are not."""
+    if isinstance(source, Image.Image):
+        return source
+    try:
+        if isinstance(source, bytes):
+            return Image.open(io.BytesIO(source), formats=readable_formats())
+        check_regular(source)
+        return Image.open(source, formats=readable_formats())
+    # readers of damaged files raise whatever they stumble over
+    except Exception as error:
+        raise _as_bad_image(error) from error
+
+
+def check_regular(path: Union[str, os.PathLike]) -> None:
+    """Refuses what is no regular file, before it is opened: reading a pipe or a device may never end.
+
+    Raises:
+        BadImage: If there is a folder, pipe, socket or device.
+        OSError: If there is nothing.
+    """
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device"
+        raise BadImage(f"'{path}' is {kind}, not a regular file")
+
+
+@cache
+def readable_formats() -> tuple[str, ...]:
+    """Pillow's names of the formats that are read."""
+    Image.init()
+    return tuple(name for name in Image.ID if name not in REFUSED_FORMATS)
+
+
+@cache
+def picture_extensions() -> frozenset[str]:
+    """Endings of files that count as pictures, in lower case, with their dot."""
+    formats = set(readable_formats())
+    known = {extension for extension, name in Image.registered_extensions().items() if name in formats}
+    return frozenset(known | FOREIGN_EXTENSIONS)
+
+
+def _decode(image: Image.Image, background: str) -> Image.Image:
+    try:
+        image.load()
+        return to_rgb(ImageOps.exif_transpose(image), background)
+    except Exception as error:
+        raise _as_bad_image(error) from error
+
+
+def _as_bad_image(error: Exception) -> BadImage:
+    if isinstance(error, BadImage):
+        return error
+    if isinstance(error, UnidentifiedImageError):
+        return BadImage("cannot identify it as an image of a known format")
+    return BadImage(" ".join(f"{type(error).__name__}: {error}".split()))
+
+
+def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
+    """Any mode to RGB: 16 bits and floating point become 8 bits, what is transparent shows the background.
+
+    Raises:
+        BadImage: If it holds values that are not finite, negative, or above 16 bits.
+    """
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _to_eight_bits(image)
+    if image.mode in ("La", "RGBa"):  # colours that were multiplied by their opacity
+        image = image.convert(image.mode.upper())
+    if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    canvas = Image.new("RGBA", image.size, ImageColor.getrgb(background))
+    canvas.alpha_composite(image)
+    return canvas.convert("RGB")
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """A picture of one channel in integers of 16 or 32 bits, or in floating point, as L; LA if a value is transparent."""
+    values = np.asarray(image)
+    white = white_of_floats(values) if image.mode == "F" else white_of_integers(values)
+    pixels = (values * np.float32(255 / white)).round().clip(0, 255).astype(np.uint8)
+    transparent = image.info.get("transparency")
+    if not isinstance(transparent, (int, float)):
+        return Image.fromarray(pixels)
+    opacity = np.where(values == transparent, 0, 255).astype(np.uint8)
+    return Image.merge("LA", [Image.fromarray(pixels), Image.fromarray(opacity)])
+
+
+def white_of_integers(values: Any) -> int:
+    """The value that stands for white, 255 or 65535: by the type, or of a wider one by the largest value.
+
+    Args:
+        values (`np.ndarray`): Integers.
+
+    Raises:
+        BadImage: If there are negative values, or more than 16 bits hold.
+    """
+    if values.dtype in (np.uint8, np.uint16):
+        return int(np.iinfo(values.dtype).max)
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high > 65535:
+        raise BadImage(f"it has integers from {low} to {high}, but should have 8 or 16 bits, from 0 to 65535")
+    return 255 if high <= 255 else 65535
+
+
+def white_of_floats(values: Any) -> int:
+    """The value that stands for white in a floating-point picture, by the largest value: 1, 255 or 65535.
+
+    Raises:
+        BadImage: If values are not finite, negative, or above 65535.
+    """
+    if not np.isfinite(values).all():
+        count = int((~np.isfinite(values)).sum())
+        raise BadImage(f"{count} of its {values.size} values are not finite (NaN or infinite)")
+    low, high = float(values.min()), float(values.max())
+    if low < NEARLY_ZERO or high > 65535:
+        raise BadImage(f"it has values from {low:g} to {high:g}, but should be in [0, 1], or go to 255 or 65535")
+    return 1 if high <= NEARLY_ONE else 255 if high <= 255 else 65535
