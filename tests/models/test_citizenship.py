@@ -4,7 +4,9 @@ import pytest
 import torch
 from networks import TEXT_WIDTH, inputs_for, make, randomize, relative_error, run
 
+from diffusers_imagen import ImagenUNetModel
 from diffusers_imagen.models.attention import ImagenAttention
+from diffusers_imagen.models.blocks import ImagenBlock
 from diffusers_imagen.presets import PRESETS, create_unet
 
 
@@ -94,6 +96,32 @@ def test_repeated_blocks_compile_alone(one_of_each_class):
     torch._dynamo.reset()
     unet.compile_repeated_blocks(fullgraph=True, backend="eager")
     torch.testing.assert_close(run(unet, inputs), expected, atol=1e-6, rtol=1e-6)
+    torch._dynamo.reset()
+
+
+@pytest.mark.compile
+@torch.no_grad()
+def test_repeated_blocks_of_ten_shapes_compile_alone():
+    """torch compiles one function eight times: `fullgraph` makes the ninth an error."""
+    unet = ImagenUNetModel(
+        sample_size=32,
+        block_out_channels=(4, 8, 12, 16),
+        layers_per_block=(2, 1, 0, 1),
+        attention_resolutions=(),
+        attention_head_dim=16,
+        encoder_hid_dim=None,
+        norm_num_groups=2,
+    )
+    blocks = [module for module in randomize(unet).modules() if isinstance(module, ImagenBlock)]
+    shapes = {tuple(parameter.shape for parameter in block.parameters()) for block in blocks}
+    assert 10 <= len(shapes) < len(blocks)
+    inputs = inputs_for(unet, 32, 32)
+    expected = run(unet, inputs)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    unet.compile_repeated_blocks(fullgraph=True, backend="eager")
+    torch.testing.assert_close(run(unet, inputs), expected, atol=1e-6, rtol=1e-6)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == len(shapes)
     torch._dynamo.reset()
 
 

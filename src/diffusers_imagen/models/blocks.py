@@ -3,7 +3,9 @@
 Shapes: B batch, C channels, H x W pixels, T width of the time embedding.
 """
 
-from typing import Literal, Optional
+import functools
+from types import FunctionType, MethodType
+from typing import Any, Callable, Literal, Optional
 
 import torch
 import torch.nn.functional as F
@@ -100,6 +102,16 @@ class ImagenBlock(nn.Module):
         """Whether the block takes the text."""
         return self.attention is not None and self.attention.reads_text
 
+    def compile(self, *args, **kwargs) -> None:
+        """As torch's `Module.compile`; blocks whose parameters have the same shapes share what is compiled.
+
+        torch keeps a small number of compilations of a function (`torch._dynamo.config.recompile_limit`, 8), and ends
+        with an error under `fullgraph` where it needs more. The blocks of a network have about ten different shapes,
+        each of which therefore gets a function of its own.
+        """
+        shapes = tuple((name, *parameter.shape) for name, parameter in self.named_parameters())
+        self._compiled_call_impl = torch.compile(MethodType(call_for(shapes), self), *args, **kwargs)
+
     def forward(
         self, hidden_states: torch.Tensor, temb: torch.Tensor, text: Optional[AttendedText] = None
     ) -> torch.Tensor:
@@ -108,3 +120,13 @@ class ImagenBlock(nn.Module):
         if self.attention is not None:
             hidden_states = self.attention(hidden_states, text)
         return hidden_states
+
+
+def _call(block: ImagenBlock, *args, **kwargs) -> torch.Tensor:
+    return block._call_impl(*args, **kwargs)  # with the hooks of the block
+
+
+@functools.cache
+def call_for(shapes: tuple[tuple, ...]) -> Callable[..., Any]:
+    """A copy of `_call` for blocks with these parameters: torch counts compilations by code object."""
+    return FunctionType(_call.__code__.replace(co_name=f"_call_{abs(hash(shapes)):x}"), _call.__globals__)

@@ -17,6 +17,7 @@ from torch import nn
 
 from .attention import AttendedText
 from .blocks import ImagenBlock
+from .checks import INTEGERS, check_image, check_integer, per_sample, shown
 from .embeddings import NoiseLevelEmbedding, TextConditioning, TextContext, TextEmbedding, UnencodedText
 
 
@@ -85,6 +86,11 @@ class ConditionalUNet(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin,
         """The same network, recorded as one for images of another size: to train it further at that size."""
         raise NotImplementedError
 
+    def _check_sample_size(self, sample_size: int) -> None:
+        check_integer("sample_size", sample_size, *INTEGERS["sample_size"])
+        if sample_size % self.total_stride:
+            raise ValueError(f"`sample_size` is {sample_size}, but should be a multiple of {self.total_stride}.")
+
     @apply_forward_hook
     def encode_text(
         self, encoder_hidden_states: torch.Tensor, encoder_attention_mask: Optional[torch.Tensor] = None
@@ -100,10 +106,10 @@ class ConditionalUNet(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin,
             encoder_attention_mask (`torch.Tensor` of shape `(batch_size, tokens)`, *optional*):
                 True or 1 where a token counts. Where all do, no mask is kept, so that flash kernels serve.
         """
+        self._check_text(encoder_hidden_states, encoder_attention_mask)
         if encoder_attention_mask is not None and encoder_attention_mask.bool().all():
             encoder_attention_mask = None
         if _is_group_offload_enabled(self):
-            self._check_text(encoder_hidden_states, encoder_attention_mask)
             return UnencodedText(encoder_hidden_states, encoder_attention_mask)
         pooled, context = self._embed_text(encoder_hidden_states, encoder_attention_mask)
         return TextConditioning(pooled, tuple(block.attention.project_text(context) for block in self.text_blocks()))
@@ -111,7 +117,6 @@ class ConditionalUNet(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin,
     def _embed_text(
         self, encoder_hidden_states: torch.Tensor, encoder_attention_mask: Optional[torch.Tensor]
     ) -> tuple[torch.Tensor, TextContext]:
-        self._check_text(encoder_hidden_states, encoder_attention_mask)
         if encoder_attention_mask is not None:
             encoder_attention_mask = encoder_attention_mask.bool()
         context, mask, pooled = self.text_embedding(encoder_hidden_states.to(self.dtype), encoder_attention_mask)
@@ -121,6 +126,9 @@ class ConditionalUNet(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin,
         width = self.config.encoder_hid_dim
         if width is None:
             raise ValueError("`encoder_hidden_states` was given, but this network was built without text.")
+        for name, value in (("encoder_hidden_states", text), ("encoder_attention_mask", mask)):
+            if value is not None and not isinstance(value, torch.Tensor):
+                raise ValueError(f"`{name}` is a {type(value).__name__}, but should be a tensor.")
         if text is None:
             raise ValueError(f"`encoder_hidden_states` is None; this network needs (batch, tokens, {width}).")
         if text.ndim != 3 or text.shape[-1] != width:
@@ -143,6 +151,7 @@ class ConditionalUNet(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin,
             encoder_hidden_states, encoder_attention_mask = encoder_hidden_states
         if encoder_hidden_states is None and self.config.encoder_hid_dim is None:
             return TextConditioning(pooled=None, texts=())
+        self._check_text(encoder_hidden_states, encoder_attention_mask)
         pooled, context = self._embed_text(encoder_hidden_states, encoder_attention_mask)
         # each block makes its own keys and values, where offloading, sharding and checkpointing have its weights
         return TextConditioning(pooled, [context] * len(self.text_blocks()))
@@ -155,11 +164,11 @@ class ConditionalUNet(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin,
         sample: torch.Tensor,
     ) -> torch.Tensor:
         """Sum of the embeddings of noise level, augmentation level and text, activated: `(B, T)`."""
-        temb = self.time_embedding(_per_sample(timestep, sample))
+        temb = self.time_embedding(per_sample("timestep", timestep, sample))
         if self.low_res_time_embedding is not None:
             if low_res_timestep is None:
                 raise ValueError("`low_res_timestep` is None, but this network is conditioned on it.")
-            temb = temb + self.low_res_time_embedding(_per_sample(low_res_timestep, sample))
+            temb = temb + self.low_res_time_embedding(per_sample("low_res_timestep", low_res_timestep, sample))
         elif low_res_timestep is not None:
             raise ValueError("`low_res_timestep` was given, but `low_res_noise_conditioning` is False.")
         if pooled_text is not None:
@@ -177,6 +186,9 @@ class ConditionalUNet(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin,
             return sample
         if low_res_sample is None:
             raise ValueError("`low_res_sample` is None, but this network is conditioned on it.")
+        check_image("low_res_sample", low_res_sample, self.config.in_channels)
+        if len(low_res_sample) != len(sample):
+            raise ValueError(f"`low_res_sample` has {len(low_res_sample)} images, but `sample` has {len(sample)}.")
         if low_res_sample.shape[-2:] != sample.shape[-2:]:
             low_res_sample = F.interpolate(low_res_sample, (height, width), mode="bicubic")
         return torch.cat([sample, low_res_sample.to(sample.dtype)], dim=1)
@@ -208,21 +220,7 @@ def count_heads(channels: int, num_attention_heads: Optional[int], attention_hea
     return value if attention_head_dim is None else channels // value
 
 
-def per_level(name: str, value: Union[int, tuple[int, ...]], num_levels: int) -> tuple[int, ...]:
-    """One value a level: an int serves all levels, a list must have one entry for each."""
-    values = (value,) * num_levels if isinstance(value, int) else tuple(value)
-    if len(values) != num_levels:
-        raise ValueError(f"`{name}` has {len(values)} entries, but `block_out_channels` has {num_levels}.")
-    return values
-
-
 def check_choice(name: str, value: object, choices: tuple) -> None:
     """Refuses a value that is not among the choices, naming them."""
     if value not in choices:
-        raise ValueError(f"`{name}` is {value!r}, but should be one of {', '.join(map(repr, choices))}.")
-
-
-def _per_sample(timestep: Union[torch.Tensor, float, int], sample: torch.Tensor) -> torch.Tensor:
-    """A conditioning value as `(B,)` in float32."""
-    timestep = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device)
-    return timestep.reshape(-1).expand(len(sample))
+        raise ValueError(f"`{name}` is {shown(value)}, but should be one of {', '.join(map(repr, choices))}.")

@@ -8,8 +8,9 @@ from torch import nn
 
 from .attention import AttentionType, make_attention
 from .blocks import ImagenBlock, ResBlock, TimeScaleShift, transposed_upsample
+from .checks import check_config, check_groups, check_image, per_level
 from .embeddings import TextConditioning, TextPooling, UnencodedText
-from .unet_base import ConditionalUNet, ImagenUNetOutput, check_choice, count_heads, per_level
+from .unet_base import ConditionalUNet, ImagenUNetOutput, check_choice, count_heads
 
 
 class EfficientUNetModel(ConditionalUNet):
@@ -68,10 +69,13 @@ class EfficientUNetModel(ConditionalUNet):
         low_res_noise_conditioning: bool = False,
     ):
         super().__init__()
+        check_config(self.config, min_layers=1)
         num_levels = len(block_out_channels)
         attention_types = per_level("attention_types", attention_types, num_levels)
         for attention_type in attention_types:
             check_choice("attention_types", attention_type, (*get_args(AttentionType), None))
+        if encoder_hid_dim is not None and not {"cross", "stacked", "fused"}.isdisjoint(attention_types):
+            check_groups("encoder_hid_dim", [encoder_hid_dim], norm_num_groups)
         check_choice("text_pooling", text_pooling, get_args(TextPooling))
         check_choice("time_scale_shift", time_scale_shift, get_args(TimeScaleShift))
         num_layers = per_level("layers_per_block", layers_per_block, num_levels)
@@ -118,6 +122,7 @@ class EfficientUNetModel(ConditionalUNet):
 
     def at_resolution(self, sample_size: int) -> "EfficientUNetModel":
         """Records another `sample_size`."""
+        self._check_sample_size(sample_size)
         self.register_to_config(sample_size=sample_size)
         return self
 
@@ -136,6 +141,7 @@ class EfficientUNetModel(ConditionalUNet):
         return_dict: bool = True,
     ) -> Union[ImagenUNetOutput, tuple[torch.Tensor]]:
         r"""Takes and returns what [`ImagenUNetModel.forward`] does."""
+        check_image("sample", sample, self.config.in_channels)
         text = self._condition_on_text(encoder_hidden_states, encoder_attention_mask)
         temb = self._embed_noise_levels(timestep, low_res_timestep, text.pooled, sample)  # (B, T)
         texts = iter(text.texts)

@@ -17,8 +17,9 @@ from .blocks import (
     pool_downsample,
     transposed_upsample,
 )
+from .checks import check_config, check_groups, check_image, check_integers, per_level
 from .embeddings import TextConditioning, TextPooling, UnencodedText
-from .unet_base import ConditionalUNet, ImagenUNetOutput, check_choice, count_heads, per_level
+from .unet_base import ConditionalUNet, ImagenUNetOutput, check_choice, count_heads
 
 
 class ImagenUNetModel(ConditionalUNet):
@@ -85,6 +86,9 @@ class ImagenUNetModel(ConditionalUNet):
         check_choice("text_pooling", text_pooling, get_args(TextPooling))
         check_choice("time_scale_shift", time_scale_shift, get_args(TimeScaleShift))
         check_choice("resample_type", resample_type, get_args(ResampleType))
+        check_config(self.config, min_layers=0)
+        if encoder_hid_dim is not None and attention_type != "self":
+            check_groups("cross_attention_dim", [cross_attention_dim], norm_num_groups)
         self.num_layers = per_level("layers_per_block", layers_per_block, len(block_out_channels))
         time_embedding_dim = time_embedding_dim or 4 * block_out_channels[0]
         context_dim = None if encoder_hid_dim is None else cross_attention_dim
@@ -139,9 +143,8 @@ class ImagenUNetModel(ConditionalUNet):
 
     def at_resolution(self, sample_size: int) -> "ImagenUNetModel":
         """Records another `sample_size`; attention stays at its levels, so its resolutions scale along."""
+        self._check_sample_size(sample_size)
         config = self.config
-        if sample_size % self.total_stride:
-            raise ValueError(f"`sample_size` is {sample_size}, but should be a multiple of {self.total_stride}.")
         resolutions = tuple(sample_size // (config.sample_size // side) for side in config.attention_resolutions)
         self.register_to_config(sample_size=sample_size, attention_resolutions=resolutions)
         return self
@@ -176,6 +179,7 @@ class ImagenUNetModel(ConditionalUNet):
                 Noise level of `low_res_sample`, as the augmentation publishes it.
             return_dict (`bool`, defaults to `True`): Whether to return an `ImagenUNetOutput` or a tuple.
         """
+        check_image("sample", sample, self.config.in_channels)
         text = self._condition_on_text(encoder_hidden_states, encoder_attention_mask)
         temb = self._embed_noise_levels(timestep, low_res_timestep, text.pooled, sample)  # (B, T)
         texts = iter(text.texts)
@@ -212,6 +216,7 @@ def resample(resampler: nn.Module, h: torch.Tensor, temb: torch.Tensor) -> torch
 
 def strides_of(attention_resolutions: tuple[int, ...], sample_size: int, num_levels: int) -> set[int]:
     """The strides of the levels with these sides, in pixels at `sample_size`."""
+    check_integers("attention_resolutions", attention_resolutions, 1, sample_size, (0, num_levels))
     sides = {sample_size // 2**level: 2**level for level in range(num_levels)}
     for side in attention_resolutions:
         if side not in sides:

@@ -12,7 +12,7 @@ import torch
 
 from ..models import ImagenUNetModel
 from ..models.blocks import ImagenBlock
-from ..models.unet_base import per_level
+from ..models.checks import per_level
 
 
 def grow_unet(small: ImagenUNetModel) -> ImagenUNetModel:

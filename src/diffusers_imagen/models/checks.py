@@ -1,0 +1,165 @@
+"""Checks of what networks are configured with and called with: a ValueError that names the argument, before any work.
+
+A configuration comes from a file that may hold anything; a network is only built, and memory only taken, for values
+that make one.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Union
+
+import torch
+
+
+# Lowest and highest value of what a network is configured with: far above what was published, and low enough that
+# no file keeps a machine busy until it is out of memory.
+MAX_LEVELS = 12
+MAX_LAYERS = 128  # of a level
+MAX_CHANNELS = 16_384
+MAX_PARAMETERS = 10_000_000_000  # NeMo's largest has 2.2 billion
+INTEGERS = {
+    "sample_size": (1, 65_536),
+    "in_channels": (1, 1024),
+    "out_channels": (1, 1024),
+    "attention_head_dim": (1, MAX_CHANNELS),
+    "num_attention_heads": (1, MAX_CHANNELS),
+    "encoder_hid_dim": (1, 65_536),
+    "cross_attention_dim": (1, 65_536),
+    "time_embedding_dim": (8, 65_536),
+    "learned_sinusoidal_dim": (2, 65_536),
+    "conv_kernel_size": (1, 31),
+    "norm_num_groups": (1, MAX_CHANNELS),
+}
+OPTIONAL = (
+    "attention_head_dim",
+    "num_attention_heads",
+    "encoder_hid_dim",
+    "time_embedding_dim",
+    "learned_sinusoidal_dim",
+)
+FLAGS = ("use_null_token", "skip_connection_scaling", "low_res_conditioning", "low_res_noise_conditioning")
+
+
+def check_config(config: dict[str, Any], min_layers: int) -> None:
+    """Checks the sizes in a network's configuration, one by one and together.
+
+    Args:
+        config: The configuration, as registered.
+        min_layers: The fewest layers of a level.
+
+    Raises:
+        ValueError: For a value of another kind, out of its range, or that does not fit the others; names the argument.
+    """
+    for name, (minimum, maximum) in INTEGERS.items():
+        if name in config and not (name in OPTIONAL and config[name] is None):
+            check_integer(name, config[name], minimum, maximum)
+    for name in FLAGS:
+        if name in config and not isinstance(config[name], bool):
+            raise ValueError(f"`{name}` is {shown(config[name])}, but should be True or False.")
+    check_dropout(config["dropout"])
+    channels = config["block_out_channels"]
+    check_integers("block_out_channels", channels, 1, MAX_CHANNELS, (1, MAX_LEVELS))
+    layers = per_level("layers_per_block", config["layers_per_block"], len(channels))
+    check_integers("layers_per_block", layers, min_layers, MAX_LAYERS, (1, MAX_LEVELS))
+
+    if config["conv_kernel_size"] % 2 == 0:
+        raise ValueError(f"`conv_kernel_size` is {config['conv_kernel_size']}, but should be odd.")
+    if (config["learned_sinusoidal_dim"] or 0) % 2:
+        raise ValueError(f"`learned_sinusoidal_dim` is {config['learned_sinusoidal_dim']}, but should be even.")
+    check_groups("block_out_channels", channels, config["norm_num_groups"])
+    stride = 2 ** (len(channels) - 1)
+    if config["sample_size"] % stride:
+        raise ValueError(
+            f"`sample_size` is {config['sample_size']}, but should be a multiple of {stride}: a network with "
+            f"{len(channels)} levels in `block_out_channels` halves the image {len(channels) - 1} times."
+        )
+    parameters = estimate_parameters(config, layers)
+    if parameters > MAX_PARAMETERS:
+        raise ValueError(
+            f"`block_out_channels` {tuple(channels)} and `layers_per_block` {tuple(layers)} make a network of about "
+            f"{parameters / 1e9:.0f} billion parameters, but {MAX_PARAMETERS / 1e9:.0f} billion are the most."
+        )
+
+
+def check_groups(name: str, widths: Sequence[int], groups: int) -> None:
+    """Refuses a width that the groups of the normalisation do not divide."""
+    indivisible = [width for width in widths if width % groups]
+    if indivisible:
+        raise ValueError(f"`norm_num_groups` is {groups}, which does not divide {indivisible[0]} of `{name}`.")
+
+
+def estimate_parameters(config: dict[str, Any], layers: list[int]) -> int:
+    """About how many parameters a network has: within a factor of two."""
+    channels = config["block_out_channels"]
+    time_dim = config["time_embedding_dim"] or 4 * channels[0]
+    text_dim = config["encoder_hid_dim"] or 0
+    context_dim = config.get("cross_attention_dim", text_dim) if text_dim else 0
+    blocks = zip(channels, layers)
+    count = sum((2 * num_layers + 1) * width * (18 * width + 2 * time_dim) for width, num_layers in blocks)
+    count += 36 * max(channels) ** 2  # the middle
+    return count + 2 * time_dim**2 + text_dim * (context_dim + 1) + context_dim * (time_dim + 2 * max(channels))
+
+
+def per_level(name: str, value: Any, num_levels: int) -> tuple:
+    """One value a level: an int serves all levels, a list must have one entry for each."""
+    if isinstance(value, bool) or not isinstance(value, (int, list, tuple)):
+        raise ValueError(f"`{name}` is {shown(value)}, but should be a list with one entry a level.")
+    values = (value,) * num_levels if isinstance(value, int) else tuple(value)
+    if len(values) != num_levels:
+        raise ValueError(f"`{name}` has {len(values)} entries, but `block_out_channels` has {num_levels}.")
+    return values
+
+
+def check_integer(name: str, value: Any, minimum: int, maximum: int) -> None:
+    """Refuses what is no integer of a range, both ends included."""
+    if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= maximum:
+        raise ValueError(f"`{name}` is {shown(value)}, but should be an integer from {minimum} to {maximum}.")
+
+
+def check_integers(name: str, values: Any, minimum: int, maximum: int, lengths: tuple[int, int]) -> None:
+    """Refuses what is no list of such integers, or one shorter or longer than it may be."""
+    if not isinstance(values, (list, tuple)):
+        raise ValueError(f"`{name}` is {shown(values)}, but should be a list of integers.")
+    if not lengths[0] <= len(values) <= lengths[1]:
+        raise ValueError(
+            f"`{name}` has {len(values)} entries, but should have {lengths[0]} to {lengths[1]}, of one level each."
+        )
+    if any(not isinstance(value, int) or isinstance(value, bool) for value in values) or not all(
+        minimum <= value <= maximum for value in values
+    ):
+        raise ValueError(f"`{name}` is {shown(values)}, but should be a list of integers from {minimum} to {maximum}.")
+
+
+def check_dropout(value: Any) -> None:
+    """Refuses what is no rate."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or not 0 <= value < 1:
+        raise ValueError(f"`dropout` is {shown(value)}, but should be a number from 0 to below 1.")
+
+
+def check_image(name: str, image: Any, channels: int) -> None:
+    """Refuses what is no tensor `(batch, channels, height, width)`."""
+    if not isinstance(image, torch.Tensor):
+        raise ValueError(f"`{name}` is a {type(image).__name__}, but should be a tensor.")
+    if image.ndim != 4 or image.shape[1] != channels:
+        raise ValueError(f"`{name}` has shape {tuple(image.shape)}, but should be (batch, {channels}, height, width).")
+
+
+def per_sample(name: str, value: Union[torch.Tensor, float, int], sample: torch.Tensor) -> torch.Tensor:
+    """A conditioning value as `(B,)` in float32.
+
+    Raises:
+        ValueError: If it is neither one number nor one a sample.
+    """
+    if not isinstance(value, (torch.Tensor, float, int)):
+        raise ValueError(f"`{name}` is {shown(value)}, but should be a number, or a tensor of one a sample.")
+    value = torch.as_tensor(value, dtype=torch.float32, device=sample.device)
+    if value.numel() not in (1, len(sample)):
+        raise ValueError(f"`{name}` has shape {tuple(value.shape)}, but should have one value, or {len(sample)}.")
+    return value.reshape(-1).expand(len(sample))
+
+
+def shown(value: Any) -> str:
+    """A value for a message, however large it is."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
