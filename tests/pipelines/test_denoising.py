@@ -211,16 +211,44 @@ def test_callbacks_change_the_text_and_the_guidance(base_pipeline, run):
     assert base_pipeline.guidance_scale == 2.0 + base_pipeline.num_timesteps
 
 
-def test_what_a_callback_adds_to_the_guidance_lasts_through_the_stages(cascade, run):
-    scales = []
+@pytest.fixture
+def scales_of_calls(cascade, run):
+    """Runs the cascade with a callback on its guidance: the scale at each call, before the callback."""
 
-    def more(pipe, step, timestep, tensors):
-        scales.append(pipe.guidance_scale)
+    def scales_of_calls(change, **kwargs):
+        scales = []
+
+        def callback(pipe, step, timestep, tensors):
+            scales.append(pipe.guidance_scale)
+            change(pipe, step)
+
+        run(cascade, callback_on_step_end=callback, **kwargs)
+        return scales
+
+    return scales_of_calls
+
+
+def test_each_stage_starts_at_the_scale_that_was_asked_for_it(cascade, run, scales_of_calls):
+    def no_guidance_from_the_second_call_on(pipe, step):
+        if step == 1:
+            pipe._guidance_scale = 1.0
+
+    asked = {"base": 4.0, "sr256": 2.0}
+    assert scales_of_calls(no_guidance_from_the_second_call_on, guidance_scale=asked) == [4.0, 4.0, 1.0] + [2.0] * 3
+    assert cascade.guidance_scale == 2.0
+    # what happened in one call says nothing about the next
+    assert scales_of_calls(lambda pipe, step: None, guidance_scale=asked) == [4.0] * 3 + [2.0] * 3
+
+
+def test_what_a_callback_adds_is_counted_through_all_stages(cascade, run, scales_of_calls):
+    """As diffusers' test of a pipeline's callbacks counts it, `test_callback_cfg`."""
+
+    def more(pipe, step):
         pipe._guidance_scale += 0.5
-        return {}
 
-    run(cascade, guidance_scale={"base": 3.3, "sr256": 2.0}, callback_on_step_end=more)
-    assert scales == pytest.approx([3.3, 3.8, 4.3, 3.5, 4.0, 4.5])
+    scales = scales_of_calls(more, guidance_scale={"base": 3.3, "sr256": 2.0})
+    assert scales == pytest.approx([3.3, 3.8, 4.3, 2.0, 2.5, 3.0])
+    assert cascade.guidance_scale == 2.0 + 0.5 * cascade.num_timesteps
     run(cascade, guidance_scale={"base": 3.3, "sr256": 1.0})
     assert cascade.guidance_scale == 1.0
 

@@ -3,7 +3,7 @@
 import copy
 import functools
 import inspect
-from typing import Any, Callable, NamedTuple, Optional
+from typing import NamedTuple, Optional
 
 import torch
 from diffusers import DiffusionPipeline
@@ -11,7 +11,10 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ..diffusion.guidance import classifier_free_guidance, rescale_guidance
 from ..models.embeddings import TextConditioning
+from .callbacks import StepCallback
+from .finite import FiniteWatch
 from .planning import Generators, NoiseLevel, Request, StagePlan
+from .schedules import begin_at
 from .stages import UNet
 from .text import Branch, TextStates
 from .tiling import Tile, blend, make_tiles
@@ -39,31 +42,31 @@ class KnownPixels(NamedTuple):
         return torch.where(self.repainted, sample, known)
 
 
-def run_stages(
-    pipe: DiffusionPipeline,
-    request: Request,
-    text: TextStates,
-    callback_on_step_end: Optional[Callable],
-    callback_tensor_inputs: list[str],
-) -> dict[int, torch.Tensor]:
-    """The stages one after the other, each on what the one before it made: images in [-1, 1] by resolution."""
+def run_stages(pipe: DiffusionPipeline, request: Request, text: TextStates) -> dict[int, torch.Tensor]:
+    """The stages one after the other, each on what the one before it made: images in [-1, 1] by resolution.
+
+    Raises:
+        FloatingPointError: If a stage makes values that are not finite; the stages after it do not run.
+    """
     plans = request.plans
-    callback = StepCallback(pipe, callback_on_step_end, callback_tensor_inputs)
+    callback = StepCallback(pipe, request.callback)
     pipe._interrupt = False
     pipe._num_timesteps = sum(len(plan.calls) for plan in plans)
-    pipe._guidance_scale = plans[0].settings.guidance_scale
-    image = None
+    image, added = None, 0.0
     if plans[0].low_res_size is not None:
         image = request.given.resized(plans[0].low_res_size, request.num_images, pipe._execution_device)
     images = {}
-    for below, plan in zip([plans[0], *plans], plans):
+    for plan in plans:
         if pipe.interrupt and images:
             break
-        added_by_callbacks = pipe._guidance_scale - below.settings.guidance_scale
-        pipe._guidance_scale = plan.settings.guidance_scale + added_by_callbacks
+        # a callback changes the guidance of the stage that runs, and no other's
+        pipe._guidance_scale = asked = plan.settings.guidance_scale
         latents = pipe.prepare_latents(plan, image, request)
         image = denoise(pipe, plan, latents, text, request.generators, callback, pipe.prepare_known(plan, request))
         images[plan.stage.resolution] = image
+        added += pipe._guidance_scale - asked
+        if pipe._guidance_scale != asked:  # for after the call: what was added, step by step, in all stages
+            pipe._guidance_scale = asked + added
     return images
 
 
@@ -73,28 +76,33 @@ def denoise(
     latents: Latents,
     text: TextStates,
     generators: Generators,
-    callback: "StepCallback",
+    callback: StepCallback,
     known: Optional[KnownPixels] = None,
 ) -> torch.Tensor:
     """The reverse process of one stage, to images `(B, C, H, W)` in [-1, 1].
 
     The sample stays in float32 whatever the network's dtype: bf16 cannot hold a low noise level beside an image.
+
+    Raises:
+        FloatingPointError: If the network, its guidance, the scheduler or a callback made values that are not finite.
     """
     scheduler = plan.scheduler
     untouched = copy.deepcopy(scheduler) if any(call.back_to is not None for call in plan.calls) else None
-    if hasattr(scheduler, "set_begin_index"):  # without it a scheduler goes by the timestep alone
-        scheduler.set_begin_index(plan.begins)
-    predict = GuidedPrediction(pipe, plan, text, latents)
+    begin_at(scheduler, plan.begins)
+    watch = FiniteWatch(plan)
+    predict = GuidedPrediction(pipe, plan, text, latents, watch)
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     step_kwargs = {"generator": generators} if takes_generator else {}
     sample = latents.sample
     if known is not None:
         sample = known.put_into(sample, plan.levels[plan.begins], generators)
+    watch.see("the noise and the image that it starts from are not", sample)
     with pipe.progress_bar(total=len(plan.calls)) as progress:
         progress.set_description(f"{plan.stage.name} {plan.stage.resolution} px")
         for call in plan.calls:
             if pipe.interrupt:
                 break
+            watch.call += 1
             timestep = scheduler.timesteps[call.index]
             output = predict(scheduler.scale_model_input(sample, timestep), timestep, call.guided)
             sample = scheduler.step(output, timestep, sample, **step_kwargs, return_dict=False)[0]
@@ -103,9 +111,13 @@ def denoise(
             if call.back_to is not None:
                 sample = add_more_noise(sample, call.level_after, plan.levels[call.back_to], generators)
                 scheduler = copy.deepcopy(untouched)  # without the history of the step that is done again
-                scheduler.set_begin_index(call.back_to)
-            sample = callback(timestep, sample, text)
+                begin_at(scheduler, call.back_to)
+            watch.see(f"the step of its {type(scheduler).__name__} overflows", sample)
+            if callback.function is not None:
+                sample = callback(timestep, sample, text)
+                watch.see("`callback_on_step_end` returned such `latents`", sample)
             progress.update()
+    watch.raise_unless_finite(text)  # before the clamp, which makes finite numbers of infinite ones
     return sample.clamp(-1, 1)
 
 
@@ -124,8 +136,10 @@ class GuidedPrediction:
     The guidance scale is read from the pipeline at every call, because a callback may change it.
     """
 
-    def __init__(self, pipe: DiffusionPipeline, plan: StagePlan, text: TextStates, latents: Latents):
-        self.pipe, self.rescale = pipe, plan.settings.guidance_rescale
+    def __init__(
+        self, pipe: DiffusionPipeline, plan: StagePlan, text: TextStates, latents: Latents, watch: FiniteWatch
+    ):
+        self.pipe, self.rescale, self.watch = pipe, plan.settings.guidance_rescale, watch
         tiles = None
         if pipe.tiling is not None and latents.low_res is not None:
             tiles = make_tiles(*plan.size, pipe.tiling, latents.sample.device)
@@ -137,15 +151,22 @@ class GuidedPrediction:
 
     def __call__(self, model_input: torch.Tensor, timestep: torch.Tensor, guided: bool) -> torch.Tensor:
         scale = self.pipe.guidance_scale
-        if not guided or scale == 1.0:
-            return self.network(model_input, timestep, "conditional")[0]
-        if self.guide is None:
-            unconditional, conditional = self.network(model_input, timestep, "both")
-        else:
+        guided = guided and scale != 1.0
+        if not guided or self.guide is not None:
             (conditional,) = self.network(model_input, timestep, "conditional")
+        else:
+            unconditional, conditional = self.network(model_input, timestep, "both")
+            self.watch.see("unet", unconditional)
+        self.watch.see("unet", conditional)
+        if not guided:
+            return conditional
+        if self.guide is not None:
             (unconditional,) = self.guide(model_input, timestep, self.guide_branch)
+            self.watch.see("guidance_unet", unconditional)
         output = classifier_free_guidance(conditional, unconditional, scale)
-        return rescale_guidance(output, conditional, self.rescale) if self.rescale > 0 else output
+        output = rescale_guidance(output, conditional, self.rescale) if self.rescale > 0 else output
+        self.watch.see(f"guidance with the scale {scale:g} and the rescale {self.rescale:g} overflows", output)
+        return output
 
 
 class BoundInputs(NamedTuple):
@@ -210,23 +231,3 @@ class BoundNetwork:
             low_res_timestep=inputs.low_res_timestep,
             return_dict=False,
         )[0].float()
-
-
-class StepCallback:
-    """Calls the user's function after every network call of every stage, counted through."""
-
-    def __init__(self, pipe: DiffusionPipeline, function: Optional[Callable], tensor_inputs: list[str]):
-        self.pipe, self.function, self.tensor_inputs = pipe, function, tensor_inputs
-        self.step = 0
-
-    def __call__(self, timestep: Any, latents: torch.Tensor, text: TextStates) -> torch.Tensor:
-        """Returns the sample, and changes the text, as the function says."""
-        if self.function is not None:
-            tensors = {}
-            for name in self.tensor_inputs:
-                tensors[name] = latents if name == "latents" else getattr(text, name)
-            changed = self.function(self.pipe, self.step, timestep, tensors) or {}
-            latents = changed.pop("latents", latents)
-            text.update(changed)
-        self.step += 1
-        return latents

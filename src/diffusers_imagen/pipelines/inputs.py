@@ -3,11 +3,14 @@
 import math
 from typing import Any, Callable, Optional, TypeVar, Union
 
+import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
+from ..schedulers.scheduling_utils import MAX_STEPS
+from ..utils.arguments import as_integer, as_number, is_integer, is_number, shown
 from .planning import StageSettings
 from .stages import STAGE_NAMES, Stage
+from .tensors import check_tensor
 from .tiling import Tiling
 
 
@@ -15,6 +18,13 @@ T = TypeVar("T")
 PerStage = Union[T, list[T], dict[str, T]]
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 MIN_NOISE_LEVEL = 0.002  # EDM's lowest noise level; its conditioning value, a logarithm, has none at zero
+# Bounds of what one call may ask for: far beyond use, and below what would run until it is killed.
+MAX_NOISE_LEVEL = 1e6
+MAX_GUIDANCE = 1e6
+MAX_IMAGES = 10_000
+MAX_PIXELS = 2**30  # of all images of a call: 1024 images of 1024 px, or one of 32768 px
+MAX_RESAMPLE_TIMES = 100
+MAX_SIDE = 2**20  # of tiles; an image has MAX_PIXELS
 
 
 # ---- one value for each stage
@@ -31,15 +41,17 @@ def per_stage(
     if isinstance(value, dict):
         missing = [stage for stage in names if stage not in value]
         if missing:
-            raise ValueError(f"`{name}` is {value!r}, which lacks the stages {missing}.")
+            raise ValueError(f"`{name}` is {shown(value)}, which lacks the stages {missing}.")
         unknown = [key for key in value if key not in STAGE_NAMES]
         if unknown:
-            raise ValueError(f"`{name}` has {unknown}, but stages are named {', '.join(STAGE_NAMES)}.")
+            raise ValueError(f"`{name}` has {shown(unknown)}, but stages are named {', '.join(STAGE_NAMES)}.")
         return [value[stage] for stage in names]
     if not isinstance(value, (list, tuple)) or is_single(value):
         return [value] * len(stages)
     if len(value) != len(stages):
-        raise ValueError(f"`{name}` has {len(value)} entries, {list(value)}, but {len(names)} stages run: {names}.")
+        raise ValueError(
+            f"`{name}` has {len(value)} entries, {shown(list(value))}, but {len(names)} stages run: {names}."
+        )
     return list(value)
 
 
@@ -50,18 +62,33 @@ def optional_per_stage(name: str, value: Any, stages: list[Stage], **kwargs) -> 
     return per_stage(name, value, stages, **kwargs)
 
 
-def levels_per_stage(name: str, value: Any, stages: list[Stage]) -> list[Optional[list[float]]]:
+def levels_per_stage(name: str, value: Any, stages: list[Stage]) -> list[Union[list[float], torch.Tensor, None]]:
     """The caller's noise levels for each stage: a list if a single stage runs, else a dict by stage name."""
-    if isinstance(value, (list, tuple, torch.Tensor)) and len(stages) > 1:
+    if isinstance(value, (list, tuple, np.ndarray, torch.Tensor)) and len(stages) > 1:
         raise ValueError(
-            f"`{name}` is {value!r}, but {len(stages)} stages run: give a dict with a list for each stage that is to "
-            f"have its own, among {[stage.name for stage in stages]}."
+            f"`{name}` is {shown(value)}, but {len(stages)} stages run: give a dict with a list for each stage that is "
+            f"to have its own, among {[stage.name for stage in stages]}."
         )
     per = optional_per_stage(name, value, stages, is_single=lambda value: True)
-    for levels in per:
-        if levels is not None and not (isinstance(levels, (list, tuple, torch.Tensor)) and len(levels) > 0):
-            raise ValueError(f"`{name}` is {levels!r}, but should be a list of numbers.")
-    return [list(levels) if isinstance(levels, tuple) else levels for levels in per]
+    return [None if levels is None else as_levels(name, levels) for levels in per]
+
+
+def as_levels(name: str, levels: Any) -> Union[list[float], torch.Tensor]:
+    """Finite numbers in a list, or as a tensor of one dimension, whose dtype may mean something to a scheduler."""
+    is_list = isinstance(levels, (list, tuple))
+    if isinstance(levels, torch.Tensor):
+        check_tensor(name, levels, "of one dimension", dtypes=None)
+    if not is_list and not (isinstance(levels, (np.ndarray, torch.Tensor)) and levels.ndim == 1):
+        raise ValueError(f"`{name}` is {shown(levels)}, but should be a list of numbers.")
+    if not 0 < len(levels) <= MAX_STEPS:
+        raise ValueError(f"`{name}` is {shown(levels)}, but should be a list of 1 to {MAX_STEPS} numbers.")
+    values = list(levels) if is_list else levels.tolist()
+    for value in values:
+        if not is_number(value) or not math.isfinite(as_number(name, value)):
+            raise ValueError(f"`{name}` is {shown(levels)}, but should be a list of numbers.")
+    if isinstance(levels, torch.Tensor):
+        return levels.detach()
+    return [int(value) if is_integer(value) else float(value) for value in values]
 
 
 def stage_settings(
@@ -75,195 +102,138 @@ def stage_settings(
     low_res_noise_level: PerStage,
 ) -> list[StageSettings]:
     """What is asked of each stage, checked."""
-    steps = per_stage("num_inference_steps", num_inference_steps, stages)
-    check_count("num_inference_steps", steps)
-    scales = per_stage("guidance_scale", guidance_scale, stages)
-    check_finite("guidance_scale", scales, minimum=0.0)
+    name = "num_inference_steps"
+    steps = [as_integer(name, value, 1, MAX_STEPS) for value in per_stage(name, num_inference_steps, stages)]
+    scales = [
+        as_guidance(stage, scale) for stage, scale in zip(stages, per_stage("guidance_scale", guidance_scale, stages))
+    ]
     intervals = optional_per_stage("guidance_interval", guidance_interval, stages, is_single=_is_pair)
     for interval in intervals:
         if interval is not None and not (_is_pair(interval) and 0 <= interval[0] <= interval[1]):
             raise ValueError(
-                f"`guidance_interval` is {interval!r}, but should be a pair of noise levels, the lower one first."
+                f"`guidance_interval` is {shown(interval)}, but should be a pair of noise levels, the lower one first."
             )
-    rescales = per_stage("guidance_rescale", guidance_rescale, stages)
-    check_finite("guidance_rescale", rescales, minimum=0.0, maximum=1.0)
+    name = "guidance_rescale"
+    rescales = [as_number(name, value, 0.0, 1.0) for value in per_stage(name, guidance_rescale, stages)]
     upscaling = [stage for stage in stages if stage.name != "base"]
-    noise_levels = per_stage("low_res_noise_level", low_res_noise_level, upscaling)
-    check_finite("low_res_noise_level", noise_levels, minimum=MIN_NOISE_LEVEL)
+    name = "low_res_noise_level"
+    noise_levels = per_stage(name, low_res_noise_level, upscaling)
+    noise_levels = [as_number(name, value, MIN_NOISE_LEVEL, MAX_NOISE_LEVEL) for value in noise_levels]
     noise_levels = [0.0] * (len(stages) - len(upscaling)) + noise_levels
     own_sigmas = levels_per_stage("sigmas", sigmas, stages)
     own_timesteps = levels_per_stage("timesteps", timesteps, stages)
     for stage, a, b in zip(stages, own_sigmas, own_timesteps):
         if a is not None and b is not None:
             raise ValueError(f"Only one of `sigmas` and `timesteps` can be given for the stage `{stage.name}`.")
-    for stage, scale in zip(stages, scales):
-        if scale != 1.0 and not stage.reads_text and stage.guidance_unet is None:
-            raise ValueError(
-                f"`guidance_scale` is {scale} for the stage `{stage.name}`, which reads no text: it should be 1."
-            )
     columns = steps, own_sigmas, own_timesteps, scales, intervals, rescales, noise_levels
     return [StageSettings(*row) for row in zip(*columns)]
 
 
+def as_guidance(stage: Stage, scale: Any) -> float:
+    """A guidance scale that a stage can have."""
+    number = as_number("guidance_scale", scale, minimum=0.0)
+    if number > MAX_GUIDANCE:
+        raise ValueError(
+            f"`guidance_scale` is {shown(scale)} for the stage `{stage.name}`, but should be at most {MAX_GUIDANCE:g}: "
+            "beyond, guided predictions are not finite."
+        )
+    if number != 1.0 and not stage.reads_text and stage.guidance_unet is None:
+        raise ValueError(
+            f"`guidance_scale` is {scale} for the stage `{stage.name}`, which reads no text: it should be 1."
+        )
+    return number
+
+
 def _is_pair(value: Any) -> bool:
     numbers = isinstance(value, (list, tuple)) and len(value) == 2
-    return numbers and all(isinstance(n, (int, float)) and not math.isnan(n) for n in value)
+    return numbers and all(is_number(n) and not math.isnan(n) for n in value)
 
 
 # ---- numbers and choices
 
 
-def check_callback(tensor_inputs: list[str], known: list[str]) -> None:
-    """Tensors that callbacks may have."""
-    unknown = set(tensor_inputs) - set(known)
-    if unknown:
-        raise ValueError(f"`callback_on_step_end_tensor_inputs` has {sorted(unknown)}, but should be among {known}.")
+def check_flag(name: str, value: Any) -> None:
+    """True or False."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"`{name}` is {shown(value)}, but should be True or False.")
 
 
-def check_count(name: str, values: list) -> None:
-    """Whole numbers from 1."""
-    for value in values:
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"`{name}` is {value!r}, but should be an integer of at least 1.")
+def check_output_type(output_type: Any) -> None:
+    """A form of images that there is."""
+    if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
+        raise ValueError(
+            f"`output_type` is {shown(output_type)}, but should be one of {', '.join(map(repr, OUTPUT_TYPES))}."
+        )
 
 
-def check_finite(name: str, values: list, minimum: float, maximum: float = math.inf) -> None:
-    """Real numbers from a minimum to a maximum."""
-    for value in values:
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not minimum <= value <= maximum or value == math.inf:
-            raise ValueError(
-                f"`{name}` is {value!r}, but should be a number of at least {minimum:g}"
-                + (f" and at most {maximum:g}." if maximum < math.inf else ".")
-            )
+def as_images_per_prompt(value: Any, num_prompts: int) -> int:
+    """Images of each prompt, not too many in all."""
+    number = as_integer("num_images_per_prompt", value, 1, MAX_IMAGES)
+    if number * num_prompts > MAX_IMAGES:
+        raise ValueError(
+            f"`num_images_per_prompt` is {number} for {num_prompts} prompts, but a call makes at most {MAX_IMAGES} images."
+        )
+    return number
 
 
-def check_tiling(tiling: Tiling, stages: list[Stage]) -> None:
+def check_pixels(num_images: int, sizes: dict[int, tuple[int, int]]) -> None:
+    """As many pixels as a call can have in all."""
+    height, width = max(sizes.values())
+    if num_images * height * width > MAX_PIXELS:
+        raise ValueError(
+            f"`height` and `width` are {height} and {width} for {num_images} images, but the images of a call have at "
+            f"most {MAX_PIXELS} pixels: ask for smaller ones, or for fewer of them."
+        )
+
+
+def check_tiling(tile_size: Any, overlap: Any, stages: list[Stage]) -> Tiling:
     """Tiles that every super-resolution network can take, and that overlap by less than a tile."""
+    tiling = Tiling(as_integer("tile_size", tile_size, 1, MAX_SIDE), as_integer("overlap", overlap, 0, MAX_SIDE))
     for stage in stages:
-        for name, value in zip(("tile_size", "overlap"), tiling):
-            stride = stage.unet.total_stride
-            lowest = stride if name == "tile_size" else 0
-            if not isinstance(value, int) or value < lowest or value % stride:
+        stride = stage.unet.total_stride
+        for name, value in zip(tiling._fields, tiling):
+            if value % stride:
                 raise ValueError(
                     f"`{name}` is {value!r}, but the network of the stage `{stage.name}` takes multiples of {stride}."
                 )
     if tiling.overlap >= tiling.tile_size:
         raise ValueError(f"`overlap` is {tiling.overlap}, but should be below `tile_size`, {tiling.tile_size}.")
-
-
-# ---- text
-
-
-def check_text(
-    stages: list[Stage],
-    tokenizer: Optional[PreTrainedTokenizerBase],
-    prompt: Union[str, list[str], None],
-    negative_prompt: Union[str, list[str], None],
-    prompt_embeds: Optional[torch.Tensor],
-    prompt_attention_mask: Optional[torch.Tensor],
-    negative_prompt_embeds: Optional[torch.Tensor],
-    negative_prompt_attention_mask: Optional[torch.Tensor],
-) -> None:
-    """There is one description of each prompt, and the networks can read it. `tokenizer` is None without encoder."""
-    texts = (
-        ("prompt", prompt, prompt_embeds, prompt_attention_mask),
-        ("negative_prompt", negative_prompt, negative_prompt_embeds, negative_prompt_attention_mask),
-    )
-    if not any(stage.reads_text for stage in stages):
-        for name, text, embeds, _ in texts:
-            if text is not None or embeds is not None:
-                raise ValueError(f"`{name}` was given, but no stage of this pipeline reads text.")
-        return
-    if (prompt is None) == (prompt_embeds is None):
-        raise ValueError(f"Exactly one of `prompt` ({prompt!r}) and `prompt_embeds` must be given.")
-    if negative_prompt is not None and negative_prompt_embeds is not None:
-        raise ValueError("Only one of `negative_prompt` and `negative_prompt_embeds` can be given.")
-    for name, text, embeds, mask in texts:
-        if text is not None:
-            check_prompt(name, text)
-            if tokenizer is None:
-                raise ValueError(f"`{name}` needs a text encoder and a tokenizer; give `{name}_embeds` instead.")
-        if embeds is not None:
-            check_embeds(name, embeds, mask, stages)
-        elif mask is not None:
-            raise ValueError(f"`{name}_attention_mask` was given without `{name}_embeds`.")
-
-    count = count_prompts(prompt, prompt_embeds)
-    if isinstance(negative_prompt, list) or negative_prompt_embeds is not None:
-        negatives = count_prompts(negative_prompt, negative_prompt_embeds)
-        if negatives != count:
-            raise ValueError(f"There are {negatives} negative prompts, but {count} prompts.")
-    if negative_prompt is not None or negative_prompt_embeds is not None:
-        lengths = [
-            tokenizer.model_max_length if embeds is None else embeds.shape[1]
-            for embeds in (prompt_embeds, negative_prompt_embeds)
-        ]
-        if lengths[0] != lengths[1]:
-            raise ValueError(f"Prompts have {lengths[0]} tokens and negative prompts {lengths[1]}: pad both alike.")
-
-
-def check_prompt(name: str, prompt: Any) -> None:
-    """A string, or a list of at least one string."""
-    if isinstance(prompt, str):
-        return
-    if not isinstance(prompt, list) or not prompt or not all(isinstance(text, str) for text in prompt):
-        raise ValueError(f"`{name}` is {prompt!r}, but should be a string or a list of strings.")
-
-
-def check_embeds(name: str, embeds: torch.Tensor, mask: Optional[torch.Tensor], stages: list[Stage]) -> None:
-    """Finite states `(prompts, tokens, width)` of the width that every network reads, and a mask of their shape."""
-    if embeds.ndim != 3 or 0 in embeds.shape:
-        raise ValueError(f"`{name}_embeds` has shape {tuple(embeds.shape)}, but should be (prompts, tokens, width).")
-    for stage in stages:
-        width = stage.unet.config.encoder_hid_dim
-        if width is not None and embeds.shape[-1] != width:
-            raise ValueError(
-                f"`{name}_embeds` has width {embeds.shape[-1]}, but the stage `{stage.name}` reads width {width}."
-            )
-    if mask is None:
-        raise ValueError(
-            f"`{name}_embeds` was given without `{name}_attention_mask`, of shape {tuple(embeds.shape[:2])}, which says "
-            "what is padding; if nothing is, give ones."
-        )
-    if mask.shape != embeds.shape[:2]:
-        raise ValueError(
-            f"`{name}_attention_mask` has shape {tuple(mask.shape)}, but should be {tuple(embeds.shape[:2])}."
-        )
-    if not embeds.isfinite().all():
-        raise ValueError(f"`{name}_embeds` has values that are not finite (NaN or infinite).")
-
-
-def count_prompts(prompt: Union[str, list[str], None], embeds: Optional[torch.Tensor]) -> int:
-    """Number of prompts that were given, as texts or as embeddings; 1 without text."""
-    if embeds is not None:
-        return len(embeds)
-    return len(prompt) if isinstance(prompt, list) else 1
+    return tiling
 
 
 # ---- noise
 
 
-def check_noise(
-    generator: Union[torch.Generator, list[torch.Generator], None],
-    latents: Optional[torch.Tensor],
-    num_images: int,
-    first: Stage,
-) -> None:
-    """There is noise for every image, and the caller's own fits the first stage."""
+def check_generator(generator: Any, num_images: int, device: torch.device) -> None:
+    """None, a generator, or one for each image, of a device that noise can be drawn on."""
+    if generator is None:
+        return
+    entries = generator if isinstance(generator, list) else [generator]
+    for entry in entries:
+        if not isinstance(entry, torch.Generator):
+            raise ValueError(
+                f"`generator` is {shown(generator)}, but should be a torch.Generator or a list of one for each image."
+            )
+        if entry.device.type not in ("cpu", device.type):
+            raise ValueError(f"`generator` is one of {entry.device}, but the pipeline runs on {device}.")
+    if len({entry.device.type for entry in entries}) > 1:
+        raise ValueError("`generator` has generators of several devices, but all should be of one.")
     if isinstance(generator, list) and len(generator) != num_images:
         raise ValueError(f"`generator` has {len(generator)} entries, but {num_images} images are to be made.")
+
+
+def check_latents(latents: Any, num_images: int, first: Stage) -> None:
+    """The caller's own noise fits the first stage."""
     if latents is None:
         return
     stride, channels = first.unet.total_stride, first.unet.config.in_channels
+    form = f"({num_images}, {channels}, height, width)"
+    check_tensor("latents", latents, f"of shape {form}")
     fits = latents.ndim == 4 and latents.shape[:2] == (num_images, channels)
     if not fits or any(side % stride or not side for side in latents.shape[2:]):
         raise ValueError(
-            f"`latents` has shape {tuple(latents.shape)}, but should be ({num_images}, {channels}, height, width) "
-            f"with multiples of {stride}."
+            f"`latents` has shape {tuple(latents.shape)}, but should be {form} with multiples of {stride}."
         )
-    if not latents.isfinite().all():
-        raise ValueError("`latents` has values that are not finite (NaN or infinite).")
 
 
 def per_image_generators(

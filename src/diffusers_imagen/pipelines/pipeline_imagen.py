@@ -134,7 +134,8 @@ class ImagenPipeline(ImagenPipelineMixin, ModelCardMixin, DiffusionPipeline, Ima
             return_dict (`bool`, defaults to `True`): An [`ImagenPipelineOutput`], or a tuple.
             callback_on_step_end (`Callable`, *optional*):
                 Called as `callback(pipe, step, timestep, tensors)` after every network call.
-            callback_on_step_end_tensor_inputs (`list[str]`): Tensors it takes and may return changed.
+            callback_on_step_end_tensor_inputs (`list[str]`):
+                Tensors it takes and may return changed; diffusers' `PipelineCallback` names its own.
             cross_attention_kwargs (`dict`, *optional*): `{"scale": 0.5}` weighs the LoRA adapters of this call.
 
         Examples:
@@ -144,6 +145,7 @@ class ImagenPipeline(ImagenPipelineMixin, ModelCardMixin, DiffusionPipeline, Ima
 
         Raises:
             ValueError: If an argument does not fit, before any network runs.
+            FloatingPointError: If a stage makes values that are not finite; names the stage and the likely cause.
         """
         if image is not None and mask_image is None and strength is None:
             strength = DEFAULT_STRENGTH
@@ -180,8 +182,10 @@ class ImagenPipeline(ImagenPipelineMixin, ModelCardMixin, DiffusionPipeline, Ima
             generator,
             latents,
             output_type,
+            return_dict,
+            callback_on_step_end,
             callback_on_step_end_tensor_inputs,
         )
         states = self.encode_texts(texts, num_images_per_prompt)
-        images = run_stages(self, request, states, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        images = run_stages(self, request, states)
         return self.postprocess(images, output_type, return_dict)

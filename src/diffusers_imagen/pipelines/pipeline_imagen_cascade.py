@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..loaders import ImagenLoraLoaderMixin, with_lora_scale
 from ..model_card import ModelCardMixin
+from ..utils.arguments import is_integer, shown
 from . import inputs
 from .denoising import run_stages
 from .images import ImageInput
@@ -241,7 +242,8 @@ class ImagenCascadePipeline(ImagenPipelineMixin, ModelCardMixin, DiffusionPipeli
             return_dict (`bool`, defaults to `True`): An [`ImagenPipelineOutput`], or a tuple.
             callback_on_step_end (`Callable`, *optional*):
                 Called as `callback(pipe, step, timestep, tensors)` after every network call, counted over all stages.
-            callback_on_step_end_tensor_inputs (`list[str]`): Tensors it takes and may return changed.
+            callback_on_step_end_tensor_inputs (`list[str]`):
+                Tensors it takes and may return changed; diffusers' `PipelineCallback` names its own.
             cross_attention_kwargs (`dict`, *optional*): `{"scale": 0.5}` weighs the LoRA adapters of this call.
 
         Examples:
@@ -251,6 +253,7 @@ class ImagenCascadePipeline(ImagenPipelineMixin, ModelCardMixin, DiffusionPipeli
 
         Raises:
             ValueError: If an argument does not fit, before any network runs.
+            FloatingPointError: If a stage makes values that are not finite; names the stage and the likely cause.
         """
         # 1. Check everything and lay out every network call, before any network runs
         upscales = image is not None and mask_image is None and strength is None
@@ -288,6 +291,8 @@ class ImagenCascadePipeline(ImagenPipelineMixin, ModelCardMixin, DiffusionPipeli
             generator,
             latents,
             output_type,
+            return_dict,
+            callback_on_step_end,
             callback_on_step_end_tensor_inputs,
         )
 
@@ -295,7 +300,7 @@ class ImagenCascadePipeline(ImagenPipelineMixin, ModelCardMixin, DiffusionPipeli
         states = self.encode_texts(texts, num_images_per_prompt)
 
         # 3. Base stage, then each super-resolution stage on what the one before it made: (B, 3, 64, 64), ...
-        images = run_stages(self, request, states, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        images = run_stages(self, request, states)
 
         # 4. Pixels in [-1, 1] to what was asked for
         return self.postprocess(images, output_type, return_dict)
@@ -315,8 +320,8 @@ class ImagenCascadePipeline(ImagenPipelineMixin, ModelCardMixin, DiffusionPipeli
             )
         if output_resolution is None:
             return stages
-        if output_resolution not in resolutions:
+        if not is_integer(output_resolution) or output_resolution not in resolutions:
             raise ValueError(
-                f"`output_resolution` is {output_resolution!r}, but the stages of this cascade end at {resolutions}."
+                f"`output_resolution` is {shown(output_resolution)}, but the stages of this cascade end at {resolutions}."
             )
         return stages[: resolutions.index(output_resolution) + 1]

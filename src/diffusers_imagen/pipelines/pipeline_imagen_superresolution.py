@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..loaders import ImagenLoraLoaderMixin, with_lora_scale
 from ..model_card import ModelCardMixin
+from ..utils.arguments import as_integer
 from . import inputs
 from .denoising import run_stages
 from .images import ImageInput
@@ -65,7 +66,7 @@ class ImagenSuperResolutionPipeline(ImagenPipelineMixin, ModelCardMixin, Diffusi
     def low_resolution(self) -> int:
         """Side of the images that the network was trained to enlarge, in pixels."""
         sample_size, factor = self.unet.config.sample_size, self.config.scale_factor
-        inputs.check_count("scale_factor", [factor])
+        as_integer("scale_factor", factor)
         if sample_size % factor:
             raise ValueError(f"`scale_factor` is {factor}, which does not divide the network's {sample_size} px.")
         return sample_size // factor
@@ -137,7 +138,8 @@ class ImagenSuperResolutionPipeline(ImagenPipelineMixin, ModelCardMixin, Diffusi
             return_dict (`bool`, defaults to `True`): An [`ImagenPipelineOutput`], or a tuple.
             callback_on_step_end (`Callable`, *optional*):
                 Called as `callback(pipe, step, timestep, tensors)` after every network call.
-            callback_on_step_end_tensor_inputs (`list[str]`): Tensors it takes and may return changed.
+            callback_on_step_end_tensor_inputs (`list[str]`):
+                Tensors it takes and may return changed; diffusers' `PipelineCallback` names its own.
             cross_attention_kwargs (`dict`, *optional*): `{"scale": 0.5}` weighs the LoRA adapters of this call.
 
         Examples:
@@ -147,6 +149,7 @@ class ImagenSuperResolutionPipeline(ImagenPipelineMixin, ModelCardMixin, Diffusi
 
         Raises:
             ValueError: If an argument does not fit, before any network runs.
+            FloatingPointError: If a stage makes values that are not finite; names the stage and the likely cause.
         """
         if image is None:
             raise ValueError("`image` is None, but should be the image to enlarge.")
@@ -183,10 +186,12 @@ class ImagenSuperResolutionPipeline(ImagenPipelineMixin, ModelCardMixin, Diffusi
             generator,
             latents,
             output_type,
+            return_dict,
+            callback_on_step_end,
             callback_on_step_end_tensor_inputs,
         )
         states = self.encode_texts(texts, num_images_per_prompt)
-        images = run_stages(self, request, states, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        images = run_stages(self, request, states)
         return self.postprocess(images, output_type, return_dict)
 
     def stage_sizes(self, stages, low_resolution, given, latents, height, width) -> dict[int, Size]:

@@ -1,14 +1,16 @@
 """What the pipelines share besides the reverse process: checks of a call, the start of a stage, tiles and slices."""
 
-from typing import Any, Optional, Union
+from typing import Any, Callable, Optional, Union
 
 import torch
 import torch.nn.functional as F
 from diffusers.utils.torch_utils import randn_tensor
+from transformers import PreTrainedTokenizerBase
 
 from ..diffusion.augmentation import augment_low_res
-from ..models.unet_base import check_choice
-from . import inputs, text
+from ..utils.arguments import as_integer, as_number
+from . import inputs, text, text_inputs
+from .callbacks import check_callback
 from .denoising import KnownPixels, Latents
 from .images import GivenImages, ImageInput, read_given, warn_of_stretching
 from .pipeline_output import ImagenPipelineOutput
@@ -66,9 +68,7 @@ class ImagenPipelineMixin:
         Raises:
             ValueError: If a network cannot take such tiles, or they do not advance.
         """
-        tiling = Tiling(tile_size, overlap)
-        inputs.check_tiling(tiling, [stage for stage in self.stages if stage.name != "base"])
-        self.tiling = tiling
+        self.tiling = inputs.check_tiling(tile_size, overlap, [stage for stage in self.stages if stage.name != "base"])
 
     def disable_tiling(self) -> None:
         """Runs super-resolution networks on whole images again."""
@@ -83,8 +83,7 @@ class ImagenPipelineMixin:
         Args:
             slice_size (`int`, defaults to 1): Images a call; with guidance a call has twice as many samples.
         """
-        inputs.check_count("slice_size", [slice_size])
-        self.slice_size = slice_size
+        self.slice_size = as_integer("slice_size", slice_size)
 
     def disable_slicing(self) -> None:
         """Runs networks on the whole batch again."""
@@ -127,6 +126,8 @@ class ImagenPipelineMixin:
         generator: Union[torch.Generator, list[torch.Generator], None],
         latents: Optional[torch.Tensor],
         output_type: str,
+        return_dict: bool,
+        callback_on_step_end: Optional[Callable],
         callback_on_step_end_tensor_inputs: list[str],
     ) -> Request:
         """
@@ -143,32 +144,35 @@ class ImagenPipelineMixin:
         Raises:
             ValueError: If anything does not fit.
         """
-        check_choice("output_type", output_type, inputs.OUTPUT_TYPES)
-        inputs.check_count("num_images_per_prompt", [num_images_per_prompt])
-        inputs.check_count("num_resample_times", [num_resample_times])
-        inputs.check_callback(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
-        tokenizer = self.tokenizer if self.text_encoder is not None else None
-        inputs.check_text(stages, tokenizer, **texts)
+        inputs.check_output_type(output_type)
+        inputs.check_flag("return_dict", return_dict)
+        times = as_integer("num_resample_times", num_resample_times, 1, inputs.MAX_RESAMPLE_TIMES)
+        callback = check_callback(
+            callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
+        )
+        text_inputs.check_text(stages, self.usable_tokenizer(), **texts)
         check_stages(stages, self.text_encoder)
-        num_prompts = inputs.count_prompts(texts["prompt"], texts["prompt_embeds"])
-        num_images = num_prompts * num_images_per_prompt
-        inputs.check_noise(generator, latents, num_images, stages[0])
+        num_prompts = text_inputs.count_prompts(texts["prompt"], texts["prompt_embeds"])
+        num_images = num_prompts * inputs.as_images_per_prompt(num_images_per_prompt, num_prompts)
+        inputs.check_generator(generator, num_images, self._execution_device)
+        inputs.check_latents(latents, num_images, stages[0])
 
         for name, value in (("mask_image", mask_image), ("strength", strength)):
             if value is not None and image is None:
                 raise ValueError(f"`{name}` was given without `image`.")
         if strength is not None:
-            inputs.check_finite("strength", [strength], minimum=0.0, maximum=1.0)
+            strength = as_number("strength", strength, 0.0, 1.0)
         given = None if image is None else read_given(image, mask_image, num_prompts)
         sizes = self.stage_sizes(stages, low_resolution, given, latents, height, width)
+        inputs.check_pixels(num_images, sizes)
         if given is not None:
             first, last = (sizes[low_resolution or stages[0].resolution], sizes[stages[-1].resolution])
             warn_of_stretching(given, first, last)
         strength = 1.0 if strength is None else strength
-        times = num_resample_times if mask_image is not None else 1
+        times = times if mask_image is not None else 1
         plans = plan_stages(stages, settings, sizes, low_resolution, strength, times, self._execution_device)
         generators = inputs.per_image_generators(generator, num_images)
-        return Request(plans, num_images, generators, latents, given, starts_from_image=strength < 1)
+        return Request(plans, num_images, generators, latents, given, strength < 1, callback)
 
     def stage_sizes(
         self,
@@ -209,7 +213,22 @@ class ImagenPipelineMixin:
         Returns:
             `prompt_embeds` `(images, tokens, width)`, `prompt_attention_mask` `(images, tokens)`,
             `negative_prompt_embeds`, `negative_prompt_attention_mask`.
+
+        Raises:
+            ValueError: If an argument does not fit, or the encoder's states are not finite.
         """
+        texts = (
+            prompt,
+            negative_prompt,
+            prompt_embeds,
+            prompt_attention_mask,
+            negative_prompt_embeds,
+            negative_prompt_attention_mask,
+        )
+        if any(value is not None for value in texts):  # networks without text need none
+            text_inputs.check_text(None, self.usable_tokenizer(), *texts)
+        num_prompts = text_inputs.count_prompts(prompt, prompt_embeds)
+        num_images_per_prompt = inputs.as_images_per_prompt(num_images_per_prompt, num_prompts)
         prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask = (
             text.encode_prompt(
                 self,
@@ -223,6 +242,10 @@ class ImagenPipelineMixin:
             )
         )
         return prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask
+
+    def usable_tokenizer(self) -> Optional[PreTrainedTokenizerBase]:
+        """The tokenizer, if there is an encoder to read its tokens."""
+        return self.tokenizer if self.text_encoder is not None else None
 
     def encode_texts(self, texts: dict[str, Any], num_images_per_prompt: int) -> TextStates:
         """The text of all images; see `encode_prompt`."""

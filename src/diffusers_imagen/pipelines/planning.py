@@ -11,31 +11,15 @@ from typing import NamedTuple, Optional
 import torch
 from diffusers import SchedulerMixin
 
+from ..utils.arguments import is_integer, shown
+from .callbacks import Callback
 from .images import GivenImages
+from .schedules import NoiseLevel, StageSettings, check_drives, set_schedule, step_levels
 from .stages import Stage
 
 
 Size = tuple[int, int]  # height, width
 Generators = Optional[list[torch.Generator]]
-
-
-class StageSettings(NamedTuple):
-    """What the caller asks of one stage; see the pipelines' arguments of the same names."""
-
-    num_inference_steps: int
-    sigmas: Optional[list[float]]
-    timesteps: Optional[list[float]]
-    guidance_scale: float
-    guidance_interval: Optional[tuple[float, float]]
-    guidance_rescale: float
-    low_res_noise_level: float
-
-
-class NoiseLevel(NamedTuple):
-    """A sample of this level is `signal * x_0 + noise * unit noise`."""
-
-    signal: float
-    noise: float
 
 
 CLEAN = NoiseLevel(1.0, 0.0)
@@ -76,6 +60,7 @@ class Request(NamedTuple):
     noise: Optional[torch.Tensor]  # the caller's own, of the first stage
     given: Optional[GivenImages]  # what super-resolution starts from, or what is changed or painted anew
     starts_from_image: bool  # the base stage begins with the image under noise
+    callback: Callback
 
 
 def plan_stages(
@@ -90,14 +75,16 @@ def plan_stages(
     """Plans of all stages; `strength` and `num_resample_times` are for a base stage.
 
     Raises:
-        ValueError: for noise levels that a scheduler refuses, or a guidance interval for one that publishes none.
+        ValueError: for noise levels that a scheduler refuses, a scheduler that cannot drive a stage, or a guidance
+            interval for one that publishes no noise levels.
     """
     plans, taken = [], set()
     for stage, wanted in zip(stages, settings):
         # two stages may have been given one scheduler, which holds one schedule at a time
         scheduler = copy.deepcopy(stage.scheduler) if id(stage.scheduler) in taken else stage.scheduler
         taken.add(id(scheduler))
-        set_schedule(scheduler, wanted, device)
+        check_drives(scheduler, stage, wanted)
+        set_schedule(scheduler, stage.name, wanted, device)
         levels = step_levels(scheduler)
         is_base = stage.name == "base"
         first = first_step(stage.name, len(levels), strength) if is_base else 0
@@ -106,28 +93,6 @@ def plan_stages(
         plans.append(StagePlan(stage, scheduler, wanted, sizes[stage.resolution], low_res_size, calls, levels))
         low_resolution = stage.resolution
     return plans
-
-
-def set_schedule(scheduler: SchedulerMixin, settings: StageSettings, device: torch.device) -> None:
-    """Lays out the scheduler's timesteps: the caller's own, or so many steps."""
-    own = {name: getattr(settings, name) for name in ("sigmas", "timesteps")}
-    own = {name: value for name, value in own.items() if value is not None}
-    if own:
-        scheduler.set_timesteps(device=device, **own)
-    else:
-        scheduler.set_timesteps(settings.num_inference_steps, device=device)
-
-
-def step_levels(scheduler: SchedulerMixin) -> dict[int, NoiseLevel]:
-    """The noise level at the start of each step, by the index of the step's first call."""
-    unit = torch.eye(2)
-    levels = {}
-    for index in range(0, len(scheduler.timesteps), scheduler.order):
-        timesteps = scheduler.timesteps[index].cpu().expand(2)
-        # signal and noise alone, as the scheduler mixes them
-        mixed = scheduler.add_noise(unit[0][:, None], unit[1][:, None], timesteps).flatten().tolist()
-        levels[index] = NoiseLevel(*mixed)
-    return levels
 
 
 def first_step(name: str, num_steps: int, strength: float) -> int:
@@ -191,11 +156,12 @@ def plan_sizes(
         strides[low_resolution] = 1
     multiple = next(n for n in itertools.count(1) if _fits(n, strides, last))
     for name, side in (("height", height), ("width", width)):
-        if not isinstance(side, int) or isinstance(side, bool) or side < 1 or side % multiple:
+        if not is_integer(side) or side < 1 or side % multiple:
             raise ValueError(
-                f"`{name}` is {side!r}, but the networks of this pipeline take multiples of {multiple} only, in pixels "
+                f"`{name}` is {shown(side)}, but the networks of this pipeline take multiples of {multiple} only, in pixels "
                 "of the last image."
             )
+    height, width = int(height), int(width)
     return {resolution: (height * resolution // last, width * resolution // last) for resolution in strides}
 
 

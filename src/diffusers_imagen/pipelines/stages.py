@@ -9,6 +9,7 @@ import diffusers
 from diffusers import AutoModel, DiffusionPipeline, SchedulerMixin
 from diffusers import __version__ as diffusers_version
 from diffusers.utils import logging
+from diffusers.utils.torch_utils import unwrap_module
 from huggingface_hub import file_exists
 from transformers import AutoModelForTextEncoding, AutoTokenizer, PreTrainedModel
 
@@ -47,6 +48,11 @@ class Stage(NamedTuple):
         return self.unet.config.sample_size
 
     @property
+    def unets(self) -> list[UNet]:
+        """Its network, and the weaker one that guides it if there is one; compiled ones as they were before."""
+        return [unwrap_module(unet) for unet in (self.unet, self.guidance_unet) if unet is not None]
+
+    @property
     def reads_text(self) -> bool:
         """Whether the network is conditioned on text."""
         return self.unet.config.encoder_hid_dim is not None
@@ -65,7 +71,7 @@ def check_stages(stages: list[Stage], text_encoder: Optional[PreTrainedModel]) -
                 + ("it is one for super-resolution." if is_base else "it is one for a base stage.")
             )
         check_text_width(stage, text_encoder)
-        for unet in filter(None, (stage.unet, stage.guidance_unet)):
+        for unet in stage.unets:
             check_loaded(stage.name, unet)
         if stage.guidance_unet is not None and stage.guidance_unet.config.low_res_conditioning != takes_image:
             raise ValueError(f"The guidance network of the stage `{stage.name}` is one for another kind of stage.")
@@ -80,11 +86,11 @@ def check_stages(stages: list[Stage], text_encoder: Optional[PreTrainedModel]) -
 def check_text_width(stage: Stage, text_encoder: Optional[PreTrainedModel]) -> None:
     """Raises ValueError unless the network reads states as wide as the text encoder's."""
     width = getattr(getattr(text_encoder, "config", None), "hidden_size", None)
-    for unet in filter(None, (stage.unet, stage.guidance_unet)):
+    for unet in stage.unets:
         expected = unet.config.encoder_hid_dim
         if width is not None and expected not in (None, width):
             raise ValueError(
-                f"The text encoder, a {type(text_encoder).__name__}, has states of width {width}, but a network of "
+                f"The text encoder, a {type(unwrap_module(text_encoder)).__name__}, has states of width {width}, but a network of "
                 f"the stage `{stage.name}` reads width {expected}: use the encoder that it was trained with."
             )
 
@@ -111,8 +117,9 @@ def check_loaded(name: str, unet: UNet) -> None:
 def refuse_untrained(stages: list[Stage]) -> None:
     """Raises ValueError for loaded networks that were never trained."""
     for stage in stages:
-        if was_loaded(stage.unet) and is_untrained(stage.unet):
-            raise ValueError(UNTRAINED.format(name=stage.name, path=stage.unet.config._name_or_path))
+        unet = unwrap_module(stage.unet)
+        if was_loaded(unet) and is_untrained(unet):
+            raise ValueError(UNTRAINED.format(name=stage.name, path=unet.config._name_or_path))
 
 
 def missing_weights(unet: UNet) -> list[str]:
@@ -153,7 +160,9 @@ def load_stage(source: StageSource, **kwargs) -> dict[str, Any]:
     else:
         components = {}
     unet, scheduler = components.get("unet"), components.get("scheduler")
-    if not isinstance(unet, (ImagenUNetModel, EfficientUNetModel)) or not isinstance(scheduler, SchedulerMixin):
+    if not isinstance(unwrap_module(unet), (ImagenUNetModel, EfficientUNetModel)) or not isinstance(
+        scheduler, SchedulerMixin
+    ):
         raise ValueError(
             f"A stage is {source!r}, but should be a folder, a Hub id, a single-stage pipeline, or a network and its "
             "scheduler."

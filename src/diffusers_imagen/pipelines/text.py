@@ -10,7 +10,9 @@ from diffusers.utils import logging
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.embeddings import TextConditioning
+from ..utils.arguments import shown
 from .stages import UNet
+from .tensors import find_not_finite
 
 
 logger = logging.get_logger(__name__)
@@ -103,9 +105,10 @@ def encode_prompts(
     parts = [encode_text(tokenizer, text_encoder, prompts[i : i + size]) for i in range(0, len(prompts), size)]
     states, mask = (torch.cat(tensors) for tensors in zip(*parts))
     if not states.isfinite().all():
+        weight = find_not_finite(text_encoder)
         raise ValueError(
             f"`text_encoder` in {text_encoder.dtype} makes states that are not finite: load it in torch.bfloat16 or "
-            "torch.float32."
+            "torch.float32" + ("." if weight is None else f", complete; its weight `{weight}` is not finite.")
         )
     return states, mask
 
@@ -167,5 +170,5 @@ def warn_of_cut(tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_leng
         room = max_length - tokenizer.num_special_tokens_to_add()
         if len(ids) > room:
             logger.warning(
-                f"The prompt {prompt!r} is cut to {max_length} tokens: {tokenizer.decode(ids[room:])!r} is lost."
+                f"The prompt {shown(prompt)} is cut to {max_length} tokens: {shown(tokenizer.decode(ids[room:]))} is lost."
             )

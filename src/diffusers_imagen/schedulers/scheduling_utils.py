@@ -16,6 +16,9 @@ from ..diffusion.thresholding import check_dynamic_threshold, dynamic_threshold,
 NetworkPreconditioning = Literal["edm", "variance_preserving"]
 
 NO_BETAS = "none: EDM noise levels"
+# bounds far beyond use, and below what would run until it is killed
+MAX_STEPS = 10_000
+MAX_TRAIN_TIMESTEPS = 1_000_000
 
 PREDICTION_TYPES = {
     "edm": ("epsilon", "v_prediction"),

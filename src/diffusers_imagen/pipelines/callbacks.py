@@ -1,0 +1,101 @@
+"""What a caller has called after every call of a network, and what it may change."""
+
+from collections.abc import Mapping
+from typing import Any, Callable, NamedTuple, Optional
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+
+from ..utils.arguments import is_number, shown
+from .text import TEXT_TENSORS, TextStates
+
+
+class Callback(NamedTuple):
+    """A function of the caller, and the names of the tensors that it takes."""
+
+    function: Optional[Callable]
+    tensor_inputs: list[str]
+
+
+def check_callback(function: Any, tensor_inputs: Any, known: list[str]) -> Callback:
+    """The caller's callback; diffusers' own classes of callbacks name the tensors that they take.
+
+    Raises:
+        ValueError: If it cannot be called, or takes tensors that there are not.
+    """
+    if function is not None and not callable(function):
+        raise ValueError(
+            f"`callback_on_step_end` is {shown(function)}, but should be called as callback(pipe, step, timestep, "
+            "tensors)."
+        )
+    name = "callback_on_step_end_tensor_inputs"
+    if isinstance(function, (PipelineCallback, MultiPipelineCallbacks)):
+        name = "tensor_inputs` of `callback_on_step_end"
+        try:
+            tensor_inputs = function.tensor_inputs
+        except (NotImplementedError, AttributeError, TypeError) as error:
+            raise ValueError(
+                f"`callback_on_step_end` is a {type(function).__name__} without `tensor_inputs`: {error}"
+            ) from error
+    if not isinstance(tensor_inputs, (list, tuple)) or not all(isinstance(item, str) for item in tensor_inputs):
+        raise ValueError(f"`{name}` is {shown(tensor_inputs)}, but should be a list of names among {known}.")
+    unknown = set(tensor_inputs) - set(known)
+    if unknown:
+        raise ValueError(f"`{name}` has {shown(sorted(unknown))}, but should be among {known}.")
+    return Callback(function, list(dict.fromkeys(tensor_inputs)))
+
+
+class StepCallback:
+    """Calls the user's function after every network call of every stage, counted through.
+
+    Raises:
+        ValueError: If the function returns what cannot take the place of what it was given.
+    """
+
+    def __init__(self, pipe: DiffusionPipeline, callback: Callback):
+        self.pipe, self.function, self.tensor_inputs = pipe, callback.function, callback.tensor_inputs
+        self.step = 0
+
+    def __call__(self, timestep: Any, latents: torch.Tensor, text: TextStates) -> torch.Tensor:
+        """Returns the sample, and changes the text and the guidance, as the function says."""
+        if self.function is not None:
+            tensors = {}
+            for name in self.tensor_inputs:
+                tensors[name] = latents if name == "latents" else getattr(text, name)
+            given = {"latents": latents, **{name: getattr(text, name) for name in TEXT_TENSORS}}
+            changed = self._read(self.function(self.pipe, self.step, timestep, tensors), given)
+            latents = changed.pop("latents", latents)
+            text.update(changed)
+            self._read_guidance()
+        self.step += 1
+        return latents
+
+    def _read(self, returned: Any, given: dict[str, Optional[torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """What the function returned, in place of the tensors of the same names."""
+        if returned is None:
+            return {}
+        if not isinstance(returned, Mapping):
+            raise ValueError(
+                f"`callback_on_step_end` returned {shown(returned)}, but should return a dict of tensors."
+            )
+        return {name: _in_place_of(given[name], name, tensor) for name, tensor in returned.items() if name in given}
+
+    def _read_guidance(self) -> None:
+        """The scale that the function may have set."""
+        scale = self.pipe._guidance_scale
+        if not is_number(scale):
+            raise ValueError(f"`callback_on_step_end` set `_guidance_scale` to {shown(scale)}, which is no number.")
+        if scale == 0 and isinstance(self.function, (PipelineCallback, MultiPipelineCallbacks)):
+            self.pipe._guidance_scale = 1.0  # with 0 diffusers' callbacks turn guidance off, which here is 1
+
+
+def _in_place_of(given: Optional[torch.Tensor], name: str, tensor: Any) -> Optional[torch.Tensor]:
+    """A tensor that a callback returned, on the device of the one before; one that is the same stays the same object."""
+    if tensor is given:
+        return given
+    expected = "None" if given is None else f"a tensor of shape {tuple(given.shape)}"
+    fits = isinstance(tensor, torch.Tensor) and not tensor.is_meta and given is not None
+    if not fits or tensor.shape != given.shape or tensor.is_complex():
+        raise ValueError(f"`callback_on_step_end` returned `{name}` as {shown(tensor)}, but should return {expected}.")
+    return tensor.to(given.device, given.dtype)

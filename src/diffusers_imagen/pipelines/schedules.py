@@ -1,0 +1,115 @@
+"""The noise levels of a stage: what is asked of its scheduler, and whether the scheduler can do it."""
+
+import copy
+import inspect
+from typing import NamedTuple, Optional, Union
+
+import torch
+from diffusers import EDMEulerScheduler, SchedulerMixin
+
+from ..schedulers.scheduling_utils import ImagenSchedulerMixin
+from ..utils.arguments import shown
+from .stages import Stage
+
+
+Levels = Union[list[float], torch.Tensor, None]
+
+
+class StageSettings(NamedTuple):
+    """What the caller asks of one stage; see the pipelines' arguments of the same names."""
+
+    num_inference_steps: int
+    sigmas: Levels
+    timesteps: Levels
+    guidance_scale: float
+    guidance_interval: Optional[tuple[float, float]]
+    guidance_rescale: float
+    low_res_noise_level: float
+
+
+class NoiseLevel(NamedTuple):
+    """A sample of this level is `signal * x_0 + noise * unit noise`."""
+
+    signal: float
+    noise: float
+
+
+def set_schedule(scheduler: SchedulerMixin, name: str, settings: StageSettings, device: torch.device) -> None:
+    """Lays out the timesteps of the scheduler of the stage `name`: the caller's own, or so many steps.
+
+    Raises:
+        ValueError: for noise levels of the caller that the scheduler does not take.
+    """
+    own = {key: getattr(settings, key) for key in ("sigmas", "timesteps")}
+    own = {key: value for key, value in own.items() if value is not None}
+    if not own:
+        scheduler.set_timesteps(settings.num_inference_steps, device=device)
+        return
+    (key, asked), kind = *own.items(), type(scheduler).__name__
+    # diffusers' EDM scheduler takes places between its own bounds under the name of sigmas
+    if key not in inspect.signature(scheduler.set_timesteps).parameters or isinstance(scheduler, EDMEulerScheduler):
+        raise ValueError(
+            f"`{key}` was given for the stage `{name}`, but its {kind} takes no `{key}` of the caller: give "
+            "`num_inference_steps`, or another scheduler, such as EDMAdamsScheduler."
+        )
+    scheduler.set_timesteps(device=device, **own)
+    published = torch.as_tensor(getattr(scheduler, key)).cpu().double()
+    for value in torch.as_tensor(asked).tolist():
+        if not isinstance(scheduler, ImagenSchedulerMixin) and not (published - value).abs().min() <= 1e-3 * abs(
+            value
+        ):
+            raise ValueError(
+                f"`{key}` is {shown(asked)} for the stage `{name}`, but its {kind} makes {shown(published.tolist())} of it."
+            )
+
+
+def begin_at(scheduler: SchedulerMixin, index: int) -> None:
+    """Starts at a step of the schedule; a scheduler that has no index goes by the timestep alone."""
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(index)
+
+
+def step_levels(scheduler: SchedulerMixin) -> dict[int, NoiseLevel]:
+    """The noise level at the start of each step, by the index of the step's first call."""
+    unit = torch.eye(2)
+    levels = {}
+    for index in range(0, len(scheduler.timesteps), scheduler.order):
+        timesteps = scheduler.timesteps[index].cpu().expand(2)
+        # signal and noise alone, as the scheduler mixes them
+        mixed = scheduler.add_noise(unit[0][:, None], unit[1][:, None], timesteps).flatten().tolist()
+        levels[index] = NoiseLevel(*mixed)
+    return levels
+
+
+def check_drives(scheduler: SchedulerMixin, stage: Stage, settings: StageSettings) -> None:
+    """Walks through the schedule with a copy of a scheduler that is not of this package, without the network.
+
+    Raises:
+        ValueError: for one that does not follow the calls of diffusers' schedulers, or fails on the way.
+    """
+    if isinstance(scheduler, ImagenSchedulerMixin):
+        return
+    try:
+        walk = copy.deepcopy(scheduler)
+        with torch.random.fork_rng(devices=[]):  # some draw noise
+            set_schedule(walk, stage.name, settings, torch.device("cpu"))
+            if not step_levels(walk):
+                raise ValueError("its schedule is empty")
+            _walk_through(walk, stage.unet.config.in_channels)
+    except Exception as error:
+        if isinstance(error, ValueError) and stage.name in str(error):
+            raise
+        raise ValueError(
+            f"The scheduler of the stage `{stage.name}`, a {type(scheduler).__name__}, cannot drive it: {error}"
+        ) from error
+
+
+def _walk_through(scheduler: SchedulerMixin, channels: int) -> None:
+    """The loop of a stage on a tiny image, for a network that predicts zeros."""
+    begin_at(scheduler, 0)
+    sample = torch.zeros(1, channels, 8, 8) * scheduler.init_noise_sigma
+    for timestep in scheduler.timesteps:
+        output = torch.zeros_like(scheduler.scale_model_input(sample, timestep))
+        sample = scheduler.step(output, timestep, sample, return_dict=False)[0]
+    if not isinstance(sample, torch.Tensor) or sample.shape != (1, channels, 8, 8):
+        raise ValueError(f"its steps lead to {shown(sample)}")

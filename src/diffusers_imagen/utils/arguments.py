@@ -1,0 +1,66 @@
+"""Checks of single numbers that a caller gives, and how a wrong value is shown in a message."""
+
+import math
+import numbers
+from typing import Any, Optional
+
+
+SHOWN_CHARACTERS = 120
+
+
+def shown(value: Any) -> str:
+    """A value for a message: short, however large the value is, and for any object."""
+    shape = getattr(value, "shape", None)
+    if isinstance(shape, tuple) and shape:
+        return f"a {type(value).__name__} of shape {tuple(shape)}"
+    if isinstance(value, (str, bytes)):
+        value = value[: SHOWN_CHARACTERS + 1]
+    try:
+        text = repr(value)
+    except Exception:  # Python prints no integer of more than 4300 digits, and a class may do anything
+        return f"a {type(value).__name__}"
+    return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "..."
+
+
+def is_integer(value: Any) -> bool:
+    """Whether a value is a whole number of Python's or NumPy's kinds, and no boolean."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a real number of Python's or NumPy's kinds, and no boolean; NaN and infinity are."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def as_integer(name: str, value: Any, minimum: int = 1, maximum: Optional[int] = None) -> int:
+    """A whole number as an `int`.
+
+    Raises:
+        ValueError: If it is none, or not between the bounds; names the argument.
+    """
+    if not is_integer(value) or value < minimum or (maximum is not None and value > maximum):
+        upper = "" if maximum is None else f" and at most {maximum}"
+        raise ValueError(f"`{name}` is {shown(value)}, but should be an integer of at least {minimum}{upper}.")
+    return int(value)
+
+
+def as_number(name: str, value: Any, minimum: float = -math.inf, maximum: float = math.inf) -> float:
+    """A finite number as a `float`.
+
+    Raises:
+        ValueError: If it is none, or not between the bounds; names the argument.
+    """
+    # NaN lies between no bounds, and 1e309 of an integer in no float
+    if not is_number(value) or not minimum <= value <= maximum or not math.isfinite(_as_float(value)):
+        bounds = [f"of at least {minimum:g}"] * (minimum > -math.inf) + [f"at most {maximum:g}"] * (maximum < math.inf)
+        raise ValueError(
+            f"`{name}` is {shown(value)}, but should be a finite number{' ' * bool(bounds)}{' and '.join(bounds)}."
+        )
+    return float(value)
+
+
+def _as_float(value: numbers.Real) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
