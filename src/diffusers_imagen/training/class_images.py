@@ -14,10 +14,10 @@ from tqdm.auto import tqdm
 
 from ..models.unet_base import ConditionalUNet
 from ..pipelines import ImagenPipeline
+from ..utils.errors import describe_fault
 from ..utils.files import FolderHold, whole_file
 from .embedding_cache import EmbeddingCache
 from .sampling import DDPM_STEPS
-from .text import describe_fault
 
 
 if TYPE_CHECKING:
