@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import are_equal, make_sr_unet, make_unet, weights_of
 
 from diffusers_imagen import EDMHeunScheduler, ImagenCascadePipeline
+from diffusers_imagen.training import TrainingConfig
 from diffusers_imagen.training.checks import check_objective
 from diffusers_imagen.training.network import choose_attention, load_unet
 from diffusers_imagen.training.network import make_unet as make_network
@@ -89,3 +90,37 @@ def test_the_attention_that_is_named_is_taken(make_config, monkeypatch):
         choose_attention(unet, make_config(attention_backend="flashy"))
     with pytest.raises(ValueError, match="`attention_backend` is 'flash': .*flash-attn"):
         choose_attention(unet, make_config(attention_backend="flash"))
+
+
+@pytest.mark.parametrize("file", ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json"])
+@pytest.mark.parametrize("content", ["", "[]", "7", "null", "{", "[" * 5000])
+def test_a_stage_with_a_malformed_file_is_refused_by_name(tmp_path, file, content):
+    make_unet().save_pretrained(tmp_path / "unet")
+    EDMHeunScheduler().save_pretrained(tmp_path / "scheduler")
+    config = TrainingConfig(pretrained_model_name_or_path=str(tmp_path), resolution=16)
+    make_network(config)
+    check_objective(config)
+    (tmp_path / file).write_text(content)
+    with pytest.raises(ValueError, match=str(tmp_path)) as caught:
+        make_network(config)
+        check_objective(config)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "{", "{}", '{"_class_name": 7}', '{"_class_name": "UNet2DModel"}', '{"_class_name": "nonsense"}']
+    + ['{"_class_name": "ImagenUNetModel", "block_out_channels": "ab"}'],
+)
+def test_a_configuration_of_no_network_is_refused_by_name(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    config = TrainingConfig(model_config_name_or_path=str(tmp_path), resolution=16)
+    with pytest.raises(ValueError) as caught:
+        make_network(config)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_that_is_no_network_of_this_package_is_refused(tmp_path, text_encoder):
+    text_encoder.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="which has an BertModel, but should have an ImagenUNetModel"):
+        make_network(TrainingConfig(pretrained_model_name_or_path=str(tmp_path)))

@@ -6,6 +6,7 @@ from typing import Optional
 from ..models.unet_base import ConditionalUNet
 from ..schedulers import EDMHeunScheduler
 from ..schedulers.scheduling_utils import NO_BETAS
+from ..utils.files import read_json_object
 from .config import TrainingConfig
 from .network import find_network
 
@@ -67,7 +68,7 @@ def check_objective(config: TrainingConfig) -> None:
     """Checks that a stage is trained further for what it was trained for, as its scheduler says, where it has one.
 
     Raises:
-        ValueError: If the objective is another.
+        ValueError: If the objective is another, or the scheduler's configuration is malformed.
     """
     name = config.pretrained_model_name_or_path
     subfolder = find_network(config)
@@ -77,11 +78,17 @@ def check_objective(config: TrainingConfig) -> None:
             return
     else:
         place, part = name, subfolder.replace("unet", "scheduler")
-    try:
-        saved = EDMHeunScheduler.load_config(place, subfolder=part)  # reads what any scheduler saved
-    except OSError:
+    file = Path(place) / (part or "") / EDMHeunScheduler.config_name
+    if file.exists():
+        saved = read_json_object(file)
+    elif Path(place).is_dir():
         return
-    trained = FORMULATIONS.get(saved.get("preconditioning"))
+    else:
+        try:
+            saved = EDMHeunScheduler.load_config(place, subfolder=part)  # reads what any scheduler saved
+        except OSError:
+            return
+    trained = FORMULATIONS.get(str(saved.get("preconditioning")))
     if trained is None:  # a scheduler that is not of this package
         return
     keys = ("sigma_data",) if trained == "edm" else ("sigma_data", "prediction_type", "beta_schedule")

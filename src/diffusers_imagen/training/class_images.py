@@ -14,11 +14,11 @@ from tqdm.auto import tqdm
 
 from ..models.unet_base import ConditionalUNet
 from ..pipelines import ImagenPipeline
+from ..utils.errors import describe_fault
 from ..utils.files import FolderHold, whole_file
 from .data.folders import find_pictures, list_files
 from .embedding_cache import EmbeddingCache
 from .sampling import DDPM_STEPS
-from .text import describe_fault
 
 
 if TYPE_CHECKING:

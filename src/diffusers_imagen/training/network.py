@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import diffusers
 import torch
@@ -13,6 +13,8 @@ from ..models import ImagenUNetModel
 from ..models.unet_base import ConditionalUNet
 from ..pipelines.stages import missing_weights
 from ..presets import create_unet
+from ..utils.errors import describe_fault
+from ..utils.files import read_json_object
 from .config import TrainingConfig
 from .growing import change_layers, grow_unet
 
@@ -47,25 +49,37 @@ def find_network(config: TrainingConfig) -> Optional[str]:
     of a single stage `unet`; None if the name is that of the network itself.
 
     Raises:
-        ValueError: If a cascade has no such stage.
+        ValueError: If a cascade has no such stage, or its model_index.json is malformed.
     """
     name = config.pretrained_model_name_or_path or config.model_config_name_or_path
     if (Path(name) / "config.json").is_file():
         return None
-    try:
-        parts = DiffusionPipeline.load_config(name)
-    except OSError:  # a stage without a model_index.json
-        return "unet"
+    parts = load_index(name)
     if "base_unet" not in parts:
         return "unet"
     wanted = "base_unet" if config.low_resolution is None else f"sr{config.resolution}_unet"
-    stages = [part for part, kind in parts.items() if re.fullmatch(r"(base|sr\d+)_unet", part) and kind[0] is not None]
+    stages = [
+        part
+        for part, kind in parts.items()
+        if re.fullmatch(r"(base|sr\d+)_unet", part) and isinstance(kind, list) and kind[:1] != [None]
+    ]
     if wanted not in stages:
         raise ValueError(
             f"`resolution` is {config.resolution}, but the cascade '{name}' has no {wanted} among {stages}: name one of "
             "its stages by `resolution` and `low_resolution`."
         )
     return wanted
+
+
+def load_index(name: str) -> dict[str, Any]:
+    """What a pipeline's model_index.json says; nothing for a stage that has none."""
+    if Path(name).is_dir():
+        index = Path(name) / DiffusionPipeline.config_name
+        return read_json_object(index) if index.exists() else {}
+    try:
+        return DiffusionPipeline.load_config(name)
+    except OSError:
+        return {}
 
 
 def unet_of_config(config: TrainingConfig) -> ConditionalUNet:
@@ -77,16 +91,23 @@ def unet_of_config(config: TrainingConfig) -> ConditionalUNet:
     name = config.model_config_name_or_path
     try:
         found = ConditionalUNet.load_config(name, subfolder=find_network(config))
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:
+        reason = describe_fault(error)
         raise ValueError(f"`model_config_name_or_path` is '{name}', which has no config.json: {reason}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"`model_config_name_or_path` is '{name}', whose config.json holds no object.")
     network_class = getattr(diffusers, str(found.get("_class_name")), None)
-    if network_class is None or not issubclass(network_class, ConditionalUNet):
+    if not (isinstance(network_class, type) and issubclass(network_class, ConditionalUNet)):
         raise ValueError(
             f"`model_config_name_or_path` is '{name}', which is of {found.get('_class_name')}, but should be of "
             "ImagenUNetModel or EfficientUNetModel."
         )
-    return network_class.from_config(found)
+    try:
+        return network_class.from_config(found)
+    except (TypeError, KeyError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(
+            f"`model_config_name_or_path` is '{name}', of which no network can be made: {describe_fault(error)}"
+        ) from error
 
 
 def load_unet(name: str, subfolder: Optional[str] = "unet") -> ConditionalUNet:
@@ -102,11 +123,16 @@ def load_unet(name: str, subfolder: Optional[str] = "unet") -> ConditionalUNet:
         )
     try:
         unet = AutoModel.from_pretrained(name, subfolder=subfolder)  # knows our classes: they are registered
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # whatever is in its files
         raise ValueError(
-            f"`pretrained_model_name_or_path` is '{name}', which has no network that can be loaded: {reason}"
+            f"`pretrained_model_name_or_path` is '{name}', which has no network that can be loaded: "
+            f"{describe_fault(error)}"
         ) from error
+    if not isinstance(unet, ConditionalUNet):
+        raise ValueError(
+            f"`pretrained_model_name_or_path` is '{name}', which has an {type(unet).__name__}, but should have an "
+            "ImagenUNetModel or EfficientUNetModel."
+        )
     missing = missing_weights(unet)
     if missing:
         raise ValueError(

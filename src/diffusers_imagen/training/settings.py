@@ -8,7 +8,6 @@ from functools import cache
 from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-from ..models.unet_base import check_choice
 from .snapshots import MAX_STD, MIN_STD
 
 
@@ -101,8 +100,11 @@ def hints_of(settings_class: type) -> dict[str, Any]:
 def check_value(name: str, value: Any, hint: Any) -> Any:
     """A value that fits its hint and bounds, in the type that the hint says."""
     if get_origin(hint) is Literal:
-        check_choice(name, value, get_args(hint))
-        return value
+        if not isinstance(value, str) or value not in get_args(hint):
+            raise ValueError(
+                f"`{name}` is {show(value)}, but should be one of {', '.join(map(repr, get_args(hint)))}."
+            )
+        return str(value)
     if get_origin(hint) is list:
         (kind,) = get_args(hint)
         if not isinstance(value, (list, tuple)) or not all(is_of_kind(entry, kind) for entry in value):

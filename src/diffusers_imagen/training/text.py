@@ -13,6 +13,7 @@ from transformers import AutoModel, AutoModelForTextEncoding, AutoTokenizer, Pre
 
 from ..pipelines.loading import refuse_broken_weights, refuse_missing_weights
 from ..pipelines.text import NO_LIMIT, encode_tokens
+from ..utils.errors import describe_fault
 
 
 logger = logging.get_logger(__name__)
@@ -181,13 +182,6 @@ def load_encoder(name: str, subfolder: str, dtype: torch.dtype) -> PreTrainedMod
         refuse_broken_weights(what, model)
         return model
     raise ValueError(f"{what}, which has no encoder that can be loaded: {reason}")
-
-
-def describe_fault(error: Exception) -> str:
-    """The first line of an error, with its kind where the text alone says little."""
-    lines = str(error).strip().splitlines()
-    kind = "" if isinstance(error, (OSError, ValueError)) and lines else f"{type(error).__name__}: "
-    return kind + (lines[0][:300] if lines else "")
 
 
 def check_vocabulary(name: str, tokenizer, model: PreTrainedModel) -> None:

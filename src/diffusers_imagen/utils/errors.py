@@ -78,3 +78,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 def one_line(error: BaseException) -> str:
     """The text of an error in one line."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def describe_fault(error: Exception) -> str:
+    """The first line of an error that a library met in a file, with its kind where the text alone says little."""
+    lines = str(error).strip().splitlines()
+    kind = "" if isinstance(error, (OSError, ValueError)) and lines else f"{type(error).__name__}: "
+    return kind + (lines[0][:300] if lines else "")
