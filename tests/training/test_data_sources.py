@@ -112,14 +112,6 @@ def test_folders_of_images_by_split(tmp_path):
     assert {i for batch in make_validation_batches(config) for i in numbers(batch)} == {0, 1}
 
 
-def test_a_cell_that_is_no_caption_is_named(tmp_path, encode):
-    (tmp_path / "d").mkdir()
-    rows = [{"file_name": f"{i}.png", "text": "a" if i != 2 else None, "split": "train"} for i in range(4)]
-    (tmp_path / "d" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(ValueError, match=r"`caption_column` 'text', row 2: the caption is None, but should be text"):
-        make_train_batches(config_of(str(tmp_path / "d")), encode)
-
-
 def test_an_empty_data_set_is_refused(tmp_path, encode):
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "metadata.jsonl").write_text("")

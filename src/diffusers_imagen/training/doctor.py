@@ -118,7 +118,9 @@ def examine_captions(rows: Rows, config: DataConfig, text_encoder: Optional[str]
     empty = sum(number for caption, number in counts.items() if not caption.strip())
     common, times = counts.most_common(1)[0]
     repeated = times > max(1, 0.1 * len(captions))
+    missing = len(rows.data) * len(config.caption_column) - len(captions)
     findings = [
+        Finding(missing > 0, f"{missing} captions are missing, and their rows are skipped in training"),
         Finding(empty > 0, f"{empty} of {len(captions)} captions are empty"),
         Finding(
             repeated,

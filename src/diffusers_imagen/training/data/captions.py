@@ -41,20 +41,27 @@ def speaks_of_sides(caption: Optional[str]) -> bool:
 
 
 def iterate_captions(rows: Dataset, columns: list[str]) -> Iterable[str]:
-    """All captions of all rows, in order.
+    """All captions of all rows, in order; cells that hold none are passed over, as their rows are, and counted.
 
     Raises:
-        ValueError: If a cell is no caption, with its row.
+        ValueError: At the end, if no cell is a caption.
     """
+    good, bad, first = 0, 0, ""
     for start, part in enumerate(rows.select_columns(columns).iter(batch_size=1000)):
         for column in columns:
             for i, value in enumerate(part[column]):
                 try:
-                    yield caption_text(value)
+                    caption = caption_text(value)
                 except BadCaption as error:
-                    raise ValueError(
-                        f"`caption_column` {column!r}, row {1000 * start + i}: {error}; mend or drop that row."
-                    ) from None
+                    first = first or f"`caption_column` {column!r}, row {1000 * start + i}: {error}"
+                    bad += 1
+                else:
+                    good += 1
+                    yield caption
+    if bad and not good:
+        raise ValueError(f"None of the {bad} captions can be used; {first}.")
+    if bad:
+        logger.warning(f"{bad} of {good + bad} captions cannot be used, and their rows are skipped; {first}.")
 
 
 def distinct_captions(captions: Iterable[str], limit: Optional[int] = None) -> Optional[list[str]]:

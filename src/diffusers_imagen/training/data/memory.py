@@ -1,14 +1,14 @@
 """A data set whose images are kept in memory as uint8 pixels: the fast way for small ones."""
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import Optional, Union
+from typing import Any, NamedTuple, Optional, Union
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
 from .batch import Samples
-from .captions import caption_text
+from .captions import BadCaption
 from .config import DataConfig
 from .draws import RowOrder, SlotDraws
 from .images import BadImage, name_image
@@ -39,12 +39,8 @@ class CaptionedImages:
     ):
         self.config = config
         self.maker = maker
-        self.pixels, kept, self.skipped = load_pixels(rows, maker, config.resolution)
+        self.pixels, self.captions, kept, self.skipped = load_samples(rows, maker, config.resolution)
         self.low_res = reduce_all(self.pixels, config.factor) if config.low_resolution is not None else None
-        self.captions = None
-        if maker.with_text:
-            columns = [rows.data[column][:] for column in config.caption_column]
-            self.captions = [[caption_text(column[i]) for column in columns] for i in kept]
         weights = draw_weights(rows.data, config) if weighted else None
         self.order = RowOrder(len(kept), config.seed, None if weights is None else weights[kept])
         self.draws = SlotDraws(*seed)
@@ -79,33 +75,48 @@ class CaptionedImages:
         )
 
 
-def load_pixels(rows: Rows, maker: SampleMaker, resolution: int) -> tuple[torch.Tensor, np.ndarray, dict[str, str]]:
-    """All images that can be used as `(N, 3, R, R)` uint8, their rows `(N,)`, and why the others cannot."""
+class Loaded(NamedTuple):
+    """The rows of a data set that can be used."""
 
-    def load(value) -> Union[torch.Tensor, BadImage]:
+    pixels: torch.Tensor  # (N, 3, R, R) uint8
+    captions: Optional[list[list[str]]]  # one a column
+    rows: np.ndarray  # (N,)
+    skipped: dict[str, str]  # the others by name, and why
+
+
+def load_samples(rows: Rows, maker: SampleMaker, resolution: int) -> Loaded:
+    """All images and captions.
+
+    Raises:
+        ValueError: If none can be used.
+    """
+
+    def load(row: dict[str, Any]) -> Union[tuple[torch.Tensor, list[str]], Exception]:
         try:
-            return maker.pixels({rows.image_column: value})
-        except BadImage as error:
+            captions = maker.captions(row) if maker.with_text else []
+            return maker.pixels(row), captions
+        except (BadImage, BadCaption) as error:
             return error
 
     pixels = torch.empty(len(rows.data), resolution, resolution, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
-    kept, skipped, i = [], {}, 0
-    images = rows.data.select_columns([rows.image_column])
-    with ThreadPoolExecutor() as pool, tqdm(total=len(images), desc="Loading images", mininterval=5) as progress:
-        for part in images.iter(batch_size=READ_AT_ONCE):
-            values = part[rows.image_column]
-            for value, image in zip(values, pool.map(load, values)):
-                if isinstance(image, BadImage):
-                    skipped[name_image(value, i)] = str(image)
+    kept, captions, skipped = [], [], {}
+    columns = [rows.image_column, *(maker.config.caption_column if maker.with_text else [])]
+    data = rows.data.select_columns(list(dict.fromkeys(columns)))
+    with ThreadPoolExecutor() as pool, tqdm(total=len(data), desc="Loading images", mininterval=5) as progress:
+        for start in range(0, len(data), READ_AT_ONCE):
+            part = [dict(zip(data.column_names, cells)) for cells in zip(*data[start : start + READ_AT_ONCE].values())]
+            for i, (row, loaded) in enumerate(zip(part, pool.map(load, part)), start=start):
+                if isinstance(loaded, Exception):
+                    skipped[name_image(row[rows.image_column], i)] = str(loaded)
                 else:
-                    pixels[len(kept)] = image
+                    pixels[len(kept)] = loaded[0]
+                    captions.append(loaded[1])
                     kept.append(i)
-                i += 1
-            progress.update(len(values))
+            progress.update(len(part))
     if not kept:
         name, reason = next(iter(skipped.items()))
         raise ValueError(f"None of the {len(rows.data)} images can be used; {name}: {reason}.")
-    return pixels[: len(kept)], np.array(kept), skipped
+    return Loaded(pixels[: len(kept)], captions if maker.with_text else None, np.array(kept), skipped)
 
 
 def reduce_all(pixels: torch.Tensor, factor: int) -> torch.Tensor:

@@ -58,7 +58,15 @@ class SampleMaker:
         """The row's caption in the column that the slot draws."""
         if not self.with_text:
             return None
-        return caption_text(row[self.config.caption_column[int(self.columns(draws))]])
+        return self.captions(row)[int(self.columns(draws))]
+
+    def captions(self, row: dict[str, Any]) -> list[str]:
+        """The row's captions, one a column.
+
+        Raises:
+            BadCaption: If one of them is missing, whichever is drawn: a row is used with all or not at all.
+        """
+        return [caption_text(row[column]) for column in self.config.caption_column]
 
     def columns(self, draws: np.ndarray) -> np.ndarray:
         """Which caption column each slot draws."""

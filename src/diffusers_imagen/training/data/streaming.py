@@ -40,6 +40,7 @@ class ShardReader:
         self.data, self.seed = data, seed
         self.reader, self.num_readers, self.block_size = reader, num_readers, block_size
         self.state = {"epoch": 0, "shard": 0, "block": 0, "taken": 0, "stream": None}
+        self.place = ""  # of the last row, for reports
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Rows; `state` is the place after the last one."""
@@ -78,6 +79,7 @@ class ShardReader:
                 ]
             for taken in range(self.state["taken"], len(order)):
                 self.state = {**self.state, "stream": start, "taken": taken + 1}
+                self.place = f"{self.state['block'] * self.block_size + order[taken]} of shard {shard}"
                 yield block[order[taken]]
             start = stream.state_dict()
             self.state = {**self.state, "block": self.state["block"] + 1, "taken": 0, "stream": start}
@@ -151,7 +153,6 @@ class StreamDataset(IterableDataset):
                     raise BadCaption(f"the caption {sample.caption!r} is not in the embedding cache")
                 return sample
             except (BadImage, BadCaption) as error:
-                place = "{taken} of block {block} of shard {shard} of epoch {epoch}".format(**reader.state)
-                skipped[name_image(row[self.rows.image_column], place)] = str(error)
+                skipped[name_image(row[self.rows.image_column], reader.place)] = str(error)
         name, reason = list(skipped.items())[-1]
         raise ValueError(f"{MAX_BAD_ROWS} rows one after another cannot be used; {name}: {reason}.")
