@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from ..models.unet_base import ConditionalUNet
 from ..pipelines import ImagenPipeline
+from .data.folders import find_pictures, list_files
 from .embedding_cache import EmbeddingCache
 from .sampling import DDPM_STEPS
 
@@ -64,8 +65,7 @@ def draw_class_images(
 
 def missing_images(folder: Path, count: int) -> list[Path]:
     """Where to draw what a folder lacks of `count` images, of any names and kinds."""
-    kinds = Image.registered_extensions()
-    there = {path for path in folder.rglob("*") if path.suffix.lower() in kinds} if folder.is_dir() else set()
+    there = {folder / path for path in find_pictures(list_files(str(folder)))} if folder.is_dir() else set()
     paths = [folder / f"class-{number:05d}.png" for number in range(count)]
     return [path for path in paths if path not in there][: max(0, count - len(there))]
 

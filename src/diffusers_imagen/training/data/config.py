@@ -23,14 +23,18 @@ class DataConfig:
     """Where images and captions come from, and what is done to them. Sides are in pixels."""
 
     train_data_dir: Optional[str] = arg(
-        None, "Folder of images with a metadata.jsonl or metadata.csv, of Parquet files, or of WebDataset tar shards."
+        None,
+        "Folder of images, with a metadata.jsonl, .csv or .parquet or a .txt beside each, of Parquet files, or of "
+        "WebDataset tar shards.",
     )
     dataset_name: Optional[str] = arg(None, "Data set on the Hub, or a folder that `datasets` wrote.")
     dataset_config_name: Optional[str] = arg(None, "Configuration of that data set.")
     cache_dir: Optional[str] = arg(None, "Where `datasets` keeps what it downloads.")
     streaming: bool = arg(False, "Read the data set in order, without writing it to disk first.")
     shuffle_buffer_size: int = arg(1000, "Rows that a streaming run shuffles at a time.")
-    image_column: str = arg("image", "Column with the images; `file_name` of a metadata file serves too.")
+    image_column: str = arg(
+        "image", "Column with the images; `file_name` of a metadata file serves too, and any picture of tar shards."
+    )
     caption_column: list[str] = arg(["text"], "Columns with captions; several are drawn from by turns.")
     caption_probabilities: Optional[list[float]] = field(
         default=None, metadata={"help": "Probability of each caption column; equal if not given."}

@@ -48,6 +48,8 @@ def find_source(value: Any, folder: str) -> Union[str, bytes, Image.Image]:
     if isinstance(value, dict):
         data, path = value.get("bytes"), value.get("path")
         if isinstance(data, bytes):
+            if not data:
+                raise BadImage("there is no image")
             return data
         if isinstance(path, str):
             return read_streamed(path, folder) if "://" in path else os.path.join(folder, path)

@@ -1,17 +1,39 @@
 """Rows of images and captions, from a folder or from the Hub, with images not yet decoded."""
 
+import glob
+import os
+import re
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple, Optional, Union
+from typing import Any, NamedTuple, Optional, Union
 
 import numpy as np
-from datasets import Dataset, Image, IterableDataset, IterableDatasetDict, List, Value, load_dataset, load_from_disk
-from datasets.exceptions import DatasetsError
+from datasets import (
+    Dataset,
+    Image,
+    IterableDataset,
+    List,
+    Value,
+    concatenate_datasets,
+    load_dataset,
+    load_dataset_builder,
+    load_from_disk,
+)
+from datasets.data_files import FILES_TO_IGNORE
+from diffusers.utils import logging
 
 from .config import DataConfig
+from .folders import METADATA, find_metadata, find_pictures, find_shards, group_by_split, list_files, picture_rows
+from .tables import EmptyTable, check_table, find_fault, innermost
 
 
-METADATA = {"metadata.jsonl": "json", "metadata.csv": "csv"}
+logger = logging.get_logger(__name__)
+
+SAVED = ("dataset_dict.json", "state.json")  # of what `save_to_disk` wrote
+TABLES = (".parquet", ".arrow", ".csv", ".tsv", ".json", ".jsonl")
+RULES = re.DOTALL | re.MULTILINE
+MOST_CARD = 2**16  # characters of a card that are looked at
+MOST_SHARDS = 1024  # of a stream of pictures
 TEXT_TYPES = ("string", "large_string")
 
 
@@ -66,35 +88,125 @@ def open_rows(config: DataConfig, split: str, with_text: bool = True) -> Rows:
 
 
 def load_splits(config: DataConfig) -> tuple[dict[str, Union[Dataset, IterableDataset]], str]:
-    """All splits by name, and the folder where relative file names begin."""
-    options = {"cache_dir": config.cache_dir, "streaming": config.streaming}
-    if config.train_data_dir is None:
-        if config.dataset_name is None:
-            raise ValueError("There is no data: give `train_data_dir` or `dataset_name`.")
-        name, argument = config.dataset_name, "dataset_name"
-        if (Path(name) / "dataset_dict.json").is_file() or (Path(name) / "state.json").is_file():
-            return as_splits(load_from_disk(name), config), ""
-    else:
-        name, argument = config.train_data_dir, "train_data_dir"
-        if not Path(name).is_dir():
-            raise ValueError(f"`train_data_dir` is {name!r}, which is no folder.")
+    """All splits by name, and the folder where relative file names begin, or the data set's name on the Hub."""
+    argument = "dataset_name" if config.train_data_dir is None else "train_data_dir"
+    name = config.train_data_dir or config.dataset_name
+    if name is None:
+        raise ValueError("There is no data: give `train_data_dir` or `dataset_name`.")
+    if config.train_data_dir is not None and not Path(name).is_dir():
+        raise ValueError(f"`train_data_dir` is {name!r}, which is no folder.")
     try:
-        for file, builder in METADATA.items():
-            if config.train_data_dir is not None and (Path(name) / file).is_file():
-                return as_splits(load_dataset(builder, data_files=str(Path(name) / file), **options), config), name
-        return as_splits(load_dataset(name, config.dataset_config_name, **options), config), name
-    except StopIteration:  # of datasets' JSON reader, at an empty file
+        if argument == "dataset_name" and any((Path(name) / file).is_file() for file in SAVED):
+            return as_splits(load_from_disk(name), config), ""
+        if Path(name).is_dir():
+            return as_splits(load_folder(name, config), config), name
+        return as_splits(load_dataset(name, config.dataset_config_name, **load_options(config)), config), name
+    except (EmptyTable, StopIteration):  # StopIteration: of datasets' JSON reader, at an empty file
         raise ValueError(f"`{argument}` is {name!r}, whose metadata file is empty.") from None
-    except (OSError, ValueError, DatasetsError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"`{argument}` is {name!r}, which cannot be opened: {reason}") from error
+    # readers of damaged files raise whatever they stumble over
+    except Exception as error:
+        raise ValueError(f"`{argument}` is {name!r}, which cannot be opened: {innermost(error)}") from error
+
+
+def load_options(config: DataConfig) -> dict[str, Any]:
+    """How `datasets` reads a data set."""
+    return {"cache_dir": config.cache_dir, "streaming": config.streaming}
+
+
+def load_folder(folder: str, config: DataConfig) -> Any:
+    """A folder at hand: with a metadata file, of pictures, of tar shards, or of what `datasets` knows.
+
+    Raises:
+        ValueError: If files would be left out, or one is damaged.
+    """
+    for file in METADATA:
+        if os.path.lexists(os.path.join(folder, file)):
+            return load_table(folder, file, config)
+    files = list_files(folder)
+    pictures, shards, tables = find_pictures(files), find_shards(files), find_metadata(files)
+    if config.dataset_config_name is not None or is_configured(folder):
+        return load_dataset(folder, config.dataset_config_name, **load_options(config))
+    if tables:
+        groups = group_by_split(tables, by_file_name=False)
+        return {split: join([load_table(folder, file, config) for file in group]) for split, group in groups.items()}
+    if pictures and shards:
+        raise ValueError(
+            f"it has pictures, such as '{pictures[0]}', and tar shards, such as '{shards[0]}': move one of them away."
+        )
+    others = [file for file in files if file.endswith((".parquet", ".arrow", ".zip"))]
+    if len(pictures) > len(others):
+        if others:
+            logger.warning(
+                f"{folder!r} has {len(pictures)} pictures; {len(others)} other files, such as {others[0]!r}, are not read"
+            )
+        groups = group_by_split(pictures, by_file_name=False)
+        return {split: load_pictures(folder, group, config) for split, group in groups.items()}
+    return load_tables(folder, files, config)
+
+
+def is_configured(folder: str) -> bool:
+    """Whether the card of a folder says which files belong to which split."""
+    card = Path(folder) / "README.md"
+    return (
+        card.is_file()
+        and re.match(r"---\n.*?^configs:.*?^---", card.read_text("utf-8", "replace")[:MOST_CARD], RULES) is not None
+    )
+
+
+def load_table(folder: str, file: str, config: DataConfig) -> Union[Dataset, IterableDataset]:
+    """The rows of a metadata file, whose file names begin at its place."""
+    path = os.path.join(folder, file)
+    check_table(path)
+    place, name = os.path.split(file)
+    data = load_dataset(METADATA[name], data_files=glob.escape(path), split="train", **load_options(config))
+    return data.map(place_file, fn_kwargs={"place": place}) if place else data
+
+
+def place_file(row: dict[str, Any], place: str) -> dict[str, Any]:
+    """The row with a file name that begins at the data set's folder."""
+    name = row.get("file_name")
+    return {**row, "file_name": os.path.join(place, name) if isinstance(name, str) else name}
+
+
+def join(parts: list) -> Union[Dataset, IterableDataset]:
+    """Several tables as one."""
+    return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
+
+
+def load_pictures(folder: str, pictures: list[str], config: DataConfig) -> Union[Dataset, IterableDataset]:
+    """Pictures without a metadata file, with the captions beside them."""
+    data = Dataset.from_dict(picture_rows(folder, pictures))
+    return data.to_iterable_dataset(min(len(data), MOST_SHARDS)) if config.streaming else data
+
+
+def load_tables(folder: str, files: list[str], config: DataConfig) -> Any:
+    """What `datasets` makes of a folder, of Parquet files and the like, if it makes something of all of them."""
+    # in a stream a fault would show up in the middle of the run
+    find_fault(folder, files if config.streaming else [file for file in files if file.endswith(".parquet")])
+    try:
+        builder = load_dataset_builder(folder, cache_dir=config.cache_dir)
+        used = {os.path.realpath(path) for paths in (builder.config.data_files or {}).values() for path in paths}
+        endings = {os.path.splitext(path)[1] for path in used} & set(TABLES)
+        lost = [
+            f for f in files if f.endswith(tuple(endings)) and os.path.realpath(os.path.join(folder, f)) not in used
+        ]
+        lost = [file for file in lost if os.path.basename(file) not in FILES_TO_IGNORE] if endings else []
+        if lost:
+            raise ValueError(
+                f"{len(lost)} of its files belong to no split, such as '{lost[0]}', where others are named after one: "
+                "rename or move them."
+            )
+        return load_dataset(folder, **load_options(config))
+    except Exception:
+        find_fault(folder, files)
+        raise
 
 
 def as_splits(data, config: DataConfig) -> dict[str, Union[Dataset, IterableDataset]]:
     """A single data set is a data set of one split."""
     if not isinstance(data, dict):
         data = {"train": data}
-    if config.streaming and not isinstance(data, IterableDatasetDict):
+    if config.streaming:
         data = {
             name: part if isinstance(part, IterableDataset) else part.to_iterable_dataset()
             for name, part in data.items()

@@ -1,0 +1,111 @@
+"""What is wrong with a table of rows: the file and its line, of which the readers of `datasets` say little."""
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from datasets.exceptions import DatasetsError
+
+from ...utils.errors import one_line
+from ...utils.images import BadImage, check_regular
+
+
+class EmptyTable(ValueError):
+    """A table without rows."""
+
+
+def check_table(path: str) -> None:
+    """Checks that a .jsonl, .csv or .parquet file can be read to its end.
+
+    Raises:
+        ValueError: If it cannot; names the file and its line.
+    """
+    check = {".jsonl": _check_jsonl, ".csv": _check_csv, ".parquet": _check_parquet}.get(Path(path).suffix.lower())
+    if check is None:
+        return
+    try:
+        check_regular(path)
+    except (OSError, BadImage) as error:
+        raise ValueError(f"'{path}' cannot be read: {error}.") from error
+    check(path)
+
+
+def find_fault(folder: str, files: list[str]) -> None:
+    """Looks for the table that cannot be read among files of a folder.
+
+    Raises:
+        ValueError: For the first one; names the file and its line.
+    """
+    for file in files:
+        check_table(str(Path(folder) / file))
+
+
+def innermost(error: BaseException) -> str:
+    """What an error says that `datasets` wraps in others, in one line."""
+    while isinstance(error, DatasetsError) and error.__cause__ is not None:
+        error = error.__cause__
+    kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
+    return kind + one_line(error)
+
+
+def _lines(path: str) -> Iterator[tuple[int, str]]:
+    """Numbers and text of the lines."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"'{path}', line {number} is not in UTF-8: {error.reason}.") from None
+
+
+def _check_jsonl(path: str) -> None:
+    rows = 0
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        if rows == 0 and line.lstrip().startswith("["):
+            return  # one array of all rows, which `datasets` reads too
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"'{path}', line {number} is not JSON: {error.msg} at column {error.colno}.") from None
+        except RecursionError:
+            raise ValueError(f"'{path}', line {number} is JSON that is nested too deeply.") from None
+        if not isinstance(row, dict):
+            raise ValueError(
+                f"'{path}', line {number} holds a JSON {type(row).__name__}, but should hold an object, one row a line."
+            )
+        rows += 1
+    if rows == 0:
+        raise EmptyTable(f"'{path}' is empty")
+
+
+def _check_csv(path: str) -> None:
+    rows = csv.reader((line for _, line in _lines(path)), strict=True)
+    header, count = None, 0
+    try:
+        for row in rows:
+            header = header or row
+            if len(row) > len(header):
+                raise ValueError(
+                    f"'{path}', line {rows.line_num} has {len(row)} values, but the first line names {len(header)} "
+                    "columns: text with commas belongs into quotes."
+                )
+            count += 1
+    except csv.Error as error:
+        if "field limit" in str(error):  # a long text, of which nothing is wrong
+            return
+        raise ValueError(f"'{path}', line {rows.line_num} is not CSV: {error}.") from None
+    if count < 2:
+        raise EmptyTable(f"'{path}' is empty")
+
+
+def _check_parquet(path: str) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        parquet.read_metadata(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"'{path}' is no Parquet file, or one that was cut: {one_line(error)}") from None
