@@ -24,6 +24,7 @@ from diffusers.utils import logging
 
 from .config import DataConfig
 from .folders import METADATA, find_metadata, find_pictures, find_shards, group_by_split, list_files, picture_rows
+from .shards import Shard, check_shards, choose_pictures, read_rows, shard_features
 from .tables import EmptyTable, check_table, find_fault, innermost
 
 
@@ -133,6 +134,8 @@ def load_folder(folder: str, config: DataConfig) -> Any:
         raise ValueError(
             f"it has pictures, such as '{pictures[0]}', and tar shards, such as '{shards[0]}': move one of them away."
         )
+    if shards:
+        return load_shards(folder, shards, config)
     others = [file for file in files if file.endswith((".parquet", ".arrow", ".zip"))]
     if len(pictures) > len(others):
         if others:
@@ -177,6 +180,24 @@ def load_pictures(folder: str, pictures: list[str], config: DataConfig) -> Union
     """Pictures without a metadata file, with the captions beside them."""
     data = Dataset.from_dict(picture_rows(folder, pictures))
     return data.to_iterable_dataset(min(len(data), MOST_SHARDS)) if config.streaming else data
+
+
+def load_shards(folder: str, files: list[str], config: DataConfig) -> dict[str, Union[Dataset, IterableDataset]]:
+    """The samples of tar shards, of which every one is whole."""
+    groups = group_by_split(files, by_file_name=True)
+    shards = {file: Shard.at(os.path.join(folder, file)) for file in files}
+    contents = check_shards(list(shards.values()))
+    if not any(found.samples for found in contents):
+        raise ValueError(f"its {len(files)} tar shards hold no sample.")
+    pictures = tuple(choose_pictures(contents, config.image_column))
+    features = shard_features(contents, config.image_column)
+    options = {"features": features} | ({} if config.streaming else {"cache_dir": config.cache_dir})
+    kind = IterableDataset if config.streaming else Dataset
+    given = {"pictures": pictures, "features": features}
+    return {
+        split: kind.from_generator(read_rows, gen_kwargs={"shards": [shards[f] for f in group], **given}, **options)
+        for split, group in groups.items()
+    }
 
 
 def load_tables(folder: str, files: list[str], config: DataConfig) -> Any:

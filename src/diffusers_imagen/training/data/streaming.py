@@ -17,7 +17,9 @@ from .captions import BadCaption
 from .draws import BLOCK_SEED, ORDER_SEED, SlotDraws, philox
 from .images import BadImage, name_image
 from .samples import SampleMaker
+from .shards import DAMAGE
 from .sources import Rows
+from .tables import innermost
 
 
 MAX_BAD_ROWS = 1000  # one after another, before the data set is given up
@@ -68,8 +70,7 @@ class ShardReader:
         if self.state["stream"] is not None:
             stream.load_state_dict(self.state["stream"])
         start = stream.state_dict()
-        # `iter`, unlike a for loop, does not split a shard's rows over the workers once more
-        for columns in stream.iter(batch_size=self.block_size):
+        for columns in self._read(stream, shard):
             block = [dict(zip(columns, cells)) for cells in zip(*columns.values())]
             words = (self.state["epoch"], shard, self.state["block"])
             order = philox(self.seed, BLOCK_SEED, *words).permutation(len(block))
@@ -83,6 +84,21 @@ class ShardReader:
                 yield block[order[taken]]
             start = stream.state_dict()
             self.state = {**self.state, "block": self.state["block"] + 1, "taken": 0, "stream": start}
+
+    def _read(self, stream: Stream, shard: int) -> Iterator[dict[str, list]]:
+        """Blocks of a shard's rows.
+
+        Raises:
+            ValueError: If the shard cannot be read on, as one of the Hub that was cut; names it.
+        """
+        try:
+            # `iter`, unlike a for loop, does not split a shard's rows over the workers once more
+            yield from stream.iter(batch_size=self.block_size)
+        except DAMAGE as error:
+            raise ValueError(
+                f"Shard {shard} of the stream cannot be read on after {self.state['block']} blocks of "
+                f"{self.block_size} rows: {innermost(error)}"
+            ) from error
 
 
 class StreamDataset(IterableDataset):

@@ -1,0 +1,257 @@
+"""WebDataset tar shards at hand: whether they are whole, and the samples in them.
+
+Tar files end with zeros, so that a cut one can be told; what reads them in order (`tarfile`, `datasets`) takes a cut or a
+damaged header for the end, and says nothing of the samples after it.
+"""
+
+import bz2
+import gzip
+import lzma
+import os
+import re
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any, BinaryIO, NamedTuple, Optional
+
+from datasets import Features, Image, Value
+from datasets.packaged_modules.webdataset.webdataset import base_plus_ext
+from tqdm.auto import tqdm
+
+from ...utils.errors import one_line
+from ...utils.images import check_regular, picture_extensions
+
+
+COMPRESSIONS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+TEXTS = ("txt", "text", "caption", "cap", "transcript", "label", "style", "split", "url")
+NUMBERS = ("cls", "cls2", "index", "inx", "id")
+MAX_FIELD = 2**30  # bytes of one file in a shard; sparse files claim any size
+MAX_TEXT = 2**20
+DAMAGE = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError, ValueError)
+
+
+class Shard(NamedTuple):
+    """A tar file as it was when it was examined."""
+
+    path: str
+    size: int
+    changed: int
+
+    @classmethod
+    def at(cls, path: str) -> "Shard":
+        place = os.stat(path)
+        return cls(path, place.st_size, place.st_mtime_ns)
+
+
+class Contents(NamedTuple):
+    """What a shard holds."""
+
+    samples: int
+    fields: frozenset[str]  # the endings of its files
+    pictures: frozenset[tuple[str, ...]]  # the endings of the pictures that a sample has together
+    fault: Optional[str]  # what is wrong with it
+
+
+class Fault(Exception):
+    """What is wrong with a shard."""
+
+
+def check_shards(shards: list[Shard]) -> list[Contents]:
+    """What is in each shard.
+
+    Raises:
+        ValueError: If shards are cut or damaged; names them, and how many samples can be read.
+    """
+    contents = [examine(shard) for shard in tqdm(shards, desc="Checking shards", mininterval=5)]
+    faults = [f"'{shard.path}' {found.fault}" for shard, found in zip(shards, contents) if found.fault]
+    if faults:
+        more = f"; and {len(faults) - 3} more shards" if len(faults) > 3 else ""
+        raise ValueError(f"{'; '.join(faults[:3])}{more}: write them again, or move them away")
+    return contents
+
+
+@lru_cache(maxsize=None)
+def examine(shard: Shard) -> Contents:
+    """Goes from header to header to the end of a shard; one that is compressed is unpacked on the way."""
+    samples, fields, pictures, seen = 0, set(), set(), set()
+    fault = None
+    try:
+        for key, members in _group(shard.path, lambda archive, member: None):
+            if key in seen:
+                raise Fault(
+                    f"has files of the sample {key!r} in two places: those of a sample belong one after another"
+                )
+            seen.add(key)
+            samples += 1
+            fields.update(members)
+            pictures.add(tuple(sorted(field for field in members if is_picture(field))))
+    except Fault as error:
+        fault = f"{error} ({samples} samples can be read)"
+    except DAMAGE as error:
+        fault = f"cannot be read: {one_line(error)} ({samples} samples can be read)"
+    return Contents(samples, frozenset(fields), frozenset(pictures), fault)
+
+
+def is_picture(field: str) -> bool:
+    """Whether an ending is that of a picture; one of two parts, such as `mask.png`, is something else."""
+    return f".{field.lower()}" in picture_extensions()
+
+
+@contextmanager
+def _open(path: str) -> Iterator[BinaryIO]:
+    check_regular(path)
+    with open(path, "rb") as file:
+        start = file.read(6)
+        file.seek(0)
+        unpack = next((unpack for magic, unpack in COMPRESSIONS.items() if start.startswith(magic)), None)
+        if unpack is None:
+            yield file
+        else:
+            with unpack(file) as unpacked:
+                yield unpacked
+
+
+def _group(
+    path: str, take: Callable[[tarfile.TarFile, tarfile.TarInfo], Optional[bytes]]
+) -> Iterator[tuple[str, dict[str, Optional[bytes]]]]:
+    """The samples of a shard, files one after another that are alike up to the first dot: name, and what `take` reads.
+
+    Raises:
+        Fault: If the archive does not go on to its end.
+    """
+    current, members, before = None, {}, None
+    with _open(path) as file, _archive(file) as archive:
+        try:
+            for member in _members(archive, file):
+                key, field = base_plus_ext(member.name)
+                if not member.isreg() or key is None or os.path.basename(member.name).startswith((".", "__")):
+                    continue
+                if member.size > MAX_FIELD:
+                    raise Fault(f"has '{member.name}' of {member.size} bytes, more than the {MAX_FIELD} that are read")
+                if key != current and members:
+                    yield current, members
+                    members, before = {}, set(members)
+                if field in members:
+                    raise Fault(f"has '{member.name}' twice")
+                current, members[field] = key, take(archive, member)
+        except Fault:  # which lies after the last member
+            if set(members) == before:
+                yield current, members
+            raise
+        if members:
+            yield current, members
+
+
+@contextmanager
+def _archive(file: BinaryIO) -> Iterator[tarfile.TarFile]:
+    if not file.read(1):
+        raise Fault("is empty, 0 bytes")
+    file.seek(0)
+    with tarfile.open(fileobj=Bounded(file), mode="r:") as archive:
+        yield archive
+
+
+class Bounded:
+    """A file of which no part larger than `MAX_FIELD` is read: a damaged or hostile header may claim any size."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.seek, self.tell = file, file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        """Reads so many bytes."""
+        if not 0 <= size <= MAX_FIELD:
+            raise Fault(
+                f"has a header at byte {self.tell()} that claims more than the {MAX_FIELD} bytes that are read"
+            )
+        return self.file.read(size)
+
+
+def _members(archive: tarfile.TarFile, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
+    """The members of an archive, and then a look at its end."""
+    while (member := archive.next()) is not None:
+        yield member
+        archive.members = []  # which tarfile would keep
+    file.seek(archive.offset)
+    block = file.read(tarfile.BLOCKSIZE)
+    if len(block) < tarfile.BLOCKSIZE:
+        raise Fault(f"is cut: it ends at byte {archive.offset + len(block)}, without the zeros that end a tar file")
+    if any(block):
+        raise Fault(f"has a damaged header at byte {archive.offset}")
+    while part := file.read(2**20):
+        if any(part):
+            raise Fault(f"goes on after the zeros that end a tar file, at byte {archive.offset}")
+
+
+# ---- rows
+
+
+def choose_pictures(contents: list[Contents], image_column: str) -> list[str]:
+    """The endings of the files that are images: `image_column`, or where it is no ending, any picture.
+
+    Raises:
+        ValueError: If samples hold several pictures, and `image_column` names none of them.
+    """
+    fields = set().union(*(found.fields for found in contents))
+    together = set().union(*(found.pictures for found in contents))
+    if image_column in fields and not is_picture(image_column):
+        return [image_column]
+    several = [group for group in together if len(group) > 1 and image_column not in group]
+    if several:
+        raise ValueError(
+            f"`image_column` is {image_column!r}, but samples hold several images, {list(several[0])}: name one."
+        )
+    pictures = sorted({field for group in together for field in group})
+    if not pictures:
+        raise ValueError(f"`image_column` is {image_column!r}, but the samples have the files {sorted(fields)}.")
+    return sorted(pictures, key=lambda field: field != image_column)
+
+
+def shard_features(contents: list[Contents], image_column: str) -> Features:
+    """The columns of the rows: the image, and the files of text and numbers."""
+    fields = sorted(set().union(*(found.fields for found in contents)))
+    columns = {field: Value("string") for field in fields if _ending(field) in TEXTS}
+    columns |= {field: Value("int64") for field in fields if _ending(field) in NUMBERS}
+    return Features({**columns, image_column: Image(decode=False)})
+
+
+def read_rows(shards: list[Shard], pictures: tuple[str, ...], features: Features) -> Iterator[dict[str, Any]]:
+    """The samples of shards as rows, the images as bytes.
+
+    Raises:
+        ValueError: If a shard has changed since it was examined, and cannot be read.
+    """
+    (image_column,) = (name for name, feature in features.items() if isinstance(feature, Image))
+    texts = [name for name in features if name != image_column]
+    wanted = {*pictures, *texts}
+
+    def take(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Optional[bytes]:
+        return archive.extractfile(member).read() if base_plus_ext(member.name)[1] in wanted else None
+
+    for shard in shards:
+        try:
+            for key, members in _group(shard.path, take):
+                picture = next((field for field in pictures if field in members), None)
+                name = f"{os.path.basename(shard.path)}/{key}" + (f".{picture}" if picture else "")
+                image = {"bytes": members[picture] if picture else b"", "path": name}
+                yield {image_column: image, **{text: _decode(text, members.get(text)) for text in texts}}
+        except (Fault, *DAMAGE) as error:
+            raise ValueError(f"'{shard.path}' cannot be read any more: {one_line(error)}") from error
+
+
+def _ending(field: str) -> str:
+    return field.rsplit(".", 1)[-1].lower()
+
+
+def _decode(field: str, data: Optional[bytes]) -> Any:
+    """A file of text or a number; None for one that is missing or is something else."""
+    if data is None or len(data) > MAX_TEXT:
+        return None
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        return None
+    if _ending(field) not in NUMBERS:
+        return text
+    return int(text) if re.fullmatch(r"\s*[-+]?\d{1,18}\s*", text) else None
