@@ -179,6 +179,16 @@ def test_a_broken_table_is_named_with_its_line(tmp_path, encode, name, data, mes
         assert found.startswith(f"`train_data_dir` is '{folder}', wh") and message in found
 
 
+@pytest.mark.parametrize("name", ["metadata.parquet", "train.parquet"])
+def test_damage_inside_a_parquet_file_is_named(tmp_path, encode, name):
+    parquet = io.BytesIO()
+    Dataset.from_dict({"file_name": [f"{i}.png" for i in range(500)], "text": ["a"] * 500}).to_parquet(parquet)
+    damaged = bytearray(parquet.getvalue())
+    damaged[4:200] = bytes(196)
+    folder = write(tmp_path / "d", {name: bytes(damaged)})
+    assert f"'{folder}/{name}' " in refusal(folder, "memory", encode)
+
+
 def test_metadata_that_is_no_file_is_refused(tmp_path, encode):
     folder = write(tmp_path / "d", NUMBERED)
     os.mkfifo(tmp_path / "d" / "metadata.jsonl")
