@@ -1,7 +1,6 @@
 """Folders of pictures and of tables: which files count, and what is said of those that cannot be read."""
 
 import io
-import logging
 import os
 
 import pytest
@@ -9,8 +8,9 @@ from data_files import READERS, lines, picture, read, refusal, tar, write
 from datasets import Dataset
 
 from diffusers_imagen.training.class_images import missing_images
-from diffusers_imagen.training.data.captions import iterate_captions
+from diffusers_imagen.training.data import DataConfig
 from diffusers_imagen.training.data.folders import group_by_split, list_files
+from diffusers_imagen.training.data.sources import open_rows
 
 
 NAMES = ["train_red.png", "toy-train-1.png", "dog-dev.PNG", "test [1].png", "plain.png"]
@@ -179,6 +179,16 @@ def test_a_broken_table_is_named_with_its_line(tmp_path, encode, name, data, mes
         assert found.startswith(f"`train_data_dir` is '{folder}', wh") and message in found
 
 
+@pytest.mark.parametrize("name", ["metadata.parquet", "train.parquet"])
+def test_damage_inside_a_parquet_file_is_named(tmp_path, encode, name):
+    parquet = io.BytesIO()
+    Dataset.from_dict({"file_name": [f"{i}.png" for i in range(500)], "text": ["a"] * 500}).to_parquet(parquet)
+    damaged = bytearray(parquet.getvalue())
+    damaged[4:200] = bytes(196)
+    folder = write(tmp_path / "d", {name: bytes(damaged)})
+    assert f"'{folder}/{name}' " in refusal(folder, "memory", encode)
+
+
 def test_metadata_that_is_no_file_is_refused(tmp_path, encode):
     folder = write(tmp_path / "d", NUMBERED)
     os.mkfifo(tmp_path / "d" / "metadata.jsonl")
@@ -196,32 +206,8 @@ def test_metadata_of_every_kind_is_read(tmp_path, encode, reader):
         assert read(folder, reader, encode) == (set(range(4)), {})
 
 
-# ---- captions
-
-
 def test_a_data_set_that_is_no_such_is_refused(tmp_path, encode):
-    from diffusers_imagen.training.data import DataConfig
-    from diffusers_imagen.training.data.sources import open_rows
-
     for files in ({"dataset_dict.json": b"[]"}, {"state.json": b"{}", "dataset_info.json": b"[]"}):
         folder = write(tmp_path / str(len(files)), files)
         with pytest.raises(ValueError, match="`dataset_name` is .*, which cannot be opened: "):
             open_rows(DataConfig(dataset_name=folder), "train")
-
-
-def test_captions_that_are_missing_are_counted(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("diffusers_imagen"), "propagate", True)
-    rows = Dataset.from_dict({"text": ["a", None, "b", None], "tags": [["x"], ["y"], None, ["z", "w"]]})
-    with caplog.at_level(logging.WARNING):
-        assert list(iterate_captions(rows, ["text", "tags"])) == ["a", "b", "x", "y", "z, w"]
-    assert "3 of 8 captions cannot be used, and their rows are skipped; `caption_column` 'text', row 1" in caplog.text
-    with pytest.raises(ValueError, match="None of the 2 captions can be used; `caption_column` 'text', row 0: "):
-        list(iterate_captions(Dataset.from_dict({"text": [None, None]}), ["text"]))
-
-
-@pytest.mark.parametrize("reader", READERS)
-def test_a_row_is_used_with_all_its_captions_or_not_at_all(tmp_path, encode, reader):
-    rows = [{**row, "tags": ["a"] if i != 2 else None} for i, row in enumerate(ROWS)]
-    folder = write(tmp_path / "d", NUMBERED | {"metadata.jsonl": lines(rows)})
-    drawn, skipped = read(folder, reader, encode, caption_column=["text", "tags"])
-    assert drawn == {0, 1, 3} and list(skipped) == ["2.png"]

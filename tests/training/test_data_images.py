@@ -208,6 +208,7 @@ def test_a_batch_has_the_shape_of_its_images(tmp_path):
     write_images(tmp_path / "d", {"a.png": wide, "b.png": tall}, {"a.png": "a", "b.png": "b", "gone.png": "c"})
     config = config_of(tmp_path / "d", aspect_ratio_buckets="8,32;32,8;16,16", low_resolution=4, train_batch_size=2)
     stream = make_train_batches(config)
+    assert list(stream.skipped) == ["gone.png"] and "FileNotFoundError" in stream.skipped["gone.png"]
     seen = set()
     for _ in range(20):
         batch = next(stream)

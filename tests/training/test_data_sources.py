@@ -5,17 +5,19 @@ import json
 import tarfile
 from collections import Counter
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, DatasetDict, Features, Image, Value
+from datasets import Dataset, DatasetDict, Features, Image, IterableDataset, Value
 from PIL import Image as PILImage
 
 from diffusers_imagen.training import TrainingConfig
 from diffusers_imagen.training.data import DataConfig, make_train_batches, make_validation_batches
 from diffusers_imagen.training.data.sources import open_rows
+from diffusers_imagen.training.data.streaming import ShardReader
 
 
 NUM_ROWS = 24
@@ -203,6 +205,24 @@ def test_validation_of_a_stream_is_the_same_each_time(tmp_path):
     batches = make_validation_batches(config, num_images=8)
     first, second = ([numbers(batch) for batch in batches] for _ in range(2))
     assert first == second and len(first) == 2
+
+
+def rows_until_a_cut(shards: list[int]):
+    """As of a shard on the Hub that was cut in an image."""
+    for shard in shards:
+        for i in range(6):
+            yield {"png": png(i), "txt": "a"}
+        if shard == 1:
+            raise tarfile.ReadError("unexpected end of data")
+
+
+def test_a_shard_that_ends_in_the_middle_of_a_run_is_named():
+    data = IterableDataset.from_generator(rows_until_a_cut, gen_kwargs={"shards": [0, 1]})
+    reader = ShardReader(data, seed=0, reader=0, num_readers=1, block_size=4)
+    with pytest.raises(
+        ValueError, match="Shard 1 of the stream cannot be read on after 1 blocks of 4 rows: .*unexpected"
+    ):
+        list(islice(reader, 100))
 
 
 def test_random_places_show_all_of_an_image(tmp_path):

@@ -78,13 +78,17 @@ def _make_batches(
         logger.info(f"{len(images)} images of the split {split!r} at {config.resolution} px in memory")
         return MemoryBatches(*place, images)
     weights = draw_weights(rows.data, config) if training else None
+    skipped = {}
     if config.aspect_ratio_buckets is None:
         order = RowOrder(len(rows.data), config.seed, weights)
     else:
         slots = config.train_batch_size * num_processes * config.gradient_accumulation_steps
-        order = BucketOrder(assign_buckets(rows, config), slots, config.seed, weights)
+        buckets, skipped = assign_buckets(rows, config)
+        order = BucketOrder(buckets, slots, config.seed, weights)
     logger.info(f"{len(rows.data)} images of the split {split!r}, read when they are drawn")
-    return LoaderBatches(*place, rows, maker, order, SlotDraws(*seed))
+    stream = LoaderBatches(*place, rows, maker, order, SlotDraws(*seed))
+    stream.report(skipped)
+    return stream
 
 
 def make_texts(config: DataConfig, rows: Rows, encode: Optional[Encode]) -> Optional[Texts]:

@@ -100,29 +100,43 @@ class SlotDataset(Dataset):
         raise ValueError(f"{len(skipped)} rows one after another cannot be used; {name}: {reason}.")
 
 
-def image_size(row: dict, column: str, folder: str) -> dict[str, int]:
-    """Height and width of an upright image, from its header; zeros where there is none."""
+def image_size(row: dict, index: int, column: str, folder: str) -> dict[str, Union[int, str]]:
+    """Height and width of an upright image, from its header; zeros where there is none, and why."""
     try:
-        image = open_image(row[column], folder)
-        turned = image.getexif().get(0x0112, 1) >= 5  # orientations that lie on their side
-        width, height = image.size[::-1] if turned else image.size
-    except BadImage:
-        height = width = 0
-    return {"height": height, "width": width}
+        with open_image(row[column], folder) as image:
+            turned = image.getexif().get(0x0112, 1) >= 5  # orientations that lie on their side
+            width, height = image.size[::-1] if turned else image.size
+    # what reads damaged headers raises whatever it stumbles over
+    except Exception as error:
+        return {"height": 0, "width": 0, "name": name_image(row[column], index), "reason": str(error)}
+    return {"height": height, "width": width, "name": name_image(row[column], index), "reason": ""}
 
 
-def assign_buckets(rows: Rows, config: DataConfig) -> np.ndarray:
-    """The bucket of each row `(N,)`, by its aspect ratio; -1 for images that cannot be used."""
+def assign_buckets(rows: Rows, config: DataConfig) -> tuple[np.ndarray, dict[str, str]]:
+    """The bucket of each row `(N,)`, by its aspect ratio, -1 for images that cannot be used; and those, with why.
+
+    Raises:
+        ValueError: If none can be used.
+    """
     shapes = config.bucket_shapes()
     sizes = rows.data.map(
         image_size,
+        with_indices=True,
         fn_kwargs={"column": rows.image_column, "folder": rows.folder},
         remove_columns=rows.data.column_names,
         desc="Reading image sizes",
     )
     height, width = np.array(sizes["height"][:]), np.array(sizes["width"][:])
     buckets = np.array([find_nearest_bucket(h, w, shapes) for h, w in zip(height, width)])
-    buckets[np.minimum(height, width) < max(1, config.min_resolution or 1)] = -1
-    if (buckets < 0).all():
-        raise ValueError(f"None of the {len(buckets)} images can be used for `aspect_ratio_buckets`.")
-    return buckets
+    lowest = max(1, config.min_resolution or 1)
+    bad = np.flatnonzero(np.minimum(height, width) < lowest)
+    buckets[bad] = -1
+    skipped = {}
+    for row in sizes.select(bad) if len(bad) else []:
+        skipped[row["name"]] = row["reason"] or f"{row['width']}x{row['height']} is below `min_resolution` {lowest}"
+    if len(bad) == len(buckets):
+        name, reason = next(iter(skipped.items()))
+        raise ValueError(
+            f"None of the {len(buckets)} images can be used for `aspect_ratio_buckets`; {name}: {reason}."
+        )
+    return buckets, skipped

@@ -25,7 +25,7 @@ from diffusers.utils import logging
 from .config import DataConfig
 from .folders import METADATA, find_metadata, find_pictures, find_shards, group_by_split, list_files, picture_rows
 from .shards import Shard, check_shards, choose_pictures, read_rows, shard_features
-from .tables import EmptyTable, check_table, find_fault, innermost
+from .tables import EmptyTable, check_table, find_damage, find_fault, innermost
 
 
 logger = logging.get_logger(__name__)
@@ -161,7 +161,10 @@ def load_table(folder: str, file: str, config: DataConfig) -> Union[Dataset, Ite
     path = os.path.join(folder, file)
     check_table(path)
     place, name = os.path.split(file)
-    data = load_dataset(METADATA[name], data_files=glob.escape(path), split="train", **load_options(config))
+    try:
+        data = load_dataset(METADATA[name], data_files=glob.escape(path), split="train", **load_options(config))
+    except Exception as error:
+        raise ValueError(f"'{path}' cannot be read: {innermost(error)}") from error
     return data.map(place_file, fn_kwargs={"place": place}) if place else data
 
 
@@ -219,7 +222,7 @@ def load_tables(folder: str, files: list[str], config: DataConfig) -> Any:
             )
         return load_dataset(folder, **load_options(config))
     except Exception:
-        find_fault(folder, files)
+        find_damage(folder, files)
         raise
 
 

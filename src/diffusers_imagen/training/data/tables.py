@@ -2,10 +2,13 @@
 
 import csv
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow
 from datasets.exceptions import DatasetsError
+from pyarrow import parquet
 
 from ...utils.errors import one_line
 from ...utils.images import BadImage, check_regular
@@ -38,7 +41,22 @@ def find_fault(folder: str, files: list[str]) -> None:
         ValueError: For the first one; names the file and its line.
     """
     for file in files:
-        check_table(str(Path(folder) / file))
+        check_table(os.path.join(folder, file))
+
+
+def find_damage(folder: str, files: list[str]) -> None:
+    """As `find_fault`, and reads Parquet files through: for when there is a fault.
+
+    Raises:
+        ValueError: For the first one; names the file.
+    """
+    find_fault(folder, files)
+    for path in (os.path.join(folder, file) for file in files if file.endswith(".parquet")):
+        try:
+            for _ in parquet.ParquetFile(path).iter_batches():
+                pass
+        except (pyarrow.ArrowException, OSError) as error:
+            raise ValueError(f"'{path}' is damaged: {one_line(error)}") from None
 
 
 def innermost(error: BaseException) -> str:
@@ -102,9 +120,6 @@ def _check_csv(path: str) -> None:
 
 
 def _check_parquet(path: str) -> None:
-    import pyarrow
-    from pyarrow import parquet
-
     try:
         parquet.read_metadata(path)
     except (pyarrow.ArrowException, OSError) as error:
