@@ -236,6 +236,11 @@ def test_bad_arguments_of_the_other_methods(cascade, tmp_path):
         (lambda: cascade.set_adapters("style", {"unet": 1.0}), "`adapter_weights` names ['unet']"),
         (lambda: cascade.fuse_lora(["sr1024_unet"]), "`components` is ['sr1024_unet'], but should be among"),
         (lambda: cascade.unfuse_lora([]), "`components` is [], but should be among"),
+        (lambda: cascade.fuse_lora(3), "`components` is 3, but should be a list"),
+        (lambda: cascade.fuse_lora(lora_scale="a"), "`lora_scale` is 'a', but should be a number"),
+        (lambda: cascade.load_lora_weights("a", component=["unet"]), "`component` is ['unet'], but should be one of"),
+        (lambda: cascade.load_lora_weights("a", weight_name=3), "`weight_name` is '3', but should be a string"),
+        (lambda: cascade.load_lora_weights("a", metadata=[1]), "`metadata` is a list"),
         (lambda: cascade.save_lora_adapter(tmp_path, "other"), "`adapter_name` is 'other', but the adapters"),
         (lambda: cascade.save_lora_weights(tmp_path), "give the weights as `unet_lora_layers`"),
         (lambda: cascade.save_lora_weights(tmp_path, transformer_lora_layers={}), "`transformer_lora_layers` is not"),
@@ -318,6 +323,7 @@ def test_weights_by_block(cascade):
     assert scaling("up_blocks.1.resnets.0.conv1", "up_blocks-1-resnets-0-conv1") == 0.25
     for weights, message in (
         ({"base_unet": {"sideways": 1}}, "`adapter_weights` has base_unet.sideways, but"),
+        ({"base_unet": {1: 1}}, "`adapter_weights` has [1] in base_unet"),
         ({"base_unet": {"down": "a"}}, "`adapter_weights` has 'a' for base_unet.down_blocks"),
         ({"base_unet": float("nan")}, "`adapter_weights` has nan for base_unet"),
         (float("inf"), "`adapter_weights` has inf"),

@@ -79,8 +79,9 @@ class ImagenLoraLoaderMixin(AdaptersMixin):
         source = pretrained_model_name_or_path_or_dict
         if not isinstance(source, (str, os.PathLike, dict)) or source == "":
             raise ValueError(f"`{SOURCE}` is {source!r}, but should be a path, a name on the Hub or weights by key.")
-        if metadata is not None and not isinstance(metadata, dict):
-            raise ValueError(f"`metadata` is a {type(metadata).__name__}, but should be a dict.")
+        if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(key, str) for key in metadata)):
+            raise ValueError(f"`metadata` is a {type(metadata).__name__}, but should be a dict with names as keys.")
+        check_options(kwargs)
         if isinstance(source, dict):
             state_dict, found = dict(source), None
         else:
@@ -122,7 +123,7 @@ class ImagenLoraLoaderMixin(AdaptersMixin):
         """
         require_peft()
         present = self._lora_unets()
-        if component is not None and component not in present:
+        if component is not None and component not in list(present):
             raise ValueError(f"`component` is {component!r}, but should be one of {list(present)}.")
         check_adapter_name(adapter_name, present, hotswap)
         state_dict, metadata = self.lora_state_dict(
@@ -316,6 +317,19 @@ class ImagenLoraLoaderMixin(AdaptersMixin):
         )
 
 
+def check_options(options: dict[str, Any]) -> None:
+    """Checks where the file is said to be.
+
+    Raises:
+        ValueError: If that cannot be.
+    """
+    for name in ("weight_name", "subfolder", "revision", "cache_dir"):
+        if not isinstance(options.get(name) or "", (str, os.PathLike)) or "\0" in str(options.get(name)):
+            raise ValueError(f"`{name}` is {str(options[name])[:80]!r}, but should be a string.")
+    if options.get("use_safetensors") not in (None, True, False):
+        raise ValueError(f"`use_safetensors` is {str(options['use_safetensors'])[:80]!r}, but should be a bool.")
+
+
 def config_of(metadata: Optional[dict[str, Any]], place: str) -> dict[str, Any]:
     """The configuration of a component's weights, or the one that names no component, as peft's does."""
     metadata = metadata or {}
@@ -385,6 +399,9 @@ def check_serialization(
         raise ValueError(f"`weight_name` is {str(weight_name)[:80]!r}, but should be the name of a file.")
     if save_function is not None and not callable(save_function):
         raise ValueError(f"`save_function` is a {type(save_function).__name__}, but should be callable.")
+    for name, config in configs.items():
+        if config is not None and not isinstance(config, dict):
+            raise ValueError(f"`{name}_lora_adapter_metadata` is a {type(config).__name__}, but should be a dict.")
     if not safe_serialization and any(configs.values()):
         name = next(name for name, config in configs.items() if config)
         raise ValueError(

@@ -135,8 +135,10 @@ class AdaptersMixin(LoraBaseMixin):
         present = list(self._lora_unets())
         if components is None:
             return present
+        if not isinstance(components, (list, tuple, set)):
+            raise ValueError(f"`components` is {components!r}, but should be a list among {present}.")
         found = [name for name in present if name in components]
-        if not found or not set(components) <= set(self._lora_loadable_modules):
+        if not found or not all(name in self._lora_loadable_modules for name in components):
             raise ValueError(f"`components` is {components}, but should be among {present}.")
         return found
 

@@ -117,7 +117,7 @@ def group_weights(state_dict: StateDict, components: list[str]) -> dict[str, dic
         if not isinstance(key, str):
             raise ValueError(f"The weights have the key {key!r}, but keys should be strings.")
         component, layer, part = split_key(key, components)
-        if part == ALPHA and isinstance(value, (int, float)):
+        if part == ALPHA and is_number(value):
             value = torch.tensor(float(value))
         if type(value) not in (torch.Tensor, nn.Parameter) or value.layout != torch.strided or value.is_meta:
             raise ValueError(f"The weights have a {describe_value(value)} under '{key}', but should have a tensor.")
@@ -367,7 +367,7 @@ def patterns(config: dict[str, Any], name: str, component: str) -> dict[str, flo
         return {}
     if not isinstance(found, dict) or len(found) > MAX_PATTERNS or not all(map(is_number, found.values())):
         raise ValueError(f"`{name}` of the adapter for {component} should have numbers by the names of layers.")
-    for pattern in found:
+    for pattern in map(str, found):
         try:
             # a group that is repeated, or many repetitions, may take forever to match
             if len(pattern) > 300 or re.search(r"\)[*+{?]", pattern) or len(re.findall(r"[*+{?]", pattern)) > 3:
@@ -375,7 +375,7 @@ def patterns(config: dict[str, Any], name: str, component: str) -> dict[str, flo
             re.compile(pattern)
         except (re.error, RecursionError, OverflowError) as error:
             raise ValueError(f"`{name}` of the adapter for {component} has {pattern[:80]!r}: {error}.") from error
-    return found
+    return {str(pattern): value for pattern, value in found.items()}
 
 
 def matching(found: dict[str, float], layer: str, default: Optional[float]) -> Optional[float]:

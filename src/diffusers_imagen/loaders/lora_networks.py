@@ -165,6 +165,9 @@ def weights_by_layer(unet: nn.Module, weights: dict[str, Any], component: str) -
     """
     flat: dict[str, Union[float, Any]] = {}
     for name, weight in weights.items():
+        named = [name, *weight] if isinstance(weight, dict) else [name]
+        if not all(isinstance(part, str) for part in named):
+            raise ValueError(f"`adapter_weights` has {named} in {component}, but should have names of layers.")
         stem = BLOCKS.get(name, name)
         blocks = weight if isinstance(weight, dict) else {"": weight}
         flat |= {
