@@ -2,7 +2,7 @@
 to a network that has not seen them, so that the network does not forget the class (prior preservation)."""
 
 from dataclasses import dataclass, fields
-from typing import Any, Optional
+from typing import Optional
 
 import torch
 
@@ -115,9 +115,6 @@ class DreamBoothTrainer(Trainer):
             raise ValueError("This network reads no text, but `instance_prompt` tells the subject by a word.")
         check_objective(self.config)
         super().adapt(unet)
-
-    def describe(self, unet: ConditionalUNet) -> dict[str, Any]:
-        return {**super().describe(unet), "with_prior_preservation": self.config.with_prior_preservation}
 
     def make_batches(
         self, unet: ConditionalUNet, encode: Optional[Encode], process_index: int, num_processes: int
