@@ -188,7 +188,7 @@ def test_another_pipeline_draws_the_class_of_a_super_resolution_stage(
     assert not are_equal(weights_of(sr), before)
     assert are_equal(exported(config.output_dir, EfficientUNetModel), weights_of(sr))
     with pytest.raises(ValueError, match="`class_model` is 'nowhere', which cannot be loaded"):
-        config = replace(config, class_model="nowhere", num_class_images=4)
+        config = replace(config, class_model="nowhere", num_class_images=4, output_dir=str(tmp_path / "other"))
         DreamBoothTrainer(config, EfficientUNetModel.from_config(sr.config), encode)
 
 

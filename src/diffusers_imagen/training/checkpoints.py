@@ -1,166 +1,298 @@
 """Checkpoints: all that a run needs to go on as if it had never stopped.
 
 A checkpoint is written beside its place and moved there when it is whole. `checkpoint.json` in it says which files
-there are and how long they are, and what kind of run they belong to.
+there are, how long they are and what their SHA-256 is, and what run they belong to. Its files are safetensors: none can
+run code.
 """
 
+import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
-from typing import Any, Optional, Protocol
+from typing import Any, NamedTuple, Optional, Protocol
 
-import torch
 from accelerate import Accelerator
 from diffusers.utils import logging
 
-from ..models.unet_base import ConditionalUNet
+from ..utils.files import read_json_object, sha256, sync, write_json
 from .config import TrainingConfig
+from .deepspeed_files import check_files
+from .run_identity import changeable_settings, describe_changes, find_difference
+from .states import load_state, save_state
 
 
 logger = logging.get_logger(__name__)
 
 MANIFEST = "checkpoint.json"
-# what a run cannot change and go on; everything else, such as the learning rate, it can
-FIXED = ("preconditioning", "sigma_data", "prediction_type", "beta_schedule", "uncertainty_weighting")
-FIXED_STATE = ("use_ema", "ema_type", "ema_stds", "use_8bit_adam", "low_resolution")
+FORMAT = 2  # 1 had pickles
+OWN_DIGEST = "sha256"  # of the manifest itself, in it
+NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})")
+DEEPSPEED = "deepspeed"  # the folder of what DeepSpeed writes
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError)
 
 
 class Stateful(Protocol):
-    """What has a state of its own in every process."""
+    """What has a state to be saved, of dictionaries, lists, numbers, strings and tensors."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-def describe_run(config: TrainingConfig, unet: ConditionalUNet, mixed_precision: str) -> dict[str, Any]:
-    """What must agree between a checkpoint and the run that goes on with it."""
-    network = {key: value for key, value in unet.config.items() if not key.startswith("_")}
-    settings = {name: getattr(config, name) for name in FIXED + FIXED_STATE}
-    settings["fp16"] = mixed_precision == "fp16"  # which alone has a gradient scaler
-    description = {"network": type(unet).__name__, **{f"unet {key}": value for key, value in network.items()}}
-    return json.loads(json.dumps({**description, **settings}))
+class Found(NamedTuple):
+    """The checkpoint that a run begins with, and those that were to be preferred but are damaged."""
+
+    folder: Optional[Path]
+    step: int = 0
+    was_last: bool = False  # whether the run that wrote it ended there
+    damaged: tuple[Path, ...] = ()
 
 
 class Checkpoints:
     """Saves and loads the checkpoints of a run.
 
     Args:
-        accelerator (`Accelerator`): Whose prepared and registered objects are saved.
+        accelerator (`Accelerator`): The processes that share the run.
         config (`TrainingConfig`): Where, and how many.
-        run (`dict`): As `describe_run` says.
+        run (`dict`): What must agree, as `describe_run` says.
+
+    Attributes:
+        shared (`dict[str, Stateful]`): What is the same in all processes: the main process writes it.
+        own (`dict[str, Stateful]`): What each process has for itself.
+        engine: DeepSpeed's, which writes weights and moments itself; else None.
     """
 
     def __init__(self, accelerator: Accelerator, config: TrainingConfig, run: dict[str, Any]):
-        self.accelerator, self.run = accelerator, run
+        self.accelerator, self.config, self.run = accelerator, config, run
         self.output_dir = Path(config.output_dir)
         self.limit = config.checkpoints_total_limit
-        self.saved: Optional[int] = None  # the last step saved or loaded
+        self.saved: Optional[Path] = None  # the last one that was saved or loaded
+        self.shared: dict[str, Stateful] = {}
+        self.own: dict[str, Stateful] = {}
+        self.engine: Optional[Any] = None
 
-    def save(self, step: int, states: dict[str, Stateful]) -> Path:
-        """Writes a checkpoint and removes the oldest ones; `states` are those that each process has for itself."""
+    def save(self, step: int) -> Path:
+        """Writes a checkpoint and removes the oldest ones, never one of this step or a later one."""
         folder = self.output_dir / f"checkpoint-{step}"
-        partial = folder.with_name(folder.name + ".partial")
-        if self.accelerator.is_main_process:
-            for leftover in self.output_dir.glob("checkpoint-*.partial"):
-                shutil.rmtree(leftover)
+        partial = folder.with_name(f".{folder.name}.partial")
+        main = self.accelerator.is_main_process
+        try:
+            if main:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+            self.accelerator.wait_for_everyone()
+            self._write(partial)
+            self.accelerator.wait_for_everyone()
+            if main:
+                record = {"format": FORMAT, "step": step, "run": self.run}
+                seal(partial, {**record, "settings": changeable_settings(self.config)})
+                move_aside_and_replace(partial, folder)
+                older = [path for path in list_checkpoints(self.output_dir) if number_of(path) < step]
+                for path in older[: max(0, len(older) + 1 - self.limit)]:
+                    remove(path)
+        except BaseException:
+            if main:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
         self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(partial))
-        own = {name: state.state_dict() for name, state in states.items()}
-        torch.save(own, partial / process_file(self.accelerator.process_index))
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            seal(partial, {"step": step, "run": self.run})
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(partial, folder)
-            for old in list_checkpoints(self.output_dir)[: -self.limit]:
-                shutil.rmtree(old)
-        self.accelerator.wait_for_everyone()
-        self.saved = step
+        self.saved = folder
         return folder
 
-    def find(self, name: Optional[str]) -> Optional[Path]:
-        """The checkpoint that a configuration asks for, checked; None if it asks for none, or the latest of none.
+    def _write(self, folder: Path) -> None:
+        if self.engine is not None:
+            self.engine.save_checkpoint(str(folder / DEEPSPEED), "state")
+        if self.accelerator.is_main_process:
+            for name, state in self.shared.items():
+                save_state(folder / f"{name}.safetensors", state.state_dict())
+        own = {name: state.state_dict() for name, state in self.own.items()}
+        save_state(folder / process_file(self.accelerator.process_index), own)
+
+    def find(self, thoroughly: bool = False) -> Found:
+        """The checkpoint that the configuration asks for, checked; none if it asks for none, or the latest of none.
+
+        Args:
+            thoroughly (`bool`): Whether the content of files is checked too, which reads them.
 
         Raises:
-            ValueError: If it is none, incomplete, or of another run.
+            ValueError: If it is none, damaged, of another run, or later than this run's last step.
         """
+        name = self.config.resume_from_checkpoint
         if name is None:
-            return None
+            return Found(None)
         if name != "latest":
             folder = Path(name)
             if not folder.is_dir():
                 raise ValueError(f"`resume_from_checkpoint` is {name!r}, which is no folder.")
-            problem = find_damage(folder)
+            problem = find_damage(folder, thoroughly)
             if problem is not None:
                 raise ValueError(f"`resume_from_checkpoint` is {name!r}, which is damaged: {problem}.")
-            self._check_run(folder)
-            return folder
+            return self._found(folder, partly=not thoroughly)
+        damaged = []
         for folder in reversed(list_checkpoints(self.output_dir)):
-            problem = find_damage(folder)
+            problem = find_damage(folder, thoroughly)
             if problem is None:
-                self._check_run(folder)
-                return folder
-            logger.warning(f"{folder} is damaged ({problem}): going on with the one before.")
-        logger.info(f"No checkpoint in {self.output_dir}: starting from the beginning.")
-        return None
+                return self._found(folder, partly=not thoroughly)._replace(damaged=tuple(damaged))
+            if thoroughly:
+                logger.warning(f"{folder} is damaged ({problem}): going on with the one before.")
+            damaged.append(folder)
+        if thoroughly:
+            logger.info(f"No checkpoint in {self.output_dir}: starting from the beginning.")
+        return Found(None, damaged=tuple(damaged))
 
-    def load(self, folder: Path, states: dict[str, Stateful]) -> int:
-        """Loads a checkpoint; returns the step to go on with."""
-        self.accelerator.load_state(str(folder))
-        own = folder / process_file(self.accelerator.process_index)
-        # a process that the saved run did not have begins with what the first one knew
-        saved = torch.load(own if own.is_file() else folder / process_file(0), weights_only=True, map_location="cpu")
-        for name, state in states.items():
-            state.load_state_dict(saved[name])
-        self.saved = json.loads((folder / MANIFEST).read_text())["step"]
-        return self.saved
+    def load(self, found: Found) -> None:
+        """Loads a checkpoint, that is named and whole.
 
-    def _check_run(self, folder: Path) -> None:
-        saved = json.loads((folder / MANIFEST).read_text())["run"]
-        for key in self.run | saved:
-            if saved.get(key) != self.run.get(key):
-                raise ValueError(
-                    f"`resume_from_checkpoint`: {folder} was trained with {key} {saved.get(key)!r}, but this run has "
-                    f"{self.run.get(key)!r}. To train its weights on in another run, give the stage as "
-                    "`pretrained_model_name_or_path`."
-                )
+        Raises:
+            ValueError: If what is in its files is not the state of such a run.
+        """
+        folder = found.folder
+        files = read_json_object(folder / MANIFEST)["files"]
+        own = process_file(self.accelerator.process_index)
+        if own not in files:  # a process that the saved run did not have begins with what the first one knew
+            own = process_file(0)
+        try:
+            for name in (own, *(f"{name}.safetensors" for name in self.shared)):
+                if name not in files:
+                    raise ValueError(f"{MANIFEST} names no {name}")
+            if self.engine is not None:
+                check_files(folder / DEEPSPEED)
+                self.engine.load_checkpoint(str(folder / DEEPSPEED), "state")
+            for name, state in self.shared.items():
+                state.load_state_dict(load_state(folder / f"{name}.safetensors"))
+            saved = load_state(folder / own)
+            for name, state in self.own.items():
+                state.load_state_dict(saved[name])
+        except MALFORMED as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(
+                f"`resume_from_checkpoint`: {folder} does not hold the state of this run: {reason}"
+            ) from error
+        self.saved = folder
+
+    def _found(self, folder: Path, partly: bool) -> Found:
+        manifest = read_json_object(folder / MANIFEST)
+        if is_of_another_version(manifest):
+            raise ValueError(
+                f"`resume_from_checkpoint`: {folder} was written by another version of diffusers-imagen. To train its "
+                "weights on, give the stage as `pretrained_model_name_or_path`."
+            )
+        difference = find_difference(manifest["run"], self.run, partly)
+        if difference is not None:
+            raise ValueError(
+                f"`resume_from_checkpoint`: {folder} {difference}. To train its weights on in another run, give the "
+                "stage as `pretrained_model_name_or_path`."
+            )
+        step, last = manifest["step"], self.config.max_train_steps
+        if step > last:
+            raise ValueError(
+                f"`max_train_steps` is {last}, but {folder} is of step {step}: give a later last step, or an earlier "
+                "checkpoint."
+            )
+        settings = manifest["settings"]
+        if not partly:
+            changes = describe_changes(settings, changeable_settings(self.config))
+            logger.info(f"Going on from {folder}" + (f", with {changes}" if changes else ""))
+        return Found(folder, step, was_last=settings.get("max_train_steps") == step)
 
 
 def process_file(index: int) -> str:
-    return f"process-{index}.pt"
+    return f"process-{index}.safetensors"
+
+
+def number_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(NAME.fullmatch(checkpoint.name)[1])
 
 
 def list_checkpoints(output_dir: Path | str) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
-    return sorted(folders, key=lambda path: int(path.name.split("-")[1]))
+    """The checkpoints of a run, oldest first, whole or not."""
+    return sorted((path for path in Path(output_dir).glob("checkpoint-*") if NAME.fullmatch(path.name)), key=number_of)
+
+
+def remove(path: Path) -> None:
+    """Deletes a folder or file, which is gone at once: nobody finds half of it."""
+    doomed = path.with_name(f".{path.name}.removed.partial")
+    os.replace(path, doomed)
+    shutil.rmtree(doomed) if doomed.is_dir() else doomed.unlink()
+
+
+def move_aside_and_replace(new: Path, place: Path) -> None:
+    """Moves a folder to a place where there may be one already."""
+    if place.exists():
+        remove(place)
+    os.replace(new, place)
 
 
 def seal(folder: Path, record: dict[str, Any]) -> None:
-    """Writes down which files a checkpoint has, when all of them are on the disk."""
+    """Writes down which files a checkpoint has and what is in them, when all of them are on the disk."""
     files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-            files[str(path.relative_to(folder))] = path.stat().st_size
-    with open(folder / MANIFEST, "w") as file:
-        json.dump({**record, "files": files}, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
+            sync(path)
+            files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    manifest = {**record, "files": files}
+    write_json(folder / MANIFEST, {**manifest, OWN_DIGEST: digest_of(manifest)})
 
 
-def find_damage(folder: Path) -> Optional[str]:
-    """What is wrong with a checkpoint's files; None if nothing is."""
-    try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError):
+def digest_of(manifest: dict[str, Any]) -> str:
+    """SHA-256 of what a checkpoint.json says, but for this."""
+    content = {key: value for key, value in manifest.items() if key != OWN_DIGEST}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def is_of_another_version(manifest: dict[str, Any]) -> bool:
+    """Whether a checkpoint.json is whole but not of this format; the first one had sizes alone."""
+    files = manifest.get("files")
+    if OWN_DIGEST not in manifest:
+        return "run" in manifest and isinstance(files, dict) and all(isinstance(size, int) for size in files.values())
+    return manifest[OWN_DIGEST] == digest_of(manifest) and manifest.get("format") != FORMAT
+
+
+def find_damage(folder: Path, thoroughly: bool = True) -> Optional[str]:
+    """What is wrong with a checkpoint's files; None if nothing is.
+
+    Args:
+        folder (`Path`): The checkpoint.
+        thoroughly (`bool`): Whether to look into the files, not only at their sizes.
+    """
+    if not (folder / MANIFEST).is_file():
         return f"it has no {MANIFEST}"
-    for name, size in files.items():
+    try:
+        manifest = read_json_object(folder / MANIFEST)
+    except ValueError as error:
+        return str(error).rstrip(".")
+    if is_of_another_version(manifest):
+        return None
+    problem = find_malformed(manifest, folder)
+    if problem is not None:
+        return f"{MANIFEST} is malformed: {problem}"
+    for name, expected in manifest["files"].items():
         path = folder / name
         actual = path.stat().st_size if path.is_file() else None
-        if actual != size:
-            return f"{name} is missing" if actual is None else f"{name} has {actual} bytes, not {size}"
+        if actual != expected["bytes"]:
+            return f"{name} is missing" if actual is None else f"{name} has {actual} bytes, not {expected['bytes']}"
+        if thoroughly and sha256(path) != expected["sha256"]:
+            return f"{name} has another SHA-256 than {MANIFEST} says"
+    return None
+
+
+def find_malformed(manifest: dict[str, Any], folder: Path) -> Optional[str]:
+    """What in a checkpoint.json is not as `Checkpoints.save` writes it."""
+    if manifest.get(OWN_DIGEST) != digest_of(manifest):
+        return "it has another SHA-256 than it says"
+    step, files = manifest.get("step"), manifest.get("files")
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        return f"`step` is {step!r}"
+    if NAME.fullmatch(folder.name) and number_of(folder) != step:
+        return f"`step` is {step}"
+    for key in ("run", "settings", "files"):
+        if not isinstance(manifest.get(key), dict):
+            return f"`{key}` is no object"
+    for name, expected in files.items():
+        if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+            return f"`files` has {name!r}, which is not in the folder"
+        if not isinstance(expected, dict) or not isinstance(expected.get("bytes"), int):
+            return f"`files` has no size of {name!r}"
     return None

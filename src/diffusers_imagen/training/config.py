@@ -24,6 +24,9 @@ class TrainingConfig(DataConfig):
     """Settings of one run, which trains one stage."""
 
     output_dir: str = arg("imagen-stage", "Where checkpoints and the trained stage are written.")
+    overwrite_output_dir: bool = arg(
+        False, "Set aside what another run left in output_dir, in output_dir/set-aside-1, instead of refusing it."
+    )
     pretrained_model_name_or_path: Optional[str] = arg(
         None,
         "Stage whose weights are trained further, or a cascade, of which the resolutions name the stage: a folder or a "

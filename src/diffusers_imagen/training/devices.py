@@ -1,10 +1,11 @@
 """Where a run takes place: devices, processes, precision, and networks spread over them."""
 
 from pathlib import Path
+from typing import Callable, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration
+from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list
 from diffusers.utils import logging
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -14,6 +15,8 @@ from .config import TrainingConfig
 
 
 logger = logging.get_logger(__name__)
+
+Result = TypeVar("Result")
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
@@ -77,6 +80,32 @@ def join(part: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
         return part
     place = {"shape": parameter.shape, "stride": parameter.stride()}
     return DTensor.from_local(part, parameter.device_mesh, parameter.placements, **place).full_tensor()
+
+
+def on_main_process(accelerator: Accelerator, do: Callable[[], Result]) -> Result:
+    """Calls a function in the main process; the others get what it returns, or raise what it raises, so that all of
+    them go on or all end. All processes call this."""
+    result = failure = None
+    if accelerator.is_main_process:
+        try:
+            result = do()
+        except (ValueError, OSError) as error:
+            failure = error
+    if accelerator.num_processes > 1:
+        outcome = broadcast_object_list([result, None if failure is None else str(failure)])
+        result, reason = outcome
+        if failure is None and reason is not None:
+            failure = ValueError(reason)
+    if failure is not None:
+        raise failure
+    return result
+
+
+def describe_sharing(accelerator: Accelerator) -> str:
+    """How weights and moments are spread over processes, which decides how a checkpoint has them."""
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        return f"{accelerator.distributed_type.value} over {accelerator.num_processes} processes"
+    return "whole in each process"
 
 
 def inner_network(accelerator: Accelerator, module: torch.nn.Module) -> torch.nn.Module:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
 import torch
 
@@ -140,9 +140,6 @@ class DreamBoothTrainer(Trainer):
         check_objective(self.config)
         check_folders(self.config)
         super().adapt(unet)
-
-    def describe(self, unet: ConditionalUNet) -> dict[str, Any]:
-        return {**super().describe(unet), "with_prior_preservation": self.config.with_prior_preservation}
 
     def make_batches(
         self, unet: ConditionalUNet, encode: Optional[Encode], process_index: int, num_processes: int

@@ -1,6 +1,5 @@
 """Averages of the weights over a run."""
 
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,9 +10,11 @@ import torch
 from diffusers.training_utils import EMAModel
 from safetensors.torch import save_file
 
+from ..utils.files import whole_file
 from .config import TrainingConfig
 from .devices import join, own_part
 from .snapshots import snapshot_metadata
+from .states import copy_into
 
 
 SNAPSHOTS = "ema-snapshots"
@@ -97,6 +98,9 @@ class WeightAverages:
         """Writes the averages of parameters in half precision, for `reconstruct`, each beside its place at first.
 
         All processes take part, since each may have parts; the main process writes.
+
+        Raises:
+            FloatingPointError: If an average is too large for half precision.
         """
         folder = Path(output_dir) / SNAPSHOTS
         for model in self.models:
@@ -104,20 +108,33 @@ class WeightAverages:
             tensors = {name: join(value, parameter).half() for (name, parameter), value in pairs}
             if not is_main_process:
                 continue
-            folder.mkdir(parents=True, exist_ok=True)
-            path = folder / f"{step:09d}-{model.std:.4f}.safetensors"
-            partial = path.with_name(f".{path.name}.partial")
             tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
-            save_file(tensors, partial, metadata=snapshot_metadata(tensors, step, model.std))
-            os.replace(partial, path)
+            wrong = [name for name, value in tensors.items() if not value.isfinite().all()]
+            if wrong:
+                raise FloatingPointError(f"The average of {wrong[0]} is not finite in half precision at step {step}.")
+            folder.mkdir(parents=True, exist_ok=True)
+            with whole_file(folder / f"{step:09d}-{model.std:.4f}.safetensors") as partial:
+                save_file(tensors, partial, metadata=snapshot_metadata(tensors, step, model.std))
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All averages, in their own memory."""
+        return [average for model in self.models for average in model.shadow_params]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"averages": [model.state_dict() for model in self.models]}
+        return {
+            "steps": [model.optimization_step for model in self.models],
+            "averages": [model.shadow_params for model in self.models],
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for model, saved in zip(self.models, state["averages"]):
-            device = model.shadow_params[0].device
-            # the run's own settings win over those that were saved
-            own = {name: getattr(model, name) for name in ("decay", "min_decay", "use_ema_warmup", "power")}
-            model.load_state_dict({**saved, **own})
-            model.to(device)
+        """Takes the averages of a saved run; their decay is what this run is told."""
+        if not len(self.models) == len(state["steps"]) == len(state["averages"]):
+            raise ValueError(f"it has {len(state['averages'])} averages, but should have {len(self.models)}")
+        for model, step, averages in zip(self.models, state["steps"], state["averages"]):
+            if not isinstance(step, int) or step < 0 or len(averages) != len(model.shadow_params):
+                raise ValueError(
+                    f"an average of {step!r} steps has {len(averages)} parts, but should have {len(model.shadow_params)}"
+                )
+            model.optimization_step = step
+            for place, (own, saved) in enumerate(zip(model.shadow_params, averages)):
+                copy_into(own, saved, f"average {place}")

@@ -16,16 +16,29 @@ from huggingface_hub import create_repo, upload_folder
 from ..models.unet_base import ConditionalUNet
 from ..pipelines.stages import write_model_index
 from ..utils.errors import NETWORK, one_line
+from ..utils.files import read_json_object, sha256, sync, write_json
 from .config import TrainingConfig
-from .sampling import SAMPLES
+from .sampling import SAMPLES, sample_name, sample_step
 
 
-PARTIAL, REPLACED = ".stage.partial", ".stage.replaced"
-NOT_UPLOADED = ["checkpoint-*", "logs/*", "ema-snapshots/*", "*.partial*", ".stage.*", "metrics.jsonl"]
+PARTIAL, UPCOMING, REPLACED = ".stage.partial", ".stage.new", ".stage.replaced"
+RECORD, CARD_FILE = "training.json", "README.md"
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+STAGE_PARTS = ("unet", "scheduler", "model_index.json", ADAPTER_FILE, CARD_FILE, RECORD)
+# of what a run writes, and of what else is in its folder, this is for others
+UPLOADED = (
+    *("unet/config.json", "unet/*.safetensors", "unet/*.safetensors.index.json", "scheduler/scheduler_config.json"),
+    *("model_index.json", ADAPTER_FILE, CARD_FILE, RECORD),
+)
 SECRET = ("hub_token",)
+OF_THIS_START = ("resume_from_checkpoint", "overwrite_output_dir")  # not of the run
 OF_THIS_MACHINE = (
     *("train_data_dir", "instance_data_dir", "class_data_dir", "cache_dir", "embedding_cache"),
-    *("output_dir", "resume_from_checkpoint"),
+    *("output_dir", "logging_dir", "validation_images"),
+)
+# a Hub id or a place on this machine
+NAMES = (
+    *("pretrained_model_name_or_path", "model_config_name_or_path", "text_encoder", "dataset_name", "class_model"),
 )
 
 CARD = """---
@@ -70,13 +83,60 @@ pipe = DiffusionPipeline.from_pretrained("{name}")"""
 
 @contextmanager
 def parts_of(config: TrainingConfig) -> Iterator[Path]:
-    """A folder beside the parts of `config.output_dir`; what is in it at the end is moved into place, part by part."""
+    """A folder beside the parts of `config.output_dir`; what is in it at the end is moved into place, part by part.
+
+    A process that is killed while it moves them leaves the rest in a folder of its own, and `finish_move` goes on.
+    """
     folder = Path(config.output_dir)
     partial = folder / PARTIAL
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    move_into_place(partial, folder)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for path in partial.rglob("*"):
+            if path.is_file():
+                sync(path)
+        os.replace(partial, folder / UPCOMING)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    finish_move(folder)
+
+
+def finish_move(folder: Path) -> None:
+    """Moves what is in a folder's `.stage.new`, which is whole, into place; nothing where there is none.
+
+    training.json goes first and comes last, so that it is never beside parts of another step. A part that is replaced
+    is there until the new one is, but for the moment between two renames.
+    """
+    upcoming, replaced = folder / UPCOMING, folder / REPLACED
+    if upcoming.is_dir():
+        replaced.mkdir(exist_ok=True)
+        if (upcoming / RECORD).exists() and (folder / RECORD).exists():
+            os.replace(folder / RECORD, replaced / RECORD)
+        for part in sorted(upcoming.iterdir(), key=lambda part: (part.name == RECORD, part.name)):
+            if (folder / part.name).exists():
+                remove(replaced / part.name)
+                os.replace(folder / part.name, replaced / part.name)
+            os.replace(part, folder / part.name)
+        upcoming.rmdir()
+    remove(replaced)
+
+
+def remove(path: Path) -> None:
+    """Deletes a file or a folder, if it is there."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def find_exported_step(folder: Path) -> Optional[int]:
+    """The step whose weights a stage has; None if it is not there or not what its training.json says."""
+    try:
+        record = read_json_object(folder / RECORD)
+        files = record["files"].items()
+        whole = all((folder / name).is_file() and sha256(folder / name) == digest for name, digest in files)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return record.get("step") if whole and files and (folder / CARD_FILE).is_file() else None
 
 
 def save_stage(
@@ -85,34 +145,48 @@ def save_stage(
     """Writes the stage to `config.output_dir`: all of it beside its place first, then part by part into it."""
     with parts_of(config) as partial:
         unet.save_pretrained(partial / "unet")
+        hide_place(partial / "unet" / "config.json")
         scheduler.save_pretrained(partial / "scheduler")
         write_model_index(partial, scale_factor=None if config.low_resolution is None else config.factor)
         write_record(partial, config, step, results)
-        (partial / "README.md").write_text(model_card(unet, config, step, results))
+        (partial / CARD_FILE).write_text(model_card(unet, config, step, results), encoding="utf-8")
+
+
+def hide_place(path: Path) -> None:
+    """Takes the folder that a network was loaded from out of its configuration."""
+    settings = read_json_object(path)
+    if "_name_or_path" in settings:
+        write_json(path, {**settings, "_name_or_path": public_name(settings["_name_or_path"])})
 
 
 def write_record(folder: Path, config: TrainingConfig, step: int, results: dict[str, float]) -> None:
-    """Writes what was trained how, as JSON."""
+    """Writes what was trained how, and what came of it in the files that are there already, as JSON."""
+    files = {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    settings = {name: value for name, value in public_settings(config).items() if name not in OF_THIS_START}
+    write_json(folder / RECORD, {"step": step, **results, "config": settings, "files": files})
+
+
+def public_settings(config: TrainingConfig) -> dict[str, Any]:
+    """The settings without secrets, and without places on this machine: of those their last name."""
     settings = {name: value for name, value in asdict(config).items() if name not in SECRET}
-    write_json(folder / "training.json", {"step": step, **results, "config": settings})
+    for name in settings.keys() & {*OF_THIS_MACHINE, *OF_THIS_START, *NAMES}:
+        reduce = last_name if name in OF_THIS_MACHINE else public_name
+        value = settings[name]
+        settings[name] = [reduce(part) for part in value] if isinstance(value, list) else reduce(value)
+    return settings
 
 
-def move_into_place(source: Path, folder: Path) -> None:
-    """Replaces parts of a folder by those in `source`, which goes. A part that is replaced is there until the new one
-    is, but for the moment between two renames, after which the next call puts it back."""
-    replaced = folder / REPLACED
-    replaced.mkdir(exist_ok=True)
-    for old in replaced.iterdir():
-        if not (folder / old.name).exists():
-            os.replace(old, folder / old.name)
-    shutil.rmtree(replaced)
-    replaced.mkdir()
-    for part in sorted(source.iterdir()):
-        if (folder / part.name).exists():
-            os.replace(folder / part.name, replaced / part.name)
-        os.replace(part, folder / part.name)
-    shutil.rmtree(replaced)
-    source.rmdir()
+def last_name(path: Any) -> Any:
+    """The last name of a path."""
+    return os.path.basename(os.path.abspath(path)) if isinstance(path, str) else path
+
+
+def public_name(name: Any) -> Any:
+    """A Hub id as it is, and of a place on this machine its last name."""
+    if not isinstance(name, str):
+        return name
+    is_local = name.startswith((".", "~", "/")) or "\\" in name or os.path.isabs(name) or os.path.exists(name)
+    return last_name(name) if is_local or name.count("/") > 1 else name
 
 
 def model_card(
@@ -134,11 +208,12 @@ def model_card(
     is_base = config.low_resolution is None
     images = step * results.get("images_per_step", config.train_batch_size * config.gradient_accumulation_steps)
     losses = {name: value for name, value in results.items() if "loss" in name}
-    samples = sorted((Path(config.output_dir) / SAMPLES).glob("*.png"))
+    sample = shown_sample(config, step)
     defaults = {f.name: f.default_factory() if f.default is MISSING else f.default for f in fields(config)}
-    settings = {name: value for name, value in asdict(config).items() if name not in SECRET + OF_THIS_MACHINE}
+    hidden = OF_THIS_MACHINE + OF_THIS_START
+    settings = {name: value for name, value in public_settings(config).items() if name not in hidden}
     shown = {name: value for name, value in settings.items() if value != defaults[name]}
-    name = config.hub_model_id or Path(config.output_dir).name
+    name = config.hub_model_id or last_name(config.output_dir)
     stage = (
         f"base stage, {config.resolution} px,"
         if is_base
@@ -160,30 +235,32 @@ def model_card(
         losses="\n".join(
             ["| loss | |", "|---|---|", *(f"| {name} | {value:.4f} |" for name, value in losses.items())]
         ),
-        samples=f"\n![{'; '.join(config.validation_prompts or [])}]({SAMPLES}/{samples[-1].name})\n"
-        if samples
-        else "",
+        samples="" if sample is None else f"\n![{'; '.join(config.validation_prompts or [])}]({sample})\n",
         settings="\n".join(f"{name}: {json.dumps(value)}" for name, value in shown.items()),
     )
 
 
+def shown_sample(config: TrainingConfig, step: int) -> Optional[str]:
+    """The pictures that the card of a step shows, the newest of them; None if there are none."""
+    folder = Path(config.output_dir) / SAMPLES
+    steps = [sample_step(path.name) for path in folder.glob("*.png")] if folder.is_dir() else []
+    newest = max((number for number in steps if number is not None and number <= step), default=None)
+    return None if newest is None else f"{SAMPLES}/{sample_name(newest)}"
+
+
 def describe_data(config: TrainingConfig) -> str:
     """Where the images came from, in a sentence."""
-    name = config.dataset_name or Path(config.train_data_dir or "").name
+    name = public_name(config.dataset_name) or last_name(config.train_data_dir)
     columns = ", ".join(f"`{column}`" for column in config.caption_column)
     captions = f"captions from {columns}" if config.caption is None else f'all captioned "{config.caption}"'
     return f"`{name}`, split `{config.train_split}`, {captions}."
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def make_repository(config: TrainingConfig) -> Optional[str]:
     """The repository to upload to, made if there is none yet; None without `push_to_hub`."""
     if not config.push_to_hub:
         return None
-    name = config.hub_model_id or Path(config.output_dir).name
+    name = config.hub_model_id or last_name(config.output_dir)
     with hub_errors(f"`push_to_hub` is True, but '{name}' cannot be made on the Hub (`hub_model_id`, `hub_token`)"):
         return create_repo(name, exist_ok=True, token=config.hub_token).repo_id
 
@@ -198,12 +275,14 @@ def hub_errors(what: str) -> Iterator[None]:
 
 
 def upload_stage(repository: str, config: TrainingConfig, step: int) -> None:
-    """Uploads the stage, without checkpoints and logs."""
+    """Uploads the stage and the pictures that its card shows: nothing else that is in the folder."""
+    sample = shown_sample(config, step)
     with hub_errors(f"The run is whole in '{config.output_dir}', but was not uploaded to '{repository}'"):
         upload_folder(
             repo_id=repository,
             folder_path=config.output_dir,
             commit_message=f"Stage after {step} steps",
-            ignore_patterns=NOT_UPLOADED,
+            allow_patterns=[*UPLOADED, *([] if sample is None else [sample])],
+            ignore_patterns=["checkpoint-*", f"{config.logging_dir.rstrip('/')}/*"],
             token=config.hub_token,
         )

@@ -6,6 +6,7 @@ stopped.
 """
 
 import math
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Callable, Optional
 
@@ -15,29 +16,25 @@ from diffusers.utils import logging
 from tqdm.auto import tqdm
 
 from ..models.unet_base import ConditionalUNet
-from .checkpoints import Checkpoints, describe_run
+from .checkpoints import Checkpoints, Found
 from .checks import check_network, check_width
 from .config import TrainingConfig
 from .data import BatchStream, ValidationBatches, make_train_batches, make_validation_batches
-from .devices import make_accelerator, whole_network
+from .devices import describe_sharing, inner_network, make_accelerator, on_main_process, own_part, whole_network
 from .draws import StepDraws
 from .ema import WeightAverages
-from .export import make_repository, save_stage, upload_stage
+from .embedding_cache import read_manifest
+from .export import find_exported_step, make_repository, public_settings, save_stage, upload_stage
 from .interruption import Interruption, TrainingInterrupted
 from .losses import UncertaintyWeighting, denoising_loss, to_device
-from .monitor import ComputeClock, Monitor, Records, Stopwatch, describe_time, memory_used
-from .network import choose_attention, prepare_network
+from .monitor import RECORDS, ComputeClock, Monitor, Records, Stopwatch, describe_time, memory_used, not_finite
+from .network import check_finite, choose_attention, prepare_network, seeded_dropout
 from .objectives import make_objective
-from .optimization import (
-    apply_settings,
-    clip_gradients,
-    learning_rates,
-    make_optimizer,
-    settings_of,
-    step_if_finite,
-    trainable,
-)
+from .optimization import clip_gradients, learning_rates, make_optimizer, step_if_finite, trainable
+from .output_folder import OutputFolder
+from .run_identity import TEXT_ENCODER, describe_run, in_json
 from .sampling import draw_samples, log_samples, read_prompts, write_samples
+from .states import NetworkState, OptimizerState
 from .validation import ValidationLoss
 
 
@@ -56,8 +53,9 @@ def train(config: TrainingConfig, unet: ConditionalUNet, encode: Optional[Encode
             it, and without `config.embedding_cache`, the network has to be one without text.
 
     Raises:
-        ValueError: If network, data, checkpoint and settings do not fit each other, before any step.
-        FloatingPointError: If the gradient is not finite in many steps in a row.
+        ValueError: If network, data, checkpoint and settings do not fit each other, before any step; if another
+            process has the folder, or it has a checkpoint or results of another run.
+        FloatingPointError: If the gradient is not finite in many steps in a row, or a weight is not.
         TrainingInterrupted: After SIGTERM or SIGINT, when the state is saved.
     """
     return Trainer(config, unet, encode).train()
@@ -78,17 +76,19 @@ class Trainer:
         choose_attention(unet, config)
         self.objective = make_objective(config)
         self.adapt(unet)
+        check_finite(unet, config.pretrained_model_name_or_path)
         weighting = UncertaintyWeighting(config.seed) if config.uncertainty_weighting else None
         optimizer = make_optimizer(config, unet, weighting, accelerator.num_processes)
-        self.checkpoints = Checkpoints(accelerator, config, self.describe(unet))
-        self.found = self.checkpoints.find(config.resume_from_checkpoint)
+        self.checkpoints = Checkpoints(accelerator, config, in_json(self.describe(unet)))
+        self.folder = OutputFolder(config)
+        on_main_process(accelerator, self.look_ahead)
         self.prompts = read_prompts(config, encode)
-        self.repository = make_repository(config) if accelerator.is_main_process else None
 
         place = (accelerator.process_index, accelerator.num_processes)
         self.batches = self.make_batches(unet, encode, *place)
         held_out = make_validation_batches(config, encode, *place) if config.validation_split else None
         check_width(unet, self.batches.text_width)
+        self.checkpoints.run |= in_json({**(self.batches.content or {}), TEXT_ENCODER: describe_text(config, encode)})
         release_encoder(encode, self.batches, held_out)
         self.validation = (
             None if held_out is None else ValidationLoss(config, self.objective, held_out, accelerator.device)
@@ -100,11 +100,7 @@ class Trainer:
         self.parameters = trainable(self.unet)
         self.averages = WeightAverages(config, self.parameters)
         self.monitor = Monitor(accelerator.device)
-        self.states = {"data": self.batches, "monitor": self.monitor}  # of which each process has its own
-        if accelerator.distributed_type == DistributedType.FSDP:
-            self.states["averages"] = self.averages  # each process has its shards
-        else:
-            accelerator.register_for_checkpointing(self.averages)
+        self.register_states()
 
         self.draws = StepDraws(
             self.objective, config.seed, stratified=config.stratified_noise, device=accelerator.device
@@ -116,8 +112,36 @@ class Trainer:
         """Changes the network, in place, before anything is made for it; what needs no gradient then is not trained."""
 
     def describe(self, unet: ConditionalUNet) -> dict[str, Any]:
-        """What a checkpoint must agree on with this run."""
-        return describe_run(self.config, unet, self.accelerator.mixed_precision)
+        """What a checkpoint must agree on with this run, but for the data."""
+        accelerator = self.accelerator
+        sharing = (accelerator.num_processes, describe_sharing(accelerator))
+        return describe_run(self.config, unet, accelerator.mixed_precision, *sharing)
+
+    def look_ahead(self) -> None:
+        """Refuses, before there is any work, what `begin` would refuse."""
+        self.folder.check_free()
+        self.folder.plan(self.checkpoints.find(), self.checkpoints.run, partly=True)
+
+    def network_state(self) -> dict[str, NetworkState]:
+        """What a checkpoint has of the network, by the name of its file."""
+        return {"model": NetworkState(inner_network(self.accelerator, self.unet))}
+
+    def register_states(self) -> None:
+        """Tells the checkpoints what to save."""
+        kind, checkpoints = self.accelerator.distributed_type, self.checkpoints
+        shared, states = checkpoints.shared, {}
+        if kind == DistributedType.DEEPSPEED:
+            checkpoints.engine = self.unet
+        else:
+            states = {**self.network_state(), "optimizer": OptimizerState(self.optimizer, self.accelerator.scaler)}
+        states["averages"] = self.averages
+        checkpoints.own |= {"data": self.batches, "monitor": self.monitor, "losses": LastLosses(self)}
+        if kind == DistributedType.FSDP:
+            checkpoints.own |= states  # each process has its part of them
+        else:
+            shared |= states
+        if self.weighting is not None:
+            shared["model_1"] = NetworkState(inner_network(self.accelerator, self.weighting))
 
     def make_batches(
         self, unet: ConditionalUNet, encode: Optional[Encode], process_index: int, num_processes: int
@@ -140,27 +164,32 @@ class Trainer:
 
     def train(self) -> dict[str, float]:
         """Runs to the last step."""
-        first_step = self.start()
-        with Interruption() as interruption, self.progress_bar(first_step) as progress:
-            for step in range(first_step, self.config.max_train_steps):
-                self.train_step(step)
-                progress.update()
-                self.after_step(step + 1, progress, interruption)
-        return self.finish(first_step)
+        try:
+            first_step = self.start()
+            if first_step == self.config.max_train_steps:
+                self.complete(first_step)
+            with Interruption() as interruption, self.progress_bar(first_step) as progress:
+                for step in range(first_step, self.config.max_train_steps):
+                    self.train_step(step)
+                    progress.update()
+                    self.after_step(step + 1, progress, interruption)
+            return self.finish(first_step)
+        finally:
+            self.folder.release()
 
     def train_step(self, step: int) -> None:
         """One optimizer step over all accumulated batches."""
         accumulated = self.config.gradient_accumulation_steps
         modules = [self.unet] if self.weighting is None else [self.unet, self.weighting]
         self.draws.begin(step, self.batches.images_seen, self.images_per_step)
-        for _ in range(accumulated):
+        for part in range(accumulated):
             first_slot = self.batches.first_slot
             batch = to_device(next(self.batches), self.accelerator.device, self.config.channels_last)
             draws = self.draws(first_slot, batch)
             sigma = self.objective.sigma(draws.level)
 
             with self.clock, self.accelerator.accumulate(*modules):
-                with self.accelerator.autocast():
+                with self.accelerator.autocast(), self.dropout(step, part):
                     losses = denoising_loss(self.unet, batch, draws, self.objective, self.config)
                 self.accelerator.backward(self.weigh(losses, sigma).mean())
                 if self.accelerator.sync_gradients:
@@ -172,60 +201,147 @@ class Trainer:
         self.averages.step(self.parameters)
         self.monitor.end_step(grad_norm)
 
+    def dropout(self, step: int, part: int) -> AbstractContextManager:
+        """What dropout draws inside is of this part of the step, in this process."""
+        return seeded_dropout(self.unet, self.config.seed, step, part, self.accelerator.process_index)
+
     def start(self) -> int:
-        """Goes on from the checkpoint, if there is one; returns the first step."""
-        optimizer, first_step = self.optimizer.optimizer, 0
-        if self.found is not None:
-            settings = settings_of(optimizer)
-            first_step = self.checkpoints.load(self.found, self.states)
-            apply_settings(optimizer, settings)
-        self.schedule = learning_rates(self.config, optimizer, first_step)
-        output_dir = Path(self.config.output_dir)
-        self.records = {name: Records(output_dir / f"{name}.jsonl") for name in ("metrics", "losses")}
-        if self.accelerator.is_main_process:
-            output_dir.mkdir(parents=True, exist_ok=True)
-            self.records["metrics"].cut(first_step)
-            self.losses |= self.records["losses"].cut(first_step)
-        self.losses["loss"] = self.monitor.running_loss(self.accelerator)
-        if self.config.report_to:
-            settings = {name: str(value) for name, value in vars(self.config).items() if name != "hub_token"}
-            self.accelerator.init_trackers("diffusers-imagen", settings)
-        self.stopwatch, self.seen = Stopwatch(), (0.0, first_step)
-        return first_step
+        """Takes the folder, and goes on from the checkpoint, if there is one; returns the first step."""
+        accelerator, config = self.accelerator, self.config
+        self.found = found = on_main_process(accelerator, self.begin)
+        if found.folder is not None:
+            self.checkpoints.load(found)
+            self.check_place(found)
+        self.schedule = learning_rates(config, self.optimizer.optimizer, found.step)
+        self.repository = on_main_process(accelerator, lambda: make_repository(config))
+        self.records = {name: Records(Path(config.output_dir) / f"{name}.jsonl") for name in RECORDS}
+        self.losses["loss"] = self.monitor.running_loss(accelerator)
+        if config.report_to:
+            settings = {name: str(value) for name, value in public_settings(config).items()}
+            accelerator.init_trackers("diffusers-imagen", settings)
+        self.stopwatch, self.seen = Stopwatch(), (0.0, found.step)
+        return found.step
+
+    def begin(self) -> Found:
+        """Holds the folder, chooses the checkpoint, and sets aside what is not of this run. In the main process."""
+        self.folder.hold()
+        found = self.checkpoints.find(thoroughly=True)
+        plan = self.folder.plan(found, self.checkpoints.run)
+        self.folder.carry_out(plan, found, self.checkpoints.run)
+        return found
+
+    def check_place(self, found: Found) -> None:
+        """Checks that the state of a checkpoint is one of its step, and can be trained on.
+
+        Raises:
+            ValueError: If not.
+        """
+        seen = found.step * self.images_per_step
+        if self.batches.images_seen != seen:
+            raise ValueError(
+                f"`resume_from_checkpoint`: {found.folder} says that {self.batches.images_seen!r} images were seen, but "
+                f"{found.step} steps see {seen}."
+            )
+        if self.count_not_finite():
+            raise ValueError(
+                f"`resume_from_checkpoint`: {found.folder} has weights or averages that are not finite: go back to an "
+                "earlier checkpoint."
+            )
+
+    def count_not_finite(self) -> int:
+        """How many weights and averages, as tensors, have a value that is not finite, in all processes."""
+        parts = [own_part(parameter) for parameter in self.parameters]
+        count = not_finite([*parts, *self.averages.tensors()]).to(self.accelerator.device)
+        return int(self.accelerator.reduce(count, "sum").item())
 
     def after_step(self, done: int, progress: tqdm, interruption: Interruption) -> None:
-        """What there is to do between steps, of which `done` are done."""
+        """What there is to do between steps, of which `done` are done. The checkpoint comes last of what belongs to a
+        step: a run that is killed before does all of it again, and one that is killed after has all of it."""
         config, last = self.config, done == self.config.max_train_steps
         looks = done % config.logging_steps == 0 or last
         if looks:
             self.log(done, progress)
+        with self.stopwatch:
+            saves = done % config.checkpointing_steps == 0 or last
+            self.write_results(done, last)
+            # processes agree where they meet anyway
+            meets = looks or self.accelerator.num_processes == 1
+            stops = meets and interruption.agreed(self.accelerator) and not last
+            if saves or stops:
+                self.save_checkpoint(done)
+            if stops:
+                self.close()
+                raise TrainingInterrupted(interruption.signum, str(self.checkpoints.saved))
+
+    def write_results(self, done: int, last: bool) -> None:
+        """Writes what there is to see of a step, which is the last one or one of those that the settings name."""
+        config = self.config
         saves = done % config.checkpointing_steps == 0 or last
         validates = done % (config.validation_steps or config.checkpointing_steps) == 0 or last
-        with self.stopwatch:
-            if validates:
-                self.validate(done)
-            if config.ema_type == "power" and (
-                done % (config.ema_snapshot_steps or config.checkpointing_steps) == 0 or last
-            ):
-                self.save_snapshots(done)
-            if saves:
-                self.save(done)
-            # processes agree where they meet anyway
-            if (looks or self.accelerator.num_processes == 1) and interruption.agreed(self.accelerator) and not last:
-                if self.checkpoints.saved != done:
-                    self.checkpoints.save(done, self.states)
-                self.close()
-                folder = f"{config.output_dir}/checkpoint-{done}"
-                raise TrainingInterrupted(interruption.signum, folder)
+        takes = done % (config.ema_snapshot_steps or config.checkpointing_steps) == 0 or last
+        if saves or validates or takes:
+            self.check_weights(done)
+        if validates:
+            self.validate(done)
+        if takes and config.ema_type == "power":
+            self.save_snapshots(done)
+        if saves:
+            self.save_results(done)
 
-    def log(self, done: int, progress: tqdm) -> None:
+    def check_weights(self, done: int) -> None:
+        """Keeps weights that are not finite from being written over those that are.
+
+        Raises:
+            FloatingPointError: If one is not.
+        """
+        if self.count_not_finite():
+            kept = self.checkpoints.saved
+            raise FloatingPointError(
+                f"The weights are not finite after step {done}, so that nothing of it was written: lower "
+                "`learning_rate`, or look at the data with `diffusers-imagen doctor`. "
+                + ("There is no checkpoint from before." if kept is None else f"The last checkpoint is {kept}.")
+            )
+
+    def save_checkpoint(self, done: int) -> None:
+        """Writes all that the run needs to go on after a step."""
+        self.check_weights(done)
+        if self.accelerator.is_main_process:
+            for records in self.records.values():
+                records.sync()
+        self.checkpoints.save(done)
+        if self.accelerator.is_main_process:
+            self.folder.note(has_checkpoint=True)
+
+    def complete(self, done: int) -> None:
+        """Writes what belongs to the last step and is not there: the checkpoint that the run goes on from was not
+        written as that of a last step, or the stage is not what it was."""
+        main = self.accelerator.is_main_process
+        is_whole, is_logged = on_main_process(self.accelerator, lambda: self.look_back(done))
+        if is_whole:
+            return
+        if not is_logged:
+            self.log(done)
+        if main:
+            self.records["losses"].cut(done - 1)
+        self.write_results(done, last=True)
+        if main:
+            self.folder.note(completed=done)
+
+    def look_back(self, done: int) -> tuple[bool, bool]:
+        """Whether all that belongs to the last step is there, and whether its metrics are."""
+        was_last = self.found.was_last or self.folder.noted("completed") == done
+        is_whole = was_last and find_exported_step(Path(self.config.output_dir)) == done
+        return is_whole, self.records["metrics"].last_step() >= done
+
+    def log(self, done: int, progress: Optional[tqdm] = None) -> None:
         """Fetches what the last steps had to tell, and shows it."""
         record = self.monitor.fetch(self.accelerator)
         seconds, before = self.stopwatch.seconds(), self.seen
         self.seen = (seconds, done)
         rate = (done - before[1]) * self.images_per_step / (seconds - before[0])
         self.losses["loss"] = record["loss_average"]
-        progress.set_postfix(loss=f"{record['loss_average']:.4f}", images_per_s=f"{rate:.1f}", refresh=False)
+        if progress is not None:
+            progress.set_postfix(loss=f"{record['loss_average']:.4f}", images_per_s=f"{rate:.1f}", refresh=False)
         record["lr"] = self.schedule.get_last_lr()[0]
         self.record("metrics", done, record)
         speed = {"images_per_second": rate, "memory_gib": memory_used(self.accelerator.device)}
@@ -253,6 +369,9 @@ class Trainer:
             return
         images = draw_samples(unet.eval(), self.objective.scheduler(), self.prompts, self.config)
         unet.train()
+        if not images.isfinite().all():
+            logger.warning(f"The samples of step {done} are not finite: they are not written.")
+            return
         write_samples(images, self.config.output_dir, done)
         log_samples(self.accelerator, images, self.config.validation_prompts, done)
 
@@ -261,10 +380,9 @@ class Trainer:
         parameters = dict(zip(self.names, self.parameters))
         self.averages.save_snapshots(self.config.output_dir, parameters, done, self.accelerator.is_main_process)
 
-    def save(self, done: int) -> None:
-        """Writes a checkpoint, and the averaged weights as a stage."""
+    def save_results(self, done: int) -> None:
+        """Writes the losses, and the averaged weights as a stage."""
         self.losses["loss"] = self.monitor.running_loss(self.accelerator)
-        self.checkpoints.save(done, self.states)
         self.record("losses", done, self.losses)
         with self.averages.applied(self.parameters):
             unet = whole_network(self.accelerator, self.unet)
@@ -309,6 +427,28 @@ class Trainer:
             disable=not self.accelerator.is_local_main_process,
             mininterval=10,
         )
+
+
+class LastLosses:
+    """The last losses of a run, as what a checkpoint has of them."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+
+    def state_dict(self) -> dict[str, float]:
+        return dict(self.trainer.losses)
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        if not all(isinstance(name, str) and isinstance(value, float) for name, value in state.items()):
+            raise ValueError("its losses are no numbers")
+        self.trainer.losses |= state
+
+
+def describe_text(config: TrainingConfig, encode: Optional[Encode]) -> Optional[dict[str, Any]]:
+    """Which text encoder the captions' states are from; None if it does not say."""
+    if config.embedding_cache is not None:
+        return read_manifest(Path(config.embedding_cache))["encoder"]
+    return encode.identity() if hasattr(encode, "identity") else None
 
 
 def release_encoder(encode: Optional[Encode], *streams: Optional[BatchStream | ValidationBatches]) -> None:

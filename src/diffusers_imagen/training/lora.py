@@ -7,7 +7,6 @@ from typing import Any, Optional
 
 import torch
 from accelerate.utils import DistributedType
-from safetensors.torch import load_file, save_file
 
 from ..loaders.lora import ImagenLoraLoaderMixin, require_peft
 from ..models.unet_base import ConditionalUNet
@@ -15,14 +14,14 @@ from .checks import check_objective
 from .config import TrainingConfig
 from .data.config import arg
 from .devices import inner_network
-from .export import model_card, parts_of, write_record
+from .export import CARD_FILE, model_card, parts_of, write_record
 from .loop import Trainer
-from .network import find_network
+from .network import find_network, fresh_weights
+from .states import NetworkState
 
 
 TARGET_MODULES = ["to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj"]
 ADAPTER = "default"
-ADAPTER_FILE = "adapter.safetensors"
 
 USAGE = """import diffusers_imagen
 from diffusers import DiffusionPipeline
@@ -89,43 +88,17 @@ class LoraTrainer(Trainer):
         self.base_digest = digest(unet)
         unet.requires_grad_(False)
         alpha = config.rank if config.lora_alpha is None else config.lora_alpha
-        # peft draws from the global generator, which gets its state back
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(config.seed)
+        with fresh_weights(config.seed):
             unet.add_adapter(
                 LoraConfig(r=config.rank, lora_alpha=alpha, target_modules=list(config.lora_target_modules)), ADAPTER
             )
-        accelerator.register_save_state_pre_hook(self.save_adapter_alone)
-        accelerator.register_load_state_pre_hook(self.load_adapter_alone)
 
     def describe(self, unet: ConditionalUNet) -> dict[str, Any]:
-        config = self.config
-        adapter = {
-            "rank": config.rank,
-            "lora_alpha": config.lora_alpha,
-            "lora_target_modules": list(config.lora_target_modules),
-        }
-        return {**super().describe(unet), **adapter, "base weights": self.base_digest}
+        return {**super().describe(unet), "base weights": self.base_digest}
 
-    def save_adapter_alone(self, models: list, weights: list, output_dir: str) -> None:
-        """Keeps the frozen weights out of a checkpoint."""
-        weights.pop(self.place_among(models))
-        if self.accelerator.is_main_process:
-            tensors = dict(zip(self.names, (p.detach().cpu().contiguous() for p in self.parameters)))
-            save_file(tensors, Path(output_dir) / ADAPTER_FILE)
-
-    def load_adapter_alone(self, models: list, input_dir: str) -> None:
-        """Gives the adapter the weights of a checkpoint."""
-        models.pop(self.place_among(models))
-        saved = load_file(Path(input_dir) / ADAPTER_FILE)
-        with torch.no_grad():
-            for name, parameter in zip(self.names, self.parameters):
-                parameter.copy_(saved[name])
-
-    def place_among(self, models: list) -> int:
-        """Where the network is among those of accelerate, which has some of them with and some without wrappers."""
-        inner = inner_network(self.accelerator, self.unet)
-        return next(place for place, model in enumerate(models) if inner_network(self.accelerator, model) is inner)
+    def network_state(self) -> dict[str, NetworkState]:
+        """The adapter alone: the frozen weights are not in a checkpoint."""
+        return {"adapter": NetworkState(inner_network(self.accelerator, self.unet), self.names)}
 
     def export(self, unet: ConditionalUNet, done: int, results: dict[str, float]) -> None:
         from peft.utils import get_peft_model_state_dict
@@ -142,7 +115,7 @@ class LoraTrainer(Trainer):
             )
             write_record(partial, self.config, done, results)
             card = model_card(unet, self.config, done, results, usage, adapter_of=Path(stage).name)
-            (partial / "README.md").write_text(card)
+            (partial / CARD_FILE).write_text(card, encoding="utf-8")
 
 
 def check_targets(unet: ConditionalUNet, targets: list[str]) -> None:

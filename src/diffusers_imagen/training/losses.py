@@ -82,7 +82,7 @@ class UncertaintyWeighting(torch.nn.Module):
         generator = torch.Generator().manual_seed(seed)
         self.register_buffer("frequencies", torch.randn(features, generator=generator))
         self.register_buffer("phases", torch.rand(features, generator=generator))
-        self.linear = torch.nn.Linear(features, 1, bias=False)
+        self.linear = torch.nn.utils.skip_init(torch.nn.Linear, features, 1, bias=False)  # draws nothing
         torch.nn.init.zeros_(self.linear.weight)
 
     def forward(self, loss: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:

@@ -4,20 +4,26 @@ Sums are kept on the device and fetched together every so many steps: nothing el
 """
 
 import json
+import os
 import resource
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
+from ..utils.files import sync, write_text
+from .states import copy_into
+
 
 SIGMA_EDGES = (0.1, 0.3, 1.0, 3.0)
 BUCKETS = tuple(f"sigma_{low:g}_to_{high:g}" for low, high in zip((0.0, *SIGMA_EDGES), (*SIGMA_EDGES, float("inf"))))
 AVERAGED_STEPS = 100  # about as many as the running loss is an average of; a single batch says little
 MAX_SKIPPED_IN_ROW = 50
+RECORDS = ("metrics", "losses")  # names of the files of a run that have a line for a step
 
 
 class NoiseLevelMeans:
@@ -105,8 +111,8 @@ class Monitor:
         return {"values": self.values.cpu(), "levels": self.levels.sums.cpu()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.values = state["values"].to(self.values.device)
-        self.levels.sums = state["levels"].to(self.values.device)
+        copy_into(self.values, state["values"], "values of the monitor")
+        copy_into(self.levels.sums, state["levels"], "levels of the monitor")
 
 
 class ComputeClock:
@@ -185,21 +191,45 @@ class Records:
         self.path = path
 
     def append(self, step: int, record: dict[str, float]) -> None:
-        with open(self.path, "a") as file:
-            file.write(json.dumps({"step": step, **record}) + "\n")
+        """Adds a line, or leaves the file as it was where there is no room for it."""
+        size = self.path.stat().st_size if self.path.is_file() else 0
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps({"step": step, **record}) + "\n")
+        except OSError:
+            if self.path.is_file():
+                os.truncate(self.path, size)
+            raise
 
-    def cut(self, step: int) -> dict[str, float]:
-        """Forgets what comes after a step, which a resumed run does again; a half-written line too. Returns the last
-        record that is left."""
-        kept = []
-        for line in self.path.read_text().splitlines() if self.path.is_file() else []:
+    def cut(self, step: int) -> None:
+        """Forgets what comes after a step, which a resumed run does again; a half-written line too."""
+        if self.path.is_file():
+            kept = "".join(line + "\n" for line, of_step in self._lines() if of_step <= step)
+            if kept.encode() != self.path.read_bytes():
+                write_text(self.path, kept)
+
+    def last_step(self) -> int:
+        """The latest step that there is a line of; -1 if there is none."""
+        return max((step for _, step in self._lines()), default=-1)
+
+    def sync(self) -> None:
+        """Waits until the lines are on the disk."""
+        if self.path.is_file():
+            sync(self.path)
+
+    def _lines(self) -> Iterator[tuple[str, int]]:
+        """The lines that are whole, and their steps."""
+        text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.is_file() else ""
+        for line in text.splitlines():
             try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except ValueError:
+                step = json.loads(line)["step"]
+            except (ValueError, KeyError, TypeError, RecursionError):
                 continue
-        partial = self.path.with_name(f".{self.path.name}.partial")
-        partial.write_text("".join(kept))
-        partial.replace(self.path)
-        last = json.loads(kept[-1]) if kept else {}
-        return {name: value for name, value in last.items() if name != "step"}
+            if isinstance(step, int):
+                yield line, step
+
+
+def not_finite(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """How many of some tensors have a value that is not finite; nothing waits for the device."""
+    found = [(~tensor.isfinite()).any() for tensor in tensors if tensor.is_floating_point()]
+    return torch.stack(found).sum() if found else torch.zeros((), dtype=torch.int64)

@@ -1,10 +1,13 @@
 """The network of a run: made, and set up for training."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
 
 import diffusers
+import numpy as np
 import torch
 from accelerate.utils import DistributedType
 from diffusers import AutoModel, DiffusionPipeline
@@ -19,29 +22,47 @@ from .config import TrainingConfig
 from .growing import change_layers, grow_unet
 
 
+DROPOUT_SEED = 33  # a word after the run's seed, unlike those of its data and steps
+
+
+@contextmanager
+def fresh_weights(seed: int) -> Iterator[None]:
+    """Weights that are drawn inside are those of a seed; the global generator, which layers draw from, gets its state
+    back."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
 def make_unet(config: TrainingConfig) -> ConditionalUNet:
-    """The network to train, set to the resolution that it is trained at.
+    """The network to train, set to the resolution that it is trained at. What it has of fresh weights, all or those of
+    levels and blocks that were added, `config.seed` decides.
 
     Raises:
         ValueError: If there is none, or the configuration changes one whose kind cannot be changed.
     """
-    if config.preset is not None:
-        unet = create_unet(config.preset)
-    elif config.model_config_name_or_path is not None:
-        unet = unet_of_config(config)
-    else:
-        unet = load_unet(config.pretrained_model_name_or_path, find_network(config))
-    if (config.grow or config.layers_per_block) and not isinstance(unet, ImagenUNetModel):
-        argument = "grow" if config.grow else "layers_per_block"
-        raise ValueError(
-            f"`{argument}` is {getattr(config, argument)}, but only an ImagenUNetModel can be changed so, and "
-            f"'{config.pretrained_model_name_or_path}' has an {type(unet).__name__}."
-        )
-    if config.grow:
-        unet = grow_unet(unet)
-    if config.layers_per_block:
-        unet = change_layers(unet, config.layers_per_block)
+    with fresh_weights(config.seed):
+        unet = start_network(config)
+        if (config.grow or config.layers_per_block) and not isinstance(unet, ImagenUNetModel):
+            argument = "grow" if config.grow else "layers_per_block"
+            raise ValueError(
+                f"`{argument}` is {getattr(config, argument)}, but only an ImagenUNetModel can be changed so, and "
+                f"'{config.pretrained_model_name_or_path}' has an {type(unet).__name__}."
+            )
+        if config.grow:
+            unet = grow_unet(unet)
+        if config.layers_per_block:
+            unet = change_layers(unet, config.layers_per_block)
     return unet.at_resolution(config.resolution)
+
+
+def start_network(config: TrainingConfig) -> ConditionalUNet:
+    """The network that the configuration names, before it is changed."""
+    if config.preset is not None:
+        return create_unet(config.preset)
+    if config.model_config_name_or_path is not None:
+        return unet_of_config(config)
+    return load_unet(config.pretrained_model_name_or_path, find_network(config))
 
 
 def find_network(config: TrainingConfig) -> Optional[str]:
@@ -140,6 +161,39 @@ def load_unet(name: str, subfolder: Optional[str] = "unet") -> ConditionalUNet:
             "them: it was saved by another version, or is not complete."
         )
     return unet
+
+
+def check_finite(unet: ConditionalUNet, name: Optional[str] = None) -> None:
+    """Refuses a network that cannot be trained, because a weight is not finite.
+
+    Args:
+        unet (`ConditionalUNet`): The network.
+        name (`str`, *optional*): Where it is from.
+
+    Raises:
+        ValueError: If one is not.
+    """
+    wrong = [key for key, value in unet.state_dict().items() if not value.isfinite().all()]
+    if wrong:
+        which = "The network" if name is None else f"`pretrained_model_name_or_path` is '{name}', whose network"
+        raise ValueError(
+            f"{which} has {len(wrong)} weights that are not finite, {wrong[0]} among them: its training diverged, or "
+            "the file is damaged."
+        )
+
+
+@contextmanager
+def seeded_dropout(unet: torch.nn.Module, *words: int) -> Iterator[None]:
+    """What layers of dropout draw inside belongs to a step: they draw from the global generators, which get their state
+    back. Nothing where there are none."""
+    if not any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in unet.modules()):
+        yield
+        return
+    device = next(unet.parameters()).device
+    seed = int(np.random.SeedSequence(words[0], spawn_key=(DROPOUT_SEED, *words[1:])).generate_state(1, np.uint64)[0])
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def choose_attention(unet: ConditionalUNet, config: TrainingConfig) -> None:

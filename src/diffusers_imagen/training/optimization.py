@@ -66,17 +66,6 @@ def learning_rates(
     return schedule
 
 
-def settings_of(optimizer: torch.optim.Optimizer) -> list[dict]:
-    """The settings of each group of parameters."""
-    return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-
-
-def apply_settings(optimizer: torch.optim.Optimizer, settings: list[dict]) -> None:
-    """Gives each group settings that `settings_of` noted."""
-    for group, values in zip(optimizer.param_groups, settings):
-        group.update(values)
-
-
 def clip_gradients(
     accelerator: Accelerator, parameters: Iterable[torch.nn.Parameter], max_norm: float
 ) -> torch.Tensor:

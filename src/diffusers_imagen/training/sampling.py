@@ -1,6 +1,6 @@
 """Samples of given prompts while a stage is trained."""
 
-import os
+import re
 from pathlib import Path
 from typing import Callable, NamedTuple, Optional
 
@@ -13,6 +13,7 @@ from PIL import Image
 
 from ..models.unet_base import ConditionalUNet
 from ..pipelines import ImagenPipeline, ImagenSuperResolutionPipeline
+from ..utils.files import whole_file
 from .config import TrainingConfig
 from .data.images import BadImage, fit_image, read_image
 from .data.pyramid import to_float
@@ -89,15 +90,25 @@ def draw_samples(
     return torch.cat([pipe(image=image, **inputs).images for image in images])
 
 
+def sample_name(step: int) -> str:
+    """The file of a step's samples."""
+    return f"step-{step:06d}.png"
+
+
+def sample_step(name: str) -> Optional[int]:
+    """The step of a file of samples; None of another file."""
+    match = re.fullmatch(r"step-([0-9]+)\.png", name)
+    return None if match is None or sample_name(int(match[1])) != name else int(match[1])
+
+
 def write_samples(images: torch.Tensor, output_dir: str, step: int) -> Path:
-    """The images side by side as a PNG, written beside its place and then moved there."""
+    """The images side by side as a PNG."""
     pixels = to_uint8(images)
     folder = Path(output_dir) / SAMPLES
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step-{step:06d}.png"
-    partial = path.with_name(f".{path.name}.partial")
-    make_image_grid([Image.fromarray(image) for image in pixels], rows=1, cols=len(pixels)).save(partial, "PNG")
-    os.replace(partial, path)
+    path = folder / sample_name(step)
+    with whole_file(path) as partial:
+        make_image_grid([Image.fromarray(image) for image in pixels], rows=1, cols=len(pixels)).save(partial, "PNG")
     return path
 
 

@@ -12,6 +12,7 @@ from .batch import Batch, Samples
 from .captions import Encode, EncodedCaptions, OnlineCaptions, encode_captions, iterate_captions
 from .config import DataConfig
 from .draws import VALIDATION_SEED, BucketOrder, RowOrder, SlotDraws
+from .fingerprint import describe_data
 from .loading import BatchPlan, SlotDataset, assign_buckets
 from .memory import CaptionedImages
 from .samples import SampleMaker
@@ -67,7 +68,22 @@ def _make_batches(
 ) -> "BatchStream":
     with_text = encode is not None or config.embedding_cache is not None
     rows = open_rows(config, split, with_text)
+    stream = _stream_rows(rows, config, split, encode, process_index, num_processes, training)
+    stream.content = describe_data(rows, config) if training else None
+    return stream
+
+
+def _stream_rows(
+    rows: Rows,
+    config: DataConfig,
+    split: str,
+    encode: Optional[Encode],
+    process_index: int,
+    num_processes: int,
+    training: bool,
+) -> "BatchStream":
     texts = make_texts(config, rows, encode)
+    with_text = texts is not None
     maker = SampleMaker(config, rows.image_column, rows.folder, with_text, augment=training)
     seed = (config.seed,) if training else (config.seed, VALIDATION_SEED)
     place = (config, texts, process_index, num_processes)
@@ -124,7 +140,10 @@ class BatchStream(Iterator[Batch]):
     Attributes:
         images_seen (`int`): Slots handed out, of all processes.
         skipped (`dict[str, str]`): Images that were passed over, and why.
+        content (`dict[str, Any]`): What tells training data from others, as `describe_data` says.
     """
+
+    content: Optional[dict[str, Any]] = None
 
     def __init__(self, config: DataConfig, texts: Optional[Texts], process_index: int, num_processes: int):
         self.config, self.texts = config, texts

@@ -21,6 +21,7 @@ class PairedBatches(BatchStream):
     def __init__(self, first: BatchStream, second: BatchStream):
         super().__init__(first.config, None, first.process_index, first.num_processes)
         self.streams = (first, second)
+        self.content = {**(first.content or {}), "images of the class": second.content}
 
     @property
     def needs_encoder(self) -> bool:

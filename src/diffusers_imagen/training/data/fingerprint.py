@@ -1,0 +1,87 @@
+"""What tells a data set from others: the same on every machine and in every folder, and quick to find out."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from .config import DataConfig
+from .sources import Rows
+
+
+IMAGES_READ = 256  # whose bytes are compared; of larger sets as many, evenly spread
+BYTES_READ = 2**20  # of the beginning of a file of a stream
+HIDDEN = (".", "_")
+
+
+def describe_data(rows: Rows, config: DataConfig) -> dict[str, Any]:
+    """The number of rows, and digests of what is drawn from them: captions and file names of all, bytes of some images.
+
+    A stream has no numbered rows: of it names, sizes and beginnings of the files in its folder, or else its name.
+
+    Args:
+        rows (`Rows`): The data set.
+        config (`DataConfig`): Where it is.
+    """
+    if not rows.streaming:
+        return {
+            "rows of the data": len(rows.data),
+            "a digest of the captions": digest_columns(rows.data, rows.image_column),
+            "a digest of the images": digest_images(rows),
+        }
+    place = config.train_data_dir or config.dataset_name
+    files = digest_files(Path(place)) if os.path.isdir(place) else [place, config.dataset_config_name]
+    return {"shards of the data": rows.data.num_shards, "a digest of the data's files": files}
+
+
+def digest_columns(data: Dataset, image_column: str) -> str:
+    """Of all cells but images, in order."""
+    columns = [name for name in data.column_names if name != image_column or is_text(data, name)]
+    sha = hashlib.sha256(json.dumps(columns).encode())
+    for part in data.select_columns(columns).iter(batch_size=1000) if columns else ():
+        sha.update(json.dumps([part[name] for name in columns], default=str).encode())
+    return sha.hexdigest()[:16]
+
+
+def is_text(data: Dataset, column: str) -> bool:
+    """Whether a column has file names."""
+    return getattr(data.features[column], "dtype", None) in ("string", "large_string")
+
+
+def digest_images(rows: Rows) -> str:
+    """Of the bytes of some images, as they are on disk."""
+    sha = hashlib.sha256()
+    count = min(len(rows.data), IMAGES_READ)
+    for place in np.linspace(0, len(rows.data) - 1, count).round().astype(int):
+        sha.update(hashlib.sha256(image_bytes(rows.data[int(place)][rows.image_column], rows.folder)).digest())
+    return sha.hexdigest()[:16]
+
+
+def image_bytes(value: Any, folder: str) -> bytes:
+    """The bytes of a cell's image; none of one that is no file, which is skipped or refused where images are read."""
+    if isinstance(value, dict):
+        if value.get("bytes") is not None:
+            return value["bytes"]
+        value = value.get("path")
+    path = os.path.join(folder, value) if isinstance(value, str) else ""
+    try:
+        return Path(path).read_bytes() if os.path.isfile(path) else b""
+    except (OSError, ValueError):
+        return b""
+
+
+def digest_files(folder: Path) -> str:
+    """Of names, sizes and beginnings of the files below a folder, without hidden ones."""
+    sha = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if path.is_file() and not any(part.startswith(HIDDEN) for part in name.parts):
+            with open(path, "rb") as file:
+                beginning = file.read(BYTES_READ)
+            sha.update(json.dumps([name.as_posix(), path.stat().st_size]).encode())
+            sha.update(hashlib.sha256(beginning).digest())
+    return sha.hexdigest()[:16]

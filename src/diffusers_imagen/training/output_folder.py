@@ -1,0 +1,204 @@
+"""The folder of a run: held by one process, and with nothing in it of another run.
+
+What lies above the step at which a run begins was written either by the run itself, after its last checkpoint and
+before it was killed, and is done again; or by another run, and is refused, or set aside in `set-aside-1` and so on.
+Nothing of another run is deleted.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Optional
+
+from diffusers.utils import logging
+
+from ..utils.files import FolderHold, read_json_object, write_json
+from .checkpoints import Found, list_checkpoints, number_of
+from .config import TrainingConfig
+from .ema import SNAPSHOTS
+from .export import RECORD, STAGE_PARTS, finish_move
+from .monitor import RECORDS, Records
+from .run_identity import find_difference
+from .sampling import SAMPLES
+
+
+logger = logging.get_logger(__name__)
+
+RUN = "run.json"  # what run began here, so that one killed before its first checkpoint can go on
+SET_ASIDE = "set-aside"
+NUMBERED = ((SAMPLES, re.compile(r"step-(\d+)\.png")), (SNAPSHOTS, re.compile(r"(\d+)-.*\.safetensors")))
+
+
+class Plan(NamedTuple):
+    """What is to be done with what a folder has above the step at which a run begins."""
+
+    kept_step: int  # up to which what is there is of this run
+    set_aside: tuple[Path, ...] = ()
+    again: bool = False  # this run wrote the rest, and does it again
+
+
+class OutputFolder:
+    """What a run finds in its folder, and does with it.
+
+    Args:
+        config (`TrainingConfig`): Which folder, and whether what another run left is to be set aside.
+    """
+
+    def __init__(self, config: TrainingConfig):
+        self.config, self.folder = config, Path(config.output_dir)
+        self._hold: Optional[FolderHold] = None
+
+    def check_free(self) -> None:
+        """Refuses a folder that another process holds.
+
+        Raises:
+            ValueError: If one does.
+        """
+        if self.folder.is_dir() and self._hold is None:
+            FolderHold(self.folder, "output_dir").release()
+
+    def hold(self) -> None:
+        """Keeps other processes out until `release`, and finishes what a killed run had begun to move.
+
+        Raises:
+            ValueError: If another process holds the folder.
+        """
+        self._hold = FolderHold(self.folder, "output_dir")
+        finish_move(self.folder)
+
+    def release(self) -> None:
+        """Lets others have the folder."""
+        if self._hold is not None:
+            self._hold.release()
+            self._hold = None
+
+    def plan(self, found: Found, run: dict[str, Any], partly: bool = False) -> Plan:
+        """What has to be set aside.
+
+        Args:
+            found (`Found`): The checkpoint that the run begins with.
+            run (`dict`): What must agree between two starts of a run.
+            partly (`bool`): Whether `run` is not complete yet.
+
+        Raises:
+            ValueError: If there is something of another run and `overwrite_output_dir` is False.
+        """
+        config = self.config
+        is_own = found.folder is not None and found.folder.resolve().parent == self.folder.resolve()
+        kept = found.step if is_own else 0
+        above = tuple(self._above(found.step if is_own else None))
+        if config.resume_from_checkpoint == "latest" and found.damaged:
+            return Plan(kept, found.damaged if is_own else above, again=is_own)
+        if is_own and all(number_of(path) <= found.step for path in list_checkpoints(self.folder)):
+            return Plan(kept, again=True)
+        if not above:
+            return Plan(kept)
+        if is_own:
+            which = f"that went on after step {found.step}"
+        elif config.resume_from_checkpoint is None:
+            which = "that began before"
+        else:
+            which = self._other_run(found.step, run, partly)
+            if which is None:
+                return Plan(kept, again=True)
+        if not config.overwrite_output_dir:
+            names = ", ".join(path.relative_to(self.folder).as_posix() for path in above[:3])
+            more = f" and {len(above) - 3} more" if len(above) > 3 else ""
+            raise ValueError(
+                f"`output_dir` is '{self.folder}', which has {names}{more} of a run {which}. Name another folder, go on "
+                "with that run by --resume_from_checkpoint latest, or set aside what it wrote by "
+                "--overwrite_output_dir True."
+            )
+        return Plan(kept, above)
+
+    def carry_out(self, plan: Plan, found: Found, run: dict[str, Any]) -> None:
+        """Sets aside what is to be, takes away what the run does again, and notes what run begins."""
+        self._set_aside(plan)
+        for name in RECORDS:
+            Records(self.folder / f"{name}.jsonl").cut(plan.kept_step)
+        if plan.again:
+            for path in self._numbered_above(plan.kept_step):
+                path.unlink()
+        if not list_checkpoints(self.folder):
+            write_json(self.folder / RUN, {"run": run, "from_step": found.step, "has_checkpoint": False})
+
+    def note(self, **facts: Any) -> None:
+        """Writes something about the run into run.json, if it is not there yet: `has_checkpoint`, so that a run whose
+        checkpoints are gone does not begin anew in its own results; `completed`, the step whose results are whole."""
+        record = read_run(self.folder)
+        if record is not None and {**record, **facts} != record:
+            write_json(self.folder / RUN, {**record, **facts})
+
+    def noted(self, fact: str) -> Any:
+        """What `note` wrote; None if it did not."""
+        return (read_run(self.folder) or {}).get(fact)
+
+    def _other_run(self, step: int, run: dict[str, Any], partly: bool) -> Optional[str]:
+        """What tells the run that is there from this one before its first checkpoint; None if nothing does."""
+        record = read_run(self.folder)
+        if record is None:
+            return "without a checkpoint"
+        if record["has_checkpoint"]:
+            return "whose checkpoints are gone"
+        if record["from_step"] != step:
+            return f"that began after step {record['from_step']}, not after {step}"
+        difference = find_difference(record["run"], run, partly)
+        return None if difference is None else f"that {difference}"
+
+    def _above(self, step: Optional[int]) -> Iterator[Path]:
+        """What there is of a run above a step; with None, all that there is of a run."""
+        if not self.folder.is_dir():
+            return
+        yield from (path for path in list_checkpoints(self.folder) if step is None or number_of(path) > step)
+        yield from self._numbered_above(-1 if step is None else step)
+        for name in RECORDS:
+            path = self.folder / f"{name}.jsonl"
+            if path.exists() and (step is None or Records(path).last_step() > step):
+                yield path
+        yield from self._stage_above(step)
+        logs = self.folder / self.config.logging_dir
+        if step is None and logs.is_dir() and any(logs.iterdir()) and self.folder.resolve() in logs.resolve().parents:
+            yield logs
+
+    def _numbered_above(self, step: int) -> Iterator[Path]:
+        for name, pattern in NUMBERED:
+            for path in sorted((self.folder / name).glob("*")) if (self.folder / name).is_dir() else ():
+                match = pattern.fullmatch(path.name)
+                if match is not None and int(match[1]) > step:
+                    yield path
+
+    def _stage_above(self, step: Optional[int]) -> Iterator[Path]:
+        parts = [self.folder / name for name in STAGE_PARTS if (self.folder / name).exists()]
+        if parts and step is not None:
+            try:
+                if read_json_object(self.folder / RECORD)["step"] <= step:
+                    return
+            except (ValueError, KeyError, TypeError):  # nobody knows of which step it is
+                pass
+        yield from parts
+
+    def _set_aside(self, plan: Plan) -> None:
+        if not plan.set_aside:
+            return
+        numbers = (path.name.removeprefix(f"{SET_ASIDE}-") for path in self.folder.glob(f"{SET_ASIDE}-*"))
+        place = self.folder / f"{SET_ASIDE}-{max((int(n) for n in numbers if n.isdecimal()), default=0) + 1}"
+        for path in plan.set_aside:
+            target = place / path.relative_to(self.folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if path.suffix == ".jsonl" and plan.kept_step:  # its beginning is this run's
+                shutil.copyfile(path, target)
+            else:
+                os.replace(path, target)
+        logger.warning(f"What another run left in {self.folder}, or is damaged, is now in {place}.")
+
+
+def read_run(folder: Path) -> Optional[dict[str, Any]]:
+    """What a folder's run.json says; None if it has none that can be read."""
+    try:
+        record = read_json_object(folder / RUN)
+    except ValueError:
+        return None
+    kinds = {"run": dict, "from_step": int, "has_checkpoint": bool}
+    return record if all(isinstance(record.get(name), kind) for name, kind in kinds.items()) else None

@@ -1,0 +1,133 @@
+"""What makes a run the run that it is: what must agree between a checkpoint and the run that goes on with it.
+
+Every setting belongs to one of the classes below, `tests/training/test_run_identity.py` sees to that; one that belongs
+to none makes another run.
+"""
+
+import json
+from dataclasses import fields
+from typing import Any, Optional
+
+from ..models.unet_base import ConditionalUNet
+from .config import TrainingConfig
+from .text import identity_mismatch
+
+
+# the draws, the data, the loss, and what a checkpoint has the state of: with another value it is another run
+ANOTHER_RUN = (
+    *(
+        "seed",
+        "streaming",
+        "shuffle_buffer_size",
+        "image_column",
+        "caption_column",
+        "caption_probabilities",
+        "caption",
+    ),
+    *("train_split", "split_column", "styles", "balance_by", "weight_column", "max_train_samples"),
+    *("resolution", "center_crop", "random_flip", "background", "min_resolution", "aspect_ratio_buckets"),
+    *("bucket_step", "low_resolution", "crop_size", "degradation_blur_sigma", "degradation_jpeg_quality"),
+    *("tokenizer_max_length", "preconditioning", "sigma_data", "p_mean", "p_std", "prediction_type", "beta_schedule"),
+    *("snr_gamma", "loss", "uncertainty_weighting", "stratified_noise", "text_drop_rate"),
+    *("noise_conditioning_augmentation", "use_ema", "ema_type", "ema_stds", "use_8bit_adam"),
+    *("rank", "lora_alpha", "lora_target_modules"),
+    *("with_prior_preservation", "instance_prompt", "class_prompt", "prior_loss_weight"),
+)
+# compared by what is there, not by where it is
+BY_CONTENT = (
+    *("train_data_dir", "dataset_name", "dataset_config_name", "instance_data_dir", "class_data_dir"),
+    *("text_encoder", "embedding_cache"),
+)
+# compared as the number of images in a step, however processes and batches share it
+IN_A_STEP = ("train_batch_size", "gradient_accumulation_steps")
+# a checkpoint has what became of them
+AT_THE_START = (
+    *("pretrained_model_name_or_path", "grow", "layers_per_block", "preset", "model_config_name_or_path"),
+    *("class_model", "num_class_images", "sample_batch_size"),
+)
+# a user may change them, and is told
+CHANGEABLE = (
+    *("max_train_steps", "learning_rate", "scale_lr", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles"),
+    *("adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm", "mixed_precision"),
+    *("allow_tf32", "gradient_checkpointing", "channels_last", "torch_compile", "attention_backend", "ema_decay"),
+    *("ema_snapshot_steps", "checkpointing_steps", "checkpoints_total_limit", "validation_steps", "validation_split"),
+    *("report_to", "logging_steps", "in_memory", "dataloader_num_workers", *IN_A_STEP),
+)
+# where things are on this machine, what is shown, and how the run is started
+NOT_COMPARED = (
+    *("output_dir", "cache_dir", "logging_dir", "resume_from_checkpoint", "overwrite_output_dir"),
+    *("validation_prompts", "validation_images", "push_to_hub", "hub_model_id", "hub_token"),
+)
+
+IMAGES_IN_A_STEP = "`train_batch_size` x `gradient_accumulation_steps` x processes ="
+TEXT_ENCODER = "the text encoder"
+
+
+def describe_run(
+    config: TrainingConfig, unet: ConditionalUNet, mixed_precision: str, num_processes: int = 1, sharing: str = ""
+) -> dict[str, Any]:
+    """What must agree between a checkpoint and the run that goes on with it, but for the data.
+
+    Args:
+        config (`TrainingConfig`): The settings.
+        unet (`ConditionalUNet`): The network.
+        mixed_precision (`str`): As accelerate calls it; fp16 alone has a gradient scaler.
+        num_processes (`int`): How many share a step.
+        sharing (`str`): How weights are spread over them.
+    """
+    network = {key: value for key, value in unet.config.items() if not key.startswith("_")}
+    others = BY_CONTENT + IN_A_STEP + AT_THE_START + CHANGEABLE + NOT_COMPARED
+    return in_json(
+        {
+            "network": type(unet).__name__,
+            **{f"unet {key}": value for key, value in network.items()},
+            **{f.name: getattr(config, f.name) for f in fields(config) if f.name not in others},
+            IMAGES_IN_A_STEP: config.train_batch_size * config.gradient_accumulation_steps * num_processes,
+            "fp16": mixed_precision == "fp16",
+            "weights": sharing,
+        }
+    )
+
+
+def changeable_settings(config: TrainingConfig) -> dict[str, Any]:
+    """The settings that a user may change from one start of a run to the next."""
+    return in_json({f.name: getattr(config, f.name) for f in fields(config) if f.name in CHANGEABLE})
+
+
+def find_difference(saved: dict[str, Any], own: dict[str, Any], partly: bool = False) -> Optional[str]:
+    """How a run differs from the one of a checkpoint, in words; None if it does not.
+
+    Args:
+        saved (`dict`), own (`dict`): As `describe_run`.
+        partly (`bool`): Whether `own` is not complete yet.
+    """
+    for key in own if partly else {**own, **saved}:
+        before, now = saved.get(key), own.get(key)
+        if key == TEXT_ENCODER:
+            difference = compare_encoders(before, now)
+            if difference is not None:
+                return f"was trained with another text encoder ({difference})"
+        elif before != now:
+            return f"was trained with {key} {before!r}, but this run has {now!r}"
+    return None
+
+
+def compare_encoders(before: Any, now: Any) -> Optional[str]:
+    """How two text encoders differ; one that has not said which it is differs from none."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return None
+    try:
+        return identity_mismatch(before, now)
+    except TypeError:  # of values that no encoder has
+        return "its description is malformed"
+
+
+def describe_changes(saved: dict[str, Any], own: dict[str, Any]) -> str:
+    """The settings that are no longer what they were, in words; empty if there are none."""
+    changed = [name for name in own if name in saved and saved[name] != own[name]]
+    return ", ".join(f"{name} {own[name]!r} (it was {saved[name]!r})" for name in changed)
+
+
+def in_json(value: dict[str, Any]) -> dict[str, Any]:
+    """As it will be when it has been written and read."""
+    return json.loads(json.dumps(value))

@@ -1,0 +1,169 @@
+"""State on disk as safetensors: nothing that is read can run code, and nothing is read that does not fit.
+
+A state is made of dictionaries, lists, numbers, strings and tensors. The tensors are those of the file; the rest is
+JSON in its metadata.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+
+from .devices import own_part
+
+
+TREE = "state"  # the key of the metadata
+
+
+def save_state(path: Path, state: Any) -> None:
+    """Writes a state.
+
+    Raises:
+        OSError or SafetensorError: If it cannot be written, such as to a full disk.
+        TypeError: If it has something else than dictionaries, lists, numbers, strings and tensors.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    tree = _encode(state, "", tensors)
+    save_file(tensors, path, metadata={TREE: json.dumps(tree)})
+
+
+def load_state(path: Path) -> Any:
+    """Reads a state, to the CPU.
+
+    Raises:
+        ValueError: If the file is not one that `save_state` wrote.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            tree = json.loads((file.metadata() or {})[TREE])
+            return _decode(tree, {name: file.get_tensor(name) for name in file.keys()})
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"'{path}' is no saved state: {type(error).__name__} ({error}).") from error
+
+
+def _encode(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Any:
+    """JSON of a value: a list of its kind and its parts, or the value itself."""
+    if isinstance(value, torch.Tensor):
+        name = place if place and place not in tensors else f"{place}#{len(tensors)}"
+        tensors[name] = own_part(value).detach().cpu().contiguous().clone()  # files hold no views of one memory
+        return ["tensor", name]
+    if isinstance(value, dict):
+        inner = f"{place}." if place else ""
+        return ["dict", [[key, _encode(part, f"{inner}{key}", tensors)] for key, part in value.items()]]
+    if isinstance(value, (list, tuple)):
+        return ["list", [_encode(part, f"{place}.{i}", tensors) for i, part in enumerate(value)]]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"A state has a {type(value).__name__} at '{place}', which is neither a number nor a tensor.")
+
+
+def _decode(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    if not isinstance(tree, list):
+        return tree
+    kind, parts = tree
+    if kind == "tensor":
+        return tensors[parts]
+    if kind == "dict":
+        return {key: _decode(part, tensors) for key, part in parts}
+    if kind == "list":
+        return [_decode(part, tensors) for part in parts]
+    raise ValueError(f"it has a {kind!r}")
+
+
+def copy_into(own: torch.Tensor, saved: Any, name: str) -> None:
+    """Gives a tensor the values of a saved one, and keeps its layout in memory.
+
+    Raises:
+        ValueError: If the saved one is no tensor of that shape and kind of number.
+    """
+    shape = tuple(saved.shape) if isinstance(saved, torch.Tensor) else type(saved).__name__
+    if shape != tuple(own.shape) or saved.is_floating_point() != own.is_floating_point():
+        raise ValueError(f"{name} has shape {shape}, but should have {tuple(own.shape)}")
+    with torch.no_grad():
+        own.copy_(saved)
+
+
+class NetworkState:
+    """The weights and buffers of a network, or some of them; of those spread over processes this process's part.
+
+    Args:
+        module (`torch.nn.Module`): The network, without wrappers.
+        names (`list[str]`, *optional*): Only these parameters.
+    """
+
+    def __init__(self, module: torch.nn.Module, names: Optional[list[str]] = None):
+        self.module, self.names = module, names
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """By their names, in their own memory."""
+        state = self.module.state_dict()
+        names = state if self.names is None else self.names
+        return {name: own_part(state[name]) for name in names}
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return self.tensors()
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        own = self.tensors()
+        if own.keys() != state.keys():
+            missing, more = sorted(own.keys() - state.keys()), sorted(map(str, state.keys() - own.keys()))
+            raise ValueError(f"the network lacks {more[:3]} and the state {missing[:3]}")
+        for name, tensor in own.items():
+            copy_into(tensor, state[name], name)
+
+
+class OptimizerState:
+    """The moments of an optimizer, and the scale of gradients in fp16. Rates, betas and decay are not part of it: they
+    are those that the run is told.
+
+    Args:
+        optimizer (`AcceleratedOptimizer`): The optimizer.
+        scaler (`torch.amp.GradScaler`, *optional*): Of fp16.
+    """
+
+    def __init__(self, optimizer: AcceleratedOptimizer, scaler: Optional[Any] = None):
+        self.optimizer = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+        self.scaler = scaler
+
+    def state_dict(self) -> dict[str, Any]:
+        scaler = None if self.scaler is None else self.scaler.state_dict()
+        return {"moments": self.optimizer.state_dict()["state"], "scaler": scaler}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        moments = {}
+        for place, values in state["moments"].items():
+            if not 0 <= place < len(parameters):
+                raise ValueError(f"it has moments of a parameter {place}, but there are {len(parameters)}")
+            moments[place] = {name: like(parameters[place], name, value) for name, value in values.items()}
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state["scaler"])
+
+
+def like(parameter: torch.nn.Parameter, name: str, value: Union[torch.Tensor, float]) -> Union[torch.Tensor, float]:
+    """A moment in the layout of its parameter, and spread over processes as that is: fused optimizers run through the
+    memory of both in step.
+
+    Raises:
+        ValueError: If it has another shape. Numbers of steps and tables of 8-bit states have shapes of their own.
+    """
+    if not isinstance(value, torch.Tensor):
+        return value
+    own = own_part(parameter)
+    if name in ("exp_avg", "exp_avg_sq"):
+        moment = torch.empty_like(own, dtype=value.dtype, device="cpu", requires_grad=False)
+        copy_into(moment, value, name)
+        value = moment
+    elif name == "step" and value.numel() != 1:
+        raise ValueError(f"step has shape {tuple(value.shape)}, but should be one number")
+    if not isinstance(parameter, DTensor) or value.shape != own.shape or name == "step":
+        return value
+    place = {"shape": parameter.shape, "stride": parameter.stride()}
+    return DTensor.from_local(value.to(own.device), parameter.device_mesh, parameter.placements, **place)
