@@ -1,8 +1,14 @@
 """`diffusers-imagen cache-embeddings`: text states of a data set's captions on disk."""
 
 import argparse
+import os
 import time
 from pathlib import Path
+from typing import Optional
+
+
+# what is above is a slip, and would need more memory than there is
+BOUNDS = {"batch_size": 2**16, "shard_size_mb": 2**16, "tokenizer_max_length": 2**16}
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -37,26 +43,102 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def cache_embeddings(args: argparse.Namespace) -> None:
     """Builds or verifies a cache, and reports its size."""
-    # torch and transformers take seconds to import; --help should not
+    check_numbers(args)
+    if args.verify:
+        verify(args.output_dir)
+        report(args.output_dir, "verified")
+        return
+    check_sources(args)
+    check_output_dir(args.output_dir, args.train_data_dir)
+    start = time.perf_counter()
+    added = import_nemo(args) if args.nemo_tars else encode_dataset(args)
+    report(args.output_dir, f"{added} added, {added / (time.perf_counter() - start):.0f} captions/s")
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    """Refuses numbers that are out of range, NaN among them."""
+    for name, highest in BOUNDS.items():
+        value = getattr(args, name)
+        if value is not None and not 0 < value <= highest:
+            raise ValueError(f"`{name}` is {value}, but should be above 0 and at most {highest}.")
+
+
+def check_sources(args: argparse.Namespace) -> None:
+    """Refuses arguments of which one is missing, or that do not go together."""
+    data = [name for name in ("train_data_dir", "dataset_name") if getattr(args, name) is not None]
+    if not args.nemo_tars:
+        if args.text_encoder is None:
+            raise ValueError("`text_encoder` is not given, but captions are encoded with one.")
+        if len(data) != 1:
+            raise ValueError("`train_data_dir` or `dataset_name` should be given, and not both of them.")
+        check_device(args.device)
+        return
+    if data or args.text_encoder is not None:
+        name = data[0] if data else "text_encoder"
+        raise ValueError(f"`nemo_tars` and `{name}` are both given, but NeMo's tar files have captions and states.")
+    if args.tokenizer_max_length is None:
+        raise ValueError("`tokenizer_max_length` is not given: it is NeMo's `encoding_lengths`, often 128.")
+    for path in args.nemo_tars:
+        if not path.is_file():
+            raise ValueError(f"`nemo_tars` has '{path}', which is no file.")
+
+
+def check_device(device: Optional[str]) -> None:
+    """Refuses a device that is none, or not there."""
+    import torch
+
+    try:
+        if device is not None and torch.empty(1, device=device).is_meta:
+            raise RuntimeError("it keeps no numbers")
+    except Exception as error:  # RuntimeError or AssertionError, by the device
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"`device` is {device!r}, which cannot be used: {reason[:200]}") from error
+
+
+def check_output_dir(folder: Path, data: Optional[str]) -> None:
+    """Refuses a folder in which no cache can be built, before anything is read."""
+    from ..training.cache_files import check_folder
+
+    try:
+        place = folder.absolute()
+        while not os.path.lexists(place):
+            place = place.parent
+        if place.absolute() != folder.absolute() and not place.is_dir():
+            raise ValueError(f"`output_dir` is '{folder}', but '{place}' is no folder.")
+        check_folder(folder)
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise ValueError(f"`output_dir` is '{folder}', where nothing can be written.")
+    except OSError as error:
+        raise ValueError(f"`output_dir` is '{folder}', which cannot be used: {error.strerror or error}.") from error
+    if data is not None and folder.resolve().is_relative_to(Path(data).resolve()):
+        raise ValueError(
+            f"`output_dir` is '{folder}', in `train_data_dir` '{data}', where its files would be read as data."
+        )
+
+
+def verify(folder: Path) -> None:
+    """Names every problem of a cache.
+
+    Raises:
+        ValueError: If there are any.
+    """
+    from ..training.cache_files import MEND, find_problems, read_manifest
+
+    problems = find_problems(folder, read_manifest(folder, "output_dir"))
+    if problems:
+        raise ValueError(f"`output_dir` is '{folder}': {'; '.join(problems)}; {MEND}.")
+
+
+def report(folder: Path, done: str) -> None:
+    """Says how large a cache is."""
     from ..training.embedding_cache import EmbeddingCache
 
-    for name in ("batch_size", "shard_size_mb"):
-        if getattr(args, name) <= 0:
-            raise ValueError(f"`{name}` is {getattr(args, name)}, but should be above 0.")
-    start = time.perf_counter()
-    added = 0 if args.verify else (import_nemo(args) if args.nemo_tars else encode_dataset(args))
-    seconds = time.perf_counter() - start
-    cache = EmbeddingCache(args.output_dir)
-    if args.verify:
-        problems = cache.verify()
-        if problems:
-            raise ValueError(f"`{args.output_dir}`: {'; '.join(problems)}: delete those shards and run this again.")
+    cache = EmbeddingCache(folder)
     size = sum(shard["bytes"] for shard in cache.manifest["shards"])
     tokens = sum(shard["tokens"] for shard in cache.manifest["shards"])
     print(
-        f"{args.output_dir}: {len(cache)} captions, {tokens / max(1, len(cache)):.1f} tokens and "
-        f"{size / max(1, len(cache)):.0f} bytes a caption"
-        + (", verified" if args.verify else f"; {added} added, {added / seconds:.0f} captions/s")
+        f"{folder}: {len(cache)} captions, {tokens / max(1, len(cache)):.1f} tokens and "
+        f"{size / max(1, len(cache)):.0f} bytes a caption" + (", " if done == "verified" else "; ") + done
     )
 
 
@@ -64,14 +146,31 @@ def encode_dataset(args: argparse.Namespace) -> int:
     """Encodes what the cache lacks of the data set's captions."""
     import torch
 
-    from ..training.data.captions import distinct_captions, iterate_captions
-    from ..training.data.config import DataConfig
-    from ..training.data.sources import check_columns, column_names, load_splits
+    from ..training.cache_files import hold_cache
     from ..training.embedding_cache import CacheWriter, write_cache
     from ..training.text import TextEncoder
 
-    if args.text_encoder is None:
-        raise ValueError("`text_encoder` is not given, but captions are encoded with one.")
+    # a folder that is not there yet is made when there is something to write
+    hold = hold_cache(args.output_dir) if args.output_dir.exists() else None
+    try:
+        captions = read_captions(args)
+        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16  # T5 overflows in float16
+        encoder = TextEncoder(args.text_encoder, args.tokenizer_max_length, device, dtype)
+        hold = hold or hold_cache(args.output_dir)
+        with CacheWriter(args.output_dir, encoder.identity(), args.dtype, shard_bytes(args), hold) as writer:
+            return write_cache(writer, captions, encoder, args.batch_size)
+    finally:
+        if hold is not None:
+            hold.release()
+
+
+def read_captions(args: argparse.Namespace) -> list[str]:
+    """Every caption of the data set once."""
+    from ..training.data.captions import distinct_captions, iterate_captions
+    from ..training.data.config import DataConfig
+    from ..training.data.sources import check_columns, column_names, load_splits
+
     config = DataConfig(
         train_data_dir=args.train_data_dir,
         dataset_name=args.dataset_name,
@@ -84,17 +183,20 @@ def encode_dataset(args: argparse.Namespace) -> int:
     missing = set(args.splits or []) - set(splits)
     if missing:
         raise ValueError(f"`splits` has {sorted(missing)}, but the data set has {sorted(map(str, splits))}.")
-    splits = [splits[name] for name in args.splits or splits]
+    splits = [splits[name] for name in dict.fromkeys(args.splits or splits)]
     for data in splits:
         check_columns(data, column_names(data, config), config, with_text=True)
     captions = distinct_captions(
         caption for data in splits for caption in iterate_captions(data, config.caption_column)
     )
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16  # T5 overflows in float16
-    encoder = TextEncoder(args.text_encoder, args.tokenizer_max_length, device, dtype)
-    writer = CacheWriter(args.output_dir, encoder.identity(), args.dtype, int(args.shard_size_mb * 2**20))
-    return write_cache(writer, captions, encoder, args.batch_size)
+    if not captions:
+        raise ValueError("The data set has no captions.")
+    return captions
+
+
+def shard_bytes(args: argparse.Namespace) -> int:
+    """The size at which a shard is written."""
+    return int(args.shard_size_mb * 2**20)
 
 
 def import_nemo(args: argparse.Namespace) -> int:
@@ -104,22 +206,21 @@ def import_nemo(args: argparse.Namespace) -> int:
     from ..training.embedding_cache import CacheWriter
     from ..training.nemo_embeddings import read_tar
 
-    if args.tokenizer_max_length is None:
-        raise ValueError("`tokenizer_max_length` is not given: it is NeMo's `encoding_lengths`, often 128.")
-    for path in args.nemo_tars:
-        if not path.is_file():
-            raise ValueError(f"`nemo_tars` has '{path}', which is no file.")
     writer, added = None, 0
-    for path in tqdm(args.nemo_tars, desc="Reading tar files"):
-        for caption, states in read_tar(path, args.nemo_key):
-            states = states[: args.tokenizer_max_length]
-            if writer is None:
-                encoder = {"max_length": args.tokenizer_max_length, "width": states.shape[1]}
-                writer = CacheWriter(args.output_dir, encoder, args.dtype, int(args.shard_size_mb * 2**20))
-            if caption not in writer:
-                writer.add(caption, states)
-                added += 1
-    if writer is None:
-        raise ValueError("`nemo_tars` has no pickled states.")
-    writer.flush()
+    try:
+        for path in tqdm(args.nemo_tars, desc="Reading tar files"):
+            for caption, states in read_tar(path, args.nemo_key):
+                states = states[: args.tokenizer_max_length]
+                if writer is None:
+                    encoder = {"max_length": args.tokenizer_max_length, "width": states.shape[1]}
+                    writer = CacheWriter(args.output_dir, encoder, args.dtype, shard_bytes(args))
+                if caption not in writer:
+                    writer.add(caption, states)
+                    added += 1
+        if writer is None:
+            raise ValueError("`nemo_tars` has no pickled states.")
+        writer.flush()
+    finally:
+        if writer is not None:
+            writer.close()
     return added

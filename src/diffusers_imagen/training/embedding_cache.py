@@ -1,14 +1,6 @@
-"""Text states on disk: made once, read by memory mapping.
-
-A cache is a folder of safetensors shards and a manifest.json. A shard has `states` `(tokens, E)`, the states of its
-captions one after another without padding, `offsets` `(captions + 1,)`, where each begins, and `keys` `(captions, 2)`,
-the first 128 bits of the captions' SHA-256. The manifest names the encoder, and the finished shards with their sizes
-and checksums: a shard that it does not name does not exist.
-"""
+"""Text states on disk: made once, read by memory mapping. Its files are described in cache_files.py."""
 
 import hashlib
-import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Optional
@@ -16,18 +8,34 @@ from typing import Any, Optional
 import numpy as np
 import torch
 from diffusers.utils import logging
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import save
 from tqdm.auto import tqdm
 
+from ..utils.files import FolderHold, whole_file
+from .cache_files import (
+    DTYPES,
+    FORMAT,
+    MANIFEST,
+    MEND,
+    check_manifest,
+    checksum_problem,
+    content_problem,
+    describe_shard,
+    find_problems,
+    hold_cache,
+    open_shard,
+    read_index,
+    read_manifest,
+    remove_leftovers,
+    size_problem,
+    write_manifest,
+)
 from .text import identity_mismatch
 
 
 logger = logging.get_logger(__name__)
 
-FORMAT = 1
-MANIFEST = "manifest.json"
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 SHARD_BYTES = 128 * 2**20
 
 
@@ -39,6 +47,10 @@ def caption_key(caption: str) -> tuple[int, int]:
 
 class EmbeddingCache:
     """Reads a cache; only keys and offsets are kept in memory, 32 bytes a caption.
+
+    What is read has been checked: the manifest, keys and offsets here, and a shard's states when each process reads the
+    first of them (a process that was forked goes by what its parent has checked). A cache may be read while it is
+    built; what is added after it was opened is not seen.
 
     Args:
         folder (`str` or `Path`): The cache.
@@ -53,16 +65,21 @@ class EmbeddingCache:
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
         self._files: dict[int, safe_open] = {}
+        self._checked: set[int] = set()  # shards whose states were checked
         self.offsets: list[np.ndarray] = []
         keys = []
         for i, shard in enumerate(self.manifest["shards"]):
             problem = size_problem(self.folder, shard)
             if problem is not None:
-                raise ValueError(
-                    f"`embedding_cache` {str(folder)!r}: {problem}; run cache-embeddings again to mend it."
-                )
-            keys.append(self._file(i).get_tensor("keys").numpy())
-            self.offsets.append(self._file(i).get_tensor("offsets").numpy())
+                raise self._damage(problem)
+            if "index_sha256" not in shard:  # of an earlier version
+                self._check(i)
+            try:
+                index = read_index(self.folder, self.manifest, shard, self._file(i))
+            except ValueError as error:
+                raise self._damage(str(error)) from error
+            keys.append(index.keys)
+            self.offsets.append(index.offsets)
         keys = np.concatenate(keys) if keys else np.zeros((0, 2), np.int64)
         order = np.lexsort((keys[:, 1], keys[:, 0]))
         self.keys = keys[order]
@@ -85,7 +102,7 @@ class EmbeddingCache:
         return self.manifest["max_length"]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}}  # each process opens its own
+        return {**self.__dict__, "_files": {}, "_checked": set()}  # each process opens and checks its own
 
     def __contains__(self, caption: str) -> bool:
         return self._find(caption) is not None
@@ -95,12 +112,15 @@ class EmbeddingCache:
 
         Raises:
             KeyError: If the caption is not in the cache.
+            ValueError: If its shard is damaged.
         """
         place = self._find(caption)
         if place is None:
             raise KeyError(caption)
         shard, i = self.places[place]
         start, end = self.offsets[shard][i : i + 2]
+        if int(shard) not in self._checked:
+            self._check(int(shard))
         return self._file(int(shard)).get_slice("states")[int(start) : int(end)]
 
     def states(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -140,22 +160,28 @@ class EmbeddingCache:
 
     def verify(self) -> list[str]:
         """What is wrong with the shards, by checksum and content; empty if nothing is."""
-        problems = []
-        for i, shard in enumerate(tqdm(self.manifest["shards"], desc="Verifying", mininterval=5)):
-            if checksum(self.folder / shard["file"]) != shard["sha256"]:
-                problems.append(f"{shard['file']} has another checksum than manifest.json says")
-            elif not self._file(i).get_tensor("states").isfinite().all():
-                problems.append(f"{shard['file']} has states that are not finite")
-        return problems
+        return find_problems(self.folder, self.manifest)
 
     def _file(self, shard: int) -> safe_open:
         if shard not in self._files:
-            path = self.folder / self.manifest["shards"][shard]["file"]
             try:
-                self._files[shard] = safe_open(path, framework="pt")
-            except SafetensorError as error:
-                raise ValueError(f"`embedding_cache`: {path} is damaged ({error}).") from error
+                self._files[shard] = open_shard(self.folder, self.manifest["shards"][shard])
+            except (ValueError, OSError) as error:
+                raise self._damage(str(error)) from error
         return self._files[shard]
+
+    def _check(self, shard: int) -> None:
+        """Refuses a shard with other bytes than were written; the whole file is read for that."""
+        try:
+            problem = checksum_problem(self.folder, self.manifest["shards"][shard])
+        except OSError as error:
+            problem = str(error)
+        if problem is not None:
+            raise self._damage(problem)
+        self._checked.add(shard)
+
+    def _damage(self, problem: str) -> ValueError:
+        return ValueError(f"`embedding_cache` '{self.folder}': {problem}; {MEND}.")
 
     def _find(self, caption: str) -> Optional[int]:
         first, second = caption_key(caption)
@@ -170,18 +196,28 @@ class EmbeddingCache:
 class CacheWriter:
     """Adds captions to a cache, shard by shard; what a killed run finished is kept.
 
+    The shards that are there are checked; the captions of damaged ones count as missing. The folder is held until
+    `close`, or the end of the process, so that no other writes into it.
+
     Args:
         folder (`str` or `Path`): The cache; made if it is not there.
         encoder (`dict`): The identity of the encoder, with `width` and `max_length`.
         dtype (`str`): "bfloat16" or "float16".
         shard_bytes (`int`): A shard is written when its states reach this size.
+        hold (`FolderHold`, *optional*): Of the folder, where `hold_cache` was called before.
 
     Raises:
-        ValueError: If the folder holds a cache of another encoder or precision.
+        ValueError: If the folder holds something else, a cache of another encoder or precision, or another process
+            writes into it.
     """
 
     def __init__(
-        self, folder: str | Path, encoder: dict[str, Any], dtype: str = "bfloat16", shard_bytes: int = SHARD_BYTES
+        self,
+        folder: str | Path,
+        encoder: dict[str, Any],
+        dtype: str = "bfloat16",
+        shard_bytes: int = SHARD_BYTES,
+        hold: Optional[FolderHold] = None,
     ):
         if dtype not in DTYPES:
             raise ValueError(f"`dtype` is {dtype!r}, but should be one of {', '.join(DTYPES)}.")
@@ -197,11 +233,37 @@ class CacheWriter:
             "dtype": dtype,
             "shards": [],
         }
+        try:
+            check_manifest(self.manifest)
+        except ValueError as error:
+            raise ValueError(f"`encoder` is of no use for a cache: its manifest {error}.") from error
+        self._hold = hold_cache(self.folder) if hold is None else hold
+        try:
+            self._begin()
+        except BaseException:
+            self.close()
+            raise
+        self._clear()
+
+    def _begin(self) -> None:
+        """Takes over what is there, and writes the manifest before any shard."""
+        found = None
         if (self.folder / MANIFEST).exists():
-            self._continue(read_manifest(self.folder))
-        elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise ValueError(f"`output_dir` is '{self.folder}', which is neither an empty folder nor a cache.")
-        self.folder.mkdir(parents=True, exist_ok=True)
+            found = read_manifest(self.folder, "output_dir")
+            self._continue(found)
+        if found is None or {**found, "sha256": ""} != {**self.manifest, "sha256": ""} or "sha256" not in found:
+            write_manifest(self.folder, self.manifest)
+        remove_leftovers(self.folder, self.manifest)
+
+    def __enter__(self) -> "CacheWriter":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets others write into the folder; what was added since the last shard was written is dropped."""
+        self._hold.release()
         self._clear()
 
     def _clear(self) -> None:
@@ -211,18 +273,20 @@ class CacheWriter:
 
     def _continue(self, found: dict[str, Any]) -> None:
         difference = identity_mismatch(found["encoder"], self.manifest["encoder"])
-        if difference is None and found["dtype"] != self.manifest["dtype"]:
-            difference = f"dtype {found['dtype']}, not {self.manifest['dtype']}"
+        for name in ("width", "max_length", "dtype"):
+            if difference is None and found[name] != self.manifest[name]:
+                difference = f"{name} {found[name]}, not {self.manifest[name]}"
         if difference is not None:
             raise ValueError(f"`output_dir` is '{self.folder}', a cache of another encoder ({difference}).")
-        for shard in found["shards"]:
-            problem = size_problem(self.folder, shard)
+        self.manifest["encoder"] = {**self.manifest["encoder"], **found["encoder"]}
+        for shard in tqdm(found["shards"], desc="Checking what is there", mininterval=5):
+            problem = content_problem(self.folder, found, shard)
             if problem is not None:
                 logger.warning(f"{problem}: its captions are encoded again.")
                 continue
-            with safe_open(self.folder / shard["file"], framework="pt") as file:
-                self.known.update(map(tuple, file.get_tensor("keys").tolist()))
-            self.manifest["shards"].append(shard)
+            index = read_index(self.folder, found, shard, open_shard(self.folder, shard))
+            self.known.update(map(tuple, index.keys.tolist()))
+            self.manifest["shards"].append({**shard, "index_sha256": index.sha256})
 
     def __contains__(self, caption: str) -> bool:
         return caption_key(caption) in self.known
@@ -233,6 +297,20 @@ class CacheWriter:
         Raises:
             ValueError: If they have another width, too many tokens, or are not finite in the cache's precision.
         """
+        self.extend([caption], [states])
+
+    def extend(self, captions: list[str], states: list[torch.Tensor]) -> None:
+        """Adds several captions that are not there yet, all to one shard; see `add`.
+
+        A run that goes on after it was killed thereby encodes the same batches as one that was not: how an encoder
+        rounds depends on what is in a batch.
+        """
+        for caption, own in zip(captions, states, strict=True):
+            self._append(caption, own)
+        if self._bytes >= self.shard_bytes:
+            self.flush()
+
+    def _append(self, caption: str, states: torch.Tensor) -> None:
         if states.ndim != 2 or states.shape[1] != self.manifest["width"] or len(states) > self.manifest["max_length"]:
             raise ValueError(
                 f"The states of {caption!r} have shape {tuple(states.shape)}, but should be (up to "
@@ -246,8 +324,6 @@ class CacheWriter:
         self._keys.append(key)
         self._states.append(states)
         self._bytes += states.nbytes
-        if self._bytes >= self.shard_bytes:
-            self.flush()
 
     def flush(self) -> None:
         """Writes what was added as a shard: beside its place, moved there, and only then named in the manifest."""
@@ -256,21 +332,16 @@ class CacheWriter:
         taken = {shard["file"] for shard in self.manifest["shards"]}
         number = next(i for i in range(len(taken) + 1) if f"shard-{i:05d}.safetensors" not in taken)
         name = f"shard-{number:05d}.safetensors"
-        partial = self.folder / f"{name}.partial"
-        offsets = np.cumsum([0] + [len(states) for states in self._states])
-        tensors = {
-            "states": torch.cat(self._states),
-            "offsets": torch.from_numpy(offsets),
-            "keys": torch.tensor(self._keys, dtype=torch.int64),
-        }
-        save_file(tensors, partial)
-        shard = {"file": name, "captions": len(self._keys), "tokens": int(offsets[-1])}
-        shard |= {"bytes": partial.stat().st_size, "sha256": checksum(partial)}
-        os.replace(partial, self.folder / name)
-        self.manifest["shards"].append(shard)
-        partial = self.folder / f"{MANIFEST}.partial"
-        partial.write_text(json.dumps(self.manifest, indent=1) + "\n")
-        os.replace(partial, self.folder / MANIFEST)
+        offsets, keys = np.cumsum([0] + [len(states) for states in self._states]), np.array(self._keys, np.int64)
+        # not save_file, which leaves a file of its own naming where it is killed
+        data = save(
+            {"states": torch.cat(self._states), "offsets": torch.from_numpy(offsets), "keys": torch.from_numpy(keys)}
+        )
+        with whole_file(self.folder / name) as partial:
+            partial.write_bytes(data)
+        shards = [*self.manifest["shards"], describe_shard(name, data, keys, offsets)]
+        self.manifest["shards"] = sorted(shards, key=lambda shard: shard["file"])
+        write_manifest(self.folder, self.manifest)
         self._clear()
 
 
@@ -288,43 +359,7 @@ def write_cache(writer: CacheWriter, captions: list[str], encoder, batch_size: i
     with tqdm(total=len(captions), initial=len(captions) - len(missing), desc="Encoding", mininterval=1) as progress:
         for start in range(0, len(missing), batch_size):
             part = missing[start : start + batch_size]
-            for caption, states in zip(part, encoder.unpadded(part)):
-                writer.add(caption, states)
+            writer.extend(part, encoder.unpadded(part))
             progress.update(len(part))
     writer.flush()
     return len(missing)
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a cache."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise ValueError(f"`embedding_cache` is '{folder}', which has no {MANIFEST}: make it with cache-embeddings.")
-    try:
-        manifest = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"`embedding_cache`: '{path}' is not JSON ({error}).") from error
-    if manifest.get("format") != FORMAT:
-        raise ValueError(
-            f"`embedding_cache`: '{path}' has format {manifest.get('format')!r}, but should have {FORMAT}."
-        )
-    return manifest
-
-
-def size_problem(folder: Path, shard: dict[str, Any]) -> Optional[str]:
-    """What is wrong with a shard, as far as a glance tells."""
-    path = folder / shard["file"]
-    if not path.is_file():
-        return f"{shard['file']} is missing"
-    if path.stat().st_size != shard["bytes"]:
-        return f"{shard['file']} has {path.stat().st_size} bytes, not {shard['bytes']}"
-    return None
-
-
-def checksum(path: Path) -> str:
-    """SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(2**20):
-            digest.update(part)
-    return digest.hexdigest()

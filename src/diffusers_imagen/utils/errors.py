@@ -76,8 +76,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def one_line(error: BaseException) -> str:
-    """The text of an error in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """The text of an error in one line; of one that a DataLoader's worker met, without its traceback."""
+    text = str(error).strip()
+    if text.startswith("Caught ") and "\nOriginal Traceback (most recent call last):\n" in text:
+        text = text.splitlines()[-1].partition(": ")[2]
+    return " ".join(text.split()) or type(error).__name__
 
 
 def describe_fault(error: Exception) -> str:

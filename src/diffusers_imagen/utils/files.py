@@ -180,10 +180,14 @@ class FolderHold:
                 f"`{name}` is '{self.folder}', which {self._describe_owner()} is using: wait for its end, or name "
                 "another folder."
             ) from error
-        for leftover in self.folder.glob(".*.partial"):  # of a process that was killed
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
-        owner = {"pid": os.getpid(), "host": socket.gethostname(), "command": " ".join(sys.argv)[:500]}
-        write_json(self.folder / OWNER, owner)
+        try:
+            for leftover in self.folder.glob(".*.partial"):  # of a process that was killed
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+            owner = {"pid": os.getpid(), "host": socket.gethostname(), "command": " ".join(sys.argv)[:500]}
+            write_json(self.folder / OWNER, owner)
+        except BaseException:  # a full disk
+            self._lock.release()
+            raise
 
     def release(self) -> None:
         """Lets others have the folder; a second call does nothing."""

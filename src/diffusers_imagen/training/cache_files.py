@@ -1,0 +1,306 @@
+"""The files of an embedding cache: what is in them, and how damage is told.
+
+A cache is a folder of safetensors shards and a manifest.json. A shard has `states` `(tokens, E)`, the states of its
+captions one after another without padding, `offsets` `(captions + 1,)`, where each begins, and `keys` `(captions, 2)`,
+the first 128 bits of the captions' SHA-256. The manifest names the encoder, and the finished shards with their sizes
+and checksums: a shard that it does not name does not exist.
+
+No part is used unchecked. The manifest has a checksum of itself, and of each shard two: one of its index, which is the
+header, `keys` and `offsets`, and one of the whole file. The index is read and checked when a cache is opened, the whole
+file when its first states are read. Caches of earlier versions have neither the manifest's checksum nor those of the
+indices; their shards are checked whole when they are opened.
+"""
+
+import hashlib
+import json
+import os
+import re
+import struct
+from pathlib import Path
+from typing import Any, NamedTuple, Optional
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from tqdm.auto import tqdm
+
+from ..utils.files import LOCK, OWNER, FolderHold, read_json_object, sha256, write_text
+
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+TYPE_NAMES = {"bfloat16": "BF16", "float16": "F16"}  # as safetensors calls them
+SHARD = re.compile(r"shard-\d{5,9}\.safetensors")
+LEFTOVER = re.compile(rf"\.?({SHARD.pattern}|{re.escape(MANIFEST)}|{re.escape(OWNER)})(\.\d+)?\.partial")
+HEADER_BYTES = 2**16  # of a shard
+STATE_NUMBERS = 2**27  # of one caption, padded: 512 MiB in float32
+MEND = "run cache-embeddings again to mend it"
+
+
+class Index(NamedTuple):
+    """What is known of a shard before its states are read."""
+
+    keys: np.ndarray  # (captions, 2)
+    offsets: np.ndarray  # (captions + 1,)
+    sha256: str
+
+
+def is_count(value: Any, lowest: int = 0) -> bool:
+    """Whether a value of a manifest is a whole number."""
+    return type(value) is int and lowest <= value < 2**63
+
+
+def is_checksum(value: Any) -> bool:
+    """Whether a value of a manifest is a SHA-256."""
+    return type(value) is str and re.fullmatch(r"[0-9a-f]{64}", value) is not None
+
+
+MANIFEST_FIELDS = {
+    "format": lambda value: value == FORMAT,
+    "encoder": lambda value: type(value) is dict and are_numbers(value.get("weights", [])),
+    "max_length": lambda value: is_count(value, 1),
+    "width": lambda value: is_count(value, 1),
+    "dtype": lambda value: type(value) is str and value in DTYPES,
+    "shards": lambda value: type(value) is list,
+}
+SHARD_FIELDS = {
+    "file": lambda value: type(value) is str and SHARD.fullmatch(value) is not None,
+    "captions": lambda value: is_count(value, 1),
+    "tokens": is_count,
+    "bytes": lambda value: is_count(value, 1),
+    "sha256": is_checksum,
+}
+
+
+def are_numbers(value: Any) -> bool:
+    """Whether a value of a manifest is a list of numbers."""
+    return type(value) is list and all(type(number) in (int, float) for number in value)
+
+
+def find_field_problem(value: Any, fields: dict, optional: dict) -> Optional[str]:
+    """Which field of an object is missing, wrong, or none that is known."""
+    if type(value) is not dict:
+        return f"is {type(value).__name__}, not an object"
+    for name, check in (fields | optional).items():
+        if name in fields and name not in value:
+            return f"lacks {name!r}"
+        if name in value and not check(value[name]):
+            text = json.dumps(value[name])
+            return f"has {name!r}: {text if len(text) <= 60 else f'{text[:60]}...'}"
+    unknown = sorted(value.keys() - fields.keys() - optional.keys())
+    return f"has {unknown[0][:60]!r}, which is not known" if unknown else None
+
+
+def check_manifest(manifest: dict[str, Any]) -> None:
+    """Checks the types and ranges of a manifest.
+
+    Raises:
+        ValueError: Says what is wrong, without the manifest's name.
+    """
+    problem = find_field_problem(manifest, MANIFEST_FIELDS, {"sha256": is_checksum})
+    if problem is None and manifest["max_length"] * manifest["width"] > STATE_NUMBERS:
+        problem = f"has states of {manifest['max_length']} tokens and width {manifest['width']}, which is too much"
+    if problem is not None:
+        raise ValueError(problem)
+    for i, shard in enumerate(manifest["shards"]):
+        problem = find_field_problem(shard, SHARD_FIELDS, {"index_sha256": is_checksum})
+        if problem is not None:
+            raise ValueError(f"{problem} in shard {i}")
+    if len({shard["file"] for shard in manifest["shards"]}) < len(manifest["shards"]):
+        raise ValueError("names a shard twice")
+
+
+def render_manifest(manifest: dict[str, Any]) -> str:
+    """The text of a manifest, with the checksum of its content."""
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return json.dumps(content | {"sha256": hashlib.sha256(text.encode()).hexdigest()}, indent=1) + "\n"
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Writes the manifest of a cache, whole or not at all."""
+    write_text(folder / MANIFEST, render_manifest(manifest))
+
+
+def read_manifest(folder: Path, argument: str = "embedding_cache") -> dict[str, Any]:
+    """The manifest of a cache.
+
+    Args:
+        folder (`Path`): The cache.
+        argument (`str`): The argument that named it, for the message.
+
+    Raises:
+        ValueError: If there is none, or it is not as it was written.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ValueError(f"`{argument}` is '{folder}', which has no {MANIFEST}: make it with cache-embeddings.")
+    try:
+        manifest = read_json_object(path)
+        if "format" in manifest and manifest["format"] != FORMAT:
+            raise ValueError(f"'{path}' has format {str(manifest['format'])[:60]!r}, but should have {FORMAT}")
+        try:
+            check_manifest(manifest)
+        except ValueError as error:
+            raise ValueError(f"'{path}' {error}") from error
+        if "sha256" in manifest and render_manifest(manifest).encode() != path.read_bytes():
+            raise ValueError(f"'{path}' is not as it was written: its checksum is another")
+    except ValueError as error:
+        raise ValueError(
+            f"`{argument}` is '{folder}', whose manifest is damaged: {error}; delete it and run cache-embeddings "
+            "again, which encodes the captions again."
+        ) from error
+    return manifest
+
+
+def size_problem(folder: Path, shard: dict[str, Any]) -> Optional[str]:
+    """What is wrong with a shard, as far as a glance tells."""
+    path = folder / shard["file"]
+    if not path.is_file():
+        return f"{shard['file']} is missing"
+    if path.stat().st_size != shard["bytes"]:
+        return f"{shard['file']} has {path.stat().st_size} bytes, not {shard['bytes']}"
+    return None
+
+
+def checksum_problem(folder: Path, shard: dict[str, Any]) -> Optional[str]:
+    """Whether a shard's content is another than what was written."""
+    if sha256(folder / shard["file"]) != shard["sha256"]:
+        return f"{shard['file']} has another checksum than {MANIFEST} says"
+    return None
+
+
+def content_problem(folder: Path, manifest: dict[str, Any], shard: dict[str, Any]) -> Optional[str]:
+    """What is wrong with a shard, by size, checksums and content."""
+    try:
+        problem = size_problem(folder, shard) or checksum_problem(folder, shard)
+        if problem is not None:
+            return problem
+        file = open_shard(folder, shard)
+        read_index(folder, manifest, shard, file)
+        if not file.get_tensor("states").isfinite().all():
+            return f"{shard['file']} has states that are not finite"
+    except ValueError as error:
+        return str(error)
+    except OSError as error:
+        return f"{shard['file']} cannot be read ({error.strerror or error})"
+    return None
+
+
+def find_problems(folder: Path, manifest: dict[str, Any]) -> list[str]:
+    """What is wrong with the shards that a manifest names; empty if nothing is."""
+    shards = tqdm(manifest["shards"], desc="Verifying", mininterval=5)
+    problems = [content_problem(folder, manifest, shard) for shard in shards]
+    return [problem for problem in problems if problem is not None]
+
+
+def open_shard(folder: Path, shard: dict[str, Any]) -> safe_open:
+    """A shard by memory mapping.
+
+    Raises:
+        ValueError: If it is no safetensors file.
+    """
+    try:
+        return safe_open(folder / shard["file"], framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{shard['file']} is damaged ({error})") from error
+
+
+def read_index(folder: Path, manifest: dict[str, Any], shard: dict[str, Any], file: safe_open) -> Index:
+    """Keys and offsets of a shard, checked.
+
+    Raises:
+        ValueError: If they are not those that were written, or do not fit the manifest.
+    """
+    name, captions, tokens = shard["file"], shard["captions"], shard["tokens"]
+    expected = {
+        "keys": ([captions, 2], "I64"),
+        "offsets": ([captions + 1], "I64"),
+        "states": ([tokens, manifest["width"]], TYPE_NAMES[manifest["dtype"]]),
+    }
+    found = {key: (file.get_slice(key).get_shape(), file.get_slice(key).get_dtype()) for key in file.keys()}
+    if found != expected:
+        raise ValueError(f"{name} has other tensors than {MANIFEST} says")
+    keys, offsets = file.get_tensor("keys").numpy(), file.get_tensor("offsets").numpy()
+    with open(folder / name, "rb") as raw:
+        (length,) = struct.unpack("<Q", raw.read(8))
+        index = Index(keys, offsets, hash_index(raw.read(min(length, HEADER_BYTES)), keys, offsets))
+    if shard.get("index_sha256", index.sha256) != index.sha256:
+        raise ValueError(f"{name} has another index than {MANIFEST} says")
+    lengths = np.diff(offsets)
+    if offsets[0] != 0 or offsets[-1] != tokens or lengths.min() < 0 or lengths.max() > manifest["max_length"]:
+        raise ValueError(f"{name} has offsets that do not fit its states")
+    return index
+
+
+def hash_index(header: bytes, keys: np.ndarray, offsets: np.ndarray) -> str:
+    """The checksum of a shard's index."""
+    return hashlib.sha256(header + keys.tobytes() + offsets.tobytes()).hexdigest()
+
+
+def describe_shard(name: str, data: bytes, keys: np.ndarray, offsets: np.ndarray) -> dict[str, Any]:
+    """What the manifest says of a shard whose file is to have this content."""
+    (length,) = struct.unpack("<Q", data[:8])
+    return {
+        "file": name,
+        "captions": len(keys),
+        "tokens": int(offsets[-1]),
+        "bytes": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "index_sha256": hash_index(data[8 : 8 + length], keys, offsets),
+    }
+
+
+def check_folder(folder: Path) -> None:
+    """Refuses to build a cache where something else is.
+
+    A folder without a manifest may have what a build leaves that is killed before it writes one.
+
+    Raises:
+        ValueError: If it is no folder, or has files of another kind and no manifest.
+    """
+    if not os.path.lexists(folder):
+        return
+    if not folder.is_dir():
+        raise ValueError(f"`output_dir` is '{folder}', which is neither an empty folder nor a cache.")
+    if (folder / MANIFEST).is_file():
+        return
+    for entry in sorted(os.listdir(folder)):
+        if not (entry in (LOCK, OWNER) or is_shard(folder / entry) or is_leftover(entry)):
+            raise ValueError(
+                f"`output_dir` is '{folder}', which is neither an empty folder nor a cache: it has {entry[:100]!r}."
+            )
+
+
+def is_shard(path: Path) -> bool:
+    """Whether a file is a shard of some cache, by its name and its tensors."""
+    if not SHARD.fullmatch(path.name) or not path.is_file():
+        return False
+    try:
+        return set(safe_open(path, framework="pt").keys()) == {"keys", "offsets", "states"}
+    except SafetensorError:
+        return False
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a file is what a killed build had begun to write."""
+    return LEFTOVER.fullmatch(name) is not None
+
+
+def hold_cache(folder: Path) -> FolderHold:
+    """Keeps other builds out of a folder; readers need not ask.
+
+    Raises:
+        ValueError: If something else is in it, or another process builds a cache there.
+    """
+    check_folder(folder)
+    return FolderHold(folder, "output_dir")
+
+
+def remove_leftovers(folder: Path, manifest: dict[str, Any]) -> None:
+    """Removes what killed builds left: half-written files, and shards that the manifest does not name."""
+    named = {shard["file"] for shard in manifest["shards"]}
+    for name in os.listdir(folder):
+        if is_leftover(name) or (SHARD.fullmatch(name) and name not in named):
+            (folder / name).unlink()
