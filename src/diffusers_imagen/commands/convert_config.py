@@ -4,6 +4,8 @@ import argparse
 import os
 from pathlib import Path
 
+from ..utils.files import check_writable, whole_folder, write_text
+
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Adds the command to the command line."""
@@ -22,20 +24,25 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def convert_config(args: argparse.Namespace) -> None:
-    """Writes the settings, and says what became of the rest."""
+    """Writes the settings, and the network if asked for: both or none; says what became of the rest."""
     import yaml
 
     from ..conversion.nemo_training import to_be_given, translate_training
+    from ..utils.yaml import read_yaml
 
-    config = read_yaml(args.nemo)
+    check_outputs(args)
+    config = read_yaml(args.nemo, "NEMO.yaml")
     settings, differences, left_out = translate_training(config)
     if args.network is not None:
-        write_network(config["model"], args.network, settings.get("seed", 0))
         settings["pretrained_model_name_or_path"] = str(args.network)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    partial = args.output.with_name(f".{args.output.name}.partial")
-    partial.write_text(f"# from {args.nemo.name}\n" + yaml.safe_dump(settings, sort_keys=False))
-    os.replace(partial, args.output)
+    text = f"# from {args.nemo.name}\n" + yaml.safe_dump(settings, sort_keys=False)
+    if args.network is None:
+        write_settings(args.output, text)
+    else:
+        unet = make_network(config["model"], settings.get("seed", 0))
+        with whole_folder(args.network / "unet") as partial:
+            unet.save_pretrained(partial)
+            write_settings(args.output, text)
 
     print(f"{args.output}: {len(settings)} settings")
     sections = {
@@ -48,34 +55,50 @@ def convert_config(args: argparse.Namespace) -> None:
             print("\n  ".join([f"{title}:", *lines]))
 
 
-def read_yaml(path: Path):
-    """The contents of a YAML file.
+def check_outputs(args: argparse.Namespace) -> None:
+    """Refuses outputs that cannot be written, or that would take each other's or the input's place."""
+    check_writable(args.output, "output")
+    output = args.output.resolve()
+    if output == args.nemo.resolve():
+        raise ValueError(f"`output` is '{args.output}', which is the configuration to translate: name another file.")
+    if args.network is None:
+        return
+    if (args.network / "unet").exists():
+        raise ValueError(f"`network` is '{args.network}', which has a network: name another folder.")
+    check_writable(args.network / "unet", "network")
+    network = args.network.resolve()
+    if output in (network, *network.parents) or output.is_relative_to(network / "unet"):
+        raise ValueError(f"`network` is '{args.network}', but `output` '{args.output}' would take its place.")
+
+
+def write_settings(path: Path, text: str) -> None:
+    """Writes the file, in a folder that is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text)
+
+
+def make_network(model_config: dict, seed: int):
+    """The network of a configuration, with random weights.
 
     Raises:
-        ValueError: If it cannot be read.
-    """
-    import yaml
-
-    try:
-        return yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"`NEMO.yaml` is '{path}', which cannot be read: {str(error).splitlines()[0]}") from error
-
-
-def write_network(model_config: dict, folder: Path, seed: int) -> None:
-    """Writes the network of a configuration, with random weights.
-
-    Raises:
-        ValueError: If the folder has a network.
+        ValueError: If it describes none, or one that this machine cannot hold.
     """
     # torch and diffusers take seconds to import; --help should not
     import torch
 
     from ..conversion.nemo import unet_from_nemo_config
 
-    if (folder / "unet").exists():
-        raise ValueError(f"`network` is '{folder}', which has a network: name another folder.")
+    try:
+        with torch.device("meta"):
+            size = unet_from_nemo_config(model_config).num_parameters()
+    except (TypeError, KeyError, AttributeError, ArithmeticError, IndexError, RuntimeError) as error:
+        raise ValueError(f"`model.unet` describes no network: {type(error).__name__}: {error}") from error
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if 4 * size > memory:
+        raise ValueError(
+            f"`model.unet` describes a network of {size:,} parameters, which are more than the {memory / 2**30:.0f} GiB "
+            "of this machine's memory."
+        )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        unet = unet_from_nemo_config(model_config)
-    unet.save_pretrained(folder / "unet")
+        return unet_from_nemo_config(model_config)

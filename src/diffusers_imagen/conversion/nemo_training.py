@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple, NoReturn, Optional
 
+from .nemo_entries import ENTRIES, SECTIONS, shorten
+
 
 PRECISIONS = {"bf16": "bf16", "bf16-mixed": "bf16", "16": "fp16", "16-mixed": "fp16", "32": "no", "32-true": "no"}
 PREDICTIONS = {"noise": "epsilon", "x_start": "sample"}
@@ -15,19 +17,19 @@ NOISE_SCHEDULES = {"cosine": "squaredcos_cap_v2", "linear": "linear"}
 # all of them AdamW; Apex's and Megatron's do not decay weights unless they are told to
 WEIGHT_DECAY = {"fused_adam": 0.0, "distributed_fused_adam": 0.0, "mcore_distributed_optim": 0.0, "adamw": 0.01}
 SAME_NAME = {
-    "trainer.max_steps": ("max_train_steps", int),
-    "trainer.gradient_clip_val": ("max_grad_norm", float),
-    "trainer.log_every_n_steps": ("logging_steps", int),
-    "exp_manager.exp_dir": ("output_dir", str),
-    "exp_manager.checkpoint_callback_params.every_n_train_steps": ("checkpointing_steps", int),
-    "allow_tf32": ("allow_tf32", bool),
-    "model.seed": ("seed", int),
-    "model.inductor": ("torch_compile", bool),
-    "model.unet.gradient_checkpointing": ("gradient_checkpointing", bool),
-    "model.conditioning.token_length": ("tokenizer_max_length", int),
-    "model.conditioning.drop_rate": ("text_drop_rate", float),
-    "model.data.num_workers": ("dataloader_num_workers", int),
-    "model.data.train.augmentations.horizontal_flip": ("random_flip", bool),
+    "trainer.max_steps": "max_train_steps",
+    "trainer.gradient_clip_val": "max_grad_norm",
+    "trainer.log_every_n_steps": "logging_steps",
+    "exp_manager.exp_dir": "output_dir",
+    "exp_manager.checkpoint_callback_params.every_n_train_steps": "checkpointing_steps",
+    "allow_tf32": "allow_tf32",
+    "model.seed": "seed",
+    "model.inductor": "torch_compile",
+    "model.unet.gradient_checkpointing": "gradient_checkpointing",
+    "model.conditioning.token_length": "tokenizer_max_length",
+    "model.conditioning.drop_rate": "text_drop_rate",
+    "model.data.num_workers": "dataloader_num_workers",
+    "model.data.train.augmentations.horizontal_flip": "random_flip",
 }
 
 
@@ -40,32 +42,25 @@ class Translation(NamedTuple):
 
 
 class Entries:
-    """The entries of a configuration by their dotted names, and which of them were read."""
+    """The entries of a configuration by their dotted names, and which of them were read.
+
+    Raises:
+        ValueError: If a section is none, or one of `ENTRIES` is a section.
+    """
 
     def __init__(self, config: dict[str, Any]):
         self.values = dict(flatten(config))
         self.seen: set[str] = set()
 
-    def get(self, name: str, kind: type = str, default: Any = None) -> Any:
-        """A value, of the kind that it should have; the default if it is missing or null.
+    def get(self, name: str, default: Any = None) -> Any:
+        """A value, of the kind that `ENTRIES` has for it; the default if it is missing or null.
 
         Raises:
             ValueError: If it is of another kind.
         """
         self.seen.add(name)
         value = self.resolve(self.values.get(name))
-        if value is None:
-            return default
-        if kind is object:
-            return value
-        fits = isinstance(value, bool) if kind is bool else not isinstance(value, (bool, list))
-        try:
-            converted = kind(value)  # YAML reads 1e-8, without a point, as text
-        except (TypeError, ValueError):
-            fits = False
-        if not fits or (kind is int and converted != float(value)):
-            raise ValueError(f"`{name}` is {value!r}, but should be of type {kind.__name__}.")
-        return converted
+        return default if value is None else ENTRIES[name].read(name, value)
 
     def resolve(self, value: Any) -> Any:
         """Follows references such as `${trainer.precision}`."""
@@ -76,24 +71,29 @@ class Entries:
             value = self.values.get(reference[1])
         raise ValueError(f"{value!r} refers to itself.")
 
-    def require(self, name: str, kind: type) -> Any:
+    def require(self, name: str) -> Any:
         """A value that has to be there."""
-        value = self.get(name, kind)
+        value = self.get(name)
         if value is None:
             raise ValueError(f"The configuration lacks `{name}`.")
         return value
 
     def refuse(self, name: str, reason: str) -> NoReturn:
-        raise ValueError(f"`{name}` is {self.resolve(self.values.get(name))!r}, {reason}")
+        raise ValueError(f"`{name}` is {shorten(self.resolve(self.values.get(name)))}, {reason}")
 
 
 def flatten(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Entries by dotted names; lists stay whole."""
     for key, value in section.items():
+        name = f"{prefix}{key}"
         if isinstance(value, dict):
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+            if name in ENTRIES:
+                raise ValueError(f"`{name}` is a section, but should be {ENTRIES[name].describe()}.")
+            yield from flatten(value, f"{name}.")
+            continue
+        if name in SECTIONS and value is not None:
+            raise ValueError(f"`{name}` is {shorten(value)}, but should be a section.")
+        yield name, value
 
 
 def translate_training(config: dict[str, Any]) -> Translation:
@@ -107,16 +107,14 @@ def translate_training(config: dict[str, Any]) -> Translation:
     if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
         raise ValueError("The configuration has no section `model`, which NeMo's have.")
     nemo = Entries(config)
-    nemo.require("trainer.max_steps", int)
+    nemo.require("trainer.max_steps")
     settings, differences = {}, []
-    for name, (ours, kind) in SAME_NAME.items():
-        value = nemo.get(name, kind)
+    for name, ours in SAME_NAME.items():
+        value = nemo.get(name)
         if value is not None:
             settings[ours] = value
     settings.setdefault("max_grad_norm", 0.0)  # Lightning does not clip unless it is told to
-    settings["channels_last"] = nemo.get("model.channels_last", bool, False)
-    if settings["max_train_steps"] < 1:
-        nemo.refuse("trainer.max_steps", "but should be a number of steps.")
+    settings["channels_last"] = nemo.get("model.channels_last", False)
     if settings.get("random_flip"):
         differences.append("random_flip: images whose caption speaks of left or right are not mirrored here")
     settings |= objective(nemo) | optimizer(nemo) | learning_rates(nemo, settings["max_train_steps"])
@@ -129,8 +127,8 @@ def translate_training(config: dict[str, Any]) -> Translation:
 def objective(nemo: Entries) -> dict[str, Any]:
     """What the network is trained for."""
     section = "model.preconditioning"
-    kind = nemo.get(f"{section}_type", str, "DDPM")
-    loss = nemo.get(f"{section}.loss_type", str, "l2")
+    kind = nemo.get(f"{section}_type", "DDPM")
+    loss = nemo.get(f"{section}.loss_type", "l2")
     if kind not in ("EDM", "DDPM"):
         nemo.refuse(f"{section}_type", "but should be EDM or DDPM.")
     if loss not in ("l1", "l2", "huber"):
@@ -139,7 +137,7 @@ def objective(nemo: Entries) -> dict[str, Any]:
         nemo.refuse(f"{section}.loss_type", "whose EDM weight NeMo puts inside the distance and we outside: train l2.")
     if kind == "EDM":
         defaults = {"sigma_data": 0.5, "p_mean": -1.2, "p_std": 1.2}
-        numbers = {name: nemo.get(f"{section}.{name}", float, default) for name, default in defaults.items()}
+        numbers = {name: nemo.get(f"{section}.{name}", default) for name, default in defaults.items()}
         return {"preconditioning": "edm", "loss": loss, **numbers}
     choices = {
         "prediction_type": ("pred_objective", PREDICTIONS, "noise"),
@@ -147,7 +145,7 @@ def objective(nemo: Entries) -> dict[str, Any]:
     }
     chosen = {}
     for ours, (name, table, default) in choices.items():
-        value = nemo.get(f"{section}.{name}", str, default)
+        value = nemo.get(f"{section}.{name}", default)
         if value not in table:
             nemo.refuse(f"{section}.{name}", f"but should be one of {list(table)}.")
         chosen[ours] = table[value]
@@ -156,28 +154,28 @@ def objective(nemo: Entries) -> dict[str, Any]:
 
 def optimizer(nemo: Entries) -> dict[str, Any]:
     """AdamW's settings."""
-    name = nemo.require("model.optim.name", str)
+    name = nemo.require("model.optim.name")
     if name not in WEIGHT_DECAY:
         nemo.refuse("model.optim.name", f"but training has AdamW only, which NeMo calls {list(WEIGHT_DECAY)}.")
-    betas = nemo.get("model.optim.betas", object, [0.9, 0.999])
-    if not isinstance(betas, list) or len(betas) != 2:
+    betas = nemo.get("model.optim.betas", [0.9, 0.999])
+    if len(betas) != 2:
         nemo.refuse("model.optim.betas", "but should be two numbers.")
     return {
-        "learning_rate": nemo.require("model.optim.lr", float),
-        "adam_beta1": float(betas[0]),
-        "adam_beta2": float(betas[1]),
-        "adam_weight_decay": nemo.get("model.optim.weight_decay", float, WEIGHT_DECAY[name]),
-        "adam_epsilon": nemo.get("model.optim.eps", float, 1e-8),
+        "learning_rate": nemo.require("model.optim.lr"),
+        "adam_beta1": betas[0],
+        "adam_beta2": betas[1],
+        "adam_weight_decay": nemo.get("model.optim.weight_decay", WEIGHT_DECAY[name]),
+        "adam_epsilon": nemo.get("model.optim.eps", 1e-8),
     }
 
 
 def learning_rates(nemo: Entries, max_steps: int) -> dict[str, Any]:
     """The schedule of the learning rate."""
     section = "model.optim.sched"
-    name = nemo.get(f"{section}.name", str)
-    warmup = nemo.get(f"{section}.warmup_steps", int)
-    ratio = nemo.get(f"{section}.warmup_ratio", float)
-    min_lr = nemo.get(f"{section}.min_lr", float, 0.0)
+    name = nemo.get(f"{section}.name")
+    warmup = nemo.get(f"{section}.warmup_steps")
+    ratio = nemo.get(f"{section}.warmup_ratio")
+    min_lr = nemo.get(f"{section}.min_lr", 0.0)
     if warmup is not None and ratio is not None:
         nemo.refuse(f"{section}.warmup_ratio", "but `warmup_steps` is given too.")
     steps = warmup if ratio is None else int(ratio * max_steps)
@@ -189,7 +187,7 @@ def learning_rates(nemo: Entries, max_steps: int) -> dict[str, Any]:
         nemo.refuse(f"{section}.name", "but should be WarmupPolicy or CosineAnnealing.")
     if min_lr:
         nemo.refuse(f"{section}.min_lr", "but the cosine of training ends at 0.")
-    if nemo.get(f"{section}.constant_steps", int):
+    if nemo.get(f"{section}.constant_steps"):
         nemo.refuse(f"{section}.constant_steps", "but the cosine of training ends with the run.")
     return {"lr_scheduler": "cosine", "lr_warmup_steps": steps or 0}
 
@@ -197,7 +195,7 @@ def learning_rates(nemo: Entries, max_steps: int) -> dict[str, Any]:
 def precision(nemo: Entries) -> dict[str, Any]:
     """Precision of the network's arithmetic."""
     nemo.get("model.precision")  # a reference to the trainer's
-    value = nemo.get("trainer.precision", str, "32")
+    value = nemo.get("trainer.precision", "32")
     if value not in PRECISIONS:
         nemo.refuse("trainer.precision", f"but should be one of {list(PRECISIONS)}.")
     return {"mixed_precision": PRECISIONS[value]}
@@ -205,13 +203,13 @@ def precision(nemo: Entries) -> dict[str, Any]:
 
 def batch_sizes(nemo: Entries) -> dict[str, Any]:
     """Images of a device, and batches of a step, on as many devices as NeMo was told of."""
-    micro, whole = (nemo.require(f"model.{name}_batch_size", int) for name in ("micro", "global"))
-    devices = nemo.get("trainer.devices", object, 1)
+    micro, whole = (nemo.require(f"model.{name}_batch_size") for name in ("micro", "global"))
+    devices = nemo.get("trainer.devices", 1)
     count = len(devices) if isinstance(devices, list) else devices
-    if not isinstance(count, int) or count < 1:
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         nemo.refuse("trainer.devices", "but should be their number: batches are counted by it.")
-    processes = count * nemo.get("trainer.num_nodes", int, 1)
-    if nemo.get("trainer.accumulate_grad_batches", int, 1) != 1:
+    processes = count * nemo.get("trainer.num_nodes", 1)
+    if nemo.get("trainer.accumulate_grad_batches", 1) != 1:
         nemo.refuse("trainer.accumulate_grad_batches", "but should be 1, as NeMo wants it.")
     if micro < 1 or whole < 1 or whole % (micro * processes):
         nemo.refuse("model.global_batch_size", f"but should be a multiple of {micro} images on {processes} devices.")
@@ -221,9 +219,9 @@ def batch_sizes(nemo: Entries) -> dict[str, Any]:
 def averages(nemo: Entries) -> dict[str, Any]:
     """The average of the weights."""
     section = "exp_manager.ema"
-    decay = nemo.get(f"{section}.decay", float, 0.9999)
-    interval = nemo.get(f"{section}.every_n_steps", int, 1)
-    if not nemo.get(f"{section}.enable", bool, False):
+    decay = nemo.get(f"{section}.decay", 0.9999)
+    interval = nemo.get(f"{section}.every_n_steps", 1)
+    if not nemo.get(f"{section}.enable", False):
         return {"use_ema": False}
     if interval != 1:
         nemo.refuse(f"{section}.every_n_steps", f"but should be 1: with it, take `decay` {decay ** (1 / interval):g}.")
@@ -232,24 +230,24 @@ def averages(nemo: Entries) -> dict[str, Any]:
 
 def trackers(nemo: Entries) -> dict[str, Any]:
     """Where the run is shown."""
-    if nemo.get("exp_manager.create_wandb_logger", bool, False):
+    if nemo.get("exp_manager.create_wandb_logger", False):
         return {"report_to": "wandb"}
-    return {"report_to": "tensorboard"} if nemo.get("exp_manager.create_tensorboard_logger", bool, False) else {}
+    return {"report_to": "tensorboard"} if nemo.get("exp_manager.create_tensorboard_logger", False) else {}
 
 
 def data(nemo: Entries, differences: list[str]) -> dict[str, Any]:
     """Sides of images, and the augmentation of the conditioning image; adds to `differences`."""
     section = "model.data.train"
-    if nemo.get("model.data.synthetic_data", bool, False):
+    if nemo.get("model.data.synthetic_data", False):
         nemo.refuse("model.data.synthetic_data", "but training needs images.")
-    settings = {"resolution": nemo.require(f"{section}.augmentations.resize_smallest_side", int)}
+    settings = {"resolution": nemo.require(f"{section}.augmentations.resize_smallest_side")}
     crop = crop_side(nemo, f"{section}.augmentations.center_crop_h_w", settings["resolution"])
-    if nemo.get(f"{section}.filterings.resolution.method", str) == "larger":
-        settings["min_resolution"] = nemo.require(f"{section}.filterings.resolution.value", int)
+    if nemo.get(f"{section}.filterings.resolution.method") == "larger":
+        settings["min_resolution"] = nemo.require(f"{section}.filterings.resolution.value")
     elif f"{section}.filterings.resolution.method" in nemo.values:
         nemo.refuse(f"{section}.filterings.resolution.method", "but only smaller images can be left out: 'larger'.")
 
-    unet_type = nemo.require("model.unet_type", str)
+    unet_type = nemo.require("model.unet_type")
     if unet_type not in ("base", "sr", "sr-unet"):
         nemo.refuse("model.unet_type", "but should be 'base', 'sr' or 'sr-unet'.")
     if unet_type == "base":
@@ -265,17 +263,17 @@ def super_resolution(nemo: Entries, resolution: int, crop: int, differences: lis
     older = "model.data.train.corruption_aug.target_resolution"
     if name not in nemo.values and older in nemo.values:
         name = older
-    targets = nemo.require(name, object)
-    if not isinstance(targets, list) or len(targets) != 2 or targets[1] != crop or crop % targets[0]:
+    targets = nemo.require(name)
+    if len(targets) != 2 or targets[1] != crop or crop % targets[0]:
         nemo.refuse(name, f"but should be a side that divides {crop}, and {crop}.")
     factor = crop // targets[0]
     settings = {"low_resolution": resolution // factor}
     if crop != resolution:
         settings["crop_size"] = crop
         differences.append("crop_size: crops are taken at random here, by NeMo at the centre")
-    if not nemo.get("model.noise_cond_aug", bool, False):
+    if not nemo.get("model.noise_cond_aug", False):
         return {**settings, "noise_conditioning_augmentation": 0.0}
-    if nemo.get("model.preconditioning_type", str, "DDPM") != "EDM":
+    if nemo.get("model.preconditioning_type", "DDPM") != "EDM":
         nemo.refuse("model.noise_cond_aug", "but NeMo has it for EDM only.")
     differences.append(
         "noise_conditioning_augmentation: levels of the conditioning image are uniform up to it here, in NeMo log-normal as "
@@ -286,13 +284,13 @@ def super_resolution(nemo: Entries, resolution: int, crop: int, differences: lis
 
 def crop_side(nemo: Entries, name: str, resolution: int) -> int:
     """The side of the crop: NeMo has height and width as text."""
-    value = nemo.get(name, object)
+    value = nemo.get(name)
     if value is None:
         return resolution
-    sides = re.findall(r"\d+", str(value))
-    if not sides or len(sides) > 2 or len(set(sides)) != 1 or int(sides[0]) > resolution:
+    sides = re.fullmatch(r"[\[(]?\s*(\d{1,6})\s*(?:,\s*(\d{1,6})\s*)?[\])]?", str(value).strip())
+    if sides is None or sides[2] not in (None, sides[1]) or not 1 <= int(sides[1]) <= resolution:
         nemo.refuse(name, f"but should be a square of up to {resolution}.")
-    return int(sides[0])
+    return int(sides[1])
 
 
 def to_be_given(settings: dict[str, Any], network: Optional[str] = None) -> list[str]:
