@@ -38,7 +38,7 @@ demo: $(VENV)/.installed ## write outputs/demo.png with the cascade that ships w
 	$(BIN)/python scripts/demo.py --output_dir "$(OUTPUT_DIR)" $${PROMPT:+"--prompt=$$PROMPT"}
 
 test: $(VENV)/.installed ## run the test suite
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
 
 style: $(VENV)/.quality ## format the code, fix what ruff can fix
 	$(BIN)/ruff check --fix $(SOURCES)

@@ -3,6 +3,7 @@
 import errno
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 from huggingface_hub import errors as hub_errors
