@@ -116,6 +116,9 @@ class OutputFolder:
     def carry_out(self, plan: Plan, found: Found, run: dict[str, Any]) -> None:
         """Sets aside what is to be, takes away what the run does again, and notes what run begins."""
         self._set_aside(plan)
+        for name, _ in NUMBERED:
+            for leftover in (self.folder / name).glob(".*.partial"):  # of a process that was killed
+                leftover.unlink()
         for name in RECORDS:
             Records(self.folder / f"{name}.jsonl").cut(plan.kept_step)
         if plan.again:
