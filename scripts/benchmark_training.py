@@ -20,29 +20,30 @@ import numpy as np
 import torch
 from PIL import Image
 
+from diffusers_imagen.commands.arguments import Parser, check_numbers
 from diffusers_imagen.presets import create_unet
 from diffusers_imagen.training import Trainer, TrainingConfig
 from diffusers_imagen.training.data import make_train_batches
 from diffusers_imagen.training.embedding_cache import CacheWriter
 from diffusers_imagen.training.losses import to_device
+from diffusers_imagen.utils.errors import run_to_exit_code
 
 
 NUM_IMAGES = 256
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="emoji_base_64")
     parser.add_argument("--resolution", type=int, default=64)
     parser.add_argument("--low_resolution", type=int)
     parser.add_argument("--crop_size", type=int)
     parser.add_argument("--train_batch_size", type=int, default=16)
     parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="bf16")
-    parser.add_argument("--tokens", type=int, default=32, help="tokens of a caption; default: %(default)s")
-    parser.add_argument("--steps", type=int, default=20, help="timed steps of each loop; default: %(default)s")
+    parser.add_number("--tokens", int, 3, 4096, default=32, help="tokens of a caption; default: %(default)s")
+    parser.add_number("--steps", int, 1, 10**6, default=20, help="timed steps of each loop; default: %(default)s")
     args = parser.parse_args()
-    if args.steps < 1:
-        parser.error(f"`steps` is {args.steps}, but should be at least 1.")
+    check_numbers(args)
     return args
 
 
@@ -112,7 +113,7 @@ def main() -> None:
         folder = Path(name)
         unet = create_unet(args.preset).at_resolution(args.resolution)
         write_data(folder, args.resolution, args.tokens, unet.config.encoder_hid_dim)
-        settings = {key: value for key, value in vars(args).items() if key not in ("steps", "tokens")}
+        settings = {key: value for key, value in vars(args).items() if key not in ("steps", "tokens", "ranges")}
         config = TrainingConfig(
             **settings,
             train_data_dir=str(folder / "data"),
@@ -146,7 +147,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    sys.exit(run_to_exit_code(main, "benchmark_training.py"))

@@ -16,6 +16,7 @@ They take turns within one run, so that a ratio compares times of the same minut
 """
 
 import argparse
+import sys
 import time
 from types import MethodType
 from typing import Callable
@@ -29,9 +30,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from diffusers_imagen import ImagenUNetModel
+from diffusers_imagen.commands.arguments import Parser, check_numbers
+from diffusers_imagen.commands.common import check_device
 from diffusers_imagen.models.blocks import ResBlock
 from diffusers_imagen.models.unet_base import ConditionalUNet
 from diffusers_imagen.presets import PRESETS, create_unet
+from diffusers_imagen.utils.errors import run_to_exit_code
 
 
 GUIDANCE = 4.0
@@ -226,15 +230,17 @@ def report(kind: str, batch_size: int, calls: dict[str, Callable], device: torch
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="emoji_base_64")
-    parser.add_argument("--batch_size", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--tokens", type=int, default=128, help="text tokens; default: %(default)s")
-    parser.add_argument("--repeats", type=int, default=10, help="rounds that count; default: %(default)s")
+    parser.add_number("--batch_size", int, 1, 4096, nargs="+", default=[1, 4])
+    parser.add_number("--tokens", int, 1, 4096, default=128, help="text tokens; default: %(default)s")
+    parser.add_number("--repeats", int, 1, 10**6, default=10, help="rounds that count; default: %(default)s")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="compile our network")
     args = parser.parse_args()
+    check_numbers(args)
+    check_device(args.device)
     logging.set_verbosity_error()
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
 
@@ -274,4 +280,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_to_exit_code(main, "benchmark_unet.py"))

@@ -19,6 +19,8 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from diffusers_imagen import EDMAdamsScheduler, EfficientUNetModel, ImagenCascadePipeline, ImagenUNetModel
+from diffusers_imagen.utils.errors import run_to_exit_code
+from diffusers_imagen.utils.files import check_writable
 
 
 MAX_SHARD_BYTES = 16 * 2**20 - 2**16  # a file is its tensors and a header
@@ -90,7 +92,7 @@ The weights are under Apache-2.0. The pictures that they were trained on are the
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     runs = "stage folders of all runs that led to it, the last one is taken"
     parser.add_argument("--base", type=Path, required=True, nargs="+", help=runs)
     parser.add_argument("--sr256", type=Path, required=True, nargs="+", help=runs)
@@ -183,7 +185,8 @@ def change_config(path: Path, **changes) -> None:
 def main() -> None:
     args = parse_args()
     if args.output_dir.exists():
-        sys.exit(f"error: `output_dir` is '{args.output_dir}', which exists already.")
+        raise ValueError(f"`output_dir` is '{args.output_dir}', which exists already.")
+    check_writable(args.output_dir, "output_dir")
     partial = args.output_dir.with_name(args.output_dir.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     pipe = load_cascade(args.base[-1], args.sr256[-1], args.text_encoder)
@@ -201,4 +204,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_to_exit_code(main, "build_emoji_checkpoint.py"))

@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tarfile
 import tempfile
 from collections import defaultdict
@@ -460,7 +461,9 @@ def check_no_strays(rows: list[Row], output_dir: Path) -> None:
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """Reads and checks the command line."""
-    parser = argparse.ArgumentParser(description="Builds the captioned emoji dataset as an image folder.")
+    parser = argparse.ArgumentParser(
+        description="Builds the captioned emoji dataset as an image folder.", allow_abbrev=False
+    )
     parser.add_argument("--output_dir", type=Path, required=True, help="Where the dataset is written.")
     parser.add_argument(
         "--styles", nargs="+", choices=list(STYLES), default=list(STYLES), help="The drawing styles to include."
@@ -474,6 +477,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     args = parser.parse_args(arguments)
 
+    for folder in (args.output_dir, *args.output_dir.parents):
+        if folder.exists() and not folder.is_dir():
+            parser.error(f"argument --output_dir: {folder} is a file")
     if args.resolution < NATIVE_RESOLUTION:
         parser.error(f"argument --resolution: {args.resolution} is too small; the least is {NATIVE_RESOLUTION}")
     if args.num_workers < 1:
@@ -502,4 +508,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    # not needed to build, and it takes torch's seconds to import
+    from diffusers_imagen.utils.errors import run_to_exit_code
+
+    sys.exit(run_to_exit_code(main, "build_emoji_dataset.py"))

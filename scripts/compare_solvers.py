@@ -5,8 +5,8 @@ The networks are mixtures of Gaussians, whose denoised image is known in closed 
 drawn from seeds. The error is the mean absolute distance to the exact trajectory's end, from the same noise.
 """
 
-import argparse
 import math
+import sys
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -16,7 +16,10 @@ from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file
 
 from diffusers_imagen import ContinuousDDPMScheduler, EDMAdamsScheduler, EDMHeunScheduler
+from diffusers_imagen.commands.arguments import Parser, check_numbers
 from diffusers_imagen.diffusion import edm
+from diffusers_imagen.utils.errors import run_to_exit_code
+from diffusers_imagen.utils.files import check_writable, whole_file, write_text
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -166,18 +169,22 @@ def plot(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, default=ROOT / "docs")
-    parser.add_argument("--num_points", type=int, default=64, help="trajectories of each mixture")
+    parser.add_number("--num_points", int, 1, 10**5, default=64, help="trajectories of each mixture")
     args = parser.parse_args()
+    check_numbers(args)
+    for name in ("solvers.md", "solvers.png"):
+        check_writable(args.output_dir / name, "output_dir")
     results = compare(args.num_points)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     heading = "# Error against evaluations of the network\n\nWritten by `scripts/compare_solvers.py`.\n\n"
-    (args.output_dir / "solvers.md").write_text(
-        heading + "![error against evaluations](solvers.png)\n\n" + table(results)
+    with whole_file(args.output_dir / "solvers.png") as partial:
+        plot(results).save(partial, format="PNG", optimize=True)
+    write_text(
+        args.output_dir / "solvers.md", heading + "![error against evaluations](solvers.png)\n\n" + table(results)
     )
-    plot(results).save(args.output_dir / "solvers.png", optimize=True)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_to_exit_code(main, "compare_solvers.py"))

@@ -5,15 +5,25 @@ Writes one PNG an image and `demo.png`, a grid with the images of every stage be
 """
 
 import argparse
-import re
 import sys
 from pathlib import Path
 
 import torch
 
-from diffusers_imagen.commands.common import SHIPPED_MODEL, load_pipeline, save_image
+from diffusers_imagen.commands.arguments import Parser, check_numbers, check_prompt, refuse_empty
+from diffusers_imagen.commands.common import (
+    MAX_GUIDANCE,
+    MAX_SEED,
+    MAX_STEPS,
+    SHIPPED_MODEL,
+    load_pipeline,
+    save_image,
+    slug_of,
+)
 from diffusers_imagen.grid import captioned_grid
 from diffusers_imagen.pipelines.pipeline_imagen_cascade import DEFAULT_GUIDANCE, DEFAULT_STEPS
+from diffusers_imagen.utils.errors import run_to_exit_code
+from diffusers_imagen.utils.files import check_writable
 
 
 PROMPTS = [
@@ -27,14 +37,21 @@ PROMPTS = [
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompt", action="append", help="your own prompt; may be given several times")
     parser.add_argument("--model", default=str(SHIPPED_MODEL), help="folder or Hub id; default: the shipped cascade")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs"))
-    parser.add_argument("--num_inference_steps", type=int, nargs="+", default=DEFAULT_STEPS, help="one value a stage")
-    parser.add_argument("--guidance_scale", type=float, nargs="+", default=DEFAULT_GUIDANCE, help="one value a stage")
-    parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    per_stage = {"nargs": "+", "help": "one value a stage"}
+    parser.add_number("--num_inference_steps", int, 1, MAX_STEPS, default=DEFAULT_STEPS, **per_stage)
+    parser.add_number("--guidance_scale", float, 0, MAX_GUIDANCE, default=DEFAULT_GUIDANCE, **per_stage)
+    parser.add_number("--seed", int, 0, MAX_SEED, default=0)
+    args = parser.parse_args()
+    check_numbers(args)
+    for prompt in args.prompt or ():
+        check_prompt("prompt", prompt)
+        refuse_empty(prompt)
+    check_writable(args.output_dir / "demo.png", "output_dir")
+    return args
 
 
 def main() -> None:
@@ -49,8 +66,7 @@ def main() -> None:
     )
     for resolution, images in out.stage_images.items():
         for prompt, image in zip(prompts, images):
-            slug = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60]
-            save_image(image, args.output_dir / f"{slug}-{resolution}.png")
+            save_image(image, args.output_dir / f"{slug_of(prompt)}-{resolution}.png")
     rows = [list(images) for images in zip(*out.stage_images.values())]
     grid = args.output_dir / "demo.png"
     save_image(captioned_grid(rows, prompts, side=max(out.stage_images)), grid)
@@ -58,7 +74,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    sys.exit(run_to_exit_code(main, "demo.py"))

@@ -4,8 +4,8 @@
 python scripts/toy_2d.py --output outputs/toy_2d.png
 """
 
-import argparse
 import math
+import sys
 from pathlib import Path
 
 import torch
@@ -14,8 +14,11 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 
 from diffusers_imagen import ContinuousDDPMScheduler, EDMAdamsScheduler, EDMHeunScheduler
+from diffusers_imagen.commands.arguments import Parser, check_numbers
 from diffusers_imagen.diffusion import edm
 from diffusers_imagen.diffusion.objectives import edm_example
+from diffusers_imagen.utils.errors import run_to_exit_code
+from diffusers_imagen.utils.files import check_writable, whole_file
 
 
 SIGMA_DATA = 0.5
@@ -97,13 +100,17 @@ def scatter(points: torch.Tensor, title: str) -> Image.Image:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("outputs/toy_2d.png"))
-    parser.add_argument("--steps", type=int, default=4000, help="training steps")
-    parser.add_argument("--batch_size", type=int, default=256)
-    parser.add_argument("--num_points", type=int, default=2000)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_number("--steps", int, 1, 10**7, default=4000, help="training steps")
+    parser.add_number("--batch_size", int, 1, 10**5, default=256)
+    parser.add_number("--num_points", int, 1, 10**6, default=2000)
+    parser.add_number("--seed", int, 0, 2**63 - 1, default=0)
     args = parser.parse_args()
+    check_numbers(args)
+    if args.output.suffix.lower() != ".png":
+        raise ValueError(f"`output` is '{args.output}', but should end in .png.")
+    check_writable(args.output, "output")
     torch.manual_seed(args.seed)  # diffusers' schedulers and the network's initial weights draw from the global one
     generator = torch.Generator().manual_seed(args.seed)
     network = train(args.steps, args.batch_size, generator)
@@ -118,9 +125,10 @@ def main() -> None:
     for index, panel in enumerate(panels):
         picture.paste(panel, (index % columns * SIDE, index // columns * (SIDE + 42)))
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(args.output, optimize=True)
+    with whole_file(args.output) as partial:
+        picture.save(partial, format="PNG", optimize=True)
     print(args.output)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_to_exit_code(main, "toy_2d.py"))

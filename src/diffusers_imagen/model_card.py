@@ -9,6 +9,8 @@ from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_
 from huggingface_hub import create_repo
 from torch import nn
 
+from .utils.files import whole_file
+
 
 TAGS = ["text-to-image", "diffusers", "diffusers-imagen"]
 CARD = """\
@@ -140,9 +142,8 @@ class ModelCardMixin:
         missing = [tag for tag in TAGS if tag not in (card.data.tags or [])]
         card = populate_model_card(card, tags=missing)
         card.data.pipeline_tag = card.data.pipeline_tag or TAGS[0]
-        partial = path.with_name(".README.md.partial")
-        card.save(partial)
-        os.replace(partial, path)
+        with whole_file(path) as partial:
+            card.save(partial)
 
     def describe(self, repo_id: str) -> str:
         """The text of a new card: a snippet that runs, and the parts."""

@@ -25,6 +25,8 @@ SHIPPED_MODEL = Path(__file__).resolve().parents[3] / "checkpoints" / "imagen-em
 DEFAULT_OUTPUT = Path("output.png")
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 MAX_SIDES = {"JPEG": 65500, "WEBP": 16383}  # in pixels
+# how much of a prompt goes into the name of its file, in characters and in bytes: file systems take 255 bytes in all
+NAME_LENGTH, NAME_BYTES = 60, 180
 # bounds: what is above is a slip, and would run until it is killed
 MAX_SIDE = 8192
 MAX_SEED = 2**63 - 1
@@ -218,6 +220,12 @@ def check_device(device: str) -> None:
     except Exception as error:  # each of torch's backends has its own
         reason = textwrap.shorten(str(error).strip().partition("\n")[0], 200) or type(error).__name__
         raise ValueError(f"`device` is {device!r}, which cannot be used: {reason}") from error
+
+
+def slug_of(prompt: str) -> str:
+    """A prompt as part of a file's name."""
+    slug = re.sub(r"\W+", "-", prompt[: 20 * NAME_LENGTH].lower())[:NAME_LENGTH]
+    return slug.encode()[:NAME_BYTES].decode(errors="ignore").strip("-")
 
 
 def save_image(image: Image.Image, path: Path) -> None:

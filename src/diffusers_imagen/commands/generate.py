@@ -2,7 +2,6 @@
 
 import argparse
 import hashlib
-import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,13 +22,12 @@ from .common import (
     read_image,
     sampling_arguments,
     save_image,
+    slug_of,
 )
 
 
 DEFAULT_OUTPUT_DIR = Path("outputs")
 DEFAULT_STRENGTH = 0.7
-# how much of a prompt goes into the name of its file, in characters and in bytes: file systems take 255 bytes in all
-NAME_LENGTH, NAME_BYTES = 60, 180
 MAX_FILE_BYTES = 32 * 2**20
 MAX_FILE_IMAGES = 100_000
 
@@ -216,6 +214,4 @@ def read_lines(prompts_file: Path) -> list[str]:
 
 def name_of(line: int, prompt: str, suffix: str) -> str:
     """The name of an image's file."""
-    slug = re.sub(r"\W+", "-", prompt[: 20 * NAME_LENGTH].lower())[:NAME_LENGTH]
-    slug = slug.encode()[:NAME_BYTES].decode(errors="ignore").strip("-")
-    return f"{line:05d}-{slug}{suffix}.png"
+    return f"{line:05d}-{slug_of(prompt)}{suffix}.png"
