@@ -6,8 +6,8 @@ from typing import Any, Callable, Optional, TypeVar, Union
 import numpy as np
 import torch
 
-from ..schedulers.scheduling_utils import MAX_STEPS
-from ..utils.arguments import as_integer, as_number, is_integer, is_number, shown
+from ..schedulers.checks import MAX_STEPS, level_tensor
+from ..utils.arguments import as_integer, as_number, is_number, shown
 from .planning import StageSettings
 from .stages import STAGE_NAMES, Stage
 from .tensors import check_tensor
@@ -75,20 +75,10 @@ def levels_per_stage(name: str, value: Any, stages: list[Stage]) -> list[Union[l
 
 def as_levels(name: str, levels: Any) -> Union[list[float], torch.Tensor]:
     """Finite numbers in a list, or as a tensor of one dimension, whose dtype may mean something to a scheduler."""
-    is_list = isinstance(levels, (list, tuple))
-    if isinstance(levels, torch.Tensor):
-        check_tensor(name, levels, "of one dimension", dtypes=None)
-    if not is_list and not (isinstance(levels, (np.ndarray, torch.Tensor)) and levels.ndim == 1):
-        raise ValueError(f"`{name}` is {shown(levels)}, but should be a list of numbers.")
-    if not 0 < len(levels) <= MAX_STEPS:
-        raise ValueError(f"`{name}` is {shown(levels)}, but should be a list of 1 to {MAX_STEPS} numbers.")
-    values = list(levels) if is_list else levels.tolist()
-    for value in values:
-        if not is_number(value) or not math.isfinite(as_number(name, value)):
-            raise ValueError(f"`{name}` is {shown(levels)}, but should be a list of numbers.")
-    if isinstance(levels, torch.Tensor):
-        return levels.detach()
-    return [int(value) if is_integer(value) else float(value) for value in values]
+    tensor = level_tensor(name, levels)
+    if len(tensor) == 0 or not tensor.isfinite().all():
+        raise ValueError(f"`{name}` is {shown(levels)}, but should be a list of finite numbers.")
+    return levels.detach() if isinstance(levels, torch.Tensor) else tensor.tolist()
 
 
 def stage_settings(

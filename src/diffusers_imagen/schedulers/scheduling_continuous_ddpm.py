@@ -9,15 +9,17 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ..diffusion import continuous_ddpm as ddpm
 from ..diffusion.edm import per_sample
-from .scheduling_utils import (
-    ImagenSchedulerMixin,
-    ImagenSchedulerOutput,
-    NetworkPreconditioning,
+from .checks import (
+    as_tensor,
+    check_device,
+    check_generator,
+    check_images,
     check_step_count,
     decreasing_sigmas,
+    level_tensor,
     one_schedule,
-    timestep_tensor,
 )
+from .scheduling_utils import ImagenSchedulerMixin, ImagenSchedulerOutput, NetworkPreconditioning
 
 
 class ContinuousDDPMScheduler(ImagenSchedulerMixin, SchedulerMixin, ConfigMixin):
@@ -82,8 +84,6 @@ class ContinuousDDPMScheduler(ImagenSchedulerMixin, SchedulerMixin, ConfigMixin)
     ) -> None:
         self._keep_default_values()
         self._check_config()
-        if not 0 <= eta <= 1:
-            raise ValueError(f"`eta` must lie in [0, 1], got {eta}")
         self.num_inference_steps = None
         self.init_noise_sigma = 1.0
         log_snr = self._log_snr_at(torch.arange(num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps)
@@ -122,14 +122,17 @@ class ContinuousDDPMScheduler(ImagenSchedulerMixin, SchedulerMixin, ConfigMixin)
                 not decrease or do not stay above that of t = 0.
         """
         one_schedule(num_inference_steps, sigmas, timesteps)
+        check_device(device)
         end = self._log_snr_at(torch.zeros(1, dtype=torch.float64))
         if num_inference_steps is not None:
             times = torch.linspace(1, 0, check_step_count(num_inference_steps) + 1, dtype=torch.float64)
             log_snr = self._log_snr_at(times[:-1])
         else:
+            name, given = ("sigmas", sigmas) if timesteps is None else ("timesteps", timesteps)
+            sigmas = level_tensor(name, given)
             if timesteps is not None:
-                sigmas = ddpm.log_snr_to_sigma(self._log_snr(timestep_tensor(timesteps), torch.float64))
-            sigmas = decreasing_sigmas(sigmas)
+                sigmas = ddpm.log_snr_to_sigma(self._log_snr(sigmas, torch.float64))
+            sigmas = decreasing_sigmas(name, sigmas, given)
             log_snr = ddpm.sigma_to_log_snr(sigmas)
             if not log_snr[-1] < end:
                 raise ValueError(
@@ -197,6 +200,7 @@ class ContinuousDDPMScheduler(ImagenSchedulerMixin, SchedulerMixin, ConfigMixin)
             ValueError: before `set_timesteps`, after the last step, or for a timestep that is not of the schedule.
         """
         index = self._start_step(model_output, timestep, sample)
+        check_generator(generator, len(sample))
         dtype = torch.promote_types(sample.dtype, torch.float32)
         x_t = sample.to(dtype)
         x_0 = self._threshold(self._c_skip[index] * x_t + self._c_out[index] * model_output.to(dtype))
@@ -212,7 +216,7 @@ class ContinuousDDPMScheduler(ImagenSchedulerMixin, SchedulerMixin, ConfigMixin)
 
     def _log_snr(self, timesteps: Union[float, torch.Tensor], dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The log-SNR of timesteps of either form, in their dtype if they are floats, in `dtype` if integers."""
-        timesteps = torch.as_tensor(timesteps)
+        timesteps = as_tensor("timesteps", timesteps)
         if timesteps.is_floating_point():
             return ddpm.sigma_to_log_snr(self.timestep_to_sigma(timesteps))
         last = self.config.num_train_timesteps
@@ -243,12 +247,14 @@ class ContinuousDDPMScheduler(ImagenSchedulerMixin, SchedulerMixin, ConfigMixin)
             `torch.Tensor`: the noisy images in `original_samples`' dtype.
 
         Raises:
-            ValueError: for half-precision timesteps, or integers out of range.
+            ValueError: for half-precision timesteps, integers out of range, or images and noise of different shapes.
         """
+        check_images(original_samples=original_samples, noise=noise)
         return ddpm.q_sample(original_samples, noise, self._log_snr(timesteps))
 
     def get_velocity(
         self, sample: torch.Tensor, noise: torch.Tensor, timesteps: Union[float, torch.Tensor]
     ) -> torch.Tensor:
         """The target of v-prediction for clean images `sample`, `alpha * noise - sigma * sample`; see `add_noise`."""
+        check_images(sample=sample, noise=noise)
         return ddpm.velocity(sample, noise, self._log_snr(timesteps))

@@ -7,15 +7,8 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..diffusion import multistep
-from .scheduling_utils import (
-    EDMSchedulerMixin,
-    ImagenSchedulerOutput,
-    NetworkPreconditioning,
-    check_step_count,
-    decreasing_sigmas,
-    one_schedule,
-    timestep_tensor,
-)
+from .checks import check_device, check_step_count, decreasing_sigmas, level_tensor, one_schedule
+from .scheduling_utils import EDMSchedulerMixin, ImagenSchedulerOutput, NetworkPreconditioning
 
 
 class EDMAdamsScheduler(EDMSchedulerMixin, SchedulerMixin, ConfigMixin):
@@ -94,7 +87,7 @@ class EDMAdamsScheduler(EDMSchedulerMixin, SchedulerMixin, ConfigMixin):
         self._mark_noise_levels()
         self._check_config()
         self.num_inference_steps = None
-        sigmas = multistep.centred_sigmas(num_train_timesteps, sigma_min, sigma_max, sigma_data)
+        sigmas = multistep.centred_sigmas(self.config.num_train_timesteps, sigma_min, sigma_max, sigma_data)
         self.init_noise_sigma = float(sigma_max)
         self._denoised = []
         self._publish(torch.cat([sigmas, sigmas.new_zeros(1)]), self.precondition_noise(sigmas))
@@ -126,14 +119,16 @@ class EDMAdamsScheduler(EDMSchedulerMixin, SchedulerMixin, ConfigMixin):
                 decrease, or integer timesteps.
         """
         one_schedule(num_inference_steps, sigmas, timesteps)
+        check_device(device)
         config = self.config
         if num_inference_steps is not None:
             steps = check_step_count(num_inference_steps)
             levels = multistep.centred_sigmas(steps, config.sigma_min, config.sigma_max, config.sigma_data)
+        elif sigmas is not None:
+            levels = decreasing_sigmas("sigmas", level_tensor("sigmas", sigmas), sigmas)
         else:
-            levels = decreasing_sigmas(
-                sigmas if timesteps is None else self.timestep_to_sigma(timestep_tensor(timesteps))
-            )
+            levels = self.timestep_to_sigma(level_tensor("timesteps", timesteps))
+            levels = decreasing_sigmas("timesteps", levels, timesteps)
         self.num_inference_steps = len(levels)
         self.init_noise_sigma = levels[0].item()
         self._set_scalings(levels)

@@ -9,15 +9,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..diffusion import edm
-from .scheduling_utils import (
-    EDMSchedulerMixin,
-    ImagenSchedulerOutput,
-    NetworkPreconditioning,
-    check_step_count,
-    decreasing_sigmas,
-    one_schedule,
-    timestep_tensor,
-)
+from .checks import check_device, check_generator, check_step_count, decreasing_sigmas, level_tensor, one_schedule
+from .scheduling_utils import EDMSchedulerMixin, ImagenSchedulerOutput, NetworkPreconditioning
 
 
 class EDMHeunScheduler(EDMSchedulerMixin, SchedulerMixin, ConfigMixin):
@@ -103,16 +96,13 @@ class EDMHeunScheduler(EDMSchedulerMixin, SchedulerMixin, ConfigMixin):
         clip_sample: bool = False,
         clip_sample_range: float = 1.0,
     ) -> None:
-        if s_max == math.inf:
+        if isinstance(s_max, float) and s_max == math.inf:
             self.register_to_config(s_max=None)  # JSON has no infinity
         self._keep_default_values()
         self._mark_noise_levels()
         self._check_config()
-        for name in ("s_churn", "s_min", "s_noise"):
-            if not self.config[name] >= 0:
-                raise ValueError(f"`{name}` must be at least 0, got {self.config[name]}")
         self.num_inference_steps = None
-        sigmas = edm.karras_sigmas(num_train_timesteps, sigma_min, sigma_max, rho)
+        sigmas = edm.karras_sigmas(self.config.num_train_timesteps, sigma_min, sigma_max, rho)
         self.init_noise_sigma = float(sigma_max)
         self._derivative = self._x_hat = None
         self._publish(torch.cat([sigmas, sigmas.new_zeros(1)]), self.precondition_noise(sigmas))
@@ -144,14 +134,16 @@ class EDMHeunScheduler(EDMSchedulerMixin, SchedulerMixin, ConfigMixin):
                 decrease, or integer timesteps.
         """
         one_schedule(num_inference_steps, sigmas, timesteps)
+        check_device(device)
         config = self.config
         if num_inference_steps is not None:
             steps = check_step_count(num_inference_steps)
             levels = edm.karras_sigmas(steps, config.sigma_min, config.sigma_max, config.rho)
+        elif sigmas is not None:
+            levels = decreasing_sigmas("sigmas", level_tensor("sigmas", sigmas), sigmas)
         else:
-            levels = decreasing_sigmas(
-                sigmas if timesteps is None else self.timestep_to_sigma(timestep_tensor(timesteps))
-            )
+            levels = self.timestep_to_sigma(level_tensor("timesteps", timesteps))
+            levels = decreasing_sigmas("timesteps", levels, timesteps)
         self.num_inference_steps = len(levels)
 
         raised = edm.churned_sigmas(levels, config.s_churn, config.s_min, config.s_max)  # (N,)
@@ -196,6 +188,7 @@ class EDMHeunScheduler(EDMSchedulerMixin, SchedulerMixin, ConfigMixin):
                 is the second half of a step whose first half has not been done.
         """
         index = self._start_step(model_output, timestep, sample)
+        check_generator(generator, len(sample))
         dtype = torch.promote_types(sample.dtype, torch.float32)
         x = sample.to(dtype)
         denoised = self._denoise(x, model_output, index)

@@ -8,7 +8,9 @@ from diffusers.utils import BaseOutput
 
 from ..diffusion import continuous_ddpm, edm
 from ..diffusion.edm import Preconditioning
-from ..diffusion.thresholding import check_dynamic_threshold, dynamic_threshold, static_threshold
+from ..diffusion.thresholding import dynamic_threshold, static_threshold
+from ..utils.arguments import is_integer, is_number, shown
+from .checks import MAX_TRAIN_TIMESTEPS, as_tensor, check_config_number, check_images
 
 
 # "edm": c_in * x goes into the network, which is told c_noise. "variance_preserving": the x_t of that noise level goes
@@ -16,9 +18,23 @@ from ..diffusion.thresholding import check_dynamic_threshold, dynamic_threshold,
 NetworkPreconditioning = Literal["edm", "variance_preserving"]
 
 NO_BETAS = "none: EDM noise levels"
-# bounds far beyond use, and below what would run until it is killed
-MAX_STEPS = 10_000
-MAX_TRAIN_TIMESTEPS = 1_000_000
+# the lowest and the highest value of every number of a configuration: beyond, float64 overflows, or memory ends
+NUMBERS = {
+    "num_train_timesteps": (1, MAX_TRAIN_TIMESTEPS),
+    "sigma_min": (1e-10, 1e10),
+    "sigma_max": (1e-10, 1e10),
+    "sigma_data": (1e-10, 1e10),
+    "rho": (1e-3, 1e3),
+    "s_churn": (0, 1e10),
+    "s_min": (0, 1e10),
+    "s_max": (0, 1e10),
+    "s_noise": (0, 1e10),
+    "eta": (0, 1),
+    "clip_sample_range": (0, 1e10),
+    "dynamic_thresholding_ratio": (1e-10, 1),
+    "sample_max_value": (1, 1e10),
+}
+OPTIONAL_NUMBERS = ("s_max", "sample_max_value")
 
 PREDICTION_TYPES = {
     "edm": ("epsilon", "v_prediction"),
@@ -65,24 +81,26 @@ class ImagenSchedulerMixin:
 
     def _check_config(self) -> None:
         """Raises ValueError for values that no scheduler of this package can have; to be called by `__init__`."""
+        for name, value in dict(self.config).items():
+            if name in NUMBERS and not (value is None and name in OPTIONAL_NUMBERS):
+                number = check_config_number(name, value, *NUMBERS[name])
+                if number is not value:  # one of NumPy's, which cannot be saved
+                    self.register_to_config(**{name: number})
+            elif name in ("thresholding", "clip_sample") and not isinstance(value, bool):
+                raise ValueError(f"`{name}` must be True or False, got {shown(value)}")
         config = self.config
-        if config.preconditioning not in PREDICTION_TYPES:
+        if not isinstance(config.preconditioning, str) or config.preconditioning not in PREDICTION_TYPES:
             raise ValueError(
-                f"`preconditioning` must be one of {list(PREDICTION_TYPES)}, got {config.preconditioning!r}"
+                f"`preconditioning` must be one of {list(PREDICTION_TYPES)}, got {shown(config.preconditioning)}"
             )
         choices = PREDICTION_TYPES[config.preconditioning]
-        if config.prediction_type not in choices:
+        if not isinstance(config.prediction_type, str) or config.prediction_type not in choices:
             raise ValueError(
                 f"`prediction_type` must be one of {list(choices)} with `preconditioning={config.preconditioning!r}`, "
-                f"got {config.prediction_type!r}"
+                f"got {shown(config.prediction_type)}"
             )
-        if not config.sigma_data > 0:
-            raise ValueError(f"`sigma_data` must be above 0, got {config.sigma_data}")
-        if not config.num_train_timesteps >= 1:
-            raise ValueError(f"`num_train_timesteps` must be at least 1, got {config.num_train_timesteps}")
         if config.clip_sample and not config.clip_sample_range > 0:
             raise ValueError(f"`clip_sample_range` must be above 0, got {config.clip_sample_range}")
-        check_dynamic_threshold(config.dynamic_thresholding_ratio, config.sample_max_value)
 
     def _keep_default_values(self) -> None:
         """
@@ -136,7 +154,7 @@ class ImagenSchedulerMixin:
 
     def precondition_noise(self, sigma: Union[float, torch.Tensor]) -> torch.Tensor:
         """The conditioning value of EDM noise levels: `c_noise`, or the log-SNR of a variance-preserving network."""
-        sigma = torch.as_tensor(sigma)
+        sigma = as_tensor("sigma", sigma)
         if self.config.preconditioning == "variance_preserving":
             return continuous_ddpm.sigma_to_log_snr(sigma)
         return edm.c_noise(sigma)
@@ -149,7 +167,7 @@ class ImagenSchedulerMixin:
             ValueError: for integers, which are indices and no noise levels, and for half precision, which has lost
                 the level.
         """
-        timestep = torch.as_tensor(timestep)
+        timestep = as_tensor("timestep", timestep)
         if timestep.dtype not in (torch.float32, torch.float64):
             raise ValueError(
                 f"{type(self).__name__} takes timesteps in float32 or float64, as published in `timesteps`, got "
@@ -189,9 +207,13 @@ class ImagenSchedulerMixin:
         Raises:
             ValueError: if the index is not that of a first call of a step: a multiple of `order`.
         """
-        if begin_index % self.order != 0 or begin_index < 0:
-            raise ValueError(f"`begin_index` must be a multiple of the order {self.order}, got {begin_index}")
-        self._begin_index = begin_index
+        if not is_integer(begin_index) or begin_index % self.order != 0 or begin_index < 0:
+            raise ValueError(f"`begin_index` must be a multiple of the order {self.order}, got {shown(begin_index)}")
+        if begin_index >= len(self._timestep_values):
+            raise ValueError(
+                f"`begin_index` must be below the number of timesteps, {len(self._timestep_values)}, got {begin_index}"
+            )
+        self._begin_index = int(begin_index)
 
     def _publish(self, sigmas: torch.Tensor, timesteps: torch.Tensor, device=None) -> None:
         """Takes over a schedule, float64 on the CPU, and forgets the run before it."""
@@ -205,7 +227,10 @@ class ImagenSchedulerMixin:
 
     def index_for_timestep(self, timestep: Union[float, torch.Tensor]) -> Optional[int]:
         """The index of a published timestep, the later one of two equal ones; None for any other value."""
-        value = float(torch.as_tensor(timestep).to("cpu", torch.float32))
+        timestep = as_tensor("timestep", timestep)
+        if timestep.numel() != 1:
+            raise ValueError(f"`timestep` must be one value, got shape {tuple(timestep.shape)}")
+        value = float(timestep.to("cpu", torch.float32))
         indices = [index for index, published in enumerate(self._timestep_values) if published == value]
         return indices[min(1, len(indices) - 1)] if indices else None
 
@@ -225,13 +250,10 @@ class ImagenSchedulerMixin:
         """The index of this call of `step`, after checks of its arguments."""
         if self.num_inference_steps is None:
             raise ValueError("`num_inference_steps` is None: call `set_timesteps` before `step`")
-        if model_output.shape != sample.shape:
-            raise ValueError(
-                f"`model_output` must have the shape of `sample` {tuple(sample.shape)}, got "
-                f"{tuple(model_output.shape)}"
-            )
-        if isinstance(timestep, int) or (isinstance(timestep, torch.Tensor) and not timestep.is_floating_point()):
-            raise ValueError(f"`timestep` must be one of `scheduler.timesteps`, not an index; got {timestep!r}")
+        check_images(sample=sample, model_output=model_output)
+        is_level = timestep.is_floating_point() if isinstance(timestep, torch.Tensor) else is_number(timestep)
+        if not is_level or is_integer(timestep):
+            raise ValueError(f"`timestep` must be one of `scheduler.timesteps`, not an index; got {shown(timestep)}")
         index = self._start(timestep)
         if index is None:
             raise ValueError(
@@ -267,6 +289,7 @@ class EDMSchedulerMixin(ImagenSchedulerMixin):
 
         A timestep that is not of the schedule, or any before `set_timesteps`, is taken for the noise level it names.
         """
+        check_images(sample=sample)
         index = self._start(timestep)
         if index is None:
             return self.precondition_inputs(sample, self.timestep_to_sigma(timestep))
@@ -274,14 +297,16 @@ class EDMSchedulerMixin(ImagenSchedulerMixin):
 
     def precondition_inputs(self, sample: torch.Tensor, sigma: Union[float, torch.Tensor]) -> torch.Tensor:
         """`c_in(sigma) * sample`, in the sample's dtype; `sigma` is one noise level or `(B,)`."""
-        sigma = edm.per_sample(torch.as_tensor(sigma), sample)
+        check_images(sample=sample)
+        sigma = edm.per_sample(as_tensor("sigma", sigma), sample)
         return (sample * self._network_preconditioning(sigma).c_in).to(sample.dtype)
 
     def precondition_outputs(
         self, sample: torch.Tensor, model_output: torch.Tensor, sigma: Union[float, torch.Tensor]
     ) -> torch.Tensor:
         """The denoised image, not thresholded, of the network's output at `sample`; `sigma` is one level or `(B,)`."""
-        scalings = self._network_preconditioning(edm.per_sample(torch.as_tensor(sigma), sample))
+        check_images(sample=sample, model_output=model_output)
+        scalings = self._network_preconditioning(edm.per_sample(as_tensor("sigma", sigma), sample))
         return (scalings.c_skip * sample + scalings.c_out * model_output).to(sample.dtype)
 
     def add_noise(
@@ -302,49 +327,7 @@ class EDMSchedulerMixin(ImagenSchedulerMixin):
             `torch.Tensor`: the noisy images in `original_samples`' dtype.
 
         Raises:
-            ValueError: for integer or half-precision timesteps.
+            ValueError: for integer or half-precision timesteps, or images and noise of different shapes.
         """
+        check_images(original_samples=original_samples, noise=noise)
         return edm.add_noise(original_samples, noise, self.timestep_to_sigma(timesteps))
-
-
-def one_schedule(num_inference_steps, sigmas, timesteps) -> None:
-    """Raises ValueError unless exactly one of `set_timesteps`' descriptions of a schedule is given."""
-    given = {"num_inference_steps": num_inference_steps, "sigmas": sigmas, "timesteps": timesteps}
-    names = [name for name, value in given.items() if value is not None]
-    if len(names) != 1:
-        raise ValueError(f"`set_timesteps` needs exactly one of {list(given)}, got {names or 'none of them'}")
-
-
-def check_step_count(num_inference_steps) -> int:
-    """`num_inference_steps` as an int; ValueError unless it is a whole number of at least 1."""
-    if isinstance(num_inference_steps, bool) or num_inference_steps != int(num_inference_steps):
-        raise ValueError(f"`num_inference_steps` must be an integer, got {num_inference_steps!r}")
-    if num_inference_steps < 1:
-        raise ValueError(f"`num_inference_steps` must be at least 1, got {num_inference_steps}")
-    return int(num_inference_steps)
-
-
-def timestep_tensor(timesteps) -> torch.Tensor:
-    """The caller's timesteps on the CPU, in float64 if they are floats: a list of Python numbers keeps its digits."""
-    if not isinstance(timesteps, torch.Tensor):
-        timesteps = torch.tensor(
-            timesteps, dtype=None if all(isinstance(t, int) for t in timesteps) else torch.float64
-        )
-    return timesteps.cpu().double() if timesteps.dtype == torch.float32 else timesteps.cpu()
-
-
-def decreasing_sigmas(sigmas) -> torch.Tensor:
-    """
-    The caller's noise levels in float64 on the CPU. A final zero is dropped, because every run ends at it anyway.
-
-    Raises:
-        ValueError: unless they are a list of finite, strictly decreasing levels above 0.
-    """
-    levels = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
-    if levels.dim() == 1 and len(levels) > 1 and levels[-1] == 0:
-        levels = levels[:-1]
-    if levels.dim() != 1 or len(levels) == 0 or not levels.isfinite().all() or levels.min() <= 0:
-        raise ValueError(f"the noise levels must be a list of finite numbers above 0, got {sigmas}")
-    if (levels.diff() >= 0).any():
-        raise ValueError(f"the noise levels must decrease strictly, got {sigmas}")
-    return levels

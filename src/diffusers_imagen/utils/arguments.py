@@ -51,7 +51,7 @@ def as_number(name: str, value: Any, minimum: float = -math.inf, maximum: float 
         ValueError: If it is none, or not between the bounds; names the argument.
     """
     # NaN lies between no bounds, and 1e309 of an integer in no float
-    if not is_number(value) or not minimum <= value <= maximum or not math.isfinite(_as_float(value)):
+    if not is_number(value) or not minimum <= value <= maximum or not math.isfinite(to_float(value)):
         bounds = [f"of at least {minimum:g}"] * (minimum > -math.inf) + [f"at most {maximum:g}"] * (maximum < math.inf)
         raise ValueError(
             f"`{name}` is {shown(value)}, but should be a finite number{' ' * bool(bounds)}{' and '.join(bounds)}."
@@ -59,8 +59,9 @@ def as_number(name: str, value: Any, minimum: float = -math.inf, maximum: float 
     return float(value)
 
 
-def _as_float(value: numbers.Real) -> float:
+def to_float(value: numbers.Real) -> float:
+    """A number as a `float`; infinite where an integer is beyond floating point."""
     try:
         return float(value)
     except OverflowError:
-        return math.inf
+        return math.inf if value > 0 else -math.inf
