@@ -46,7 +46,6 @@ class Found(NamedTuple):
 
     folder: Optional[Path]
     step: int = 0
-    was_last: bool = False  # whether the run that wrote it ended there
     damaged: tuple[Path, ...] = ()
 
 
@@ -190,11 +189,10 @@ class Checkpoints:
                 f"`max_train_steps` is {last}, but {folder} is of step {step}: give a later last step, or an earlier "
                 "checkpoint."
             )
-        settings = manifest["settings"]
         if not partly:
-            changes = describe_changes(settings, changeable_settings(self.config))
+            changes = describe_changes(manifest["settings"], changeable_settings(self.config))
             logger.info(f"Going on from {folder}" + (f", with {changes}" if changes else ""))
-        return Found(folder, step, was_last=settings.get("max_train_steps") == step)
+        return Found(folder, step)
 
 
 def process_file(index: int) -> str:

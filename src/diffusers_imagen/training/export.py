@@ -128,15 +128,11 @@ def remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def find_exported_step(folder: Path) -> Optional[int]:
-    """The step whose weights a stage has; None if it is not there or not what its training.json says."""
-    try:
-        record = read_json_object(folder / RECORD)
-        files = record["files"].items()
-        whole = all((folder / name).is_file() and sha256(folder / name) == digest for name, digest in files)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None
-    return record.get("step") if whole and files and (folder / CARD_FILE).is_file() else None
+def digest_stage(folder: Path) -> dict[str, str]:
+    """SHA-256 of the files of a stage or an adapter, by name, but for the card, which a user may complete."""
+    parts = [folder / name for name in STAGE_PARTS if name != CARD_FILE]
+    files = [path for part in parts for path in (part, *sorted(part.rglob("*"))) if path.is_file()]
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in files}
 
 
 def save_stage(
@@ -160,10 +156,9 @@ def hide_place(path: Path) -> None:
 
 
 def write_record(folder: Path, config: TrainingConfig, step: int, results: dict[str, float]) -> None:
-    """Writes what was trained how, and what came of it in the files that are there already, as JSON."""
-    files = {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    """Writes what was trained how, as JSON."""
     settings = {name: value for name, value in public_settings(config).items() if name not in OF_THIS_START}
-    write_json(folder / RECORD, {"step": step, **results, "config": settings, "files": files})
+    write_json(folder / RECORD, {"step": step, **results, "config": settings})
 
 
 def public_settings(config: TrainingConfig) -> dict[str, Any]:

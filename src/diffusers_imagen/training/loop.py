@@ -24,7 +24,7 @@ from .devices import describe_sharing, inner_network, make_accelerator, on_main_
 from .draws import StepDraws
 from .ema import WeightAverages
 from .embedding_cache import read_manifest
-from .export import find_exported_step, make_repository, public_settings, save_stage, upload_stage
+from .export import digest_stage, make_repository, public_settings, save_stage, upload_stage
 from .interruption import Interruption, TrainingInterrupted
 from .losses import UncertaintyWeighting, denoising_loss, to_device
 from .monitor import RECORDS, ComputeClock, Monitor, Records, Stopwatch, describe_time, memory_used, not_finite
@@ -287,6 +287,8 @@ class Trainer:
             self.save_snapshots(done)
         if saves:
             self.save_results(done)
+        if last and self.accelerator.is_main_process:
+            self.folder.note(completed=self.completed(done))
 
     def check_weights(self, done: int) -> None:
         """Keeps weights that are not finite from being written over those that are.
@@ -315,23 +317,23 @@ class Trainer:
     def complete(self, done: int) -> None:
         """Writes what belongs to the last step and is not there: the checkpoint that the run goes on from was not
         written as that of a last step, or the stage is not what it was."""
-        main = self.accelerator.is_main_process
         is_whole, is_logged = on_main_process(self.accelerator, lambda: self.look_back(done))
         if is_whole:
             return
         if not is_logged:
             self.log(done)
-        if main:
+        if self.accelerator.is_main_process:
             self.records["losses"].cut(done - 1)
         self.write_results(done, last=True)
-        if main:
-            self.folder.note(completed=done)
 
     def look_back(self, done: int) -> tuple[bool, bool]:
         """Whether all that belongs to the last step is there, and whether its metrics are."""
-        was_last = self.found.was_last or self.folder.noted("completed") == done
-        is_whole = was_last and find_exported_step(Path(self.config.output_dir)) == done
+        is_whole = self.folder.noted("completed") == self.completed(done)
         return is_whole, self.records["metrics"].last_step() >= done
+
+    def completed(self, done: int) -> dict[str, Any]:
+        """What run.json has of a last step whose results are written."""
+        return {"step": done, "files": digest_stage(Path(self.config.output_dir))}
 
     def log(self, done: int, progress: Optional[tqdm] = None) -> None:
         """Fetches what the last steps had to tell, and shows it."""

@@ -51,11 +51,13 @@ class OutputFolder:
         self._hold: Optional[FolderHold] = None
 
     def check_free(self) -> None:
-        """Refuses a folder that another process holds.
+        """Refuses a folder that another process holds, or that is none.
 
         Raises:
-            ValueError: If one does.
+            ValueError: If so.
         """
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"`output_dir` is '{self.folder}', a file, but should be a folder.")
         if self.folder.is_dir() and self._hold is None:
             FolderHold(self.folder, "output_dir").release()
 
@@ -129,7 +131,7 @@ class OutputFolder:
 
     def note(self, **facts: Any) -> None:
         """Writes something about the run into run.json, if it is not there yet: `has_checkpoint`, so that a run whose
-        checkpoints are gone does not begin anew in its own results; `completed`, the step whose results are whole."""
+        checkpoints are gone does not begin anew in its own results; `completed`, what a last step left."""
         record = read_run(self.folder)
         if record is not None and {**record, **facts} != record:
             write_json(self.folder / RUN, {**record, **facts})
