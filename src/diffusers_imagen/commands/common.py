@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import re
 from pathlib import Path
 from typing import Callable, Union
 
@@ -11,13 +10,13 @@ from diffusers.utils import make_image_grid
 from PIL import Image, ImageOps
 
 from ..pipelines import ImagenCascadePipeline
-from ..pipelines.stages import DEFAULT_GUIDANCE, DEFAULT_STEPS, refuse_untrained
+from ..pipelines.folders import check_source, load_pipeline_folder, loading
+from ..pipelines.stages import DEFAULT_GUIDANCE, DEFAULT_STEPS, check_stages, refuse_untrained
 
 
 # an editable install finds the cascade that the repository ships
 SHIPPED_MODEL = Path(__file__).resolve().parents[3] / "checkpoints" / "imagen-emoji"
 DEFAULT_OUTPUT = Path("output.png")
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def add_model_arguments(command: argparse.ArgumentParser) -> None:
@@ -114,15 +113,10 @@ def load_pipeline(model: str, dtype: torch.dtype = torch.float32) -> ImagenCasca
     Raises:
         ValueError: If there is none, or one that was never trained.
     """
-    if not os.path.isdir(model) and not HUB_ID.fullmatch(model):
-        raise ValueError(f"`model` is {model!r}, which is neither a folder nor a Hub id like 'name/repository'.")
-    if os.path.isdir(model) and not os.path.isfile(os.path.join(model, "model_index.json")):
-        raise ValueError(f"`model` is {model!r}, a folder without a model_index.json: it holds no pipeline.")
-    try:
-        pipe = ImagenCascadePipeline.from_pretrained(model, dtype=dtype)
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"`model` is {model!r}, which cannot be loaded: {reason}") from error
+    check_source("model", model)
+    with loading("model", model):
+        pipe = load_pipeline_folder(ImagenCascadePipeline, model, ("ImagenCascadePipeline",), dtype=dtype)
+        check_stages(pipe.stages, pipe.text_encoder)
     refuse_untrained(pipe.stages)
     return pipe
 

@@ -14,7 +14,7 @@ from diffusers import SchedulerMixin
 from huggingface_hub import create_repo, upload_folder
 
 from ..models.unet_base import ConditionalUNet
-from ..pipelines.stages import write_model_index
+from ..pipelines.folders import write_model_index
 from .config import TrainingConfig
 from .sampling import SAMPLES
 
