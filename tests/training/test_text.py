@@ -2,9 +2,11 @@
 
 import gc
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5Model
 
 from diffusers_imagen.pipelines.text import encode_text
@@ -88,3 +90,14 @@ def test_what_is_no_encoder_is_named(folder, tmp_path, tokenizer):
     endless = TextEncoder(str(tmp_path / "endless"), max_length=8)
     with pytest.raises(ValueError, match="which has no encoder that can be loaded"):
         endless(CAPTIONS)
+
+
+def test_an_encoder_that_lacks_weights_is_refused(folder):
+    path = Path(folder, "text_encoder", "model.safetensors")
+    weights = load_file(path)
+    del weights["embeddings.word_embeddings.weight"]
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match="`text_encoder` is .*, which lacks weights: embeddings.word_embeddings.weight"
+    ):
+        TextEncoder(folder)(CAPTIONS)

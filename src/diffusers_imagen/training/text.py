@@ -11,6 +11,7 @@ from diffusers.training_utils import free_memory
 from diffusers.utils import logging
 from transformers import AutoModel, AutoModelForTextEncoding, AutoTokenizer, PreTrainedModel
 
+from ..pipelines.stages import refuse_random_weights
 from ..pipelines.text import NO_LIMIT, encode_tokens
 
 
@@ -128,7 +129,7 @@ def load_tokenizer(name: str):
         folders = folders[:1] if os.path.isdir(os.path.join(name, "tokenizer")) else folders[1:]
     for tokenizer, encoder in folders:
         try:
-            return AutoTokenizer.from_pretrained(name, subfolder=tokenizer), encoder
+            return AutoTokenizer.from_pretrained(name, subfolder=tokenizer, trust_remote_code=False), encoder
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
     raise ValueError(f"`text_encoder` is {name!r}, which has no tokenizer that can be loaded: {reason}")
@@ -138,12 +139,17 @@ def load_encoder(name: str, subfolder: str, dtype: torch.dtype) -> PreTrainedMod
     """The encoder alone: of T5 and its like, whose AutoModel has a decoder too, the class without it."""
     for auto_class in (AutoModelForTextEncoding, AutoModel):
         try:
-            return auto_class.from_pretrained(name, subfolder=subfolder, dtype=dtype)
+            encoder, found = auto_class.from_pretrained(
+                name, subfolder=subfolder, dtype=dtype, output_loading_info=True, trust_remote_code=False
+            )
         except OSError as error:
             reason = str(error).strip().splitlines()[0]
             break
         except ValueError as error:  # not a kind that transformers counts among text encoders
             reason = str(error).strip().splitlines()[0]
+        else:
+            refuse_random_weights(f"`text_encoder` is {name!r}, which", found["missing_keys"])
+            return encoder
     raise ValueError(f"`text_encoder` is {name!r}, which has no encoder that can be loaded: {reason}")
 
 
