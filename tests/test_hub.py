@@ -15,6 +15,8 @@ import torch
 import yaml
 from PIL import Image
 
+from diffusers_imagen import ImagenPipeline
+
 
 PUSH = """
 from diffusers_imagen import ImagenCascadePipeline
@@ -155,3 +157,45 @@ def test_saving_over_a_file_is_refused(cascade, tmp_path):
     with pytest.raises(ValueError, match="a file, but should be a folder"):
         cascade.save_pretrained(tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
+
+
+COMPOSE = """
+import os, numpy, torch
+for name in ("HF_TOKEN", "HF_HOME"):
+    os.environ.pop(name)
+from diffusers_imagen import ImagenCascadePipeline
+
+options = {"token": TOKEN, "revision": "first", "cache_dir": "cache"}
+for number, source in enumerate(("user/folder", "user/pipeline")):
+    text_encoder = "user/folder" if number == 0 else None
+    for more in ({}, {"local_files_only": True}):
+        pipe = ImagenCascadePipeline.from_stages(source, text_encoder=text_encoder, **options, **more)
+    generator = torch.Generator().manual_seed(0)
+    numpy.save(str(number), pipe("a red apple", num_inference_steps=2, generator=generator, output_type="np").images)
+try:
+    ImagenCascadePipeline.from_stages("user/folder", cache_dir="other", token=False)
+except ValueError as error:
+    assert str(error).startswith("`base` is 'user/folder', which cannot be loaded: ") and "401" in str(error), error
+else:
+    raise AssertionError
+"""
+
+
+def test_a_stage_is_read_with_the_token_and_of_the_revision_that_were_given(hub, client, base_unet, cascade, tmp_path):
+    """Scheduler, tokenizer and text encoder like the network; the newest commit is another one, and broken."""
+    pipe = ImagenPipeline(base_unet, cascade.base_scheduler, cascade.tokenizer, cascade.text_encoder)
+    pipe.save_pretrained(tmp_path / "stage")
+    files = files_below(tmp_path / "stage")
+    broken = dict.fromkeys(files, b"[]")
+    hub.fill("user/pipeline", files, broken)
+    hub.fill("user/folder", {path: data for path, data in files.items() if path != "model_index.json"}, broken)
+    hub.private = True
+    client.run(COMPOSE.replace("TOKEN,", f"{hub_server.TOKEN!r},"))
+    generator = torch.Generator().manual_seed(0)
+    expected = pipe("a red apple", num_inference_steps=2, generator=generator, output_type="np").images
+    for number in range(2):
+        np.testing.assert_array_equal(np.load(tmp_path / f"{number}.npy"), expected)
+    resolved = {request.split("/resolve/")[1] for request in hub.requests if "/resolve/" in request}
+    commits = {hub_server.commit_sha(f"user/{name}", 0) for name in ("pipeline", "folder")}
+    assert {path.partition("/")[0] for path in resolved} - {"main"} <= {"first", *commits}
+    assert {path for path in resolved if path.startswith("main")} <= {"main/model_index.json"}  # refused: no token

@@ -70,3 +70,9 @@ def test_an_unknown_preset_is_refused_with_the_choices():
     with pytest.raises(ValueError) as error:
         create_unet("emoji_base_46")
     assert all(part in str(error.value) for part in ("'emoji_base_46'", *PRESETS))
+    with pytest.raises(ValueError, match=r"`preset` is \['a'\], but should be one of"):
+        create_unet(["a"])
+    with pytest.raises(
+        ValueError, match="`channels` is no entry of the configuration of 'emoji_base_64', which has sa"
+    ):
+        create_unet("emoji_base_64", channels=3)

@@ -3,10 +3,11 @@
 docs/presets.md says where each configuration was published, and where a documented size differs from its file.
 """
 
+import inspect
 from typing import Any, NamedTuple
 
 from .models import EfficientUNetModel, ImagenUNetModel
-from .models.unet_base import ConditionalUNet
+from .models.unet_base import ConditionalUNet, check_choice
 
 
 class Preset(NamedTuple):
@@ -77,7 +78,12 @@ def create_unet(name: str, **overrides) -> ConditionalUNet:
     Raises:
         ValueError: For a name that is not in the table, or a configuration that makes no network.
     """
-    if name not in PRESETS:
-        raise ValueError(f"`preset` is {name!r}, but should be one of {', '.join(PRESETS)}.")
+    check_choice("preset", name, tuple(PRESETS))
     preset = PRESETS[name]
+    entries = list(inspect.signature(preset.network_class).parameters)
+    unknown = [override for override in overrides if override not in entries]
+    if unknown:
+        raise ValueError(
+            f"`{unknown[0]}` is no entry of the configuration of {name!r}, which has {', '.join(entries)}."
+        )
     return preset.network_class(**{**preset.config, **overrides})

@@ -7,6 +7,7 @@ on a CPU. Further cases put there are tested as well.
 
 import copy
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,14 @@ from safetensors.torch import load_file
 
 from diffusers_imagen import EfficientUNetModel, ImagenUNetModel
 from diffusers_imagen.conversion import load_nemo_unet
-from diffusers_imagen.conversion.nemo import unet_from_nemo_config
+from diffusers_imagen.conversion.nemo import (
+    EFFICIENT_DEFAULTS,
+    FLAGS,
+    INTEGERS,
+    LISTS,
+    UNET_DEFAULTS,
+    unet_from_nemo_config,
+)
 from diffusers_imagen.models.attention import ImagenAttnProcessor, StableImagenAttnProcessor
 
 
@@ -213,3 +221,62 @@ BAD = {
 def test_configurations_that_nemo_does_not_have_are_refused(config, message):
     with pytest.raises(ValueError, match=message):
         unet_from_nemo_config(config)
+
+
+VALUES = (
+    ["8", 8.0, [8], -2, 10**12, {}],  # of INTEGERS
+    ["8", None, [], ["8"], [1.5], [-1], [[1]], [1] * 13],  # of LISTS
+    ["yes", 2, [True], None],  # of FLAGS
+)
+
+
+@pytest.mark.parametrize("case, defaults", [("base_default_small", UNET_DEFAULTS), ("sr_fused", EFFICIENT_DEFAULTS)])
+def test_values_of_another_kind_are_refused_by_the_key(case, defaults):
+    cases = [
+        (key, value) for keys, values in zip((INTEGERS, LISTS, FLAGS), VALUES) for key in keys for value in values
+    ]
+    for key, value in cases:
+        if key not in defaults or (key, value) == ("attention_resolutions", []):
+            continue
+        with pytest.raises(ValueError, match=f"`{key}`") as error:
+            unet_from_nemo_config(changed(case, **{key: value}))
+        assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"unet": []}, r"`unet` is \[\], but should be a section"),
+        ({"unet": None}, "`unet` is None"),
+        ({"unet_type": ["sr"]}, r"`unet_type` is \['sr'\]"),
+        ({"noise_cond_aug": "yes"}, "`noise_cond_aug` is 'yes', but should be true or false"),
+        (
+            {"conditioning": 3, "unet": {"embed_dim": 8, "image_size": 8}},
+            "`conditioning` is 3, but should be a section",
+        ),
+    ],
+)
+def test_sections_of_another_kind_are_refused(change, message):
+    config, _, _ = read_case("base_default_small")
+    with pytest.raises(ValueError, match=message):
+        unet_from_nemo_config({**config, **change})
+    with pytest.raises(ValueError, match="`model_config` is None, but should be the `model:` section"):
+        unet_from_nemo_config(None)
+
+
+def test_weights_that_are_none_are_refused_by_the_key():
+    config, weights, _ = read_case("base_default_small")
+    key = next(iter(weights))
+    for value in (
+        None,
+        "x",
+        [1.0],
+        torch.tensor(1.0),
+        torch.ones(3).int(),
+        weights[key].to("meta"),
+        weights[key] * math.nan,
+    ):
+        with pytest.raises(ValueError, match=f"`state_dict` has .* under '{key}'"):
+            load_nemo_unet(config, {**weights, key: value})
+    with pytest.raises(ValueError, match="`state_dict` is a list, but should map"):
+        load_nemo_unet(config, [weights])

@@ -30,6 +30,14 @@ class Hub(ThreadingHTTPServer):
         self.repos: dict[str, list[dict[str, bytes]]] = {}  # the files of every commit, oldest first
         self.large: dict[str, bytes] = {}  # by SHA-256
         self.unknown: list[str] = []
+        self.private = False  # whether reading needs the token, too
+        self.requests: list[str] = []
+
+    def fill(self, repo: str, *commits: dict[str, bytes]) -> None:
+        """Makes a repository with these commits, oldest first."""
+        self.repos[repo] = list(commits)
+        for files in commits:
+            self.large.update({sha256(content): content for path, content in files.items() if path.endswith(LARGE)})
 
     def __enter__(self) -> "Hub":
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -51,7 +59,10 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self) -> None:
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         path = unquote(urlsplit(self.path).path).strip("/")
+        self.server.requests.append(f"{self.command} {path}")
         try:
+            if self.server.private and not path.startswith("large/"):  # a signed address, on another host
+                self.check_token()
             self.route(path.split("/"))
         except Problem as problem:
             status, code = problem.args
@@ -198,15 +209,16 @@ class Handler(BaseHTTPRequestHandler):
         if repo not in self.server.repos:
             raise Problem(404, "RepoNotFound")
         commits = self.server.repos[repo]
-        if revision == "main":
-            return commits[-1]
+        if revision in ("main", "first"):  # branches
+            return commits[-1 if revision == "main" else 0]
         for number, files in enumerate(commits):
             if commit_sha(repo, number) == revision:
                 return files
         raise Problem(404, "RevisionNotFound")
 
     def sha(self, repo: str, revision: str) -> str:
-        return commit_sha(repo, len(self.server.repos[repo]) - 1) if revision == "main" else revision
+        branches = {"main": len(self.server.repos[repo]) - 1, "first": 0}
+        return commit_sha(repo, branches[revision]) if revision in branches else revision
 
     def check_token(self) -> None:
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":

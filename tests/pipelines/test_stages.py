@@ -20,7 +20,8 @@ from diffusers_imagen import (
     ImagenSuperResolutionPipeline,
     ImagenUNetModel,
 )
-from diffusers_imagen.pipelines.stages import write_model_index
+from diffusers_imagen.pipelines.folders import write_model_index
+from diffusers_imagen.pipelines.stages import is_untrained, missing_weights
 from diffusers_imagen.pipelines.text import keep_in_fp32
 
 
@@ -221,3 +222,21 @@ def test_group_offloading_by_leaves_gives_the_same_images(cascade, run):
     expected = run(cascade, guidance_scale=3.0).images
     cascade.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
     assert torch.equal(run(cascade, guidance_scale=3.0).images, expected)
+
+
+@pytest.mark.compile
+def test_compiled_networks_are_networks(cascade, base_unet, run, tmp_path):
+    expected = run(cascade, output_resolution=16).images
+    compiled = torch.compile(base_unet, backend="eager")
+    pipe = ImagenCascadePipeline.from_stages(
+        (compiled, cascade.base_scheduler), text_encoder=cascade.text_encoder, tokenizer=cascade.tokenizer
+    )
+    assert pipe.base_unet is compiled
+    torch.testing.assert_close(run(quiet(pipe)).images, expected, atol=1e-5, rtol=1e-5)
+    pipe.save_pretrained(tmp_path)
+    assert torch.equal(run(quiet(ImagenCascadePipeline.from_pretrained(tmp_path))).images, expected)
+    assert not missing_weights(compiled) and not is_untrained(compiled)
+    base_unet.register_to_config(_name_or_path="somewhere")
+    base_unet.conv_out.to("meta")
+    with pytest.raises(ValueError, match="the stage `base`, loaded from 'somewhere', lacks weights: conv_out.weight"):
+        run(pipe)

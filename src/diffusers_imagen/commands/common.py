@@ -2,8 +2,6 @@
 
 import argparse
 import math
-import os
-import re
 import textwrap
 from pathlib import Path
 from typing import Callable, Union
@@ -13,7 +11,8 @@ from diffusers.utils import make_image_grid
 from PIL import Image
 
 from ..pipelines import ImagenCascadePipeline
-from ..pipelines.stages import DEFAULT_GUIDANCE, DEFAULT_STEPS, refuse_untrained
+from ..pipelines.folders import check_source, load_pipeline_folder, loading
+from ..pipelines.stages import DEFAULT_GUIDANCE, DEFAULT_STEPS, check_stages, refuse_untrained
 from ..utils.files import check_writable, whole_file
 from ..utils.images import BadImage
 from ..utils.images import read_image as read_picture
@@ -33,7 +32,6 @@ MAX_SEED = 2**63 - 1
 MAX_STEPS = 10_000
 MAX_GUIDANCE = 1000
 MAX_IMAGES = 1000
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def add_model_arguments(command: Parser) -> None:
@@ -171,15 +169,10 @@ def load_pipeline(model: str, dtype: torch.dtype = torch.float32) -> ImagenCasca
     Raises:
         ValueError: If there is none, or one that was never trained.
     """
-    if not os.path.isdir(model) and not HUB_ID.fullmatch(model):
-        raise ValueError(f"`model` is {model!r}, which is neither a folder nor a Hub id like 'name/repository'.")
-    if os.path.isdir(model) and not os.path.isfile(os.path.join(model, "model_index.json")):
-        raise ValueError(f"`model` is {model!r}, a folder without a model_index.json: it holds no pipeline.")
-    try:
-        pipe = ImagenCascadePipeline.from_pretrained(model, dtype=dtype)
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"`model` is {model!r}, which cannot be loaded: {reason}") from error
+    check_source("model", model)
+    with loading("model", model):
+        pipe = load_pipeline_folder(ImagenCascadePipeline, model, ("ImagenCascadePipeline",), dtype=dtype)
+        check_stages(pipe.stages, pipe.text_encoder)
     refuse_untrained(pipe.stages)
     return pipe
 

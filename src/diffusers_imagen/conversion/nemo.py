@@ -4,6 +4,7 @@ A NeMo key is read in three parts, each with a table: where the block sits, whic
 """
 
 import re
+from collections.abc import Mapping
 from itertools import count, islice
 from typing import Any, Union
 
@@ -11,6 +12,7 @@ import torch
 
 from ..models import EfficientUNetModel, ImagenUNetModel
 from ..models.attention import StableImagenAttnProcessor
+from ..models.checks import MAX_CHANNELS, MAX_LAYERS, MAX_LEVELS, check_integer, check_integers, shown
 
 
 # Position in the network, of what both have; those of the blocks are counted in the functions below.
@@ -107,6 +109,39 @@ EFFICIENT_DEFAULTS = {
     "skip_connection_scaling": False,
 }
 
+# What values NeMo's options may have; the network that they describe checks them together.
+INTEGERS = {
+    "embed_dim": (1, MAX_CHANNELS),
+    "image_size": (1, 65_536),
+    "channels": (1, 1024),
+    "text_embed_dim": (1, 65_536),
+    "per_head_channels": (-1, MAX_CHANNELS),  # -1: as many as `num_attn_heads` leaves
+    "num_attn_heads": (1, MAX_CHANNELS),
+    "learned_sinu_pos_emb_dim": (0, 65_536),
+    "init_conv_kernel_size": (1, 31),
+    "cond_dim": (1, 65_536),
+}
+LISTS = {
+    "channel_mult": (1, MAX_CHANNELS),
+    "num_res_blocks": (0, MAX_LAYERS),
+    "num_resblocks": (1, MAX_LAYERS),
+    "attention_resolutions": (1, 65_536),
+    "atnn_enabled_at": (0, 1),
+}
+NULLABLE = ("text_embed_dim", "learned_sinu_pos_emb_dim")
+FLAGS = (
+    "use_null_token",
+    "gradient_checkpointing",
+    "flash_attention",
+    "stable_attention",
+    "scale_shift_norm",
+    "noise_cond_aug",
+    "resblock_updown",
+    "resample_with_conv",
+    "low_res_cond",
+    "skip_connection_scaling",
+)
+
 
 def load_nemo_unet(
     model_config: dict[str, Any], state_dict: dict[str, torch.Tensor]
@@ -121,6 +156,7 @@ def load_nemo_unet(
     Raises:
         ValueError: If a key has no place in the network, or the network has a parameter without a key; all are named.
     """
+    _check_state_dict(state_dict)
     model = unet_from_nemo_config(model_config)
     stacked = model_config["unet"].get("attention_type") == "stacked"
     positions = _efficient_positions(model) if isinstance(model, EfficientUNetModel) else _unet_positions(model)
@@ -163,11 +199,13 @@ def unet_from_nemo_config(model_config: dict[str, Any]) -> Union[ImagenUNetModel
     Raises:
         ValueError: For an option, or a value of one, that NeMo's networks do not have.
     """
+    if not isinstance(model_config, dict):
+        raise ValueError(f"`model_config` is {shown(model_config)}, but should be the `model:` section, a mapping.")
     unet_type = model_config.get("unet_type")
     if unet_type not in ("base", "sr", "sr-unet"):
-        raise ValueError(f"`unet_type` is {unet_type!r}, but should be 'base', 'sr' or 'sr-unet'.")
+        raise ValueError(f"`unet_type` is {shown(unet_type)}, but should be 'base', 'sr' or 'sr-unet'.")
     is_efficient = unet_type == "sr"
-    unet = _with_defaults(model_config["unet"], EFFICIENT_DEFAULTS if is_efficient else UNET_DEFAULTS)
+    unet = _with_defaults(model_config.get("unet"), EFFICIENT_DEFAULTS if is_efficient else UNET_DEFAULTS)
     counts_heads = unet["per_head_channels"] == -1
     shared = {
         "sample_size": unet["image_size"],
@@ -176,14 +214,16 @@ def unet_from_nemo_config(model_config: dict[str, Any]) -> Union[ImagenUNetModel
         "block_out_channels": tuple(unet["embed_dim"] * mult for mult in unet["channel_mult"]),
         "attention_head_dim": None if counts_heads else unet["per_head_channels"],
         "num_attention_heads": unet["num_attn_heads"] if counts_heads else None,
-        "encoder_hid_dim": unet["text_embed_dim"] or model_config["conditioning"]["embed_dim"],
+        "encoder_hid_dim": unet["text_embed_dim"] or _conditioning_width(model_config),
         "text_pooling": unet["feature_pooling_type"],
         "use_null_token": unet["use_null_token"],
         "time_embedding_dim": 4 * unet["embed_dim"],
         "learned_sinusoidal_dim": unet["learned_sinu_pos_emb_dim"] or None,
         "time_scale_shift": "scale_shift" if unet["scale_shift_norm"] else "default",
         "conv_kernel_size": unet["init_conv_kernel_size"],
-        "low_res_noise_conditioning": bool(model_config.get("noise_cond_aug", unet["noise_cond_aug"])),
+        "low_res_noise_conditioning": _flag(
+            "noise_cond_aug", model_config.get("noise_cond_aug", unet["noise_cond_aug"])
+        ),
     }
     model = _efficient_unet(unet, shared) if is_efficient else _imagen_unet(unet, shared, unet_type == "sr-unet")
     if unet["stable_attention"]:
@@ -193,13 +233,58 @@ def unet_from_nemo_config(model_config: dict[str, Any]) -> Union[ImagenUNetModel
 
 def _with_defaults(unet: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     """The `unet:` section with NeMo's defaults for what it leaves out."""
+    if not isinstance(unet, dict):
+        raise ValueError(f"`unet` is {shown(unet)}, but should be a section, with NeMo's options of the network.")
     unknown = [key for key in unet if key not in defaults]
     if unknown:
         raise ValueError(f"`unet` has the options {unknown}, but NeMo's network takes {list(defaults)}.")
     missing = [key for key, default in defaults.items() if default is REQUIRED and key not in unet]
     if missing:
         raise ValueError(f"`unet` lacks the options {missing}, which have no default.")
-    return {**defaults, **unet}
+    unet = {**defaults, **unet}
+    for key, value in unet.items():
+        if key in INTEGERS and not (key in NULLABLE and value is None):
+            check_integer(key, value, *INTEGERS[key])
+        elif key in LISTS and not (key == "num_res_blocks" and isinstance(value, int)):
+            values = [int(at) if isinstance(at, bool) else at for at in value] if isinstance(value, list) else value
+            check_integers(key, values, *LISTS[key], (0 if key == "attention_resolutions" else 1, MAX_LEVELS))
+        elif key in FLAGS:
+            unet[key] = _flag(key, value)
+    return unet
+
+
+def _flag(key: str, value: Any) -> bool:
+    """A switch; NeMo's files have 0 and 1, too."""
+    if value not in (0, 1) or isinstance(value, float):
+        raise ValueError(f"`{key}` is {shown(value)}, but should be true or false.")
+    return bool(value)
+
+
+def _conditioning_width(model_config: dict[str, Any]) -> int:
+    """The width of the text, where the network's own section does not say it."""
+    conditioning = model_config.get("conditioning")
+    if not isinstance(conditioning, dict) or "embed_dim" not in conditioning:
+        raise ValueError(f"`conditioning` is {shown(conditioning)}, but should be a section with an `embed_dim`.")
+    check_integer("conditioning.embed_dim", conditioning["embed_dim"], *INTEGERS["text_embed_dim"])
+    return conditioning["embed_dim"]
+
+
+def _check_state_dict(state_dict: Any) -> None:
+    """Raises ValueError unless it is a mapping from names to finite weights."""
+    if not isinstance(state_dict, Mapping):
+        raise ValueError(f"`state_dict` is a {type(state_dict).__name__}, but should map NeMo's names to tensors.")
+    for key, tensor in state_dict.items():
+        if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
+            raise ValueError(
+                f"`state_dict` has a {type(tensor).__name__} under {shown(key)}, but should have a tensor."
+            )
+        if not tensor.is_floating_point() or tensor.is_meta or not tensor.ndim:
+            raise ValueError(
+                f"`state_dict` has a tensor of {tensor.dtype} and shape {tuple(tensor.shape)} on {tensor.device} under "
+                f"{key!r}, but should have weights, of floating point."
+            )
+        if not tensor.isfinite().all():
+            raise ValueError(f"`state_dict` has values that are not finite under {key!r}: the training diverged.")
 
 
 def _imagen_unet(unet: dict[str, Any], shared: dict[str, Any], is_super_resolution: bool) -> ImagenUNetModel:
@@ -214,7 +299,7 @@ def _imagen_unet(unet: dict[str, Any], shared: dict[str, Any], is_super_resoluti
         attention_type=unet["attention_type"],
         cross_attention_dim=unet["cond_dim"],
         resample_type="resnet" if unet["resblock_updown"] else "conv" if unet["resample_with_conv"] else "pool",
-        dropout=float(unet["dropout"]),
+        dropout=float(unet["dropout"]) if isinstance(unet["dropout"], bool) else unet["dropout"],
         low_res_conditioning=is_super_resolution or bool(unet["low_res_cond"]),
         **shared,
     )
@@ -224,7 +309,7 @@ def _efficient_unet(unet: dict[str, Any], shared: dict[str, Any]) -> EfficientUN
     """NeMo's `EfficientUNetModel`."""
     if unet["stride"] != 2:
         raise ValueError(
-            f"`stride` is {unet['stride']}, but should be 2: NeMo's levels do not fit together otherwise."
+            f"`stride` is {shown(unet['stride'])}, but should be 2: NeMo's levels do not fit together otherwise."
         )
     return EfficientUNetModel(
         layers_per_block=tuple(unet["num_resblocks"]),

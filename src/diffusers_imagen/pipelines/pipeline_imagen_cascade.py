@@ -1,5 +1,6 @@
 """ImagenCascadePipeline: from a prompt to a picture. Read `__call__` first, then `denoising.py` from its top."""
 
+import os
 from typing import Any, Callable, Optional, Union
 
 import torch
@@ -13,6 +14,7 @@ from ..model_card import ModelCardMixin
 from ..utils.arguments import is_integer, shown
 from . import inputs
 from .denoising import run_stages
+from .folders import check_stage_source, check_text_parts, load_stage, load_text_parts, split_options
 from .images import ImageInput
 from .inputs import PerStage
 from .pipeline_mixin import ImagenPipelineMixin
@@ -25,8 +27,6 @@ from .stages import (
     StageSource,
     UNet,
     check_stages,
-    load_stage,
-    load_text_parts,
     refuse_untrained,
 )
 
@@ -108,7 +108,7 @@ class ImagenCascadePipeline(ImagenPipelineMixin, ModelCardMixin, DiffusionPipeli
         base: StageSource,
         sr256: Optional[StageSource] = None,
         sr1024: Optional[StageSource] = None,
-        text_encoder: Union[PreTrainedModel, str, None] = None,
+        text_encoder: Union[PreTrainedModel, str, os.PathLike, None] = None,
         tokenizer: Optional[PreTrainedTokenizerBase] = None,
         **kwargs: Any,
     ) -> "ImagenCascadePipeline":
@@ -120,29 +120,34 @@ class ImagenCascadePipeline(ImagenPipelineMixin, ModelCardMixin, DiffusionPipeli
                 The base stage: the folder that training wrote, a Hub id, an [`ImagenPipeline`], or the pair of a
                 network and its scheduler.
             sr256, sr1024 (the same, *optional*): The super-resolution stages.
-            text_encoder ([`~transformers.PreTrainedModel`] or `str`, *optional*):
+            text_encoder ([`~transformers.PreTrainedModel`], `str` or `os.PathLike`, *optional*):
                 The text encoder, or a folder or Hub id with `text_encoder/` and `tokenizer/`; by default that of
                 `base`, if it has one.
             tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Its tokenizer.
-            kwargs: For `from_pretrained` of what is loaded, such as `dtype`, `variant` or `revision`.
+            kwargs: For `from_pretrained` of what is loaded: `dtype`, `variant` and the like for networks, and
+                `token`, `revision`, `cache_dir`, `local_files_only` and `force_download` for every file.
 
         Raises:
             ValueError: If a source is no stage, was never trained, or does not fit the others.
         """
-        parts = load_stage(base, **kwargs)
+        sources = {name: source for name, source in (("sr256", sr256), ("sr1024", sr1024)) if source is not None}
+        split_options(kwargs)
+        for name, source in {"base": base, **sources}.items():  # before the first is loaded
+            check_stage_source(name, source)
+        check_text_parts(text_encoder, tokenizer)
+        parts = load_stage("base", base, **kwargs)
         components = {"text_encoder": parts.get("text_encoder"), "tokenizer": parts.get("tokenizer")}
         components["base_guidance_unet"] = parts.get("guidance_unet")
-        if isinstance(text_encoder, str):
-            components.update(load_text_parts(text_encoder, **kwargs))
+        if isinstance(text_encoder, (str, os.PathLike)):
+            components.update(load_text_parts(str(text_encoder), **kwargs))
         elif text_encoder is not None:
             components["text_encoder"] = text_encoder
         if tokenizer is not None:
             components["tokenizer"] = tokenizer
         components.update(base_unet=parts["unet"], base_scheduler=parts["scheduler"])
-        for name, source in (("sr256", sr256), ("sr1024", sr1024)):
-            if source is not None:  # all stages read the text of one encoder
-                parts = load_stage(source, text_encoder=None, tokenizer=None, **kwargs)
-                components.update({f"{name}_unet": parts["unet"], f"{name}_scheduler": parts["scheduler"]})
+        for name, source in sources.items():  # all stages read the text of one encoder
+            parts = load_stage(name, source, text_encoder=None, tokenizer=None, **kwargs)
+            components.update({f"{name}_unet": parts["unet"], f"{name}_scheduler": parts["scheduler"]})
         pipe = cls(**components)
         check_stages(pipe.stages, pipe.text_encoder)
         refuse_untrained(pipe.stages)

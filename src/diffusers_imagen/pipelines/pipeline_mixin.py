@@ -15,7 +15,7 @@ from .denoising import KnownPixels, Latents
 from .images import GivenImages, ImageInput, read_given, warn_of_stretching
 from .pipeline_output import ImagenPipelineOutput
 from .planning import Request, Size, StagePlan, StageSettings, plan_sizes, plan_stages
-from .stages import Stage, check_stages
+from .stages import Stage, check_components, check_stages
 from .text import TEXT_TENSORS, TextStates, keep_in_fp32
 from .tiling import Tiling
 
@@ -32,6 +32,11 @@ class ImagenPipelineMixin:
     _num_timesteps = 0
     _guidance_scale = 1.0
     _interrupt = False
+
+    def register_modules(self, **components) -> None:
+        """As diffusers' `register_modules`, which gets every component; refuses those that lack weights."""
+        check_components(components)
+        super().register_modules(**components)
 
     @property
     def stages(self) -> list[Stage]:

@@ -1,21 +1,22 @@
-"""The stages of a pipeline: a network and its scheduler each, from wherever they are kept."""
+"""The stages of a pipeline: a network and its scheduler each, and whether they fit, are complete and were trained."""
 
-import json
 import os
+import re
+from collections.abc import Iterable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
 
-import diffusers
-from diffusers import AutoModel, DiffusionPipeline, SchedulerMixin
-from diffusers import __version__ as diffusers_version
+import torch
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.utils import logging
-from diffusers.utils.torch_utils import unwrap_module
-from huggingface_hub import file_exists
-from transformers import AutoModelForTextEncoding, AutoTokenizer, PreTrainedModel
+from diffusers.utils.torch_utils import is_compiled_module
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from ..models import EfficientUNetModel, ImagenUNetModel
 from ..models.blocks import ResBlock
-from ..schedulers import EDMHeunScheduler
+from ..models.unet_base import ConditionalUNet
 
 
 # diffusers compares a component's class with this hint when it hands components on to another pipeline
@@ -29,6 +30,8 @@ UNTRAINED = (
     "of a new network. Load the folder that training wrote, or leave the stage out."
 )
 STAGE_NAMES = ("base", "sr256", "sr1024")
+# weights of a text encoder that its last hidden states do not depend on: what a checkpoint lacks of them is no loss
+UNREAD = re.compile(r"(^|\.)(pooler|decoder|lm_head|cls|classifier|text_projection)\b")
 # the low-resolution image leaves little to decide: super-resolution needs few steps and no guidance
 DEFAULT_STEPS = {"base": 18, "sr256": 8, "sr1024": 8}
 DEFAULT_GUIDANCE = {"base": 4.0, "sr256": 1.0, "sr1024": 1.0}
@@ -57,6 +60,11 @@ class Stage(NamedTuple):
         """Whether the network is conditioned on text."""
         return self.unet.config.encoder_hid_dim is not None
 
+    @property
+    def unets(self) -> list[UNet]:
+        """Its network, and the one that guides it if there is one."""
+        return [unet for unet in (self.unet, self.guidance_unet) if unet is not None]  # a compiled one has no truth
+
 
 # ---- checks
 
@@ -64,6 +72,8 @@ class Stage(NamedTuple):
 def check_stages(stages: list[Stage], text_encoder: Optional[PreTrainedModel]) -> None:
     """Raises ValueError for stages that do not fit together, or loaded networks that lack weights."""
     for stage in stages:
+        if stage.scheduler is None:
+            raise ValueError(f"The stage `{stage.name}` has a network, but no scheduler.")
         is_base, takes_image = stage.name == "base", stage.unet.config.low_res_conditioning
         if is_base == takes_image:
             raise ValueError(
@@ -98,20 +108,21 @@ def check_text_width(stage: Stage, text_encoder: Optional[PreTrainedModel]) -> N
 def check_loaded(name: str, unet: UNet) -> None:
     """Raises ValueError for a loaded network that lacks weights, and warns of one that was never trained.
 
-    Networks that were built in this process are the caller's to judge. Weights that offloading has put on the meta
-    device are elsewhere, and not missing.
+    Networks that were built in this process are the caller's to judge.
     """
-    if not was_loaded(unet) or any(hasattr(module, "_hf_hook") for module in unet.modules()):
-        return
-    missing = missing_weights(unet)
+    refuse_missing(f"The network of the stage `{name}`", unet)
+    if was_loaded(unet) and not is_offloaded(unet) and is_untrained(unet):
+        logger.warning(UNTRAINED.format(name=name, path=unet.config._name_or_path))
+
+
+def refuse_missing(description: str, unet: UNet) -> None:
+    """Raises ValueError for a loaded network that lacks weights."""
+    missing = missing_weights(unet) if was_loaded(unet) and not is_offloaded(unet) else []
     if missing:
         raise ValueError(
-            f"The network of the stage `{name}`, loaded from '{unet.config._name_or_path}', lacks weights: "
-            f"{', '.join(missing[:3])}{' and others' if len(missing) > 3 else ''}. Save it again from where it is "
-            "complete, or load it with `low_cpu_mem_usage=False` and train it."
+            f"{description}, loaded from '{unet.config._name_or_path}', lacks weights: {first_names(missing)}. Save it "
+            "again from where it is complete, or load it with `low_cpu_mem_usage=False` and train it."
         )
-    if is_untrained(unet):
-        logger.warning(UNTRAINED.format(name=name, path=unet.config._name_or_path))
 
 
 def refuse_untrained(stages: list[Stage]) -> None:
@@ -124,7 +135,12 @@ def refuse_untrained(stages: list[Stage]) -> None:
 
 def missing_weights(unet: UNet) -> list[str]:
     """Parameters that a checkpoint lacked: diffusers leaves them on the meta device, without a word."""
-    return [name for name, parameter in unet.named_parameters() if parameter.is_meta]
+    return [name for name, parameter in unwrapped(unet).named_parameters() if parameter.is_meta]
+
+
+def is_offloaded(module: torch.nn.Module) -> bool:
+    """Whether weights may be elsewhere, with the meta device in their place."""
+    return any(hasattr(part, "_hf_hook") for part in module.modules())
 
 
 def was_loaded(unet: UNet) -> bool:
@@ -137,122 +153,82 @@ def is_untrained(unet: UNet) -> bool:
     return not any(module.conv2.weight.any() for module in unet.modules() if isinstance(module, ResBlock))
 
 
-# ---- folders
+def unwrapped(module: Any) -> Any:
+    """The network that `torch.compile` wrapped; anything else as it is."""
+    return module._orig_mod if is_compiled_module(module) else module
 
 
-def load_stage(source: StageSource, **kwargs) -> dict[str, Any]:
-    """The components of a stage: `unet`, `scheduler`, and of a folder or pipeline that has them the text parts.
+# ---- components
 
-    Args:
-        source: A single-stage pipeline, the pair of its network and scheduler, or the folder or Hub id of either a
-            single-stage pipeline or of `unet/` and `scheduler/` alone.
-        kwargs: For diffusers' `from_pretrained`, such as `dtype`, `variant` or `revision`.
 
-    Raises:
-        ValueError: If it is none of these.
+def check_components(components: dict[str, Any]) -> None:
+    """Raises ValueError for a network of another kind, and for a loaded network or text encoder that lacks weights.
+
+    Whatever made a pipeline, its components come by here: diffusers loads them without a word about what is missing.
     """
-    if isinstance(source, DiffusionPipeline):
-        components = source.components
-    elif isinstance(source, (tuple, list)) and len(source) == 2:
-        components = {"unet": source[0], "scheduler": source[1]}
-    elif isinstance(source, (str, os.PathLike)):
-        components = load_folder(str(source), **kwargs)
-    else:
-        components = {}
-    unet, scheduler = components.get("unet"), components.get("scheduler")
-    if not isinstance(unwrap_module(unet), (ImagenUNetModel, EfficientUNetModel)) or not isinstance(
-        scheduler, SchedulerMixin
-    ):
-        raise ValueError(
-            f"A stage is {source!r}, but should be a folder, a Hub id, a single-stage pipeline, or a network and its "
-            "scheduler."
-        )
-    return components
-
-
-def load_folder(folder: str, **kwargs) -> dict[str, Any]:
-    """The components in a folder or Hub repository: of its pipeline, or else of `unet/` and `scheduler/`."""
-    if os.path.isdir(folder):
-        has_index = os.path.isfile(os.path.join(folder, "model_index.json"))
-        if not has_index and not os.path.isfile(os.path.join(folder, "unet", "config.json")):
+    for name, component in components.items():
+        component = unwrapped(component)
+        if isinstance(component, ConditionalUNet):
+            refuse_missing(f"`{name}`", component)
+        elif name.endswith("unet") and isinstance(component, (ModelMixin, PreTrainedModel)):
             raise ValueError(
-                f"A stage is '{folder}', a folder with neither a model_index.json nor a network in unet/."
+                f"`{name}` is a {type(component).__name__}, but should be an ImagenUNetModel or EfficientUNetModel."
             )
-    else:
-        has_index = file_exists(folder, "model_index.json", revision=kwargs.get("revision"), token=kwargs.get("token"))
-    if has_index:
-        return DiffusionPipeline.from_pretrained(folder, **kwargs).components
-    for name in ("text_encoder", "tokenizer"):  # which only a pipeline has
-        kwargs.pop(name, None)
-    config = EDMHeunScheduler.load_config(folder, subfolder="scheduler")  # of any scheduler
-    scheduler_class = getattr(diffusers, config["_class_name"])
-    return {
-        "unet": AutoModel.from_pretrained(folder, subfolder="unet", **kwargs),
-        "scheduler": scheduler_class.from_pretrained(folder, subfolder="scheduler"),
-    }
+        elif isinstance(component, PreTrainedModel):
+            refuse_random_weights(f"`{name}`, loaded from '{component.name_or_path}',", random_weights(component))
 
 
-def load_text_parts(folder: str, **kwargs) -> dict[str, Any]:
-    """The text encoder and the tokenizer in `text_encoder/` and `tokenizer/` of a folder or Hub repository."""
-    return {
-        "text_encoder": AutoModelForTextEncoding.from_pretrained(folder, subfolder="text_encoder", **kwargs).eval(),
-        "tokenizer": AutoTokenizer.from_pretrained(folder, subfolder="tokenizer"),
-    }
-
-
-def write_model_index(folder: Union[str, os.PathLike], scale_factor: Optional[int] = None) -> None:
-    """Makes a folder with `unet/` and `scheduler/` one that opens as a single-stage pipeline.
-
-    `text_encoder/` and `tokenizer/` become part of it if they are there.
-
-    Args:
-        folder: The folder, whose `model_index.json` is written beside and moved into place.
-        scale_factor: How many times larger than its low-resolution image a super-resolution stage's image is.
-
-    Raises:
-        ValueError: If a configuration is missing, or `scale_factor` does not fit the kind of stage.
-    """
-    folder = Path(folder)
-    configs = {name: folder / name / file for name, file in INDEXED_CONFIGS.items()}
-    for name in ("unet", "scheduler"):
-        if not configs[name].is_file():
-            raise ValueError(f"`folder` is '{folder}', which lacks {configs[name].relative_to(folder)}.")
-    unet = json.loads(configs["unet"].read_text())
-    is_base = not unet["low_res_conditioning"]
-    if is_base != (scale_factor is None):
+def refuse_random_weights(description: str, missing: Iterable[str]) -> None:
+    """Raises ValueError for a text encoder whose checkpoint lacks weights that its states depend on."""
+    missing = sorted(name for name in missing if not UNREAD.search(name))
+    if missing:
         raise ValueError(
-            f"`scale_factor` is {scale_factor!r}, but the network in '{folder}' is one for "
-            + ("a base stage, which has none." if is_base else "super-resolution, which needs one.")
+            f"{description} lacks weights: {first_names(missing)}. transformers fills them with random numbers; save "
+            "it again from where it is complete."
         )
-    index = {
-        "_class_name": "ImagenPipeline" if is_base else "ImagenSuperResolutionPipeline",
-        "_diffusers_version": diffusers_version,
-        "unet": ["diffusers_imagen", unet["_class_name"]],
-        "scheduler": indexed_class(json.loads(configs["scheduler"].read_text())["_class_name"]),
-        "tokenizer": [None, None],
-        "text_encoder": [None, None],
-    }
-    if is_base:
-        index["guidance_unet"] = [None, None]
-    else:
-        index["scale_factor"] = scale_factor
-    if configs["text_encoder"].is_file() and configs["tokenizer"].is_file():
-        index["text_encoder"] = ["transformers", json.loads(configs["text_encoder"].read_text())["architectures"][0]]
-        index["tokenizer"] = ["transformers", json.loads(configs["tokenizer"].read_text())["tokenizer_class"]]
-    partial = folder / ".model_index.json.partial"
-    partial.write_text(json.dumps(dict(sorted(index.items())), indent=2) + "\n")
-    os.replace(partial, folder / "model_index.json")
 
 
-INDEXED_CONFIGS = {
-    "unet": "config.json",
-    "scheduler": "scheduler_config.json",
-    "text_encoder": "config.json",
-    "tokenizer": "tokenizer_config.json",
-}
+def random_weights(encoder: PreTrainedModel) -> list[str]:
+    """Weights that transformers filled with random numbers when it loaded an encoder from a folder.
+
+    It marks what it read; where a mark is missing, the folder is asked once more, without reading weights.
+    """
+    folder = encoder.name_or_path
+    if all(getattr(parameter, "_is_hf_initialized", False) for parameter in encoder.parameters()):
+        return []
+    if not folder or not os.path.isdir(folder) or is_offloaded(encoder):
+        return []  # built in this process, or from the Hub
+    if not os.path.isfile(os.path.join(folder, "config.json")):
+        folder = os.path.join(folder, "text_encoder")
+    stems = (
+        re.fullmatch(r"(?:model|pytorch_model)\.(\w+?)(?:-\d+-of-\d+)?", path.stem) for path in Path(folder).glob("*")
+    )
+    for variant in [None, *sorted({stem.group(1) for stem in stems if stem})]:
+        try:
+            with quiet_transformers():
+                _, found = type(encoder).from_pretrained(
+                    folder, variant=variant, device_map={"": "meta"}, output_loading_info=True, local_files_only=True
+                )
+        except (OSError, ValueError, RuntimeError):
+            continue
+        return list(found["missing_keys"])
+    return []
 
 
-def indexed_class(class_name: str) -> list[str]:
-    """Library and class of a scheduler, as a `model_index.json` has them."""
-    module = getattr(diffusers, class_name).__module__
-    return [module.split(".")[0], class_name]
+@contextmanager
+def quiet_transformers():
+    """Without reports and progress bars of loading."""
+    verbosity, has_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if has_bars:
+            transformers_logging.enable_progress_bar()
+
+
+def first_names(names: list[str]) -> str:
+    """A few of many names."""
+    return ", ".join(names[:3]) + (" and others" if len(names) > 3 else "")

@@ -14,7 +14,7 @@ from diffusers import SchedulerMixin
 from huggingface_hub import create_repo, upload_folder
 
 from ..models.unet_base import ConditionalUNet
-from ..pipelines.stages import write_model_index
+from ..pipelines.folders import write_model_index
 from ..utils.errors import NETWORK, one_line
 from ..utils.files import read_json_object, sha256, sync, write_json
 from .config import TrainingConfig

@@ -1,0 +1,202 @@
+"""What a folder of a pipeline says of itself, before anything of it is loaded.
+
+A folder may come from anybody. Its index may name no class but those of a pipeline, and its files must fit together; no
+more than small files and the headers of large ones are read.
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import diffusers
+import torch
+import transformers
+from diffusers import SchedulerMixin
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..models.checks import shown
+from ..models.unet_base import ConditionalUNet
+from ..utils.errors import one_line
+from ..utils.files import read_json_object
+from .stages import first_names
+
+
+INDEX = "model_index.json"
+CONFIGS = {
+    "unet": "config.json",
+    "scheduler": "scheduler_config.json",
+    "text_encoder": "config.json",
+    "tokenizer": "tokenizer_config.json",
+}
+# where a pipeline's classes come from, and what they are, by the end of a component's name
+LIBRARIES = {"diffusers_imagen": diffusers, "diffusers": diffusers, "transformers": transformers}
+KINDS = {
+    "unet": ConditionalUNet,
+    "scheduler": SchedulerMixin,
+    "text_encoder": PreTrainedModel,
+    "tokenizer": PreTrainedTokenizerBase,
+}
+REQUIRED = {
+    "ImagenCascadePipeline": ("base_unet", "base_scheduler"),
+    "ImagenPipeline": ("unet", "scheduler"),
+    "ImagenSuperResolutionPipeline": ("unet", "scheduler"),
+}
+MAX_CONFIG_BYTES = 2**22  # of a JSON file other than a tokenizer's
+MAX_ENCODER_LAYERS = 1000
+
+
+def read_config(path: Union[str, os.PathLike]) -> dict[str, Any]:
+    """The object in a configuration file.
+
+    Raises:
+        ValueError: If there is none; names the file.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"'{path}' is no file.")  # a pipe would never end
+    if os.path.exists(path) and os.path.getsize(path) > MAX_CONFIG_BYTES:
+        raise ValueError(f"'{path}' has {os.path.getsize(path)} bytes, but {MAX_CONFIG_BYTES} are the most.")
+    return read_json_object(path)
+
+
+def check_index(index: dict[str, Any], class_names: tuple[str, ...]) -> dict[str, type]:
+    """The classes of a pipeline's components, by name; of none that is absent.
+
+    Args:
+        index: What a `model_index.json` holds.
+        class_names: The pipelines that it may be of.
+
+    Raises:
+        ValueError: If it is of another pipeline, or names a class that is no component of it.
+    """
+    class_name = index.get("_class_name")
+    if not isinstance(class_name, str) or class_name not in class_names:
+        raise ValueError(
+            f"its {INDEX} is of {shown(class_name)}, but should be of {' or '.join(class_names)}: "
+            "ImagenCascadePipeline.from_stages composes single stages, with from_pretrained each opens alone."
+        )
+    classes = {}
+    for name, entry in index.items():
+        if name.startswith("_") or name == "scale_factor" or entry == [None, None]:
+            continue
+        kind = next((kind for end, kind in KINDS.items() if name.endswith(end)), None)
+        if kind is None:
+            raise ValueError(f"its {INDEX} has {shown(name)}, which is no component of {class_name}.")
+        classes[name] = find_class(name, entry, kind)
+    missing = [name for name in REQUIRED[class_name] if name not in classes]
+    if missing:
+        raise ValueError(f"its {INDEX} has no `{missing[0]}`, which every {class_name} needs.")
+    return classes
+
+
+def find_class(name: str, entry: Any, kind: type) -> type:
+    """The class that an entry of a `model_index.json` names, if it is of the right kind."""
+    is_pair = isinstance(entry, (list, tuple)) and len(entry) == 2 and all(isinstance(part, str) for part in entry)
+    library = LIBRARIES.get(entry[0]) if is_pair else None
+    found = getattr(library, entry[1], None) if library is not None else None
+    if not isinstance(found, type) or not issubclass(found, kind):
+        raise ValueError(
+            f"its {INDEX} has {shown(entry)} for `{name}`, but should have a library and its {kind.__name__} there."
+        )
+    return found
+
+
+def check_component(folder: Path, name: str, component_class: type, variant: Optional[str] = None) -> None:
+    """Raises ValueError for the folder of a component that lacks files, or has files that say something else."""
+    path = folder / name
+    if not path.is_dir():
+        raise ValueError(f"its {INDEX} names `{name}`, but it has no folder {name}/.")
+    scripts = [library for library in LIBRARIES if (path / f"{library}.py").exists()]
+    if scripts:
+        raise ValueError(f"{name}/ has a {scripts[0]}.py, which would be run; no code of a model is.")
+    config_file = path / CONFIGS[next(end for end in CONFIGS if name.endswith(end))]
+    if issubclass(component_class, PreTrainedTokenizerBase):
+        if not config_file.is_file() and not (path / "tokenizer.json").is_file():
+            raise ValueError(f"{name}/ has neither a {config_file.name} nor a tokenizer.json.")
+        if config_file.is_file():
+            read_json_object(config_file)  # some list thousands of added tokens
+        return
+    config = read_config(config_file)
+    if issubclass(component_class, PreTrainedModel):
+        check_encoder(path, config)
+        return
+    if config.get("_class_name") != component_class.__name__:
+        raise ValueError(
+            f"'{config_file}' is of {shown(config.get('_class_name'))}, but should be of {component_class.__name__}."
+        )
+    if issubclass(component_class, ConditionalUNet):
+        check_tensors(path, component_class, config, variant)
+
+
+def check_tensors(folder: Path, unet_class: type, config: dict[str, Any], variant: Optional[str]) -> None:
+    """Raises ValueError unless a network's files hold its tensors, all and no others, as numbers of floating point.
+
+    Nothing but headers is read, and no memory taken: the network that the configuration describes is built on the meta
+    device.
+    """
+    with torch.device("meta"):
+        expected = {name: list(tensor.shape) for name, tensor in unet_class.from_config(config).state_dict().items()}
+    found = read_headers(folder, variant)
+    if not found:
+        return  # weights of another form, which diffusers reads or refuses
+    missing = [name for name in expected if name not in found]
+    others = [name for name in found if name not in expected]
+    shapes = [name for name in expected if name in found and found[name][1] != expected[name]]
+    integers = [name for name, (dtype, _) in found.items() if not dtype.startswith(("F", "BF"))]
+    for names, reason in (
+        (missing, "lacks weights"),
+        (others, "has weights that its configuration has no place for"),
+        (shapes, "has weights of other shapes than its configuration says"),
+        (integers, "has weights that are no numbers of floating point"),
+    ):
+        if names:
+            raise ValueError(f"'{folder}' {reason}: {first_names(names)}.")
+
+
+def read_headers(folder: Path, variant: Optional[str] = None) -> dict[str, tuple[str, list[int]]]:
+    """Type and shape of each tensor in the safetensors files of a folder, by name."""
+    files: dict[Optional[str], list[Path]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        name = re.fullmatch(r"(?:diffusion_pytorch_)?model(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors", path.name)
+        if name is not None:
+            files.setdefault(name.group(1), []).append(path)
+    found = {}
+    for path in files.get(variant) or files.get(None, []):
+        try:
+            with safe_open(path, "pt") as file:
+                slices = {name: file.get_slice(name) for name in file.keys()}
+                found.update({name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()})
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"'{path}' is no whole file of weights: {one_line(error)}") from error
+    return found
+
+
+def check_encoder(folder: Path, config: dict[str, Any]) -> None:
+    """Raises ValueError for more layers than anybody waits for, which transformers makes one by one, or for integers."""
+    for name, value in config.items():
+        if "layers" in name and isinstance(value, (int, float)) and value > MAX_ENCODER_LAYERS:
+            raise ValueError(f"'{folder}' has `{name}` {shown(value)}, but {MAX_ENCODER_LAYERS} layers are the most.")
+    if "quantization_config" in config:
+        return
+    for name, (dtype, _) in read_headers(folder).items():
+        if name.endswith((".weight", ".bias")) and not dtype.startswith(("F", "BF")):
+            raise ValueError(f"'{folder}' has weights that are no numbers of floating point: {name}.")
+
+
+def check_pipeline_folder(
+    folder: Union[str, os.PathLike], class_names: tuple[str, ...], variant: Optional[str] = None
+) -> dict[str, type]:
+    """The classes of a pipeline's components, by name.
+
+    Raises:
+        ValueError: For a folder that holds no pipeline of these classes, or whose files do not fit together, as far as
+            can be said without reading weights.
+    """
+    folder = Path(folder)
+    if not (folder / INDEX).is_file():
+        raise ValueError(f"a folder without a {INDEX}: it holds no pipeline.")
+    classes = check_index(read_config(folder / INDEX), class_names)
+    for name, component_class in classes.items():
+        check_component(folder, name, component_class, variant)
+    return classes
