@@ -70,7 +70,7 @@ def log_snr(t: torch.Tensor, schedule: NoiseSchedule = "squaredcos_cap_v2") -> t
     """
     schedules = {"squaredcos_cap_v2": log_snr_cosine, "linear": log_snr_linear}
     if not isinstance(schedule, str) or schedule not in schedules:
-        raise ValueError(f"the noise schedule must be one of {list(schedules)}, got {schedule!r}")
+        raise ValueError(f"the noise schedule `beta_schedule` must be one of {list(schedules)}, got {schedule!r}")
     return schedules[schedule](t)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from ..schedulers.checks import MAX_STEPS, level_tensor
-from ..utils.arguments import as_integer, as_number, is_number, shown
+from ..utils.arguments import as_integer, as_number, is_number, shown, to_float
 from .planning import StageSettings
 from .stages import STAGE_NAMES, Stage
 from .tensors import check_tensor
@@ -103,6 +103,7 @@ def stage_settings(
             raise ValueError(
                 f"`guidance_interval` is {shown(interval)}, but should be a pair of noise levels, the lower one first."
             )
+    intervals = [interval and tuple(map(to_float, interval)) for interval in intervals]
     name = "guidance_rescale"
     rescales = [as_number(name, value, 0.0, 1.0) for value in per_stage(name, guidance_rescale, stages)]
     upscaling = [stage for stage in stages if stage.name != "base"]
@@ -136,7 +137,7 @@ def as_guidance(stage: Stage, scale: Any) -> float:
 
 def _is_pair(value: Any) -> bool:
     numbers = isinstance(value, (list, tuple)) and len(value) == 2
-    return numbers and all(is_number(n) and not math.isnan(n) for n in value)
+    return numbers and all(is_number(n) and not math.isnan(to_float(n)) for n in value)
 
 
 # ---- numbers and choices

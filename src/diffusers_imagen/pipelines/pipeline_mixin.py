@@ -1,14 +1,16 @@
 """What the pipelines share besides the reverse process: checks of a call, the start of a stage, tiles and slices."""
 
+import io
 from typing import Any, Callable, Optional, Union
 
 import torch
 import torch.nn.functional as F
 from diffusers.utils.torch_utils import randn_tensor
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..diffusion.augmentation import augment_low_res
-from ..utils.arguments import as_integer, as_number
+from ..utils.arguments import as_integer, as_number, shown
 from . import inputs, text, text_inputs
 from .callbacks import check_callback
 from .denoising import KnownPixels, Latents
@@ -88,7 +90,7 @@ class ImagenPipelineMixin:
         Args:
             slice_size (`int`, defaults to 1): Images a call; with guidance a call has twice as many samples.
         """
-        self.slice_size = as_integer("slice_size", slice_size)
+        self.slice_size = as_integer("slice_size", slice_size, 1, inputs.MAX_IMAGES)
 
     def disable_slicing(self) -> None:
         """Runs networks on the whole batch again."""
@@ -112,6 +114,19 @@ class ImagenPipelineMixin:
         pipe = super().to(*args, **kwargs)
         keep_in_fp32(pipe.text_encoder)
         return pipe
+
+    def set_progress_bar_config(self, **kwargs) -> None:
+        """As diffusers' `set_progress_bar_config`, but refuses here what tqdm would refuse in the middle of a call."""
+        own = {"total", "iterable"} & set(kwargs)
+        if own:
+            raise ValueError(f"A progress bar's {sorted(own)} are the pipeline's to say.")
+        try:
+            with tqdm(**{"file": io.StringIO(), **kwargs, "disable": False, "total": 1}) as bar:
+                bar.set_description("base 64 px")
+                bar.update()
+        except Exception as error:
+            raise ValueError(f"{shown(kwargs)} are no arguments of a progress bar: {error}") from error
+        super().set_progress_bar_config(**kwargs)
 
     # ---- a call
 

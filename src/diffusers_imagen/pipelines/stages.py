@@ -53,17 +53,12 @@ class Stage(NamedTuple):
     @property
     def unets(self) -> list[UNet]:
         """Its network, and the weaker one that guides it if there is one; compiled ones as they were before."""
-        return [unwrap_module(unet) for unet in (self.unet, self.guidance_unet) if unet is not None]
+        return [unwrapped(unet) for unet in (self.unet, self.guidance_unet) if unet is not None]
 
     @property
     def reads_text(self) -> bool:
         """Whether the network is conditioned on text."""
         return self.unet.config.encoder_hid_dim is not None
-
-    @property
-    def unets(self) -> list[UNet]:
-        """Its network, and the one that guides it if there is one."""
-        return [unet for unet in (self.unet, self.guidance_unet) if unet is not None]  # a compiled one has no truth
 
 
 # ---- checks
@@ -100,7 +95,7 @@ def check_text_width(stage: Stage, text_encoder: Optional[PreTrainedModel]) -> N
         expected = unet.config.encoder_hid_dim
         if width is not None and expected not in (None, width):
             raise ValueError(
-                f"The text encoder, a {type(unwrap_module(text_encoder)).__name__}, has states of width {width}, but a network of "
+                f"The text encoder, a {type(unwrapped(text_encoder)).__name__}, has states of width {width}, but a network of "
                 f"the stage `{stage.name}` reads width {expected}: use the encoder that it was trained with."
             )
 
@@ -128,7 +123,7 @@ def refuse_missing(description: str, unet: UNet) -> None:
 def refuse_untrained(stages: list[Stage]) -> None:
     """Raises ValueError for loaded networks that were never trained."""
     for stage in stages:
-        unet = unwrap_module(stage.unet)
+        unet = unwrapped(stage.unet)
         if was_loaded(unet) and is_untrained(unet):
             raise ValueError(UNTRAINED.format(name=stage.name, path=unet.config._name_or_path))
 

@@ -8,10 +8,11 @@ from diffusers.utils.torch_utils import unwrap_module
 from ..utils.arguments import shown
 
 
+INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_tensor(name: str, value: Any, form: str, dtypes: Optional[tuple[torch.dtype, ...]] = FLOATS) -> None:
+def check_tensor(name: str, value: Any, form: str, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
     """A dense tensor of real, finite numbers, with its data; `form` says in messages what shape it should have."""
     if not isinstance(value, torch.Tensor):
         raise ValueError(f"`{name}` is {shown(value)}, but should be a tensor {form}.")
@@ -19,8 +20,10 @@ def check_tensor(name: str, value: Any, form: str, dtypes: Optional[tuple[torch.
         raise ValueError(f"`{name}` is a nested, sparse or quantized tensor, but should be a dense one {form}.")
     if value.is_meta:
         raise ValueError(f"`{name}` is on the meta device, where tensors have no values: give it on a CPU or GPU.")
-    if value.is_complex() or (dtypes is not None and value.dtype not in dtypes):
-        raise ValueError(f"`{name}` is of {value.dtype}, but should be a floating-point tensor {form}.")
+    if value.dtype not in dtypes:
+        raise ValueError(
+            f"`{name}` is of {value.dtype}, but should be a tensor {form} of one of {[str(dtype) for dtype in dtypes]}."
+        )
     if value.is_floating_point() and not value.isfinite().all():
         raise ValueError(f"`{name}` has values that are not finite (NaN or infinite).")
 

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from ..utils.arguments import shown
 from .inputs import MAX_IMAGES
 from .stages import Stage
-from .tensors import check_tensor
+from .tensors import FLOATS, INTEGERS, check_tensor
 
 
 MAX_PROMPT_CHARACTERS = (
@@ -101,7 +101,7 @@ def check_embeds(name: str, embeds: Any, mask: Any, stages: list[Stage]) -> None
             f"`{name}_embeds` was given without `{name}_attention_mask`, of shape {tuple(embeds.shape[:2])}, which says "
             "what is padding; if nothing is, give ones."
         )
-    check_tensor(f"{name}_attention_mask", mask, f"of shape {tuple(embeds.shape[:2])}", dtypes=None)
+    check_tensor(f"{name}_attention_mask", mask, f"of shape {tuple(embeds.shape[:2])}", INTEGERS + FLOATS)
     if mask.shape != embeds.shape[:2]:
         raise ValueError(
             f"`{name}_attention_mask` has shape {tuple(mask.shape)}, but should be {tuple(embeds.shape[:2])}."

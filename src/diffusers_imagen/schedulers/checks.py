@@ -1,7 +1,6 @@
 """Checks of what a caller gives to a scheduler: its configuration, a schedule, a step. All of them raise ValueError."""
 
-import math
-from typing import Any, Union
+from typing import Any, Optional, Union
 
 import numpy as np
 import torch
@@ -9,6 +8,7 @@ import torch
 from ..utils.arguments import is_integer, is_number, shown
 
 
+MIN_SIGMA, MAX_SIGMA = 1e-10, 1e10  # beyond, float32 overflows where noise levels are squared
 # bounds far beyond use, and below what would run until it is killed
 MAX_STEPS = 10_000
 MAX_TRAIN_TIMESTEPS = 1_000_000
@@ -18,7 +18,7 @@ def check_config_number(name: str, value: Any, minimum: Union[int, float], maxim
     """A number of a configuration as Python's, so that it can be saved: whole where its bounds are whole above 0."""
     whole = isinstance(minimum, int) and minimum > 0 and isinstance(maximum, int)
     kind = "an integer" if whole else "a number"
-    is_kind = is_integer(value) if whole else is_number(value) and math.isfinite(value)
+    is_kind = is_integer(value) if whole else is_number(value)
     if not is_kind or not minimum <= value <= maximum:
         raise ValueError(f"`{name}` must be {kind} in [{minimum:g}, {maximum:g}], got {shown(value)}")
     return int(value) if is_integer(value) else float(value)
@@ -91,6 +91,10 @@ def decreasing_sigmas(name: str, sigmas: torch.Tensor, given: Any) -> torch.Tens
         levels = levels[:-1]
     if len(levels) == 0 or not levels.isfinite().all() or levels.min() <= 0:
         raise ValueError(f"the noise levels of `{name}` must be a list of finite numbers above 0, got {shown(given)}")
+    if not (levels.min() >= MIN_SIGMA and levels.max() <= MAX_SIGMA):
+        raise ValueError(
+            f"the noise levels of `{name}` must lie in [{MIN_SIGMA:g}, {MAX_SIGMA:g}], got {shown(given)}"
+        )
     if (levels.diff() >= 0).any():
         raise ValueError(f"the noise levels of `{name}` must decrease strictly, got {shown(given)}")
     return levels
@@ -99,14 +103,18 @@ def decreasing_sigmas(name: str, sigmas: torch.Tensor, given: Any) -> torch.Tens
 # ---- steps
 
 
-def as_tensor(name: str, value: Any) -> torch.Tensor:
-    """A number, or real numbers, as a tensor with values."""
+def as_tensor(name: str, value: Any, images: Optional[torch.Tensor] = None) -> torch.Tensor:
+    """A number, or real numbers, as a tensor with values; for `images` one, or one for each."""
     try:
         tensor = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"`{name}` must be a number or a tensor, got {shown(value)}") from error
     if tensor.is_meta or tensor.is_complex() or tensor.dtype == torch.bool:
         raise ValueError(f"`{name}` must be a real number or a tensor of them, got {shown(value)}")
+    if images is not None and (tensor.dim() > 1 or tensor.numel() not in (1, len(images))):
+        raise ValueError(
+            f"`{name}` must be one value, or one for each of the {len(images)} samples, got shape {tuple(tensor.shape)}"
+        )
     return tensor
 
 
@@ -118,6 +126,8 @@ def check_images(**images: Any) -> None:
             raise ValueError(f"`{name}` must be a tensor in floating point, got {shown(image)}")
         if image.dim() == 0:
             raise ValueError(f"`{name}` must be a batch of images, got one number")
+        if image.device != like.device:
+            raise ValueError(f"`{name}` must be on the device of `{first}`, {like.device}, got {image.device}")
         if image.shape != like.shape:
             raise ValueError(
                 f"`{name}` must have the shape of `{first}` {tuple(like.shape)}, got {tuple(image.shape)}"

@@ -86,6 +86,7 @@ class ContinuousDDPMScheduler(ImagenSchedulerMixin, SchedulerMixin, ConfigMixin)
         self._check_config()
         self.num_inference_steps = None
         self.init_noise_sigma = 1.0
+        num_train_timesteps = self.config.num_train_timesteps
         log_snr = self._log_snr_at(torch.arange(num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps)
         # entry k is that of integer timestep k, for diffusers' `compute_snr`
         self.alphas_cumprod = log_snr[:-1].sigmoid().to(torch.float32)
@@ -250,6 +251,7 @@ class ContinuousDDPMScheduler(ImagenSchedulerMixin, SchedulerMixin, ConfigMixin)
             ValueError: for half-precision timesteps, integers out of range, or images and noise of different shapes.
         """
         check_images(original_samples=original_samples, noise=noise)
+        timesteps = as_tensor("timesteps", timesteps, original_samples)
         return ddpm.q_sample(original_samples, noise, self._log_snr(timesteps))
 
     def get_velocity(
@@ -257,4 +259,5 @@ class ContinuousDDPMScheduler(ImagenSchedulerMixin, SchedulerMixin, ConfigMixin)
     ) -> torch.Tensor:
         """The target of v-prediction for clean images `sample`, `alpha * noise - sigma * sample`; see `add_noise`."""
         check_images(sample=sample, noise=noise)
+        timesteps = as_tensor("timesteps", timesteps, sample)
         return ddpm.velocity(sample, noise, self._log_snr(timesteps))

@@ -84,11 +84,14 @@ class EDMAdamsScheduler(EDMSchedulerMixin, SchedulerMixin, ConfigMixin):
         clip_sample_range: float = 1.0,
     ) -> None:
         self._keep_default_values()
-        self._mark_noise_levels()
         self._check_config()
+        self._mark_noise_levels()
         self.num_inference_steps = None
-        sigmas = multistep.centred_sigmas(self.config.num_train_timesteps, sigma_min, sigma_max, sigma_data)
-        self.init_noise_sigma = float(sigma_max)
+        config = self.config
+        sigmas = multistep.centred_sigmas(
+            config.num_train_timesteps, config.sigma_min, config.sigma_max, config.sigma_data
+        )
+        self.init_noise_sigma = float(config.sigma_max)
         self._denoised = []
         self._publish(torch.cat([sigmas, sigmas.new_zeros(1)]), self.precondition_noise(sigmas))
 

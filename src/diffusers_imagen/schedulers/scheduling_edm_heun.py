@@ -99,11 +99,12 @@ class EDMHeunScheduler(EDMSchedulerMixin, SchedulerMixin, ConfigMixin):
         if isinstance(s_max, float) and s_max == math.inf:
             self.register_to_config(s_max=None)  # JSON has no infinity
         self._keep_default_values()
-        self._mark_noise_levels()
         self._check_config()
+        self._mark_noise_levels()
         self.num_inference_steps = None
-        sigmas = edm.karras_sigmas(self.config.num_train_timesteps, sigma_min, sigma_max, rho)
-        self.init_noise_sigma = float(sigma_max)
+        config = self.config
+        sigmas = edm.karras_sigmas(config.num_train_timesteps, config.sigma_min, config.sigma_max, config.rho)
+        self.init_noise_sigma = float(config.sigma_max)
         self._derivative = self._x_hat = None
         self._publish(torch.cat([sigmas, sigmas.new_zeros(1)]), self.precondition_noise(sigmas))
 

@@ -10,7 +10,7 @@ from ..diffusion import continuous_ddpm, edm
 from ..diffusion.edm import Preconditioning
 from ..diffusion.thresholding import dynamic_threshold, static_threshold
 from ..utils.arguments import is_integer, is_number, shown
-from .checks import MAX_TRAIN_TIMESTEPS, as_tensor, check_config_number, check_images
+from .checks import MAX_SIGMA, MAX_TRAIN_TIMESTEPS, MIN_SIGMA, as_tensor, check_config_number, check_images
 
 
 # "edm": c_in * x goes into the network, which is told c_noise. "variance_preserving": the x_t of that noise level goes
@@ -21,9 +21,9 @@ NO_BETAS = "none: EDM noise levels"
 # the lowest and the highest value of every number of a configuration: beyond, float64 overflows, or memory ends
 NUMBERS = {
     "num_train_timesteps": (1, MAX_TRAIN_TIMESTEPS),
-    "sigma_min": (1e-10, 1e10),
-    "sigma_max": (1e-10, 1e10),
-    "sigma_data": (1e-10, 1e10),
+    "sigma_min": (MIN_SIGMA, MAX_SIGMA),
+    "sigma_max": (MIN_SIGMA, MAX_SIGMA),
+    "sigma_data": (MIN_SIGMA, MAX_SIGMA),
     "rho": (1e-3, 1e3),
     "s_churn": (0, 1e10),
     "s_min": (0, 1e10),
@@ -292,13 +292,13 @@ class EDMSchedulerMixin(ImagenSchedulerMixin):
         check_images(sample=sample)
         index = self._start(timestep)
         if index is None:
-            return self.precondition_inputs(sample, self.timestep_to_sigma(timestep))
+            return self.precondition_inputs(sample, self.timestep_to_sigma(as_tensor("timestep", timestep, sample)))
         return sample * self._c_in[index]
 
     def precondition_inputs(self, sample: torch.Tensor, sigma: Union[float, torch.Tensor]) -> torch.Tensor:
         """`c_in(sigma) * sample`, in the sample's dtype; `sigma` is one noise level or `(B,)`."""
         check_images(sample=sample)
-        sigma = edm.per_sample(as_tensor("sigma", sigma), sample)
+        sigma = edm.per_sample(as_tensor("sigma", sigma, sample), sample)
         return (sample * self._network_preconditioning(sigma).c_in).to(sample.dtype)
 
     def precondition_outputs(
@@ -306,7 +306,7 @@ class EDMSchedulerMixin(ImagenSchedulerMixin):
     ) -> torch.Tensor:
         """The denoised image, not thresholded, of the network's output at `sample`; `sigma` is one level or `(B,)`."""
         check_images(sample=sample, model_output=model_output)
-        scalings = self._network_preconditioning(edm.per_sample(as_tensor("sigma", sigma), sample))
+        scalings = self._network_preconditioning(edm.per_sample(as_tensor("sigma", sigma, sample), sample))
         return (scalings.c_skip * sample + scalings.c_out * model_output).to(sample.dtype)
 
     def add_noise(
@@ -330,4 +330,5 @@ class EDMSchedulerMixin(ImagenSchedulerMixin):
             ValueError: for integer or half-precision timesteps, or images and noise of different shapes.
         """
         check_images(original_samples=original_samples, noise=noise)
+        timesteps = as_tensor("timesteps", timesteps, original_samples)
         return edm.add_noise(original_samples, noise, self.timestep_to_sigma(timesteps))

@@ -1,0 +1,93 @@
+"""Callbacks of diffusers and of callers: what they take, what they may return."""
+
+import pytest
+import torch
+from diffusers.callbacks import (
+    MultiPipelineCallbacks,
+    PipelineCallback,
+    SDCFGCutoffCallback,
+    SDXLCFGCutoffCallback,
+)
+
+
+class Recorder(PipelineCallback):
+    tensor_inputs = ["latents", "prompt_embeds"]
+
+    def callback_fn(self, pipeline, step_index, timesteps, callback_kwargs):
+        self.seen = getattr(self, "seen", []) + [sorted(callback_kwargs)]
+        return callback_kwargs
+
+
+def test_the_tensor_inputs_of_diffusers_callbacks_are_taken(cascade, run):
+    expected, recorder = run(cascade).images, Recorder()
+    assert torch.equal(run(cascade, callback_on_step_end=recorder).images, expected)
+    assert recorder.seen == [["latents", "prompt_embeds"]] * 6
+
+
+def test_a_cutoff_of_guidance_by_diffusers_turns_it_off(cascade, run, count_calls):
+    calls = count_calls(cascade.base_unet)
+    cutoff = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=1)
+    out = run(cascade, callback_on_step_end=MultiPipelineCallbacks([cutoff, Recorder()]), guidance_scale=3.0)
+    assert calls == [2, 2, 1]
+
+    def by_hand(pipe, step, timestep, tensors):
+        if step == 1:
+            pipe._guidance_scale = 1.0
+
+    assert torch.equal(out.images, run(cascade, callback_on_step_end=by_hand, guidance_scale=3.0).images)
+
+
+CALLBACKS = {
+    "no callable": (3, ["latents"], "`callback_on_step_end` is 3"),
+    "a callback of diffusers without tensors": (
+        PipelineCallback(),
+        ["latents"],
+        "PipelineCallback without `tensor_inputs`",
+    ),
+    "tensors of other pipelines": (
+        SDXLCFGCutoffCallback(),
+        ["latents"],
+        "`tensor_inputs` of `callback_on_step_end` has",
+    ),
+    "one name": (None, "latents", "`callback_on_step_end_tensor_inputs` is 'latents'"),
+    "no names": (None, None, "`callback_on_step_end_tensor_inputs` is None"),
+    "names that are lists": (None, [["latents"]], "`callback_on_step_end_tensor_inputs` is [['latents']]"),
+}
+
+
+@pytest.mark.parametrize("function, names, message", CALLBACKS.values(), ids=CALLBACKS)
+def test_callbacks_are_checked_before_any_network_runs(cascade, run, count_calls, function, names, message):
+    calls = count_calls(cascade.text_encoder) + count_calls(cascade.base_unet)
+    with pytest.raises(ValueError) as error:
+        run(cascade, callback_on_step_end=function, callback_on_step_end_tensor_inputs=names)
+    assert message in str(error.value) and calls == []
+
+
+RETURNED = {
+    "no dict": (["latents"], "`callback_on_step_end` returned ['latents']"),
+    "latents of another shape": ({"latents": torch.zeros(1, 3, 8, 8)}, "returned `latents` as a Tensor of shape"),
+    "no tensor": ({"latents": 3}, "returned `latents` as 3"),
+    "complex latents": ({"latents": torch.zeros(1, 3, 16, 16) + 1j}, "returned `latents`"),
+    "text for fewer images": (
+        {"prompt_embeds": torch.zeros(0, 8, 16)},
+        "returned `prompt_embeds` as a Tensor of shape",
+    ),
+}
+
+
+@pytest.mark.parametrize("returned, message", RETURNED.values(), ids=RETURNED)
+def test_what_a_callback_returns_takes_the_place_of_what_it_got(cascade, run, returned, message):
+    with pytest.raises(ValueError) as error:
+        run(cascade, callback_on_step_end=lambda *_: returned)
+    assert message in str(error.value)
+
+
+def test_guidance_that_a_callback_sets_is_a_number(cascade, run):
+    with pytest.raises(ValueError, match="`callback_on_step_end` set `_guidance_scale` to 'high'"):
+        run(cascade, callback_on_step_end=lambda pipe, *_: setattr(pipe, "_guidance_scale", "high"))
+
+
+def test_a_callback_keeps_the_dict_that_it_returned(cascade, run):
+    kept = {"latents": torch.zeros(1, 3, 16, 16)}
+    run(cascade, output_resolution=16, callback_on_step_end=lambda *_: kept)
+    assert list(kept) == ["latents"]
