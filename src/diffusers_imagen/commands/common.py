@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 import textwrap
 from pathlib import Path
 from typing import Callable, Union
