@@ -12,7 +12,8 @@ import torch
 
 from ..models import EfficientUNetModel, ImagenUNetModel
 from ..models.attention import StableImagenAttnProcessor
-from ..models.checks import MAX_CHANNELS, MAX_LAYERS, MAX_LEVELS, check_integer, check_integers, shown
+from ..models.checks import MAX_CHANNELS, MAX_LAYERS, MAX_LEVELS, check_integer, check_integers
+from ..utils.arguments import shown
 
 
 # Position in the network, of what both have; those of the blocks are counted in the functions below.

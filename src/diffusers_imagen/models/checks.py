@@ -10,6 +10,8 @@ from typing import Any, Union
 
 import torch
 
+from ..utils.arguments import shown
+
 
 # Lowest and highest value of what a network is configured with: far above what was published, and low enough that
 # no file keeps a machine busy until it is out of memory.
@@ -157,9 +159,3 @@ def per_sample(name: str, value: Union[torch.Tensor, float, int], sample: torch.
     if value.numel() not in (1, len(sample)):
         raise ValueError(f"`{name}` has shape {tuple(value.shape)}, but should have one value, or {len(sample)}.")
     return value.reshape(-1).expand(len(sample))
-
-
-def shown(value: Any) -> str:
-    """A value for a message, however large it is."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."

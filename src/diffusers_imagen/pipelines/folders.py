@@ -16,9 +16,10 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoModelForTextEncoding, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..models.checks import check_integer, shown
+from ..models.checks import check_integer
 from ..models.unet_base import ConditionalUNet
 from ..schedulers import EDMHeunScheduler
+from ..utils.arguments import shown
 from ..utils.errors import is_out_of_memory, one_line
 from ..utils.files import write_json
 from .folder_checks import (

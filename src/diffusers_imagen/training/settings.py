@@ -1,6 +1,5 @@
 """Which values settings may have: of the type that their hint says, and numbers within the bounds of one table."""
 
-import math
 import os
 import types
 from dataclasses import fields
@@ -8,6 +7,7 @@ from functools import cache
 from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
+from ..utils.arguments import shown
 from .snapshots import MAX_STD, MIN_STD
 
 
@@ -102,23 +102,23 @@ def check_value(name: str, value: Any, hint: Any) -> Any:
     if get_origin(hint) is Literal:
         if not isinstance(value, str) or value not in get_args(hint):
             raise ValueError(
-                f"`{name}` is {show(value)}, but should be one of {', '.join(map(repr, get_args(hint)))}."
+                f"`{name}` is {shown(value)}, but should be one of {', '.join(map(repr, get_args(hint)))}."
             )
         return str(value)
     if get_origin(hint) is list:
         (kind,) = get_args(hint)
         if not isinstance(value, (list, tuple)) or not all(is_of_kind(entry, kind) for entry in value):
-            raise ValueError(f"`{name}` is {show(value)}, but should be a list, each entry {KINDS[kind][1]}.")
+            raise ValueError(f"`{name}` is {shown(value)}, but should be a list, each entry {KINDS[kind][1]}.")
         bounds = BOUNDS.get(name)
         if bounds is not None and not all(map(bounds.has, value)):
-            raise ValueError(f"`{name}` is {show(value)}, but should be {bounds.of} {bounds}.")
+            raise ValueError(f"`{name}` is {shown(value)}, but should be {bounds.of} {bounds}.")
         return [plain(entry, kind) for entry in value]
     if not is_of_kind(value, hint):
         raise ValueError(
-            f"`{name}` is {show(value)}, but should be {'True or False' if hint is bool else KINDS[hint][1]}."
+            f"`{name}` is {shown(value)}, but should be {'True or False' if hint is bool else KINDS[hint][1]}."
         )
     if name in BOUNDS and not BOUNDS[name].has(value):
-        raise ValueError(f"`{name}` is {show(value)}, but should be {BOUNDS[name]}.")
+        raise ValueError(f"`{name}` is {shown(value)}, but should be {BOUNDS[name]}.")
     return plain(value, hint)
 
 
@@ -136,12 +136,3 @@ def plain(value: Any, kind: type) -> Any:
     if kind is bool or type(value) in (int, float):
         return value
     return kind(value)
-
-
-def show(value: Any) -> str:
-    """A value for a message, which may be cut."""
-    try:
-        text = " ".join(repr(value).split())
-    except ValueError:  # an integer of thousands of digits
-        text = f"a number of some {int(math.log10(abs(value)))} digits"
-    return text if len(text) <= 200 else f"{text[:200]}..."
