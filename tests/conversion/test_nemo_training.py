@@ -64,9 +64,12 @@ model:
 """
 
 
+PARSED = yaml.safe_load(BASE)
+
+
 def with_entries(changes: dict) -> dict:
     """The configuration with entries changed, by dotted names."""
-    config = copy.deepcopy(yaml.safe_load(BASE))
+    config = copy.deepcopy(PARSED)
     for name, value in changes.items():
         *sections, last = name.split(".")
         section = config
