@@ -64,9 +64,12 @@ model:
 """
 
 
+PARSED = yaml.safe_load(BASE)
+
+
 def with_entries(changes: dict) -> dict:
     """The configuration with entries changed, by dotted names."""
-    config = copy.deepcopy(yaml.safe_load(BASE))
+    config = copy.deepcopy(PARSED)
     for name, value in changes.items():
         *sections, last = name.split(".")
         section = config
@@ -239,3 +242,81 @@ def test_a_refused_file_writes_nothing(tmp_path, capsys):
         assert cli.main(["convert-config", str(nemo), "--output", str(run)]) == 2
         assert message in capsys.readouterr().err
     assert not run.exists()
+
+
+# Single faults: every entry and section, one at a time
+
+WRONG = [
+    None,
+    [],
+    {},
+    "x",
+    -1,
+    0,
+    0.5,
+    float("nan"),
+    float("inf"),
+    10**30,
+    10**5000,
+    True,
+    [1, 2, 3],
+    [None],
+    {"a": 1},
+    "${x}",
+]
+
+
+def names_of(section: dict, prefix: str = "") -> list[str]:
+    names = []
+    for key, value in section.items():
+        names.append(f"{prefix}{key}")
+        if isinstance(value, dict):
+            names += names_of(value, f"{prefix}{key}.")
+    return names
+
+
+@pytest.mark.parametrize("kind", [{}, SUPER_RESOLUTION], ids=["base", "super-resolution"])
+def test_a_fault_is_refused_by_name_or_what_is_left_can_be_trained(kind):
+    count = 0
+    for name in names_of(with_entries(kind)):
+        *_, last = name.split(".")
+        for value in [*WRONG, "gone"]:
+            config = with_entries({**kind, name: value})
+            if value == "gone":
+                section = config
+                for part in name.split(".")[:-1]:
+                    section = section[part]
+                del section[last]
+            try:
+                settings = translate_training(config).settings
+            except ValueError as error:
+                assert "`" in str(error) and len(str(error)) < 500, (name, value, error)
+            else:
+                TrainingConfig(preset="emoji_base_64", **settings)
+            count += 1
+    assert count > 500
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trainer": 5}, "`trainer` is 5, but should be a section"),
+        ({"exp_manager.ema": [1]}, "`exp_manager.ema` is [1], but should be a section"),
+        ({"model.optim.lr": {"a": 1}}, "`model.optim.lr` is a section, but should be of type float from 0 to 1"),
+        ({"model.optim.betas": [0.9, "x"]}, "`model.optim.betas` is 'x', but should be of type float from 0 to 1"),
+        ({"model.optim.betas": [0.9]}, "`model.optim.betas` is [0.9], but should be two numbers"),
+        ({"model.seed": True}, "`model.seed` is True, but should be of type int"),
+        ({"model.seed": 1.5}, "`model.seed` is 1.5, but should be of type int"),
+        ({"trainer.max_steps": float("inf")}, "`trainer.max_steps` is inf, but should be a number of steps"),
+        ({"model.conditioning.drop_rate": float("nan")}, "`model.conditioning.drop_rate` is nan, but"),
+        ({"exp_manager.exp_dir": "${oc.env:HOME}/run"}, "`exp_manager.exp_dir` is '${oc.env:HOME}/run', but"),
+        ({"model.data.train.augmentations.center_crop_h_w": "-16"}, "center_crop_h_w` is '-16', but"),
+        ({**SUPER_RESOLUTION, "model.data.train.target_resolutions": [0, 256]}, "target_resolutions` is 0, but"),
+        ({**SUPER_RESOLUTION, "model.data.train.target_resolutions": 64}, "target_resolutions` is 64, but"),
+        ({"model": None}, "no section `model`"),
+    ],
+)
+def test_an_entry_of_another_type_or_range_is_refused_by_name(changes, message):
+    with pytest.raises(ValueError) as error:
+        translate_training(with_entries(changes))
+    assert message in str(error.value)

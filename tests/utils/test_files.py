@@ -8,12 +8,20 @@ import time
 
 import pytest
 
-from diffusers_imagen.utils.files import FolderHold, read_json_object, sha256, whole_file, whole_folder, write_json
+from diffusers_imagen.utils.files import (
+    FolderHold,
+    check_writable,
+    read_json_object,
+    sha256,
+    whole_file,
+    whole_folder,
+    write_json,
+)
 
 
 HOLD = """
 import os, sys, time
-from diffusers_imagen.utils.files import FolderHold
+from diffusers_imagen.utils.files import FolderHold, check_writable, read_json_object, sha256, whole_file, whole_folder, write_json
 hold = FolderHold(sys.argv[1], "output_dir")
 if sys.argv[2] == "fork" and os.fork() == 0:
     time.sleep(60)
@@ -96,3 +104,41 @@ def test_a_folder_is_held_once_in_a_process_too(tmp_path):
         with pytest.raises(ValueError, match=f"process {os.getpid()} on"):
             FolderHold(tmp_path, "output_dir")
     FolderHold(tmp_path, "output_dir").release()
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("folder", "is a folder"),
+        ("fifo", "is a FIFO"),
+        ("file/a/b", "needs the folder"),
+        ("я" * 128, "File name too long"),
+        ("new/" + "x" * 256 + "/a", "File name too long"),
+        ("a/" * 3000 + "a", "File name too long"),
+        ("..", "no file can be called"),
+        ("a\0b/c", "no file can be called"),
+        ("\ud800", "no file can be called"),
+        ("/proc/a", "cannot be written"),
+    ],
+)
+def test_what_cannot_be_written_is_found_before_and_nothing_is_left(tmp_path, path, message):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(ValueError, match=f"`output` is .*{message}"):
+        check_writable(tmp_path / path, "output")
+    assert sorted(os.listdir(tmp_path)) == ["fifo", "file", "folder"]
+
+
+def test_what_can_be_written_is_left_as_it_is(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for path in ("file", "new", "new/folders/file", "dangling", "я" * 127):
+        check_writable(tmp_path / path, "output")
+    assert sorted(os.listdir(tmp_path)) == ["dangling", "file"] and (tmp_path / "file").read_text() == "mine"
+
+
+def test_the_longest_name_can_be_written_whole(tmp_path):
+    for name in ("x" * 255, "я" * 127):
+        write_json(tmp_path / name, 1)
+        assert json.loads((tmp_path / name).read_text()) == 1

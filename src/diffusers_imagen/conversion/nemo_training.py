@@ -206,7 +206,7 @@ def batch_sizes(nemo: Entries) -> dict[str, Any]:
     micro, whole = (nemo.require(f"model.{name}_batch_size") for name in ("micro", "global"))
     devices = nemo.get("trainer.devices", 1)
     count = len(devices) if isinstance(devices, list) else devices
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+    if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= 2**20:
         nemo.refuse("trainer.devices", "but should be their number: batches are counted by it.")
     processes = count * nemo.get("trainer.num_nodes", 1)
     if nemo.get("trainer.accumulate_grad_batches", 1) != 1:
@@ -287,7 +287,8 @@ def crop_side(nemo: Entries, name: str, resolution: int) -> int:
     value = nemo.get(name)
     if value is None:
         return resolution
-    sides = re.fullmatch(r"[\[(]?\s*(\d{1,6})\s*(?:,\s*(\d{1,6})\s*)?[\])]?", str(value).strip())
+    text = value if isinstance(value, str) else shorten(value)
+    sides = re.fullmatch(r"[\[(]?\s*(\d{1,6})\s*(?:,\s*(\d{1,6})\s*)?[\])]?", text.strip())
     if sides is None or sides[2] not in (None, sides[1]) or not 1 <= int(sides[1]) <= resolution:
         nemo.refuse(name, f"but should be a square of up to {resolution}.")
     return int(sides[1])
