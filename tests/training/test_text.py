@@ -105,8 +105,8 @@ WORDS = "embeddings.word_embeddings.weight"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda tensors: tensors.pop(WORDS), f"lacks 1 weights, {WORDS} among them"),
-        (lambda tensors: [tensors.pop(name) for name in list(tensors)[1:]], r"lacks \d+ weights"),
+        (lambda tensors: tensors.pop(WORDS), f"lacks weights: {WORDS}"),
+        (lambda tensors: [tensors.pop(name) for name in list(tensors)[1:]], "lacks weights: .* and others"),
         (lambda tensors: tensors[WORDS].fill_(float("nan")), f"weights that are not finite, {WORDS} among them"),
         (lambda tensors: tensors.update({WORDS: torch.zeros(3, 3)}), "which has no encoder that can be loaded"),
     ],

@@ -11,7 +11,8 @@ from diffusers.training_utils import free_memory
 from diffusers.utils import logging
 from transformers import AutoModel, AutoModelForTextEncoding, AutoTokenizer, PreTrainedModel
 
-from ..pipelines.loading import refuse_broken_weights, refuse_missing_weights
+from ..pipelines.stages import refuse_random_weights
+from ..pipelines.tensors import find_not_finite
 from ..pipelines.text import NO_LIMIT, encode_tokens
 from ..utils.errors import describe_fault
 
@@ -178,8 +179,11 @@ def load_encoder(name: str, subfolder: str, dtype: torch.dtype) -> PreTrainedMod
         except Exception as error:  # whatever a configuration or a file of weights makes of itself
             reason = describe_fault(error)
             break
-        refuse_missing_weights(what, info)
-        refuse_broken_weights(what, model)
+        mismatched = (str(entry[0]) for entry in info["mismatched_keys"])
+        refuse_random_weights(f"{what}, whose text encoder", [*info["missing_keys"], *mismatched])
+        broken = find_not_finite(model)
+        if broken is not None:
+            raise ValueError(f"{what}, whose text encoder has weights that are not finite, {broken} among them.")
         return model
     raise ValueError(f"{what}, which has no encoder that can be loaded: {reason}")
 
