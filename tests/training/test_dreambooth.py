@@ -15,7 +15,7 @@ from PIL import Image
 from tiny_runs import are_equal, encode, exported, losses, weights_of
 
 from diffusers_imagen import EDMHeunScheduler, EfficientUNetModel, ImagenCascadePipeline, ImagenPipeline
-from diffusers_imagen.pipelines.stages import write_model_index as save_index
+from diffusers_imagen.pipelines.folders import write_model_index as save_index
 from diffusers_imagen.training import DreamBoothLoraTrainer, DreamBoothTrainer, DreamBoothTrainingConfig, Trainer
 from diffusers_imagen.training.class_images import draw_by_pipeline, missing_images
 from diffusers_imagen.training.data import Batch, PairedBatches, make_train_batches
