@@ -1,8 +1,11 @@
 """What a model of transformers has to be before it is used, loaded by whom and from wherever."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 
 UNUSED = "pooler"  # of encoders; the states that condition the networks are those before it
@@ -38,3 +41,17 @@ def refuse_broken_weights(what: str, model: PreTrainedModel) -> None:
     broken = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
     if broken:
         raise ValueError(f"{what}, whose text encoder has weights that are not finite, {broken[0]} among them.")
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' reports and progress bars of loading: what is missing is refused in one line."""
+    verbosity, has_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if has_bars:
+            transformers_logging.enable_progress_bar()
