@@ -33,6 +33,7 @@ from .folder_checks import (
     find_class,
     read_config,
 )
+from .loading import quiet_transformers
 from .stages import StageSource, refuse_random_weights, unwrapped
 
 
@@ -119,11 +120,12 @@ def load_pipeline_folder(
         source = DiffusionPipeline.download(source, **hub, **chosen)
     classes = check_pipeline_folder(source, class_names, networks.get("variant"))
     try:
-        return pipeline_class.from_pretrained(source, **networks)
+        with quiet_transformers():
+            return pipeline_class.from_pretrained(source, **networks)
     except Exception:
         for name, component_class in classes.items():  # which one is it?
             if name not in networks:
-                with loading(name, Path(source, name)):
+                with loading(name, Path(source, name)), quiet_transformers():
                     component_class.from_pretrained(Path(source, name))
         raise
 
@@ -233,7 +235,7 @@ def load_text_parts(source: str, **kwargs) -> dict[str, Any]:
     """
     check_source("text_encoder", source)
     hub, networks = split_options(kwargs)
-    with loading("text_encoder", source):
+    with loading("text_encoder", source), quiet_transformers():
         if os.path.isdir(source):
             folder = Path(source, "text_encoder")
             check_encoder(folder, read_config(folder / "config.json"))

@@ -3,7 +3,6 @@
 import os
 import re
 from collections.abc import Iterable
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
 
@@ -12,11 +11,11 @@ from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import is_compiled_module
 from transformers import PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from ..models import EfficientUNetModel, ImagenUNetModel
 from ..models.blocks import ResBlock
 from ..models.unet_base import ConditionalUNet
+from .loading import quiet_transformers
 
 
 # diffusers compares a component's class with this hint when it hands components on to another pipeline
@@ -208,20 +207,6 @@ def random_weights(encoder: PreTrainedModel) -> list[str]:
             continue
         return list(found["missing_keys"])
     return []
-
-
-@contextmanager
-def quiet_transformers():
-    """Without reports and progress bars of loading."""
-    verbosity, has_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if has_bars:
-            transformers_logging.enable_progress_bar()
 
 
 def first_names(names: list[str]) -> str:

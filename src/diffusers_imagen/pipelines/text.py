@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.embeddings import TextConditioning
 from ..utils.arguments import shown
+from ..utils.errors import is_out_of_memory, one_line
 from .stages import UNet
 from .tensors import find_not_finite
 
@@ -66,8 +67,9 @@ def encode_text(
         token counts.
 
     Raises:
-        ValueError: If the tokenizer has no `model_max_length`.
+        ValueError: If the tokenizer has no `model_max_length`, or the encoder does not fit it.
     """
+    check_limit(tokenizer)
     warn_of_cut(tokenizer, prompts, tokenizer.model_max_length)
     return encode_tokens(tokenizer, text_encoder, prompts)
 
@@ -76,18 +78,40 @@ def encode_tokens(
     tokenizer: PreTrainedTokenizerBase, text_encoder: PreTrainedModel, prompts: list[str], padding: str = "max_length"
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `encode_text`, without a word about what is cut; `padding` is the tokenizer's."""
+    check_limit(tokenizer)
     max_length = tokenizer.model_max_length
-    if max_length > NO_LIMIT:
+    keep_in_fp32(text_encoder)
+    tokens = tokenizer(prompts, padding=padding, max_length=max_length, truncation=True, return_tensors="pt")
+    encoder = text_encoder.get_encoder() if text_encoder.config.is_encoder_decoder else text_encoder
+    known = encoder.get_input_embeddings().num_embeddings
+    if tokens.input_ids.max() >= known:  # on a GPU it would abort the process
+        raise ValueError(
+            f"`tokenizer` makes the token {tokens.input_ids.max()}, but `text_encoder` knows {known}: they do not belong "
+            "together."
+        )
+    ids, mask = tokens.input_ids.to(encoder.device), tokens.attention_mask.to(encoder.device)
+    try:
+        states = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+    except (IndexError, RuntimeError) as error:  # of an encoder with fewer positions
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(
+            f"`text_encoder` cannot take the {ids.shape[1]} tokens that `tokenizer` makes: {one_line(error)}"
+        ) from error
+    return states * mask[..., None].to(states.dtype), mask.bool()
+
+
+def check_limit(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError for a tokenizer whose `model_max_length` is no number of tokens."""
+    limit = tokenizer.model_max_length
+    is_number = isinstance(limit, (int, float)) and not isinstance(limit, bool)
+    if is_number and limit > NO_LIMIT:
         raise ValueError(
             "`tokenizer.model_max_length` is not set, but should be the number of tokens that the networks were "
             "trained with."
         )
-    keep_in_fp32(text_encoder)
-    tokens = tokenizer(prompts, padding=padding, max_length=max_length, truncation=True, return_tensors="pt")
-    encoder = text_encoder.get_encoder() if text_encoder.config.is_encoder_decoder else text_encoder
-    ids, mask = tokens.input_ids.to(encoder.device), tokens.attention_mask.to(encoder.device)
-    states = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-    return states * mask[..., None].to(states.dtype), mask.bool()
+    if not is_number or isinstance(limit, float) or limit < 1:
+        raise ValueError(f"`tokenizer.model_max_length` is {shown(limit)}, but should be a number of tokens.")
 
 
 def encode_prompts(

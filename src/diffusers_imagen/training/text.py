@@ -11,6 +11,7 @@ from diffusers.training_utils import free_memory
 from diffusers.utils import logging
 from transformers import AutoModel, AutoModelForTextEncoding, AutoTokenizer, PreTrainedModel
 
+from ..pipelines.loading import quiet_transformers
 from ..pipelines.stages import refuse_random_weights
 from ..pipelines.tensors import find_not_finite
 from ..pipelines.text import NO_LIMIT, encode_tokens
@@ -172,7 +173,8 @@ def load_encoder(name: str, subfolder: str, dtype: torch.dtype) -> PreTrainedMod
     options = {"subfolder": subfolder, "dtype": dtype, "trust_remote_code": False, "output_loading_info": True}
     for auto_class in (AutoModelForTextEncoding, AutoModel):
         try:
-            model, info = auto_class.from_pretrained(name, **options)
+            with quiet_transformers():
+                model, info = auto_class.from_pretrained(name, **options)
         except ValueError as error:  # not a kind that transformers counts among text encoders
             reason = describe_fault(error)
             continue
