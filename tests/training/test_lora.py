@@ -19,6 +19,7 @@ from diffusers_imagen import (
     ImagenUNetModel,
 )
 from diffusers_imagen.training import LoraTrainer, LoraTrainingConfig, Trainer, parse_args
+from diffusers_imagen.training.lora import check_targets
 
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -259,3 +260,11 @@ def test_a_run_under_accelerates_dynamo_writes_and_resumes_the_names_of_one_with
     assert hasattr(resumed.unet, "_orig_mod")
     assert resumed.start() == 2
     assert all(torch.equal(a, b) for a, b in zip(resumed.parameters, trainer.parameters))
+
+
+@pytest.mark.parametrize("targets", [[""], ["to_q", ""], ["to_k", "nothing"]])
+def test_names_of_no_layer_are_refused(targets):
+    with pytest.raises(
+        ValueError, match=f"`lora_target_modules` has .*'{targets[-1]}'.*, but no layer of the network"
+    ):
+        check_targets(tiny_runs.make_unet(), targets)

@@ -132,6 +132,13 @@ def test_what_no_run_can_do_is_refused(monkeypatch, options, message):
         TrainingConfig(preset="emoji_base_64", **options)
 
 
+@pytest.mark.parametrize("text", ["\udcff", "a\0b"])  # the first is what a shell's byte 0xff becomes
+@pytest.mark.parametrize("name", ["output_dir", "validation_prompts", "text_encoder"])
+def test_what_is_no_text_is_refused_by_name(name, text):
+    with pytest.raises(ValueError, match=f"^`{name}` has .*, but should be text in UTF-8, without null characters"):
+        TrainingConfig(preset="emoji_base_64", **{name: [text] if name == "validation_prompts" else text})
+
+
 @pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
 def test_a_tracker_that_is_not_installed_is_refused(monkeypatch, tracker):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -125,7 +125,7 @@ def check_targets(unet: ConditionalUNet, targets: list[str]) -> None:
         ValueError: If not.
     """
     names = [f".{name}" for name, _ in unet.named_modules()]
-    missing = [target for target in targets if not any(name.endswith(f".{target}") for name in names)]
+    missing = [target for target in targets if not target or not any(name.endswith(f".{target}") for name in names)]
     if missing and (list(targets) != TARGET_MODULES or len(missing) == len(targets)):
         raise ValueError(f"`lora_target_modules` has {missing}, but no layer of the network has such a name.")
 

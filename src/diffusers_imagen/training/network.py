@@ -16,6 +16,7 @@ from ..models import ImagenUNetModel
 from ..models.unet_base import ConditionalUNet
 from ..pipelines.stages import missing_weights
 from ..presets import create_unet
+from ..utils.arguments import shown
 from ..utils.errors import describe_fault
 from ..utils.files import read_json_object
 from .config import TrainingConfig
@@ -207,7 +208,9 @@ def choose_attention(unet: ConditionalUNet, config: TrainingConfig) -> None:
     try:
         unet.set_attention_backend(config.attention_backend)
     except (ImportError, RuntimeError, ValueError) as error:
-        raise ValueError(f"`attention_backend` is {config.attention_backend!r}: {error}") from error
+        raise ValueError(
+            f"`attention_backend` is {shown(config.attention_backend)}: {describe_fault(error)}"
+        ) from error
 
 
 def prepare_network(

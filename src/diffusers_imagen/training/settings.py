@@ -112,14 +112,14 @@ def check_value(name: str, value: Any, hint: Any) -> Any:
         bounds = BOUNDS.get(name)
         if bounds is not None and not all(map(bounds.has, value)):
             raise ValueError(f"`{name}` is {shown(value)}, but should be {bounds.of} {bounds}.")
-        return [plain(entry, kind) for entry in value]
+        return [plain(name, entry, kind) for entry in value]
     if not is_of_kind(value, hint):
         raise ValueError(
             f"`{name}` is {shown(value)}, but should be {'True or False' if hint is bool else KINDS[hint][1]}."
         )
     if name in BOUNDS and not BOUNDS[name].has(value):
         raise ValueError(f"`{name}` is {shown(value)}, but should be {BOUNDS[name]}.")
-    return plain(value, hint)
+    return plain(name, value, hint)
 
 
 def is_of_kind(value: Any, kind: type) -> bool:
@@ -129,10 +129,21 @@ def is_of_kind(value: Any, kind: type) -> bool:
     return isinstance(value, KINDS[kind][0])
 
 
-def plain(value: Any, kind: type) -> Any:
+def plain(name: str, value: Any, kind: type) -> Any:
     """A value as JSON has it."""
     if kind is str:
-        return os.fspath(value)
+        text = os.fspath(value)
+        if not isinstance(text, str) or not is_text(text):
+            raise ValueError(f"`{name}` has {shown(text)}, but should be text in UTF-8, without null characters.")
+        return text
     if kind is bool or type(value) in (int, float):
         return value
     return kind(value)
+
+
+def is_text(value: str) -> bool:
+    """Whether files and tokenizers can take a string: what a shell gives need not be UTF-8."""
+    try:
+        return "\0" not in value.encode().decode()
+    except UnicodeEncodeError:
+        return False
