@@ -10,6 +10,7 @@ import pytest
 
 from diffusers_imagen.utils.files import (
     FolderHold,
+    check_folder,
     check_writable,
     read_json_object,
     sha256,
@@ -142,3 +143,42 @@ def test_the_longest_name_can_be_written_whole(tmp_path):
     for name in ("x" * 255, "я" * 127):
         write_json(tmp_path / name, 1)
         assert json.loads((tmp_path / name).read_text()) == 1
+
+
+@pytest.mark.parametrize(
+    ("place", "what"),
+    [
+        ("", "which no folder can be called"),
+        ("\0", "which no folder can be called"),
+        ("\udcff", "which is not UTF-8"),
+        ("file", "which is a file, but should be a folder"),
+        ("file/sub", "which needs the folder '.*file', which is a file, but should be a folder"),
+        ("fifo", "which is a file, but should be a folder"),
+        ("nowhere", "which is a link to nothing, but should be a folder"),
+        ("nowhere/sub", "which is a link to nothing, but should be a folder"),
+        ("circle", "which is a link to nothing, but should be a folder"),
+        ("a" * 300, "which cannot be written: File name too long"),
+        ("b/" * 3000, "which cannot be written: File name too long"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_is_made(tmp_path, monkeypatch, place, what):
+    (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    monkeypatch.chdir(tmp_path)
+    before = sorted(os.listdir())
+    for check in (check_folder, FolderHold):
+        with pytest.raises(ValueError, match=f"(?s)^`output_dir` is .*{what}"):
+            check(place, "output_dir")
+    assert sorted(os.listdir()) == before
+
+
+def test_a_folder_without_rights_or_with_something_for_a_lock_is_refused(tmp_path, monkeypatch):
+    check_folder(tmp_path / "a" / "b", "output_dir")
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(ValueError, match="`output_dir` is '.*', which cannot be locked: Is a directory"):
+        FolderHold(tmp_path, "output_dir")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root has all rights
+    with pytest.raises(ValueError, match="`output_dir` is '.*b', which cannot be written: Permission denied"):
+        check_folder(tmp_path / "a" / "b", "output_dir")

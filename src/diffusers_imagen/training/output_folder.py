@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Optional
 
 from diffusers.utils import logging
 
-from ..utils.files import FolderHold, read_json_object, write_json
+from ..utils.files import FolderHold, check_folder, read_json_object, write_json
 from .checkpoints import Found, list_checkpoints, number_of
 from .config import TrainingConfig
 from .ema import SNAPSHOTS
@@ -51,13 +51,12 @@ class OutputFolder:
         self._hold: Optional[FolderHold] = None
 
     def check_free(self) -> None:
-        """Refuses a folder that another process holds, or that is none.
+        """Refuses a folder that another process holds, or that cannot be written to.
 
         Raises:
             ValueError: If so.
         """
-        if self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(f"`output_dir` is '{self.folder}', a file, but should be a folder.")
+        check_folder(self.config.output_dir, "output_dir")
         if self.folder.is_dir() and self._hold is None:
             FolderHold(self.folder, "output_dir").release()
 

@@ -98,6 +98,37 @@ def check_writable(path: PathLike, name: str) -> None:
         raise ValueError(f"`{name}` is '{path}', which cannot be written: {error.strerror or error}.") from error
 
 
+def check_folder(path: PathLike, name: str) -> None:
+    """Finds out, without a change, whether files can be written into a folder, which need not be there yet.
+
+    Args:
+        path (`str` or `os.PathLike`): The folder.
+        name (`str`): The argument that named it, for the message.
+
+    Raises:
+        ValueError: If they cannot: because of its name, what is in its place or in that of a folder above it, or rights.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:  # cards and records of the folder are in UTF-8
+        raise ValueError(f"`{name}` is {str(path)!r}, which is not UTF-8.") from None
+    if not os.fspath(path) or "\0" in str(path):
+        raise ValueError(f"`{name}` is {str(path)!r}, which no folder can be called.")
+    folder = Path(path).absolute()
+    try:
+        while not os.path.lexists(folder):
+            check_name(folder)
+            folder = folder.parent
+        if not folder.is_dir():
+            kind = "a link to nothing" if folder.is_symlink() and not folder.exists() else "a file"
+            above = "" if folder == Path(path).absolute() else f" needs the folder '{folder}', which"
+            raise ValueError(f"`{name}` is '{path}', which{above} is {kind}, but should be a folder.")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+    except OSError as error:
+        raise ValueError(f"`{name}` is '{path}', which cannot be written: {error.strerror or error}.") from error
+
+
 def check_name(path: Path) -> None:
     """Raises OSError for a name that no file of a file system can have, whether its folder is there or not."""
     if len(os.fsencode(path.name)) > 255:
@@ -166,20 +197,25 @@ class FolderHold:
         name (`str`): The argument that named the folder, for the message.
 
     Raises:
-        ValueError: If another process, or another object of this one, holds the folder.
+        ValueError: If another process, or another object of this one, holds the folder, or it cannot be written to.
     """
 
     def __init__(self, folder: PathLike, name: str):
+        check_folder(folder, name)
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = filelock.FileLock(self.folder / LOCK, timeout=0, thread_local=False)
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = filelock.FileLock(self.folder / LOCK, timeout=0, thread_local=False)
             self._lock.acquire()
         except (filelock.Timeout, RuntimeError) as error:  # RuntimeError: another object of this process
             raise ValueError(
                 f"`{name}` is '{self.folder}', which {self._describe_owner()} is using: wait for its end, or name "
                 "another folder."
             ) from error
+        except OSError as error:
+            if error.errno == errno.ENOSPC:  # which has a line of its own
+                raise
+            raise ValueError(f"`{name}` is '{folder}', which cannot be locked: {error.strerror or error}.") from error
         try:
             for leftover in self.folder.glob(".*.partial"):  # of a process that was killed
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
