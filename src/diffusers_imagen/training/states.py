@@ -18,6 +18,7 @@ from .devices import own_part
 
 
 TREE = "state"  # the key of the metadata
+ADAMW = {"step", "exp_avg", "exp_avg_sq"}  # what torch's AdamW keeps of a parameter
 
 
 def save_state(path: Path, state: Any) -> None:
@@ -140,6 +141,8 @@ class OptimizerState:
         for place, values in state["moments"].items():
             if not 0 <= place < len(parameters):
                 raise ValueError(f"it has moments of a parameter {place}, but there are {len(parameters)}")
+            if values and isinstance(self.optimizer, torch.optim.AdamW) and set(values) != ADAMW:
+                raise ValueError(f"parameter {place} has {sorted(map(str, values))}, but should have {sorted(ADAMW)}")
             moments[place] = {name: like(parameters[place], name, value) for name, value in values.items()}
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
@@ -155,6 +158,8 @@ def like(parameter: torch.nn.Parameter, name: str, value: Union[torch.Tensor, fl
         ValueError: If it has another shape. Numbers of steps and tables of 8-bit states have shapes of their own.
     """
     if not isinstance(value, torch.Tensor):
+        if name in ADAMW and not (name == "step" and isinstance(value, (int, float))):
+            raise ValueError(f"{name} is a {type(value).__name__}, but should be a tensor")
         return value
     own = own_part(parameter)
     if name in ("exp_avg", "exp_avg_sq"):
