@@ -14,6 +14,7 @@ from tiny_runs import are_equal, encode, exported, losses, make_unet, metrics, w
 
 from diffusers_imagen.training import Trainer, TrainingInterrupted, export, train
 from diffusers_imagen.training.checkpoints import list_checkpoints
+from diffusers_imagen.training.monitor import Records
 from diffusers_imagen.utils.files import FolderHold
 
 
@@ -34,6 +35,15 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 def step_of_stage(folder: Path) -> int:
     return json.loads((folder / "training.json").read_text())["step"]
+
+
+@pytest.fixture
+def one_thread():
+    """Rounds as the runs of `tiny_runs` do."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def interrupt_at(patch, step: int, signum: int = signal.SIGTERM) -> None:
@@ -138,7 +148,7 @@ def test_parts_that_were_being_moved_are_moved_by_the_next_run(make_config, tmp_
     assert not [path.name for path in (tmp_path / "stage").glob(".stage*")]
 
 
-def test_a_run_killed_before_a_change_of_the_file_system_is_resumed_exactly(make_config, tmp_path):
+def test_a_run_killed_before_a_change_of_the_file_system_is_resumed_exactly(make_config, tmp_path, one_thread):
     """One of about seventy changes, of the second step; `kills` does any."""
     options = {**OPTIONS, "max_train_steps": 2, "checkpoints_total_limit": 1, "resume_from_checkpoint": "latest"}
     whole, config = make_config(output_dir=tmp_path / "whole" / "run", **options), make_config(**options)
@@ -227,3 +237,10 @@ def test_weights_that_are_not_finite_are_neither_trained_nor_written(make_config
         train(config, make_unet(), encode)
     assert names(config.output_dir) == ["checkpoint-2", "checkpoint-3"]
     assert step_of_stage(tmp_path / "stage") == 3
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_in_the_place_of_records_is_refused(tmp_path, make):
+    make(tmp_path / "metrics.jsonl")
+    with pytest.raises(ValueError, match="metrics.jsonl' is no file"):
+        Records(tmp_path / "metrics.jsonl").append(1, {"loss": 0.5})

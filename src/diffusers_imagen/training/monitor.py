@@ -192,6 +192,8 @@ class Records:
 
     def append(self, step: int, record: dict[str, float]) -> None:
         """Adds a line, or leaves the file as it was where there is no room for it."""
+        if self.path.exists() and not self.path.is_file():  # to open a FIFO waits for a reader
+            raise ValueError(f"'{self.path}' is no file, but should be one of a run, or not there: move it.")
         size = self.path.stat().st_size if self.path.is_file() else 0
         try:
             with open(self.path, "a") as file:
