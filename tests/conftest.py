@@ -13,10 +13,10 @@ from diffusers_imagen import EDMHeunScheduler, EfficientUNetModel, ImagenCascade
 # On some CPUs MKL rounds by where a tensor happens to lie in memory; what is compared bit for bit must not depend on it.
 # MKL reads this at its first call.
 os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
-# The workers of pytest-xdist share the cores; the processes that tests start round as their worker does.
-THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
-torch.set_num_threads(THREADS)
-os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(THREADS)
+# One thread in every process, of workers of pytest-xdist and of those that tests start: how many there are decides how
+# sums are rounded.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "blue", "apple", "face", "of", "tiger"]
 TEXT_WIDTH = 16

@@ -37,15 +37,6 @@ def step_of_stage(folder: Path) -> int:
     return json.loads((folder / "training.json").read_text())["step"]
 
 
-@pytest.fixture
-def one_thread():
-    """Rounds as the runs of `tiny_runs` do."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def interrupt_at(patch, step: int, signum: int = signal.SIGTERM) -> None:
     train_step = Trainer.train_step
 
@@ -148,7 +139,7 @@ def test_parts_that_were_being_moved_are_moved_by_the_next_run(make_config, tmp_
     assert not [path.name for path in (tmp_path / "stage").glob(".stage*")]
 
 
-def test_a_run_killed_before_a_change_of_the_file_system_is_resumed_exactly(make_config, tmp_path, one_thread):
+def test_a_run_killed_before_a_change_of_the_file_system_is_resumed_exactly(make_config, tmp_path):
     """One of about seventy changes, of the second step; `kills` does any."""
     options = {**OPTIONS, "max_train_steps": 2, "checkpoints_total_limit": 1, "resume_from_checkpoint": "latest"}
     whole, config = make_config(output_dir=tmp_path / "whole" / "run", **options), make_config(**options)
