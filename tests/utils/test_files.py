@@ -12,6 +12,7 @@ from diffusers_imagen.utils.files import (
     FolderHold,
     check_folder,
     check_writable,
+    partial_of,
     read_json_object,
     sha256,
     whole_file,
@@ -55,6 +56,23 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
     with whole_folder(tmp_path / "stage") as partial:
         (partial / "a").write_text("whole")
     assert os.listdir(tmp_path) == ["stage"] and (tmp_path / "stage" / "a").read_text() == "whole"
+
+
+def test_a_folder_is_written_where_a_killed_process_of_the_same_number_left_half(tmp_path):
+    """In a container the main process has the same number at every start."""
+    (partial_of(tmp_path / "stage") / "unet").mkdir(parents=True)
+    with whole_folder(tmp_path / "stage") as partial:
+        (partial / "a").write_text("whole")
+    assert os.listdir(tmp_path) == ["stage"] and os.listdir(tmp_path / "stage") == ["a"]
+
+
+def test_who_holds_a_folder_is_told_without_the_arguments_of_its_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/bin/train_imagen.py", "--hub_token", "hf_secret"])
+    with FolderHold(tmp_path, "output_dir"):
+        with pytest.raises(ValueError, match=r"\(train_imagen.py\) is using: ") as refused:
+            FolderHold(tmp_path, "output_dir")
+        left = [path.read_text() for path in tmp_path.iterdir()]
+    assert "hf_secret" not in str(refused.value) + "".join(left)
 
 
 def test_the_checksum_is_that_of_the_content(tmp_path):

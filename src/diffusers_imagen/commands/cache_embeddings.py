@@ -6,6 +6,8 @@ import time
 from pathlib import Path
 from typing import Optional
 
+from .common import check_device
+
 
 # what is above is a slip, and would need more memory than there is
 BOUNDS = {"batch_size": 2**16, "shard_size_mb": 2**16, "tokenizer_max_length": 2**16}
@@ -71,7 +73,8 @@ def check_sources(args: argparse.Namespace) -> None:
             raise ValueError("`text_encoder` is not given, but captions are encoded with one.")
         if len(data) != 1:
             raise ValueError("`train_data_dir` or `dataset_name` should be given, and not both of them.")
-        check_device(args.device)
+        if args.device is not None:
+            check_device(args.device)
         return
     if data or args.text_encoder is not None:
         name = data[0] if data else "text_encoder"
@@ -81,18 +84,6 @@ def check_sources(args: argparse.Namespace) -> None:
     for path in args.nemo_tars:
         if not path.is_file():
             raise ValueError(f"`nemo_tars` has '{path}', which is no file.")
-
-
-def check_device(device: Optional[str]) -> None:
-    """Refuses a device that is none, or not there."""
-    import torch
-
-    try:
-        if device is not None and torch.empty(1, device=device).is_meta:
-            raise RuntimeError("it keeps no numbers")
-    except Exception as error:  # RuntimeError or AssertionError, by the device
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"`device` is {device!r}, which cannot be used: {reason[:200]}") from error
 
 
 def check_output_dir(folder: Path, data: Optional[str]) -> None:

@@ -13,6 +13,7 @@ from huggingface_hub import constants, model_info
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError, safe_open
 
+from ..utils.errors import describe_fault
 from ..utils.files import read_json_object
 
 
@@ -128,7 +129,7 @@ def read_safetensors(file: Path) -> tuple[StateDict, Metadata]:
             header = opened.metadata() or {}
             state_dict = {key: opened.get_tensor(key) for key in opened.keys()}
     except (SafetensorError, RuntimeError, AttributeError, TypeError) as error:
-        raise ValueError(f"'{file}' cannot be read as a safetensors file: {one_line(error)}") from error
+        raise ValueError(f"'{file}' cannot be read as a safetensors file: {describe_fault(error)}") from error
     if LORA_ADAPTER_METADATA_KEY not in header:
         return state_dict, None
     try:
@@ -152,12 +153,7 @@ def read_pickle(file: Path) -> tuple[StateDict, None]:
                 raise ValueError("it is compressed, which torch.save never does")
         state_dict = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # what a damaged pickle raises is not known
-        raise ValueError(f"'{file}' cannot be read as weights of torch.save: {one_line(error)}") from error
+        raise ValueError(f"'{file}' cannot be read as weights of torch.save: {describe_fault(error)}") from error
     if not isinstance(state_dict, dict):
         raise ValueError(f"'{file}' holds a {type(state_dict).__name__}, but should hold weights by key.")
     return state_dict, None
-
-
-def one_line(error: BaseException) -> str:
-    """The beginning of an error's text."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Optional, Protocol
 from accelerate import Accelerator
 from diffusers.utils import logging
 
+from ..utils.errors import one_line
 from ..utils.files import read_json_object, sha256, sync, write_json
 from .config import TrainingConfig
 from .deepspeed_files import check_files
@@ -164,9 +165,8 @@ class Checkpoints:
             for name, state in self.own.items():
                 state.load_state_dict(saved[name])
         except MALFORMED as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(
-                f"`resume_from_checkpoint`: {folder} does not hold the state of this run: {reason}"
+                f"`resume_from_checkpoint`: {folder} does not hold the state of this run: {one_line(error)}"
             ) from error
         self.saved = folder
 

@@ -16,12 +16,12 @@ from huggingface_hub import create_repo, upload_folder
 from ..models.unet_base import ConditionalUNet
 from ..pipelines.folders import write_model_index
 from ..utils.errors import NETWORK, one_line
-from ..utils.files import read_json_object, sha256, sync, write_json
+from ..utils.files import read_json_object, sha256, whole_folder, write_json
 from .config import TrainingConfig
 from .sampling import SAMPLES, sample_name, sample_step
 
 
-PARTIAL, UPCOMING, REPLACED = ".stage.partial", ".stage.new", ".stage.replaced"
+UPCOMING, REPLACED = ".stage.new", ".stage.replaced"
 RECORD, CARD_FILE = "training.json", "README.md"
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 STAGE_PARTS = ("unet", "scheduler", "model_index.json", ADAPTER_FILE, CARD_FILE, RECORD)
@@ -88,18 +88,8 @@ def parts_of(config: TrainingConfig) -> Iterator[Path]:
     A process that is killed while it moves them leaves the rest in a folder of its own, and `finish_move` goes on.
     """
     folder = Path(config.output_dir)
-    partial = folder / PARTIAL
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
+    with whole_folder(folder / UPCOMING) as partial:
         yield partial
-        for path in partial.rglob("*"):
-            if path.is_file():
-                sync(path)
-        os.replace(partial, folder / UPCOMING)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     finish_move(folder)
 
 

@@ -43,6 +43,7 @@ def whole_folder(path: PathLike) -> Iterator[Path]:
     path = Path(path)
     partial = partial_of(path)
     try:
+        shutil.rmtree(partial, ignore_errors=True)  # of a killed process with the same number, as in a container
         partial.mkdir(parents=True)
         yield partial
         for file in partial.rglob("*"):
@@ -219,7 +220,8 @@ class FolderHold:
         try:
             for leftover in self.folder.glob(".*.partial"):  # of a process that was killed
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
-            owner = {"pid": os.getpid(), "host": socket.gethostname(), "command": " ".join(sys.argv)[:500]}
+            # without the command's arguments, among which may be a token
+            owner = {"pid": os.getpid(), "host": socket.gethostname(), "command": Path(sys.argv[0]).name}
             write_json(self.folder / OWNER, owner)
         except BaseException:  # a full disk
             self._lock.release()

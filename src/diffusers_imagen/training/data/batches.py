@@ -40,7 +40,10 @@ def make_train_batches(
     Raises:
         ValueError: If the data is not what the configuration says.
     """
-    return _make_batches(config, config.train_split, encode, process_index, num_processes, training=True)
+    rows = open_rows(config, config.train_split, has_text(config, encode))
+    stream = _make_batches(rows, config, config.train_split, encode, process_index, num_processes, training=True)
+    stream.content = describe_data(rows, config)
+    return stream
 
 
 def make_validation_batches(
@@ -54,26 +57,18 @@ def make_validation_batches(
 
     Together the processes see `num_images` rows, or all rows if they are fewer, rounded up to whole batches.
     """
-    stream = _make_batches(config, config.validation_split, encode, process_index, num_processes, training=False)
+    split = config.validation_split
+    rows = open_rows(config, split, has_text(config, encode))
+    stream = _make_batches(rows, config, split, encode, process_index, num_processes, training=False)
     return ValidationBatches(stream, num_images)
 
 
+def has_text(config: DataConfig, encode: Optional[Encode]) -> bool:
+    """Whether batches have text."""
+    return encode is not None or config.embedding_cache is not None
+
+
 def _make_batches(
-    config: DataConfig,
-    split: str,
-    encode: Optional[Encode],
-    process_index: int,
-    num_processes: int,
-    training: bool,
-) -> "BatchStream":
-    with_text = encode is not None or config.embedding_cache is not None
-    rows = open_rows(config, split, with_text)
-    stream = _stream_rows(rows, config, split, encode, process_index, num_processes, training)
-    stream.content = describe_data(rows, config) if training else None
-    return stream
-
-
-def _stream_rows(
     rows: Rows,
     config: DataConfig,
     split: str,
