@@ -51,16 +51,16 @@ def write_data(folder: Path, resolution: int, tokens: int, width: int) -> None:
     """Noise as images, and as text states in an embedding cache."""
     rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
     (folder / "data").mkdir()
-    writer = CacheWriter(folder / "cache", {"width": width, "max_length": tokens}, "bfloat16", 2**27)
     rows = []
-    for i in range(NUM_IMAGES):
-        Image.fromarray(rng.integers(0, 256, (resolution, resolution, 3), dtype=np.uint8)).save(
-            folder / "data" / f"{i}.png"
-        )
-        rows.append({"file_name": f"{i}.png", "text": f"caption {i}"})
-        length = 2 + i % (tokens - 1)
-        writer.add(f"caption {i}", torch.randn(length, width, generator=generator))
-    writer.flush()
+    with CacheWriter(folder / "cache", {"width": width, "max_length": tokens}, "bfloat16", 2**27) as writer:
+        for i in range(NUM_IMAGES):
+            Image.fromarray(rng.integers(0, 256, (resolution, resolution, 3), dtype=np.uint8)).save(
+                folder / "data" / f"{i}.png"
+            )
+            rows.append({"file_name": f"{i}.png", "text": f"caption {i}"})
+            length = 2 + i % (tokens - 1)
+            writer.add(f"caption {i}", torch.randn(length, width, generator=generator))
+        writer.flush()
     (folder / "data" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

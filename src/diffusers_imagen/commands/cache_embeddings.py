@@ -3,6 +3,7 @@
 import argparse
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Optional
 
@@ -91,6 +92,8 @@ def check_output_dir(folder: Path, data: Optional[str]) -> None:
     from ..training.cache_files import check_folder
 
     try:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(folder)  # a name that is too long, or a folder that may not be looked into
         place = folder.absolute()
         while not os.path.lexists(place):
             place = place.parent

@@ -1,0 +1,123 @@
+"""`diffusers-imagen cache-embeddings`: what is wrong is said in one line before any work is done."""
+
+import json
+import os
+
+import pytest
+
+from diffusers_imagen import cli
+from diffusers_imagen.training.cache_files import hold_cache
+from diffusers_imagen.training.embedding_cache import EmbeddingCache
+from diffusers_imagen.utils.errors import describe
+
+
+CAPTIONS = ["a red apple", "blue", None, "a face of a tiger", "blue"]
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch) -> str:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
+    (tmp_path / "data").mkdir()
+    rows = [{"file_name": f"{i}.png", "text": caption} for i, caption in enumerate(CAPTIONS)]
+    (tmp_path / "data" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(tmp_path / "data")
+
+
+@pytest.fixture
+def encoder(tokenizer, text_encoder, tmp_path) -> str:
+    tokenizer.save_pretrained(tmp_path / "te" / "tokenizer")
+    text_encoder.save_pretrained(tmp_path / "te" / "text_encoder")
+    return str(tmp_path / "te")
+
+
+def run(*arguments) -> int:
+    return cli.main(["cache-embeddings", *map(str, arguments)])
+
+
+def test_captions_that_are_missing_are_passed_over(data, encoder, tmp_path, capsys):
+    arguments = [tmp_path / "c", "--text_encoder", encoder, "--train_data_dir", data, "--device", "cpu"]
+    assert run(*arguments) == 0
+    assert "3 captions" in capsys.readouterr().out
+    cache = EmbeddingCache(tmp_path / "c")
+    assert len(cache) == 3 and all(caption in cache for caption in CAPTIONS if caption is not None)
+    with hold_cache(tmp_path / "c"):
+        assert run(*arguments) == 2
+        assert f"is '{tmp_path / 'c'}', which process {os.getpid()}" in capsys.readouterr().err
+    assert run(*arguments) == 0 and "; 0 added" in capsys.readouterr().out
+
+
+def test_verify_names_every_problem(data, encoder, tmp_path, capsys):
+    rows = [json.dumps({"file_name": f"{i}.png", "text": "a " * i + "red"}) + "\n" for i in range(3)]
+    (tmp_path / "data" / "metadata.jsonl").write_text("".join(rows))
+    source = ["--text_encoder", encoder, "--train_data_dir", data, "--device", "cpu"]
+    assert run(tmp_path / "c", *source, "--batch_size", "1", "--shard_size_mb", "1e-6") == 0
+    assert run(tmp_path / "c", "--verify") == 0 and "verified" in capsys.readouterr().out
+    (tmp_path / "c" / "shard-00000.safetensors").unlink()
+    path = tmp_path / "c" / "shard-00001.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x77")
+    assert run(tmp_path / "c", "--verify") == 2
+    error = capsys.readouterr().err
+    assert "shard-00000.safetensors is missing; shard-00001.safetensors has another checksum than" in error
+    assert "run cache-embeddings again to mend it" in error
+    assert run(tmp_path / "c", *source) == 0 and "; 2 added" in capsys.readouterr().out
+    assert run(tmp_path / "c", "--verify") == 0
+
+
+WRONG = {
+    "no number": (["--shard_size_mb", "nan"], "`shard_size_mb` is nan"),
+    "an endless shard": (["--shard_size_mb", "inf"], "`shard_size_mb` is inf"),
+    "a shard of nothing": (["--shard_size_mb", "0"], "`shard_size_mb` is 0"),
+    "a negative shard": (["--shard_size_mb", "-1"], "`shard_size_mb` is -1"),
+    "a negative batch": (["--batch_size", "-1"], "`batch_size` is -1"),
+    "a huge batch": (["--batch_size", "100000000"], "`batch_size` is 100000000"),
+    "no tokens": (["--tokenizer_max_length", "0"], "`tokenizer_max_length` is 0"),
+    "negative tokens": (["--tokenizer_max_length", "-5"], "`tokenizer_max_length` is -5"),
+    "a device of nobody": (["--device", "toaster"], "`device` is 'toaster', which cannot be used"),
+    "a device far away": (["--device", "cuda:99"], "`device` is 'cuda:99', which cannot be used"),
+    "a device without numbers": (["--device", "meta"], "`device` is 'meta', which cannot be used"),
+    "two data sets": (["--dataset_name", "a/b"], "and not both of them"),
+    "tar files and data": (["--nemo_tars", "a.tar"], "`nemo_tars` and `train_data_dir` are both given"),
+}
+
+
+@pytest.mark.parametrize("arguments, message", WRONG.values(), ids=WRONG)
+def test_wrong_arguments_are_refused_before_anything_is_read(tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.setattr("diffusers_imagen.training.data.sources.load_splits", None)
+    monkeypatch.setattr("diffusers_imagen.training.text.load_tokenizer", None)
+    assert run(tmp_path / "c", "--text_encoder", "a/b", "--train_data_dir", tmp_path / "data", *arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_folder_that_is_none_is_refused_before_anything_is_read(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("diffusers_imagen.training.data.sources.load_splits", None)
+    (tmp_path / "file").write_text("all my work")
+    (tmp_path / "data").mkdir()
+    for output, message in (
+        ("file", "neither an empty folder nor a cache"),
+        ("file/c", f"'{tmp_path / 'file'}' is no folder"),
+        ("a" * 300, "which cannot be used: File name too long"),
+        ("data/c", "where its files would be read as data"),
+    ):
+        assert run(tmp_path / output, "--text_encoder", "a/b", "--train_data_dir", tmp_path / "data") == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+    assert sorted(os.listdir(tmp_path)) == ["data", "file"] and (tmp_path / "file").read_text() == "all my work"
+
+
+def test_nemo_files_that_are_none_are_refused(tmp_path, capsys):
+    assert run(tmp_path / "c", "--nemo_tars", tmp_path, "--tokenizer_max_length", "4") == 2
+    assert f"`nemo_tars` has '{tmp_path}', which is no file" in capsys.readouterr().err
+    (tmp_path / "a.tar").write_bytes(b"all my work")
+    assert run(tmp_path / "c", "--nemo_tars", tmp_path / "a.tar", "--tokenizer_max_length", "4") == 2
+    assert "a.tar' cannot be read as a tar file" in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()
+
+
+def test_an_error_of_a_worker_is_one_line_without_its_traceback():
+    text = (
+        "Caught ValueError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+        "  File \"a.py\", line 1, in f\nValueError: `embedding_cache` 'c': shard-00000.safetensors has: that.\n"
+    )
+    assert describe(ValueError(text)) == "`embedding_cache` 'c': shard-00000.safetensors has: that."
