@@ -18,8 +18,8 @@ They take turns within one run, so that a ratio compares times of the same minut
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from types import MethodType
-from typing import Callable
 
 import torch
 import torch.nn.functional as F

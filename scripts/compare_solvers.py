@@ -7,8 +7,9 @@ drawn from seeds. The error is the mean absolute distance to the exact trajector
 
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import torch
 from diffusers import EDMDPMSolverMultistepScheduler, EDMEulerScheduler

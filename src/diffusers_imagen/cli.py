@@ -1,7 +1,6 @@
 """The command `diffusers-imagen`."""
 
 import sys
-from typing import Optional
 
 from . import __version__
 from .commands import cache_embeddings, convert_config, demo, doctor, generate, inpaint, reconstruct_ema, upscale
@@ -9,7 +8,7 @@ from .commands.arguments import Parser, check_numbers
 from .utils.errors import run_to_exit_code
 
 
-def main(argv: Optional[list[str]] = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Runs a command.
 
     Returns:
@@ -17,7 +16,7 @@ def main(argv: Optional[list[str]] = None) -> int:
         cannot be parsed ends in SystemExit with code 2.
     """
 
-    def run() -> Optional[int]:
+    def run() -> int | None:
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
         args = make_parser().parse_args(argv)
         check_numbers(args)

@@ -3,7 +3,6 @@
 import os
 import tempfile
 from pathlib import Path
-from typing import Optional, Union
 
 from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
 from huggingface_hub import create_repo
@@ -50,13 +49,13 @@ class ModelCardMixin:
 
     def save_pretrained(
         self,
-        save_directory: Union[str, os.PathLike],
+        save_directory: str | os.PathLike,
         safe_serialization: bool = True,
-        variant: Optional[str] = None,
-        max_shard_size: Union[int, str, None] = None,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
         push_to_hub: bool = False,
         **kwargs,
-    ) -> Optional[str]:
+    ) -> str | None:
         r"""
         Saves all components to a folder. See [`DiffusionPipeline.save_pretrained`].
 
@@ -89,13 +88,13 @@ class ModelCardMixin:
     def push_to_hub(
         self,
         repo_id: str,
-        commit_message: Optional[str] = None,
-        private: Optional[bool] = None,
-        token: Optional[str] = None,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
         create_pr: bool = False,
         safe_serialization: bool = True,
-        variant: Optional[str] = None,
-        subfolder: Optional[str] = None,
+        variant: str | None = None,
+        subfolder: str | None = None,
     ) -> str:
         r"""
         Uploads all components, with the repository's model card or, if it has none, a new one.
@@ -127,7 +126,7 @@ class ModelCardMixin:
                 subfolder=subfolder,
             )
 
-    def save_model_card(self, folder: Union[str, os.PathLike], repo_id: str, token: Optional[str] = None) -> None:
+    def save_model_card(self, folder: str | os.PathLike, repo_id: str, token: str | None = None) -> None:
         """Completes the folder's card, else the repository's, else a new one, and writes it to the folder.
 
         What a card says stays; `library_name`, `pipeline_tag` and tags that it lacks are added.

@@ -10,8 +10,9 @@ import queue
 import random
 import re
 import threading
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Iterator, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import gradio as gr
 import torch
@@ -110,7 +111,7 @@ def draw(pipe: ImagenCascadePipeline, prompt: str, **arguments: Any) -> Iterator
     events: queue.Queue = queue.Queue()
     stopped = threading.Event()
     finished: dict[int, list[Image.Image]] = {}
-    last: Optional[torch.Tensor] = None
+    last: torch.Tensor | None = None
 
     def on_step_end(pipe, step, timestep, tensors):
         nonlocal last

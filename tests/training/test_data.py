@@ -1,7 +1,6 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Optional
 
 import numpy as np
 import pytest
@@ -96,7 +95,7 @@ def test_rows_of_a_split_and_a_style(imagefolder, split, styles, expected):
     assert len(open_images(make_config(imagefolder, styles=styles), split).images) == len(expected)
 
 
-def weights_of_rows(folder, **kwargs) -> Optional[list[float]]:
+def weights_of_rows(folder, **kwargs) -> list[float] | None:
     config = make_config(folder, **kwargs)
     weights = draw_weights(open_rows(config, "train").data, config)
     return None if weights is None else weights.tolist()

@@ -2,7 +2,7 @@
 
 import argparse
 import difflib
-from typing import Any, NamedTuple, NoReturn, Optional, Union
+from typing import Any, NamedTuple, NoReturn
 
 
 USAGE = 2
@@ -14,8 +14,8 @@ class Range(NamedTuple):
 
     flag: str
     name: str  # of the argument in messages
-    lowest: Union[int, float]
-    highest: Union[int, float]
+    lowest: int | float
+    highest: int | float
 
     def check(self, value: Any) -> None:
         """Raises ValueError for a number outside, or NaN."""
@@ -38,7 +38,7 @@ class Parser(argparse.ArgumentParser):
         self.set_defaults(ranges=self.ranges)
 
     def add_number(
-        self, flag: str, kind: type, lowest: float, highest: float, name: Optional[str] = None, **kwargs
+        self, flag: str, kind: type, lowest: float, highest: float, name: str | None = None, **kwargs
     ) -> None:
         """Adds an option that takes numbers of a kind, from `lowest` to `highest`; see `check_numbers`.
 
@@ -79,7 +79,7 @@ def check_numbers(args: argparse.Namespace) -> None:
                 range.check(value)
 
 
-def check_prompt(name: str, prompt: Optional[str]) -> None:
+def check_prompt(name: str, prompt: str | None) -> None:
     """Raises ValueError for a prompt that no tokenizer reads."""
     if prompt is None:
         return

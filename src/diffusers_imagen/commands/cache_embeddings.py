@@ -5,7 +5,6 @@ import os
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Optional
 
 from .common import check_device
 
@@ -87,7 +86,7 @@ def check_sources(args: argparse.Namespace) -> None:
             raise ValueError(f"`nemo_tars` has '{path}', which is no file.")
 
 
-def check_output_dir(folder: Path, data: Optional[str]) -> None:
+def check_output_dir(folder: Path, data: str | None) -> None:
     """Refuses a folder in which no cache can be built, before anything is read."""
     from ..training.cache_files import check_folder
 

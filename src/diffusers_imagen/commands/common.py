@@ -4,8 +4,8 @@ import argparse
 import math
 import re
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable, Union
 
 import torch
 from diffusers.utils import make_image_grid
@@ -229,6 +229,6 @@ def save_image(image: Image.Image, path: Path) -> None:
         image.save(partial, format=FORMATS[path.suffix.lower()])
 
 
-def scalar_or_list(values: Union[list, dict]):
+def scalar_or_list(values: list | dict):
     """A single value serves all stages; several are one a stage."""
     return values[0] if isinstance(values, list) and len(values) == 1 else values

@@ -6,7 +6,7 @@ A NeMo key is read in three parts, each with a table: where the block sits, whic
 import re
 from collections.abc import Mapping
 from itertools import count, islice
-from typing import Any, Union
+from typing import Any
 
 import torch
 
@@ -146,7 +146,7 @@ FLAGS = (
 
 def load_nemo_unet(
     model_config: dict[str, Any], state_dict: dict[str, torch.Tensor]
-) -> Union[ImagenUNetModel, EfficientUNetModel]:
+) -> ImagenUNetModel | EfficientUNetModel:
     """Builds the network of a NeMo `model:` configuration and loads its weights.
 
     Args:
@@ -192,7 +192,7 @@ def load_nemo_unet(
     return model
 
 
-def unet_from_nemo_config(model_config: dict[str, Any]) -> Union[ImagenUNetModel, EfficientUNetModel]:
+def unet_from_nemo_config(model_config: dict[str, Any]) -> ImagenUNetModel | EfficientUNetModel:
     """The network that NeMo's `model:` configuration describes, with random weights.
 
     Options that the configuration leaves out have NeMo's defaults.
@@ -371,7 +371,7 @@ def _efficient_positions(model: EfficientUNetModel) -> dict[str, str]:
     return positions
 
 
-def _convert_key(name: str, positions: dict[str, str], stacked: bool) -> Union[list[str], None]:
+def _convert_key(name: str, positions: dict[str, str], stacked: bool) -> list[str] | None:
     """Our names for a NeMo name, or None if it has no place."""
     nemo_position = _longest_prefix(name, positions)
     if nemo_position is None:
@@ -397,7 +397,7 @@ def _convert_key(name: str, positions: dict[str, str], stacked: bool) -> Union[l
     return [f"{position}.{layer}.{parameter}" for layer in ([targets] if isinstance(targets, str) else targets)]
 
 
-def _longest_prefix(name: str, table: dict[str, Any]) -> Union[str, None]:
+def _longest_prefix(name: str, table: dict[str, Any]) -> str | None:
     """The longest key of the table that is `name` or a dotted beginning of it."""
     parts = name.split(".")
     prefixes = (".".join(parts[:end]) for end in range(len(parts), 0, -1))

@@ -6,7 +6,7 @@ is refused.
 
 import re
 from collections.abc import Iterator
-from typing import Any, NamedTuple, NoReturn, Optional
+from typing import Any, NamedTuple, NoReturn
 
 from .nemo_entries import ENTRIES, SECTIONS, shorten
 
@@ -294,7 +294,7 @@ def crop_side(nemo: Entries, name: str, resolution: int) -> int:
     return int(sides[1])
 
 
-def to_be_given(settings: dict[str, Any], network: Optional[str] = None) -> list[str]:
+def to_be_given(settings: dict[str, Any], network: str | None = None) -> list[str]:
     """What a run needs beside the settings."""
     needed = ["train_data_dir or dataset_name", "text_encoder or embedding_cache"]
     return (

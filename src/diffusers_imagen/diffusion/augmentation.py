@@ -2,15 +2,13 @@
 and Saharia et al. 2022 (Imagen, arXiv 2205.11487), section 2.4; in the EDM form.
 """
 
-from typing import Union
-
 import torch
 
 from . import edm
 
 
 def augment_low_res(
-    low_res: torch.Tensor, sigma: Union[float, torch.Tensor], noise: torch.Tensor, sigma_data: float = 0.5
+    low_res: torch.Tensor, sigma: float | torch.Tensor, noise: torch.Tensor, sigma_data: float = 0.5
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The low-resolution image with noise of level `sigma`, and the value that tells the network how much.
 

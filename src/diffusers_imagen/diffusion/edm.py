@@ -10,7 +10,7 @@ says otherwise.
 """
 
 import math
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 
@@ -92,7 +92,7 @@ def check_sigma_range(sigma_min: float, sigma_max: float) -> None:
 
 
 def churned_sigmas(
-    sigmas: torch.Tensor, s_churn: float, s_min: float = 0.0, s_max: Optional[float] = None
+    sigmas: torch.Tensor, s_churn: float, s_min: float = 0.0, s_max: float | None = None
 ) -> torch.Tensor:
     """The raised levels `sigma_hat` at which Algorithm 2 calls the network; equal to `sigmas` where it does not churn.
 
@@ -106,8 +106,8 @@ def churned_sigmas(
 
 def draw_uniform(
     batch_size: int,
-    generator: Optional[torch.Generator] = None,
-    device: Optional[torch.device] = None,
+    generator: torch.Generator | None = None,
+    device: torch.device | None = None,
     stratified: bool = False,
 ) -> torch.Tensor:
     """Times for training, uniform in [0, 1): `(batch_size,)` in float32.
@@ -129,8 +129,8 @@ def draw_sigma(
     batch_size: int,
     p_mean: float = -1.2,
     p_std: float = 1.2,
-    generator: Optional[torch.Generator] = None,
-    device: Optional[torch.device] = None,
+    generator: torch.Generator | None = None,
+    device: torch.device | None = None,
     stratified: bool = False,
 ) -> torch.Tensor:
     """Noise levels for training, `ln(sigma) ~ Normal(p_mean, p_std^2)` (Karras et al. 2022, table 1): `(batch_size,)`.

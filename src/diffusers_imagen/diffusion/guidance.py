@@ -4,16 +4,12 @@ Predictions are `(B, ...)` in any floating dtype. Guidance commutes with every a
 so raw outputs, noise, velocities and denoised images may be combined alike, as long as no thresholding came before.
 """
 
-from typing import Union
-
 import torch
 
 from .edm import per_sample
 
 
-def classifier_free_guidance(
-    cond: torch.Tensor, uncond: torch.Tensor, scale: Union[float, torch.Tensor]
-) -> torch.Tensor:
+def classifier_free_guidance(cond: torch.Tensor, uncond: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
     """`uncond + scale * (cond - uncond)`; `scale` is a number, or `(B,)` for one a sample. 1 is no guidance.
 
     Raises:

@@ -10,7 +10,7 @@ Images are `(B, ...)` in any floating dtype, and inputs and targets come back in
 weights are in float32, or float64 for levels in float64.
 """
 
-from typing import Literal, NamedTuple, Optional
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -45,7 +45,7 @@ def continuous_ddpm_example(
     noise: torch.Tensor,
     log_snr: torch.Tensor,
     prediction_type: continuous_ddpm.PredictionType = "epsilon",
-    snr_gamma: Optional[float] = None,
+    snr_gamma: float | None = None,
 ) -> Example:
     """Input, target and weight of a variance-preserving network that predicts noise, image or velocity.
 

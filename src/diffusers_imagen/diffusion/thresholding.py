@@ -4,7 +4,6 @@ Images are `(B, ...)` with values meant for [-1, 1], in any floating dtype, and 
 """
 
 import math
-from typing import Optional
 
 import torch
 
@@ -14,7 +13,7 @@ def static_threshold(x_0: torch.Tensor, limit: float = 1.0) -> torch.Tensor:
     return x_0.clamp(-limit, limit)
 
 
-def dynamic_threshold(x_0: torch.Tensor, ratio: float = 0.995, max_value: Optional[float] = None) -> torch.Tensor:
+def dynamic_threshold(x_0: torch.Tensor, ratio: float = 0.995, max_value: float | None = None) -> torch.Tensor:
     """`x_0` clamped to `[-s, s]` and divided by s, which is the `ratio` quantile of its image's |x_0|, at least 1.
 
     `max_value` is an upper bound of s; with 1 the result is that of static thresholding.
@@ -30,7 +29,7 @@ def dynamic_threshold(x_0: torch.Tensor, ratio: float = 0.995, max_value: Option
     return (x.clamp(-s, s) / s).to(x_0.dtype)
 
 
-def check_dynamic_threshold(ratio: float, max_value: Optional[float]) -> None:
+def check_dynamic_threshold(ratio: float, max_value: float | None) -> None:
     """Raises ValueError for settings that `dynamic_threshold` cannot have."""
     if not 0 < ratio <= 1:
         raise ValueError(f"the quantile of dynamic thresholding must lie in (0, 1], got {ratio}")

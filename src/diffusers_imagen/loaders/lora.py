@@ -1,11 +1,11 @@
 """LoRA adapters for every stage of a pipeline, in one file of weights."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import Any, Callable, Optional, Union
+from typing import Any
 
 import torch
 from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
@@ -49,11 +49,11 @@ class ImagenLoraLoaderMixin(AdaptersMixin):
     @classmethod
     def lora_state_dict(
         cls,
-        pretrained_model_name_or_path_or_dict: Union[str, os.PathLike, StateDict],
-        metadata: Optional[dict[str, Any]] = None,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike | StateDict,
+        metadata: dict[str, Any] | None = None,
         return_lora_metadata: bool = False,
         **kwargs,
-    ) -> Union[StateDict, tuple[StateDict, Optional[dict[str, Any]]]]:
+    ) -> StateDict | tuple[StateDict, dict[str, Any] | None]:
         r"""
         Reads the weights of adapters, under the keys that they were saved with.
 
@@ -93,9 +93,9 @@ class ImagenLoraLoaderMixin(AdaptersMixin):
 
     def load_lora_weights(
         self,
-        pretrained_model_name_or_path_or_dict: Union[str, os.PathLike, StateDict],
-        adapter_name: Optional[str] = None,
-        component: Optional[str] = None,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike | StateDict,
+        adapter_name: str | None = None,
+        component: str | None = None,
         hotswap: bool = False,
         low_cpu_mem_usage: bool = True,
         **kwargs,
@@ -156,10 +156,10 @@ class ImagenLoraLoaderMixin(AdaptersMixin):
     @classmethod
     def save_lora_weights(
         cls,
-        save_directory: Union[str, os.PathLike],
-        weight_name: Optional[str] = None,
+        save_directory: str | os.PathLike,
+        weight_name: str | None = None,
         is_main_process: bool = True,
-        save_function: Optional[Callable] = None,
+        save_function: Callable | None = None,
         safe_serialization: bool = True,
         **lora: Any,
     ) -> None:
@@ -212,9 +212,9 @@ class ImagenLoraLoaderMixin(AdaptersMixin):
 
     def save_lora_adapter(
         self,
-        save_directory: Union[str, os.PathLike],
-        adapter_name: Optional[str] = None,
-        weight_name: Optional[str] = None,
+        save_directory: str | os.PathLike,
+        adapter_name: str | None = None,
+        weight_name: str | None = None,
     ) -> None:
         r"""
         Writes an adapter of this pipeline, of all stages that have it, with its configuration.
@@ -257,7 +257,7 @@ class ImagenLoraLoaderMixin(AdaptersMixin):
                         _maybe_remove_and_reapply_group_offloading(component)
 
     def _adapters_of(
-        self, state_dict: StateDict, metadata: Optional[dict[str, Any]], component: Optional[str]
+        self, state_dict: StateDict, metadata: dict[str, Any] | None, component: str | None
     ) -> dict[str, Adapter]:
         """What each network gets; a stage that this pipeline lacks is left out, with a warning."""
         present = self._lora_unets()
@@ -288,7 +288,7 @@ class ImagenLoraLoaderMixin(AdaptersMixin):
             adapters[name] = make_adapter(name, present[name], updates[place], config)
         return adapters
 
-    def _known_prefixes(self, state_dict: StateDict, component: Optional[str]) -> list[str]:
+    def _known_prefixes(self, state_dict: StateDict, component: str | None) -> list[str]:
         """What keys may begin with; with `component`, any name that all of them begin with."""
         known = list(self._lora_loadable_modules)
         if component is not None:
@@ -330,14 +330,14 @@ def check_options(options: dict[str, Any]) -> None:
         raise ValueError(f"`use_safetensors` is {str(options['use_safetensors'])[:80]!r}, but should be a bool.")
 
 
-def config_of(metadata: Optional[dict[str, Any]], place: str) -> dict[str, Any]:
+def config_of(metadata: dict[str, Any] | None, place: str) -> dict[str, Any]:
     """The configuration of a component's weights, or the one that names no component, as peft's does."""
     metadata = metadata or {}
     own = {key.removeprefix(f"{place}."): value for key, value in metadata.items() if key.startswith(f"{place}.")}
     return own or {key: value for key, value in metadata.items() if "." not in key}
 
 
-def check_adapter_name(adapter_name: Optional[str], unets: dict[str, ConditionalUNet], hotswap: bool) -> None:
+def check_adapter_name(adapter_name: str | None, unets: dict[str, ConditionalUNet], hotswap: bool) -> None:
     """Checks a name for an adapter, before its weights are looked for.
 
     Raises:
@@ -350,7 +350,7 @@ def check_adapter_name(adapter_name: Optional[str], unets: dict[str, Conditional
         raise ValueError(f"`adapter_name` is {adapter_name!r}, which `hotswap` cannot replace: there is {taken}.")
 
 
-def choose_adapter_name(adapter_name: Optional[str], unets: dict[str, ConditionalUNet], hotswap: bool) -> str:
+def choose_adapter_name(adapter_name: str | None, unets: dict[str, ConditionalUNet], hotswap: bool) -> str:
     """The given name, or the first default that no network uses.
 
     Raises:
@@ -367,7 +367,7 @@ def choose_adapter_name(adapter_name: Optional[str], unets: dict[str, Conditiona
     return next(name for name in map("default_{}".format, count()) if name not in used)
 
 
-def plain_weights(argument: str, layers: Union[StateDict, torch.nn.Module]) -> StateDict:
+def plain_weights(argument: str, layers: StateDict | torch.nn.Module) -> StateDict:
     """Weights to save, under keys without what torch.compile puts into them.
 
     Raises:
@@ -382,11 +382,11 @@ def plain_weights(argument: str, layers: Union[StateDict, torch.nn.Module]) -> S
 
 
 def check_serialization(
-    save_directory: Union[str, os.PathLike],
-    weight_name: Optional[str],
-    save_function: Optional[Callable],
+    save_directory: str | os.PathLike,
+    weight_name: str | None,
+    save_function: Callable | None,
     safe_serialization: bool,
-    configs: dict[str, Optional[dict[str, Any]]],
+    configs: dict[str, dict[str, Any] | None],
 ) -> None:
     """Checks how weights are to be written.
 

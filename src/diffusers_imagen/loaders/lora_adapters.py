@@ -1,9 +1,9 @@
 """What is done with adapters that a pipeline's networks have: weighed, fused, put aside, taken out."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from typing import Any, Callable, Optional, Union
+from typing import Any
 
 import torch
 from diffusers.loaders import lora_base
@@ -21,8 +21,8 @@ class AdaptersMixin(LoraBaseMixin):
 
     def set_adapters(
         self,
-        adapter_names: Union[list[str], str],
-        adapter_weights: Union[float, dict[str, Any], list[Union[float, dict[str, Any]]], None] = None,
+        adapter_names: list[str] | str,
+        adapter_weights: float | dict[str, Any] | list[float | dict[str, Any]] | None = None,
     ) -> None:
         r"""
         Activates adapters, and no others, with weights.
@@ -45,10 +45,10 @@ class AdaptersMixin(LoraBaseMixin):
 
     def fuse_lora(
         self,
-        components: Optional[list[str]] = None,
+        components: list[str] | None = None,
         lora_scale: float = 1.0,
         safe_fusing: bool = False,
-        adapter_names: Optional[list[str]] = None,
+        adapter_names: list[str] | None = None,
     ) -> None:
         r"""
         Adds the adapters to the networks' own weights, which makes them as fast as without.
@@ -69,7 +69,7 @@ class AdaptersMixin(LoraBaseMixin):
         finally:
             self._merged_adapters = networks._merged_adapters
 
-    def unfuse_lora(self, components: Optional[list[str]] = None) -> None:
+    def unfuse_lora(self, components: list[str] | None = None) -> None:
         r"""
         Takes fused adapters out of the networks' weights again, up to rounding.
 
@@ -92,7 +92,7 @@ class AdaptersMixin(LoraBaseMixin):
         """Makes the networks run with their adapters again."""
         self._networks().enable_lora()
 
-    def delete_adapters(self, adapter_names: Union[list[str], str]) -> None:
+    def delete_adapters(self, adapter_names: list[str] | str) -> None:
         """Takes adapters of these names out of all networks."""
         self._networks().delete_adapters(self._checked_adapters(adapter_names))
 
@@ -108,7 +108,7 @@ class AdaptersMixin(LoraBaseMixin):
         """The names of all adapters by component."""
         return self._networks().get_list_adapters()
 
-    def set_lora_device(self, adapter_names: Union[list[str], str], device: Union[torch.device, str, int]) -> None:
+    def set_lora_device(self, adapter_names: list[str] | str, device: torch.device | str | int) -> None:
         """Moves adapters to a device, as to the CPU while they are not active."""
         self._networks().set_lora_device(self._checked_adapters(adapter_names), device)
 
@@ -130,7 +130,7 @@ class AdaptersMixin(LoraBaseMixin):
         require_peft()
         return LoraNetworks(self._lora_unets(), self._merged_adapters)
 
-    def _checked_components(self, components: Optional[list[str]]) -> list[str]:
+    def _checked_components(self, components: list[str] | None) -> list[str]:
         """Those of the components that are here; all if None."""
         present = list(self._lora_unets())
         if components is None:
@@ -142,7 +142,7 @@ class AdaptersMixin(LoraBaseMixin):
             raise ValueError(f"`components` is {components}, but should be among {present}.")
         return found
 
-    def _checked_adapters(self, adapter_names: Union[list[str], str]) -> list[str]:
+    def _checked_adapters(self, adapter_names: list[str] | str) -> list[str]:
         """Names of adapters as a list."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         if not isinstance(names, (list, tuple)) or not names or not all(isinstance(name, str) for name in names):

@@ -4,7 +4,7 @@ import math
 import re
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import nn
@@ -151,7 +151,7 @@ def adaptable_layers(unet: nn.Module) -> dict[str, tuple[str, nn.Module]]:
 
 
 def make_adapter(
-    component: str, unet: nn.Module, updates: dict[str, Update], config: Optional[dict[str, Any]]
+    component: str, unet: nn.Module, updates: dict[str, Update], config: dict[str, Any] | None
 ) -> Adapter:
     """What peft loads into a network.
 
@@ -278,8 +278,8 @@ class Settings:
     """What a configuration says about ranks and scaling; nothing of it is imported, fetched or run."""
 
     component: str
-    rank: Optional[int]
-    lora_alpha: Optional[float]
+    rank: int | None
+    lora_alpha: float | None
     rank_pattern: dict[str, int]
     alpha_pattern: dict[str, float]
     kept: dict[str, Any]
@@ -343,7 +343,7 @@ class Settings:
         return int(alpha) if alpha == alpha.round() else alpha.item()
 
 
-def number(config: dict[str, Any], name: str, component: str) -> Optional[float]:
+def number(config: dict[str, Any], name: str, component: str) -> float | None:
     """A setting that is a finite number, or not there."""
     value = config.get(name)
     if value is None:
@@ -378,7 +378,7 @@ def patterns(config: dict[str, Any], name: str, component: str) -> dict[str, flo
     return {str(pattern): value for pattern, value in found.items()}
 
 
-def matching(found: dict[str, float], layer: str, default: Optional[float]) -> Optional[float]:
+def matching(found: dict[str, float], layer: str, default: float | None) -> float | None:
     """The number whose pattern matches the end of a layer's name, as peft matches it."""
     for pattern, value in found.items():
         plain = pattern.removeprefix("^")

@@ -4,7 +4,7 @@ import json
 import os
 import zipfile
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME, LORA_WEIGHT_NAME_SAFE
@@ -18,7 +18,7 @@ from ..utils.files import read_json_object
 
 
 StateDict = dict[str, torch.Tensor]
-Metadata = Optional[dict[str, Any]]
+Metadata = dict[str, Any] | None
 
 SOURCE = "pretrained_model_name_or_path_or_dict"
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -27,7 +27,7 @@ NO_ADAPTER = ("scheduler", "optimizer", "checkpoint")  # in the names of files, 
 
 
 def read_source(
-    source: str, weight_name: Optional[str], use_safetensors: Optional[bool], has_metadata: bool = False, **hub: Any
+    source: str, weight_name: str | None, use_safetensors: bool | None, has_metadata: bool = False, **hub: Any
 ) -> tuple[StateDict, Metadata]:
     """The weights, and the configuration that came with them: in the file, or beside it as peft writes it.
 
@@ -58,7 +58,7 @@ def read_source(
     return state_dict, metadata
 
 
-def choose_name(names: list[str], use_safetensors: Optional[bool], place: str) -> str:
+def choose_name(names: list[str], use_safetensors: bool | None, place: str) -> str:
     """The file among others that has an adapter's weights.
 
     Raises:
@@ -81,7 +81,7 @@ def choose_name(names: list[str], use_safetensors: Optional[bool], place: str) -
 
 
 def download(
-    source: str, weight_name: Optional[str], use_safetensors: Optional[bool], hub: dict[str, Any]
+    source: str, weight_name: str | None, use_safetensors: bool | None, hub: dict[str, Any]
 ) -> tuple[Path, Path]:
     """Weights and peft's configuration, which may not be there, from the Hub or its cache."""
     try:
@@ -102,7 +102,7 @@ def download(
     return file, config
 
 
-def guess_name(source: str, use_safetensors: Optional[bool], hub: dict[str, Any]) -> str:
+def guess_name(source: str, use_safetensors: bool | None, hub: dict[str, Any]) -> str:
     """The name of the file of weights in a repository, or without a network the one that training writes."""
     if hub.get("local_files_only") or constants.HF_HUB_OFFLINE:
         return LORA_WEIGHT_NAME if use_safetensors is False else LORA_WEIGHT_NAME_SAFE

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Union
+from typing import Any
 
 import torch
 from torch import nn
@@ -163,7 +163,7 @@ def weights_by_layer(unet: nn.Module, weights: dict[str, Any], component: str) -
     Raises:
         ValueError: If a weight is no number, or no layer has the name.
     """
-    flat: dict[str, Union[float, Any]] = {}
+    flat: dict[str, float | Any] = {}
     for name, weight in weights.items():
         named = [name, *weight] if isinstance(weight, dict) else [name]
         if not all(isinstance(part, str) for part in named):

@@ -3,7 +3,7 @@
 Shapes: B batch, C channels, N = H * W image tokens, L text tokens, D width of the text context.
 """
 
-from typing import Literal, Optional, Union
+from typing import Literal
 
 import torch
 from diffusers.models.attention import AttentionModuleMixin, FeedForward
@@ -14,7 +14,7 @@ from .embeddings import TextContext, TextKeyValue
 
 
 AttentionType = Literal["self", "cross", "stacked", "fused"]
-AttendedText = Union[TextKeyValue, TextContext]
+AttendedText = TextKeyValue | TextContext
 
 
 def image_to_tokens(image: torch.Tensor) -> torch.Tensor:
@@ -34,7 +34,7 @@ class ImagenAttnProcessor:
     _parallel_config = None
 
     def __call__(
-        self, attn: "ImagenAttention", hidden_states: torch.Tensor, text: Optional[AttendedText] = None
+        self, attn: "ImagenAttention", hidden_states: torch.Tensor, text: AttendedText | None = None
     ) -> torch.Tensor:
         query, key, value, mask = attn.project(hidden_states, text)
         out = dispatch_attention_fn(
@@ -51,7 +51,7 @@ class StableImagenAttnProcessor:
     """
 
     def __call__(
-        self, attn: "ImagenAttention", hidden_states: torch.Tensor, text: Optional[AttendedText] = None
+        self, attn: "ImagenAttention", hidden_states: torch.Tensor, text: AttendedText | None = None
     ) -> torch.Tensor:
         query, key, value, mask = attn.project(hidden_states, text)
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, heads, N or M, C / heads)
@@ -101,7 +101,7 @@ class ImagenAttention(nn.Module, AttentionModuleMixin):
         channels: int,
         heads: int,
         attention_type: Literal["self", "cross", "fused"],
-        context_dim: Optional[int] = None,
+        context_dim: int | None = None,
         norm_num_groups: int = 32,
     ):
         super().__init__()
@@ -140,8 +140,8 @@ class ImagenAttention(nn.Module, AttentionModuleMixin):
         return TextKeyValue(key, value, mask)
 
     def project(
-        self, hidden_states: torch.Tensor, text: Optional[AttendedText]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Optional[torch.Tensor]]:
+        self, hidden_states: torch.Tensor, text: AttendedText | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Query, key and value `(B, N or M, heads, C / heads)`, and a mask `(B, 1, 1, M)`, which every backend takes."""
         if isinstance(text, TextContext):
             text = self.project_text(text)
@@ -164,7 +164,7 @@ class ImagenAttention(nn.Module, AttentionModuleMixin):
         out = self.to_out[0](out.flatten(2).to(hidden_states.dtype))  # (B, N, C)
         return hidden_states + tokens_to_image(out, like=hidden_states)
 
-    def forward(self, hidden_states: torch.Tensor, text: Optional[AttendedText] = None) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, text: AttendedText | None = None) -> torch.Tensor:
         return self.processor(self, hidden_states, text)
 
 
@@ -187,7 +187,7 @@ class StackedAttention(nn.Module):
         """Keys and values of the text context, for the cross-attention."""
         return self.attn2.project_text(text)
 
-    def forward(self, hidden_states: torch.Tensor, text: Optional[AttendedText] = None) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, text: AttendedText | None = None) -> torch.Tensor:
         h = self.proj_in(self.norm(hidden_states))  # (B, C, H, W)
         h = self.attn1(h)
         h = self.attn2(h, text)
@@ -199,9 +199,9 @@ def make_attention(
     attention_type: AttentionType,
     channels: int,
     heads: int,
-    context_dim: Optional[int],
+    context_dim: int | None,
     norm_num_groups: int,
-) -> Union[ImagenAttention, StackedAttention]:
+) -> ImagenAttention | StackedAttention:
     """The attention block of a level. Without text (`context_dim` None) every type is self-attention."""
     if context_dim is None:
         return ImagenAttention(channels, heads, "self", norm_num_groups=norm_num_groups)

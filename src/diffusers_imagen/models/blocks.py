@@ -4,8 +4,9 @@ Shapes: B batch, C channels, H x W pixels, T width of the time embedding.
 """
 
 import functools
+from collections.abc import Callable
 from types import FunctionType, MethodType
-from typing import Any, Callable, Literal, Optional
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -48,8 +49,8 @@ class ResBlock(nn.Module):
         time_scale_shift: TimeScaleShift = "scale_shift",
         dropout: float = 0.0,
         norm_num_groups: int = 32,
-        resample: Optional[Literal["down", "up"]] = None,
-        shortcut_scale: Optional[float] = None,
+        resample: Literal["down", "up"] | None = None,
+        shortcut_scale: float | None = None,
     ):
         super().__init__()
         self.scale_shift = time_scale_shift == "scale_shift"
@@ -92,7 +93,7 @@ class ResBlock(nn.Module):
 class ImagenBlock(nn.Module):
     """Residual blocks, then attention where the level has it: the unit that is checkpointed and compiled."""
 
-    def __init__(self, resnets: list[ResBlock], attention: Optional[nn.Module] = None):
+    def __init__(self, resnets: list[ResBlock], attention: nn.Module | None = None):
         super().__init__()
         self.resnets = nn.ModuleList(resnets)
         self.attention = attention
@@ -113,7 +114,7 @@ class ImagenBlock(nn.Module):
         self._compiled_call_impl = torch.compile(MethodType(call_for(shapes), self), *args, **kwargs)
 
     def forward(
-        self, hidden_states: torch.Tensor, temb: torch.Tensor, text: Optional[AttendedText] = None
+        self, hidden_states: torch.Tensor, temb: torch.Tensor, text: AttendedText | None = None
     ) -> torch.Tensor:
         for resnet in self.resnets:
             hidden_states = resnet(hidden_states, temb)

@@ -6,7 +6,7 @@ that make one.
 
 import math
 from collections.abc import Sequence
-from typing import Any, Union
+from typing import Any
 
 import torch
 
@@ -147,7 +147,7 @@ def check_image(name: str, image: Any, channels: int) -> None:
         raise ValueError(f"`{name}` has shape {tuple(image.shape)}, but should be (batch, {channels}, height, width).")
 
 
-def per_sample(name: str, value: Union[torch.Tensor, float, int], sample: torch.Tensor) -> torch.Tensor:
+def per_sample(name: str, value: torch.Tensor | float | int, sample: torch.Tensor) -> torch.Tensor:
     """A conditioning value as `(B,)` in float32.
 
     Raises:

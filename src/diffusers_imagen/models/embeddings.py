@@ -5,7 +5,8 @@ embedding.
 """
 
 import math
-from typing import Iterable, Literal, NamedTuple, Optional, Union
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
 
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
@@ -20,28 +21,28 @@ class TextKeyValue(NamedTuple):
 
     key: torch.Tensor  # (B, L, C)
     value: torch.Tensor  # (B, L, C)
-    mask: Optional[torch.Tensor]  # (B, L), True where a token counts; None where all do
+    mask: torch.Tensor | None  # (B, L), True where a token counts; None where all do
 
 
 class TextContext(NamedTuple):
     """The text as all attention layers read it, each of which makes keys and values of it."""
 
     tokens: torch.Tensor  # (B, L, D)
-    mask: Optional[torch.Tensor]  # (B, L), True where a token counts; None where all do
+    mask: torch.Tensor | None  # (B, L), True where a token counts; None where all do
 
 
 class TextConditioning(NamedTuple):
     """All that a network computes from a prompt and not from the noise level: made once, used at every step."""
 
-    pooled: Optional[torch.Tensor]  # (B, T), added to the time embedding
-    texts: Iterable[Union[TextKeyValue, TextContext]]  # one per attention layer that reads text, as they are run
+    pooled: torch.Tensor | None  # (B, T), added to the time embedding
+    texts: Iterable[TextKeyValue | TextContext]  # one per attention layer that reads text, as they are run
 
 
 class UnencodedText(NamedTuple):
     """What `encode_text` gives where a network's weights are only at hand in its forward: the states as they came."""
 
     states: torch.Tensor  # (B, L, E)
-    mask: Optional[torch.Tensor]  # (B, L)
+    mask: torch.Tensor | None  # (B, L)
 
 
 class LearnedTimesteps(nn.Module):
@@ -64,7 +65,7 @@ class NoiseLevelEmbedding(nn.Module):
     apart that 1000 training steps need.
     """
 
-    def __init__(self, embedding_dim: int, learned_sinusoidal_dim: Optional[int] = None):
+    def __init__(self, embedding_dim: int, learned_sinusoidal_dim: int | None = None):
         super().__init__()
         if learned_sinusoidal_dim is None:
             self.sinusoid = Timesteps(embedding_dim // 4, flip_sin_to_cos=True, downscale_freq_shift=0)
@@ -114,8 +115,8 @@ class TextEmbedding(nn.Module):
         self.pooled_mlp = TimestepEmbedding(context_dim, time_embedding_dim)
 
     def forward(
-        self, text: torch.Tensor, mask: Optional[torch.Tensor]
-    ) -> tuple[torch.Tensor, Optional[torch.Tensor], torch.Tensor]:
+        self, text: torch.Tensor, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         context = self.proj(text)  # (B, L, D)
         pooled = context.mean(dim=1) if self.pooling is None else self.pooling(text)  # (B, D)
         if self.null_token is not None:

@@ -1,7 +1,7 @@
 """What both networks share: conditioning, input checks, diffusers citizenship."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Iterator, Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +45,7 @@ class ConditionalUNet(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin,
     _repeated_blocks = ["ImagenBlock"]
     _skip_layerwise_casting_patterns = ["norm", "time_embedding", "low_res_time_embedding", "text_embedding"]
 
-    def _init_conditioning(self, context_dim: Optional[int], time_embedding_dim: int) -> None:
+    def _init_conditioning(self, context_dim: int | None, time_embedding_dim: int) -> None:
         """Builds the first convolution and the embeddings from the registered configuration."""
         config = self.config
         if config.low_res_noise_conditioning and not config.low_res_conditioning:
@@ -93,8 +93,8 @@ class ConditionalUNet(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin,
 
     @apply_forward_hook
     def encode_text(
-        self, encoder_hidden_states: torch.Tensor, encoder_attention_mask: Optional[torch.Tensor] = None
-    ) -> Union[TextConditioning, UnencodedText]:
+        self, encoder_hidden_states: torch.Tensor, encoder_attention_mask: torch.Tensor | None = None
+    ) -> TextConditioning | UnencodedText:
         """Does all the work on the prompt that does not depend on the noise level.
 
         The result takes the place of `encoder_hidden_states` in `forward`; a sampler calls this once a prompt. Under
@@ -115,14 +115,14 @@ class ConditionalUNet(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin,
         return TextConditioning(pooled, tuple(block.attention.project_text(context) for block in self.text_blocks()))
 
     def _embed_text(
-        self, encoder_hidden_states: torch.Tensor, encoder_attention_mask: Optional[torch.Tensor]
+        self, encoder_hidden_states: torch.Tensor, encoder_attention_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, TextContext]:
         if encoder_attention_mask is not None:
             encoder_attention_mask = encoder_attention_mask.bool()
         context, mask, pooled = self.text_embedding(encoder_hidden_states.to(self.dtype), encoder_attention_mask)
         return pooled, TextContext(context, mask)
 
-    def _check_text(self, text: Optional[torch.Tensor], mask: Optional[torch.Tensor]) -> None:
+    def _check_text(self, text: torch.Tensor | None, mask: torch.Tensor | None) -> None:
         width = self.config.encoder_hid_dim
         if width is None:
             raise ValueError("`encoder_hidden_states` was given, but this network was built without text.")
@@ -142,8 +142,8 @@ class ConditionalUNet(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin,
 
     def _condition_on_text(
         self,
-        encoder_hidden_states: Union[torch.Tensor, TextConditioning, UnencodedText, None],
-        encoder_attention_mask: Optional[torch.Tensor],
+        encoder_hidden_states: torch.Tensor | TextConditioning | UnencodedText | None,
+        encoder_attention_mask: torch.Tensor | None,
     ) -> TextConditioning:
         if isinstance(encoder_hidden_states, TextConditioning):
             return encoder_hidden_states
@@ -158,9 +158,9 @@ class ConditionalUNet(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin,
 
     def _embed_noise_levels(
         self,
-        timestep: Union[torch.Tensor, float, int],
-        low_res_timestep: Union[torch.Tensor, float, int, None],
-        pooled_text: Optional[torch.Tensor],
+        timestep: torch.Tensor | float | int,
+        low_res_timestep: torch.Tensor | float | int | None,
+        pooled_text: torch.Tensor | None,
         sample: torch.Tensor,
     ) -> torch.Tensor:
         """Sum of the embeddings of noise level, augmentation level and text, activated: `(B, T)`."""
@@ -175,7 +175,7 @@ class ConditionalUNet(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin,
             temb = temb + pooled_text
         return self.act(temb)
 
-    def _append_low_res(self, sample: torch.Tensor, low_res_sample: Optional[torch.Tensor]) -> torch.Tensor:
+    def _append_low_res(self, sample: torch.Tensor, low_res_sample: torch.Tensor | None) -> torch.Tensor:
         """`(B, C, H, W)` to `(B, 2C, H, W)` where the network is conditioned on a low-resolution image."""
         height, width = sample.shape[-2:]
         if height % self.total_stride or width % self.total_stride:
@@ -203,7 +203,7 @@ class ConditionalUNet(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin,
         return block(h, temb, text)
 
 
-def count_heads(channels: int, num_attention_heads: Optional[int], attention_head_dim: Optional[int]) -> int:
+def count_heads(channels: int, num_attention_heads: int | None, attention_head_dim: int | None) -> int:
     """Heads of an attention layer: a fixed number, or as many as heads of the given width fit."""
     if (num_attention_heads is None) == (attention_head_dim is None):
         raise ValueError(

@@ -1,6 +1,6 @@
 """EfficientUNetModel: the Efficient U-Net of the super-resolution stages."""
 
-from typing import Optional, Union, get_args
+from typing import get_args
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -51,15 +51,15 @@ class EfficientUNetModel(ConditionalUNet):
         in_channels: int = 3,
         out_channels: int = 3,
         block_out_channels: tuple[int, ...] = (128, 256, 512, 1024, 1024),
-        layers_per_block: Union[int, tuple[int, ...]] = (2, 4, 8, 8, 8),
-        attention_types: tuple[Optional[AttentionType], ...] = (None, None, None, "fused", "fused"),
-        attention_head_dim: Optional[int] = 64,
-        num_attention_heads: Optional[int] = None,
-        encoder_hid_dim: Optional[int] = 1024,
+        layers_per_block: int | tuple[int, ...] = (2, 4, 8, 8, 8),
+        attention_types: tuple[AttentionType | None, ...] = (None, None, None, "fused", "fused"),
+        attention_head_dim: int | None = 64,
+        num_attention_heads: int | None = None,
+        encoder_hid_dim: int | None = 1024,
         text_pooling: TextPooling = "attention",
         use_null_token: bool = False,
-        time_embedding_dim: Optional[int] = None,
-        learned_sinusoidal_dim: Optional[int] = None,
+        time_embedding_dim: int | None = None,
+        learned_sinusoidal_dim: int | None = None,
         time_scale_shift: TimeScaleShift = "scale_shift",
         skip_connection_scaling: bool = True,
         conv_kernel_size: int = 3,
@@ -133,13 +133,13 @@ class EfficientUNetModel(ConditionalUNet):
     def forward(
         self,
         sample: torch.Tensor,
-        timestep: Union[torch.Tensor, float, int],
-        encoder_hidden_states: Union[torch.Tensor, TextConditioning, UnencodedText, None] = None,
-        encoder_attention_mask: Optional[torch.Tensor] = None,
-        low_res_sample: Optional[torch.Tensor] = None,
-        low_res_timestep: Union[torch.Tensor, float, int, None] = None,
+        timestep: torch.Tensor | float | int,
+        encoder_hidden_states: torch.Tensor | TextConditioning | UnencodedText | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        low_res_sample: torch.Tensor | None = None,
+        low_res_timestep: torch.Tensor | float | int | None = None,
         return_dict: bool = True,
-    ) -> Union[ImagenUNetOutput, tuple[torch.Tensor]]:
+    ) -> ImagenUNetOutput | tuple[torch.Tensor]:
         r"""Takes and returns what [`ImagenUNetModel.forward`] does."""
         check_image("sample", sample, self.config.in_channels)
         text = self._condition_on_text(encoder_hidden_states, encoder_attention_mask)

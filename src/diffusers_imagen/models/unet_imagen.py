@@ -1,7 +1,7 @@
 """ImagenUNetModel: the U-Net of the base stage, which also serves as a super-resolution network."""
 
 from itertools import islice
-from typing import Optional, Union, get_args
+from typing import get_args
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -62,17 +62,17 @@ class ImagenUNetModel(ConditionalUNet):
         in_channels: int = 3,
         out_channels: int = 3,
         block_out_channels: tuple[int, ...] = (256, 512, 768, 1024),
-        layers_per_block: Union[int, tuple[int, ...]] = 3,
+        layers_per_block: int | tuple[int, ...] = 3,
         attention_resolutions: tuple[int, ...] = (32, 16, 8),
         attention_type: AttentionType = "fused",
-        attention_head_dim: Optional[int] = 64,
-        num_attention_heads: Optional[int] = None,
-        encoder_hid_dim: Optional[int] = 1024,
+        attention_head_dim: int | None = 64,
+        num_attention_heads: int | None = None,
+        encoder_hid_dim: int | None = 1024,
         cross_attention_dim: int = 512,
         text_pooling: TextPooling = "attention",
         use_null_token: bool = False,
-        time_embedding_dim: Optional[int] = None,
-        learned_sinusoidal_dim: Optional[int] = None,
+        time_embedding_dim: int | None = None,
+        learned_sinusoidal_dim: int | None = None,
         time_scale_shift: TimeScaleShift = "scale_shift",
         resample_type: ResampleType = "conv",
         conv_kernel_size: int = 3,
@@ -94,7 +94,7 @@ class ImagenUNetModel(ConditionalUNet):
         context_dim = None if encoder_hid_dim is None else cross_attention_dim
         attention_strides = strides_of(attention_resolutions, sample_size, len(block_out_channels))
 
-        def resnet(in_channels: int, out_channels: int, resample: Optional[str] = None) -> ResBlock:
+        def resnet(in_channels: int, out_channels: int, resample: str | None = None) -> ResBlock:
             return ResBlock(
                 in_channels, out_channels, time_embedding_dim, time_scale_shift, dropout, norm_num_groups, resample
             )
@@ -156,13 +156,13 @@ class ImagenUNetModel(ConditionalUNet):
     def forward(
         self,
         sample: torch.Tensor,
-        timestep: Union[torch.Tensor, float, int],
-        encoder_hidden_states: Union[torch.Tensor, TextConditioning, UnencodedText, None] = None,
-        encoder_attention_mask: Optional[torch.Tensor] = None,
-        low_res_sample: Optional[torch.Tensor] = None,
-        low_res_timestep: Union[torch.Tensor, float, int, None] = None,
+        timestep: torch.Tensor | float | int,
+        encoder_hidden_states: torch.Tensor | TextConditioning | UnencodedText | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        low_res_sample: torch.Tensor | None = None,
+        low_res_timestep: torch.Tensor | float | int | None = None,
         return_dict: bool = True,
-    ) -> Union[ImagenUNetOutput, tuple[torch.Tensor]]:
+    ) -> ImagenUNetOutput | tuple[torch.Tensor]:
         r"""
         Args:
             sample (`torch.Tensor` of shape `(batch_size, in_channels, height, width)`):

@@ -1,7 +1,7 @@
 """What a caller has called after every call of a network, and what it may change."""
 
-from collections.abc import Mapping
-from typing import Any, Callable, NamedTuple, Optional
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline
@@ -14,7 +14,7 @@ from .text import TEXT_TENSORS, TextStates
 class Callback(NamedTuple):
     """A function of the caller, and the names of the tensors that it takes."""
 
-    function: Optional[Callable]
+    function: Callable | None
     tensor_inputs: list[str]
 
 
@@ -71,7 +71,7 @@ class StepCallback:
         self.step += 1
         return latents
 
-    def _read(self, returned: Any, given: dict[str, Optional[torch.Tensor]]) -> dict[str, torch.Tensor]:
+    def _read(self, returned: Any, given: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
         """What the function returned, in place of the tensors of the same names."""
         if returned is None:
             return {}
@@ -90,7 +90,7 @@ class StepCallback:
             self.pipe._guidance_scale = 1.0  # with 0 diffusers' callbacks turn guidance off, which here is 1
 
 
-def _in_place_of(given: Optional[torch.Tensor], name: str, tensor: Any) -> Optional[torch.Tensor]:
+def _in_place_of(given: torch.Tensor | None, name: str, tensor: Any) -> torch.Tensor | None:
     """A tensor that a callback returned, on the device of the one before; one that is the same stays the same object."""
     if tensor is given:
         return given

@@ -3,7 +3,7 @@
 import copy
 import functools
 import inspect
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline
@@ -24,8 +24,8 @@ class Latents(NamedTuple):
     """What a stage starts from."""
 
     sample: torch.Tensor  # (B, C, H, W), noise of the first level, over an image if there is one
-    low_res: Optional[torch.Tensor] = None  # (B, C, H, W), upsampled
-    low_res_timestep: Optional[torch.Tensor] = None  # (B,), its noise level as the network is told it
+    low_res: torch.Tensor | None = None  # (B, C, H, W), upsampled
+    low_res_timestep: torch.Tensor | None = None  # (B,), its noise level as the network is told it
 
 
 class KnownPixels(NamedTuple):
@@ -77,7 +77,7 @@ def denoise(
     text: TextStates,
     generators: Generators,
     callback: StepCallback,
-    known: Optional[KnownPixels] = None,
+    known: KnownPixels | None = None,
 ) -> torch.Tensor:
     """The reverse process of one stage, to images `(B, C, H, W)` in [-1, 1].
 
@@ -172,16 +172,16 @@ class GuidedPrediction:
 class BoundInputs(NamedTuple):
     """What some images' calls of a network have in common at all steps."""
 
-    text: Optional[TextConditioning]
-    low_res: Optional[torch.Tensor]
-    low_res_timestep: Optional[torch.Tensor]
+    text: TextConditioning | None
+    low_res: torch.Tensor | None
+    low_res_timestep: torch.Tensor | None
 
 
 class BoundNetwork:
     """A network with its text and its low-resolution image, called on some images and some tiles at a time."""
 
     def __init__(
-        self, unet: UNet, text: TextStates, latents: Latents, slice_size: Optional[int], tiles: Optional[list[Tile]]
+        self, unet: UNet, text: TextStates, latents: Latents, slice_size: int | None, tiles: list[Tile] | None
     ):
         self.unet, self.text, self.latents, self.tiles = unet, text, latents, tiles
         num_images = len(latents.sample)
@@ -220,7 +220,7 @@ class BoundNetwork:
         return blend((self.call(tile, timestep, inputs, low_res) for tile, low_res in parts), self.tiles, like=x)
 
     def call(
-        self, x: torch.Tensor, timestep: torch.Tensor, inputs: BoundInputs, low_res: Optional[torch.Tensor]
+        self, x: torch.Tensor, timestep: torch.Tensor, inputs: BoundInputs, low_res: torch.Tensor | None
     ) -> torch.Tensor:
         """One call of the network."""
         return self.unet(

@@ -7,7 +7,7 @@ more than small files and the headers of large ones are read.
 import os
 import re
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any
 
 import diffusers
 import torch
@@ -47,7 +47,7 @@ MAX_CONFIG_BYTES = 2**22  # of a JSON file other than a tokenizer's
 MAX_ENCODER_LAYERS = 1000
 
 
-def read_config(path: Union[str, os.PathLike]) -> dict[str, Any]:
+def read_config(path: str | os.PathLike) -> dict[str, Any]:
     """The object in a configuration file.
 
     Raises:
@@ -102,7 +102,7 @@ def find_class(name: str, entry: Any, kind: type) -> type:
     return found
 
 
-def check_component(folder: Path, name: str, component_class: type, variant: Optional[str] = None) -> None:
+def check_component(folder: Path, name: str, component_class: type, variant: str | None = None) -> None:
     """Raises ValueError for the folder of a component that lacks files, or has files that say something else."""
     path = folder / name
     if not path.is_dir():
@@ -129,7 +129,7 @@ def check_component(folder: Path, name: str, component_class: type, variant: Opt
         check_tensors(path, component_class, config, variant)
 
 
-def check_tensors(folder: Path, unet_class: type, config: dict[str, Any], variant: Optional[str]) -> None:
+def check_tensors(folder: Path, unet_class: type, config: dict[str, Any], variant: str | None) -> None:
     """Raises ValueError unless a network's files hold its tensors, all and no others, as numbers of floating point.
 
     Nothing but headers is read, and no memory taken: the network that the configuration describes is built on the meta
@@ -154,9 +154,9 @@ def check_tensors(folder: Path, unet_class: type, config: dict[str, Any], varian
             raise ValueError(f"'{folder}' {reason}: {first_names(names)}.")
 
 
-def read_headers(folder: Path, variant: Optional[str] = None) -> dict[str, tuple[str, list[int]]]:
+def read_headers(folder: Path, variant: str | None = None) -> dict[str, tuple[str, list[int]]]:
     """Type and shape of each tensor in the safetensors files of a folder, by name."""
-    files: dict[Optional[str], list[Path]] = {}
+    files: dict[str | None, list[Path]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         name = re.fullmatch(r"(?:diffusion_pytorch_)?model(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors", path.name)
         if name is not None:
@@ -185,7 +185,7 @@ def check_encoder(folder: Path, config: dict[str, Any]) -> None:
 
 
 def check_pipeline_folder(
-    folder: Union[str, os.PathLike], class_names: tuple[str, ...], variant: Optional[str] = None
+    folder: str | os.PathLike, class_names: tuple[str, ...], variant: str | None = None
 ) -> dict[str, type]:
     """The classes of a pipeline's components, by name.
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any
 
 from diffusers import AutoModel, DiffusionPipeline, SchedulerMixin
 from diffusers import __version__ as diffusers_version
@@ -64,7 +64,7 @@ def split_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, An
 
 
 @contextmanager
-def loading(name: str, source: Union[str, os.PathLike]) -> Iterator[None]:
+def loading(name: str, source: str | os.PathLike) -> Iterator[None]:
     """Turns whatever is raised inside for a source that cannot be loaded into a ValueError that names the argument.
 
     Libraries raise errors of every type for files that they do not understand.
@@ -84,7 +84,7 @@ def loading(name: str, source: Union[str, os.PathLike]) -> Iterator[None]:
         raise ValueError(f"`{name}` is '{source}', which cannot be loaded: {reason}") from error
 
 
-def check_source(name: str, source: Union[str, os.PathLike]) -> None:
+def check_source(name: str, source: str | os.PathLike) -> None:
     """Raises ValueError for what is neither a folder nor the id of a repository, before anything is asked of the Hub."""
     if os.path.isdir(source):
         return
@@ -254,7 +254,7 @@ def load_text_parts(source: str, **kwargs) -> dict[str, Any]:
 # ---- writing
 
 
-def write_model_index(folder: Union[str, os.PathLike], scale_factor: Optional[int] = None) -> None:
+def write_model_index(folder: str | os.PathLike, scale_factor: int | None = None) -> None:
     """Makes a folder with `unet/` and `scheduler/` one that opens as a single-stage pipeline.
 
     `text_encoder/` and `tokenizer/` become part of it if they are there.

@@ -1,6 +1,6 @@
 """Images and masks that a caller gives, read and brought to the size of a stage."""
 
-from typing import Any, NamedTuple, Optional, Union
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -13,9 +13,9 @@ from ..utils.images import BadImage, read_image, white_of_integers
 
 logger = logging.get_logger(__name__)
 
-ImageInput = Union[
-    PIL.Image.Image, np.ndarray, torch.Tensor, list[PIL.Image.Image], list[np.ndarray], list[torch.Tensor]
-]
+ImageInput = (
+    PIL.Image.Image | np.ndarray | torch.Tensor | list[PIL.Image.Image] | list[np.ndarray] | list[torch.Tensor]
+)
 
 
 class GivenImages(NamedTuple):
@@ -26,7 +26,7 @@ class GivenImages(NamedTuple):
     """
 
     pixels: list[torch.Tensor]
-    repainted: Optional[list[torch.Tensor]] = None
+    repainted: list[torch.Tensor] | None = None
 
     def resized(self, size: tuple[int, int], num_images: int, device: torch.device) -> torch.Tensor:
         """`(num_images, 3, *size)` in float32."""
@@ -50,7 +50,7 @@ def resize(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return F.interpolate(image[None], size, mode="bicubic", antialias=True)[0].clamp(-1, 1)
 
 
-def read_given(image: Optional[ImageInput], mask_image: Optional[ImageInput], num_prompts: int) -> GivenImages:
+def read_given(image: ImageInput | None, mask_image: ImageInput | None, num_prompts: int) -> GivenImages:
     """Images and masks of a caller, checked.
 
     Raises:
@@ -139,7 +139,7 @@ def _each(name: str, images: Any, num_prompts: int = 1) -> list:
     )
 
 
-def _is_batch_of_masks(masks: Union[np.ndarray, torch.Tensor], num_prompts: int) -> bool:
+def _is_batch_of_masks(masks: np.ndarray | torch.Tensor, num_prompts: int) -> bool:
     """Whether three dimensions are a batch without channels, and not a single mask with them."""
     if masks.ndim != 3:
         return False
@@ -148,9 +148,7 @@ def _is_batch_of_masks(masks: Union[np.ndarray, torch.Tensor], num_prompts: int)
     return masks.shape[0] not in (1, 3) or masks.shape[0] == num_prompts == 3
 
 
-def read_one(
-    name: str, image: Union[PIL.Image.Image, np.ndarray, torch.Tensor], is_mask: bool = False
-) -> torch.Tensor:
+def read_one(name: str, image: PIL.Image.Image | np.ndarray | torch.Tensor, is_mask: bool = False) -> torch.Tensor:
     """One image as `(3, H, W)` in float32, in [-1, 1]; a mask as `(3 or 1, H, W)` in [0, 1].
 
     Raises:
@@ -177,7 +175,7 @@ def read_one(
     return (values if is_signed else values * 2 - 1).expand(3, -1, -1)
 
 
-def to_numbers(name: str, image: Union[np.ndarray, torch.Tensor]) -> torch.Tensor:
+def to_numbers(name: str, image: np.ndarray | torch.Tensor) -> torch.Tensor:
     """An array, channels last, or a tensor, channels first, as a tensor on the CPU, channels first."""
     if isinstance(image, np.ndarray):
         if image.dtype.kind not in "buif":

@@ -1,7 +1,8 @@
 """Checks of what a caller gives to a pipeline. Every check raises ValueError before any network runs."""
 
 import math
-from typing import Any, Callable, Optional, TypeVar, Union
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from .tiling import Tiling
 
 
 T = TypeVar("T")
-PerStage = Union[T, list[T], dict[str, T]]
+PerStage = T | list[T] | dict[str, T]
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 MIN_NOISE_LEVEL = 0.002  # EDM's lowest noise level; its conditioning value, a logarithm, has none at zero
 # Bounds of what one call may ask for: far beyond use, and below what would run until it is killed.
@@ -62,7 +63,7 @@ def optional_per_stage(name: str, value: Any, stages: list[Stage], **kwargs) -> 
     return per_stage(name, value, stages, **kwargs)
 
 
-def levels_per_stage(name: str, value: Any, stages: list[Stage]) -> list[Union[list[float], torch.Tensor, None]]:
+def levels_per_stage(name: str, value: Any, stages: list[Stage]) -> list[list[float] | torch.Tensor | None]:
     """The caller's noise levels for each stage: a list if a single stage runs, else a dict by stage name."""
     if isinstance(value, (list, tuple, np.ndarray, torch.Tensor)) and len(stages) > 1:
         raise ValueError(
@@ -73,7 +74,7 @@ def levels_per_stage(name: str, value: Any, stages: list[Stage]) -> list[Union[l
     return [None if levels is None else as_levels(name, levels) for levels in per]
 
 
-def as_levels(name: str, levels: Any) -> Union[list[float], torch.Tensor]:
+def as_levels(name: str, levels: Any) -> list[float] | torch.Tensor:
     """Finite numbers in a list, or as a tensor of one dimension, whose dtype may mean something to a scheduler."""
     tensor = level_tensor(name, levels)
     if len(tensor) == 0 or not tensor.isfinite().all():
@@ -228,8 +229,8 @@ def check_latents(latents: Any, num_images: int, first: Stage) -> None:
 
 
 def per_image_generators(
-    generator: Union[torch.Generator, list[torch.Generator], None], num_images: int
-) -> Optional[list[torch.Generator]]:
+    generator: torch.Generator | list[torch.Generator] | None, num_images: int
+) -> list[torch.Generator] | None:
     """A generator for each image, seeded from its own of the caller's, or from the caller's single one in turn.
 
     So an image depends on the seed and on its place, and not on how many images are made along with it; and the first

@@ -1,6 +1,6 @@
 """ImagenPipeline: the base stage alone, as training leaves it in a folder."""
 
-from typing import Callable, Optional, Union
+from collections.abc import Callable
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
@@ -52,9 +52,9 @@ class ImagenPipeline(ImagenPipelineMixin, ModelCardMixin, DiffusionPipeline, Ima
         self,
         unet: UNet,
         scheduler: SchedulerMixin,
-        tokenizer: Optional[PreTrainedTokenizerBase] = None,
-        text_encoder: Optional[PreTrainedModel] = None,
-        guidance_unet: Optional[UNet] = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        text_encoder: PreTrainedModel | None = None,
+        guidance_unet: UNet | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -76,33 +76,33 @@ class ImagenPipeline(ImagenPipelineMixin, ModelCardMixin, DiffusionPipeline, Ima
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
         self,
-        prompt: Union[str, list[str], None] = None,
-        negative_prompt: Union[str, list[str], None] = None,
-        image: Optional[ImageInput] = None,
-        mask_image: Optional[ImageInput] = None,
-        strength: Optional[float] = None,
-        height: Optional[int] = None,
-        width: Optional[int] = None,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        image: ImageInput | None = None,
+        mask_image: ImageInput | None = None,
+        strength: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
         num_inference_steps: int = DEFAULT_STEPS["base"],
-        sigmas: Optional[list[float]] = None,
-        timesteps: Optional[list[float]] = None,
+        sigmas: list[float] | None = None,
+        timesteps: list[float] | None = None,
         guidance_scale: float = DEFAULT_GUIDANCE["base"],
-        guidance_interval: Optional[tuple[float, float]] = None,
+        guidance_interval: tuple[float, float] | None = None,
         guidance_rescale: float = 0.0,
         num_resample_times: int = 4,
         num_images_per_prompt: int = 1,
-        generator: Union[torch.Generator, list[torch.Generator], None] = None,
-        latents: Optional[torch.Tensor] = None,
-        prompt_embeds: Optional[torch.Tensor] = None,
-        prompt_attention_mask: Optional[torch.Tensor] = None,
-        negative_prompt_embeds: Optional[torch.Tensor] = None,
-        negative_prompt_attention_mask: Optional[torch.Tensor] = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Optional[Callable] = None,
+        callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
-        cross_attention_kwargs: Optional[dict[str, float]] = None,
-    ) -> Union[ImagenPipelineOutput, tuple]:
+        cross_attention_kwargs: dict[str, float] | None = None,
+    ) -> ImagenPipelineOutput | tuple:
         r"""
         Args:
             prompt (`str` or `list[str]`): What to draw.

@@ -1,7 +1,8 @@
 """ImagenCascadePipeline: from a prompt to a picture. Read `__call__` first, then `denoising.py` from its top."""
 
 import os
-from typing import Any, Callable, Optional, Union
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
@@ -80,13 +81,13 @@ class ImagenCascadePipeline(ImagenPipelineMixin, ModelCardMixin, DiffusionPipeli
         self,
         base_unet: UNet,
         base_scheduler: SchedulerMixin,
-        tokenizer: Optional[PreTrainedTokenizerBase] = None,
-        text_encoder: Optional[PreTrainedModel] = None,
-        sr256_unet: Optional[UNet] = None,
-        sr256_scheduler: Optional[SchedulerMixin] = None,
-        sr1024_unet: Optional[UNet] = None,
-        sr1024_scheduler: Optional[SchedulerMixin] = None,
-        base_guidance_unet: Optional[UNet] = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        text_encoder: PreTrainedModel | None = None,
+        sr256_unet: UNet | None = None,
+        sr256_scheduler: SchedulerMixin | None = None,
+        sr1024_unet: UNet | None = None,
+        sr1024_scheduler: SchedulerMixin | None = None,
+        base_guidance_unet: UNet | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -106,10 +107,10 @@ class ImagenCascadePipeline(ImagenPipelineMixin, ModelCardMixin, DiffusionPipeli
     def from_stages(
         cls,
         base: StageSource,
-        sr256: Optional[StageSource] = None,
-        sr1024: Optional[StageSource] = None,
-        text_encoder: Union[PreTrainedModel, str, os.PathLike, None] = None,
-        tokenizer: Optional[PreTrainedTokenizerBase] = None,
+        sr256: StageSource | None = None,
+        sr1024: StageSource | None = None,
+        text_encoder: PreTrainedModel | str | os.PathLike | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ) -> "ImagenCascadePipeline":
         r"""
@@ -165,35 +166,35 @@ class ImagenCascadePipeline(ImagenPipelineMixin, ModelCardMixin, DiffusionPipeli
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
         self,
-        prompt: Union[str, list[str], None] = None,
-        negative_prompt: Union[str, list[str], None] = None,
-        image: Optional[ImageInput] = None,
-        mask_image: Optional[ImageInput] = None,
-        strength: Optional[float] = None,
-        output_resolution: Optional[int] = None,
-        height: Optional[int] = None,
-        width: Optional[int] = None,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        image: ImageInput | None = None,
+        mask_image: ImageInput | None = None,
+        strength: float | None = None,
+        output_resolution: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
         num_inference_steps: PerStage[int] = DEFAULT_STEPS,
-        sigmas: Union[list[float], dict[str, list[float]], None] = None,
-        timesteps: Union[list[float], dict[str, list[float]], None] = None,
+        sigmas: list[float] | dict[str, list[float]] | None = None,
+        timesteps: list[float] | dict[str, list[float]] | None = None,
         guidance_scale: PerStage[float] = DEFAULT_GUIDANCE,
-        guidance_interval: Optional[PerStage[tuple[float, float]]] = None,
+        guidance_interval: PerStage[tuple[float, float]] | None = None,
         guidance_rescale: PerStage[float] = 0.0,
         low_res_noise_level: PerStage[float] = 0.1,
         num_resample_times: int = 4,
         num_images_per_prompt: int = 1,
-        generator: Union[torch.Generator, list[torch.Generator], None] = None,
-        latents: Optional[torch.Tensor] = None,
-        prompt_embeds: Optional[torch.Tensor] = None,
-        prompt_attention_mask: Optional[torch.Tensor] = None,
-        negative_prompt_embeds: Optional[torch.Tensor] = None,
-        negative_prompt_attention_mask: Optional[torch.Tensor] = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Optional[Callable] = None,
+        callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
-        cross_attention_kwargs: Optional[dict[str, float]] = None,
-    ) -> Union[ImagenPipelineOutput, tuple]:
+        cross_attention_kwargs: dict[str, float] | None = None,
+    ) -> ImagenPipelineOutput | tuple:
         r"""
         Arguments that each stage has its own value of take one for all stages, a list with one for each stage that
         runs, or a dict by stage name: `base`, `sr256`, `sr1024`.
@@ -310,7 +311,7 @@ class ImagenCascadePipeline(ImagenPipelineMixin, ModelCardMixin, DiffusionPipeli
         # 4. Pixels in [-1, 1] to what was asked for
         return self.postprocess(images, output_type, return_dict)
 
-    def stages_up_to(self, output_resolution: Optional[int], skip_base: bool = False) -> list[Stage]:
+    def stages_up_to(self, output_resolution: int | None, skip_base: bool = False) -> list[Stage]:
         """The stages that lead to a resolution, from noise or from a given low-resolution image.
 
         Raises:

@@ -1,6 +1,6 @@
 """ImagenSuperResolutionPipeline: one super-resolution stage alone, as training leaves it in a folder."""
 
-from typing import Callable, Optional, Union
+from collections.abc import Callable
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
@@ -53,8 +53,8 @@ class ImagenSuperResolutionPipeline(ImagenPipelineMixin, ModelCardMixin, Diffusi
         self,
         unet: UNet,
         scheduler: SchedulerMixin,
-        tokenizer: Optional[PreTrainedTokenizerBase] = None,
-        text_encoder: Optional[PreTrainedModel] = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        text_encoder: PreTrainedModel | None = None,
         scale_factor: int = 4,
     ):
         super().__init__()
@@ -81,31 +81,31 @@ class ImagenSuperResolutionPipeline(ImagenPipelineMixin, ModelCardMixin, Diffusi
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
         self,
-        prompt: Union[str, list[str], None] = None,
-        negative_prompt: Union[str, list[str], None] = None,
-        image: Optional[ImageInput] = None,
-        height: Optional[int] = None,
-        width: Optional[int] = None,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        image: ImageInput | None = None,
+        height: int | None = None,
+        width: int | None = None,
         num_inference_steps: int = DEFAULT_STEPS["sr256"],
-        sigmas: Optional[list[float]] = None,
-        timesteps: Optional[list[float]] = None,
+        sigmas: list[float] | None = None,
+        timesteps: list[float] | None = None,
         guidance_scale: float = DEFAULT_GUIDANCE["sr256"],
-        guidance_interval: Optional[tuple[float, float]] = None,
+        guidance_interval: tuple[float, float] | None = None,
         guidance_rescale: float = 0.0,
         low_res_noise_level: float = 0.1,
         num_images_per_prompt: int = 1,
-        generator: Union[torch.Generator, list[torch.Generator], None] = None,
-        latents: Optional[torch.Tensor] = None,
-        prompt_embeds: Optional[torch.Tensor] = None,
-        prompt_attention_mask: Optional[torch.Tensor] = None,
-        negative_prompt_embeds: Optional[torch.Tensor] = None,
-        negative_prompt_attention_mask: Optional[torch.Tensor] = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Optional[Callable] = None,
+        callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
-        cross_attention_kwargs: Optional[dict[str, float]] = None,
-    ) -> Union[ImagenPipelineOutput, tuple]:
+        cross_attention_kwargs: dict[str, float] | None = None,
+    ) -> ImagenPipelineOutput | tuple:
         r"""
         Args:
             prompt (`str` or `list[str]`): What is on the image.

@@ -1,7 +1,8 @@
 """What the pipelines share besides the reverse process: checks of a call, the start of a stage, tiles and slices."""
 
 import io
-from typing import Any, Callable, Optional, Union
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +30,8 @@ class ImagenPipelineMixin:
     """
 
     _callback_tensor_inputs = ["latents", *TEXT_TENSORS]
-    tiling: Optional[Tiling] = None
-    slice_size: Optional[int] = None
+    tiling: Tiling | None = None
+    slice_size: int | None = None
     _num_timesteps = 0
     _guidance_scale = 1.0
     _interrupt = False
@@ -134,20 +135,20 @@ class ImagenPipelineMixin:
         self,
         stages: list[Stage],
         settings: list[StageSettings],
-        low_resolution: Optional[int],
-        image: Optional[ImageInput],
-        mask_image: Optional[ImageInput],
-        strength: Optional[float],
+        low_resolution: int | None,
+        image: ImageInput | None,
+        mask_image: ImageInput | None,
+        strength: float | None,
         num_resample_times: int,
-        height: Optional[int],
-        width: Optional[int],
+        height: int | None,
+        width: int | None,
         texts: dict[str, Any],
         num_images_per_prompt: int,
-        generator: Union[torch.Generator, list[torch.Generator], None],
-        latents: Optional[torch.Tensor],
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
         output_type: str,
         return_dict: bool,
-        callback_on_step_end: Optional[Callable],
+        callback_on_step_end: Callable | None,
         callback_on_step_end_tensor_inputs: list[str],
     ) -> Request:
         """
@@ -197,11 +198,11 @@ class ImagenPipelineMixin:
     def stage_sizes(
         self,
         stages: list[Stage],
-        low_resolution: Optional[int],
-        given: Optional[GivenImages],
-        latents: Optional[torch.Tensor],
-        height: Optional[int],
-        width: Optional[int],
+        low_resolution: int | None,
+        given: GivenImages | None,
+        latents: torch.Tensor | None,
+        height: int | None,
+        width: int | None,
     ) -> dict[int, Size]:
         """Height and width by resolution: as asked for, as `latents` have it, or squares of the trained resolution."""
         if latents is None:
@@ -215,13 +216,13 @@ class ImagenPipelineMixin:
 
     def encode_prompt(
         self,
-        prompt: Union[str, list[str], None] = None,
-        negative_prompt: Union[str, list[str], None] = None,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
         num_images_per_prompt: int = 1,
-        prompt_embeds: Optional[torch.Tensor] = None,
-        prompt_attention_mask: Optional[torch.Tensor] = None,
-        negative_prompt_embeds: Optional[torch.Tensor] = None,
-        negative_prompt_attention_mask: Optional[torch.Tensor] = None,
+        prompt_embeds: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         r"""
         Encodes prompts, unless embeddings are given, and repeats everything for the images of each prompt.
@@ -263,7 +264,7 @@ class ImagenPipelineMixin:
         )
         return prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask
 
-    def usable_tokenizer(self) -> Optional[PreTrainedTokenizerBase]:
+    def usable_tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The tokenizer, if there is an encoder to read its tokens."""
         return self.tokenizer if self.text_encoder is not None else None
 
@@ -273,7 +274,7 @@ class ImagenPipelineMixin:
         negative_given = texts["negative_prompt"] is not None or texts["negative_prompt_embeds"] is not None
         return TextStates(*states, negative_given=negative_given)
 
-    def prepare_latents(self, plan: StagePlan, image: Optional[torch.Tensor], request: Request) -> Latents:
+    def prepare_latents(self, plan: StagePlan, image: torch.Tensor | None, request: Request) -> Latents:
         """What a stage starts from.
 
         Args:
@@ -306,7 +307,7 @@ class ImagenPipelineMixin:
             sample = level.signal * given + level.noise * noise
         return Latents(sample, low_res, low_res_timestep)
 
-    def prepare_known(self, plan: StagePlan, request: Request) -> Optional[KnownPixels]:
+    def prepare_known(self, plan: StagePlan, request: Request) -> KnownPixels | None:
         """The pixels that a stage keeps: at its own resolution, if the caller's images have as many."""
         given = request.given
         if given is None or given.repainted is None:
@@ -318,7 +319,7 @@ class ImagenPipelineMixin:
 
     def postprocess(
         self, images: dict[int, torch.Tensor], output_type: str, return_dict: bool
-    ) -> Union[ImagenPipelineOutput, tuple]:
+    ) -> ImagenPipelineOutput | tuple:
         """Images of all stages in [-1, 1] to the form that was asked for."""
         images = {side: self.image_processor.postprocess(x, output_type=output_type) for side, x in images.items()}
         self.maybe_free_model_hooks()

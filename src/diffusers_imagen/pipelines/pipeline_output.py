@@ -1,5 +1,4 @@
 from dataclasses import dataclass
-from typing import Union
 
 import numpy as np
 import PIL.Image
@@ -7,7 +6,7 @@ import torch
 from diffusers.utils import BaseOutput
 
 
-Images = Union[list[PIL.Image.Image], np.ndarray, torch.Tensor]
+Images = list[PIL.Image.Image] | np.ndarray | torch.Tensor
 
 
 @dataclass

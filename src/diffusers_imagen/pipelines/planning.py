@@ -6,7 +6,7 @@ All of it is CPU constants, so that the loop never waits for an accelerator to l
 import copy
 import itertools
 from fractions import Fraction
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 from diffusers import SchedulerMixin
@@ -19,7 +19,7 @@ from .stages import Stage
 
 
 Size = tuple[int, int]  # height, width
-Generators = Optional[list[torch.Generator]]
+Generators = list[torch.Generator] | None
 
 
 CLEAN = NoiseLevel(1.0, 0.0)
@@ -30,8 +30,8 @@ class Call(NamedTuple):
 
     index: int  # into the scheduler's timesteps
     guided: bool  # whether its noise level lies in the guidance interval
-    level_after: Optional[NoiseLevel]  # of the sample after it; None in the middle of a step
-    back_to: Optional[int]  # the index to go back to afterwards, with more noise: resampling
+    level_after: NoiseLevel | None  # of the sample after it; None in the middle of a step
+    back_to: int | None  # the index to go back to afterwards, with more noise: resampling
 
 
 class StagePlan(NamedTuple):
@@ -41,7 +41,7 @@ class StagePlan(NamedTuple):
     scheduler: SchedulerMixin
     settings: StageSettings
     size: Size
-    low_res_size: Optional[Size]  # of the image that a super-resolution stage starts from
+    low_res_size: Size | None  # of the image that a super-resolution stage starts from
     calls: list[Call]
     levels: dict[int, NoiseLevel]  # at the start of each step, by its index
 
@@ -57,8 +57,8 @@ class Request(NamedTuple):
     plans: list[StagePlan]
     num_images: int
     generators: Generators
-    noise: Optional[torch.Tensor]  # the caller's own, of the first stage
-    given: Optional[GivenImages]  # what super-resolution starts from, or what is changed or painted anew
+    noise: torch.Tensor | None  # the caller's own, of the first stage
+    given: GivenImages | None  # what super-resolution starts from, or what is changed or painted anew
     starts_from_image: bool  # the base stage begins with the image under noise
     callback: Callback
 
@@ -67,7 +67,7 @@ def plan_stages(
     stages: list[Stage],
     settings: list[StageSettings],
     sizes: dict[int, Size],
-    low_resolution: Optional[int],
+    low_resolution: int | None,
     strength: float,
     num_resample_times: int,
     device: torch.device,
@@ -123,7 +123,7 @@ def plan_calls(
     return calls
 
 
-def guided_calls(scheduler: SchedulerMixin, interval: Optional[tuple[float, float]]) -> list[bool]:
+def guided_calls(scheduler: SchedulerMixin, interval: tuple[float, float] | None) -> list[bool]:
     """Whether the noise level of each call lies in the interval; everywhere without one."""
     num_calls = len(scheduler.timesteps)
     if interval is None:
@@ -140,7 +140,7 @@ def guided_calls(scheduler: SchedulerMixin, interval: Optional[tuple[float, floa
 
 
 def plan_sizes(
-    stages: list[Stage], low_resolution: Optional[int], height: Optional[int], width: Optional[int]
+    stages: list[Stage], low_resolution: int | None, height: int | None, width: int | None
 ) -> dict[int, Size]:
     """Height and width of the images of every stage, by the stage's resolution, for a last image of `height x width`.
 

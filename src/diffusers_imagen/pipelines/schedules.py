@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from typing import NamedTuple, Optional, Union
+from typing import NamedTuple
 
 import torch
 from diffusers import EDMEulerScheduler, SchedulerMixin
@@ -12,7 +12,7 @@ from ..utils.arguments import shown
 from .stages import Stage
 
 
-Levels = Union[list[float], torch.Tensor, None]
+Levels = list[float] | torch.Tensor | None
 
 
 class StageSettings(NamedTuple):
@@ -22,7 +22,7 @@ class StageSettings(NamedTuple):
     sigmas: Levels
     timesteps: Levels
     guidance_scale: float
-    guidance_interval: Optional[tuple[float, float]]
+    guidance_interval: tuple[float, float] | None
     guidance_rescale: float
     low_res_noise_level: float
 

@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple, Optional, Union
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
@@ -19,8 +19,8 @@ from .loading import quiet_transformers
 
 
 # diffusers compares a component's class with this hint when it hands components on to another pipeline
-UNet = Union[ImagenUNetModel, EfficientUNetModel]
-StageSource = Union[str, os.PathLike, DiffusionPipeline, tuple[UNet, SchedulerMixin]]
+UNet = ImagenUNetModel | EfficientUNetModel
+StageSource = str | os.PathLike | DiffusionPipeline | tuple[UNet, SchedulerMixin]
 
 logger = logging.get_logger(__name__)
 
@@ -42,7 +42,7 @@ class Stage(NamedTuple):
     name: str
     unet: UNet
     scheduler: SchedulerMixin
-    guidance_unet: Optional[UNet] = None
+    guidance_unet: UNet | None = None
 
     @property
     def resolution(self) -> int:
@@ -63,7 +63,7 @@ class Stage(NamedTuple):
 # ---- checks
 
 
-def check_stages(stages: list[Stage], text_encoder: Optional[PreTrainedModel]) -> None:
+def check_stages(stages: list[Stage], text_encoder: PreTrainedModel | None) -> None:
     """Raises ValueError for stages that do not fit together, or loaded networks that lack weights."""
     for stage in stages:
         if stage.scheduler is None:
@@ -87,7 +87,7 @@ def check_stages(stages: list[Stage], text_encoder: Optional[PreTrainedModel]) -
             )
 
 
-def check_text_width(stage: Stage, text_encoder: Optional[PreTrainedModel]) -> None:
+def check_text_width(stage: Stage, text_encoder: PreTrainedModel | None) -> None:
     """Raises ValueError unless the network reads states as wide as the text encoder's."""
     width = getattr(getattr(text_encoder, "config", None), "hidden_size", None)
     for unet in stage.unets:

@@ -1,6 +1,6 @@
 """Tensors that a caller gives, and weights, asked whether they are what they should be."""
 
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import unwrap_module
@@ -28,7 +28,7 @@ def check_tensor(name: str, value: Any, form: str, dtypes: tuple[torch.dtype, ..
         raise ValueError(f"`{name}` has values that are not finite (NaN or infinite).")
 
 
-def find_not_finite(module: torch.nn.Module) -> Optional[str]:
+def find_not_finite(module: torch.nn.Module) -> str | None:
     """The name of the first weight or buffer that holds NaN or infinity, of those that are not offloaded elsewhere."""
     module = unwrap_module(module)
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:

@@ -2,7 +2,7 @@
 
 import functools
 from dataclasses import dataclass
-from typing import Literal, Optional, Union
+from typing import Literal
 
 import torch
 from diffusers import DiffusionPipeline
@@ -32,10 +32,10 @@ Branch = Literal["conditional", "unconditional", "both"]
 class TextStates:
     """The text of all images of a call, `(images, tokens, width)` and `(images, tokens)`; None without text."""
 
-    prompt_embeds: Optional[torch.Tensor]
-    prompt_attention_mask: Optional[torch.Tensor]
-    negative_prompt_embeds: Optional[torch.Tensor]
-    negative_prompt_attention_mask: Optional[torch.Tensor]
+    prompt_embeds: torch.Tensor | None
+    prompt_attention_mask: torch.Tensor | None
+    negative_prompt_embeds: torch.Tensor | None
+    negative_prompt_attention_mask: torch.Tensor | None
     negative_given: bool = False  # whether there is more to guide away from than the absence of text
     version: int = 0  # how often a callback has changed it
 
@@ -46,7 +46,7 @@ class TextStates:
                 setattr(self, name, tensor)
                 self.version += 1
 
-    def encode_for(self, unet: UNet, branch: Branch, images: slice) -> Optional[TextConditioning]:
+    def encode_for(self, unet: UNet, branch: Branch, images: slice) -> TextConditioning | None:
         """Does a network's work on the text of some images; for both branches, negative prompts come first."""
         if unet.config.encoder_hid_dim is None:
             return None
@@ -118,7 +118,7 @@ def encode_prompts(
     tokenizer: PreTrainedTokenizerBase,
     text_encoder: PreTrainedModel,
     prompts: list[str],
-    slice_size: Optional[int],
+    slice_size: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `encode_text`, some prompts at a time.
 
@@ -139,14 +139,14 @@ def encode_prompts(
 
 def encode_prompt(
     pipe: DiffusionPipeline,
-    prompt: Union[str, list[str], None],
-    negative_prompt: Union[str, list[str], None],
+    prompt: str | list[str] | None,
+    negative_prompt: str | list[str] | None,
     num_images_per_prompt: int,
-    prompt_embeds: Optional[torch.Tensor],
-    prompt_attention_mask: Optional[torch.Tensor],
-    negative_prompt_embeds: Optional[torch.Tensor],
-    negative_prompt_attention_mask: Optional[torch.Tensor],
-) -> tuple[Optional[torch.Tensor], ...]:
+    prompt_embeds: torch.Tensor | None,
+    prompt_attention_mask: torch.Tensor | None,
+    negative_prompt_embeds: torch.Tensor | None,
+    negative_prompt_attention_mask: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, ...]:
     """What the pipelines' `encode_prompt` promises."""
     if prompt_embeds is None and prompt is None:
         return None, None, None, None
@@ -174,7 +174,7 @@ def encode_prompt(
     )
 
 
-def keep_in_fp32(text_encoder: Optional[PreTrainedModel]) -> None:
+def keep_in_fp32(text_encoder: PreTrainedModel | None) -> None:
     """Keeps in float32 the layers of an encoder that float16 is too narrow for: `wo` of T5.
 
     transformers does so when it loads the encoder in float16, but `.to(torch.float16)` undoes it, and the states

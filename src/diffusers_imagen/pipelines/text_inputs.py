@@ -1,6 +1,6 @@
 """Checks of prompts, embeddings and their masks. Every check raises ValueError before any network runs."""
 
-from typing import Any, Optional, Union
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -17,14 +17,14 @@ MAX_PROMPT_CHARACTERS = (
 
 
 def check_text(
-    stages: Optional[list[Stage]],
-    tokenizer: Optional[PreTrainedTokenizerBase],
-    prompt: Union[str, list[str], None],
-    negative_prompt: Union[str, list[str], None],
-    prompt_embeds: Optional[torch.Tensor],
-    prompt_attention_mask: Optional[torch.Tensor],
-    negative_prompt_embeds: Optional[torch.Tensor],
-    negative_prompt_attention_mask: Optional[torch.Tensor],
+    stages: list[Stage] | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    prompt: str | list[str] | None,
+    negative_prompt: str | list[str] | None,
+    prompt_embeds: torch.Tensor | None,
+    prompt_attention_mask: torch.Tensor | None,
+    negative_prompt_embeds: torch.Tensor | None,
+    negative_prompt_attention_mask: torch.Tensor | None,
 ) -> None:
     """There is one description of each prompt, and the networks can read it.
 
@@ -110,7 +110,7 @@ def check_embeds(name: str, embeds: Any, mask: Any, stages: list[Stage]) -> None
         raise ValueError(f"`{name}_attention_mask` has other values than 0 and 1, or True and False.")
 
 
-def count_prompts(prompt: Union[str, list[str], None], embeds: Optional[torch.Tensor]) -> int:
+def count_prompts(prompt: str | list[str] | None, embeds: torch.Tensor | None) -> int:
     """Number of prompts that were given, as texts or as embeddings; 1 without text."""
     if embeds is not None:
         return len(embeds)

@@ -1,6 +1,6 @@
 """Checks of what a caller gives to a scheduler: its configuration, a schedule, a step. All of them raise ValueError."""
 
-from typing import Any, Optional, Union
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ MAX_STEPS = 10_000
 MAX_TRAIN_TIMESTEPS = 1_000_000
 
 
-def check_config_number(name: str, value: Any, minimum: Union[int, float], maximum: Union[int, float]):
+def check_config_number(name: str, value: Any, minimum: int | float, maximum: int | float):
     """A number of a configuration as Python's, so that it can be saved: whole where its bounds are whole above 0."""
     whole = isinstance(minimum, int) and minimum > 0 and isinstance(maximum, int)
     kind = "an integer" if whole else "a number"
@@ -103,7 +103,7 @@ def decreasing_sigmas(name: str, sigmas: torch.Tensor, given: Any) -> torch.Tens
 # ---- steps
 
 
-def as_tensor(name: str, value: Any, images: Optional[torch.Tensor] = None) -> torch.Tensor:
+def as_tensor(name: str, value: Any, images: torch.Tensor | None = None) -> torch.Tensor:
     """A number, or real numbers, as a tensor with values; for `images` one, or one for each."""
     try:
         tensor = torch.as_tensor(value)

@@ -1,6 +1,6 @@
 """Continuous-time DDPM with log-SNR conditioning: Kingma et al. 2021, "Variational Diffusion Models" (2107.00630)."""
 
-from typing import Literal, Optional, Union
+from typing import Literal
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -78,7 +78,7 @@ class ContinuousDDPMScheduler(ImagenSchedulerMixin, SchedulerMixin, ConfigMixin)
         clip_sample_range: float = 1.0,
         thresholding: bool = False,
         dynamic_thresholding_ratio: float = 0.995,
-        sample_max_value: Optional[float] = None,
+        sample_max_value: float | None = None,
         preconditioning: NetworkPreconditioning = "variance_preserving",
         sigma_data: float = 0.5,
     ) -> None:
@@ -98,10 +98,10 @@ class ContinuousDDPMScheduler(ImagenSchedulerMixin, SchedulerMixin, ConfigMixin)
 
     def set_timesteps(
         self,
-        num_inference_steps: Optional[int] = None,
-        device: Optional[Union[str, torch.device]] = None,
-        timesteps: Optional[Union[list[float], list[int], torch.Tensor]] = None,
-        sigmas: Optional[Union[list[float], torch.Tensor]] = None,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: list[float] | list[int] | torch.Tensor | None = None,
+        sigmas: list[float] | torch.Tensor | None = None,
     ) -> None:
         """
         Lays out a run of N steps: `timesteps` of length N and, on the CPU, `sigmas` of length N + 1.
@@ -157,9 +157,7 @@ class ContinuousDDPMScheduler(ImagenSchedulerMixin, SchedulerMixin, ConfigMixin)
         self._coef_x_t, self._coef_x_0 = steps.coef_x_t.tolist(), steps.coef_x_0.tolist()
         self._noise_std = steps.variance.sqrt()[:-1].tolist() + [0.0]  # the last step draws no noise
 
-    def scale_model_input(
-        self, sample: torch.Tensor, timestep: Optional[Union[float, torch.Tensor]] = None
-    ) -> torch.Tensor:
+    def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
         """The network's input: `sample` itself, or for `preconditioning="edm"` the scaled EDM image of that timestep."""
         if self.config.preconditioning == "variance_preserving":
             return sample
@@ -173,11 +171,11 @@ class ContinuousDDPMScheduler(ImagenSchedulerMixin, SchedulerMixin, ConfigMixin)
     def step(
         self,
         model_output: torch.Tensor,
-        timestep: Union[float, torch.Tensor],
+        timestep: float | torch.Tensor,
         sample: torch.Tensor,
-        generator: Optional[Union[torch.Generator, list[torch.Generator]]] = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
-    ) -> Union[ImagenSchedulerOutput, tuple[torch.Tensor, torch.Tensor]]:
+    ) -> ImagenSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
         """
         The step to the next time of the schedule.
 
@@ -215,7 +213,7 @@ class ContinuousDDPMScheduler(ImagenSchedulerMixin, SchedulerMixin, ConfigMixin)
             return x_next, x_0
         return ImagenSchedulerOutput(prev_sample=x_next, pred_original_sample=x_0)
 
-    def _log_snr(self, timesteps: Union[float, torch.Tensor], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    def _log_snr(self, timesteps: float | torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The log-SNR of timesteps of either form, in their dtype if they are floats, in `dtype` if integers."""
         timesteps = as_tensor("timesteps", timesteps)
         if timesteps.is_floating_point():
@@ -226,12 +224,12 @@ class ContinuousDDPMScheduler(ImagenSchedulerMixin, SchedulerMixin, ConfigMixin)
             raise ValueError(f"integer timesteps must lie between 0 and {last}, got {timesteps.tolist()}")
         return self._log_snr_at(timesteps.to(dtype) / last)
 
-    def conditioning(self, timesteps: Union[float, torch.Tensor]) -> torch.Tensor:
+    def conditioning(self, timesteps: float | torch.Tensor) -> torch.Tensor:
         """What the network is conditioned on at these timesteps, of either form: the log-SNR (or `c_noise`)."""
         return self.precondition_noise(ddpm.log_snr_to_sigma(self._log_snr(timesteps)))
 
     def add_noise(
-        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: Union[float, torch.Tensor]
+        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: float | torch.Tensor
     ) -> torch.Tensor:
         """
         The forward process, `alpha * original_samples + sigma * noise`, for training and for a start from an image.
@@ -254,9 +252,7 @@ class ContinuousDDPMScheduler(ImagenSchedulerMixin, SchedulerMixin, ConfigMixin)
         timesteps = as_tensor("timesteps", timesteps, original_samples)
         return ddpm.q_sample(original_samples, noise, self._log_snr(timesteps))
 
-    def get_velocity(
-        self, sample: torch.Tensor, noise: torch.Tensor, timesteps: Union[float, torch.Tensor]
-    ) -> torch.Tensor:
+    def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: float | torch.Tensor) -> torch.Tensor:
         """The target of v-prediction for clean images `sample`, `alpha * noise - sigma * sample`; see `add_noise`."""
         check_images(sample=sample, noise=noise)
         timesteps = as_tensor("timesteps", timesteps, sample)

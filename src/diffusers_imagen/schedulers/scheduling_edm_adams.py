@@ -1,6 +1,6 @@
 """A third-order multistep solver for EDM denoisers, the fast choice: formulas in `diffusion/multistep.py`."""
 
-from typing import Literal, Optional, Union
+from typing import Literal
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -79,7 +79,7 @@ class EDMAdamsScheduler(EDMSchedulerMixin, SchedulerMixin, ConfigMixin):
         prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon",
         thresholding: bool = False,
         dynamic_thresholding_ratio: float = 0.995,
-        sample_max_value: Optional[float] = None,
+        sample_max_value: float | None = None,
         clip_sample: bool = False,
         clip_sample_range: float = 1.0,
     ) -> None:
@@ -97,10 +97,10 @@ class EDMAdamsScheduler(EDMSchedulerMixin, SchedulerMixin, ConfigMixin):
 
     def set_timesteps(
         self,
-        num_inference_steps: Optional[int] = None,
-        device: Optional[Union[str, torch.device]] = None,
-        sigmas: Optional[Union[list[float], torch.Tensor]] = None,
-        timesteps: Optional[Union[list[float], torch.Tensor]] = None,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: list[float] | torch.Tensor | None = None,
+        timesteps: list[float] | torch.Tensor | None = None,
     ) -> None:
         """
         Lays out a run of N steps and N calls: `timesteps` of length N and, on the CPU, `sigmas` of length N + 1.
@@ -163,10 +163,10 @@ class EDMAdamsScheduler(EDMSchedulerMixin, SchedulerMixin, ConfigMixin):
     def step(
         self,
         model_output: torch.Tensor,
-        timestep: Union[float, torch.Tensor],
+        timestep: float | torch.Tensor,
         sample: torch.Tensor,
         return_dict: bool = True,
-    ) -> Union[ImagenSchedulerOutput, tuple[torch.Tensor, torch.Tensor]]:
+    ) -> ImagenSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
         """
         Corrects the step before with the network's output, and predicts the next one.
 

@@ -1,7 +1,7 @@
 """The sampler of Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models" (2206.00364)."""
 
 import math
-from typing import Literal, Optional, Union
+from typing import Literal
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -86,13 +86,13 @@ class EDMHeunScheduler(EDMSchedulerMixin, SchedulerMixin, ConfigMixin):
         rho: float = 7.0,
         s_churn: float = 0.0,
         s_min: float = 0.0,
-        s_max: Optional[float] = None,
+        s_max: float | None = None,
         s_noise: float = 1.0,
         preconditioning: NetworkPreconditioning = "edm",
         prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon",
         thresholding: bool = False,
         dynamic_thresholding_ratio: float = 0.995,
-        sample_max_value: Optional[float] = None,
+        sample_max_value: float | None = None,
         clip_sample: bool = False,
         clip_sample_range: float = 1.0,
     ) -> None:
@@ -110,10 +110,10 @@ class EDMHeunScheduler(EDMSchedulerMixin, SchedulerMixin, ConfigMixin):
 
     def set_timesteps(
         self,
-        num_inference_steps: Optional[int] = None,
-        device: Optional[Union[str, torch.device]] = None,
-        sigmas: Optional[Union[list[float], torch.Tensor]] = None,
-        timesteps: Optional[Union[list[float], torch.Tensor]] = None,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: list[float] | torch.Tensor | None = None,
+        timesteps: list[float] | torch.Tensor | None = None,
     ) -> None:
         """
         Lays out a run of N steps: `timesteps` of length 2 N - 1 and, on the CPU, `sigmas` of length 2 N.
@@ -161,11 +161,11 @@ class EDMHeunScheduler(EDMSchedulerMixin, SchedulerMixin, ConfigMixin):
     def step(
         self,
         model_output: torch.Tensor,
-        timestep: Union[float, torch.Tensor],
+        timestep: float | torch.Tensor,
         sample: torch.Tensor,
-        generator: Optional[Union[torch.Generator, list[torch.Generator]]] = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
-    ) -> Union[ImagenSchedulerOutput, tuple[torch.Tensor, torch.Tensor]]:
+    ) -> ImagenSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
         """
         One call of the network taken into account: Euler's prediction at even indices, Heun's correction at odd ones.
 

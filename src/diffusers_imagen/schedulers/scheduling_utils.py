@@ -1,7 +1,7 @@
 """What the schedulers of this package share: how the network was trained, the schedule's bookkeeping, thresholding."""
 
 from dataclasses import dataclass
-from typing import Literal, Optional, Union
+from typing import Literal
 
 import torch
 from diffusers.utils import BaseOutput
@@ -55,7 +55,7 @@ class ImagenSchedulerOutput(BaseOutput):
     """
 
     prev_sample: torch.Tensor
-    pred_original_sample: Optional[torch.Tensor] = None
+    pred_original_sample: torch.Tensor | None = None
 
 
 def denoiser_preconditioning(
@@ -152,14 +152,14 @@ class ImagenSchedulerMixin:
 
     # ---- noise levels and the network
 
-    def precondition_noise(self, sigma: Union[float, torch.Tensor]) -> torch.Tensor:
+    def precondition_noise(self, sigma: float | torch.Tensor) -> torch.Tensor:
         """The conditioning value of EDM noise levels: `c_noise`, or the log-SNR of a variance-preserving network."""
         sigma = as_tensor("sigma", sigma)
         if self.config.preconditioning == "variance_preserving":
             return continuous_ddpm.sigma_to_log_snr(sigma)
         return edm.c_noise(sigma)
 
-    def timestep_to_sigma(self, timestep: Union[float, torch.Tensor]) -> torch.Tensor:
+    def timestep_to_sigma(self, timestep: float | torch.Tensor) -> torch.Tensor:
         """
         The EDM noise level that a conditioning value, as published in `timesteps`, stands for.
 
@@ -191,12 +191,12 @@ class ImagenSchedulerMixin:
     # ---- the schedule
 
     @property
-    def step_index(self) -> Optional[int]:
+    def step_index(self) -> int | None:
         """The index into `timesteps` of the next call of `step`; None before the first."""
         return self._step_index
 
     @property
-    def begin_index(self) -> Optional[int]:
+    def begin_index(self) -> int | None:
         """The index into `timesteps` at which the run starts, if a pipeline has set it."""
         return self._begin_index
 
@@ -225,7 +225,7 @@ class ImagenSchedulerMixin:
         self._step_index = None
         self._begin_index = None
 
-    def index_for_timestep(self, timestep: Union[float, torch.Tensor]) -> Optional[int]:
+    def index_for_timestep(self, timestep: float | torch.Tensor) -> int | None:
         """The index of a published timestep, the later one of two equal ones; None for any other value."""
         timestep = as_tensor("timestep", timestep)
         if timestep.numel() != 1:
@@ -234,7 +234,7 @@ class ImagenSchedulerMixin:
         indices = [index for index, published in enumerate(self._timestep_values) if published == value]
         return indices[min(1, len(indices) - 1)] if indices else None
 
-    def _start(self, timestep: Union[float, torch.Tensor]) -> Optional[int]:
+    def _start(self, timestep: float | torch.Tensor) -> int | None:
         """The index of this call: the running one, else the one to start at, or None if the timestep names none."""
         if self._step_index is None and self.num_inference_steps is not None:
             begin = self._begin_index
@@ -283,7 +283,7 @@ class EDMSchedulerMixin(ImagenSchedulerMixin):
         """The denoised image of a call, thresholded, in `x`'s dtype."""
         return self._threshold(self._c_skip[index] * x + self._c_out[index] * model_output.to(x.dtype))
 
-    def scale_model_input(self, sample: torch.Tensor, timestep: Union[float, torch.Tensor]) -> torch.Tensor:
+    def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor) -> torch.Tensor:
         """
         The network's input, `c_in(sigma) * sample`, in the sample's shape and dtype.
 
@@ -295,14 +295,14 @@ class EDMSchedulerMixin(ImagenSchedulerMixin):
             return self.precondition_inputs(sample, self.timestep_to_sigma(as_tensor("timestep", timestep, sample)))
         return sample * self._c_in[index]
 
-    def precondition_inputs(self, sample: torch.Tensor, sigma: Union[float, torch.Tensor]) -> torch.Tensor:
+    def precondition_inputs(self, sample: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
         """`c_in(sigma) * sample`, in the sample's dtype; `sigma` is one noise level or `(B,)`."""
         check_images(sample=sample)
         sigma = edm.per_sample(as_tensor("sigma", sigma, sample), sample)
         return (sample * self._network_preconditioning(sigma).c_in).to(sample.dtype)
 
     def precondition_outputs(
-        self, sample: torch.Tensor, model_output: torch.Tensor, sigma: Union[float, torch.Tensor]
+        self, sample: torch.Tensor, model_output: torch.Tensor, sigma: float | torch.Tensor
     ) -> torch.Tensor:
         """The denoised image, not thresholded, of the network's output at `sample`; `sigma` is one level or `(B,)`."""
         check_images(sample=sample, model_output=model_output)
@@ -310,7 +310,7 @@ class EDMSchedulerMixin(ImagenSchedulerMixin):
         return (scalings.c_skip * sample + scalings.c_out * model_output).to(sample.dtype)
 
     def add_noise(
-        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: Union[float, torch.Tensor]
+        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: float | torch.Tensor
     ) -> torch.Tensor:
         """
         `original_samples + sigma * noise`, for training and for a start from an image.

@@ -17,7 +17,7 @@ import os
 import re
 import struct
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -78,7 +78,7 @@ def are_numbers(value: Any) -> bool:
     return type(value) is list and all(type(number) in (int, float) for number in value)
 
 
-def find_field_problem(value: Any, fields: dict, optional: dict) -> Optional[str]:
+def find_field_problem(value: Any, fields: dict, optional: dict) -> str | None:
     """Which field of an object is missing, wrong, or none that is known."""
     if type(value) is not dict:
         return f"is {type(value).__name__}, not an object"
@@ -154,7 +154,7 @@ def read_manifest(folder: Path, argument: str = "embedding_cache") -> dict[str, 
     return manifest
 
 
-def size_problem(folder: Path, shard: dict[str, Any]) -> Optional[str]:
+def size_problem(folder: Path, shard: dict[str, Any]) -> str | None:
     """What is wrong with a shard, as far as a glance tells."""
     path = folder / shard["file"]
     if not path.is_file():
@@ -164,14 +164,14 @@ def size_problem(folder: Path, shard: dict[str, Any]) -> Optional[str]:
     return None
 
 
-def checksum_problem(folder: Path, shard: dict[str, Any]) -> Optional[str]:
+def checksum_problem(folder: Path, shard: dict[str, Any]) -> str | None:
     """Whether a shard's content is another than what was written."""
     if sha256(folder / shard["file"]) != shard["sha256"]:
         return f"{shard['file']} has another checksum than {MANIFEST} says"
     return None
 
 
-def content_problem(folder: Path, manifest: dict[str, Any], shard: dict[str, Any]) -> Optional[str]:
+def content_problem(folder: Path, manifest: dict[str, Any], shard: dict[str, Any]) -> str | None:
     """What is wrong with a shard, by size, checksums and content."""
     try:
         problem = size_problem(folder, shard) or checksum_problem(folder, shard)

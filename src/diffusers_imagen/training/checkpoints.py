@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple, Optional, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from accelerate import Accelerator
 from diffusers.utils import logging
@@ -45,7 +45,7 @@ class Stateful(Protocol):
 class Found(NamedTuple):
     """The checkpoint that a run begins with, and those that were to be preferred but are damaged."""
 
-    folder: Optional[Path]
+    folder: Path | None
     step: int = 0
     damaged: tuple[Path, ...] = ()
 
@@ -68,10 +68,10 @@ class Checkpoints:
         self.accelerator, self.config, self.run = accelerator, config, run
         self.output_dir = Path(config.output_dir)
         self.limit = config.checkpoints_total_limit
-        self.saved: Optional[Path] = None  # the last one that was saved or loaded
+        self.saved: Path | None = None  # the last one that was saved or loaded
         self.shared: dict[str, Stateful] = {}
         self.own: dict[str, Stateful] = {}
-        self.engine: Optional[Any] = None
+        self.engine: Any | None = None
 
     def save(self, step: int) -> Path:
         """Writes a checkpoint and removes the oldest ones, never one of this step or a later one."""
@@ -248,7 +248,7 @@ def is_of_another_version(manifest: dict[str, Any]) -> bool:
     return manifest[OWN_DIGEST] == digest_of(manifest) and manifest.get("format") != FORMAT
 
 
-def find_damage(folder: Path, thoroughly: bool = True) -> Optional[str]:
+def find_damage(folder: Path, thoroughly: bool = True) -> str | None:
     """What is wrong with a checkpoint's files; None if nothing is.
 
     Args:
@@ -276,7 +276,7 @@ def find_damage(folder: Path, thoroughly: bool = True) -> Optional[str]:
     return None
 
 
-def find_malformed(manifest: dict[str, Any], folder: Path) -> Optional[str]:
+def find_malformed(manifest: dict[str, Any], folder: Path) -> str | None:
     """What in a checkpoint.json is not as `Checkpoints.save` writes it."""
     if manifest.get(OWN_DIGEST) != digest_of(manifest):
         return "it has another SHA-256 than it says"

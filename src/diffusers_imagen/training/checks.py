@@ -1,7 +1,6 @@
 """Whether a network can take the data, asked before any work is done."""
 
 from pathlib import Path
-from typing import Optional
 
 from ..models.unet_base import ConditionalUNet
 from ..schedulers import EDMHeunScheduler
@@ -55,7 +54,7 @@ def check_network(config: TrainingConfig, unet: ConditionalUNet, with_text: bool
         raise ValueError("This network reads text: give `text_encoder` or `embedding_cache`.")
 
 
-def check_width(unet: ConditionalUNet, width: Optional[int]) -> None:
+def check_width(unet: ConditionalUNet, width: int | None) -> None:
     """Checks the width of the text states, if it is known."""
     if width is not None and unet.config.encoder_hid_dim not in (None, width):
         raise ValueError(

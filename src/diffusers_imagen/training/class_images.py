@@ -1,8 +1,9 @@
 """The class images of DreamBooth: what a network draws of a subject's class before it is taught the subject."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable, Optional
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ def draw_class_images(
     accelerator: Accelerator,
     unet: ConditionalUNet,
     scheduler: SchedulerMixin,
-    encode: Optional[Callable[[list[str]], tuple]],
+    encode: Callable[[list[str]], tuple] | None,
 ) -> None:
     """Draws the images that `config.class_data_dir` lacks; the processes share them.
 

@@ -2,8 +2,9 @@
 
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable, NoReturn, Optional
+from typing import NoReturn
 
 from ..utils.errors import run_to_exit_code
 from .config import TrainingConfig
@@ -15,7 +16,7 @@ from .text import load_text_encoder
 
 
 def main(
-    config_class: type[TrainingConfig], make_trainer: Callable[..., Trainer], description: Optional[str] = None
+    config_class: type[TrainingConfig], make_trainer: Callable[..., Trainer], description: str | None = None
 ) -> NoReturn:
     """Trains as the command line says, and ends the process.
 

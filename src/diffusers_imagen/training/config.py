@@ -3,7 +3,7 @@
 import importlib.util
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal, Optional
+from typing import Literal
 
 from huggingface_hub import get_token
 from huggingface_hub.utils import HFValidationError, validate_repo_id
@@ -27,20 +27,20 @@ class TrainingConfig(DataConfig):
     overwrite_output_dir: bool = arg(
         False, "Set aside what another run left in output_dir, in output_dir/set-aside-1, instead of refusing it."
     )
-    pretrained_model_name_or_path: Optional[str] = arg(
+    pretrained_model_name_or_path: str | None = arg(
         None,
         "Stage whose weights are trained further, or a cascade, of which the resolutions name the stage: a folder or a "
         "Hub id.",
     )
     grow: bool = arg(False, "Put a finer level around the pretrained network, for images of twice the side.")
-    layers_per_block: Optional[list[int]] = field(
+    layers_per_block: list[int] | None = field(
         default=None, metadata={"help": "Give the pretrained ImagenUNetModel so many blocks at each level."}
     )
-    preset: Optional[str] = arg(None, "Name of a network in diffusers_imagen.presets, trained from scratch.")
-    model_config_name_or_path: Optional[str] = arg(
+    preset: str | None = arg(None, "Name of a network in diffusers_imagen.presets, trained from scratch.")
+    model_config_name_or_path: str | None = arg(
         None, "Network, by its config.json in a folder or on the Hub, trained from scratch."
     )
-    text_encoder: Optional[str] = arg(None, "Folder with text_encoder/ and tokenizer/; None trains without text.")
+    text_encoder: str | None = arg(None, "Folder with text_encoder/ and tokenizer/; None trains without text.")
 
     preconditioning: Literal["edm", "ddpm"] = arg(
         "edm", "How the network is trained: edm of Karras et al. 2022, or ddpm in continuous time."
@@ -54,7 +54,7 @@ class TrainingConfig(DataConfig):
     beta_schedule: Literal["squaredcos_cap_v2", "linear"] = arg(
         "squaredcos_cap_v2", "ddpm: noise schedule, whose times are drawn uniformly."
     )
-    snr_gamma: Optional[float] = arg(None, "ddpm: gamma of min-SNR weighting, usually 5; None weighs all times alike.")
+    snr_gamma: float | None = arg(None, "ddpm: gamma of min-SNR weighting, usually 5; None weighs all times alike.")
     loss: Literal["l2", "l1", "huber"] = arg("l2", "Distance of prediction and target.")
     uncertainty_weighting: bool = arg(
         False, "Learn the weight of each noise level along with the network (Karras et al. 2024, EDM2)."
@@ -80,14 +80,14 @@ class TrainingConfig(DataConfig):
     use_8bit_adam: bool = arg(False, "Keep AdamW's state in 8 bits, with bitsandbytes.")
     max_grad_norm: float = arg(1.0, "Gradients are clipped to this norm; 0 does not clip.")
 
-    mixed_precision: Optional[Literal["no", "fp16", "bf16"]] = arg(
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = arg(
         None, "Precision of the network's arithmetic; without it, that of `accelerate launch`, or none."
     )
     allow_tf32: bool = arg(False, "Multiply float32 matrices in TF32 on NVIDIA GPUs.")
     gradient_checkpointing: bool = arg(False, "Recompute activations in the backward pass, to save memory.")
     channels_last: bool = arg(True, "Keep images as (height, width, channels) in memory, as convolutions like it.")
     torch_compile: bool = arg(False, "Compile the network with torch.compile.")
-    attention_backend: Optional[str] = arg(
+    attention_backend: str | None = arg(
         None, "Attention of diffusers' dispatch, such as flash or _native_math; without it, torch's own choice."
     )
 
@@ -99,28 +99,26 @@ class TrainingConfig(DataConfig):
     )
     ema_decay: float = arg(0.999, "Decay of the averaged weights.")
     ema_stds: list[float] = arg([0.05, 0.1], "power: widths of the averages as shares of the run; the first exports.")
-    ema_snapshot_steps: Optional[int] = arg(None, "power: steps between snapshots; without it, checkpointing_steps.")
+    ema_snapshot_steps: int | None = arg(None, "power: steps between snapshots; without it, checkpointing_steps.")
 
     checkpointing_steps: int = arg(500, "Steps between checkpoints, from which a run is resumed.")
     checkpoints_total_limit: int = arg(2, "Checkpoints kept.")
-    resume_from_checkpoint: Optional[str] = arg(None, "A checkpoint folder, or `latest`.")
-    validation_steps: Optional[int] = arg(
+    resume_from_checkpoint: str | None = arg(None, "A checkpoint folder, or `latest`.")
+    validation_steps: int | None = arg(
         None, "Steps between validation losses and sample grids; without it, checkpointing_steps."
     )
-    validation_prompts: Optional[list[str]] = field(
+    validation_prompts: list[str] | None = field(
         default=None, metadata={"help": "Prompts that samples are drawn for."}
     )
-    validation_images: Optional[list[str]] = field(
+    validation_images: list[str] | None = field(
         default=None, metadata={"help": "For a super-resolution stage: the image of each prompt, to be enlarged."}
     )
-    report_to: Optional[Literal["tensorboard", "wandb"]] = arg(
-        None, "Where the losses are shown; it must be installed."
-    )
+    report_to: Literal["tensorboard", "wandb"] | None = arg(None, "Where the losses are shown; it must be installed.")
     logging_dir: str = arg("logs", "Folder of those logs inside output_dir.")
     logging_steps: int = arg(10, "Steps between looks at the losses, each of which waits for the device.")
     push_to_hub: bool = arg(False, "Upload the trained stage.")
-    hub_model_id: Optional[str] = arg(None, "Repository to upload to; without it, the name of output_dir.")
-    hub_token: Optional[str] = arg(None, "Token to upload with; without it, that of `hf auth login`.")
+    hub_model_id: str | None = arg(None, "Repository to upload to; without it, the name of output_dir.")
+    hub_token: str | None = arg(None, "Token to upload with; without it, that of `hf auth login`.")
 
     def __post_init__(self):
         super().__post_init__()

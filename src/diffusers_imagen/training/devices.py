@@ -1,7 +1,8 @@
 """Where a run takes place: devices, processes, precision, and networks spread over them."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable, TypeVar
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator

@@ -4,8 +4,9 @@ import hashlib
 import json
 import math
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ class Finding(NamedTuple):
 
 
 def examine_data(
-    config: DataConfig, sigma_data: float = 0.5, text_encoder: Optional[str] = None, num_images: int = 1000
+    config: DataConfig, sigma_data: float = 0.5, text_encoder: str | None = None, num_images: int = 1000
 ) -> list[Finding]:
     """Images, captions and duplicates of a data set's training split.
 
@@ -115,7 +116,7 @@ def examine_images(rows: Rows, places: np.ndarray, config: DataConfig, sigma_dat
     return findings
 
 
-def examine_captions(rows: Rows, config: DataConfig, text_encoder: Optional[str]) -> list[Finding]:
+def examine_captions(rows: Rows, config: DataConfig, text_encoder: str | None) -> list[Finding]:
     """Empty and repeated captions, and how many are cut."""
     captions = list(iterate_captions(rows.data, config.caption_column))
     counts = Counter(captions)
@@ -189,7 +190,7 @@ def find_networks(folder: Path) -> list[Path]:
     return inside or [folder] * (folder / "config.json").exists()
 
 
-def examine_stage(folder: Path, text_encoder: Optional[str] = None) -> list[Finding]:
+def examine_stage(folder: Path, text_encoder: str | None = None) -> list[Finding]:
     """Weights, widths and losses of a stage folder, or of all stages of a cascade."""
     findings = find_irregular(folder)
     if findings:  # reading a FIFO would not end
@@ -223,7 +224,7 @@ def read_losses(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def examine_network(folder: Path, text_encoder: Optional[str]) -> list[Finding]:
+def examine_network(folder: Path, text_encoder: str | None) -> list[Finding]:
     """The weights of a network, and whether they go with the text encoder."""
     unet = AutoModel.from_pretrained(str(folder))
     if not isinstance(unet, ConditionalUNet):
@@ -250,7 +251,7 @@ def examine_weights(unet: torch.nn.Module) -> Finding:
     return Finding(False, f"{type(unet).__name__}: {count:,} weights, finite and trained")
 
 
-def examine_width(width: Optional[int], text_encoder: str) -> Finding:
+def examine_width(width: int | None, text_encoder: str) -> Finding:
     """Whether the network reads states as wide as the encoder makes them."""
     subfolder = "text_encoder" if (Path(text_encoder) / "text_encoder").is_dir() else ""
     actual = encoder_width(AutoConfig.from_pretrained(text_encoder, subfolder=subfolder, trust_remote_code=False))

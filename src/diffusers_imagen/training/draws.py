@@ -4,7 +4,7 @@ Draws belong to slots, as those of the data do (`data/draws.py`): they depend on
 image's place in it, and not on how many processes or accumulated batches share the step.
 """
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ class Draws(NamedTuple):
     text: torch.Tensor  # (B,) in [0, 1): a caption is dropped below the drop rate
     augmentation: torch.Tensor  # (B,) in [0, 1): share of the largest augmentation
     noise: torch.Tensor  # (B, C, H, W)
-    low_res_noise: Optional[torch.Tensor] = None  # (B, C, h, w)
+    low_res_noise: torch.Tensor | None = None  # (B, C, h, w)
 
 
 class StepDraws:

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Optional
 
 import torch
 
@@ -27,22 +26,22 @@ OF_THE_PRIOR = ("class_data_dir", "class_prompt", "class_model", "prior_loss_wei
 class DreamBoothTrainingConfig(LoraTrainingConfig):
     """Settings of a run that teaches a stage a subject."""
 
-    instance_data_dir: Optional[str] = arg(None, "Folder with the images of the subject, or give `dataset_name`.")
-    instance_prompt: Optional[str] = arg(None, 'Caption of those images, such as "a photo of sks dog".')
+    instance_data_dir: str | None = arg(None, "Folder with the images of the subject, or give `dataset_name`.")
+    instance_prompt: str | None = arg(None, 'Caption of those images, such as "a photo of sks dog".')
     with_prior_preservation: bool = arg(
         False, "Train on images of the subject's class too, as many as of the subject."
     )
-    class_data_dir: Optional[str] = arg(None, "Folder with the images of the class; what it lacks is drawn.")
-    class_prompt: Optional[str] = arg(None, 'Caption of the class images, such as "a photo of a dog".')
-    class_model: Optional[str] = arg(
+    class_data_dir: str | None = arg(None, "Folder with the images of the class; what it lacks is drawn.")
+    class_prompt: str | None = arg(None, 'Caption of the class images, such as "a photo of a dog".')
+    class_model: str | None = arg(
         None, "Pipeline that draws class images, a folder or a Hub id; without it, the stage that is trained does."
     )
     num_class_images: int = arg(100, "Class images there should be.")
     prior_loss_weight: float = arg(1.0, "Weight of the loss of the class images.")
     sample_batch_size: int = arg(4, "Class images drawn at a time.")
 
-    rank: Optional[int] = arg(None, "Train a LoRA adapter of this rank; without it, all weights.")
-    learning_rate: Optional[float] = arg(
+    rank: int | None = arg(None, "Train a LoRA adapter of this rank; without it, all weights.")
+    learning_rate: float | None = arg(
         None, f"Peak learning rate; {LEARNING_RATE} if not given, {ADAPTER_LEARNING_RATE} of an adapter."
     )
     max_train_steps: int = arg(400, "Optimizer steps.")
@@ -142,7 +141,7 @@ class DreamBoothTrainer(Trainer):
         super().adapt(unet)
 
     def make_batches(
-        self, unet: ConditionalUNet, encode: Optional[Encode], process_index: int, num_processes: int
+        self, unet: ConditionalUNet, encode: Encode | None, process_index: int, num_processes: int
     ) -> BatchStream:
         place = (process_index, num_processes)
         with called("instance_data_dir"):
@@ -164,6 +163,6 @@ class DreamBoothLoraTrainer(DreamBoothTrainer, LoraTrainer):
     """A run on a subject that trains an adapter."""
 
 
-def make_trainer(config: DreamBoothTrainingConfig, unet: ConditionalUNet, encode: Optional[Encode] = None) -> Trainer:
+def make_trainer(config: DreamBoothTrainingConfig, unet: ConditionalUNet, encode: Encode | None = None) -> Trainer:
     """The run that the configuration means: of an adapter, or of all weights."""
     return (DreamBoothTrainer if config.rank is None else DreamBoothLoraTrainer)(config, unet, encode)

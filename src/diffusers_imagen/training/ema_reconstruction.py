@@ -3,7 +3,6 @@
 import os
 import shutil
 from pathlib import Path
-from typing import Optional
 
 import numpy as np
 import torch
@@ -46,7 +45,7 @@ def solve_coefficients(
     return coefficients, float(np.sqrt(max(error, 0) / norm))
 
 
-def find_snapshots(run: Path, step: Optional[int], shapes: dict[str, tuple[int, ...]]) -> tuple[list[Snapshot], int]:
+def find_snapshots(run: Path, step: int | None, shapes: dict[str, tuple[int, ...]]) -> tuple[list[Snapshot], int]:
     """The snapshots of a run up to a step, by default its last, and that step; all of them fit the network.
 
     Raises:
@@ -79,7 +78,7 @@ def sum_snapshots(snapshots: list[Snapshot], coefficients: np.ndarray) -> dict[s
     return weights
 
 
-def write_reconstructed(run: Path, outputs: dict[float, Path], step: Optional[int] = None) -> dict[float, float]:
+def write_reconstructed(run: Path, outputs: dict[float, Path], step: int | None = None) -> dict[float, float]:
     """Writes a stage folder for each width of the average, whole or not at all; returns the profiles' relative errors.
 
     Args:

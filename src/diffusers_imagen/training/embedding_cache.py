@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 import torch
@@ -183,7 +183,7 @@ class EmbeddingCache:
     def _damage(self, problem: str) -> ValueError:
         return ValueError(f"`embedding_cache` '{self.folder}': {problem}; {MEND}.")
 
-    def _find(self, caption: str) -> Optional[int]:
+    def _find(self, caption: str) -> int | None:
         first, second = caption_key(caption)
         place = int(np.searchsorted(self.keys[:, 0], first))
         while place < len(self.keys) and self.keys[place, 0] == first:
@@ -217,7 +217,7 @@ class CacheWriter:
         encoder: dict[str, Any],
         dtype: str = "bfloat16",
         shard_bytes: int = SHARD_BYTES,
-        hold: Optional[FolderHold] = None,
+        hold: FolderHold | None = None,
     ):
         if dtype not in DTYPES:
             raise ValueError(f"`dtype` is {dtype!r}, but should be one of {', '.join(DTYPES)}.")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from diffusers import SchedulerMixin
 from huggingface_hub import create_repo, upload_folder
@@ -180,7 +180,7 @@ def model_card(
     step: int,
     results: dict[str, float],
     usage: str = USAGE,
-    adapter_of: Optional[str] = None,
+    adapter_of: str | None = None,
 ) -> str:
     """Data, configuration, steps, losses and sample images of a stage.
 
@@ -225,7 +225,7 @@ def model_card(
     )
 
 
-def shown_sample(config: TrainingConfig, step: int) -> Optional[str]:
+def shown_sample(config: TrainingConfig, step: int) -> str | None:
     """The pictures that the card of a step shows, the newest of them; None if there are none."""
     folder = Path(config.output_dir) / SAMPLES
     steps = [sample_step(path.name) for path in folder.glob("*.png")] if folder.is_dir() else []
@@ -241,7 +241,7 @@ def describe_data(config: TrainingConfig) -> str:
     return f"`{name}`, split `{config.train_split}`, {captions}."
 
 
-def make_repository(config: TrainingConfig) -> Optional[str]:
+def make_repository(config: TrainingConfig) -> str | None:
     """The repository to upload to, made if there is none yet; None without `push_to_hub`."""
     if not config.push_to_hub:
         return None

@@ -10,7 +10,7 @@ import pickletools
 import re
 from collections.abc import Callable
 from io import BytesIO
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 
 MAX_OPCODES = 2**16  # a dictionary of NeMo's has some dozens
@@ -99,8 +99,8 @@ class PickleMachine:
     def __init__(
         self,
         file: BytesIO,
-        persistent: Optional[Callable[[Any], Any]] = None,
-        nested: Optional[Callable[[bytes], Any]] = None,
+        persistent: Callable[[Any], Any] | None = None,
+        nested: Callable[[bytes], Any] | None = None,
     ):
         self.file, self.persistent, self.nested = file, persistent, nested
         self.stack: list[Any] = []

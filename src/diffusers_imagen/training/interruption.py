@@ -2,7 +2,6 @@
 
 import signal
 import threading
-from typing import Optional
 
 import torch
 from accelerate import Accelerator
@@ -33,7 +32,7 @@ class Interruption:
     """Inside, SIGTERM and SIGINT are noted; a second one ends the process as usual."""
 
     def __init__(self):
-        self.signum: Optional[int] = None
+        self.signum: int | None = None
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "Interruption":
@@ -44,7 +43,7 @@ class Interruption:
     def __exit__(self, *exception) -> None:
         self._restore()
 
-    def agreed(self, accelerator: Accelerator) -> Optional[int]:
+    def agreed(self, accelerator: Accelerator) -> int | None:
         """The signal that any process noted: the same answer in all of them, which must ask together."""
         if accelerator.num_processes > 1:
             noted = torch.tensor([self.signum or 0], device=accelerator.device)

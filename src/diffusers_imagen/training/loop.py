@@ -6,9 +6,10 @@ stopped.
 """
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
@@ -43,7 +44,7 @@ logger = logging.get_logger(__name__)
 Encode = Callable[[list[str]], tuple]
 
 
-def train(config: TrainingConfig, unet: ConditionalUNet, encode: Optional[Encode] = None) -> dict[str, float]:
+def train(config: TrainingConfig, unet: ConditionalUNet, encode: Encode | None = None) -> dict[str, float]:
     """Trains a network and writes the stage to `config.output_dir`; returns the last losses.
 
     Args:
@@ -69,7 +70,7 @@ class Trainer:
     Args: as `train`.
     """
 
-    def __init__(self, config: TrainingConfig, unet: ConditionalUNet, encode: Optional[Encode] = None):
+    def __init__(self, config: TrainingConfig, unet: ConditionalUNet, encode: Encode | None = None):
         self.config = config
         self.accelerator = accelerator = make_accelerator(config)
         check_network(config, unet, with_text=encode is not None or config.embedding_cache is not None)
@@ -144,7 +145,7 @@ class Trainer:
             shared["model_1"] = NetworkState(inner_network(self.accelerator, self.weighting))
 
     def make_batches(
-        self, unet: ConditionalUNet, encode: Optional[Encode], process_index: int, num_processes: int
+        self, unet: ConditionalUNet, encode: Encode | None, process_index: int, num_processes: int
     ) -> BatchStream:
         """The training batches of this process."""
         return make_train_batches(self.config, encode, process_index, num_processes)
@@ -335,7 +336,7 @@ class Trainer:
         """What run.json has of a last step whose results are written."""
         return {"step": done, "files": digest_stage(Path(self.config.output_dir))}
 
-    def log(self, done: int, progress: Optional[tqdm] = None) -> None:
+    def log(self, done: int, progress: tqdm | None = None) -> None:
         """Fetches what the last steps had to tell, and shows it."""
         record = self.monitor.fetch(self.accelerator)
         seconds, before = self.stopwatch.seconds(), self.seen
@@ -446,14 +447,14 @@ class LastLosses:
         self.trainer.losses |= state
 
 
-def describe_text(config: TrainingConfig, encode: Optional[Encode]) -> Optional[dict[str, Any]]:
+def describe_text(config: TrainingConfig, encode: Encode | None) -> dict[str, Any] | None:
     """Which text encoder the captions' states are from; None if it does not say."""
     if config.embedding_cache is not None:
         return read_manifest(Path(config.embedding_cache))["encoder"]
     return encode.identity() if hasattr(encode, "identity") else None
 
 
-def release_encoder(encode: Optional[Encode], *streams: Optional[BatchStream | ValidationBatches]) -> None:
+def release_encoder(encode: Encode | None, *streams: BatchStream | ValidationBatches | None) -> None:
     """Takes the text encoder out of memory where no stream needs it while batches are drawn."""
     if hasattr(encode, "release") and not any(stream is not None and stream.needs_encoder for stream in streams):
         encode.release()

@@ -3,7 +3,7 @@
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
@@ -35,7 +35,7 @@ class LoraTrainingConfig(TrainingConfig):
     """Settings of a run that trains an adapter of a stage."""
 
     rank: int = arg(4, "Rank of the adapter's updates.")
-    lora_alpha: Optional[float] = arg(None, "Updates are scaled by lora_alpha / rank; the rank if not given.")
+    lora_alpha: float | None = arg(None, "Updates are scaled by lora_alpha / rank; the rank if not given.")
     lora_target_modules: list[str] = arg(TARGET_MODULES, "Layers that are adapted, by the ends of their names.")
 
     def __post_init__(self):

@@ -1,7 +1,5 @@
 """The training loss: where an objective meets a network and a batch."""
 
-from typing import Optional
-
 import torch
 import torch.nn.functional as F
 
@@ -46,8 +44,8 @@ def denoising_loss(
 
 
 def augment(
-    low_res: Optional[torch.Tensor], draws: Draws, config: TrainingConfig
-) -> tuple[Optional[torch.Tensor], Optional[torch.Tensor]]:
+    low_res: torch.Tensor | None, draws: Draws, config: TrainingConfig
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """The low-resolution image with noise of a random level, and that level's conditioning value, where there is one.
 
     The level is uniform between the lowest and the configured maximum: mostly clean images would not teach the
@@ -61,7 +59,7 @@ def augment(
     return augment_low_res(low_res, sigma, draws.low_res_noise, config.sigma_data)
 
 
-def drop_text(text: Optional[torch.Tensor], uniform: torch.Tensor, rate: float) -> Optional[torch.Tensor]:
+def drop_text(text: torch.Tensor | None, uniform: torch.Tensor, rate: float) -> torch.Tensor | None:
     """Zeros the states of dropped captions; their masks stay, as the guidance of the pipelines expects."""
     return None if text is None else text * (uniform >= rate)[:, None, None]
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -66,7 +66,7 @@ def start_network(config: TrainingConfig) -> ConditionalUNet:
     return load_unet(config.pretrained_model_name_or_path, find_network(config))
 
 
-def find_network(config: TrainingConfig) -> Optional[str]:
+def find_network(config: TrainingConfig) -> str | None:
     """The subfolder of the network that a run begins with: of a cascade that of the stage which the resolutions name,
     of a single stage `unet`; None if the name is that of the network itself.
 
@@ -132,7 +132,7 @@ def unet_of_config(config: TrainingConfig) -> ConditionalUNet:
         ) from error
 
 
-def load_unet(name: str, subfolder: Optional[str] = "unet") -> ConditionalUNet:
+def load_unet(name: str, subfolder: str | None = "unet") -> ConditionalUNet:
     """A network in a folder, or of a repository on the Hub.
 
     Raises:
@@ -164,7 +164,7 @@ def load_unet(name: str, subfolder: Optional[str] = "unet") -> ConditionalUNet:
     return unet
 
 
-def check_finite(unet: ConditionalUNet, name: Optional[str] = None) -> None:
+def check_finite(unet: ConditionalUNet, name: str | None = None) -> None:
     """Refuses a network that cannot be trained, because a weight is not finite.
 
     Args:

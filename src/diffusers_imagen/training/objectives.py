@@ -4,8 +4,6 @@ The formulas are those of `diffusers_imagen.diffusion.objectives`; an objective 
 scheduler that samples from a network trained so.
 """
 
-from typing import Optional, Union
-
 import torch
 
 from ..diffusion import continuous_ddpm, edm
@@ -43,7 +41,7 @@ class ContinuousDDPMObjective:
         self,
         prediction_type: continuous_ddpm.PredictionType,
         beta_schedule: continuous_ddpm.NoiseSchedule,
-        snr_gamma: Optional[float],
+        snr_gamma: float | None,
         sigma_data: float,
     ):
         self.prediction_type, self.beta_schedule = prediction_type, beta_schedule
@@ -67,7 +65,7 @@ class ContinuousDDPMObjective:
         )
 
 
-Objective = Union[EDMObjective, ContinuousDDPMObjective]
+Objective = EDMObjective | ContinuousDDPMObjective
 
 
 def make_objective(config: TrainingConfig) -> Objective:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable
-from typing import Optional
 
 import torch
 from accelerate import Accelerator
@@ -19,7 +18,7 @@ def trainable(module: torch.nn.Module) -> list[torch.nn.Parameter]:
 
 
 def make_optimizer(
-    config: TrainingConfig, unet: torch.nn.Module, weighting: Optional[torch.nn.Module] = None, num_processes: int = 1
+    config: TrainingConfig, unet: torch.nn.Module, weighting: torch.nn.Module | None = None, num_processes: int = 1
 ) -> torch.optim.Optimizer:
     """AdamW, in its fused form or with a state of 8 bits; the loss weighting does not decay.
 

@@ -3,7 +3,7 @@
 import argparse
 import sys
 from dataclasses import fields
-from typing import Any, NoReturn, Optional, TypeVar, get_args, get_origin
+from typing import Any, NoReturn, TypeVar, get_args, get_origin
 
 from transformers import HfArgumentParser
 
@@ -27,8 +27,8 @@ class OptionParser(OneLineErrors, HfArgumentParser):
 
 
 def parse_args(
-    argv: Optional[list[str]] = None,
-    description: Optional[str] = None,
+    argv: list[str] | None = None,
+    description: str | None = None,
     config_class: type[Config] = TrainingConfig,
 ) -> Config:
     """The settings of a run from the command line; flags win over what `--config FILE.yaml` says.

@@ -10,7 +10,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 from diffusers.utils import logging
 
@@ -48,7 +48,7 @@ class OutputFolder:
 
     def __init__(self, config: TrainingConfig):
         self.config, self.folder = config, Path(config.output_dir)
-        self._hold: Optional[FolderHold] = None
+        self._hold: FolderHold | None = None
 
     def check_free(self) -> None:
         """Refuses a folder that another process holds, or that cannot be written to.
@@ -139,7 +139,7 @@ class OutputFolder:
         """What `note` wrote; None if it did not."""
         return (read_run(self.folder) or {}).get(fact)
 
-    def _other_run(self, step: int, run: dict[str, Any], partly: bool) -> Optional[str]:
+    def _other_run(self, step: int, run: dict[str, Any], partly: bool) -> str | None:
         """What tells the run that is there from this one before its first checkpoint; None if nothing does."""
         record = read_run(self.folder)
         if record is None:
@@ -151,7 +151,7 @@ class OutputFolder:
         difference = find_difference(record["run"], run, partly)
         return None if difference is None else f"that {difference}"
 
-    def _above(self, step: Optional[int]) -> Iterator[Path]:
+    def _above(self, step: int | None) -> Iterator[Path]:
         """What there is of a run above a step; with None, all that there is of a run."""
         if not self.folder.is_dir():
             return
@@ -173,7 +173,7 @@ class OutputFolder:
                 if match is not None and int(match[1]) > step:
                     yield path
 
-    def _stage_above(self, step: Optional[int]) -> Iterator[Path]:
+    def _stage_above(self, step: int | None) -> Iterator[Path]:
         parts = [self.folder / name for name in STAGE_PARTS if (self.folder / name).exists()]
         if parts and step is not None:
             try:
@@ -198,7 +198,7 @@ class OutputFolder:
         logger.warning(f"What another run left in {self.folder}, or is damaged, is now in {place}.")
 
 
-def read_run(folder: Path) -> Optional[dict[str, Any]]:
+def read_run(folder: Path) -> dict[str, Any] | None:
     """What a folder's run.json says; None if it has none that can be read."""
     try:
         record = read_json_object(folder / RUN)

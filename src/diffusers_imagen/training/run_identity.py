@@ -6,7 +6,7 @@ to none makes another run.
 
 import json
 from dataclasses import fields
-from typing import Any, Optional
+from typing import Any
 
 from ..models.unet_base import ConditionalUNet
 from .config import TrainingConfig
@@ -94,7 +94,7 @@ def changeable_settings(config: TrainingConfig) -> dict[str, Any]:
     return in_json({f.name: getattr(config, f.name) for f in fields(config) if f.name in CHANGEABLE})
 
 
-def find_difference(saved: dict[str, Any], own: dict[str, Any], partly: bool = False) -> Optional[str]:
+def find_difference(saved: dict[str, Any], own: dict[str, Any], partly: bool = False) -> str | None:
     """How a run differs from the one of a checkpoint, in words; None if it does not.
 
     Args:
@@ -112,7 +112,7 @@ def find_difference(saved: dict[str, Any], own: dict[str, Any], partly: bool = F
     return None
 
 
-def compare_encoders(before: Any, now: Any) -> Optional[str]:
+def compare_encoders(before: Any, now: Any) -> str | None:
     """How two text encoders differ; one that has not said which it is differs from none."""
     if not (isinstance(before, dict) and isinstance(now, dict)):
         return None

@@ -1,8 +1,9 @@
 """Samples of given prompts while a stage is trained."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable, NamedTuple, Optional
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,12 +28,12 @@ DDPM_STEPS = 100  # ancestral sampling needs more than the EDM samplers
 class Prompts(NamedTuple):
     """What samples are drawn for."""
 
-    text: Optional[torch.Tensor]  # (B, L, E)
-    mask: Optional[torch.Tensor]  # (B, L)
-    low_res: Optional[torch.Tensor]  # (B, 3, h, w) in [-1, 1]
+    text: torch.Tensor | None  # (B, L, E)
+    mask: torch.Tensor | None  # (B, L)
+    low_res: torch.Tensor | None  # (B, 3, h, w) in [-1, 1]
 
 
-def read_prompts(config: TrainingConfig, encode: Optional[Callable[[list[str]], tuple]]) -> Optional[Prompts]:
+def read_prompts(config: TrainingConfig, encode: Callable[[list[str]], tuple] | None) -> Prompts | None:
     """The validation prompts, encoded, and their images; None if there are none.
 
     Raises:
@@ -95,7 +96,7 @@ def sample_name(step: int) -> str:
     return f"step-{step:06d}.png"
 
 
-def sample_step(name: str) -> Optional[int]:
+def sample_step(name: str) -> int | None:
     """The step of a file of samples; None of another file."""
     match = re.fullmatch(r"step-([0-9]+)\.png", name)
     return None if match is None or sample_name(int(match[1])) != name else int(match[1])

@@ -6,7 +6,7 @@ JSON in its metadata.
 
 import json
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
@@ -97,7 +97,7 @@ class NetworkState:
         names (`list[str]`, *optional*): Only these parameters.
     """
 
-    def __init__(self, module: torch.nn.Module, names: Optional[list[str]] = None):
+    def __init__(self, module: torch.nn.Module, names: list[str] | None = None):
         self.module, self.names = module, names
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -127,7 +127,7 @@ class OptimizerState:
         scaler (`torch.amp.GradScaler`, *optional*): Of fp16.
     """
 
-    def __init__(self, optimizer: AcceleratedOptimizer, scaler: Optional[Any] = None):
+    def __init__(self, optimizer: AcceleratedOptimizer, scaler: Any | None = None):
         self.optimizer = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
         self.scaler = scaler
 
@@ -150,7 +150,7 @@ class OptimizerState:
             self.scaler.load_state_dict(state["scaler"])
 
 
-def like(parameter: torch.nn.Parameter, name: str, value: Union[torch.Tensor, float]) -> Union[torch.Tensor, float]:
+def like(parameter: torch.nn.Parameter, name: str, value: torch.Tensor | float) -> torch.Tensor | float:
     """A moment in the layout of its parameter, and spread over processes as that is: fused optimizers run through the
     memory of both in step.
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,13 +40,13 @@ class TextEncoder:
     def __init__(
         self,
         name: str,
-        max_length: Optional[int] = None,
+        max_length: int | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ):
         self.name, self.device, self.dtype = name, device, dtype
-        self._model: Optional[PreTrainedModel] = None
-        self._identity: Optional[dict[str, Any]] = None
+        self._model: PreTrainedModel | None = None
+        self._identity: dict[str, Any] | None = None
         self.tokenizer, self.subfolder = load_tokenizer(name)
         limit = self.tokenizer.model_max_length
         if max_length is not None:
@@ -130,7 +130,7 @@ class TextEncoder:
         return self._identity
 
 
-def load_text_encoder(name: str, max_length: Optional[int] = None, **kwargs) -> TextEncoder:
+def load_text_encoder(name: str, max_length: int | None = None, **kwargs) -> TextEncoder:
     """The text encoder of a folder or of the Hub; keyword arguments as for `TextEncoder`."""
     return TextEncoder(name, max_length, **kwargs)
 
@@ -216,7 +216,7 @@ def encoder_width(config) -> int:
     return width
 
 
-def identity_mismatch(expected: dict[str, Any], actual: dict[str, Any]) -> Optional[str]:
+def identity_mismatch(expected: dict[str, Any], actual: dict[str, Any]) -> str | None:
     """How two encoders differ, in words; None if they do not. Keys that one of them lacks are not compared."""
     for key in expected.keys() & actual.keys() - {"weights"}:
         if expected[key] != actual[key]:

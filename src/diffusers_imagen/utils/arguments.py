@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from typing import Any, Optional
+from typing import Any
 
 
 SHOWN_CHARACTERS = 120
@@ -32,7 +32,7 @@ def is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-def as_integer(name: str, value: Any, minimum: int = 1, maximum: Optional[int] = None) -> int:
+def as_integer(name: str, value: Any, minimum: int = 1, maximum: int | None = None) -> int:
     """A whole number as an `int`.
 
     Raises:

@@ -3,7 +3,7 @@
 import errno
 import os
 import sys
-from typing import Callable, Optional
+from collections.abc import Callable
 
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.errors import HfHubHTTPError
@@ -19,7 +19,7 @@ NETWORK = (HfHubHTTPError, getattr(hub_errors, "HTTPError", HfHubHTTPError), Con
 EXPECTED = (ValueError, OSError, FloatingPointError, MemoryError, DecompressionBombError, SafetensorError)
 
 
-def run_to_exit_code(run: Callable[[], Optional[int]], program: str) -> int:
+def run_to_exit_code(run: Callable[[], int | None], program: str) -> int:
     """Calls a command; an expected error is one line on stderr and exit code 2, an interruption exit code 130."""
     try:
         code = run() or 0
@@ -45,7 +45,7 @@ def give_up_broken_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
-def describe(error: BaseException) -> Optional[str]:
+def describe(error: BaseException) -> str | None:
     """An error as one line; None for an error that nobody expects."""
     if isinstance(error, BrokenPipeError):
         return "the output was closed before everything was written to it."

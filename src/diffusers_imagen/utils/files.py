@@ -11,12 +11,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 import filelock
 
 
-PathLike = Union[str, os.PathLike]
+PathLike = str | os.PathLike
 LOCK, OWNER = ".lock", ".lock-owner.json"  # in a folder that is held; no part of what is in it
 
 

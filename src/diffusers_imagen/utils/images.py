@@ -7,13 +7,13 @@ import io
 import os
 import stat
 from functools import cache
-from typing import Any, Union
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
 
-PictureSource = Union[str, os.PathLike, bytes, Image.Image]
+PictureSource = str | os.PathLike | bytes | Image.Image
 
 # EPS and WMF are drawn by other programs, FITS is unpacked without a limit, and of the others Pillow knows the name only
 REFUSED_FORMATS = {"EPS", "WMF", "FITS", "BUFR", "GRIB", "HDF5", "MPEG"}
@@ -57,7 +57,7 @@ def open_image(source: PictureSource) -> Image.Image:
         raise _as_bad_image(error) from error
 
 
-def check_regular(path: Union[str, os.PathLike]) -> None:
+def check_regular(path: str | os.PathLike) -> None:
     """Refuses what is no regular file, before it is opened: reading a pipe or a device may never end.
 
     Raises:

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 import yaml
 
@@ -14,7 +14,7 @@ MERGE = "tag:yaml.org,2002:merge"  # of the key `<<`
 STRING = "tag:yaml.org,2002:str"
 
 
-def read_yaml(path: Union[str, os.PathLike], name: str) -> Any:
+def read_yaml(path: str | os.PathLike, name: str) -> Any:
     """The content of a YAML file: dicts with strings as keys, lists, strings, numbers, booleans, dates and None.
 
     Args:

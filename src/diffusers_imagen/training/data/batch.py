@@ -1,6 +1,6 @@
 """What the loop gets, and what it is made of."""
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 
@@ -11,26 +11,26 @@ class Batch(NamedTuple):
     """One micro-batch of images and captions."""
 
     images: torch.Tensor  # (B, 3, H, W) in [-1, 1]
-    low_res: Optional[torch.Tensor]  # (B, 3, h, w) in [-1, 1], aligned with the images
-    text: Optional[torch.Tensor]  # (B, L, E), zero at padded positions
-    text_mask: Optional[torch.Tensor]  # (B, L)
+    low_res: torch.Tensor | None  # (B, 3, h, w) in [-1, 1], aligned with the images
+    text: torch.Tensor | None  # (B, L, E), zero at padded positions
+    text_mask: torch.Tensor | None  # (B, L)
 
 
 class Sample(NamedTuple):
     """One image and its caption."""
 
     pixels: torch.Tensor  # (3, H, W) uint8
-    low_res: Optional[torch.Tensor]  # (3, h, w) in [-1, 1]
-    caption: Optional[str]
+    low_res: torch.Tensor | None  # (3, h, w) in [-1, 1]
+    caption: str | None
 
 
 class Samples(NamedTuple):
     """A micro-batch whose captions are not encoded yet, as it comes from a worker: a quarter of a `Batch`'s size."""
 
     pixels: torch.Tensor  # (B, 3, H, W) uint8
-    low_res: Optional[torch.Tensor]  # (B, 3, h, w) in [-1, 1]
-    captions: Optional[list[str]]
-    text: Optional[tuple[torch.Tensor, torch.Tensor]] = None  # states and mask, where the worker read them
+    low_res: torch.Tensor | None  # (B, 3, h, w) in [-1, 1]
+    captions: list[str] | None
+    text: tuple[torch.Tensor, torch.Tensor] | None = None  # states and mask, where the worker read them
 
     @classmethod
     def stack(cls, samples: list[Sample]) -> "Samples":

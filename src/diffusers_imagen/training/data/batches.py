@@ -1,7 +1,7 @@
 """The micro-batches of a run: where the data becomes what the loop sees."""
 
 from collections.abc import Iterator
-from typing import Any, Optional, Union
+from typing import Any
 
 import torch
 from diffusers.utils import logging
@@ -23,11 +23,11 @@ from .streaming import StreamDataset
 logger = logging.get_logger(__name__)
 
 MEMORY_LIMIT = 4 * 2**30  # bytes of pixels that are kept without being asked to
-Texts = Union[EncodedCaptions, OnlineCaptions, EmbeddingCache]
+Texts = EncodedCaptions | OnlineCaptions | EmbeddingCache
 
 
 def make_train_batches(
-    config: DataConfig, encode: Optional[Encode] = None, process_index: int = 0, num_processes: int = 1
+    config: DataConfig, encode: Encode | None = None, process_index: int = 0, num_processes: int = 1
 ) -> "BatchStream":
     """The training batches of a process, without end.
 
@@ -48,7 +48,7 @@ def make_train_batches(
 
 def make_validation_batches(
     config: DataConfig,
-    encode: Optional[Encode] = None,
+    encode: Encode | None = None,
     process_index: int = 0,
     num_processes: int = 1,
     num_images: int = 512,
@@ -63,7 +63,7 @@ def make_validation_batches(
     return ValidationBatches(stream, num_images)
 
 
-def has_text(config: DataConfig, encode: Optional[Encode]) -> bool:
+def has_text(config: DataConfig, encode: Encode | None) -> bool:
     """Whether batches have text."""
     return encode is not None or config.embedding_cache is not None
 
@@ -72,7 +72,7 @@ def _make_batches(
     rows: Rows,
     config: DataConfig,
     split: str,
-    encode: Optional[Encode],
+    encode: Encode | None,
     process_index: int,
     num_processes: int,
     training: bool,
@@ -102,7 +102,7 @@ def _make_batches(
     return stream
 
 
-def make_texts(config: DataConfig, rows: Rows, encode: Optional[Encode]) -> Optional[Texts]:
+def make_texts(config: DataConfig, rows: Rows, encode: Encode | None) -> Texts | None:
     """Where the text states of captions come from."""
     if config.embedding_cache is not None:
         cache = EmbeddingCache(config.embedding_cache)
@@ -138,9 +138,9 @@ class BatchStream(Iterator[Batch]):
         content (`dict[str, Any]`): What tells training data from others, as `describe_data` says.
     """
 
-    content: Optional[dict[str, Any]] = None
+    content: dict[str, Any] | None = None
 
-    def __init__(self, config: DataConfig, texts: Optional[Texts], process_index: int, num_processes: int):
+    def __init__(self, config: DataConfig, texts: Texts | None, process_index: int, num_processes: int):
         self.config, self.texts = config, texts
         self.process_index, self.num_processes = process_index, num_processes
         self.images_seen = 0
@@ -152,7 +152,7 @@ class BatchStream(Iterator[Batch]):
         return self.texts is not None and self.texts.needs_encoder
 
     @property
-    def text_width(self) -> Optional[int]:
+    def text_width(self) -> int | None:
         """Width of the text states, where it is known before a batch is drawn."""
         return getattr(self.texts, "width", None)
 
@@ -211,7 +211,7 @@ class LoaderBatches(BatchStream):
     def __init__(self, config, texts, process_index, num_processes, rows, maker, order, draws):
         super().__init__(config, texts, process_index, num_processes)
         self.dataset = SlotDataset(rows, maker, order, draws, config.bucket_shapes(), texts)
-        self._batches: Optional[Iterator] = None
+        self._batches: Iterator | None = None
 
     def _draw(self) -> Samples:
         if self._batches is None:
@@ -241,7 +241,7 @@ class StreamBatches(LoaderBatches):
         BatchStream.__init__(self, config, texts, process_index, num_processes)
         self.rows, self.maker, self.draws = rows, maker, draws
         self.num_workers = max(1, config.dataloader_num_workers)
-        self.places: list[Optional[dict]] = [None] * self.num_workers
+        self.places: list[dict | None] = [None] * self.num_workers
         self._batches = None
 
     def _draw(self) -> Samples:

@@ -4,8 +4,8 @@ Shapes: B batch, L text tokens, E width of the text encoder.
 """
 
 import re
-from collections.abc import Iterable
-from typing import Any, Callable, Optional
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -35,7 +35,7 @@ def caption_text(value: Any) -> str:
     raise BadCaption(f"the caption is {value!r}, but should be text or a list of words")
 
 
-def speaks_of_sides(caption: Optional[str]) -> bool:
+def speaks_of_sides(caption: str | None) -> bool:
     """Whether a mirrored image would belie its caption."""
     return caption is not None and SIDES.search(caption) is not None
 
@@ -64,7 +64,7 @@ def iterate_captions(rows: Dataset, columns: list[str]) -> Iterable[str]:
         logger.warning(f"{bad} of {good + bad} captions cannot be used, and their rows are skipped; {first}.")
 
 
-def distinct_captions(captions: Iterable[str], limit: Optional[int] = None) -> Optional[list[str]]:
+def distinct_captions(captions: Iterable[str], limit: int | None = None) -> list[str] | None:
     """Every caption once, in order of appearance; None if there are more than `limit`."""
     seen = {}
     for caption in captions:

@@ -1,7 +1,7 @@
 """What a training run is told about its data. Field names are those of diffusers' training scripts where they exist."""
 
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any
 
 from diffusers.training_utils import parse_buckets_string
 from PIL import ImageColor
@@ -24,34 +24,34 @@ def arg(default: Any, help: str) -> Any:
 class DataConfig:
     """Where images and captions come from, and what is done to them. Sides are in pixels."""
 
-    train_data_dir: Optional[str] = arg(
+    train_data_dir: str | None = arg(
         None,
         "Folder of images, with a metadata.jsonl, .csv or .parquet or a .txt beside each, of Parquet files, or of "
         "WebDataset tar shards.",
     )
-    dataset_name: Optional[str] = arg(None, "Data set on the Hub, or a folder that `datasets` wrote.")
-    dataset_config_name: Optional[str] = arg(None, "Configuration of that data set.")
-    cache_dir: Optional[str] = arg(None, "Where `datasets` keeps what it downloads.")
+    dataset_name: str | None = arg(None, "Data set on the Hub, or a folder that `datasets` wrote.")
+    dataset_config_name: str | None = arg(None, "Configuration of that data set.")
+    cache_dir: str | None = arg(None, "Where `datasets` keeps what it downloads.")
     streaming: bool = arg(False, "Read the data set in order, without writing it to disk first.")
     shuffle_buffer_size: int = arg(1000, "Rows that a streaming run shuffles at a time.")
     image_column: str = arg(
         "image", "Column with the images; `file_name` of a metadata file serves too, and any picture of tar shards."
     )
     caption_column: list[str] = arg(["text"], "Columns with captions; several are drawn from by turns.")
-    caption_probabilities: Optional[list[float]] = field(
+    caption_probabilities: list[float] | None = field(
         default=None, metadata={"help": "Probability of each caption column; equal if not given."}
     )
-    caption: Optional[str] = arg(None, "One caption for all images, instead of columns.")
+    caption: str | None = arg(None, "One caption for all images, instead of columns.")
     train_split: str = arg("train", "Split to train on.")
-    validation_split: Optional[str] = arg(None, "Split to measure the validation loss on.")
+    validation_split: str | None = arg(None, "Split to measure the validation loss on.")
     split_column: str = arg("split", "Where the data set has this column, splits are its values, not those it names.")
-    styles: Optional[list[str]] = field(default=None, metadata={"help": "Keep rows of these `style` values only."})
-    balance_by: Optional[list[str]] = field(
+    styles: list[str] | None = field(default=None, metadata={"help": "Keep rows of these `style` values only."})
+    balance_by: list[str] | None = field(
         default=None, metadata={"help": "Draw each combination of values in these columns equally often."}
     )
-    weight_column: Optional[str] = arg(None, "Column with numbers above 0: rows are drawn in proportion to them.")
-    max_train_samples: Optional[int] = arg(None, "Train on so many rows only.")
-    in_memory: Optional[bool] = arg(
+    weight_column: str | None = arg(None, "Column with numbers above 0: rows are drawn in proportion to them.")
+    max_train_samples: int | None = arg(None, "Train on so many rows only.")
+    in_memory: bool | None = arg(
         None, "Keep all images as pixels in memory; without it, small sets of centre crops are kept."
     )
 
@@ -59,24 +59,24 @@ class DataConfig:
     center_crop: bool = arg(True, "Crop images that are not square at the centre; else at random.")
     random_flip: bool = arg(False, "Mirror every second image, except where its caption speaks of left or right.")
     background: str = arg("white", "Colour behind transparent images.")
-    min_resolution: Optional[int] = arg(None, "Skip images whose shorter side is below this.")
-    aspect_ratio_buckets: Optional[str] = arg(
+    min_resolution: int | None = arg(None, "Skip images whose shorter side is below this.")
+    aspect_ratio_buckets: str | None = arg(
         None, "Shapes of batches: 'height,width;...', or 'auto' for areas about resolution^2; without it, squares."
     )
     bucket_step: int = arg(16, "The sides of automatic buckets are multiples of this.")
 
-    low_resolution: Optional[int] = arg(None, "Side of the conditioning image of a super-resolution stage.")
-    crop_size: Optional[int] = arg(None, "Side of the aligned random crops that super-resolution trains on.")
-    degradation_blur_sigma: Optional[list[float]] = field(
+    low_resolution: int | None = arg(None, "Side of the conditioning image of a super-resolution stage.")
+    crop_size: int | None = arg(None, "Side of the aligned random crops that super-resolution trains on.")
+    degradation_blur_sigma: list[float] | None = field(
         default=None,
         metadata={"help": "Lowest and highest sigma of a blur of the low-resolution image, in its pixels."},
     )
-    degradation_jpeg_quality: Optional[list[int]] = field(
+    degradation_jpeg_quality: list[int] | None = field(
         default=None, metadata={"help": "Lowest and highest JPEG quality of the low-resolution image, 1 to 100."}
     )
 
-    embedding_cache: Optional[str] = arg(None, "Folder that `diffusers-imagen cache-embeddings` wrote.")
-    tokenizer_max_length: Optional[int] = arg(None, "Tokens of a caption; the tokenizer's own limit if not given.")
+    embedding_cache: str | None = arg(None, "Folder that `diffusers-imagen cache-embeddings` wrote.")
+    tokenizer_max_length: int | None = arg(None, "Tokens of a caption; the tokenizer's own limit if not given.")
     train_batch_size: int = arg(16, "Images a device and a step.")
     gradient_accumulation_steps: int = arg(1, "Batches before an optimizer step.")
     dataloader_num_workers: int = arg(0, "Processes that read images; 0 reads them in the training process.")
@@ -152,7 +152,7 @@ class DataConfig:
         """How many times smaller the conditioning image is; 1 without one."""
         return 1 if self.low_resolution is None else self.resolution // self.low_resolution
 
-    def bucket_shapes(self) -> Optional[list[tuple[int, int]]]:
+    def bucket_shapes(self) -> list[tuple[int, int]] | None:
         """Height and width of every bucket, or None for squares.
 
         Raises:

@@ -5,8 +5,6 @@ fixed stretch of the counter-based generator Philox (Salmon et al. 2011), so tha
 what one process with batches of 16 sees, and a resumed run what the stopped one would have seen.
 """
 
-from typing import Optional
-
 import numpy as np
 
 
@@ -75,7 +73,7 @@ class RowOrder:
         weights (`np.ndarray`, *optional*): `(num_rows,)`, how often each row is drawn.
     """
 
-    def __init__(self, num_rows: int, seed: int, weights: Optional[np.ndarray] = None):
+    def __init__(self, num_rows: int, seed: int, weights: np.ndarray | None = None):
         self.num_rows = num_rows
         self.seed = seed
         self.edges = None if weights is None else cumulate(weights)
@@ -116,7 +114,7 @@ class BucketOrder:
         weights (`np.ndarray`, *optional*): `(num_rows,)`, how often each row is drawn.
     """
 
-    def __init__(self, buckets: np.ndarray, slots_per_step: int, seed: int, weights: Optional[np.ndarray] = None):
+    def __init__(self, buckets: np.ndarray, slots_per_step: int, seed: int, weights: np.ndarray | None = None):
         weights = np.ones(len(buckets)) if weights is None else weights
         self.slots_per_step = slots_per_step
         self.members = [np.flatnonzero(buckets == bucket) for bucket in range(buckets.max() + 1)]

@@ -4,7 +4,6 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Optional
 
 from ...utils.images import BadImage, check_regular, picture_extensions
 
@@ -84,7 +83,7 @@ def group_by_split(files: list[str], by_file_name: bool) -> dict[str, list[str]]
     return {split: [path for path in files if splits[path] == split] for split in dict.fromkeys(splits.values())}
 
 
-def _split_of(path: str, by_file_name: bool) -> Optional[str]:
+def _split_of(path: str, by_file_name: bool) -> str | None:
     *parts, name = path.split("/")
     if by_file_name:
         numbered = re.fullmatch(r"(\w+)-\d{5}-of-\d{5}.*", name)
@@ -112,7 +111,7 @@ def picture_rows(folder: str, pictures: list[str]) -> dict[str, list]:
     return columns
 
 
-def read_caption(folder: str, picture: str) -> Optional[str]:
+def read_caption(folder: str, picture: str) -> str | None:
     """The caption in the file that has a picture's name and another ending, its lines as one; None without a file."""
     stem = Path(folder) / os.path.splitext(picture)[0]
     for ending in CAPTIONS:

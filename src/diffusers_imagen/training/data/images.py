@@ -2,7 +2,7 @@
 
 import os
 import re
-from typing import Any, Optional, Union
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -35,7 +35,7 @@ def open_image(value: Any, folder: str = "") -> Image.Image:
     return pictures.open_image(find_source(value, folder))
 
 
-def find_source(value: Any, folder: str) -> Union[str, bytes, Image.Image]:
+def find_source(value: Any, folder: str) -> str | bytes | Image.Image:
     """The file, bytes or picture that a cell means.
 
     Raises:
@@ -104,7 +104,7 @@ def fit_image(image: Image.Image, height: int, width: int, top: float = 0.5, lef
     return np.asarray(fitted)
 
 
-def check_size(image: Image.Image, min_resolution: Optional[int]) -> None:
+def check_size(image: Image.Image, min_resolution: int | None) -> None:
     """Refuses an image whose shorter side is too small."""
     if min_resolution is not None and min(image.size) < min_resolution:
         raise BadImage(f"{image.width}x{image.height} is below `min_resolution` {min_resolution}")

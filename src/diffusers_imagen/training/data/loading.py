@@ -1,7 +1,7 @@
 """A data set whose rows are at hand but not its pixels: images are read when they are drawn."""
 
 from collections.abc import Iterator
-from typing import NamedTuple, Optional, Union
+from typing import NamedTuple
 
 import numpy as np
 from diffusers.training_utils import find_nearest_bucket
@@ -21,7 +21,7 @@ class PlannedBatch(NamedTuple):
 
     first: int
     rows: list[int]
-    bucket: Optional[int]
+    bucket: int | None
 
 
 class BatchPlan(Sampler):
@@ -38,7 +38,7 @@ class BatchPlan(Sampler):
 
     def __init__(
         self,
-        order: Union[RowOrder, BucketOrder],
+        order: RowOrder | BucketOrder,
         draws: SlotDraws,
         start: int,
         stride: int,
@@ -68,9 +68,9 @@ class SlotDataset(Dataset):
         self,
         rows: Rows,
         maker: SampleMaker,
-        order: Union[RowOrder, BucketOrder],
+        order: RowOrder | BucketOrder,
         draws: SlotDraws,
-        shapes: Optional[list[tuple[int, int]]],
+        shapes: list[tuple[int, int]] | None,
         texts,
     ):
         self.rows, self.maker, self.order, self.draws, self.shapes = rows, maker, order, draws, shapes
@@ -100,7 +100,7 @@ class SlotDataset(Dataset):
         raise ValueError(f"{len(skipped)} rows one after another cannot be used; {name}: {reason}.")
 
 
-def image_size(row: dict, index: int, column: str, folder: str) -> dict[str, Union[int, str]]:
+def image_size(row: dict, index: int, column: str, folder: str) -> dict[str, int | str]:
     """Height and width of an upright image, from its header; zeros where there is none, and why."""
     try:
         with open_image(row[column], folder) as image:

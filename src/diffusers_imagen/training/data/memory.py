@@ -1,7 +1,7 @@
 """A data set whose images are kept in memory as uint8 pixels: the fast way for small ones."""
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, Optional, Union
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -62,7 +62,7 @@ class CaptionedImages:
         parts = zip(pixels, nothing if low_res is None else low_res, captions or nothing, draws)
         return Samples.stack([self.maker.finish(*part) for part in parts])
 
-    def _cut(self, rows: np.ndarray, draws: np.ndarray) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
+    def _cut(self, rows: np.ndarray, draws: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Images and their reductions, cropped at the same places of both grids."""
         if self.config.crop_size is None:
             rows = torch.from_numpy(rows)
@@ -79,7 +79,7 @@ class Loaded(NamedTuple):
     """The rows of a data set that can be used."""
 
     pixels: torch.Tensor  # (N, 3, R, R) uint8
-    captions: Optional[list[list[str]]]  # one a column
+    captions: list[list[str]] | None  # one a column
     rows: np.ndarray  # (N,)
     skipped: dict[str, str]  # the others by name, and why
 
@@ -91,7 +91,7 @@ def load_samples(rows: Rows, maker: SampleMaker, resolution: int) -> Loaded:
         ValueError: If none can be used.
     """
 
-    def load(row: dict[str, Any]) -> Union[tuple[torch.Tensor, list[str]], Exception]:
+    def load(row: dict[str, Any]) -> tuple[torch.Tensor, list[str]] | Exception:
         try:
             captions = maker.captions(row) if maker.with_text else []
             return maker.pixels(row), captions

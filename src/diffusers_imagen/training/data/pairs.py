@@ -1,6 +1,6 @@
 """Two streams of batches as one."""
 
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -28,7 +28,7 @@ class PairedBatches(BatchStream):
         return any(stream.needs_encoder for stream in self.streams)
 
     @property
-    def text_width(self) -> Optional[int]:
+    def text_width(self) -> int | None:
         return self.streams[0].text_width
 
     @property

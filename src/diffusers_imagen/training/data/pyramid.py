@@ -1,7 +1,6 @@
 """The conditioning image of a super-resolution stage: reduced, cropped at the same place, and made worse on purpose."""
 
 import io
-from typing import Optional
 
 import numpy as np
 import torch
@@ -71,5 +70,5 @@ def degrade(low_res: torch.Tensor, config: DataConfig, draws: np.ndarray) -> tor
     return to_float(torch.from_numpy(np.array(image))).permute(2, 0, 1)
 
 
-def _between(limits: Optional[list], uniform: float) -> Optional[float]:
+def _between(limits: list | None, uniform: float) -> float | None:
     return None if limits is None else limits[0] + (limits[1] - limits[0]) * float(uniform)

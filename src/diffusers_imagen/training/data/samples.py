@@ -1,6 +1,6 @@
 """From a row and its slot's draws to an image and a caption."""
 
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ class SampleMaker:
         )
         self.column_edges = cumulate(config.caption_probabilities or [1.0] * len(config.caption_column))
 
-    def __call__(self, row: dict[str, Any], draws: np.ndarray, shape: Optional[tuple[int, int]] = None) -> Sample:
+    def __call__(self, row: dict[str, Any], draws: np.ndarray, shape: tuple[int, int] | None = None) -> Sample:
         """The sample of a row.
 
         Args:
@@ -54,7 +54,7 @@ class SampleMaker:
             pixels, low_res = self.pyramid(pixels, draws)
         return self.finish(pixels, low_res, caption, draws)
 
-    def caption(self, row: dict[str, Any], draws: np.ndarray) -> Optional[str]:
+    def caption(self, row: dict[str, Any], draws: np.ndarray) -> str | None:
         """The row's caption in the column that the slot draws."""
         if not self.with_text:
             return None
@@ -73,7 +73,7 @@ class SampleMaker:
         return pick(self.column_edges, draws[..., CAPTION])
 
     def pixels(
-        self, row: dict[str, Any], draws: Optional[np.ndarray] = None, shape: Optional[tuple[int, int]] = None
+        self, row: dict[str, Any], draws: np.ndarray | None = None, shape: tuple[int, int] | None = None
     ) -> torch.Tensor:
         """The row's image, cropped and resized: `(3, H, W)` uint8."""
         image = read_image(row[self.image_column], self.folder, self.config.background)
@@ -96,7 +96,7 @@ class SampleMaker:
         return int(whole(draws[CROP_TOP], height + 1)), int(whole(draws[CROP_LEFT], width + 1))
 
     def finish(
-        self, pixels: torch.Tensor, low_res: Optional[torch.Tensor], caption: Optional[str], draws: np.ndarray
+        self, pixels: torch.Tensor, low_res: torch.Tensor | None, caption: str | None, draws: np.ndarray
     ) -> Sample:
         """Mirrors and degrades, as the slot's draws say."""
         if self.changes_samples:

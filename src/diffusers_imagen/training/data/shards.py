@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, BinaryIO, NamedTuple, Optional
+from typing import Any, BinaryIO, NamedTuple
 
 from datasets import Features, Image, Value
 from datasets.packaged_modules.webdataset.webdataset import base_plus_ext
@@ -51,7 +51,7 @@ class Contents(NamedTuple):
     samples: int
     fields: frozenset[str]  # the endings of its files
     pictures: frozenset[tuple[str, ...]]  # the endings of the pictures that a sample has together
-    fault: Optional[str]  # what is wrong with it
+    fault: str | None  # what is wrong with it
 
 
 class Fault(Exception):
@@ -114,8 +114,8 @@ def _open(path: str) -> Iterator[BinaryIO]:
 
 
 def _group(
-    path: str, take: Callable[[tarfile.TarFile, tarfile.TarInfo], Optional[bytes]]
-) -> Iterator[tuple[str, dict[str, Optional[bytes]]]]:
+    path: str, take: Callable[[tarfile.TarFile, tarfile.TarInfo], bytes | None]
+) -> Iterator[tuple[str, dict[str, bytes | None]]]:
     """The samples of a shard, files one after another that are alike up to the first dot: name, and what `take` reads.
 
     Raises:
@@ -226,7 +226,7 @@ def read_rows(shards: list[Shard], pictures: tuple[str, ...], features: Features
     texts = [name for name in features if name != image_column]
     wanted = {*pictures, *texts}
 
-    def take(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Optional[bytes]:
+    def take(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | None:
         return archive.extractfile(member).read() if base_plus_ext(member.name)[1] in wanted else None
 
     for shard in shards:
@@ -244,7 +244,7 @@ def _ending(field: str) -> str:
     return field.rsplit(".", 1)[-1].lower()
 
 
-def _decode(field: str, data: Optional[bytes]) -> Any:
+def _decode(field: str, data: bytes | None) -> Any:
     """A file of text or a number; None for one that is missing or is something else."""
     if data is None or len(data) > MAX_TEXT:
         return None

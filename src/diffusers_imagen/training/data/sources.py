@@ -5,7 +5,7 @@ import os
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple, Optional, Union
+from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import (
@@ -41,7 +41,7 @@ TEXT_TYPES = ("string", "large_string")
 class Rows(NamedTuple):
     """A split of a data set."""
 
-    data: Union[Dataset, IterableDataset]
+    data: Dataset | IterableDataset
     image_column: str
     folder: str  # where relative file names begin
 
@@ -88,7 +88,7 @@ def open_rows(config: DataConfig, split: str, with_text: bool = True) -> Rows:
     return Rows(data.select_columns(list(dict.fromkeys(needed))), image_column, folder)
 
 
-def load_splits(config: DataConfig) -> tuple[dict[str, Union[Dataset, IterableDataset]], str]:
+def load_splits(config: DataConfig) -> tuple[dict[str, Dataset | IterableDataset], str]:
     """All splits by name, and the folder where relative file names begin, or the data set's name on the Hub."""
     argument = "dataset_name" if config.train_data_dir is None else "train_data_dir"
     name = config.train_data_dir or config.dataset_name
@@ -156,7 +156,7 @@ def is_configured(folder: str) -> bool:
     )
 
 
-def load_table(folder: str, file: str, config: DataConfig) -> Union[Dataset, IterableDataset]:
+def load_table(folder: str, file: str, config: DataConfig) -> Dataset | IterableDataset:
     """The rows of a metadata file, whose file names begin at its place."""
     path = os.path.join(folder, file)
     check_table(path)
@@ -174,18 +174,18 @@ def place_file(row: dict[str, Any], place: str) -> dict[str, Any]:
     return {**row, "file_name": os.path.join(place, name) if isinstance(name, str) else name}
 
 
-def join(parts: list) -> Union[Dataset, IterableDataset]:
+def join(parts: list) -> Dataset | IterableDataset:
     """Several tables as one."""
     return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
 
 
-def load_pictures(folder: str, pictures: list[str], config: DataConfig) -> Union[Dataset, IterableDataset]:
+def load_pictures(folder: str, pictures: list[str], config: DataConfig) -> Dataset | IterableDataset:
     """Pictures without a metadata file, with the captions beside them."""
     data = Dataset.from_dict(picture_rows(folder, pictures))
     return data.to_iterable_dataset(min(len(data), MOST_SHARDS)) if config.streaming else data
 
 
-def load_shards(folder: str, files: list[str], config: DataConfig) -> dict[str, Union[Dataset, IterableDataset]]:
+def load_shards(folder: str, files: list[str], config: DataConfig) -> dict[str, Dataset | IterableDataset]:
     """The samples of tar shards, of which every one is whole."""
     groups = group_by_split(files, by_file_name=True)
     shards = {file: Shard.at(os.path.join(folder, file)) for file in files}
@@ -226,7 +226,7 @@ def load_tables(folder: str, files: list[str], config: DataConfig) -> Any:
         raise
 
 
-def as_splits(data, config: DataConfig) -> dict[str, Union[Dataset, IterableDataset]]:
+def as_splits(data, config: DataConfig) -> dict[str, Dataset | IterableDataset]:
     """A single data set is a data set of one split."""
     if not isinstance(data, dict):
         data = {"train": data}
@@ -238,7 +238,7 @@ def as_splits(data, config: DataConfig) -> dict[str, Union[Dataset, IterableData
     return dict(data)
 
 
-def column_names(data: Union[Dataset, IterableDataset], config: DataConfig) -> list[str]:
+def column_names(data: Dataset | IterableDataset, config: DataConfig) -> list[str]:
     """The columns; of a stream that does not say, those of its first row."""
     if data.column_names is not None and not (isinstance(data, Dataset) and len(data) == 0):
         return data.column_names
@@ -318,7 +318,7 @@ def draw_columns(config: DataConfig) -> list[str]:
     return [*(config.balance_by or []), *([config.weight_column] if config.weight_column else [])]
 
 
-def draw_weights(rows: Dataset, config: DataConfig) -> Optional[np.ndarray]:
+def draw_weights(rows: Dataset, config: DataConfig) -> np.ndarray | None:
     """How often each row is drawn, `(N,)`, in proportion; None for all alike.
 
     Every combination of values in `config.balance_by` is drawn equally often, times `config.weight_column`.

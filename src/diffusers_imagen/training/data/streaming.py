@@ -6,7 +6,7 @@ shards of its own. Its position can be saved and resumed exactly nevertheless.
 
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 from datasets import IterableDataset as Stream
@@ -125,7 +125,7 @@ class StreamDataset(IterableDataset):
         num_processes: int,
         num_workers: int,
         batches: int = 0,
-        states: Optional[dict[int, dict]] = None,
+        states: dict[int, dict] | None = None,
     ):
         self.rows, self.maker, self.draws = rows, maker, draws
         self.texts = None if texts is None or texts.needs_encoder else texts
