@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from diffusers_imagen.commands.arguments import Parser, check_numbers
-from diffusers_imagen.presets import create_unet
+from diffusers_imagen.commands.parser import Parser, check_numbers
+from diffusers_imagen.models.presets import create_unet
+from diffusers_imagen.text.cache import CacheWriter
 from diffusers_imagen.training import Trainer, TrainingConfig
 from diffusers_imagen.training.data import make_train_batches
-from diffusers_imagen.training.embedding_cache import CacheWriter
-from diffusers_imagen.training.losses import to_device
+from diffusers_imagen.training.objective.losses import to_device
 from diffusers_imagen.utils.errors import run_to_exit_code
 
 

@@ -30,11 +30,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from diffusers_imagen import ImagenUNetModel
-from diffusers_imagen.commands.arguments import Parser, check_numbers
 from diffusers_imagen.commands.common import check_device
+from diffusers_imagen.commands.parser import Parser, check_numbers
 from diffusers_imagen.models.blocks import ResBlock
+from diffusers_imagen.models.presets import PRESETS, create_unet
 from diffusers_imagen.models.unet_base import ConditionalUNet
-from diffusers_imagen.presets import PRESETS, create_unet
 from diffusers_imagen.utils.errors import run_to_exit_code
 
 

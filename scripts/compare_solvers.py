@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file
 
 from diffusers_imagen import ContinuousDDPMScheduler, EDMAdamsScheduler, EDMHeunScheduler
-from diffusers_imagen.commands.arguments import Parser, check_numbers
+from diffusers_imagen.commands.parser import Parser, check_numbers
 from diffusers_imagen.diffusion import edm
 from diffusers_imagen.utils.errors import run_to_exit_code
 from diffusers_imagen.utils.files import check_writable, whole_file, write_text

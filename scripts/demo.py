@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from diffusers_imagen.commands.arguments import Parser, check_numbers, check_prompt, refuse_empty
 from diffusers_imagen.commands.common import (
     MAX_GUIDANCE,
     MAX_SEED,
@@ -20,10 +19,11 @@ from diffusers_imagen.commands.common import (
     save_image,
     slug_of,
 )
-from diffusers_imagen.grid import captioned_grid
+from diffusers_imagen.commands.parser import Parser, check_numbers, check_prompt, refuse_empty
 from diffusers_imagen.pipelines.pipeline_imagen_cascade import DEFAULT_GUIDANCE, DEFAULT_STEPS
 from diffusers_imagen.utils.errors import run_to_exit_code
 from diffusers_imagen.utils.files import check_writable
+from diffusers_imagen.utils.grid import captioned_grid
 
 
 PROMPTS = [

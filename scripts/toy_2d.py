@@ -14,9 +14,9 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 
 from diffusers_imagen import ContinuousDDPMScheduler, EDMAdamsScheduler, EDMHeunScheduler
-from diffusers_imagen.commands.arguments import Parser, check_numbers
+from diffusers_imagen.commands.parser import Parser, check_numbers
 from diffusers_imagen.diffusion import edm
-from diffusers_imagen.diffusion.objectives import edm_example
+from diffusers_imagen.diffusion.training_examples import edm_example
 from diffusers_imagen.utils.errors import run_to_exit_code
 from diffusers_imagen.utils.files import check_writable, whole_file
 

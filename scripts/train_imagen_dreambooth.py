@@ -12,7 +12,7 @@ Without --rank the result is a stage, with it an adapter for `pipe.load_lora_wei
 
 from diffusers_imagen.training import DreamBoothTrainingConfig
 from diffusers_imagen.training.command import main
-from diffusers_imagen.training.dreambooth import make_trainer
+from diffusers_imagen.training.finetuning.dreambooth import make_trainer
 
 
 if __name__ == "__main__":

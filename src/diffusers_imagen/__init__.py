@@ -3,12 +3,7 @@
 from importlib.metadata import version
 
 from .models import EfficientUNetModel, ImagenUNetModel
-from .pipelines import (
-    ImagenCascadePipeline,
-    ImagenPipeline,
-    ImagenPipelineOutput,
-    ImagenSuperResolutionPipeline,
-)
+from .pipelines import ImagenCascadePipeline, ImagenPipeline, ImagenPipelineOutput, ImagenSuperResolutionPipeline
 from .schedulers import ContinuousDDPMScheduler, EDMAdamsScheduler, EDMHeunScheduler
 
 

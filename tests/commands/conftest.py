@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusers_imagen import cli
+from diffusers_imagen.commands import main as cli
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ from dataclasses import fields
 import pytest
 import yaml
 
-from diffusers_imagen import ImagenUNetModel, cli
+from diffusers_imagen import ImagenUNetModel
+from diffusers_imagen.commands import main as cli
 from diffusers_imagen.conversion.nemo_training import translate_training
 from diffusers_imagen.training import TrainingConfig, parse_args
 from diffusers_imagen.training.network import load_unet

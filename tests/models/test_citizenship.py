@@ -7,7 +7,7 @@ from networks import TEXT_WIDTH, inputs_for, make, randomize, relative_error, ru
 from diffusers_imagen import ImagenUNetModel
 from diffusers_imagen.models.attention import ImagenAttention
 from diffusers_imagen.models.blocks import ImagenBlock
-from diffusers_imagen.presets import PRESETS, create_unet
+from diffusers_imagen.models.presets import PRESETS, create_unet
 
 
 @pytest.mark.lora

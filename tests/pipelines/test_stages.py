@@ -22,7 +22,7 @@ from diffusers_imagen import (
 )
 from diffusers_imagen.pipelines.folders import write_model_index
 from diffusers_imagen.pipelines.stages import is_untrained, missing_weights
-from diffusers_imagen.pipelines.text import keep_in_fp32
+from diffusers_imagen.text.encoder import keep_in_fp32
 
 
 def quiet(pipe):

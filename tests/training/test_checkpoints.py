@@ -12,7 +12,14 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import are_equal, encode, make_unet, weights_of
 
 from diffusers_imagen.training import train
-from diffusers_imagen.training.checkpoints import MANIFEST, OWN_DIGEST, digest_of, find_damage, list_checkpoints, seal
+from diffusers_imagen.training.checkpoints import (
+    MANIFEST,
+    OWN_DIGEST,
+    digest_of,
+    find_damage,
+    list_checkpoints,
+    seal,
+)
 from diffusers_imagen.training.deepspeed_files import check_files
 from diffusers_imagen.training.states import load_state, save_state
 from diffusers_imagen.utils.files import read_json_object

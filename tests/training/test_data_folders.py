@@ -7,10 +7,10 @@ import pytest
 from data_files import READERS, lines, picture, read, refusal, tar, write
 from datasets import Dataset
 
-from diffusers_imagen.training.class_images import missing_images
 from diffusers_imagen.training.data import DataConfig
 from diffusers_imagen.training.data.folders import group_by_split, list_files
 from diffusers_imagen.training.data.sources import open_rows
+from diffusers_imagen.training.finetuning.class_images import missing_images
 
 
 NAMES = ["train_red.png", "toy-train-1.png", "dog-dev.PNG", "test [1].png", "plain.png"]

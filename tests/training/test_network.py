@@ -8,7 +8,7 @@ from tiny_runs import are_equal, make_sr_unet, make_unet, weights_of
 
 from diffusers_imagen import EDMHeunScheduler, ImagenCascadePipeline
 from diffusers_imagen.training import TrainingConfig
-from diffusers_imagen.training.checks import check_objective
+from diffusers_imagen.training.compatibility import check_objective
 from diffusers_imagen.training.network import choose_attention, load_unet
 from diffusers_imagen.training.network import make_unet as make_network
 

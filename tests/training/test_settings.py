@@ -1,6 +1,7 @@
 """Settings that no run can have, by the error that names them."""
 
 import math
+import types
 from dataclasses import fields
 from pathlib import Path
 from typing import Literal, Union, get_args, get_origin, get_type_hints
@@ -39,7 +40,7 @@ WITH = {
 
 def kinds(hint) -> tuple[type, bool]:
     """What a setting is, and whether it is a list of it; the kind of a choice is Literal."""
-    if get_origin(hint) is Union:
+    if get_origin(hint) in (Union, types.UnionType):
         hint = next(part for part in get_args(hint) if part is not type(None))
     if get_origin(hint) is list:
         return get_args(hint)[0], True

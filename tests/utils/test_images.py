@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from diffusers_imagen.commands import common
-from diffusers_imagen.pipelines.images import read_images, read_masks
-from diffusers_imagen.training.data.images import read_image as read_cell
+from diffusers_imagen.pipelines.image_inputs import read_images, read_masks
+from diffusers_imagen.training.data.pixels import read_image as read_cell
 from diffusers_imagen.utils.images import BadImage, open_image, picture_extensions, read_image, to_rgb
 
 

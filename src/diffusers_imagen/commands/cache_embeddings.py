@@ -88,7 +88,7 @@ def check_sources(args: argparse.Namespace) -> None:
 
 def check_output_dir(folder: Path, data: str | None) -> None:
     """Refuses a folder in which no cache can be built, before anything is read."""
-    from ..training.cache_files import check_folder
+    from ..text.cache_files import check_folder
 
     try:
         with suppress(FileNotFoundError, NotADirectoryError):
@@ -115,7 +115,7 @@ def verify(folder: Path) -> None:
     Raises:
         ValueError: If there are any.
     """
-    from ..training.cache_files import MEND, find_problems, read_manifest
+    from ..text.cache_files import MEND, find_problems, read_manifest
 
     problems = find_problems(folder, read_manifest(folder, "output_dir"))
     if problems:
@@ -124,7 +124,7 @@ def verify(folder: Path) -> None:
 
 def report(folder: Path, done: str) -> None:
     """Says how large a cache is."""
-    from ..training.embedding_cache import EmbeddingCache
+    from ..text.cache import EmbeddingCache
 
     cache = EmbeddingCache(folder)
     size = sum(shard["bytes"] for shard in cache.manifest["shards"])
@@ -139,9 +139,9 @@ def encode_dataset(args: argparse.Namespace) -> int:
     """Encodes what the cache lacks of the data set's captions."""
     import torch
 
-    from ..training.cache_files import hold_cache
-    from ..training.embedding_cache import CacheWriter, write_cache
-    from ..training.text import TextEncoder
+    from ..text.cache import CacheWriter, write_cache
+    from ..text.cache_files import hold_cache
+    from ..text.lazy_encoder import TextEncoder
 
     # a folder that is not there yet is made when there is something to write
     hold = hold_cache(args.output_dir) if args.output_dir.exists() else None
@@ -161,7 +161,7 @@ def encode_dataset(args: argparse.Namespace) -> int:
 def read_captions(args: argparse.Namespace) -> list[str]:
     """Every caption of the data set once."""
     from ..training.data.captions import distinct_captions, iterate_captions
-    from ..training.data.config import DataConfig
+    from ..training.data.data_config import DataConfig
     from ..training.data.sources import check_columns, column_names, load_splits
 
     config = DataConfig(
@@ -196,8 +196,8 @@ def import_nemo(args: argparse.Namespace) -> int:
     """Adds the states of NeMo's tar files; returns how many they were."""
     from tqdm.auto import tqdm
 
-    from ..training.embedding_cache import CacheWriter
-    from ..training.nemo_embeddings import read_tar
+    from ..conversion.nemo_embeddings import read_tar
+    from ..text.cache import CacheWriter
 
     writer, added = None, 0
     try:

@@ -17,7 +17,7 @@ from ..pipelines.stages import DEFAULT_GUIDANCE, DEFAULT_STEPS, check_stages, re
 from ..utils.files import check_writable, whole_file
 from ..utils.images import BadImage
 from ..utils.images import read_image as read_picture
-from .arguments import Parser, check_prompt
+from .parser import Parser, check_prompt
 
 
 # an editable install finds the cascade that the repository ships

@@ -46,7 +46,7 @@ def demo(args: argparse.Namespace) -> None:
 
 def serve(args: argparse.Namespace, port: int) -> None:
     """Loads the model and serves the page until interrupted."""
-    from .. import webdemo
+    from . import webdemo
 
     pipe = load_pipeline(args.model, getattr(torch, args.dtype)).to(args.device)
     page = webdemo.build(pipe, args.model)

@@ -31,8 +31,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def doctor(args: argparse.Namespace) -> int:
     """Prints what was found; returns 1 if something is wrong."""
     # torch and transformers take seconds to import; --help should not
-    from ..training import doctor as examine
     from ..training.settings import COUNT, check_value
+    from . import diagnostics as examine
 
     for name, kind in (("resolution", int), ("sigma_data", float), ("tokenizer_max_length", int)):
         if getattr(args, name) is not None:
@@ -49,7 +49,7 @@ def doctor(args: argparse.Namespace) -> int:
     elif path.is_dir() and examine.find_networks(path):
         findings = examine.examine_stage(path, args.text_encoder)
     else:
-        from ..training.data.config import DataConfig
+        from ..training.data.data_config import DataConfig
 
         config = DataConfig(
             train_data_dir=args.path if path.is_dir() else None,

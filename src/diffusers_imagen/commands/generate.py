@@ -10,7 +10,6 @@ from tqdm import tqdm
 
 from ..pipelines import ImagenCascadePipeline
 from ..utils.files import LOCK, FolderHold, check_writable
-from .arguments import check_prompt, refuse_empty
 from .common import (
     MAX_STEPS,
     add_model_arguments,
@@ -24,6 +23,7 @@ from .common import (
     save_image,
     slug_of,
 )
+from .parser import check_prompt, refuse_empty
 
 
 DEFAULT_OUTPUT_DIR = Path("outputs")

@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from .arguments import refuse_empty
 from .common import MAX_STEPS, add_model_arguments, add_sampling_arguments, check_sampling, make_images, read_image
+from .parser import refuse_empty
 
 
 def add_parser(commands) -> None:

@@ -24,7 +24,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def reconstruct_ema(args: argparse.Namespace) -> None:
     """Writes a stage folder for each width."""
     # torch and diffusers take seconds to import; --help should not
-    from ..training.ema_reconstruction import write_reconstructed
+    from ..training.ema.reconstruction import write_reconstructed
 
     if args.output_dir is not None and len(args.ema_std) > 1:
         raise ValueError(f"`output_dir` is given, but there are {len(args.ema_std)} widths: leave it out.")

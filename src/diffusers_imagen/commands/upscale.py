@@ -4,14 +4,7 @@ import argparse
 from pathlib import Path
 
 from ..pipelines.inputs import MIN_NOISE_LEVEL
-from .common import (
-    MAX_SIDE,
-    add_model_arguments,
-    add_sampling_arguments,
-    check_sampling,
-    make_images,
-    read_image,
-)
+from .common import MAX_SIDE, add_model_arguments, add_sampling_arguments, check_sampling, make_images, read_image
 
 
 def add_parser(commands) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from ..models import EfficientUNetModel, ImagenUNetModel
 from ..models.attention import StableImagenAttnProcessor
-from ..models.checks import MAX_CHANNELS, MAX_LAYERS, MAX_LEVELS, check_integer, check_integers
+from ..models.config_checks import MAX_CHANNELS, MAX_LAYERS, MAX_LEVELS, check_integer, check_integers
 from ..utils.arguments import shown
 
 

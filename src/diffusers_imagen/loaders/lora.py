@@ -15,16 +15,7 @@ from diffusers.utils import logging
 from ..models.unet_base import ConditionalUNet
 from ..utils.files import whole_file
 from .lora_adapters import AdaptersMixin, require_peft
-from .lora_conversion import (
-    ALPHA,
-    BARE,
-    Adapter,
-    Update,
-    check_finite,
-    group_weights,
-    make_adapter,
-    plain_name,
-)
+from .lora_conversion import ALPHA, BARE, Adapter, Update, check_finite, group_weights, make_adapter, plain_name
 from .lora_files import SOURCE, StateDict, read_source
 from .lora_networks import check_hotswap, describe_adapter, hotswap_adapter, restored_after_error
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from .attention import AttendedText
 from .blocks import ImagenBlock
-from .checks import INTEGERS, check_image, check_integer, per_sample, shown
+from .config_checks import INTEGERS, check_image, check_integer, per_sample, shown
 from .embeddings import NoiseLevelEmbedding, TextConditioning, TextContext, TextEmbedding, UnencodedText
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from .attention import AttentionType, make_attention
 from .blocks import ImagenBlock, ResBlock, TimeScaleShift, transposed_upsample
-from .checks import check_config, check_groups, check_image, per_level
+from .config_checks import check_config, check_groups, check_image, per_level
 from .embeddings import TextConditioning, TextPooling, UnencodedText
 from .unet_base import ConditionalUNet, ImagenUNetOutput, check_choice, count_heads
 

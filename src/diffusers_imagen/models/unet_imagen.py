@@ -17,7 +17,7 @@ from .blocks import (
     pool_downsample,
     transposed_upsample,
 )
-from .checks import check_config, check_groups, check_image, check_integers, per_level
+from .config_checks import check_config, check_groups, check_image, check_integers, per_level
 from .embeddings import TextConditioning, TextPooling, UnencodedText
 from .unet_base import ConditionalUNet, ImagenUNetOutput, check_choice, count_heads
 

@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from ..utils.arguments import is_number, shown
-from .text import TEXT_TENSORS, TextStates
+from .prompts import TEXT_TENSORS, TextStates
 
 
 class Callback(NamedTuple):

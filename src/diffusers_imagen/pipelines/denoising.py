@@ -14,9 +14,9 @@ from ..models.embeddings import TextConditioning
 from .callbacks import StepCallback
 from .finite import FiniteWatch
 from .planning import Generators, NoiseLevel, Request, StagePlan
+from .prompts import Branch, TextStates
 from .schedules import begin_at
 from .stages import UNet
-from .text import Branch, TextStates
 from .tiling import Tile, blend, make_tiles
 
 

@@ -2,9 +2,9 @@
 
 import torch
 
+from ..utils.tensors import find_not_finite
 from .planning import StagePlan
-from .tensors import find_not_finite
-from .text import TextStates
+from .prompts import TextStates
 
 
 class FiniteWatch:

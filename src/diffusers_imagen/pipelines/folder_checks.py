@@ -16,11 +16,11 @@ from diffusers import SchedulerMixin
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..models.checks import shown
+from ..models.config_checks import shown
 from ..models.unet_base import ConditionalUNet
 from ..utils.errors import one_line
 from ..utils.files import read_json_object
-from .stages import first_names
+from ..utils.modules import first_names
 
 
 INDEX = "model_index.json"

@@ -16,12 +16,15 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoModelForTextEncoding, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..models.checks import check_integer
+from ..models.config_checks import check_integer
 from ..models.unet_base import ConditionalUNet
 from ..schedulers import EDMHeunScheduler
+from ..text.completeness import refuse_random_weights
 from ..utils.arguments import shown
 from ..utils.errors import is_out_of_memory, one_line
 from ..utils.files import write_json
+from ..utils.modules import unwrapped
+from ..utils.quiet import quiet_transformers
 from .folder_checks import (
     CONFIGS,
     INDEX,
@@ -33,8 +36,7 @@ from .folder_checks import (
     find_class,
     read_config,
 )
-from .loading import quiet_transformers
-from .stages import StageSource, refuse_random_weights, unwrapped
+from .stages import StageSource
 
 
 # of `from_pretrained`: where a file comes from; all other keyword arguments say how a network is loaded

@@ -7,11 +7,11 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from ..schedulers.checks import MAX_STEPS, level_tensor
+from ..schedulers.schedule_checks import MAX_STEPS, level_tensor
 from ..utils.arguments import as_integer, as_number, is_number, shown, to_float
-from .planning import StageSettings
+from ..utils.tensors import check_tensor
+from .schedules import StageSettings
 from .stages import STAGE_NAMES, Stage
-from .tensors import check_tensor
 from .tiling import Tiling
 
 

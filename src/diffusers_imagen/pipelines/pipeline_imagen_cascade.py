@@ -11,13 +11,13 @@ from diffusers.utils import replace_example_docstring
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..loaders import ImagenLoraLoaderMixin, with_lora_scale
-from ..model_card import ModelCardMixin
 from ..utils.arguments import is_integer, shown
 from . import inputs
 from .denoising import run_stages
 from .folders import check_stage_source, check_text_parts, load_stage, load_text_parts, split_options
-from .images import ImageInput
+from .image_inputs import ImageInput
 from .inputs import PerStage
+from .model_card import ModelCardMixin
 from .pipeline_mixin import ImagenPipelineMixin
 from .pipeline_output import ImagenPipelineOutput
 from .stages import (

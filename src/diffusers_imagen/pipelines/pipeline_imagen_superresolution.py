@@ -9,11 +9,11 @@ from diffusers.utils import replace_example_docstring
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..loaders import ImagenLoraLoaderMixin, with_lora_scale
-from ..model_card import ModelCardMixin
 from ..utils.arguments import as_integer
 from . import inputs
 from .denoising import run_stages
-from .images import ImageInput
+from .image_inputs import ImageInput
+from .model_card import ModelCardMixin
 from .pipeline_mixin import ImagenPipelineMixin
 from .pipeline_output import ImagenPipelineOutput
 from .planning import Size

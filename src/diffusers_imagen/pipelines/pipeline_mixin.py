@@ -11,15 +11,16 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..diffusion.augmentation import augment_low_res
+from ..text.encoder import keep_in_fp32
 from ..utils.arguments import as_integer, as_number, shown
-from . import inputs, text, text_inputs
+from . import inputs, prompts
 from .callbacks import check_callback
 from .denoising import KnownPixels, Latents
-from .images import GivenImages, ImageInput, read_given, warn_of_stretching
+from .image_inputs import GivenImages, ImageInput, read_given, warn_of_stretching
 from .pipeline_output import ImagenPipelineOutput
 from .planning import Request, Size, StagePlan, StageSettings, plan_sizes, plan_stages
+from .prompts import TEXT_TENSORS, TextStates
 from .stages import Stage, check_components, check_stages
-from .text import TEXT_TENSORS, TextStates, keep_in_fp32
 from .tiling import Tiling
 
 
@@ -171,9 +172,9 @@ class ImagenPipelineMixin:
         callback = check_callback(
             callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
         )
-        text_inputs.check_text(stages, self.usable_tokenizer(), **texts)
+        prompts.check_text(stages, self.usable_tokenizer(), **texts)
         check_stages(stages, self.text_encoder)
-        num_prompts = text_inputs.count_prompts(texts["prompt"], texts["prompt_embeds"])
+        num_prompts = prompts.count_prompts(texts["prompt"], texts["prompt_embeds"])
         num_images = num_prompts * inputs.as_images_per_prompt(num_images_per_prompt, num_prompts)
         inputs.check_generator(generator, num_images, self._execution_device)
         inputs.check_latents(latents, num_images, stages[0])
@@ -247,11 +248,11 @@ class ImagenPipelineMixin:
             negative_prompt_attention_mask,
         )
         if any(value is not None for value in texts):  # networks without text need none
-            text_inputs.check_text(None, self.usable_tokenizer(), *texts)
-        num_prompts = text_inputs.count_prompts(prompt, prompt_embeds)
+            prompts.check_text(None, self.usable_tokenizer(), *texts)
+        num_prompts = prompts.count_prompts(prompt, prompt_embeds)
         num_images_per_prompt = inputs.as_images_per_prompt(num_images_per_prompt, num_prompts)
         prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask = (
-            text.encode_prompt(
+            prompts.encode_prompt(
                 self,
                 prompt,
                 negative_prompt,

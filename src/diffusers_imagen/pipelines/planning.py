@@ -13,7 +13,7 @@ from diffusers import SchedulerMixin
 
 from ..utils.arguments import is_integer, shown
 from .callbacks import Callback
-from .images import GivenImages
+from .image_inputs import GivenImages
 from .schedules import NoiseLevel, StageSettings, check_drives, set_schedule, step_levels
 from .stages import Stage
 

@@ -1,21 +1,17 @@
 """The stages of a pipeline: a network and its scheduler each, and whether they fit, are complete and were trained."""
 
 import os
-import re
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.utils import logging
-from diffusers.utils.torch_utils import is_compiled_module
 from transformers import PreTrainedModel
 
 from ..models import EfficientUNetModel, ImagenUNetModel
 from ..models.blocks import ResBlock
 from ..models.unet_base import ConditionalUNet
-from .loading import quiet_transformers
+from ..text.completeness import random_weights, refuse_random_weights
+from ..utils.modules import first_names, is_offloaded, unwrapped
 
 
 # diffusers compares a component's class with this hint when it hands components on to another pipeline
@@ -29,8 +25,6 @@ UNTRAINED = (
     "of a new network. Load the folder that training wrote, or leave the stage out."
 )
 STAGE_NAMES = ("base", "sr256", "sr1024")
-# weights of a text encoder that its last hidden states do not depend on: what a checkpoint lacks of them is no loss
-UNREAD = re.compile(r"(^|\.)(pooler|decoder|lm_head|cls|classifier|text_projection)\b")
 # the low-resolution image leaves little to decide: super-resolution needs few steps and no guidance
 DEFAULT_STEPS = {"base": 18, "sr256": 8, "sr1024": 8}
 DEFAULT_GUIDANCE = {"base": 4.0, "sr256": 1.0, "sr1024": 1.0}
@@ -132,11 +126,6 @@ def missing_weights(unet: UNet) -> list[str]:
     return [name for name, parameter in unwrapped(unet).named_parameters() if parameter.is_meta]
 
 
-def is_offloaded(module: torch.nn.Module) -> bool:
-    """Whether weights may be elsewhere, with the meta device in their place."""
-    return any(hasattr(part, "_hf_hook") for part in module.modules())
-
-
 def was_loaded(unet: UNet) -> bool:
     """Whether the network comes from a folder or the Hub."""
     return bool(unet.config.get("_name_or_path"))
@@ -145,11 +134,6 @@ def was_loaded(unet: UNet) -> bool:
 def is_untrained(unet: UNet) -> bool:
     """Whether every residual branch ends in the zeros of a new network."""
     return not any(module.conv2.weight.any() for module in unet.modules() if isinstance(module, ResBlock))
-
-
-def unwrapped(module: Any) -> Any:
-    """The network that `torch.compile` wrapped; anything else as it is."""
-    return module._orig_mod if is_compiled_module(module) else module
 
 
 # ---- components
@@ -170,45 +154,3 @@ def check_components(components: dict[str, Any]) -> None:
             )
         elif isinstance(component, PreTrainedModel):
             refuse_random_weights(f"`{name}`, loaded from '{component.name_or_path}',", random_weights(component))
-
-
-def refuse_random_weights(description: str, missing: Iterable[str]) -> None:
-    """Raises ValueError for a text encoder whose checkpoint lacks weights that its states depend on."""
-    missing = sorted(name for name in missing if not UNREAD.search(name))
-    if missing:
-        raise ValueError(
-            f"{description} lacks weights: {first_names(missing)}. transformers fills them with random numbers; save "
-            "it again from where it is complete."
-        )
-
-
-def random_weights(encoder: PreTrainedModel) -> list[str]:
-    """Weights that transformers filled with random numbers when it loaded an encoder from a folder.
-
-    It marks what it read; where a mark is missing, the folder is asked once more, without reading weights.
-    """
-    folder = encoder.name_or_path
-    if all(getattr(parameter, "_is_hf_initialized", False) for parameter in encoder.parameters()):
-        return []
-    if not folder or not os.path.isdir(folder) or is_offloaded(encoder):
-        return []  # built in this process, or from the Hub
-    if not os.path.isfile(os.path.join(folder, "config.json")):
-        folder = os.path.join(folder, "text_encoder")
-    stems = (
-        re.fullmatch(r"(?:model|pytorch_model)\.(\w+?)(?:-\d+-of-\d+)?", path.stem) for path in Path(folder).glob("*")
-    )
-    for variant in [None, *sorted({stem.group(1) for stem in stems if stem})]:
-        try:
-            with quiet_transformers():
-                _, found = type(encoder).from_pretrained(
-                    folder, variant=variant, device_map={"": "meta"}, output_loading_info=True, local_files_only=True
-                )
-        except (OSError, ValueError, RuntimeError):
-            continue
-        return list(found["missing_keys"])
-    return []
-
-
-def first_names(names: list[str]) -> str:
-    """A few of many names."""
-    return ", ".join(names[:3]) + (" and others" if len(names) > 3 else "")

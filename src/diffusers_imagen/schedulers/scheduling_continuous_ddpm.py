@@ -9,7 +9,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ..diffusion import continuous_ddpm as ddpm
 from ..diffusion.edm import per_sample
-from .checks import (
+from .schedule_checks import (
     as_tensor,
     check_device,
     check_generator,

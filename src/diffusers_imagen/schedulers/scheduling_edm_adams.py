@@ -7,7 +7,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..diffusion import multistep
-from .checks import check_device, check_step_count, decreasing_sigmas, level_tensor, one_schedule
+from .schedule_checks import check_device, check_step_count, decreasing_sigmas, level_tensor, one_schedule
 from .scheduling_utils import EDMSchedulerMixin, ImagenSchedulerOutput, NetworkPreconditioning
 
 

@@ -9,7 +9,14 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..diffusion import edm
-from .checks import check_device, check_generator, check_step_count, decreasing_sigmas, level_tensor, one_schedule
+from .schedule_checks import (
+    check_device,
+    check_generator,
+    check_step_count,
+    decreasing_sigmas,
+    level_tensor,
+    one_schedule,
+)
 from .scheduling_utils import EDMSchedulerMixin, ImagenSchedulerOutput, NetworkPreconditioning
 
 

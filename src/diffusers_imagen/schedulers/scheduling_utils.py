@@ -10,7 +10,14 @@ from ..diffusion import continuous_ddpm, edm
 from ..diffusion.edm import Preconditioning
 from ..diffusion.thresholding import dynamic_threshold, static_threshold
 from ..utils.arguments import is_integer, is_number, shown
-from .checks import MAX_SIGMA, MAX_TRAIN_TIMESTEPS, MIN_SIGMA, as_tensor, check_config_number, check_images
+from .schedule_checks import (
+    MAX_SIGMA,
+    MAX_TRAIN_TIMESTEPS,
+    MIN_SIGMA,
+    as_tensor,
+    check_config_number,
+    check_images,
+)
 
 
 # "edm": c_in * x goes into the network, which is told c_noise. "variance_preserving": the x_t of that noise level goes

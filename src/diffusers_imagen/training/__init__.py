@@ -1,8 +1,8 @@
 from .config import TrainingConfig
-from .dreambooth import DreamBoothLoraTrainer, DreamBoothTrainer, DreamBoothTrainingConfig
+from .finetuning.dreambooth import DreamBoothLoraTrainer, DreamBoothTrainer, DreamBoothTrainingConfig
+from .finetuning.lora_trainer import LoraTrainer, LoraTrainingConfig
 from .interruption import TrainingInterrupted
 from .loop import Trainer, train
-from .lora import LoraTrainer, LoraTrainingConfig
 from .options import parse_args
 
 

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from ..text.lazy_encoder import load_text_encoder
 from ..utils.errors import run_to_exit_code
 from .config import TrainingConfig
 from .interruption import TrainingInterrupted
 from .loop import Trainer
 from .network import make_unet
 from .options import parse_args
-from .text import load_text_encoder
 
 
 def main(

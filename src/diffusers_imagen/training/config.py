@@ -8,7 +8,7 @@ from typing import Literal
 from huggingface_hub import get_token
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from .data.config import DataConfig, arg
+from .data.data_config import DataConfig, arg
 
 
 POLYNOMIAL_END = 1e-7  # learning rate at the end of diffusers' polynomial schedule
@@ -36,7 +36,7 @@ class TrainingConfig(DataConfig):
     layers_per_block: list[int] | None = field(
         default=None, metadata={"help": "Give the pretrained ImagenUNetModel so many blocks at each level."}
     )
-    preset: str | None = arg(None, "Name of a network in diffusers_imagen.presets, trained from scratch.")
+    preset: str | None = arg(None, "Name of a network in diffusers_imagen.models.presets, trained from scratch.")
     model_config_name_or_path: str | None = arg(
         None, "Network, by its config.json in a folder or on the Hub, trained from scratch."
     )

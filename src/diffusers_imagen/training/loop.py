@@ -17,20 +17,20 @@ from diffusers.utils import logging
 from tqdm.auto import tqdm
 
 from ..models.unet_base import ConditionalUNet
+from ..text.cache import read_manifest
 from .checkpoints import Checkpoints, Found
-from .checks import check_network, check_width
+from .compatibility import check_network, check_width
 from .config import TrainingConfig
 from .data import BatchStream, ValidationBatches, make_train_batches, make_validation_batches
 from .devices import describe_sharing, inner_network, make_accelerator, on_main_process, own_part, whole_network
-from .draws import StepDraws
-from .ema import WeightAverages
-from .embedding_cache import read_manifest
+from .ema.averages import WeightAverages
 from .export import digest_stage, make_repository, public_settings, save_stage, upload_stage
 from .interruption import Interruption, TrainingInterrupted
-from .losses import UncertaintyWeighting, denoising_loss, to_device
 from .monitor import RECORDS, ComputeClock, Monitor, Records, Stopwatch, describe_time, memory_used, not_finite
 from .network import check_finite, choose_attention, prepare_network, seeded_dropout
-from .objectives import make_objective
+from .objective.formulations import make_objective
+from .objective.losses import UncertaintyWeighting, denoising_loss, to_device
+from .objective.step_draws import StepDraws
 from .optimization import clip_gradients, learning_rates, make_optimizer, step_if_finite, trainable
 from .output_folder import OutputFolder
 from .run_identity import TEXT_ENCODER, describe_run, in_json

@@ -13,14 +13,14 @@ from accelerate.utils import DistributedType
 from diffusers import AutoModel, DiffusionPipeline
 
 from ..models import ImagenUNetModel
+from ..models.growing import change_layers, grow_unet
+from ..models.presets import create_unet
 from ..models.unet_base import ConditionalUNet
 from ..pipelines.stages import missing_weights
-from ..presets import create_unet
 from ..utils.arguments import shown
 from ..utils.errors import describe_fault
 from ..utils.files import read_json_object
 from .config import TrainingConfig
-from .growing import change_layers, grow_unet
 
 
 DROPOUT_SEED = 33  # a word after the run's seed, unlike those of its data and steps

@@ -17,7 +17,7 @@ from diffusers.utils import logging
 from ..utils.files import FolderHold, check_folder, read_json_object, write_json
 from .checkpoints import Found, list_checkpoints, number_of
 from .config import TrainingConfig
-from .ema import SNAPSHOTS
+from .ema.averages import SNAPSHOTS
 from .export import RECORD, STAGE_PARTS, finish_move
 from .monitor import RECORDS, Records
 from .run_identity import find_difference

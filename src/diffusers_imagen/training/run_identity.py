@@ -9,8 +9,8 @@ from dataclasses import fields
 from typing import Any
 
 from ..models.unet_base import ConditionalUNet
+from ..text.lazy_encoder import identity_mismatch
 from .config import TrainingConfig
-from .text import identity_mismatch
 
 
 # the draws, the data, the loss, and what a checkpoint has the state of: with another value it is another run

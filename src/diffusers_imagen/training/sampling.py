@@ -14,11 +14,11 @@ from PIL import Image
 
 from ..models.unet_base import ConditionalUNet
 from ..pipelines import ImagenPipeline, ImagenSuperResolutionPipeline
+from ..text.cache import EmbeddingCache
 from ..utils.files import whole_file
 from .config import TrainingConfig
-from .data.images import BadImage, fit_image, read_image
+from .data.pixels import BadImage, fit_image, read_image
 from .data.pyramid import to_float
-from .embedding_cache import EmbeddingCache
 
 
 SAMPLES = "samples"

@@ -8,7 +8,7 @@ from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from ..utils.arguments import shown
-from .snapshots import MAX_STD, MIN_STD
+from .ema.snapshots import MAX_STD, MIN_STD
 
 
 class Bounds(NamedTuple):

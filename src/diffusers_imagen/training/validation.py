@@ -5,11 +5,11 @@ from accelerate import Accelerator
 
 from .config import TrainingConfig
 from .data import ValidationBatches
-from .data.draws import VALIDATION_SEED
-from .draws import StepDraws
-from .losses import denoising_loss, to_device
+from .data.slot_draws import VALIDATION_SEED
 from .monitor import NoiseLevelMeans
-from .objectives import Objective
+from .objective.formulations import Objective
+from .objective.losses import denoising_loss, to_device
+from .objective.step_draws import StepDraws
 
 
 class ValidationLoss:

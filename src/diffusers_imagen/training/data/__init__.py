@@ -2,5 +2,5 @@
 
 from .batch import Batch
 from .batches import BatchStream, ValidationBatches, make_train_batches, make_validation_batches
-from .config import DataConfig
+from .data_config import DataConfig
 from .pairs import PairedBatches

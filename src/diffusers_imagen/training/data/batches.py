@@ -7,15 +7,15 @@ import torch
 from diffusers.utils import logging
 from torch.utils.data import DataLoader
 
-from ..embedding_cache import EmbeddingCache
+from ...text.cache import EmbeddingCache
 from .batch import Batch, Samples
 from .captions import Encode, EncodedCaptions, OnlineCaptions, encode_captions, iterate_captions
-from .config import DataConfig
-from .draws import VALIDATION_SEED, BucketOrder, RowOrder, SlotDraws
+from .data_config import DataConfig
 from .fingerprint import describe_data
 from .loading import BatchPlan, SlotDataset, assign_buckets
 from .memory import CaptionedImages
 from .samples import SampleMaker
+from .slot_draws import VALIDATION_SEED, BucketOrder, RowOrder, SlotDraws
 from .sources import Rows, draw_weights, open_rows
 from .streaming import StreamDataset
 

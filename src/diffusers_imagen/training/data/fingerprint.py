@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from .config import DataConfig
+from .data_config import DataConfig
 from .sources import Rows
 
 

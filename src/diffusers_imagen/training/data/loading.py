@@ -9,10 +9,10 @@ from torch.utils.data import Dataset, Sampler
 
 from .batch import Sample, Samples
 from .captions import BadCaption
-from .config import DataConfig
-from .draws import MAX_ATTEMPTS, BucketOrder, RowOrder, SlotDraws
-from .images import BadImage, name_image, open_image
+from .data_config import DataConfig
+from .pixels import BadImage, name_image, open_image
 from .samples import SampleMaker
+from .slot_draws import MAX_ATTEMPTS, BucketOrder, RowOrder, SlotDraws
 from .sources import Rows
 
 

@@ -9,11 +9,11 @@ from tqdm.auto import tqdm
 
 from .batch import Samples
 from .captions import BadCaption
-from .config import DataConfig
-from .draws import RowOrder, SlotDraws
-from .images import BadImage, name_image
+from .data_config import DataConfig
+from .pixels import BadImage, name_image
 from .pyramid import crop, reduce, to_float
 from .samples import SampleMaker
+from .slot_draws import RowOrder, SlotDraws
 from .sources import Rows, draw_weights
 
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
 
-from .config import DataConfig
-from .draws import BLUR, JPEG
+from .data_config import DataConfig
+from .slot_draws import BLUR, JPEG
 
 
 SUPPORT = 2  # a bicubic reduction sees so many low-resolution pixels to each side

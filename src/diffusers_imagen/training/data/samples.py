@@ -7,10 +7,10 @@ import torch
 
 from .batch import Sample
 from .captions import caption_text, speaks_of_sides
-from .config import DataConfig
-from .draws import CAPTION, CROP_LEFT, CROP_TOP, FLIP, PLACE_LEFT, PLACE_TOP, cumulate, pick, whole
-from .images import check_size, fit_image, read_image
+from .data_config import DataConfig
+from .pixels import check_size, fit_image, read_image
 from .pyramid import crop_both, degrade, reduce, to_float
+from .slot_draws import CAPTION, CROP_LEFT, CROP_TOP, FLIP, PLACE_LEFT, PLACE_TOP, cumulate, pick, whole
 
 
 class SampleMaker:

@@ -14,10 +14,10 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from .batch import Sample, Samples
 from .captions import BadCaption
-from .draws import BLOCK_SEED, ORDER_SEED, SlotDraws, philox
-from .images import BadImage, name_image
+from .pixels import BadImage, name_image
 from .samples import SampleMaker
 from .shards import DAMAGE
+from .slot_draws import BLOCK_SEED, ORDER_SEED, SlotDraws, philox
 from .sources import Rows
 from .tables import innermost
 

@@ -1,0 +1,282 @@
+"""Examinations of data sets, trained stages and embedding caches."""
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from diffusers import AutoModel
+from tqdm.auto import tqdm
+from transformers import AutoConfig
+
+from ..models.unet_base import ConditionalUNet
+from ..pipelines.stages import is_untrained, missing_weights
+from ..text.cache import EmbeddingCache
+from ..text.lazy_encoder import encoder_width, load_text_encoder
+from ..training.data.captions import iterate_captions
+from ..training.data.data_config import DataConfig
+from ..training.data.pixels import BadImage, fit_image, name_image, open_image, read_image
+from ..training.data.sources import Rows, open_rows
+from ..utils.files import read_json_object
+
+
+SIGMA_TOLERANCE = 0.25  # relative: the preconditioning forgives that much
+MANY = 0.01  # shares from here on are worth a word
+NAMED = 3
+
+
+class Finding(NamedTuple):
+    """One thing that was looked at."""
+
+    wrong: bool
+    text: str
+
+
+def examine_data(
+    config: DataConfig, sigma_data: float = 0.5, text_encoder: str | None = None, num_images: int = 1000
+) -> list[Finding]:
+    """Images, captions and duplicates of a data set's training split.
+
+    Args:
+        config (`DataConfig`): The data.
+        sigma_data (`float`): The configured standard deviation of the images in [-1, 1].
+        text_encoder (`str`, *optional*): Whose tokenizer counts tokens.
+        num_images (`int`): Images that are opened, evenly spread over the rows.
+    """
+    rows = open_rows(config, config.train_split)
+    if not len(rows.data):
+        return [Finding(True, f"there are no rows in split {config.train_split!r}")]
+    places = np.unique(np.linspace(0, len(rows.data) - 1, min(num_images, len(rows.data))).round().astype(int))
+    findings = [Finding(False, f"{len(rows.data)} rows, of which {len(places)} images are opened")]
+    findings += examine_images(rows, places, config, sigma_data)
+    findings += examine_captions(rows, config, text_encoder)
+    return findings
+
+
+def examine_images(rows: Rows, places: np.ndarray, config: DataConfig, sigma_data: float) -> list[Finding]:
+    """Modes, sizes, range, standard deviation, duplicates, and files that cannot be read."""
+    modes, seen, bad = Counter(), {}, {}
+    small, copies = [], []
+    count, total, squares, low, high = 0, 0.0, 0.0, 255, 0
+    for place in tqdm(places.tolist(), desc="Opening images", mininterval=5):
+        value = rows.data[place][rows.image_column]
+        name = name_image(value, place)
+        try:
+            modes[open_image(value, rows.folder).mode] += 1
+            image = read_image(value, rows.folder, config.background)
+        except BadImage as error:
+            bad[name] = str(error)
+            continue
+        if min(image.size) < config.resolution:
+            small.append(f"{name} ({image.width}x{image.height})")
+        pixels = fit_image(image, config.resolution, config.resolution)
+        digest = hashlib.sha256(pixels).digest()
+        if digest in seen:
+            copies.append(f"{name} of {seen[digest]}")
+        seen.setdefault(digest, name)
+        values = pixels.astype(np.float64) / 127.5 - 1
+        count, total, squares = count + values.size, total + values.sum(), squares + (values**2).sum()
+        low, high = min(low, int(pixels.min())), max(high, int(pixels.max()))
+    findings = [
+        Finding(bool(bad), report(bad, len(places), "cannot be read and are skipped in training", "all can be read"))
+    ]
+    if count == 0:
+        return findings
+    mean = total / count
+    sigma = math.sqrt(max(0.0, squares / count - mean**2))
+    off = abs(sigma / sigma_data - 1) > SIGMA_TOLERANCE
+    findings += [
+        Finding(False, "modes: " + ", ".join(f"{mode} {number}" for mode, number in modes.most_common())),
+        Finding(
+            high - low < 128,
+            f"pixels from {low} to {high} of 255"
+            + (": nearly uniform; were they scaled to [0, 1] before they were saved?" if high - low < 128 else ""),
+        ),
+        Finding(
+            off,
+            f"measured sigma_data {sigma:.3f} at {config.resolution} px, mean {mean:+.3f}; configured {sigma_data}"
+            + (f": give `sigma_data` {sigma:.2f}" if off and sigma > 0.005 else ""),
+        ),
+        Finding(
+            len(small) >= max(1, MANY * len(places)),
+            report(
+                small, len(places), f"are smaller than {config.resolution} px and are enlarged", "none is enlarged"
+            ),
+        ),
+        Finding(
+            len(copies) >= max(1, MANY * len(places)),
+            report(copies, len(places), "are pixel for pixel copies", "no image is a copy of another"),
+        ),
+    ]
+    return findings
+
+
+def examine_captions(rows: Rows, config: DataConfig, text_encoder: str | None) -> list[Finding]:
+    """Empty and repeated captions, and how many are cut."""
+    captions = list(iterate_captions(rows.data, config.caption_column))
+    counts = Counter(captions)
+    empty = sum(number for caption, number in counts.items() if not caption.strip())
+    common, times = counts.most_common(1)[0]
+    repeated = times > max(1, 0.1 * len(captions))
+    missing = len(rows.data) * len(config.caption_column) - len(captions)
+    findings = [
+        Finding(missing > 0, f"{missing} captions are missing, and their rows are skipped in training"),
+        Finding(empty > 0, f"{empty} of {len(captions)} captions are empty"),
+        Finding(
+            repeated,
+            f"{len(counts)} distinct captions" + (f"; {times} times the same: {common[:80]!r}" if repeated else ""),
+        ),
+    ]
+    if text_encoder is None:
+        return findings + [Finding(False, "token lengths were not counted: give `text_encoder`")]
+    encoder = load_text_encoder(text_encoder, config.tokenizer_max_length)
+    distinct = list(counts)
+    lengths = []
+    for start in range(0, len(distinct), 1000):
+        lengths += encoder.count_tokens(distinct[start : start + 1000])
+    cut = sum(counts[caption] for caption, length in zip(distinct, lengths) if length > encoder.max_length)
+    longest = max(zip(lengths, distinct))
+    return findings + [
+        Finding(
+            cut > MANY * len(captions),
+            f"{cut} of {len(captions)} captions ({cut / len(captions):.1%}) are cut at {encoder.max_length} tokens; "
+            f"the longest has {longest[0]}: {longest[1][:80]!r}",
+        )
+    ]
+
+
+def attempt(what: str, examine: Callable[[], list[Finding]]) -> list[Finding]:
+    """What an examination finds; that it cannot be made is a finding too, whatever is in the files."""
+    try:
+        return examine()
+    except Exception as error:
+        kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
+        return [Finding(True, f"{what} cannot be read: {kind}{' '.join(str(error).split())[:500]}")]
+
+
+def examine_cache(folder: Path) -> list[Finding]:
+    """Size, width and checksums of an embedding cache."""
+    return find_irregular(folder) or attempt("the embedding cache", lambda: examine_shards(EmbeddingCache(folder)))
+
+
+def examine_shards(cache: EmbeddingCache) -> list[Finding]:
+    """Size, width and checksums of a cache that can be opened."""
+    encoder = cache.manifest["encoder"]
+    findings = [
+        Finding(
+            len(cache) == 0,
+            f"{len(cache)} captions, width {cache.width}, up to {cache.max_length} tokens, {cache.manifest['dtype']}, "
+            f"made by {encoder.get('class', 'an encoder that is not named')}",
+        )
+    ]
+    problems = cache.verify()
+    return findings + ([Finding(True, text) for text in problems] or [Finding(False, "all checksums are right")])
+
+
+def find_irregular(folder: Path) -> list[Finding]:
+    """FIFOs, sockets, devices and broken links in a folder, which nothing could be read from."""
+    paths = [path for path in sorted(folder.rglob("*")) if not path.is_file() and not path.is_dir()]
+    return [Finding(True, f"{path.relative_to(folder)} is no regular file") for path in paths[:NAMED]]
+
+
+def find_networks(folder: Path) -> list[Path]:
+    """The folders of networks: of a stage's `unet/`, a cascade's `base_unet/` and the like, or the folder itself."""
+    inside = sorted(path.parent for path in folder.glob("*unet/config.json"))
+    return inside or [folder] * (folder / "config.json").exists()
+
+
+def examine_stage(folder: Path, text_encoder: str | None = None) -> list[Finding]:
+    """Weights, widths and losses of a stage folder, or of all stages of a cascade."""
+    findings = find_irregular(folder)
+    if findings:  # reading a FIFO would not end
+        return findings
+    encoder = text_encoder or (str(folder) if (folder / "text_encoder").is_dir() else None)
+    for path in [folder / "model_index.json", *sorted(folder.glob("*scheduler/scheduler_config.json"))]:
+        if path.exists():
+            findings += attempt(str(path.relative_to(folder)), lambda path=path: read_json_object(path) and [])
+    for path in find_networks(folder):
+        own = attempt("the network", lambda path=path: examine_network(path, encoder))
+        findings += [finding._replace(text=f"{path.name}: {finding.text}") for finding in own]
+    if (folder / "losses.jsonl").exists():
+        findings += attempt("losses.jsonl", lambda: examine_losses(read_losses(folder / "losses.jsonl")))
+    return findings
+
+
+def read_losses(path: Path) -> list[dict[str, Any]]:
+    """The records of a run's losses.
+
+    Raises:
+        ValueError: If a line is none; names it.
+    """
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            record = json.loads(line)
+            float(record.get("loss") or 0)
+        except (ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+            raise ValueError(f"line {number} is no record with a `loss`: {line[:80]!r}") from error
+        records.append(record)
+    return records
+
+
+def examine_network(folder: Path, text_encoder: str | None) -> list[Finding]:
+    """The weights of a network, and whether they go with the text encoder."""
+    unet = AutoModel.from_pretrained(str(folder))
+    if not isinstance(unet, ConditionalUNet):
+        return [Finding(True, f"it is {type(unet).__name__}, but should be ImagenUNetModel or EfficientUNetModel")]
+    missing = missing_weights(unet)
+    if missing:
+        return [Finding(True, f"{len(missing)} weights are missing, {missing[0]} among them")]
+    findings = [examine_weights(unet)]
+    if text_encoder is not None:
+        width = unet.config.get("encoder_hid_dim")
+        findings += attempt("the text encoder", lambda: [examine_width(width, text_encoder)])
+    return findings
+
+
+def examine_weights(unet: torch.nn.Module) -> Finding:
+    """Whether the weights are finite, and were ever trained."""
+    parameters = dict(unet.named_parameters())
+    broken = [name for name, value in parameters.items() if not value.isfinite().all()]
+    count = sum(value.numel() for value in parameters.values())
+    if broken:
+        return Finding(True, f"{len(broken)} weights are not finite, such as {broken[0]}: training diverged")
+    if is_untrained(unet):
+        return Finding(True, "all residual branches end in zeros, as in a new network: this network was never trained")
+    return Finding(False, f"{type(unet).__name__}: {count:,} weights, finite and trained")
+
+
+def examine_width(width: int | None, text_encoder: str) -> Finding:
+    """Whether the network reads states as wide as the encoder makes them."""
+    subfolder = "text_encoder" if (Path(text_encoder) / "text_encoder").is_dir() else ""
+    actual = encoder_width(AutoConfig.from_pretrained(text_encoder, subfolder=subfolder, trust_remote_code=False))
+    wrong = width != actual
+    text = f"the text encoder's states are {actual} wide"
+    return Finding(wrong, text + (f", but the network reads {width}" if wrong else ", as the network reads them"))
+
+
+def examine_losses(records: list[dict[str, Any]]) -> list[Finding]:
+    """Whether a curve of losses is finite and falls."""
+    losses = [float(record["loss"]) for record in records if record.get("loss") is not None]
+    for record in records:
+        if not math.isfinite(float(record.get("loss") or 0)):
+            return [Finding(True, f"the loss is {record['loss']} at step {record.get('step')}: training diverged")]
+    if len(losses) < 3:
+        return [Finding(False, f"{len(losses)} recorded losses, too few to judge")]
+    lowest, last = min(losses), losses[-1]
+    rises = last > 1.1 * lowest and last > losses[0] * 0.9
+    text = f"loss {losses[0]:.4f} at first, {lowest:.4f} at its lowest, {last:.4f} at last"
+    return [Finding(rises, text + (": it rises; lower `learning_rate`, or look at the data" if rises else ""))]
+
+
+def report(found: dict | list, total: int, what: str, nothing: str) -> str:
+    """How many of the images, with the first of them named."""
+    if not found:
+        return f"images: {nothing}"
+    named = [f"{name}: {found[name]}" if isinstance(found, dict) else name for name in list(found)[:NAMED]]
+    return f"{len(found)} of {total} images {what}: {'; '.join(named)}" + ("; ..." if len(found) > NAMED else "")

@@ -1,0 +1,39 @@
+"""The command `diffusers-imagen`."""
+
+import sys
+
+from .. import __version__
+from ..utils.errors import run_to_exit_code
+from . import cache_embeddings, convert_config, demo, doctor, generate, inpaint, reconstruct_ema, upscale
+from .parser import Parser, check_numbers
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command.
+
+    Returns:
+        Its exit code, 0 if it has none, 2 after one line about what does not fit, 130 if interrupted. A line that
+        cannot be parsed ends in SystemExit with code 2.
+    """
+
+    def run() -> int | None:
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
+        args = make_parser().parse_args(argv)
+        check_numbers(args)
+        return args.run(args)
+
+    return run_to_exit_code(run, "diffusers-imagen")
+
+
+def make_parser() -> Parser:
+    """The command line."""
+    parser = Parser(prog="diffusers-imagen", description="Imagen for diffusers.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in (generate, upscale, inpaint, demo, cache_embeddings, convert_config, doctor, reconstruct_ema):
+        command.add_parser(commands)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""Networks made of trained ones: for images of twice the side, or with other numbers of blocks.
+
+Progressive growing (Karras et al. 2017, arXiv 1710.10196) puts a finer level around a trained network, whose own
+levels go on seeing what they saw: features of the same size in the picture. So the meaning of words and the layout of
+pictures, learned cheaply at low resolution, are kept. Blocks may be added where the network lacks them, as residual
+blocks that start as the identity, and taken away where they cost more than they give.
+"""
+
+import math
+
+import torch
+
+from . import ImagenUNetModel
+from .blocks import ImagenBlock
+from .config_checks import per_level
+
+
+def grow_unet(small: ImagenUNetModel) -> ImagenUNetModel:
+    """A network with one more level, of one block and of the first level's width, around a trained one.
+
+    The new level starts as resampling: down by averaging, up by interpolation, its residual branches at zero, so that
+    the grown network draws blurred what the small one drew sharp.
+
+    Raises:
+        ValueError: If the levels are joined by residual blocks, which cannot start as resampling.
+    """
+    config = dict(small.config)
+    if config["resample_type"] != "conv":
+        raise ValueError(
+            f"`resample_type` is {config['resample_type']!r}, but only networks with 'conv' can be grown."
+        )
+    widths, layers = config["block_out_channels"], config["layers_per_block"]
+    config.update(
+        sample_size=2 * config["sample_size"],
+        block_out_channels=(widths[0], *widths),
+        layers_per_block=(1, *([layers] * len(widths) if isinstance(layers, int) else layers)),
+    )
+    grown = ImagenUNetModel.from_config(config)
+    grown.load_state_dict(
+        {**grown.state_dict(), **{inner_key(key): value for key, value in small.state_dict().items()}}
+    )
+    with torch.no_grad():
+        start_as_resampling(grown)
+        if config["learned_sinusoidal_dim"] is None:
+            shift_noise_level(grown, math.log(2) / 4)
+    return grown
+
+
+def inner_key(key: str) -> str:
+    """Where a parameter of the small network sits in the grown one: after the new level's block and downsampler."""
+    name, _, rest = key.partition(".")
+    if name in ("down_blocks", "downsamplers"):
+        number, _, rest = rest.partition(".")
+        return f"{name}.{int(number) + 1}.{rest}"
+    return key  # the way up is counted from the deepest level
+
+
+def start_as_resampling(unet: ImagenUNetModel) -> None:
+    """Sets the resampling layers of the outermost level to averaging and interpolation, its first shortcut to a pass."""
+    set_depthwise(unet.downsamplers[0], torch.tensor([1.0, 2.0, 1.0]) / 4)
+    set_depthwise(unet.upsamplers[-1], torch.tensor([1.0, 3.0, 3.0, 1.0]) / 4)
+    for block in unet.up_blocks[-2:]:
+        pass_on(block)
+
+
+def pass_on(block: ImagenBlock) -> None:
+    """Lets the shortcut of a block of the way up pass the coarser image, which comes before the skip connection."""
+    shortcut = block.resnets[0].conv_shortcut
+    shortcut.weight.zero_()
+    shortcut.bias.zero_()
+    channels = torch.arange(shortcut.out_channels)
+    shortcut.weight[channels, channels] = 1.0
+
+
+def set_depthwise(conv: torch.nn.Module, kernel: torch.Tensor) -> None:
+    """The separable kernel on each channel alone."""
+    conv.weight.zero_()
+    conv.bias.zero_()
+    channels = torch.arange(conv.in_channels)
+    conv.weight[channels, channels] = torch.outer(kernel, kernel).to(conv.weight)
+
+
+def shift_noise_level(unet: ImagenUNetModel, shift: float) -> None:
+    """Makes the embedding of a conditioning value that of `value - shift`: coarse features average the noise away.
+
+    The sinusoids of a shifted value are those of the value, rotated; the rotation goes into the first linear layer.
+    """
+    linear = unet.time_embedding.mlp.linear_1
+    half = linear.in_features // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half) / half)
+    cos, sin = (frequencies * shift).cos(), (frequencies * shift).sin()
+    on_cos, on_sin = linear.weight[:, :half].clone(), linear.weight[:, half:].clone()
+    linear.weight[:, :half] = on_cos * cos - on_sin * sin
+    linear.weight[:, half:] = on_cos * sin + on_sin * cos
+
+
+def change_layers(unet: ImagenUNetModel, layers_per_block: list[int]) -> ImagenUNetModel:
+    """A network with other numbers of residual blocks at its levels, and a trained one's weights.
+
+    Added blocks, the last of their level, start as the identity: a network that only gains blocks draws what it drew.
+    Where a level loses blocks, the last ones go.
+
+    Raises:
+        ValueError: If there is not one number for each level, a level but the first would have no block on the way
+            down, or one with none joins levels of other widths.
+    """
+    config = unet.config
+    layers = per_level("layers_per_block", list(layers_per_block), len(config["block_out_channels"]))
+    if min(layers[1:], default=1) < 1 or layers[0] < 0:
+        raise ValueError(f"`layers_per_block` is {layers}, but only the first level may have none.")
+    if layers[0] == 0 and len(set(config["block_out_channels"][:2])) == 2:
+        raise ValueError(
+            f"`layers_per_block` is {layers}, but the first level can have none only where the second is as wide: "
+            f"`block_out_channels` is {config['block_out_channels']}."
+        )
+    changed = ImagenUNetModel.from_config({**config, "layers_per_block": layers})
+    with torch.no_grad():
+        for block in changed.up_blocks:
+            pass_on(block)
+    kept = {key: value for key, value in unet.state_dict().items() if not key.startswith(("down_blocks", "up_blocks"))}
+    changed.load_state_dict({**changed.state_dict(), **kept})
+    for name, extra in (("down_blocks", 0), ("up_blocks", 1)):
+        old, new = (blocks_of_levels(network, name, extra) for network in (unet, changed))
+        for old_level, new_level in zip(old, new):
+            for old_block, new_block in match_blocks(old_level, new_level, extra):
+                new_block.load_state_dict(old_block.state_dict())
+    return changed
+
+
+def blocks_of_levels(unet: ImagenUNetModel, name: str, extra: int) -> list[list[ImagenBlock]]:
+    """The blocks of each level in the order in which they run; the way up has one more each and runs backwards."""
+    blocks, levels = iter(getattr(unet, name)), []
+    for count in unet.num_layers if name == "down_blocks" else reversed(unet.num_layers):
+        levels.append([next(blocks) for _ in range(count + extra)])
+    return levels
+
+
+def match_blocks(old: list[ImagenBlock], new: list[ImagenBlock], extra: int) -> list[tuple[ImagenBlock, ImagenBlock]]:
+    """Which block of a level has its weights from which; `extra` is 1 on the way up.
+
+    There the first block reads the level below and the last one the skip connection from before the level. Blocks come
+    and go behind the first: that is where the skip connections of the last blocks of the way down are read.
+    """
+    place, added = extra or min(len(old), len(new)), len(new) - len(old)
+    if added > 0:
+        new = new[:place] + new[place + added :]
+    else:
+        old = old[:place] + old[place - added :]
+    return list(zip(old, new))

@@ -1,0 +1,174 @@
+"""The model card that goes to the Hub with a pipeline."""
+
+import os
+import tempfile
+from pathlib import Path
+
+from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
+from huggingface_hub import create_repo
+from torch import nn
+
+from ..utils.files import whole_file
+
+
+TAGS = ["text-to-image", "diffusers", "diffusers-imagen"]
+CARD = """\
+# {name}
+
+{title} for [diffusers-imagen]({package}), an extension of diffusers: Imagen
+([arXiv 2205.11487](https://arxiv.org/abs/2205.11487)), diffusion in pixel space.
+
+```bash
+pip install diffusers-imagen
+```
+
+```python
+import torch
+import diffusers_imagen  # lets diffusers find the classes
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{repo_id}")
+image = pipe({call}generator=torch.Generator().manual_seed(0)).images[0]
+image.save("image.png")
+```
+
+| part | class | parameters |
+|---|---|---|
+{parts}
+"""
+PACKAGE = "https://pypi.org/project/diffusers-imagen"
+
+
+class ModelCardMixin:
+    """Writes a model card of this package where diffusers writes an empty one, and keeps a card that is there.
+
+    It comes before `DiffusionPipeline` among the bases of a pipeline.
+    """
+
+    model_card_prompt = "a red apple"
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
+    ) -> str | None:
+        r"""
+        Saves all components to a folder. See [`DiffusionPipeline.save_pretrained`].
+
+        Args:
+            save_directory (`str` or `os.PathLike`): Folder, made if it does not exist.
+            safe_serialization (`bool`, defaults to `True`): Whether to write safetensors files.
+            variant (`str`, *optional*): Goes into the names of the weights, as in `fp16`.
+            max_shard_size (`int` or `str`, *optional*): Weights are split into files of at most this size.
+            push_to_hub (`bool`, defaults to `False`):
+                Whether to upload the folder too, with the model card that it has, else with the repository's, else
+                with a new one.
+            kwargs: With `push_to_hub`: `repo_id` (the folder's name if not given), `private`, `token`,
+                `commit_message`, `create_pr`.
+
+        Returns:
+            With `push_to_hub` the commit, else None.
+        """
+        if os.path.isfile(save_directory):
+            raise ValueError(f"`save_directory` is '{save_directory}', a file, but should be a folder.")
+        hub = {name: kwargs.pop(name, None) for name in ("repo_id", "private", "token", "commit_message", "create_pr")}
+        if not push_to_hub:
+            super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size, **kwargs)
+            return None
+        repo_id, private = hub.pop("repo_id") or Path(save_directory).resolve().name, hub.pop("private")
+        repo_id = create_repo(repo_id, private=private, token=hub["token"], exist_ok=True).repo_id
+        super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size, **kwargs)
+        self.save_model_card(save_directory, repo_id, hub["token"])
+        return self._upload_folder(save_directory, repo_id, **{**hub, "create_pr": bool(hub["create_pr"])})
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        subfolder: str | None = None,
+    ) -> str:
+        r"""
+        Uploads all components, with the repository's model card or, if it has none, a new one.
+
+        Args:
+            repo_id (`str`): Repository, `name` or `user/name`, made if it does not exist.
+            commit_message (`str`, *optional*): `Upload` and the name of the class if None.
+            private (`bool`, *optional*): Whether a new repository is private; as the account says if None.
+            token (`str`, *optional*): Hub token; the one of `hf auth login` if None.
+            create_pr (`bool`, defaults to `False`): Whether to open a pull request instead.
+            safe_serialization (`bool`, defaults to `True`): Whether to write safetensors files.
+            variant (`str`, *optional*): Goes into the names of the weights, as in `fp16`.
+            subfolder (`str`, *optional*): Folder of the repository to upload to; no card is written then.
+
+        Returns:
+            The commit.
+        """
+        repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, safe_serialization, variant)
+            if subfolder is None:
+                self.save_model_card(folder, repo_id, token)
+            return self._upload_folder(
+                folder,
+                repo_id,
+                token=token,
+                commit_message=commit_message,
+                create_pr=create_pr,
+                subfolder=subfolder,
+            )
+
+    def save_model_card(self, folder: str | os.PathLike, repo_id: str, token: str | None = None) -> None:
+        """Completes the folder's card, else the repository's, else a new one, and writes it to the folder.
+
+        What a card says stays; `library_name`, `pipeline_tag` and tags that it lacks are added.
+        """
+        path = Path(folder, "README.md")
+        card = load_or_create_model_card(
+            str(path) if path.is_file() else repo_id,
+            token=token,
+            model_description=self.describe(repo_id),
+            is_modular=True,  # the description is the whole card: the other templates leave blanks to fill in
+        )
+        missing = [tag for tag in TAGS if tag not in (card.data.tags or [])]
+        card = populate_model_card(card, tags=missing)
+        card.data.pipeline_tag = card.data.pipeline_tag or TAGS[0]
+        with whole_file(path) as partial:
+            card.save(partial)
+
+    def describe(self, repo_id: str) -> str:
+        """The text of a new card: a snippet that runs, and the parts."""
+        modules = {name: module for name, module in self.components.items() if isinstance(module, nn.Module)}
+        parts = (
+            f"| `{name}` | {type(module).__name__} | {module.num_parameters() / 1e6:,.1f} M |"
+            for name, module in modules.items()
+        )
+        return CARD.format(
+            name=repo_id.split("/")[-1],
+            title=type(self).__name__,
+            package=PACKAGE,
+            repo_id=repo_id,
+            call=self.model_card_call(),
+            parts="\n".join(parts),
+        )
+
+    def model_card_call(self) -> str:
+        """The arguments of the snippet: a prompt, or where there is no text encoder, text states; an image to enlarge."""
+        unet = getattr(self, "unet", None) or self.base_unet
+        width = unet.config.encoder_hid_dim
+        arguments = []
+        if self.text_encoder is not None and self.tokenizer is not None:
+            arguments.append(f'"{self.model_card_prompt}"')
+        elif width is not None:
+            arguments += [f"prompt_embeds=torch.zeros(1, 1, {width})", "prompt_attention_mask=torch.ones(1, 1)"]
+        if unet.config.low_res_conditioning:
+            arguments.append(f"image=torch.rand(3, {self.low_resolution}, {self.low_resolution})")
+        return "".join(f"{argument}, " for argument in arguments)

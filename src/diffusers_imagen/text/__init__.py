@@ -1,0 +1,1 @@
+"""Text embeddings: the encoder, and the cache on disk; the same for pipelines and training."""

@@ -1,0 +1,365 @@
+"""Text states on disk: made once, read by memory mapping. Its files are described in cache_files.py."""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.utils import logging
+from safetensors import safe_open
+from safetensors.torch import save
+from tqdm.auto import tqdm
+
+from ..utils.files import FolderHold, whole_file
+from .cache_files import (
+    DTYPES,
+    FORMAT,
+    MANIFEST,
+    MEND,
+    check_manifest,
+    checksum_problem,
+    content_problem,
+    describe_shard,
+    find_problems,
+    hold_cache,
+    open_shard,
+    read_index,
+    read_manifest,
+    remove_leftovers,
+    size_problem,
+    write_manifest,
+)
+from .lazy_encoder import identity_mismatch
+
+
+logger = logging.get_logger(__name__)
+
+SHARD_BYTES = 128 * 2**20
+
+
+def caption_key(caption: str) -> tuple[int, int]:
+    """128 bits of a caption's SHA-256, as two signed numbers."""
+    digest = hashlib.sha256(caption.encode()).digest()
+    return int.from_bytes(digest[:8], "little", signed=True), int.from_bytes(digest[8:16], "little", signed=True)
+
+
+class EmbeddingCache:
+    """Reads a cache; only keys and offsets are kept in memory, 32 bytes a caption.
+
+    What is read has been checked: the manifest, keys and offsets here, and a shard's states when each process reads the
+    first of them (a process that was forked goes by what its parent has checked). A cache may be read while it is
+    built; what is added after it was opened is not seen.
+
+    Args:
+        folder (`str` or `Path`): The cache.
+
+    Raises:
+        ValueError: If it is no cache, or one of its shards is not what the manifest says.
+    """
+
+    needs_encoder = False
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.manifest = read_manifest(self.folder)
+        self._files: dict[int, safe_open] = {}
+        self._checked: set[int] = set()  # shards whose states were checked
+        self.offsets: list[np.ndarray] = []
+        keys = []
+        for i, shard in enumerate(self.manifest["shards"]):
+            problem = size_problem(self.folder, shard)
+            if problem is not None:
+                raise self._damage(problem)
+            if "index_sha256" not in shard:  # of an earlier version
+                self._check(i)
+            try:
+                index = read_index(self.folder, self.manifest, shard, self._file(i))
+            except ValueError as error:
+                raise self._damage(str(error)) from error
+            keys.append(index.keys)
+            self.offsets.append(index.offsets)
+        keys = np.concatenate(keys) if keys else np.zeros((0, 2), np.int64)
+        order = np.lexsort((keys[:, 1], keys[:, 0]))
+        self.keys = keys[order]
+        shards = np.repeat(np.arange(len(self.offsets)), [len(offsets) - 1 for offsets in self.offsets])
+        within = [np.arange(len(offsets) - 1) for offsets in self.offsets]
+        within = np.concatenate(within) if within else np.zeros(0, np.int64)
+        self.places = np.stack([shards, within], axis=1).astype(np.int32)[order]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def width(self) -> int:
+        """Width of the states."""
+        return self.manifest["width"]
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that states are padded to."""
+        return self.manifest["max_length"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": {}, "_checked": set()}  # each process opens and checks its own
+
+    def __contains__(self, caption: str) -> bool:
+        return self._find(caption) is not None
+
+    def unpadded(self, caption: str) -> torch.Tensor:
+        """States of a caption's tokens `(tokens, E)`, in the cache's precision.
+
+        Raises:
+            KeyError: If the caption is not in the cache.
+            ValueError: If its shard is damaged.
+        """
+        place = self._find(caption)
+        if place is None:
+            raise KeyError(caption)
+        shard, i = self.places[place]
+        start, end = self.offsets[shard][i : i + 2]
+        if int(shard) not in self._checked:
+            self._check(int(shard))
+        return self._file(int(shard)).get_slice("states")[int(start) : int(end)]
+
+    def states(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """States `(B, L, E)` in float32, zero at padded positions, and mask `(B, L)`; L is the limit of tokens.
+
+        The networks normalise and pool over padded positions too, so that all batches have the pipelines' length.
+        """
+        text = torch.zeros(len(captions), self.max_length, self.width)
+        mask = torch.zeros(len(captions), self.max_length, dtype=torch.bool)
+        for i, caption in enumerate(captions):
+            states = self.unpadded(caption)
+            text[i, : len(states)] = states
+            mask[i, : len(states)] = True
+        return text, mask
+
+    def check_encoder(self, identity: dict[str, Any]) -> None:
+        """Refuses a cache of another encoder or length."""
+        difference = identity_mismatch(self.manifest["encoder"], identity)
+        if difference is not None:
+            raise ValueError(
+                f"`embedding_cache` {str(self.folder)!r} was made by another text encoder ({difference}): give that "
+                "one as `text_encoder`, or make a cache with this one."
+            )
+
+    def check_captions(self, captions: Iterable[str]) -> None:
+        """Refuses a cache that lacks captions."""
+        total, missing = 0, []
+        for caption in captions:
+            total += 1
+            if caption not in self:
+                missing.append(caption)
+        if missing:
+            raise ValueError(
+                f"`embedding_cache` {str(self.folder)!r} lacks {len(missing)} of {total} captions, such as "
+                f"{missing[0]!r}: run `diffusers-imagen cache-embeddings` with this data and these columns."
+            )
+
+    def verify(self) -> list[str]:
+        """What is wrong with the shards, by checksum and content; empty if nothing is."""
+        return find_problems(self.folder, self.manifest)
+
+    def _file(self, shard: int) -> safe_open:
+        if shard not in self._files:
+            try:
+                self._files[shard] = open_shard(self.folder, self.manifest["shards"][shard])
+            except (ValueError, OSError) as error:
+                raise self._damage(str(error)) from error
+        return self._files[shard]
+
+    def _check(self, shard: int) -> None:
+        """Refuses a shard with other bytes than were written; the whole file is read for that."""
+        try:
+            problem = checksum_problem(self.folder, self.manifest["shards"][shard])
+        except OSError as error:
+            problem = str(error)
+        if problem is not None:
+            raise self._damage(problem)
+        self._checked.add(shard)
+
+    def _damage(self, problem: str) -> ValueError:
+        return ValueError(f"`embedding_cache` '{self.folder}': {problem}; {MEND}.")
+
+    def _find(self, caption: str) -> int | None:
+        first, second = caption_key(caption)
+        place = int(np.searchsorted(self.keys[:, 0], first))
+        while place < len(self.keys) and self.keys[place, 0] == first:
+            if self.keys[place, 1] == second:
+                return place
+            place += 1
+        return None
+
+
+class CacheWriter:
+    """Adds captions to a cache, shard by shard; what a killed run finished is kept.
+
+    The shards that are there are checked; the captions of damaged ones count as missing. The folder is held until
+    `close`, or the end of the process, so that no other writes into it.
+
+    Args:
+        folder (`str` or `Path`): The cache; made if it is not there.
+        encoder (`dict`): The identity of the encoder, with `width` and `max_length`.
+        dtype (`str`): "bfloat16" or "float16".
+        shard_bytes (`int`): A shard is written when its states reach this size.
+        hold (`FolderHold`, *optional*): Of the folder, where `hold_cache` was called before.
+
+    Raises:
+        ValueError: If the folder holds something else, a cache of another encoder or precision, or another process
+            writes into it.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        encoder: dict[str, Any],
+        dtype: str = "bfloat16",
+        shard_bytes: int = SHARD_BYTES,
+        hold: FolderHold | None = None,
+    ):
+        if dtype not in DTYPES:
+            raise ValueError(f"`dtype` is {dtype!r}, but should be one of {', '.join(DTYPES)}.")
+        self.folder = Path(folder)
+        self.dtype = DTYPES[dtype]
+        self.shard_bytes = shard_bytes
+        self.known: set[tuple[int, int]] = set()
+        self.manifest = {
+            "format": FORMAT,
+            "encoder": encoder,
+            "max_length": encoder["max_length"],
+            "width": encoder["width"],
+            "dtype": dtype,
+            "shards": [],
+        }
+        try:
+            check_manifest(self.manifest)
+        except ValueError as error:
+            raise ValueError(f"`encoder` is of no use for a cache: its manifest {error}.") from error
+        self._hold = hold_cache(self.folder) if hold is None else hold
+        try:
+            self._begin()
+        except BaseException:
+            self.close()
+            raise
+        self._clear()
+
+    def _begin(self) -> None:
+        """Takes over what is there, and writes the manifest before any shard."""
+        found = None
+        if (self.folder / MANIFEST).exists():
+            found = read_manifest(self.folder, "output_dir")
+            self._continue(found)
+        if found is None or {**found, "sha256": ""} != {**self.manifest, "sha256": ""} or "sha256" not in found:
+            write_manifest(self.folder, self.manifest)
+        remove_leftovers(self.folder, self.manifest)
+
+    def __enter__(self) -> "CacheWriter":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets others write into the folder; what was added since the last shard was written is dropped."""
+        self._hold.release()
+        self._clear()
+
+    def _clear(self) -> None:
+        self._states: list[torch.Tensor] = []
+        self._keys: list[tuple[int, int]] = []
+        self._bytes = 0
+
+    def _continue(self, found: dict[str, Any]) -> None:
+        difference = identity_mismatch(found["encoder"], self.manifest["encoder"])
+        for name in ("width", "max_length", "dtype"):
+            if difference is None and found[name] != self.manifest[name]:
+                difference = f"{name} {found[name]}, not {self.manifest[name]}"
+        if difference is not None:
+            raise ValueError(f"`output_dir` is '{self.folder}', a cache of another encoder ({difference}).")
+        self.manifest["encoder"] = {**self.manifest["encoder"], **found["encoder"]}
+        for shard in tqdm(found["shards"], desc="Checking what is there", mininterval=5):
+            problem = content_problem(self.folder, found, shard)
+            if problem is not None:
+                logger.warning(f"{problem}: its captions are encoded again.")
+                continue
+            index = read_index(self.folder, found, shard, open_shard(self.folder, shard))
+            self.known.update(map(tuple, index.keys.tolist()))
+            self.manifest["shards"].append({**shard, "index_sha256": index.sha256})
+
+    def __contains__(self, caption: str) -> bool:
+        return caption_key(caption) in self.known
+
+    def add(self, caption: str, states: torch.Tensor) -> None:
+        """Adds the states `(tokens, E)` of a caption that is not there yet.
+
+        Raises:
+            ValueError: If they have another width, too many tokens, or are not finite in the cache's precision.
+        """
+        self.extend([caption], [states])
+
+    def extend(self, captions: list[str], states: list[torch.Tensor]) -> None:
+        """Adds several captions that are not there yet, all to one shard; see `add`.
+
+        A run that goes on after it was killed thereby encodes the same batches as one that was not: how an encoder
+        rounds depends on what is in a batch.
+        """
+        for caption, own in zip(captions, states, strict=True):
+            self._append(caption, own)
+        if self._bytes >= self.shard_bytes:
+            self.flush()
+
+    def _append(self, caption: str, states: torch.Tensor) -> None:
+        if states.ndim != 2 or states.shape[1] != self.manifest["width"] or len(states) > self.manifest["max_length"]:
+            raise ValueError(
+                f"The states of {caption!r} have shape {tuple(states.shape)}, but should be (up to "
+                f"{self.manifest['max_length']}, {self.manifest['width']})."
+            )
+        states = states.to(self.dtype)
+        if not states.isfinite().all():
+            raise ValueError(f"The states of {caption!r} are not finite in {self.manifest['dtype']}.")
+        key = caption_key(caption)
+        self.known.add(key)
+        self._keys.append(key)
+        self._states.append(states)
+        self._bytes += states.nbytes
+
+    def flush(self) -> None:
+        """Writes what was added as a shard: beside its place, moved there, and only then named in the manifest."""
+        if not self._keys:
+            return
+        taken = {shard["file"] for shard in self.manifest["shards"]}
+        number = next(i for i in range(len(taken) + 1) if f"shard-{i:05d}.safetensors" not in taken)
+        name = f"shard-{number:05d}.safetensors"
+        offsets, keys = np.cumsum([0] + [len(states) for states in self._states]), np.array(self._keys, np.int64)
+        # not save_file, which leaves a file of its own naming where it is killed
+        data = save(
+            {"states": torch.cat(self._states), "offsets": torch.from_numpy(offsets), "keys": torch.from_numpy(keys)}
+        )
+        with whole_file(self.folder / name) as partial:
+            partial.write_bytes(data)
+        shards = [*self.manifest["shards"], describe_shard(name, data, keys, offsets)]
+        self.manifest["shards"] = sorted(shards, key=lambda shard: shard["file"])
+        write_manifest(self.folder, self.manifest)
+        self._clear()
+
+
+def write_cache(writer: CacheWriter, captions: list[str], encoder, batch_size: int = 256) -> int:
+    """Encodes the captions that the cache lacks; returns how many they were.
+
+    Args:
+        writer (`CacheWriter`): The cache.
+        captions (`list[str]`): Distinct captions.
+        encoder (`TextEncoder`): Has `unpadded(captions)`.
+        batch_size (`int`): Captions encoded at once.
+    """
+    # captions of like length together: a batch is as long as its longest
+    missing = sorted((caption for caption in captions if caption not in writer), key=lambda text: (len(text), text))
+    with tqdm(total=len(captions), initial=len(captions) - len(missing), desc="Encoding", mininterval=1) as progress:
+        for start in range(0, len(missing), batch_size):
+            part = missing[start : start + batch_size]
+            writer.extend(part, encoder.unpadded(part))
+            progress.update(len(part))
+    writer.flush()
+    return len(missing)

@@ -1,0 +1,52 @@
+"""Whether a text encoder has all of its weights: transformers fills in random numbers for what is missing."""
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from ..utils.modules import first_names, is_offloaded
+from ..utils.quiet import quiet_transformers
+
+
+# weights of a text encoder that its last hidden states do not depend on: what a checkpoint lacks of them is no loss
+UNREAD = re.compile(r"(^|\.)(pooler|decoder|lm_head|cls|classifier|text_projection)\b")
+
+
+def refuse_random_weights(description: str, missing: Iterable[str]) -> None:
+    """Raises ValueError for a text encoder whose checkpoint lacks weights that its states depend on."""
+    missing = sorted(name for name in missing if not UNREAD.search(name))
+    if missing:
+        raise ValueError(
+            f"{description} lacks weights: {first_names(missing)}. transformers fills them with random numbers; save "
+            "it again from where it is complete."
+        )
+
+
+def random_weights(encoder: PreTrainedModel) -> list[str]:
+    """Weights that transformers filled with random numbers when it loaded an encoder from a folder.
+
+    It marks what it read; where a mark is missing, the folder is asked once more, without reading weights.
+    """
+    folder = encoder.name_or_path
+    if all(getattr(parameter, "_is_hf_initialized", False) for parameter in encoder.parameters()):
+        return []
+    if not folder or not os.path.isdir(folder) or is_offloaded(encoder):
+        return []  # built in this process, or from the Hub
+    if not os.path.isfile(os.path.join(folder, "config.json")):
+        folder = os.path.join(folder, "text_encoder")
+    stems = (
+        re.fullmatch(r"(?:model|pytorch_model)\.(\w+?)(?:-\d+-of-\d+)?", path.stem) for path in Path(folder).glob("*")
+    )
+    for variant in [None, *sorted({stem.group(1) for stem in stems if stem})]:
+        try:
+            with quiet_transformers():
+                _, found = type(encoder).from_pretrained(
+                    folder, variant=variant, device_map={"": "meta"}, output_loading_info=True, local_files_only=True
+                )
+        except (OSError, ValueError, RuntimeError):
+            continue
+        return list(found["missing_keys"])
+    return []

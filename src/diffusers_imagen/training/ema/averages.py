@@ -1,0 +1,140 @@
+"""Averages of the weights over a run."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.training_utils import EMAModel
+from safetensors.torch import save_file
+
+from ...utils.files import whole_file
+from ..config import TrainingConfig
+from ..devices import join, own_part
+from ..states import copy_into
+from .snapshots import snapshot_metadata
+
+
+SNAPSHOTS = "ema-snapshots"
+
+
+class PowerFunctionEMA(EMAModel):
+    """The average over all steps tau with weights proportional to `tau^gamma` (EDM2, arXiv 2312.02696, section 3.1).
+
+    Args:
+        parameters (`Iterable[torch.nn.Parameter]`): What is averaged.
+        std (`float`): Width of the weights as a share of the run so far: `sigma_rel` of the paper.
+    """
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], std: float):
+        super().__init__(parameters, foreach=True)
+        self.std, self.gamma = std, std_to_gamma(std)
+
+    def get_decay(self, optimization_step: int) -> float:
+        """`(1 - 1 / t)^(gamma + 1)`, 0 at the first step."""
+        return (1 - 1 / optimization_step) ** (self.gamma + 1)
+
+
+def std_to_gamma(std: float) -> float:
+    """The exponent of a width: the largest root of `std^2 (gamma + 2)^2 (gamma + 3) = gamma + 1`."""
+    square = std**2
+    roots = np.roots([square, 7 * square, 16 * square - 1, 12 * square - 1])
+    return float(roots[np.abs(roots.imag) < 1e-9].real.max())
+
+
+class WeightAverages:
+    """The averages that a run keeps: none, one, or one for each width.
+
+    Each process averages its own part of parameters that are spread over processes.
+
+    Args:
+        config (`TrainingConfig`): Which.
+        parameters (`Iterable[torch.nn.Parameter]`): What is averaged, where it is trained.
+    """
+
+    def __init__(self, config: TrainingConfig, parameters: Iterable[torch.nn.Parameter]):
+        parameters = [own_part(parameter) for parameter in parameters]
+        self.models: list[EMAModel] = []
+        if config.use_ema and config.ema_type == "power":
+            self.models = [PowerFunctionEMA(parameters, std) for std in config.ema_stds]
+        elif config.use_ema:
+            constant = config.ema_type == "constant"
+            self.models = [
+                EMAModel(
+                    parameters,
+                    decay=config.ema_decay,
+                    min_decay=config.ema_decay if constant else 0.0,
+                    use_ema_warmup=not constant,
+                    power=0.75,
+                    foreach=True,
+                )
+            ]
+
+    def step(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Takes the weights after a step into the averages."""
+        parameters = [own_part(parameter) for parameter in parameters]
+        for model in self.models:
+            model.step(parameters)
+
+    @contextmanager
+    def applied(self, parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
+        """The parameters have the first average's values inside, and their own again after."""
+        if not self.models:
+            yield
+            return
+        parameters, model = [own_part(parameter) for parameter in parameters], self.models[0]
+        model.store(parameters)
+        model.copy_to(parameters)
+        try:
+            yield
+        finally:
+            model.restore(parameters)
+
+    def save_snapshots(
+        self, output_dir: str, parameters: dict[str, torch.nn.Parameter], step: int, is_main_process: bool = True
+    ) -> None:
+        """Writes the averages of parameters in half precision, for `reconstruct`, each beside its place at first.
+
+        All processes take part, since each may have parts; the main process writes.
+
+        Raises:
+            FloatingPointError: If an average is too large for half precision.
+        """
+        folder = Path(output_dir) / SNAPSHOTS
+        for model in self.models:
+            pairs = zip(parameters.items(), model.shadow_params)
+            tensors = {name: join(value, parameter).half() for (name, parameter), value in pairs}
+            if not is_main_process:
+                continue
+            tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
+            wrong = [name for name, value in tensors.items() if not value.isfinite().all()]
+            if wrong:
+                raise FloatingPointError(f"The average of {wrong[0]} is not finite in half precision at step {step}.")
+            folder.mkdir(parents=True, exist_ok=True)
+            with whole_file(folder / f"{step:09d}-{model.std:.4f}.safetensors") as partial:
+                save_file(tensors, partial, metadata=snapshot_metadata(tensors, step, model.std))
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All averages, in their own memory."""
+        return [average for model in self.models for average in model.shadow_params]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "steps": [model.optimization_step for model in self.models],
+            "averages": [model.shadow_params for model in self.models],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes the averages of a saved run; their decay is what this run is told."""
+        if not len(self.models) == len(state["steps"]) == len(state["averages"]):
+            raise ValueError(f"it has {len(state['averages'])} averages, but should have {len(self.models)}")
+        for model, step, averages in zip(self.models, state["steps"], state["averages"]):
+            if not isinstance(step, int) or step < 0 or len(averages) != len(model.shadow_params):
+                raise ValueError(
+                    f"an average of {step!r} steps has {len(averages)} parts, but should have {len(model.shadow_params)}"
+                )
+            model.optimization_step = step
+            for place, (own, saved) in enumerate(zip(model.shadow_params, averages)):
+                copy_into(own, saved, f"average {place}")

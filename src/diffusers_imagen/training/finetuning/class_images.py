@@ -1,0 +1,135 @@
+"""The class images of DreamBooth: what a network draws of a subject's class before it is taught the subject."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.utils import logging
+from PIL import Image
+from tqdm.auto import tqdm
+
+from ...models.unet_base import ConditionalUNet
+from ...pipelines import ImagenPipeline
+from ...text.cache import EmbeddingCache
+from ...utils.errors import describe_fault
+from ...utils.files import FolderHold, whole_file
+from ..data.folders import find_pictures, list_files
+from ..sampling import DDPM_STEPS
+
+
+if TYPE_CHECKING:
+    from .dreambooth import DreamBoothTrainingConfig
+
+logger = logging.get_logger(__name__)
+
+CLASS_SEED = 32  # a word after the run's seed, unlike those of its data and steps
+Draw = Callable[[list[torch.Generator]], list[Image.Image]]
+
+
+def draw_class_images(
+    config: "DreamBoothTrainingConfig",
+    accelerator: Accelerator,
+    unet: ConditionalUNet,
+    scheduler: SchedulerMixin,
+    encode: Callable[[list[str]], tuple] | None,
+) -> None:
+    """Draws the images that `config.class_data_dir` lacks; the processes share them.
+
+    Each image has a number, and noise of its own that only depends on it and the run's seed. Images that are there,
+    from a run that was stopped too, stay.
+
+    Raises:
+        ValueError: If images are missing and nothing can draw them, or another run is drawing them.
+    """
+    folder = Path(config.class_data_dir)
+    complete = not missing_images(folder, config.num_class_images)
+    accelerator.wait_for_everyone()  # nobody counts what another has drawn already
+    if complete:
+        return
+    draw = make_draw(config, accelerator, unet, scheduler, encode)
+    with FolderHold(folder, "class_data_dir") if accelerator.is_main_process else nullcontext():
+        wanted = missing_images(folder, config.num_class_images)  # another run may have drawn some since
+        accelerator.wait_for_everyone()
+        logger.info(f"Drawing {len(wanted)} class images of {config.class_prompt!r} into {folder}")
+        mine = wanted[accelerator.process_index :: accelerator.num_processes]
+        with tqdm(total=len(mine), desc="Class images", disable=not accelerator.is_local_main_process) as progress:
+            for start in range(0, len(mine), config.sample_batch_size):
+                paths = mine[start : start + config.sample_batch_size]
+                for path, image in zip(paths, draw([make_generator(config.seed, path) for path in paths])):
+                    with whole_file(path) as partial:
+                        image.save(partial, "PNG")
+                    progress.update()
+        accelerator.wait_for_everyone()
+
+
+def missing_images(folder: Path, count: int) -> list[Path]:
+    """Where to draw what a folder lacks of `count` images, of any names and kinds."""
+    there = {folder / path for path in find_pictures(list_files(str(folder)))} if folder.is_dir() else set()
+    paths = [folder / f"class-{number:05d}.png" for number in range(count)]
+    return [path for path in paths if path not in there][: max(0, count - len(there))]
+
+
+def make_generator(seed: int, path: Path) -> torch.Generator:
+    """The noise of a class image, told by the number in its name."""
+    number = int(path.stem.split("-")[1])
+    words = np.random.SeedSequence(seed, spawn_key=(CLASS_SEED, number)).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(words[0]))
+
+
+def make_draw(config, accelerator, unet, scheduler, encode) -> Draw:
+    """What draws class images: the pipeline that the configuration names, or the stage that is about to be trained."""
+    if config.class_model is not None:
+        return draw_by_pipeline(config, accelerator)
+    if config.low_resolution is not None:
+        raise ValueError(
+            f"`class_data_dir` has fewer than {config.num_class_images} images, and a super-resolution stage draws none "
+            "from words alone: give the images, or a pipeline as `class_model`."
+        )
+    return draw_by_stage(config, accelerator, unet, scheduler, encode)
+
+
+def draw_by_pipeline(config, accelerator: Accelerator) -> Draw:
+    """Draws with a pipeline, which is freed with the function that is returned.
+
+    Raises:
+        ValueError: If it cannot be loaded, or, when it draws, if it makes no images from words alone.
+    """
+    what = f"`class_model` is {config.class_model!r}"
+    try:
+        pipe = DiffusionPipeline.from_pretrained(config.class_model).to(accelerator.device)
+    except Exception as error:  # whatever is in its folder
+        raise ValueError(f"{what}, which cannot be loaded: {describe_fault(error)}") from error
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw(generators: list[torch.Generator]) -> list[Image.Image]:
+        try:
+            images = pipe([config.class_prompt] * len(generators), generator=generators).images
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{what}, which cannot draw `class_prompt`: {describe_fault(error)}") from error
+        if len(images) != len(generators) or not all(isinstance(image, Image.Image) for image in images):
+            raise ValueError(f"{what}, which draws no pictures.")
+        return images
+
+    return draw
+
+
+def draw_by_stage(config, accelerator, unet, scheduler, encode) -> Draw:
+    """Draws with the weights that training begins with."""
+    prompt = [config.class_prompt]
+    text, mask = encode(prompt) if encode is not None else EmbeddingCache(config.embedding_cache).states(prompt)
+    pipe = ImagenPipeline(unet.eval().to(accelerator.device), scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    steps = {"num_inference_steps": DDPM_STEPS} if config.preconditioning == "ddpm" else {}
+
+    def draw(generators: list[torch.Generator]) -> list[Image.Image]:
+        count = len(generators)
+        states = {"prompt_embeds": text.float().expand(count, -1, -1), "prompt_attention_mask": mask.expand(count, -1)}
+        with accelerator.autocast():
+            return pipe(**states, generator=generators, **steps).images
+
+    return draw
