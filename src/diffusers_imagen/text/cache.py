@@ -67,11 +67,11 @@ class EmbeddingCache(TextSource):
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
-        self.width = self.manifest["width"]
+        self.width, self.max_length = self.manifest["width"], self.manifest["max_length"]
         self._files: dict[int, safe_open] = {}
         self._checked: set[int] = set()  # shards whose embeddings were checked
         self.offsets: list[np.ndarray] = []
-        keys = []
+        keys = [np.zeros((0, 2), np.int64)]
         for i, shard in enumerate(self.manifest["shards"]):
             problem = size_problem(self.folder, shard)
             if problem is not None:
@@ -84,21 +84,15 @@ class EmbeddingCache(TextSource):
                 raise self._damage(str(error)) from error
             keys.append(index.keys)
             self.offsets.append(index.offsets)
-        keys = np.concatenate(keys) if keys else np.zeros((0, 2), np.int64)
+        keys = np.concatenate(keys)
         order = np.lexsort((keys[:, 1], keys[:, 0]))
         self.keys = keys[order]
         shards = np.repeat(np.arange(len(self.offsets)), [len(offsets) - 1 for offsets in self.offsets])
-        within = [np.arange(len(offsets) - 1) for offsets in self.offsets]
-        within = np.concatenate(within) if within else np.zeros(0, np.int64)
+        within = np.concatenate([np.arange(0), *(np.arange(len(offsets) - 1) for offsets in self.offsets)])
         self.places = np.stack([shards, within], axis=1).astype(np.int32)[order]
 
     def __len__(self) -> int:
         return len(self.keys)
-
-    @property
-    def max_length(self) -> int:
-        """Tokens that embeddings are padded to."""
-        return self.manifest["max_length"]
 
     def identity(self) -> dict[str, Any]:
         """That of the encoder that made it."""
@@ -127,7 +121,7 @@ class EmbeddingCache(TextSource):
         return self._file(int(shard)).get_slice("states")[int(start) : int(end)]
 
     def encode(self, texts: list[str]) -> TextEmbeddings:
-        """Embeddings in float32, padded to the pipelines' length, which the networks normalise and pool over."""
+        """Embeddings in float32, all padded to the encoder's limit, as the pipelines give them."""
         return stack_unpadded([self.unpadded(text) for text in texts], self.max_length, self.width)
 
     def for_captions(self, captions: Iterable[str] | None) -> TextSource:

@@ -33,16 +33,8 @@ class CachedTextEncoder(TextSource):
 def open_text(
     text_encoder: str | None, embedding_cache: str | None = None, max_length: int | None = None
 ) -> TextSource | None:
-    """What makes the embeddings of a run; None if neither encoder nor cache is given.
-
-    Args:
-        text_encoder (`str`, *optional*): Folder or Hub id of the encoder.
-        embedding_cache (`str`, *optional*): Folder that `cache-embeddings` wrote.
-        max_length (`int`, *optional*): Tokens of a caption; the tokenizer's own limit without.
-
-    Raises:
-        ValueError: If one of them cannot be opened.
-    """
+    """What makes the embeddings of a run, see `TextEncoder.from_pretrained` and `EmbeddingCache`; None if neither is
+    given."""
     encoder = TextEncoder.from_pretrained(text_encoder, max_length) if text_encoder else None
     if embedding_cache is None:
         return encoder

@@ -120,18 +120,13 @@ def draw_by_pipeline(config, accelerator: Accelerator) -> Draw:
 
 def draw_by_stage(config, accelerator, unet, scheduler, text) -> Draw:
     """Draws with the weights that training begins with."""
-    embeds, mask = text.encode([config.class_prompt])
+    prompt = text.encode([config.class_prompt]).for_pipeline()
     pipe = ImagenPipeline(unet.eval().to(accelerator.device), scheduler)
     pipe.set_progress_bar_config(disable=True)
     steps = {"num_inference_steps": DDPM_STEPS} if config.preconditioning == "ddpm" else {}
 
     def draw(generators: list[torch.Generator]) -> list[Image.Image]:
-        count = len(generators)
-        prompt = {
-            "prompt_embeds": embeds.float().expand(count, -1, -1),
-            "prompt_attention_mask": mask.expand(count, -1),
-        }
         with accelerator.autocast():
-            return pipe(**prompt, generator=generators, **steps).images
+            return pipe(**prompt, num_images_per_prompt=len(generators), generator=generators, **steps).images
 
     return draw
