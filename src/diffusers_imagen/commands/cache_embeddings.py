@@ -146,19 +146,15 @@ def encode_dataset(args: argparse.Namespace) -> int:
     from ..text.cache_files import hold_cache
     from ..text.encoder import TextEncoder
 
-    # a folder that is not there yet is made when there is something to write
-    hold = hold_cache(args.output_dir) if args.output_dir.exists() else None
-    try:
+    with ExitStack() as stack:
+        # a folder that is not there yet is made, and held, when there is something to write
+        hold = stack.enter_context(hold_cache(args.output_dir)) if args.output_dir.exists() else None
         captions = read_captions(args)
         device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16  # T5 overflows in float16
         encoder = TextEncoder.from_pretrained(args.text_encoder, args.tokenizer_max_length, device, dtype)
-        hold = hold or hold_cache(args.output_dir)
-        with CacheWriter(args.output_dir, encoder.identity(), args.dtype, args.shard_bytes, hold) as writer:
-            return write_cache(writer, captions, encoder, args.batch_size)
-    finally:
-        if hold is not None:
-            hold.release()
+        writer = CacheWriter(args.output_dir, encoder.identity(), args.dtype, args.shard_bytes, hold)
+        return write_cache(stack.enter_context(writer), captions, encoder, args.batch_size)
 
 
 def read_captions(args: argparse.Namespace) -> list[str]:
@@ -207,7 +203,7 @@ def import_nemo(args: argparse.Namespace) -> int:
                     encoder = {"max_length": args.tokenizer_max_length, "width": embeds.shape[1]}
                     writer = stack.enter_context(CacheWriter(args.output_dir, encoder, args.dtype, args.shard_bytes))
                 if caption not in writer:
-                    writer.add(caption, embeds)
+                    writer.add([caption], [embeds])
                     added += 1
         if writer is None:
             raise ValueError("`nemo_tars` has no pickled embeddings.")
