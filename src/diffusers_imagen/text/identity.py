@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 PROBES = 64
@@ -28,7 +28,7 @@ def describe_encoder(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel)
     }
 
 
-def encoder_width(config) -> int:
+def encoder_width(config: PretrainedConfig) -> int:
     """Width of an encoder's embeddings.
 
     Raises:
