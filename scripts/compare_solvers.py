@@ -56,7 +56,7 @@ class Mixture(NamedTuple):
     def network(self, x_in: torch.Tensor, c_noise: torch.Tensor) -> torch.Tensor:
         """The raw output F of an ideal EDM network."""
         sigma = edm.c_noise_to_sigma(c_noise.double())
-        c_skip, c_out, c_in = edm.preconditioning(sigma, 0.5)
+        c_skip, c_out, c_in = edm.scalings(sigma, 0.5)
         x = x_in / c_in
         return (self.denoise(x, sigma) - c_skip * x) / c_out
 

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from ..schedulers.schedule_checks import MAX_STEPS, level_tensor
+from ..schedulers.schedule_checks import MAX_STEPS, as_values
 from ..utils.arguments import as_integer, as_number, is_number, shown, to_float
 from ..utils.tensors import check_tensor
 from .schedules import StageSettings
@@ -76,7 +76,7 @@ def levels_per_stage(name: str, value: Any, stages: list[Stage]) -> list[list[fl
 
 def as_levels(name: str, levels: Any) -> list[float] | torch.Tensor:
     """Finite numbers in a list, or as a tensor of one dimension, whose dtype may mean something to a scheduler."""
-    tensor = level_tensor(name, levels)
+    tensor = as_values(name, levels)
     if len(tensor) == 0 or not tensor.isfinite().all():
         raise ValueError(f"`{name}` is {shown(levels)}, but should be a list of finite numbers.")
     return levels.detach() if isinstance(levels, torch.Tensor) else tensor.tolist()

@@ -22,6 +22,11 @@ def shown(value: Any) -> str:
     return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "..."
 
 
+def bad_argument(name: str, value: Any, expected: str) -> ValueError:
+    """The error of a wrong argument, in the one form that this package has."""
+    return ValueError(f"`{name}` is {shown(value)}, but should be {expected}.")
+
+
 def is_integer(value: Any) -> bool:
     """Whether a value is a whole number of Python's or NumPy's kinds, and no boolean."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
@@ -40,7 +45,7 @@ def as_integer(name: str, value: Any, minimum: int = 1, maximum: int | None = No
     """
     if not is_integer(value) or value < minimum or (maximum is not None and value > maximum):
         upper = "" if maximum is None else f" and at most {maximum}"
-        raise ValueError(f"`{name}` is {shown(value)}, but should be an integer of at least {minimum}{upper}.")
+        raise bad_argument(name, value, f"an integer of at least {minimum}{upper}")
     return int(value)
 
 
@@ -53,9 +58,7 @@ def as_number(name: str, value: Any, minimum: float = -math.inf, maximum: float 
     # NaN lies between no bounds, and 1e309 of an integer in no float
     if not is_number(value) or not minimum <= value <= maximum or not math.isfinite(to_float(value)):
         bounds = [f"of at least {minimum:g}"] * (minimum > -math.inf) + [f"at most {maximum:g}"] * (maximum < math.inf)
-        raise ValueError(
-            f"`{name}` is {shown(value)}, but should be a finite number{' ' * bool(bounds)}{' and '.join(bounds)}."
-        )
+        raise bad_argument(name, value, f"a finite number{' ' * bool(bounds)}{' and '.join(bounds)}")
     return float(value)
 
 
