@@ -23,10 +23,10 @@ NetworkPreconditioning = Literal["edm", "variance_preserving"]
 class Preconditioning:
     """What a scheduler asks of a preconditioning. Fields have the names that a scheduler's configuration gives them."""
 
-    prediction_type: str
+    prediction_type: continuous_ddpm.PredictionType
 
     prediction_types: ClassVar[tuple[str, ...]]  # what such a network may predict
-    takes_x_t: ClassVar[bool]  # whether its input is the x_t of a variance-preserving process
+    takes_x_t: ClassVar[bool]  # whether `c_in * x` is the x_t of a variance-preserving process
 
     def scalings(self, sigma: torch.Tensor) -> edm.Scalings:
         """`c_skip`, `c_out` and `c_in`, each of sigma's shape."""

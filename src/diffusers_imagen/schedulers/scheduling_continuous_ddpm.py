@@ -148,7 +148,7 @@ class ContinuousDDPMScheduler(ImagenScheduler):
         index = self._start(timestep)
         if index is not None:
             return sample * self._c_in[index]
-        sigma = per_sample(self.timestep_to_sigma(timestep), sample)
+        sigma = per_sample(self.timestep_to_sigma(as_tensor("timestep", timestep)), sample)
         alpha = ddpm.alpha_sigma(ddpm.sigma_to_log_snr(sigma)).alpha
         return (sample * (self._preconditioning.scalings(sigma).c_in / alpha)).to(sample.dtype)
 

@@ -1,5 +1,7 @@
 """A third-order multistep solver for EDM denoisers, the fast choice: formulas in `diffusion/multistep.py`."""
 
+from functools import reduce
+
 import torch
 from diffusers.configuration_utils import register_to_config
 
@@ -116,7 +118,7 @@ class EDMAdamsScheduler(EDMScheduler):
         self._predictors = [predictor.tolist() for predictor in predictors]
         self._corrections = [correction.tolist() for correction in correctors]
 
-    def step(
+    def step(  # type: ignore[override]  # without the generator
         self,
         model_output: torch.Tensor,
         timestep: float | torch.Tensor,
@@ -145,4 +147,4 @@ class EDMAdamsScheduler(EDMScheduler):
 
 def _weighted_sum(weights: list[float], images: list[torch.Tensor]) -> torch.Tensor:
     """Of as many images as there are weights."""
-    return sum(weight * image for weight, image in zip(weights, images))
+    return reduce(torch.add, (weight * image for weight, image in zip(weights, images)))

@@ -72,7 +72,10 @@ class ImagenScheduler(SchedulerMixin, ConfigMixin):
     num_inference_steps: int | None = None  # None before `set_timesteps`
     sigmas: torch.Tensor  # (calls + 1,), of the sample that each call takes, and of the last one's result
     timesteps: torch.Tensor  # (calls,)
+    _step_index: int | None
+    _begin_index: int | None
     # of each call, as Python numbers
+    _timestep_values: list[float]
     _c_skip: list[float]
     _c_out: list[float]
     _c_in: list[float]
@@ -288,7 +291,7 @@ class ImagenScheduler(SchedulerMixin, ConfigMixin):
             raise bad_argument("timestep", float(timestep), expected)
         return index
 
-    def _start(self, timestep: float | torch.Tensor | None) -> int | None:
+    def _start(self, timestep: Any) -> int | None:
         """The index of this call: the running one, else the one to start at, or None if the timestep names none."""
         if self._step_index is None and self.num_inference_steps is not None:
             begin = self._begin_index
