@@ -186,7 +186,7 @@ BAD_CONFIGURATIONS = [
     ({"s_churn": -1.0}, "`s_churn` is -1.0, but"),
     ({"s_noise": -1.0}, "`s_noise` is -1.0, but"),
     ({"eta": 1.5}, r"`eta` is 1.5, but .* in \[0, 1\]"),
-    ({"preconditioning": "edm", "prediction_type": "sample"}, r"'sample', but .*\['epsilon', 'v_prediction'\]"),
+    ({"preconditioning": "edm", "prediction_type": "sample"}, "'sample', but .* 'epsilon', 'v_prediction' with"),
     ({"prediction_type": "noise"}, "`prediction_type` is 'noise', but .*epsilon"),
     ({"preconditioning": "flow"}, "`preconditioning` is 'flow', but .*variance_preserving"),
     ({"beta_schedule": "cosine"}, "`beta_schedule` is 'cosine', but .*squaredcos_cap_v2"),
@@ -216,8 +216,11 @@ def test_bad_configuration(scheduler_class, config, message):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({}, "exactly one"),
-        ({"num_inference_steps": 3, "sigmas": [3.0, 2.0, 1.0]}, "exactly one"),
+        ({}, "Exactly one of `num_inference_steps`, `sigmas` and `timesteps`"),
+        (
+            {"num_inference_steps": 3, "sigmas": [3.0, 2.0, 1.0]},
+            "Exactly one of `num_inference_steps`, `sigmas` and `timesteps`",
+        ),
         ({"num_inference_steps": 0}, "`num_inference_steps` is 0, but .* at least 1"),
         ({"num_inference_steps": 2.5}, "`num_inference_steps` is 2.5, but should be an integer"),
         ({"sigmas": [1.0, 2.0]}, r"`sigmas` is \[1.0, 2.0\], but .* decrease strictly"),

@@ -14,6 +14,7 @@ from PIL import Image
 from ..pipelines import ImagenCascadePipeline
 from ..pipelines.folders import check_source, load_pipeline_folder, loading
 from ..pipelines.stages import DEFAULT_GUIDANCE, DEFAULT_STEPS, check_stages, refuse_untrained
+from ..schedulers.schedule_checks import MAX_STEPS
 from ..utils.files import check_writable, whole_file
 from ..utils.images import BadImage
 from ..utils.images import read_image as read_picture
@@ -30,7 +31,6 @@ NAME_LENGTH, NAME_BYTES = 60, 180
 # bounds: what is above is a slip, and would run until it is killed
 MAX_SIDE = 8192
 MAX_SEED = 2**63 - 1
-MAX_STEPS = 10_000
 MAX_GUIDANCE = 1000
 MAX_IMAGES = 1000
 

@@ -7,6 +7,9 @@ import torch
 from . import edm
 
 
+MIN_AUGMENTATION_SIGMA = 0.002  # NeMo's at inference; the conditioning value of 0 would be infinite
+
+
 def augment_low_res(
     low_res: torch.Tensor, sigma: float | torch.Tensor, noise: torch.Tensor, sigma_data: float = 0.5
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,8 +7,9 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from ..diffusion.augmentation import MIN_AUGMENTATION_SIGMA
 from ..schedulers.schedule_checks import MAX_STEPS, as_values
-from ..utils.arguments import as_integer, as_number, is_number, shown, to_float
+from ..utils.arguments import as_integer, as_number, check_choice, is_number, shown, to_float
 from ..utils.tensors import check_tensor
 from .schedules import StageSettings
 from .stages import STAGE_NAMES, Stage
@@ -18,7 +19,6 @@ from .tiling import Tiling
 T = TypeVar("T")
 PerStage = T | list[T] | dict[str, T]
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-MIN_NOISE_LEVEL = 0.002  # EDM's lowest noise level; its conditioning value, a logarithm, has none at zero
 # Bounds of what one call may ask for: far beyond use, and below what would run until it is killed.
 MAX_NOISE_LEVEL = 1e6
 MAX_GUIDANCE = 1e6
@@ -110,7 +110,7 @@ def stage_settings(
     upscaling = [stage for stage in stages if stage.name != "base"]
     name = "low_res_noise_level"
     noise_levels = per_stage(name, low_res_noise_level, upscaling)
-    noise_levels = [as_number(name, value, MIN_NOISE_LEVEL, MAX_NOISE_LEVEL) for value in noise_levels]
+    noise_levels = [as_number(name, value, MIN_AUGMENTATION_SIGMA, MAX_NOISE_LEVEL) for value in noise_levels]
     noise_levels = [0.0] * (len(stages) - len(upscaling)) + noise_levels
     own_sigmas = levels_per_stage("sigmas", sigmas, stages)
     own_timesteps = levels_per_stage("timesteps", timesteps, stages)
@@ -152,10 +152,7 @@ def check_flag(name: str, value: Any) -> None:
 
 def check_output_type(output_type: Any) -> None:
     """A form of images that there is."""
-    if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
-        raise ValueError(
-            f"`output_type` is {shown(output_type)}, but should be one of {', '.join(map(repr, OUTPUT_TYPES))}."
-        )
+    check_choice("output_type", output_type, OUTPUT_TYPES)
 
 
 def as_images_per_prompt(value: Any, num_prompts: int) -> int:

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..models.embeddings import TextConditioning
 from ..text.encoder import encode_prompts
-from ..utils.arguments import shown
+from ..utils.arguments import check_exactly_one, shown
 from ..utils.tensors import FLOATS, INTEGERS, check_tensor
 from .inputs import MAX_IMAGES
 from .stages import Stage, UNet
@@ -119,8 +119,7 @@ def check_text(
             if any(value is not None for value in (text, embeds, mask)):
                 raise ValueError(f"`{name}` was given, but no stage of this pipeline reads text.")
         return
-    if (prompt is None) == (prompt_embeds is None):
-        raise ValueError(f"Exactly one of `prompt` ({shown(prompt)}) and `prompt_embeds` must be given.")
+    check_exactly_one(prompt=prompt, prompt_embeds=prompt_embeds)
     if negative_prompt is not None and negative_prompt_embeds is not None:
         raise ValueError("Only one of `negative_prompt` and `negative_prompt_embeds` can be given.")
     for name, text, embeds, mask in texts:

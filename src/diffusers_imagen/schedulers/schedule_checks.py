@@ -1,12 +1,11 @@
 """Checks of what a caller gives to a scheduler: its configuration, a schedule, a step. All of them raise ValueError."""
 
-from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..utils.arguments import bad_argument, is_integer, is_number
+from ..utils.arguments import bad_argument, check_exactly_one, is_integer, is_number
 
 
 MIN_SIGMA, MAX_SIGMA = 1e-10, 1e10  # beyond, float32 overflows where noise levels are squared
@@ -27,23 +26,12 @@ def check_config_number(name: str, value: Any, minimum: int | float, maximum: in
     return int(value) if is_integer(value) else float(value)
 
 
-def check_choice(name: str, value: Any, choices: Collection[str], when: str = "") -> None:
-    """One of the names that there are, `when` something else is as it is."""
-    if not isinstance(value, str) or value not in choices:
-        raise bad_argument(name, value, f"one of {list(choices)} {when}".rstrip())
-
-
 # ---- schedules
 
 
 def check_request(num_inference_steps: Any, sigmas: Any, timesteps: Any, device: Any) -> None:
     """Exactly one of `set_timesteps`' descriptions of a schedule, and None or a device that there is."""
-    given = {"num_inference_steps": num_inference_steps, "sigmas": sigmas, "timesteps": timesteps}
-    names = [name for name, value in given.items() if value is not None]
-    if len(names) != 1:
-        raise ValueError(
-            f"`set_timesteps` is given {names or 'none'}, but should be given exactly one of {list(given)}."
-        )
+    check_exactly_one(num_inference_steps=num_inference_steps, sigmas=sigmas, timesteps=timesteps)
     if device is None:
         return
     try:

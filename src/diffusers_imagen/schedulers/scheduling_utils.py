@@ -11,7 +11,7 @@ from diffusers.utils import BaseOutput
 from ..diffusion import edm
 from ..diffusion.preconditioning import PRECONDITIONINGS, Preconditioning, make_preconditioning
 from ..diffusion.thresholding import dynamic_threshold, static_threshold
-from ..utils.arguments import bad_argument, is_integer, is_number
+from ..utils.arguments import bad_argument, check_choice, is_integer, is_number
 from .schedule_checks import (
     MAX_SIGMA,
     MAX_TRAIN_TIMESTEPS,
@@ -19,7 +19,6 @@ from .schedule_checks import (
     as_sigmas,
     as_tensor,
     as_values,
-    check_choice,
     check_config_number,
     check_generator,
     check_images,
@@ -101,7 +100,12 @@ class ImagenScheduler(SchedulerMixin, ConfigMixin):
         config = self.config
         check_choice("preconditioning", config.preconditioning, PRECONDITIONINGS)
         prediction_types = PRECONDITIONINGS[config.preconditioning].prediction_types
-        check_choice("prediction_type", config.prediction_type, prediction_types, "with this `preconditioning`")
+        check_choice(
+            "prediction_type",
+            config.prediction_type,
+            prediction_types,
+            f" with `preconditioning` {config.preconditioning!r}",
+        )
         if config.clip_sample and not config.clip_sample_range > 0:
             raise bad_argument("clip_sample_range", config.clip_sample_range, "above 0")
 

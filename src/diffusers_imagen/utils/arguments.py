@@ -2,6 +2,8 @@
 
 import math
 import numbers
+from collections.abc import Collection
+from types import NoneType
 from typing import Any
 
 
@@ -25,6 +27,20 @@ def shown(value: Any) -> str:
 def bad_argument(name: str, value: Any, expected: str) -> ValueError:
     """The error of a wrong argument, in the one form that this package has."""
     return ValueError(f"`{name}` is {shown(value)}, but should be {expected}.")
+
+
+def check_choice(name: str, value: Any, choices: Collection[str | None], when: str = "") -> None:
+    """Raises ValueError, which names the choices that there are `when` something is given, for any other value."""
+    if not isinstance(value, (str, NoneType)) or value not in choices:
+        raise bad_argument(name, value, f"one of {', '.join(map(repr, choices))}{when}")
+
+
+def check_exactly_one(**values: Any) -> None:
+    """Raises ValueError unless one of the arguments is given, and the others are None."""
+    *most, last = (f"`{name}`" for name in values)
+    given = [name for name, value in values.items() if value is not None]
+    if len(given) != 1:
+        raise ValueError(f"Exactly one of {', '.join(most)} and {last} should be given, but {given or 'none'} are.")
 
 
 def is_integer(value: Any) -> bool:
