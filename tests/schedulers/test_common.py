@@ -216,10 +216,10 @@ def test_bad_configuration(scheduler_class, config, message):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({}, "Exactly one of `num_inference_steps`, `sigmas` and `timesteps`"),
+        ({}, "Exactly one of `num_inference_steps`, `sigmas`, `timesteps`"),
         (
             {"num_inference_steps": 3, "sigmas": [3.0, 2.0, 1.0]},
-            "Exactly one of `num_inference_steps`, `sigmas` and `timesteps`",
+            "Exactly one of `num_inference_steps`, `sigmas`, `timesteps`",
         ),
         ({"num_inference_steps": 0}, "`num_inference_steps` is 0, but .* at least 1"),
         ({"num_inference_steps": 2.5}, "`num_inference_steps` is 2.5, but should be an integer"),

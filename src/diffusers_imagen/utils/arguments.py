@@ -37,10 +37,9 @@ def check_choice(name: str, value: Any, choices: Collection[str | None], when: s
 
 def check_exactly_one(**values: Any) -> None:
     """Raises ValueError unless one of the arguments is given, and the others are None."""
-    *most, last = (f"`{name}`" for name in values)
-    given = [name for name, value in values.items() if value is not None]
-    if len(given) != 1:
-        raise ValueError(f"Exactly one of {', '.join(most)} and {last} should be given, but {given or 'none'} are.")
+    if sum(value is not None for value in values.values()) != 1:
+        names, given = (", ".join(texts) for texts in ([f"`{name}`" for name in values], map(shown, values.values())))
+        raise ValueError(f"Exactly one of {names} should be given, but they are {given}.")
 
 
 def is_integer(value: Any) -> bool:
