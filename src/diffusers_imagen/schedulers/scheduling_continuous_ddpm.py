@@ -175,29 +175,8 @@ class ContinuousDDPMScheduler(ImagenScheduler):
         """What the network is conditioned on at these timesteps, of either form: the log-SNR (or `c_noise`)."""
         return self.precondition_noise(ddpm.log_snr_to_sigma(self._log_snr(timesteps)))
 
-    def add_noise(
-        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: float | torch.Tensor
-    ) -> torch.Tensor:
-        """
-        The forward process, `alpha * original_samples + sigma * noise`, for training and for a start from an image.
-
-        Args:
-            original_samples (`torch.Tensor` of shape `(B, ...)`):
-                Clean images, values in [-1, 1].
-            noise (`torch.Tensor` of that shape):
-                Unit noise.
-            timesteps (`float` or `torch.Tensor`, one or `(B,)`):
-                Published values in floating point, or integers of training (see the class).
-
-        Returns:
-            `torch.Tensor`: the noisy images in `original_samples`' dtype.
-
-        Raises:
-            ValueError: for half-precision timesteps, integers out of range, or images and noise of different shapes.
-        """
-        check_images(original_samples=original_samples, noise=noise)
-        timesteps = as_tensor("timesteps", timesteps, original_samples)
-        return ddpm.q_sample(original_samples, noise, self._log_snr(timesteps))
+    def _mix(self, x_0: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        return ddpm.q_sample(x_0, noise, self._log_snr(timesteps))
 
     def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: float | torch.Tensor) -> torch.Tensor:
         """The target of v-prediction for clean images `sample`, `alpha * noise - sigma * sample`; see `add_noise`."""

@@ -172,6 +172,36 @@ class ImagenScheduler(SchedulerMixin, ConfigMixin):
             )
         return self._preconditioning.timestep_to_sigma(timestep)
 
+    def add_noise(
+        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: float | torch.Tensor
+    ) -> torch.Tensor:
+        """
+        The forward process, for training and for a start from an image: `original_samples + sigma * noise` of the EDM
+        schedulers, `alpha * original_samples + sigma * noise` of the variance-preserving one.
+
+        Args:
+            original_samples (`torch.Tensor` of shape `(B, ...)`):
+                Clean images, values in [-1, 1].
+            noise (`torch.Tensor` of that shape):
+                Unit noise.
+            timesteps (`float` or `torch.Tensor`, one or `(B,)`):
+                Conditioning values as in `timesteps`; each is taken for the noise level it names. Of
+                `ContinuousDDPMScheduler`, integers of training as well.
+
+        Returns:
+            `torch.Tensor`: the noisy images in `original_samples`' dtype.
+
+        Raises:
+            ValueError: for half-precision timesteps, integers where there are none or that are out of range, or images
+                and noise of different shapes.
+        """
+        check_images(original_samples=original_samples, noise=noise)
+        return self._mix(original_samples, noise, as_tensor("timesteps", timesteps, original_samples))
+
+    def _mix(self, x_0: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """The noisy images `(B, ...)` of `add_noise`, at one timestep or `(B,)`."""
+        raise NotImplementedError
+
     def _threshold(self, x_0: torch.Tensor) -> torch.Tensor:
         """Dynamic thresholding if `thresholding`, else static if `clip_sample`, as in diffusers' DDPMScheduler."""
         config = self.config
@@ -399,26 +429,5 @@ class EDMScheduler(ImagenScheduler):
         scalings = self._preconditioning.scalings(edm.per_sample(as_tensor("sigma", sigma, sample), sample))
         return (scalings.c_skip * sample + scalings.c_out * model_output).to(sample.dtype)
 
-    def add_noise(
-        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: float | torch.Tensor
-    ) -> torch.Tensor:
-        """
-        `original_samples + sigma * noise`, for training and for a start from an image.
-
-        Args:
-            original_samples (`torch.Tensor` of shape `(B, ...)`):
-                Clean images, values in [-1, 1].
-            noise (`torch.Tensor` of that shape):
-                Unit noise.
-            timesteps (`float` or `torch.Tensor`, one or `(B,)`):
-                Conditioning values as in `timesteps`; each is taken for the noise level it names.
-
-        Returns:
-            `torch.Tensor`: the noisy images in `original_samples`' dtype.
-
-        Raises:
-            ValueError: for integer or half-precision timesteps, or images and noise of different shapes.
-        """
-        check_images(original_samples=original_samples, noise=noise)
-        timesteps = as_tensor("timesteps", timesteps, original_samples)
-        return edm.add_noise(original_samples, noise, self.timestep_to_sigma(timesteps))
+    def _mix(self, x_0: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        return edm.add_noise(x_0, noise, self.timestep_to_sigma(timesteps))
