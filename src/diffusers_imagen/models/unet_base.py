@@ -15,9 +15,10 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
+from ..utils.arguments import check_exactly_one
 from .attention import AttendedText
 from .blocks import ImagenBlock, ResBlock
-from .config_checks import INTEGERS, check_image, check_integer, per_sample, shown
+from .config_checks import INTEGERS, check_image, check_integer, per_sample
 from .embeddings import NoiseLevelEmbedding, TextConditioning, TextContext, TextEmbedding, UnencodedText
 from .interface import StageNetwork
 
@@ -198,7 +199,7 @@ class ConditionalUNet(
         """`(B, C, H, W)` to `(B, 2C, H, W)` where the network is conditioned on a low-resolution image."""
         height, width = sample.shape[-2:]
         if height % self.total_stride or width % self.total_stride:
-            raise ValueError(f"`sample` is {height}x{width}; both must be multiples of {self.total_stride}.")
+            raise ValueError(f"`sample` is {height}x{width}, but both should be multiples of {self.total_stride}.")
         if not self.config.low_res_conditioning:
             if low_res_sample is not None:
                 raise ValueError("`low_res_sample` was given, but `low_res_conditioning` is False.")
@@ -224,11 +225,7 @@ class ConditionalUNet(
 
 def count_heads(channels: int, num_attention_heads: int | None, attention_head_dim: int | None) -> int:
     """Heads of an attention layer: a fixed number, or as many as heads of the given width fit."""
-    if (num_attention_heads is None) == (attention_head_dim is None):
-        raise ValueError(
-            "Exactly one of `num_attention_heads` and `attention_head_dim` must be given, "
-            f"not {num_attention_heads} and {attention_head_dim}."
-        )
+    check_exactly_one(num_attention_heads=num_attention_heads, attention_head_dim=attention_head_dim)
     name, value = (
         ("num_attention_heads", num_attention_heads)
         if attention_head_dim is None
@@ -237,9 +234,3 @@ def count_heads(channels: int, num_attention_heads: int | None, attention_head_d
     if channels % value:
         raise ValueError(f"`{name}` is {value}, which does not divide the {channels} channels of an attention layer.")
     return value if attention_head_dim is None else channels // value
-
-
-def check_choice(name: str, value: object, choices: tuple) -> None:
-    """Refuses a value that is not among the choices, naming them."""
-    if value not in choices:
-        raise ValueError(f"`{name}` is {shown(value)}, but should be one of {', '.join(map(repr, choices))}.")

@@ -7,6 +7,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
+from ..utils.arguments import check_choice
 from .attention import AttentionType, make_attention
 from .blocks import (
     ImagenBlock,
@@ -19,7 +20,7 @@ from .blocks import (
 )
 from .config_checks import check_config, check_groups, check_image, check_integers, per_level
 from .embeddings import TextConditioning, TextPooling, UnencodedText
-from .unet_base import ConditionalUNet, ImagenUNetOutput, check_choice, count_heads
+from .unet_base import ConditionalUNet, ImagenUNetOutput, count_heads
 
 
 class ImagenUNetModel(ConditionalUNet):

@@ -8,7 +8,7 @@ import torch
 from ..models.interface import StageNetwork
 from ..text.encoder import TextEncoder
 from ..text.text_embeddings import TextEmbeddings, without_text
-from ..utils.arguments import shown
+from ..utils.arguments import check_exactly_one, shown
 from ..utils.tensors import FLOATS, INTEGERS, check_tensor
 from .stages import Stage
 
@@ -103,8 +103,7 @@ class Prompts:
                 if any(value is not None for value in values):
                     raise ValueError(f"`{name}` was given, but no stage of this pipeline reads text.")
             return
-        if (self.prompt is None) == (self.prompt_embeds is None):
-            raise ValueError(f"Exactly one of `prompt` ({shown(self.prompt)}) and `prompt_embeds` must be given.")
+        check_exactly_one(prompt=self.prompt, prompt_embeds=self.prompt_embeds)
         if self.negative_prompt is not None and self.negative_prompt_embeds is not None:
             raise ValueError("Only one of `negative_prompt` and `negative_prompt_embeds` can be given.")
         for name, text, embeds, mask in texts:

@@ -10,6 +10,7 @@ import torch
 
 from ...models.unet_base import ConditionalUNet
 from ...text.source import TextSource
+from ...utils.arguments import check_exactly_one
 from ..compatibility import check_objective
 from ..data import BatchStream, DataConfig, PairedBatches, make_train_batches
 from ..data.data_config import arg
@@ -67,8 +68,7 @@ class DreamBoothTrainingConfig(LoraTrainingConfig):
             raise ValueError(
                 f"`train_data_dir` is {self.train_data_dir!r}, but here it is called `instance_data_dir`."
             )
-        if (self.instance_data_dir is None) == (self.dataset_name is None):
-            raise ValueError("Exactly one of `instance_data_dir` and `dataset_name` must be given.")
+        check_exactly_one(instance_data_dir=self.instance_data_dir, dataset_name=self.dataset_name)
         if not self.instance_prompt:
             raise ValueError(
                 f"`instance_prompt` is {self.instance_prompt!r}, but should name the subject, like 'a photo of sks dog'."
