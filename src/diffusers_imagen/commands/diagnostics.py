@@ -5,11 +5,11 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from diffusers import AutoModel
 from tqdm.auto import tqdm
 from transformers import AutoConfig
@@ -60,7 +60,9 @@ def examine_data(
 
 def examine_images(rows: Rows, places: np.ndarray, config: DataConfig, sigma_data: float) -> list[Finding]:
     """Modes, sizes, range, standard deviation, duplicates, and files that cannot be read."""
-    modes, seen, bad = Counter(), {}, {}
+    modes: Counter[str] = Counter()
+    seen: dict[bytes, str] = {}
+    bad: dict[str, str] = {}
     small, copies = [], []
     count, total, squares, low, high = 0, 0.0, 0.0, 255, 0
     for place in tqdm(places.tolist(), desc="Opening images", mininterval=5):
@@ -75,7 +77,7 @@ def examine_images(rows: Rows, places: np.ndarray, config: DataConfig, sigma_dat
         if min(image.size) < config.resolution:
             small.append(f"{name} ({image.width}x{image.height})")
         pixels = fit_image(image, config.resolution, config.resolution)
-        digest = hashlib.sha256(pixels).digest()
+        digest = hashlib.sha256(pixels.data).digest()
         if digest in seen:
             copies.append(f"{name} of {seen[digest]}")
         seen.setdefault(digest, name)
@@ -198,13 +200,19 @@ def examine_stage(folder: Path, text_encoder: str | None = None) -> list[Finding
     encoder = text_encoder or (str(folder) if (folder / "text_encoder").is_dir() else None)
     for path in [folder / "model_index.json", *sorted(folder.glob("*scheduler/scheduler_config.json"))]:
         if path.exists():
-            findings += attempt(str(path.relative_to(folder)), lambda path=path: read_json_object(path) and [])
+            findings += attempt(str(path.relative_to(folder)), partial(examine_json, path))
     for path in find_networks(folder):
-        own = attempt("the network", lambda path=path: examine_network(path, encoder))
+        own = attempt("the network", partial(examine_network, path, encoder))
         findings += [finding._replace(text=f"{path.name}: {finding.text}") for finding in own]
     if (folder / "losses.jsonl").exists():
         findings += attempt("losses.jsonl", lambda: examine_losses(read_losses(folder / "losses.jsonl")))
     return findings
+
+
+def examine_json(path: Path) -> list[Finding]:
+    """Whether a file is a JSON object: nothing more is said of it."""
+    read_json_object(path)
+    return []
 
 
 def read_losses(path: Path) -> list[dict[str, Any]]:
@@ -239,7 +247,7 @@ def examine_network(folder: Path, text_encoder: str | None) -> list[Finding]:
     return findings
 
 
-def examine_weights(unet: torch.nn.Module) -> Finding:
+def examine_weights(unet: ConditionalUNet) -> Finding:
     """Whether the weights are finite, and were ever trained."""
     parameters = dict(unet.named_parameters())
     broken = [name for name, value in parameters.items() if not value.isfinite().all()]

@@ -1,5 +1,6 @@
 """The command `diffusers-imagen`."""
 
+import io
 import sys
 
 from .. import __version__
@@ -17,7 +18,8 @@ def main(argv: list[str] | None = None) -> int:
     """
 
     def run() -> int | None:
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
         args = make_parser().parse_args(argv)
         check_numbers(args)
         return args.run(args)

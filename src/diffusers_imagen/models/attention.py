@@ -3,6 +3,7 @@
 Shapes: B batch, C channels, N = H * W image tokens, L text tokens, D width of the text context.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -94,6 +95,7 @@ class ImagenAttention(nn.Module, AttentionModuleMixin):
 
     _default_processor_cls = ImagenAttnProcessor
     _available_processors = [ImagenAttnProcessor, StableImagenAttnProcessor]
+    processor: Callable[..., torch.Tensor]
     _supports_qkv_fusion = False  # queries, image keys and text keys each read a differently normalised input
 
     def __init__(
@@ -101,7 +103,7 @@ class ImagenAttention(nn.Module, AttentionModuleMixin):
         channels: int,
         heads: int,
         attention_type: Literal["self", "cross", "fused"],
-        context_dim: int | None = None,
+        context_dim: int = 0,
         norm_num_groups: int = 32,
     ):
         super().__init__()
@@ -115,14 +117,15 @@ class ImagenAttention(nn.Module, AttentionModuleMixin):
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels if self.reads_image else context_dim, channels)
         self.to_v = nn.Linear(channels if self.reads_image else context_dim, channels)
-        self.norm_context = nn.GroupNorm(norm_num_groups, context_dim) if self.reads_text else None
-        self.norm_kv = self.add_k_proj = self.add_v_proj = None
-        if attention_type == "fused":  # a second norm of the image for its keys and values, and those of the text
-            self.norm_kv = nn.GroupNorm(norm_num_groups, channels)
+        if self.reads_text:
+            self.norm_context = nn.GroupNorm(norm_num_groups, context_dim)
+        # a second norm of the image for its keys and values, and those of the text
+        self.norm_kv = nn.GroupNorm(norm_num_groups, channels) if attention_type == "fused" else None
+        if attention_type == "fused":
             self.add_k_proj = nn.Linear(context_dim, channels)
             self.add_v_proj = nn.Linear(context_dim, channels)
         self.to_out = nn.ModuleList([zero_init(nn.Linear(channels, channels))])
-        self.set_processor(ImagenAttnProcessor())
+        AttentionModuleMixin.set_processor(self, ImagenAttnProcessor())
 
     def project_text(self, text: TextContext) -> TextKeyValue:
         """Keys and values of the text context `(B, L, D)` under its mask `(B, L)`; independent of the noise level."""
@@ -148,6 +151,7 @@ class ImagenAttention(nn.Module, AttentionModuleMixin):
         tokens = image_to_tokens(self.norm(hidden_states))  # (B, N, C)
         query = self.to_q(tokens)
         if not self.reads_image:
+            assert text is not None  # networks with cross-attention are not called without
             key, value, mask = text  # (B, L, C), (B, L, C), (B, L)
         else:
             if self.norm_kv is not None:

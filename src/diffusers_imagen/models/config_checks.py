@@ -90,7 +90,7 @@ def check_groups(name: str, widths: Sequence[int], groups: int) -> None:
         raise ValueError(f"`norm_num_groups` is {groups}, which does not divide {indivisible[0]} of `{name}`.")
 
 
-def estimate_parameters(config: dict[str, Any], layers: list[int]) -> int:
+def estimate_parameters(config: dict[str, Any], layers: Sequence[int]) -> int:
     """About how many parameters a network has: within a factor of two."""
     channels = config["block_out_channels"]
     time_dim = config["time_embedding_dim"] or 4 * channels[0]

@@ -95,11 +95,11 @@ class EfficientUNetModel(ConditionalUNet):
                 )
                 for width_in, width_out in zip(widths, widths[1:])
             ]
-            if attention_types[level] is None:
+            if (attention_type := attention_types[level]) is None:
                 return ImagenBlock(resnets)
             heads = count_heads(out_channels, num_attention_heads, attention_head_dim)
             return ImagenBlock(
-                resnets, make_attention(attention_types[level], out_channels, heads, encoder_hid_dim, norm_num_groups)
+                resnets, make_attention(attention_type, out_channels, heads, encoder_hid_dim, norm_num_groups)
             )
 
         self._init_conditioning(encoder_hid_dim, time_embedding_dim)

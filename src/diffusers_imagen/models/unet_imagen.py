@@ -1,13 +1,13 @@
 """ImagenUNetModel: the U-Net of the base stage, which also serves as a super-resolution network."""
 
 from itertools import islice
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from .attention import AttentionType, make_attention
+from .attention import AttentionType, ImagenAttention, StackedAttention, make_attention
 from .blocks import (
     ImagenBlock,
     ResampleType,
@@ -94,12 +94,12 @@ class ImagenUNetModel(ConditionalUNet):
         context_dim = None if encoder_hid_dim is None else cross_attention_dim
         attention_strides = strides_of(attention_resolutions, sample_size, len(block_out_channels))
 
-        def resnet(in_channels: int, out_channels: int, resample: str | None = None) -> ResBlock:
+        def resnet(in_channels: int, out_channels: int, resample: Literal["down", "up"] | None = None) -> ResBlock:
             return ResBlock(
                 in_channels, out_channels, time_embedding_dim, time_scale_shift, dropout, norm_num_groups, resample
             )
 
-        def attention(channels: int) -> nn.Module:
+        def attention(channels: int) -> ImagenAttention | StackedAttention:
             heads = count_heads(channels, num_attention_heads, attention_head_dim)
             return make_attention(attention_type, channels, heads, context_dim, norm_num_groups)
 
