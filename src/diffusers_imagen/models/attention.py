@@ -117,21 +117,20 @@ class ImagenAttention(nn.Module, AttentionModuleMixin):
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels if self.reads_image else context_dim, channels)
         self.to_v = nn.Linear(channels if self.reads_image else context_dim, channels)
-        if self.reads_text:
-            self.norm_context = nn.GroupNorm(norm_num_groups, context_dim)
-        # a second norm of the image for its keys and values, and those of the text
-        self.norm_kv = nn.GroupNorm(norm_num_groups, channels) if attention_type == "fused" else None
-        if attention_type == "fused":
-            self.add_k_proj = nn.Linear(context_dim, channels)
-            self.add_v_proj = nn.Linear(context_dim, channels)
+        self.norm_context = nn.GroupNorm(norm_num_groups, context_dim) if self.reads_text else None
+        fused = attention_type == "fused"  # a second norm of the image for its keys and values, and those of the text
+        self.norm_kv = nn.GroupNorm(norm_num_groups, channels) if fused else None
+        self.add_k_proj = nn.Linear(context_dim, channels) if fused else None
+        self.add_v_proj = nn.Linear(context_dim, channels) if fused else None
         self.to_out = nn.ModuleList([zero_init(nn.Linear(channels, channels))])
         AttentionModuleMixin.set_processor(self, ImagenAttnProcessor())
 
     def project_text(self, text: TextContext) -> TextKeyValue:
         """Keys and values of the text context `(B, L, D)` under its mask `(B, L)`; independent of the noise level."""
+        assert self.norm_context is not None
         # the statistics run over all tokens of a group of channels, padded ones included, as in NeMo
         tokens, mask = self.norm_context(text.tokens.transpose(1, 2)).transpose(1, 2), text.mask
-        if self.reads_image:
+        if self.add_k_proj is not None and self.add_v_proj is not None:
             return TextKeyValue(self.add_k_proj(tokens), self.add_v_proj(tokens), mask)
         key, value = self.to_k(tokens), self.to_v(tokens)
         if mask is not None:
