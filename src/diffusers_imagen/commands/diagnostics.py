@@ -91,19 +91,10 @@ def examine_images(rows: Rows, places: np.ndarray, config: DataConfig, sigma_dat
         return findings
     mean = total / count
     sigma = math.sqrt(max(0.0, squares / count - mean**2))
-    off = abs(sigma / sigma_data - 1) > SIGMA_TOLERANCE
     findings += [
         Finding(False, "modes: " + ", ".join(f"{mode} {number}" for mode, number in modes.most_common())),
-        Finding(
-            high - low < 128,
-            f"pixels from {low} to {high} of 255"
-            + (": nearly uniform; were they scaled to [0, 1] before they were saved?" if high - low < 128 else ""),
-        ),
-        Finding(
-            off,
-            f"measured sigma_data {sigma:.3f} at {config.resolution} px, mean {mean:+.3f}; configured {sigma_data}"
-            + (f": give `sigma_data` {sigma:.2f}" if off and sigma > 0.005 else ""),
-        ),
+        judge_range(low, high),
+        judge_sigma(sigma, sigma_data, f"at {config.resolution} px, mean {mean:+.3f}"),
         Finding(
             len(small) >= max(1, MANY * len(places)),
             report(
@@ -116,6 +107,20 @@ def examine_images(rows: Rows, places: np.ndarray, config: DataConfig, sigma_dat
         ),
     ]
     return findings
+
+
+def judge_range(low: int, high: int) -> Finding:
+    """Whether pixels use the range that they are kept in."""
+    uniform = high - low < 128
+    hint = ": nearly uniform; were they scaled to [0, 1] before they were saved?" if uniform else ""
+    return Finding(uniform, f"pixels from {low} to {high} of 255{hint}")
+
+
+def judge_sigma(sigma: float, sigma_data: float, where: str) -> Finding:
+    """Whether the images have the standard deviation that is configured."""
+    off = abs(sigma / sigma_data - 1) > SIGMA_TOLERANCE
+    hint = f": give `sigma_data` {sigma:.2f}" if off and sigma > 0.005 else ""
+    return Finding(off, f"measured sigma_data {sigma:.3f} {where}; configured {sigma_data}{hint}")
 
 
 def examine_captions(rows: Rows, config: DataConfig, text_encoder: str | None) -> list[Finding]:

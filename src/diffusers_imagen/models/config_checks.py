@@ -6,11 +6,14 @@ that make one.
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from ..utils.arguments import shown
+from .attention import AttentionType
+from .blocks import ResampleType, TimeScaleShift
+from .embeddings import TextPooling
 
 
 # Lowest and highest value of what a network is configured with: far above what was published, and low enough that
@@ -40,6 +43,12 @@ OPTIONAL = (
     "learned_sinusoidal_dim",
 )
 FLAGS = ("use_null_token", "skip_connection_scaling", "low_res_conditioning", "low_res_noise_conditioning")
+CHOICES = {
+    "attention_type": get_args(AttentionType),
+    "resample_type": get_args(ResampleType),
+    "text_pooling": get_args(TextPooling),
+    "time_scale_shift": get_args(TimeScaleShift),
+}
 
 
 def check_config(config: dict[str, Any], min_layers: int) -> None:
@@ -52,6 +61,9 @@ def check_config(config: dict[str, Any], min_layers: int) -> None:
     Raises:
         ValueError: For a value of another kind, out of its range, or that does not fit the others; names the argument.
     """
+    for name, choices in CHOICES.items():
+        if name in config:
+            check_choice(name, config[name], choices)
     for name, (minimum, maximum) in INTEGERS.items():
         if name in config and not (name in OPTIONAL and config[name] is None):
             check_integer(name, config[name], minimum, maximum)
@@ -110,6 +122,12 @@ def per_level(name: str, value: Any, num_levels: int) -> tuple:
     if len(values) != num_levels:
         raise ValueError(f"`{name}` has {len(values)} entries, but `block_out_channels` has {num_levels}.")
     return values
+
+
+def check_choice(name: str, value: object, choices: tuple) -> None:
+    """Refuses a value that is not among the choices, naming them."""
+    if value not in choices:
+        raise ValueError(f"`{name}` is {shown(value)}, but should be one of {', '.join(map(repr, choices))}.")
 
 
 def check_integer(name: str, value: Any, minimum: int, maximum: int) -> None:

@@ -7,7 +7,8 @@ import inspect
 from typing import Any, NamedTuple
 
 from . import EfficientUNetModel, ImagenUNetModel
-from .unet_base import ConditionalUNet, check_choice
+from .config_checks import check_choice
+from .unet_base import ConditionalUNet
 
 
 class Preset(NamedTuple):

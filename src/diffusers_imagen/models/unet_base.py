@@ -17,7 +17,7 @@ from torch import nn
 
 from .attention import AttendedText
 from .blocks import ImagenBlock
-from .config_checks import INTEGERS, check_image, check_integer, per_sample, shown
+from .config_checks import INTEGERS, check_image, check_integer, per_sample
 from .embeddings import NoiseLevelEmbedding, TextConditioning, TextContext, TextEmbedding, UnencodedText
 
 
@@ -220,9 +220,3 @@ def count_heads(channels: int, num_attention_heads: int | None, attention_head_d
     if channels % value:
         raise ValueError(f"`{name}` is {value}, which does not divide the {channels} channels of an attention layer.")
     return heads
-
-
-def check_choice(name: str, value: object, choices: tuple) -> None:
-    """Refuses a value that is not among the choices, naming them."""
-    if value not in choices:
-        raise ValueError(f"`{name}` is {shown(value)}, but should be one of {', '.join(map(repr, choices))}.")

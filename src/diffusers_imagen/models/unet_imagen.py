@@ -1,7 +1,7 @@
 """ImagenUNetModel: the U-Net of the base stage, which also serves as a super-resolution network."""
 
 from itertools import islice
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -19,7 +19,7 @@ from .blocks import (
 )
 from .config_checks import check_config, check_groups, check_image, check_integers, per_level
 from .embeddings import TextConditioning, TextPooling, UnencodedText
-from .unet_base import ConditionalUNet, ImagenUNetOutput, check_choice, count_heads
+from .unet_base import ConditionalUNet, ImagenUNetOutput, count_heads
 
 
 class ImagenUNetModel(ConditionalUNet):
@@ -82,10 +82,6 @@ class ImagenUNetModel(ConditionalUNet):
         low_res_noise_conditioning: bool = False,
     ):
         super().__init__()
-        check_choice("attention_type", attention_type, get_args(AttentionType))
-        check_choice("text_pooling", text_pooling, get_args(TextPooling))
-        check_choice("time_scale_shift", time_scale_shift, get_args(TimeScaleShift))
-        check_choice("resample_type", resample_type, get_args(ResampleType))
         check_config(self.config, min_layers=0)
         if encoder_hid_dim is not None and attention_type != "self":
             check_groups("cross_attention_dim", [cross_attention_dim], norm_num_groups)
