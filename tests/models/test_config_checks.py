@@ -92,5 +92,5 @@ def test_inputs_that_no_network_takes_are_refused_by_name(name, value, message):
 @pytest.mark.parametrize("name", ["unet-fused", "efficient-cross"])
 def test_another_resolution_is_checked_too(name):
     for size in (15, 0, "32", None, 32.0):
-        with pytest.raises(ValueError, match="`sample_size` is "):
+        with pytest.raises(ValueError, match="`resolution` is "):
             make(name).at_resolution(size)

@@ -383,7 +383,7 @@ def test_the_networks_of_these_tests_have_every_attention():
 def test_a_side_without_a_level_is_refused():
     with pytest.raises(ValueError, match=r"`attention_resolutions` has 12, but the levels have sides \[16, 8\]"):
         ImagenUNetModel(sample_size=16, block_out_channels=(32, 32), attention_resolutions=(12,))
-    with pytest.raises(ValueError, match="`sample_size` is 15, but should be a multiple of 2"):
+    with pytest.raises(ValueError, match="`resolution` is 15, but should be a multiple of 2"):
         ImagenUNetModel(
             sample_size=16, block_out_channels=(32, 32), attention_resolutions=(8,), attention_head_dim=32
         ).at_resolution(15)

@@ -204,7 +204,8 @@ def with_lora_scale(call: Callable) -> Callable:
 @contextmanager
 def scaled_layers(unets: Iterable[ConditionalUNet], scale: float) -> Iterator[None]:
     """Multiplies the weights of all adapters, and puts the old ones back."""
-    layers = [layer for unet in unets for layer in unet.modules() if isinstance(getattr(layer, "scaling", None), dict)]
+    modules: Iterable[Any] = (module for unet in unets for module in unet.modules())
+    layers = [module for module in modules if isinstance(getattr(module, "scaling", None), dict)]
     before = [dict(layer.scaling) for layer in layers]
     for layer in layers:
         layer.scaling.update({name: value * scale for name, value in layer.scaling.items()})

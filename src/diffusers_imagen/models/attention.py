@@ -4,7 +4,7 @@ Shapes: B batch, C channels, N = H * W image tokens, L text tokens, D width of t
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from diffusers.models.attention import AttentionModuleMixin, FeedForward
@@ -16,6 +16,7 @@ from .embeddings import TextContext, TextKeyValue
 
 AttentionType = Literal["self", "cross", "stacked", "fused"]
 AttendedText = TextKeyValue | TextContext
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 def image_to_tokens(image: torch.Tensor) -> torch.Tensor:
@@ -213,7 +214,7 @@ def make_attention(
     return ImagenAttention(channels, heads, attention_type, context_dim, norm_num_groups)
 
 
-def zero_init(module: nn.Module) -> nn.Module:
+def zero_init(module: Layer) -> Layer:
     """Zeros the parameters: a residual branch that ends in such a layer starts as the identity."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)

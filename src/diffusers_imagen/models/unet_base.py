@@ -16,9 +16,10 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 from .attention import AttendedText
-from .blocks import ImagenBlock
+from .blocks import ImagenBlock, ResBlock
 from .config_checks import INTEGERS, check_image, check_integer, per_sample
 from .embeddings import NoiseLevelEmbedding, TextConditioning, TextContext, TextEmbedding, UnencodedText
+from .interface import StageNetwork
 
 
 @dataclass
@@ -33,8 +34,10 @@ class ImagenUNetOutput(BaseOutput):
     sample: torch.Tensor
 
 
-class ConditionalUNet(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, FromOriginalModelMixin, CacheMixin):
-    """Base of the networks: turns noise level, text and low-resolution image into what the blocks take.
+class ConditionalUNet(
+    StageNetwork, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, FromOriginalModelMixin, CacheMixin
+):
+    """Base of this package's networks: turns noise level, text and low-resolution image into what the blocks take.
 
     A subclass registers its configuration, calls `_init_conditioning`, builds its blocks, and names in `text_blocks`
     those that read text, in the order in which its `forward` runs them.
@@ -78,18 +81,34 @@ class ConditionalUNet(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin,
         raise NotImplementedError
 
     @property
-    def total_stride(self) -> int:
-        """Height and width of an input must be multiples of this."""
-        raise NotImplementedError
+    def resolution(self) -> int:
+        return self.config.sample_size
 
-    def at_resolution(self, sample_size: int) -> "ConditionalUNet":
-        """The same network, recorded as one for images of another size: to train it further at that size."""
-        raise NotImplementedError
+    @property
+    def in_channels(self) -> int:
+        return self.config.in_channels
 
-    def _check_sample_size(self, sample_size: int) -> None:
-        check_integer("sample_size", sample_size, *INTEGERS["sample_size"])
-        if sample_size % self.total_stride:
-            raise ValueError(f"`sample_size` is {sample_size}, but should be a multiple of {self.total_stride}.")
+    @property
+    def text_width(self) -> int | None:
+        return self.config.encoder_hid_dim
+
+    @property
+    def takes_low_res(self) -> bool:
+        return self.config.low_res_conditioning
+
+    @property
+    def takes_low_res_noise_level(self) -> bool:
+        return self.config.low_res_noise_conditioning
+
+    def zero_initialized(self) -> list[torch.Tensor]:
+        return [module.conv2.weight for module in self.modules() if isinstance(module, ResBlock)]
+
+    def at_resolution(self, resolution: int) -> "ConditionalUNet":
+        check_integer("resolution", resolution, *INTEGERS["sample_size"])
+        if resolution % self.total_stride:
+            raise ValueError(f"`resolution` is {resolution}, but should be a multiple of {self.total_stride}.")
+        self.register_to_config(sample_size=resolution)
+        return self
 
     @apply_forward_hook
     def encode_text(

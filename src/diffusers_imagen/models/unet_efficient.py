@@ -115,17 +115,9 @@ class EfficientUNetModel(ConditionalUNet):
 
     @property
     def total_stride(self) -> int:
-        """Height and width of an input must be multiples of this."""
         return 2 ** len(self.downsamplers)
 
-    def at_resolution(self, sample_size: int) -> "EfficientUNetModel":
-        """Records another `sample_size`."""
-        self._check_sample_size(sample_size)
-        self.register_to_config(sample_size=sample_size)
-        return self
-
     def text_blocks(self) -> list[ImagenBlock]:
-        """The blocks that read text, in the order in which `forward` runs them."""
         return [block for block in [*self.down_blocks, *self.up_blocks] if block.reads_text]
 
     def forward(

@@ -134,19 +134,16 @@ class ImagenUNetModel(ConditionalUNet):
 
     @property
     def total_stride(self) -> int:
-        """Height and width of an input must be multiples of this."""
         return 2 ** (len(self.config.block_out_channels) - 1)
 
-    def at_resolution(self, sample_size: int) -> "ImagenUNetModel":
-        """Records another `sample_size`; attention stays at its levels, so its resolutions scale along."""
-        self._check_sample_size(sample_size)
-        config = self.config
-        resolutions = tuple(sample_size // (config.sample_size // side) for side in config.attention_resolutions)
-        self.register_to_config(sample_size=sample_size, attention_resolutions=resolutions)
+    def at_resolution(self, resolution: int) -> "ImagenUNetModel":
+        """Record another `sample_size`; attention stays at its levels, so its resolutions scale along."""
+        strides = [self.resolution // attended for attended in self.config.attention_resolutions]
+        super().at_resolution(resolution)
+        self.register_to_config(attention_resolutions=tuple(resolution // stride for stride in strides))
         return self
 
     def text_blocks(self) -> list[ImagenBlock]:
-        """The blocks that read text, in the order in which `forward` runs them."""
         return [block for block in [*self.down_blocks, *self.mid_blocks, *self.up_blocks] if block.reads_text]
 
     def forward(
