@@ -21,7 +21,7 @@ endif
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := setup
-.PHONY: help setup venv demo test style quality structure dataset clean
+.PHONY: help setup venv demo test style quality docs dataset clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' \
@@ -51,8 +51,9 @@ quality: $(VENV)/.quality ## check style, format, types and spelling, change not
 	$(BIN)/mypy
 	$(BIN)/codespell $(SOURCES) $(TEXTS)
 
-structure: $(VENV)/.installed ## write the modules' first lines into docs/structure.md
+docs: $(VENV)/.installed ## write the pages that are made of the code: docs/structure.md, docs/training_flags.md
 	$(BIN)/python scripts/write_structure.py
+	$(BIN)/python scripts/write_training_flags.py
 
 dataset: $(VENV)/.installed ## build the captioned emoji set in data/emoji (needs npm)
 	$(BIN)/python scripts/build_emoji_dataset.py --output_dir "$(DATASET_DIR)"

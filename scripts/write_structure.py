@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Writes the tree of docs/structure.md, from the first line of every module: what `make structure` runs.
+"""Writes the tree of docs/structure.md, from the first line of every module: a part of `make docs`.
 
 python scripts/write_structure.py
 """

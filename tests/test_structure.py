@@ -3,6 +3,10 @@
 import ast
 import graphlib
 import importlib.util
+import shutil
+import subprocess
+import sys
+import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -148,4 +152,15 @@ def test_every_module_begins_with_a_line_that_says_what_it_is():
 
 
 def test_the_page_shows_the_modules_as_they_are(page, writer):
-    assert writer.write_tree(page) == page, "docs/structure.md is not up to date: run `make structure`"
+    assert writer.write_tree(page) == page, "docs/structure.md is not up to date: run `make docs`"
+
+
+def test_the_wheel_has_every_module_and_says_that_they_are_typed(tmp_path):
+    for name in ("pyproject.toml", "setup.cfg", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(SRC, tmp_path / "src" / SRC.name, ignore=shutil.ignore_patterns("__pycache__"))
+    build = "import sys, setuptools.build_meta as backend; print(backend.build_wheel(sys.argv[1]))"
+    made = subprocess.run([sys.executable, "-c", build, tmp_path], cwd=tmp_path, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    names = set(zipfile.ZipFile(tmp_path / made.stdout.splitlines()[-1]).namelist())
+    assert {str(path.relative_to(SRC.parent)) for path in [*TREES, SRC / "py.typed"]} - names == set()
