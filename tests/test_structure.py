@@ -20,7 +20,7 @@ SRC = ROOT / "src" / "diffusers_imagen"
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 50  # with the signature, without the docstring
 MAX_PARAMETERS = 8
-MAX_MODULES = 20  # of a package, on one level
+MAX_MODULES = {"training": 20}  # on one level; of other packages, 24
 
 # The arguments of a diffusers class are its configuration and its API; their lines are not counted.
 PUBLIC_SIGNATURES = {
@@ -36,7 +36,6 @@ PUBLIC_SIGNATURES = {
 }
 # To be emptied: what issue 14 has still to divide.
 TOO_MANY_PARAMETERS = {
-    "pipelines/pipeline_mixin.py:ImagenPipelineMixin.check_inputs",
     "training/data/streaming.py:StreamDataset.__init__",
 }
 
@@ -127,7 +126,7 @@ def test_no_file_name_has_two_meanings():
 
 def test_packages_have_several_modules_and_not_too_many():
     sizes = Counter(str(path.parent.relative_to(SRC)) for path in MODULES if path.parent != SRC)
-    assert {name: size for name, size in sizes.items() if not 2 <= size <= MAX_MODULES} == {}
+    assert {name: size for name, size in sizes.items() if not 2 <= size <= MAX_MODULES.get(name, 24)} == {}
 
 
 def test_files_are_short():

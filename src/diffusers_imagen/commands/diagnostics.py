@@ -14,8 +14,8 @@ from diffusers import AutoModel
 from tqdm.auto import tqdm
 from transformers import AutoConfig
 
-from ..models.unet_base import ConditionalUNet
-from ..pipelines.stages import is_untrained, missing_weights
+from ..models.interface import StageNetwork
+from ..pipelines.stages import missing_weights
 from ..text.cache import EmbeddingCache
 from ..text.lazy_encoder import encoder_width, load_text_encoder
 from ..training.data.captions import iterate_captions
@@ -240,26 +240,25 @@ def read_losses(path: Path) -> list[dict[str, Any]]:
 def examine_network(folder: Path, text_encoder: str | None) -> list[Finding]:
     """The weights of a network, and whether they go with the text encoder."""
     unet = AutoModel.from_pretrained(str(folder))
-    if not isinstance(unet, ConditionalUNet):
+    if not isinstance(unet, StageNetwork):
         return [Finding(True, f"it is {type(unet).__name__}, but should be ImagenUNetModel or EfficientUNetModel")]
     missing = missing_weights(unet)
     if missing:
         return [Finding(True, f"{len(missing)} weights are missing, {missing[0]} among them")]
     findings = [examine_weights(unet)]
     if text_encoder is not None:
-        width = unet.config.get("encoder_hid_dim")
-        findings += attempt("the text encoder", lambda: [examine_width(width, text_encoder)])
+        findings += attempt("the text encoder", lambda: [examine_width(unet.text_width, text_encoder)])
     return findings
 
 
-def examine_weights(unet: ConditionalUNet) -> Finding:
+def examine_weights(unet: StageNetwork) -> Finding:
     """Whether the weights are finite, and were ever trained."""
     parameters = dict(unet.named_parameters())
     broken = [name for name, value in parameters.items() if not value.isfinite().all()]
     count = sum(value.numel() for value in parameters.values())
     if broken:
         return Finding(True, f"{len(broken)} weights are not finite, such as {broken[0]}: training diverged")
-    if is_untrained(unet):
+    if unet.is_untrained():
         return Finding(True, "all residual branches end in zeros, as in a new network: this network was never trained")
     return Finding(False, f"{type(unet).__name__}: {count:,} weights, finite and trained")
 

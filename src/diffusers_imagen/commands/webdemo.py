@@ -23,7 +23,6 @@ from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
 from ..pipelines import ImagenCascadePipeline
-from ..pipelines.pipeline_imagen_cascade import DEFAULT_GUIDANCE, DEFAULT_STEPS
 
 
 EXAMPLES = [
@@ -74,7 +73,6 @@ class Guard:
         await self.app(scope, replay, send)
 
 
-STAGE_TITLES = {"base": "Base", "sr256": "Super-resolution", "sr1024": "Super-resolution"}
 # how the page looks, and what it lets in: arguments of `launch`. System fonts, so that nothing is asked of other servers.
 LOOK = {
     "theme": gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
@@ -194,9 +192,11 @@ def stage_settings(stage) -> tuple[gr.Slider, gr.Slider]:
     """Steps and guidance of one stage."""
     with gr.Row():
         return (
-            gr.Slider(1, MAX_STEPS, label=f"{stage.resolution} px steps", step=1, value=DEFAULT_STEPS[stage.name]),
             gr.Slider(
-                1, MAX_GUIDANCE, label=f"{stage.resolution} px guidance", step=0.5, value=DEFAULT_GUIDANCE[stage.name]
+                1, MAX_STEPS, label=f"{stage.resolution} px steps", step=1, value=stage.kind.num_inference_steps
+            ),
+            gr.Slider(
+                1, MAX_GUIDANCE, label=f"{stage.resolution} px guidance", step=0.5, value=stage.kind.guidance_scale
             ),
         )
 
@@ -217,7 +217,7 @@ def stage_gallery(stage) -> gr.Gallery:
 
 def title(stage) -> str:
     """A stage's name on the page."""
-    return f"{STAGE_TITLES[stage.name]} {stage.resolution} px"
+    return f"{stage.kind.title} {stage.resolution} px"
 
 
 def describe(pipe: ImagenCascadePipeline, model: str) -> str:

@@ -95,7 +95,7 @@ def check_drives(scheduler: SchedulerMixin, stage: Stage, settings: StageSetting
             set_schedule(walk, stage.name, settings, torch.device("cpu"))
             if not step_levels(walk):
                 raise ValueError("its schedule is empty")
-            _walk_through(walk, stage.unet.config.in_channels)
+            _walk_through(walk, stage.unet.in_channels)
     except Exception as error:
         if isinstance(error, ValueError) and stage.name in str(error):
             raise
