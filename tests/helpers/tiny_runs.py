@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
+from text_sources import FunctionSource
 
 from diffusers_imagen import EfficientUNetModel, ImagenUNetModel
 from diffusers_imagen.training import LoraTrainer, LoraTrainingConfig, Trainer, TrainingConfig
@@ -19,12 +20,15 @@ TINY = {"block_out_channels": (8, 16), "layers_per_block": 1, "attention_head_di
 TEXT_WIDTH = 4
 
 
-def encode(captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+def encode_numbers(captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """The caption's number as a position on a circle; a second token is padding."""
     angles = torch.tensor([int(caption.removeprefix("text ")) / 8 * 2 * math.pi for caption in captions])
     token = torch.stack([angles.sin(), angles.cos(), 0 * angles, 1 + 0 * angles], dim=-1)
     mask = torch.tensor([[True, False]]).expand(len(captions), 2)
     return torch.stack([token, 0 * token], dim=1), mask
+
+
+encode = FunctionSource(encode_numbers, TEXT_WIDTH)
 
 
 def make_unet(seed: int = 0) -> ImagenUNetModel:

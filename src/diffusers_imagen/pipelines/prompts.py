@@ -1,6 +1,5 @@
 """The text of a call: what the caller gives, checked, and as the networks read it."""
 
-import functools
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,7 +8,8 @@ from diffusers import DiffusionPipeline
 from transformers import PreTrainedTokenizerBase
 
 from ..models.embeddings import TextConditioning
-from ..text.encoder import encode_prompts
+from ..text.encoder import TextEncoder
+from ..text.text_embeddings import TextEmbeddings, without_text
 from ..utils.arguments import shown
 from ..utils.tensors import FLOATS, INTEGERS, check_tensor
 from .inputs import MAX_IMAGES
@@ -67,7 +67,12 @@ def encode_prompt(
     """What the pipelines' `encode_prompt` promises."""
     if prompt_embeds is None and prompt is None:
         return None, None, None, None
-    encode = functools.partial(encode_prompts, pipe.tokenizer, pipe.text_encoder, slice_size=pipe.slice_size)
+
+    def encode(texts: list[str]) -> TextEmbeddings:
+        encoder = TextEncoder(pipe.tokenizer, pipe.text_encoder)
+        encoder.warn_of_cut(texts)
+        return encoder.encode(texts, pipe.slice_size)
+
     if prompt_embeds is None:
         prompts = [prompt] if isinstance(prompt, str) else prompt
         prompt_embeds, prompt_attention_mask = encode(prompts)
@@ -78,8 +83,9 @@ def encode_prompt(
             negative_prompt_embeds = negative_prompt_embeds.expand(len(prompt_embeds), -1, -1)
             negative_prompt_attention_mask = negative_prompt_attention_mask.expand(len(prompt_embeds), -1)
     elif negative_prompt_embeds is None:
-        negative_prompt_embeds = torch.zeros_like(prompt_embeds)
-        negative_prompt_attention_mask = prompt_attention_mask
+        negative_prompt_embeds, negative_prompt_attention_mask = without_text(
+            TextEmbeddings(prompt_embeds, prompt_attention_mask)
+        )
     tensors = (
         prompt_embeds,
         prompt_attention_mask.bool(),

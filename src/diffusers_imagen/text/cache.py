@@ -1,4 +1,4 @@
-"""Text states on disk: made once, read by memory mapping. Its files are described in cache_files.py."""
+"""Embeddings on disk: made once, read by memory mapping. Its files are described in cache_files.py."""
 
 import hashlib
 from collections.abc import Iterable
@@ -31,7 +31,10 @@ from .cache_files import (
     size_problem,
     write_manifest,
 )
-from .lazy_encoder import identity_mismatch
+from .encoder import TextEncoder
+from .identity import identity_mismatch
+from .source import TextSource
+from .text_embeddings import TextEmbeddings, stack_unpadded
 
 
 logger = logging.get_logger(__name__)
@@ -45,10 +48,10 @@ def caption_key(caption: str) -> tuple[int, int]:
     return int.from_bytes(digest[:8], "little", signed=True), int.from_bytes(digest[8:16], "little", signed=True)
 
 
-class EmbeddingCache:
+class EmbeddingCache(TextSource):
     """Reads a cache; only keys and offsets are kept in memory, 32 bytes a caption.
 
-    What is read has been checked: the manifest, keys and offsets here, and a shard's states when each process reads the
+    What is read has been checked: the manifest, keys and offsets here, and a shard's embeddings when each process reads the
     first of them (a process that was forked goes by what its parent has checked). A cache may be read while it is
     built; what is added after it was opened is not seen.
 
@@ -64,8 +67,9 @@ class EmbeddingCache:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
+        self.width = self.manifest["width"]
         self._files: dict[int, safe_open] = {}
-        self._checked: set[int] = set()  # shards whose states were checked
+        self._checked: set[int] = set()  # shards whose embeddings were checked
         self.offsets: list[np.ndarray] = []
         keys = []
         for i, shard in enumerate(self.manifest["shards"]):
@@ -92,14 +96,13 @@ class EmbeddingCache:
         return len(self.keys)
 
     @property
-    def width(self) -> int:
-        """Width of the states."""
-        return self.manifest["width"]
-
-    @property
     def max_length(self) -> int:
-        """Tokens that states are padded to."""
+        """Tokens that embeddings are padded to."""
         return self.manifest["max_length"]
+
+    def identity(self) -> dict[str, Any]:
+        """That of the encoder that made it."""
+        return self.manifest["encoder"]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}, "_checked": set()}  # each process opens and checks its own
@@ -108,7 +111,7 @@ class EmbeddingCache:
         return self._find(caption) is not None
 
     def unpadded(self, caption: str) -> torch.Tensor:
-        """States of a caption's tokens `(tokens, E)`, in the cache's precision.
+        """Embeddings of a caption's tokens `(tokens, E)`, in the cache's precision.
 
         Raises:
             KeyError: If the caption is not in the cache.
@@ -123,18 +126,14 @@ class EmbeddingCache:
             self._check(int(shard))
         return self._file(int(shard)).get_slice("states")[int(start) : int(end)]
 
-    def states(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """States `(B, L, E)` in float32, zero at padded positions, and mask `(B, L)`; L is the limit of tokens.
+    def encode(self, texts: list[str]) -> TextEmbeddings:
+        """Embeddings in float32, padded to the pipelines' length, which the networks normalise and pool over."""
+        return stack_unpadded([self.unpadded(text) for text in texts], self.max_length, self.width)
 
-        The networks normalise and pool over padded positions too, so that all batches have the pipelines' length.
-        """
-        text = torch.zeros(len(captions), self.max_length, self.width)
-        mask = torch.zeros(len(captions), self.max_length, dtype=torch.bool)
-        for i, caption in enumerate(captions):
-            states = self.unpadded(caption)
-            text[i, : len(states)] = states
-            mask[i, : len(states)] = True
-        return text, mask
+    def for_captions(self, captions: Iterable[str] | None) -> TextSource:
+        if captions is not None:
+            self.check_captions(captions)
+        return self
 
     def check_encoder(self, identity: dict[str, Any]) -> None:
         """Refuses a cache of another encoder or length."""
@@ -203,7 +202,7 @@ class CacheWriter:
         folder (`str` or `Path`): The cache; made if it is not there.
         encoder (`dict`): The identity of the encoder, with `width` and `max_length`.
         dtype (`str`): "bfloat16" or "float16".
-        shard_bytes (`int`): A shard is written when its states reach this size.
+        shard_bytes (`int`): A shard is written when its embeddings reach this size.
         hold (`FolderHold`, *optional*): Of the folder, where `hold_cache` was called before.
 
     Raises:
@@ -267,7 +266,7 @@ class CacheWriter:
         self._clear()
 
     def _clear(self) -> None:
-        self._states: list[torch.Tensor] = []
+        self._embeds: list[torch.Tensor] = []
         self._keys: list[tuple[int, int]] = []
         self._bytes = 0
 
@@ -291,39 +290,39 @@ class CacheWriter:
     def __contains__(self, caption: str) -> bool:
         return caption_key(caption) in self.known
 
-    def add(self, caption: str, states: torch.Tensor) -> None:
-        """Adds the states `(tokens, E)` of a caption that is not there yet.
+    def add(self, caption: str, embeds: torch.Tensor) -> None:
+        """Adds the embeddings `(tokens, E)` of a caption that is not there yet.
 
         Raises:
             ValueError: If they have another width, too many tokens, or are not finite in the cache's precision.
         """
-        self.extend([caption], [states])
+        self.extend([caption], [embeds])
 
-    def extend(self, captions: list[str], states: list[torch.Tensor]) -> None:
+    def extend(self, captions: list[str], embeds: list[torch.Tensor]) -> None:
         """Adds several captions that are not there yet, all to one shard; see `add`.
 
         A run that goes on after it was killed thereby encodes the same batches as one that was not: how an encoder
         rounds depends on what is in a batch.
         """
-        for caption, own in zip(captions, states, strict=True):
+        for caption, own in zip(captions, embeds, strict=True):
             self._append(caption, own)
         if self._bytes >= self.shard_bytes:
             self.flush()
 
-    def _append(self, caption: str, states: torch.Tensor) -> None:
-        if states.ndim != 2 or states.shape[1] != self.manifest["width"] or len(states) > self.manifest["max_length"]:
+    def _append(self, caption: str, embeds: torch.Tensor) -> None:
+        if embeds.ndim != 2 or embeds.shape[1] != self.manifest["width"] or len(embeds) > self.manifest["max_length"]:
             raise ValueError(
-                f"The states of {caption!r} have shape {tuple(states.shape)}, but should be (up to "
+                f"The embeddings of {caption!r} have shape {tuple(embeds.shape)}, but should be (up to "
                 f"{self.manifest['max_length']}, {self.manifest['width']})."
             )
-        states = states.to(self.dtype)
-        if not states.isfinite().all():
-            raise ValueError(f"The states of {caption!r} are not finite in {self.manifest['dtype']}.")
+        embeds = embeds.to(self.dtype)
+        if not embeds.isfinite().all():
+            raise ValueError(f"The embeddings of {caption!r} are not finite in {self.manifest['dtype']}.")
         key = caption_key(caption)
         self.known.add(key)
         self._keys.append(key)
-        self._states.append(states)
-        self._bytes += states.nbytes
+        self._embeds.append(embeds)
+        self._bytes += embeds.nbytes
 
     def flush(self) -> None:
         """Writes what was added as a shard: beside its place, moved there, and only then named in the manifest."""
@@ -332,10 +331,10 @@ class CacheWriter:
         taken = {shard["file"] for shard in self.manifest["shards"]}
         number = next(i for i in range(len(taken) + 1) if f"shard-{i:05d}.safetensors" not in taken)
         name = f"shard-{number:05d}.safetensors"
-        offsets, keys = np.cumsum([0] + [len(states) for states in self._states]), np.array(self._keys, np.int64)
+        offsets, keys = np.cumsum([0] + [len(embeds) for embeds in self._embeds]), np.array(self._keys, np.int64)
         # not save_file, which leaves a file of its own naming where it is killed
         data = save(
-            {"states": torch.cat(self._states), "offsets": torch.from_numpy(offsets), "keys": torch.from_numpy(keys)}
+            {"states": torch.cat(self._embeds), "offsets": torch.from_numpy(offsets), "keys": torch.from_numpy(keys)}
         )
         with whole_file(self.folder / name) as partial:
             partial.write_bytes(data)
@@ -345,7 +344,7 @@ class CacheWriter:
         self._clear()
 
 
-def write_cache(writer: CacheWriter, captions: list[str], encoder, batch_size: int = 256) -> int:
+def write_cache(writer: CacheWriter, captions: list[str], encoder: TextEncoder, batch_size: int = 256) -> int:
     """Encodes the captions that the cache lacks; returns how many they were.
 
     Args:

@@ -9,7 +9,7 @@ from dataclasses import fields
 from typing import Any
 
 from ..models.unet_base import ConditionalUNet
-from ..text.lazy_encoder import identity_mismatch
+from ..text.identity import identity_mismatch
 from .config import TrainingConfig
 
 

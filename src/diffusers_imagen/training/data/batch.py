@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import torch
 
+from ...text.source import TextSource
+from ...text.text_embeddings import TextEmbeddings
 from .pyramid import to_float
 
 
@@ -30,7 +32,7 @@ class Samples(NamedTuple):
     pixels: torch.Tensor  # (B, 3, H, W) uint8
     low_res: torch.Tensor | None  # (B, 3, h, w) in [-1, 1]
     captions: list[str] | None
-    text: tuple[torch.Tensor, torch.Tensor] | None = None  # states and mask, where the worker read them
+    text: TextEmbeddings | None = None  # where the worker read them
 
     @classmethod
     def stack(cls, samples: list[Sample]) -> "Samples":
@@ -41,7 +43,9 @@ class Samples(NamedTuple):
             None if captions[0] is None else list(captions),
         )
 
-    def finish(self, texts) -> Batch:
-        """Encodes what is not encoded; `texts` has `states(captions)`."""
-        text, mask = self.text or (texts.states(self.captions) if texts is not None else (None, None))
-        return Batch(to_float(self.pixels), self.low_res, text, mask)
+    def finish(self, source: TextSource | None) -> Batch:
+        """Encodes what is not encoded."""
+        if self.text is None and source is None:
+            return Batch(to_float(self.pixels), self.low_res, None, None)
+        embeds, mask = self.text or source.encode(self.captions)
+        return Batch(to_float(self.pixels), self.low_res, embeds.float(), mask.bool())
