@@ -31,11 +31,11 @@ def encode_numbers(captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
 encode = FunctionSource(encode_numbers, TEXT_WIDTH)
 
 
-def make_unet(seed: int = 0) -> ImagenUNetModel:
+def make_unet(seed: int = 0, text_width: int = TEXT_WIDTH) -> ImagenUNetModel:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return ImagenUNetModel(
-            sample_size=16, attention_resolutions=(8,), encoder_hid_dim=TEXT_WIDTH, cross_attention_dim=8, **TINY
+            sample_size=16, attention_resolutions=(8,), encoder_hid_dim=text_width, cross_attention_dim=8, **TINY
         )
 
 

@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from diffusers_imagen.commands import main as cli
-from diffusers_imagen.text.cache import CacheWriter, EmbeddingCache, caption_key, write_cache
-from diffusers_imagen.text.cached_encoder import CachedTextEncoder
+from diffusers_imagen.text.cache import CachedTextEncoder, CacheWriter, EmbeddingCache, caption_key, write_cache
 from diffusers_imagen.text.encoder import TextEncoder
 from diffusers_imagen.training import TrainingConfig
 from diffusers_imagen.training.data import make_train_batches
@@ -138,9 +137,9 @@ def test_what_is_no_cache_is_refused(tmp_path, encoder):
         CacheWriter(tmp_path / "y", encoder.identity(), "int8")
     writer = CacheWriter(tmp_path / "y", {"width": 4, "max_length": 3}, "float16")
     with pytest.raises(ValueError, match=r"shape \(4, 4\), but should be \(up to 3, 4\)"):
-        writer.add("a", torch.zeros(4, 4))
+        writer.add(["a"], [torch.zeros(4, 4)])
     with pytest.raises(ValueError, match="not finite in float16"):
-        writer.add("a", torch.full((3, 4), 1e6))
+        writer.add(["a"], [torch.full((3, 4), 1e6)])
 
 
 def test_keys_tell_captions_apart_also_where_they_begin_alike(cache, monkeypatch):

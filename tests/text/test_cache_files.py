@@ -190,10 +190,10 @@ def test_one_build_at_a_time_and_readers_beside_it(tmp_path):
             ValueError, match=rf"`output_dir` is '{folder}', which process {os.getpid()} on .* is using"
         ):
             build(folder)
-        writer.extend(["a"], [torch.ones(1, WIDTH)])
+        writer.add(["a"], [torch.ones(1, WIDTH)])
         writer.flush()
         reader = EmbeddingCache(folder)
-        writer.extend(["b"], [torch.ones(1, WIDTH)])
+        writer.add(["b"], [torch.ones(1, WIDTH)])
         writer.flush()
         assert "a" in reader and "b" not in reader and "b" in EmbeddingCache(folder)
     assert build(folder) == len(CAPTIONS)

@@ -59,7 +59,7 @@ def test_captions_are_one_line_and_labels_are_folders(tmp_path, encode):
     )
     read(str(tmp_path / "d"), "memory", FunctionSource(listen, 1))
     assert set(seen) == {"one two", "b"}
-    read(str(tmp_path / "d"), "memory", listen, caption_column=["label"])
+    read(str(tmp_path / "d"), "memory", FunctionSource(listen, 1), caption_column=["label"])
     assert set(seen) == {"one two", "b", "cats", "dogs"}
 
 

@@ -3,7 +3,7 @@
 import argparse
 import os
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from .common import check_device
@@ -63,6 +63,7 @@ def check_numbers(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not 0 < value <= highest:
             raise ValueError(f"`{name}` is {value}, but should be above 0 and at most {highest}.")
+    args.shard_bytes = int(args.shard_size_mb * 2**20)
 
 
 def check_sources(args: argparse.Namespace) -> None:
@@ -145,19 +146,15 @@ def encode_dataset(args: argparse.Namespace) -> int:
     from ..text.cache_files import hold_cache
     from ..text.encoder import TextEncoder
 
-    # a folder that is not there yet is made when there is something to write
-    hold = hold_cache(args.output_dir) if args.output_dir.exists() else None
-    try:
+    with ExitStack() as stack:
+        # a folder that is not there yet is made, and held, when there is something to write
+        hold = stack.enter_context(hold_cache(args.output_dir)) if args.output_dir.exists() else None
         captions = read_captions(args)
         device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16  # T5 overflows in float16
         encoder = TextEncoder.from_pretrained(args.text_encoder, args.tokenizer_max_length, device, dtype)
-        hold = hold or hold_cache(args.output_dir)
-        with CacheWriter(args.output_dir, encoder.identity(), args.dtype, shard_bytes(args), hold) as writer:
-            return write_cache(writer, captions, encoder, args.batch_size)
-    finally:
-        if hold is not None:
-            hold.release()
+        writer = CacheWriter(args.output_dir, encoder.identity(), args.dtype, args.shard_bytes, hold)
+        return write_cache(stack.enter_context(writer), captions, encoder, args.batch_size)
 
 
 def read_captions(args: argparse.Namespace) -> list[str]:
@@ -190,11 +187,6 @@ def read_captions(args: argparse.Namespace) -> list[str]:
     return captions
 
 
-def shard_bytes(args: argparse.Namespace) -> int:
-    """The size at which a shard is written."""
-    return int(args.shard_size_mb * 2**20)
-
-
 def import_nemo(args: argparse.Namespace) -> int:
     """Adds the embeddings of NeMo's tar files; returns how many they were."""
     from tqdm.auto import tqdm
@@ -203,20 +195,17 @@ def import_nemo(args: argparse.Namespace) -> int:
     from ..text.cache import CacheWriter
 
     writer, added = None, 0
-    try:
+    with ExitStack() as stack:
         for path in tqdm(args.nemo_tars, desc="Reading tar files"):
             for caption, embeds in read_tar(path, args.nemo_key):
                 embeds = embeds[: args.tokenizer_max_length]
                 if writer is None:
                     encoder = {"max_length": args.tokenizer_max_length, "width": embeds.shape[1]}
-                    writer = CacheWriter(args.output_dir, encoder, args.dtype, shard_bytes(args))
+                    writer = stack.enter_context(CacheWriter(args.output_dir, encoder, args.dtype, args.shard_bytes))
                 if caption not in writer:
-                    writer.add(caption, embeds)
+                    writer.add([caption], [embeds])
                     added += 1
         if writer is None:
             raise ValueError("`nemo_tars` has no pickled embeddings.")
         writer.flush()
-    finally:
-        if writer is not None:
-            writer.close()
     return added

@@ -67,18 +67,13 @@ def encode_prompt(
     """What the pipelines' `encode_prompt` promises."""
     if prompt_embeds is None and prompt is None:
         return None, None, None, None
-
-    def encode(texts: list[str]) -> TextEmbeddings:
-        encoder = TextEncoder(pipe.tokenizer, pipe.text_encoder)
-        encoder.warn_of_cut(texts)
-        return encoder.encode(texts, pipe.slice_size)
-
+    encoder = TextEncoder(pipe.tokenizer, pipe.text_encoder)
     if prompt_embeds is None:
         prompts = [prompt] if isinstance(prompt, str) else prompt
-        prompt_embeds, prompt_attention_mask = encode(prompts)
+        prompt_embeds, prompt_attention_mask = encoder.encode_prompts(prompts, pipe.slice_size)
     if negative_prompt_embeds is None and negative_prompt is not None:
         texts = [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt
-        negative_prompt_embeds, negative_prompt_attention_mask = encode(texts)
+        negative_prompt_embeds, negative_prompt_attention_mask = encoder.encode_prompts(texts, pipe.slice_size)
         if isinstance(negative_prompt, str):
             negative_prompt_embeds = negative_prompt_embeds.expand(len(prompt_embeds), -1, -1)
             negative_prompt_attention_mask = negative_prompt_attention_mask.expand(len(prompt_embeds), -1)

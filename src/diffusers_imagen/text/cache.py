@@ -1,7 +1,8 @@
 """Embeddings on disk: made once, read by memory mapping. Its files are described in cache_files.py."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,38 +68,30 @@ class EmbeddingCache(TextSource):
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
-        self.width = self.manifest["width"]
+        self.width, self.max_length = self.manifest["width"], self.manifest["max_length"]
         self._files: dict[int, safe_open] = {}
         self._checked: set[int] = set()  # shards whose embeddings were checked
         self.offsets: list[np.ndarray] = []
-        keys = []
+        keys = [np.zeros((0, 2), np.int64)]
         for i, shard in enumerate(self.manifest["shards"]):
-            problem = size_problem(self.folder, shard)
-            if problem is not None:
-                raise self._damage(problem)
-            if "index_sha256" not in shard:  # of an earlier version
-                self._check(i)
-            try:
+            with self._reading():
+                problem = size_problem(self.folder, shard)
+                if problem is not None:
+                    raise ValueError(problem)
+                if "index_sha256" not in shard:  # of an earlier version
+                    self._check(i)
                 index = read_index(self.folder, self.manifest, shard, self._file(i))
-            except ValueError as error:
-                raise self._damage(str(error)) from error
             keys.append(index.keys)
             self.offsets.append(index.offsets)
-        keys = np.concatenate(keys) if keys else np.zeros((0, 2), np.int64)
+        keys = np.concatenate(keys)
         order = np.lexsort((keys[:, 1], keys[:, 0]))
         self.keys = keys[order]
         shards = np.repeat(np.arange(len(self.offsets)), [len(offsets) - 1 for offsets in self.offsets])
-        within = [np.arange(len(offsets) - 1) for offsets in self.offsets]
-        within = np.concatenate(within) if within else np.zeros(0, np.int64)
+        within = np.concatenate([np.arange(0), *(np.arange(len(offsets) - 1) for offsets in self.offsets)])
         self.places = np.stack([shards, within], axis=1).astype(np.int32)[order]
 
     def __len__(self) -> int:
         return len(self.keys)
-
-    @property
-    def max_length(self) -> int:
-        """Tokens that embeddings are padded to."""
-        return self.manifest["max_length"]
 
     def identity(self) -> dict[str, Any]:
         """That of the encoder that made it."""
@@ -122,18 +115,14 @@ class EmbeddingCache(TextSource):
             raise KeyError(caption)
         shard, i = self.places[place]
         start, end = self.offsets[shard][i : i + 2]
-        if int(shard) not in self._checked:
-            self._check(int(shard))
-        return self._file(int(shard)).get_slice("states")[int(start) : int(end)]
+        with self._reading():
+            if int(shard) not in self._checked:
+                self._check(int(shard))
+            return self._file(int(shard)).get_slice("states")[int(start) : int(end)]
 
     def encode(self, texts: list[str]) -> TextEmbeddings:
-        """Embeddings in float32, padded to the pipelines' length, which the networks normalise and pool over."""
+        """Embeddings in float32, all padded to the encoder's limit, as the pipelines give them."""
         return stack_unpadded([self.unpadded(text) for text in texts], self.max_length, self.width)
-
-    def for_captions(self, captions: Iterable[str] | None) -> TextSource:
-        if captions is not None:
-            self.check_captions(captions)
-        return self
 
     def check_encoder(self, identity: dict[str, Any]) -> None:
         """Refuses a cache of another encoder or length."""
@@ -144,10 +133,10 @@ class EmbeddingCache(TextSource):
                 "one as `text_encoder`, or make a cache with this one."
             )
 
-    def check_captions(self, captions: Iterable[str]) -> None:
-        """Refuses a cache that lacks captions."""
+    def for_captions(self, captions: Iterable[str] | None) -> TextSource:
+        """The cache itself; refuses one that lacks captions."""
         total, missing = 0, []
-        for caption in captions:
+        for caption in captions or ():
             total += 1
             if caption not in self:
                 missing.append(caption)
@@ -156,31 +145,31 @@ class EmbeddingCache(TextSource):
                 f"`embedding_cache` {str(self.folder)!r} lacks {len(missing)} of {total} captions, such as "
                 f"{missing[0]!r}: run `diffusers-imagen cache-embeddings` with this data and these columns."
             )
+        return self
 
     def verify(self) -> list[str]:
         """What is wrong with the shards, by checksum and content; empty if nothing is."""
         return find_problems(self.folder, self.manifest)
 
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Inside, errors are about this cache, and say how it is mended."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            raise ValueError(f"`embedding_cache` '{self.folder}': {error}; {MEND}.") from error
+
     def _file(self, shard: int) -> safe_open:
         if shard not in self._files:
-            try:
-                self._files[shard] = open_shard(self.folder, self.manifest["shards"][shard])
-            except (ValueError, OSError) as error:
-                raise self._damage(str(error)) from error
+            self._files[shard] = open_shard(self.folder, self.manifest["shards"][shard])
         return self._files[shard]
 
     def _check(self, shard: int) -> None:
         """Refuses a shard with other bytes than were written; the whole file is read for that."""
-        try:
-            problem = checksum_problem(self.folder, self.manifest["shards"][shard])
-        except OSError as error:
-            problem = str(error)
+        problem = checksum_problem(self.folder, self.manifest["shards"][shard])
         if problem is not None:
-            raise self._damage(problem)
+            raise ValueError(problem)
         self._checked.add(shard)
-
-    def _damage(self, problem: str) -> ValueError:
-        return ValueError(f"`embedding_cache` '{self.folder}': {problem}; {MEND}.")
 
     def _find(self, caption: str) -> int | None:
         first, second = caption_key(caption)
@@ -190,6 +179,36 @@ class EmbeddingCache(TextSource):
                 return place
             place += 1
         return None
+
+
+class CachedTextEncoder(TextSource):
+    """An encoder, and a cache with what it made of the data's captions; prompts need not be in the cache."""
+
+    def __init__(self, encoder: TextEncoder, cache: EmbeddingCache):
+        self.encoder, self.cache = encoder, cache
+        self.width = cache.width
+
+    def encode(self, texts: list[str]) -> TextEmbeddings:
+        return self.encoder.encode(texts)
+
+    def identity(self) -> dict[str, Any]:
+        return self.cache.identity()
+
+    def release(self) -> None:
+        self.encoder.release()
+
+    def for_captions(self, captions: Iterable[str] | None) -> TextSource:
+        self.cache.check_encoder(self.encoder.identity())
+        return self.cache.for_captions(captions)
+
+
+def open_text(text_encoder: str | None, embedding_cache: str | None, max_length: int | None) -> TextSource | None:
+    """What makes the embeddings of a run whose settings are these; None if neither encoder nor cache is given."""
+    encoder = TextEncoder.from_pretrained(text_encoder, max_length) if text_encoder else None
+    if embedding_cache is None:
+        return encoder
+    cache = EmbeddingCache(embedding_cache)
+    return cache if encoder is None else CachedTextEncoder(encoder, cache)
 
 
 class CacheWriter:
@@ -290,39 +309,30 @@ class CacheWriter:
     def __contains__(self, caption: str) -> bool:
         return caption_key(caption) in self.known
 
-    def add(self, caption: str, embeds: torch.Tensor) -> None:
-        """Adds the embeddings `(tokens, E)` of a caption that is not there yet.
-
-        Raises:
-            ValueError: If they have another width, too many tokens, or are not finite in the cache's precision.
-        """
-        self.extend([caption], [embeds])
-
-    def extend(self, captions: list[str], embeds: list[torch.Tensor]) -> None:
-        """Adds several captions that are not there yet, all to one shard; see `add`.
+    def add(self, captions: list[str], embeds: list[torch.Tensor]) -> None:
+        """Adds the embeddings `(tokens, E)` of captions that are not there yet, all to one shard.
 
         A run that goes on after it was killed thereby encodes the same batches as one that was not: how an encoder
         rounds depends on what is in a batch.
+
+        Raises:
+            ValueError: If some have another width, too many tokens, or are not finite in the cache's precision.
         """
+        length, width = self.manifest["max_length"], self.manifest["width"]
         for caption, own in zip(captions, embeds, strict=True):
-            self._append(caption, own)
+            if own.ndim != 2 or own.shape[1] != width or len(own) > length:
+                raise ValueError(
+                    f"The embeddings of {caption!r} have shape {tuple(own.shape)}, but should be (up to {length}, {width})."
+                )
+            own = own.to(self.dtype)
+            if not own.isfinite().all():
+                raise ValueError(f"The embeddings of {caption!r} are not finite in {self.manifest['dtype']}.")
+            self._keys.append(caption_key(caption))
+            self.known.add(self._keys[-1])
+            self._embeds.append(own)
+            self._bytes += own.nbytes
         if self._bytes >= self.shard_bytes:
             self.flush()
-
-    def _append(self, caption: str, embeds: torch.Tensor) -> None:
-        if embeds.ndim != 2 or embeds.shape[1] != self.manifest["width"] or len(embeds) > self.manifest["max_length"]:
-            raise ValueError(
-                f"The embeddings of {caption!r} have shape {tuple(embeds.shape)}, but should be (up to "
-                f"{self.manifest['max_length']}, {self.manifest['width']})."
-            )
-        embeds = embeds.to(self.dtype)
-        if not embeds.isfinite().all():
-            raise ValueError(f"The embeddings of {caption!r} are not finite in {self.manifest['dtype']}.")
-        key = caption_key(caption)
-        self.known.add(key)
-        self._keys.append(key)
-        self._embeds.append(embeds)
-        self._bytes += embeds.nbytes
 
     def flush(self) -> None:
         """Writes what was added as a shard: beside its place, moved there, and only then named in the manifest."""
@@ -358,7 +368,7 @@ def write_cache(writer: CacheWriter, captions: list[str], encoder: TextEncoder, 
     with tqdm(total=len(captions), initial=len(captions) - len(missing), desc="Encoding", mininterval=1) as progress:
         for start in range(0, len(missing), batch_size):
             part = missing[start : start + batch_size]
-            writer.extend(part, encoder.unpadded(part))
+            writer.add(part, encoder.unpadded(part))
             progress.update(len(part))
     writer.flush()
     return len(missing)

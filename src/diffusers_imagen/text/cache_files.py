@@ -32,6 +32,7 @@ MANIFEST = "manifest.json"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 TYPE_NAMES = {"bfloat16": "BF16", "float16": "F16"}  # as safetensors calls them
 SHARD = re.compile(r"shard-\d{5,9}\.safetensors")
+# what a killed build had begun to write
 LEFTOVER = re.compile(rf"\.?({SHARD.pattern}|{re.escape(MANIFEST)}|{re.escape(OWNER)})(\.\d+)?\.partial")
 HEADER_BYTES = 2**16  # of a shard
 CAPTION_NUMBERS = 2**27  # of one caption, padded: 512 MiB in float32
@@ -267,7 +268,7 @@ def check_folder(folder: Path) -> None:
     if (folder / MANIFEST).is_file():
         return
     for entry in sorted(os.listdir(folder)):
-        if not (entry in (LOCK, OWNER) or is_shard(folder / entry) or is_leftover(entry)):
+        if not (entry in (LOCK, OWNER) or is_shard(folder / entry) or LEFTOVER.fullmatch(entry)):
             raise ValueError(
                 f"`output_dir` is '{folder}', which is neither an empty folder nor a cache: it has {entry[:100]!r}."
             )
@@ -281,11 +282,6 @@ def is_shard(path: Path) -> bool:
         return set(safe_open(path, framework="pt").keys()) == {"keys", "offsets", "states"}
     except SafetensorError:
         return False
-
-
-def is_leftover(name: str) -> bool:
-    """Whether a file is what a killed build had begun to write."""
-    return LEFTOVER.fullmatch(name) is not None
 
 
 def hold_cache(folder: Path) -> FolderHold:
@@ -302,5 +298,5 @@ def remove_leftovers(folder: Path, manifest: dict[str, Any]) -> None:
     """Removes what killed builds left: half-written files, and shards that the manifest does not name."""
     named = {shard["file"] for shard in manifest["shards"]}
     for name in os.listdir(folder):
-        if is_leftover(name) or (SHARD.fullmatch(name) and name not in named):
+        if LEFTOVER.fullmatch(name) or (SHARD.fullmatch(name) and name not in named):
             (folder / name).unlink()

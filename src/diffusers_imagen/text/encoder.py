@@ -52,12 +52,10 @@ class TextEncoder(TextSource):
         Args:
             name (`str`): Folder or Hub id, with `text_encoder/` and `tokenizer/` or with the model itself.
             max_length (`int`, *optional*): Tokens of a text; the tokenizer's own limit without.
-            device (`str` or `torch.device`): Where it runs.
-            dtype (`torch.dtype`): Of its weights.
+            device (`str` or `torch.device`), dtype (`torch.dtype`): Of the network.
 
         Raises:
-            ValueError: If there is no such tokenizer or no limit of tokens; when the network is loaded, if there is
-                none or it lacks weights.
+            ValueError: If there is no such tokenizer or no limit of tokens; once it is used, if the network is damaged.
         """
         tokenizer, subfolder = load_tokenizer(name, max_length)
         return cls(tokenizer, load=functools.partial(load_encoder, name, subfolder, tokenizer, device, dtype))
@@ -93,8 +91,7 @@ class TextEncoder(TextSource):
 
     def identity(self) -> dict[str, Any]:
         """What tells this encoder from others: kind, sizes, vocabulary, limit, and a sample of weights."""
-        if self._identity is None:
-            self._identity = describe_encoder(self.tokenizer, self.model)
+        self._identity = self._identity or describe_encoder(self.tokenizer, self.model)
         return self._identity
 
     def release(self) -> None:
@@ -103,35 +100,13 @@ class TextEncoder(TextSource):
             self._model = None
             free_memory()
 
-    def encode(self, texts: list[str], slice_size: int | None = None) -> TextEmbeddings:
-        """Embeddings of the encoder's last layer, of texts cut or padded to `max_length`.
-
-        Args:
-            texts (`list[str]`): The texts.
-            slice_size (`int`, *optional*): Texts encoded at once; all without.
+    def encode(self, texts: list[str], padding: str = "max_length") -> TextEmbeddings:
+        """Embeddings of the encoder's last layer, of texts cut or padded to `max_length`; `padding` is the tokenizer's.
 
         Raises:
             ValueError: If the tokenizer has no limit, the network does not fit it, or the embeddings are not finite:
                 half precision is too narrow for some encoders.
         """
-        size = slice_size or len(texts)
-        parts = [self._encode(texts[i : i + size], "max_length") for i in range(0, len(texts), size)]
-        return TextEmbeddings(*(torch.cat(tensors) for tensors in zip(*parts)))
-
-    @torch.no_grad()
-    def unpadded(self, texts: list[str]) -> list[torch.Tensor]:
-        """Embeddings of each text's own tokens, `(tokens, E)`, on the CPU.
-
-        The encoder sees texts padded to the longest of them only: for short texts and a limit of 512 tokens that is
-        tens of times faster.
-        """
-        embeds, mask = self._encode(texts, "longest")
-        lengths = mask.sum(dim=1).tolist()
-        if any(not row[:length].all() for row, length in zip(mask, lengths)):
-            raise ValueError("`tokenizer` pads on the left, but texts should begin at the first token.")
-        return [row[:length].cpu() for row, length in zip(embeds, lengths)]
-
-    def _encode(self, texts: list[str], padding: str) -> TextEmbeddings:
         options = {"padding": padding, "max_length": self.max_length, "truncation": True, "return_tensors": "pt"}
         keep_in_fp32(self.model)
         tokens = self.tokenizer(texts, **options)
@@ -160,17 +135,33 @@ class TextEncoder(TextSource):
             )
         return text
 
+    def encode_prompts(self, prompts: list[str], slice_size: int | None = None) -> TextEmbeddings:
+        """As `encode`, `slice_size` prompts at once, with a warning of each that does not fit."""
+        room = self.max_length - self.tokenizer.num_special_tokens_to_add()
+        for prompt, ids in zip(prompts, self.tokenizer(prompts, add_special_tokens=False).input_ids):
+            if len(ids) > room:
+                lost = shown(self.tokenizer.decode(ids[room:]))
+                logger.warning(f"The prompt {shown(prompt)} is cut to {self.max_length} tokens: {lost} is lost.")
+        size = slice_size or len(prompts)
+        parts = [self.encode(prompts[i : i + size]) for i in range(0, len(prompts), size)]
+        return TextEmbeddings(*(torch.cat(tensors) for tensors in zip(*parts)))
+
+    @torch.no_grad()
+    def unpadded(self, texts: list[str]) -> list[torch.Tensor]:
+        """Embeddings of each text's own tokens, `(tokens, E)`, on the CPU.
+
+        The encoder sees texts padded to the longest of them only: for short texts and a limit of 512 tokens that is
+        tens of times faster.
+        """
+        embeds, mask = self.encode(texts, padding="longest")
+        lengths = mask.sum(dim=1).tolist()
+        if any(not row[:length].all() for row, length in zip(mask, lengths)):
+            raise ValueError("`tokenizer` pads on the left, but texts should begin at the first token.")
+        return [row[:length].cpu() for row, length in zip(embeds, lengths)]
+
     def count_tokens(self, texts: list[str]) -> list[int]:
         """Tokens of texts before they are cut."""
         return [len(ids) for ids in self.tokenizer(texts, truncation=False, verbose=False).input_ids]
-
-    def warn_of_cut(self, texts: list[str]) -> None:
-        """Says which words of a prompt do not fit."""
-        room = self.max_length - self.tokenizer.num_special_tokens_to_add()
-        for text, ids in zip(texts, self.tokenizer(texts, add_special_tokens=False).input_ids):
-            if len(ids) > room:
-                lost = shown(self.tokenizer.decode(ids[room:]))
-                logger.warning(f"The prompt {shown(text)} is cut to {self.max_length} tokens: {lost} is lost.")
 
 
 def keep_in_fp32(text_encoder: PreTrainedModel | None) -> None:

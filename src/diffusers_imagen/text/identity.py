@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 PROBES = 64
@@ -28,7 +28,7 @@ def describe_encoder(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel)
     }
 
 
-def encoder_width(config) -> int:
+def encoder_width(config: PretrainedConfig) -> int:
     """Width of an encoder's embeddings.
 
     Raises:
@@ -40,12 +40,16 @@ def encoder_width(config) -> int:
     return width
 
 
-def identity_mismatch(expected: dict[str, Any], actual: dict[str, Any]) -> str | None:
-    """How two encoders differ, in words; None if they do not. Keys that one of them lacks are not compared."""
+def identity_mismatch(expected: Any, actual: Any) -> str | None:
+    """How two encoders differ, in words; None if they do not. What one of them does not say is not compared."""
+    if not (isinstance(expected, dict) and isinstance(actual, dict)):
+        return None
     for key in expected.keys() & actual.keys() - {"weights"}:
         if expected[key] != actual[key]:
             return f"{key} {expected[key]!r}, not {actual[key]!r}"
-    pairs = zip(expected.get("weights", []), actual.get("weights", []))
-    if any(abs(a - b) > PROBE_TOLERANCE * max(abs(a), abs(b)) + 1e-6 for a, b in pairs):
-        return "other weights"
-    return None
+    try:
+        pairs = list(zip(expected.get("weights", []), actual.get("weights", [])))
+        differ = any(abs(a - b) > PROBE_TOLERANCE * max(abs(a), abs(b)) + 1e-6 for a, b in pairs)
+    except TypeError:  # of values that no encoder has
+        return "its description is malformed"
+    return "other weights" if differ else None

@@ -78,20 +78,11 @@ def load_encoder(
         broken = find_not_finite(model)
         if broken is not None:
             raise ValueError(f"{what}, whose text encoder has weights that are not finite, {broken} among them.")
-        check_vocabulary(name, tokenizer, model)
+        known = model.get_input_embeddings().num_embeddings
+        if len(tokenizer) > known:  # another token would end in an error of indexing, on a GPU in an abort
+            raise ValueError(
+                f"{what}, whose tokenizer has {len(tokenizer)} tokens, but its encoder knows {known}: they do not belong "
+                "together."
+            )
         return model.eval().requires_grad_(False).to(device)
     raise ValueError(f"{what}, which has no encoder that can be loaded: {reason}")
-
-
-def check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-    """Checks that the encoder knows every token: another would end in an error of indexing, on a GPU in an abort.
-
-    Raises:
-        ValueError: If not.
-    """
-    known = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > known:
-        raise ValueError(
-            f"`text_encoder` is {name!r}, whose tokenizer has {len(tokenizer)} tokens, but its encoder knows {known}: they "
-            "do not belong together."
-        )

@@ -1,7 +1,4 @@
-"""What training asks of text, whether an encoder, a cache or both answer.
-
-Shapes: B texts, L tokens, E width of the text encoder.
-"""
+"""What training asks of text, whether an encoder, a cache or both answer."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable

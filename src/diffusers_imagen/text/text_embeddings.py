@@ -15,6 +15,10 @@ class TextEmbeddings(NamedTuple):
     embeds: torch.Tensor  # (B, L, E), zero at padded positions
     mask: torch.Tensor  # (B, L) bool, True where a token counts
 
+    def for_pipeline(self) -> dict[str, torch.Tensor]:
+        """The arguments of a pipeline's call."""
+        return {"prompt_embeds": self.embeds.float(), "prompt_attention_mask": self.mask}
+
 
 def zero_padding(embeds: torch.Tensor, mask: torch.Tensor) -> TextEmbeddings:
     """Embeddings as an encoder gives them `(B, L, E)`, with zeros where its mask `(B, L)` has any."""

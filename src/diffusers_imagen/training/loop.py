@@ -15,7 +15,7 @@ from diffusers.utils import logging
 from tqdm.auto import tqdm
 
 from ..models.unet_base import ConditionalUNet
-from ..text.cached_encoder import open_text
+from ..text.cache import open_text
 from ..text.source import TextSource
 from .checkpoints import Checkpoints, Found
 from .compatibility import check_modules, check_network, check_width

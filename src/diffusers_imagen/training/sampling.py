@@ -13,6 +13,7 @@ from PIL import Image
 from ..models.unet_base import ConditionalUNet
 from ..pipelines import ImagenPipeline, ImagenSuperResolutionPipeline
 from ..text.source import TextSource
+from ..text.text_embeddings import TextEmbeddings
 from ..utils.files import whole_file
 from .config import TrainingConfig
 from .data.pixels import BadImage, fit_image, read_image
@@ -28,8 +29,7 @@ SAMPLES = "samples"
 class Prompts(NamedTuple):
     """What samples are drawn for."""
 
-    text: torch.Tensor | None  # (B, L, E)
-    mask: torch.Tensor | None  # (B, L)
+    text: TextEmbeddings | None
     low_res: torch.Tensor | None  # (B, 3, h, w) in [-1, 1]
 
 
@@ -42,7 +42,7 @@ def read_prompts(config: TrainingConfig, source: TextSource | None) -> Prompts |
     captions = config.validation_prompts
     if not captions:
         return None
-    text = mask = low_res = None
+    text = low_res = None
     if source is not None:
         missing = [caption for caption in captions if caption not in source]
         if missing:
@@ -50,10 +50,10 @@ def read_prompts(config: TrainingConfig, source: TextSource | None) -> Prompts |
                 f"`validation_prompts` has {missing[0]!r}, which is not in the embedding cache: give `text_encoder`, "
                 "or prompts that are captions of the data."
             )
-        text, mask = source.encode(captions)
+        text = source.encode(captions)
     if config.low_resolution is not None:
         low_res = torch.stack([read_low_res(path, config) for path in config.validation_images])
-    return Prompts(text, mask, low_res)
+    return Prompts(text, low_res)
 
 
 def read_low_res(path: str, config: TrainingConfig) -> torch.Tensor:
@@ -80,7 +80,7 @@ def draw_samples(
     images = None if prompts.low_res is None else (prompts.low_res + 1) / 2
     if prompts.text is not None:
         given = {} if images is None else {"image": images}
-        return pipe(prompt_embeds=prompts.text.float(), prompt_attention_mask=prompts.mask, **given, **inputs).images
+        return pipe(**prompts.text.for_pipeline(), **given, **inputs).images
     inputs["guidance_scale"] = 1.0
     if images is None:
         return pipe(num_images_per_prompt=len(config.validation_prompts), **inputs).images

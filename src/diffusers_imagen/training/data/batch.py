@@ -35,17 +35,14 @@ class Samples(NamedTuple):
     text: TextEmbeddings | None = None  # where the worker read them
 
     @classmethod
-    def stack(cls, samples: list[Sample]) -> "Samples":
+    def stack(cls, samples: list[Sample], source: TextSource | None = None) -> "Samples":
         pixels, low_res, captions = zip(*samples)
-        return cls(
-            torch.stack(pixels),
-            None if low_res[0] is None else torch.stack(low_res),
-            None if captions[0] is None else list(captions),
-        )
+        captions = None if captions[0] is None else list(captions)
+        text = None if source is None else source.encode(captions)
+        return cls(torch.stack(pixels), None if low_res[0] is None else torch.stack(low_res), captions, text)
 
     def finish(self, source: TextSource | None) -> Batch:
         """Encodes what is not encoded."""
-        if self.text is None and source is None:
-            return Batch(to_float(self.pixels), self.low_res, None, None)
-        embeds, mask = self.text or source.encode(self.captions)
-        return Batch(to_float(self.pixels), self.low_res, embeds.float(), mask.bool())
+        text = source.encode(self.captions) if self.text is None and source is not None else self.text
+        embeds, mask = (None, None) if text is None else (text.embeds.float(), text.mask.bool())
+        return Batch(to_float(self.pixels), self.low_res, embeds, mask)

@@ -81,10 +81,8 @@ class SlotDataset(Dataset):
         """The samples, and why rows were passed over, by name."""
         skipped = {}
         draws = self.draws(plan.first, len(plan.rows))
-        samples = Samples.stack([self._sample(plan, i, draws[i], skipped) for i in range(len(plan.rows))])
-        if self.text is not None:
-            samples = samples._replace(text=self.text.encode(samples.captions))
-        return samples, skipped
+        samples = [self._sample(plan, i, draws[i], skipped) for i in range(len(plan.rows))]
+        return Samples.stack(samples, self.text), skipped
 
     def _sample(self, plan: PlannedBatch, i: int, draws: np.ndarray, skipped: dict[str, str]) -> Sample:
         group = () if plan.bucket is None else (plan.bucket,)

@@ -154,9 +154,7 @@ class StreamDataset(IterableDataset):
         while True:
             first = (batch * self.num_processes + self.process_index) * size
             draws, skipped = self.draws(first, size), {}
-            samples = Samples.stack([self._sample(reader, rows, slot, skipped) for slot in draws])
-            if self.text is not None:
-                samples = samples._replace(text=self.text.encode(samples.captions))
+            samples = Samples.stack([self._sample(reader, rows, slot, skipped) for slot in draws], self.text)
             yield samples, skipped, (worker, reader.state)
             batch += self.num_workers
 

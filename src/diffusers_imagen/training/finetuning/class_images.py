@@ -117,17 +117,14 @@ def draw_by_pipeline(config, accelerator: Accelerator) -> Draw:
 
 def draw_by_stage(config, accelerator, unet, objective, text) -> Draw:
     """Draws with the weights that training begins with."""
-    embeds, mask = text.encode([config.class_prompt])
+    prompt = text.encode([config.class_prompt]).for_pipeline()
     pipe = ImagenPipeline(unet.eval().to(accelerator.device), objective.scheduler())
     pipe.set_progress_bar_config(disable=True)
 
     def draw(generators: list[torch.Generator]) -> list[Image.Image]:
-        count = len(generators)
-        prompt = {
-            "prompt_embeds": embeds.float().expand(count, -1, -1),
-            "prompt_attention_mask": mask.expand(count, -1),
-        }
         with accelerator.autocast():
-            return pipe(**prompt, generator=generators, **objective.sampling).images
+            return pipe(
+                **prompt, num_images_per_prompt=len(generators), generator=generators, **objective.sampling
+            ).images
 
     return draw
