@@ -56,7 +56,7 @@ def test_a_script_of_dreambooth_ends_so_too(monkeypatch, capsys):
 )
 def test_a_run_that_stops_says_why(monkeypatch, capsys, error, code, message):
     class Stopping:
-        def __init__(self, config, unet, encode):
+        def __init__(self, config, unet):
             pass
 
         def train(self):

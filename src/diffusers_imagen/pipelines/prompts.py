@@ -1,12 +1,13 @@
 """The text of a call: what the caller gives, checked, and as the networks read it."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
 from ..models.interface import StageNetwork
+from ..text.encoder import TextEncoder
+from ..text.text_embeddings import TextEmbeddings, without_text
 from ..utils.arguments import check_exactly_one, shown
 from ..utils.tensors import FLOATS, INTEGERS, check_tensor
 from .stages import Stage
@@ -131,21 +132,23 @@ class Prompts:
         if lengths[0] != lengths[1]:
             raise ValueError(f"Prompts have {lengths[0]} tokens and negative prompts {lengths[1]}: pad both alike.")
 
-    def encode(self, encode: Callable, num_images_per_prompt: int, device: torch.device) -> PromptEmbeds:
-        """The embeddings of all images, on a device; texts are encoded by `encode(texts) -> (embeds, mask)`."""
+    def encode(
+        self, encoder: TextEncoder, slice_size: int | None, num_images_per_prompt: int, device: torch.device
+    ) -> PromptEmbeds:
+        """The embeddings of all images, on a device; `slice_size` texts are encoded at once."""
         embeds, mask = self.prompt_embeds, self.prompt_attention_mask
         if embeds is None and self.prompt is None:
             return PromptEmbeds(None, None, None, None)
         if embeds is None:
-            embeds, mask = encode(as_list(self.prompt))
+            embeds, mask = encoder.encode_prompts(as_list(self.prompt), slice_size)
         negative_embeds, negative_mask = self.negative_prompt_embeds, self.negative_prompt_attention_mask
         if negative_embeds is None and self.negative_prompt is not None:
-            negative_embeds, negative_mask = encode(as_list(self.negative_prompt))
+            negative_embeds, negative_mask = encoder.encode_prompts(as_list(self.negative_prompt), slice_size)
             if isinstance(self.negative_prompt, str):
                 negative_embeds = negative_embeds.expand(len(embeds), -1, -1)
                 negative_mask = negative_mask.expand(len(embeds), -1)
         elif negative_embeds is None:
-            negative_embeds, negative_mask = torch.zeros_like(embeds), mask
+            negative_embeds, negative_mask = without_text(TextEmbeddings(embeds, mask))
         tensors = (embeds, mask.bool(), negative_embeds, negative_mask.bool())
         repeated = (tensor.repeat_interleave(num_images_per_prompt, dim=0).to(device) for tensor in tensors)
         return PromptEmbeds(*repeated, negative_given=self.negative_given)

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 
-from ...loaders.lora import ImagenLoraLoaderMixin, require_peft
+from ...loaders.lora import require_peft
 from ...models.unet_base import ConditionalUNet
+from ...pipelines import ImagenPipeline
 from ..compatibility import check_objective
 from ..config import TrainingConfig
 from ..data.data_config import arg
@@ -73,7 +74,7 @@ class LoraTrainer(Trainer):
     Args:
         config (`LoraTrainingConfig`): The settings.
         unet (`ConditionalUNet`): The network; its adapter is added in place, its own weights stay as they are.
-        encode (`Callable`, *optional*): As `train`.
+        text (`TextSource`, *optional*): As `train`.
     """
 
     def adapt(self, unet: ConditionalUNet) -> None:
@@ -108,7 +109,7 @@ class LoraTrainer(Trainer):
         component = "" if subfolder in ("unet", None) else f', component="{subfolder}"'
         usage = USAGE.format(stage=Path(stage).name if Path(stage).is_dir() else stage, component=component)
         with parts_of(self.config) as partial:
-            ImagenLoraLoaderMixin.save_lora_weights(
+            ImagenPipeline.save_lora_weights(
                 partial,
                 unet_lora_layers=get_peft_model_state_dict(unet, adapter_name=ADAPTER),
                 unet_lora_adapter_metadata=unet.peft_config[ADAPTER].to_dict(),
