@@ -27,7 +27,7 @@ PIPELINES = ("ImagenCascadePipeline", "ImagenPipeline", "ImagenSuperResolutionPi
 def register(package: ModuleType) -> None:
     """Enters the package's models, schedulers and pipelines into diffusers' tables."""
     # the loader asks the package itself for the base classes that LOADABLE_CLASSES names
-    package.ModelMixin, package.SchedulerMixin = ModelMixin, SchedulerMixin
+    vars(package).update(ModelMixin=ModelMixin, SchedulerMixin=SchedulerMixin)
     pipeline_loading_utils.LOADABLE_CLASSES[package.__name__] = {
         "ModelMixin": ["save_pretrained", "from_pretrained"],
         "SchedulerMixin": ["save_pretrained", "from_pretrained"],

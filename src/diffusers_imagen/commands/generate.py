@@ -83,7 +83,7 @@ def generate_one(args: argparse.Namespace) -> None:
     """Makes pictures of one prompt, from noise or from a picture."""
     check_sampling(args)
     refuse_empty(args.prompt)
-    inputs = {}
+    inputs: dict[str, Any] = {}
     if args.image is not None:
         strength = DEFAULT_STRENGTH if args.strength is None else args.strength
         inputs = {"image": read_image("image", args.image), "strength": strength}

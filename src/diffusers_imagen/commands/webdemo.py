@@ -10,7 +10,7 @@ import queue
 import random
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,7 +98,7 @@ class Progress(NamedTuple):
     stage_images: dict[int, list[Image.Image]]
 
 
-def draw(pipe: ImagenCascadePipeline, prompt: str, **arguments: Any) -> Iterator[Progress]:
+def draw(pipe: ImagenCascadePipeline, prompt: str, **arguments: Any) -> Generator[Progress, None, None]:
     """Runs a pipeline in another thread, and yields after every network call.
 
     A stage's images come with the first call of the stage after it. Closing the iterator stops the pipeline.
@@ -250,9 +250,9 @@ def drawer(pipe: ImagenCascadePipeline, pictures: set[str]):
 
     def run(prompt: str, negative_prompt: str, seed: float, num_images: float, *settings: float):
         request = read_request(stages, prompt, negative_prompt, seed, num_images, settings)
-        seed = request.pop("seed")
+        drawn = request.pop("seed")
         yield ["Reading the prompt ...", *([] for _ in stages)]
-        progress = draw(pipe, generator=torch.Generator().manual_seed(seed), **request)
+        progress = draw(pipe, generator=torch.Generator().manual_seed(drawn), **request)
         shown = 0
         try:
             for calls, total, images in progress:
@@ -262,7 +262,7 @@ def drawer(pipe: ImagenCascadePipeline, pictures: set[str]):
                 galleries = [keep(x) if x and i >= first_new else gr.skip() for i, x in enumerate(done)]
                 shown = len(images)
                 running = "Done" if shown == len(stages) else f"Drawing: {title(stages[shown])}"
-                yield [f"{running}. Network call {calls} of {total}, seed {seed}.", *galleries]
+                yield [f"{running}. Network call {calls} of {total}, seed {drawn}.", *galleries]
         except (ValueError, FloatingPointError) as error:
             raise refusal(str(error)) from error
         except Exception as error:  # its text may tell of this machine

@@ -1,5 +1,6 @@
-"""Noise conditioning augmentation of a super-resolution model's input: Ho et al. 2021 (arXiv 2106.15282), section 4.2,
-and Saharia et al. 2022 (Imagen, arXiv 2205.11487), section 2.4; in the EDM form.
+"""Noise conditioning augmentation of a super-resolution model's input, in the EDM form.
+
+Ho et al. 2021 (arXiv 2106.15282), section 4.2, and Saharia et al. 2022 (Imagen, arXiv 2205.11487), section 2.4.
 """
 
 import torch

@@ -1,3 +1,5 @@
+"""LoRA adapters of the stages: read, checked, loaded, weighed and saved."""
+
 from .lora import ImagenLoraLoaderMixin
 
 

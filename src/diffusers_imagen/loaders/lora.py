@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
@@ -117,9 +117,8 @@ class ImagenLoraLoaderMixin(AdaptersMixin):
         if component is not None and component not in list(present):
             raise ValueError(f"`component` is {component!r}, but should be one of {list(present)}.")
         check_adapter_name(adapter_name, present, hotswap)
-        state_dict, metadata = self.lora_state_dict(
-            pretrained_model_name_or_path_or_dict, return_lora_metadata=True, **kwargs
-        )
+        loaded = self.lora_state_dict(pretrained_model_name_or_path_or_dict, return_lora_metadata=True, **kwargs)
+        state_dict, metadata = cast(tuple[StateDict, dict[str, Any] | None], loaded)
         if state_dict and all(isinstance(key, str) and "lora" in key and "." not in key for key in state_dict):
             logger.warning(
                 f"No key of the LoRA weights names a layer, as {next(iter(state_dict))!r}: nothing is loaded."
@@ -255,7 +254,7 @@ class ImagenLoraLoaderMixin(AdaptersMixin):
         if not state_dict:
             raise ValueError(f"`{SOURCE}` holds no weights.")
         updates = group_weights(state_dict, self._known_prefixes(state_dict, component))
-        places = dict.fromkeys(updates)
+        places: dict[str, str] = {}
         if component is not None:
             if len(updates) != 1:
                 raise ValueError(

@@ -37,10 +37,9 @@ class AdaptersMixin(LoraBaseMixin):
             ValueError: If there is no such adapter or component, or a weight is not a finite number.
         """
         adapter_names = self._checked_adapters(adapter_names)
-        if not isinstance(adapter_weights, list):
-            adapter_weights = [adapter_weights] * len(adapter_names)
+        each = adapter_weights if isinstance(adapter_weights, list) else [adapter_weights] * len(adapter_names)
         # each gets a dict of its own, as diffusers takes entries out of it
-        self._networks().set_adapters(adapter_names, [self._expanded_weights(weights) for weights in adapter_weights])
+        self._networks().set_adapters(adapter_names, [self._expanded_weights(weights) for weights in each])
 
     def fuse_lora(
         self,
@@ -97,7 +96,7 @@ class AdaptersMixin(LoraBaseMixin):
 
     def get_active_adapters(self) -> list[str]:
         """The names of the adapters that a network runs with."""
-        active = {}
+        active: dict[str, None] = {}
         for name, unet in self._lora_unets().items():
             networks = LoraNetworks({name: unet}, set())
             active |= dict.fromkeys(networks.get_active_adapters())
@@ -197,7 +196,8 @@ class AdaptersMixin(LoraBaseMixin):
 @contextmanager
 def scaled_layers(unets: Iterable[StageNetwork], scale: float) -> Iterator[None]:
     """Multiplies the weights of all adapters, and puts the old ones back."""
-    layers = [layer for unet in unets for layer in unet.modules() if isinstance(getattr(layer, "scaling", None), dict)]
+    modules: Iterable[Any] = (module for unet in unets for module in unet.modules())
+    layers = [module for module in modules if isinstance(getattr(module, "scaling", None), dict)]
     before = [dict(layer.scaling) for layer in layers]
     for layer in layers:
         layer.scaling.update({name: value * scale for name, value in layer.scaling.items()})
@@ -215,7 +215,7 @@ class LoraNetworks(LoraBaseMixin):
         self.components = unets
         self._lora_loadable_modules = list(unets)
         self._merged_adapters = merged_adapters
-        vars(self).update(unets)
+        self.__dict__.update(unets)
 
 
 def require_peft() -> None:

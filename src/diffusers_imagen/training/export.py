@@ -1,5 +1,4 @@
-"""A trained network as a stage folder, which opens as a pipeline: `unet/`, `scheduler/`, a card, and what it was
-trained with."""
+"""A trained network as a stage folder that opens as a pipeline, with a card and what it was trained with."""
 
 import json
 import os

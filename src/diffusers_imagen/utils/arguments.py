@@ -77,7 +77,7 @@ def as_number(name: str, value: Any, minimum: float = -math.inf, maximum: float 
     return float(value)
 
 
-def to_float(value: numbers.Real) -> float:
+def to_float(value: Any) -> float:
     """A number as a `float`; infinite where an integer is beyond floating point."""
     try:
         return float(value)
