@@ -1,16 +1,19 @@
 """Whether a network can take the data, asked before any work is done."""
 
 from pathlib import Path
+from typing import get_args
+
+import torch
+from accelerate import Accelerator
 
 from ..models.unet_base import ConditionalUNet
 from ..schedulers import EDMHeunScheduler
 from ..schedulers.scheduling_utils import NO_BETAS
 from ..utils.files import read_json_object
 from .config import TrainingConfig
+from .devices import is_spread
 from .network import find_network
-
-
-FORMULATIONS = {"edm": "edm", "variance_preserving": "ddpm"}  # how schedulers and runs call them
+from .settings import hints_of
 
 
 def check_network(config: TrainingConfig, unet: ConditionalUNet, with_text: bool) -> None:
@@ -54,11 +57,24 @@ def check_network(config: TrainingConfig, unet: ConditionalUNet, with_text: bool
         raise ValueError("This network reads text: give `text_encoder` or `embedding_cache`.")
 
 
+def check_modules(config: TrainingConfig, accelerator: Accelerator, modules: list[torch.nn.Module]) -> None:
+    """Checks that modules can be trained beside the network.
+
+    Raises:
+        ValueError: If there are any, and weights are spread over processes.
+    """
+    if modules and is_spread(accelerator):
+        raise ValueError(
+            f"`loss_weighting` is {config.loss_weighting!r}, but {accelerator.distributed_type.value} trains one module "
+            "only."
+        )
+
+
 def check_width(unet: ConditionalUNet, width: int | None) -> None:
-    """Checks the width of the text states, if it is known."""
+    """Checks the width of the text embeddings; None is that of no text."""
     if width is not None and unet.config.encoder_hid_dim not in (None, width):
         raise ValueError(
-            f"The text states are {width} wide, but this network reads {unet.config.encoder_hid_dim}: give the text "
+            f"The text embeddings are {width} wide, but this network reads {unet.config.encoder_hid_dim}: give the text "
             "encoder, or the embedding cache, that it was made for."
         )
 
@@ -87,8 +103,8 @@ def check_objective(config: TrainingConfig) -> None:
             saved = EDMHeunScheduler.load_config(place, subfolder=part)  # reads what any scheduler saved
         except OSError:
             return
-    trained = FORMULATIONS.get(str(saved.get("preconditioning")))
-    if trained is None:  # a scheduler that is not of this package
+    trained = saved.get("preconditioning")
+    if trained not in get_args(hints_of(TrainingConfig)["preconditioning"]):  # a scheduler that is not of this package
         return
     keys = ("sigma_data",) if trained == "edm" else ("sigma_data", "prediction_type", "beta_schedule")
     expected = {"preconditioning": trained, **{key: saved[key] for key in keys if key in saved}}

@@ -28,7 +28,7 @@ ANOTHER_RUN = (
     *("resolution", "center_crop", "random_flip", "background", "min_resolution", "aspect_ratio_buckets"),
     *("bucket_step", "low_resolution", "crop_size", "degradation_blur_sigma", "degradation_jpeg_quality"),
     *("tokenizer_max_length", "preconditioning", "sigma_data", "p_mean", "p_std", "prediction_type", "beta_schedule"),
-    *("snr_gamma", "loss", "uncertainty_weighting", "stratified_noise", "text_drop_rate"),
+    *("loss", "loss_weighting", "snr_gamma", "stratified_noise", "text_drop_rate"),
     *("noise_conditioning_augmentation", "use_ema", "ema_type", "ema_stds", "use_8bit_adam"),
     *("rank", "lora_alpha", "lora_target_modules"),
     *("with_prior_preservation", "instance_prompt", "class_prompt", "prior_loss_weight"),

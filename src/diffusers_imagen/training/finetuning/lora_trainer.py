@@ -1,26 +1,22 @@
 """LoRA fine-tuning (Hu et al. 2021, arXiv 2106.09685) of a stage: the loop, with an adapter for the weights."""
 
 import hashlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
 
 from ...loaders.lora import ImagenLoraLoaderMixin, require_peft
 from ...models.unet_base import ConditionalUNet
 from ..compatibility import check_objective
-from ..config import TrainingConfig
-from ..data.data_config import arg
-from ..devices import inner_network
+from ..devices import inner_network, is_spread
 from ..export import CARD_FILE, model_card, parts_of, write_record
 from ..loop import Trainer
 from ..network import find_network, fresh_weights
 from ..states import NetworkState
+from .finetuning_config import TARGET_MODULES
 
 
-TARGET_MODULES = ["to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj"]
 ADAPTER = "default"
 
 USAGE = """import diffusers_imagen
@@ -28,43 +24,6 @@ from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{stage}")
 pipe.load_lora_weights("{{name}}"{component})"""
-
-
-@dataclass
-class LoraTrainingConfig(TrainingConfig):
-    """Settings of a run that trains an adapter of a stage."""
-
-    rank: int = arg(4, "Rank of the adapter's updates.")
-    lora_alpha: float | None = arg(None, "Updates are scaled by lora_alpha / rank; the rank if not given.")
-    lora_target_modules: list[str] = arg(TARGET_MODULES, "Layers that are adapted, by the ends of their names.")
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_adapter(self)
-
-    def tags(self) -> list[str]:
-        return ["lora"]
-
-
-def check_adapter(config: TrainingConfig) -> None:
-    """Checks what an adapter is told, and that there is a trained stage to adapt.
-
-    Raises:
-        ValueError: If not.
-    """
-    if config.pretrained_model_name_or_path is None or config.grow or config.layers_per_block:
-        raise ValueError(
-            "Fine-tuning begins with a trained stage: give `pretrained_model_name_or_path`, not `grow` or "
-            "`layers_per_block`."
-        )
-    if config.rank is None:  # of DreamBooth, which trains whole networks too
-        if config.lora_alpha is not None or config.lora_target_modules != TARGET_MODULES:
-            raise ValueError("`lora_alpha` or `lora_target_modules` is given, but without `rank` there is no adapter.")
-        return
-    if not config.lora_target_modules:
-        raise ValueError("`lora_target_modules` is empty, but should name layers.")
-    if config.use_ema and config.ema_type == "power":
-        raise ValueError("`ema_type` is 'power', but only averages of whole networks can be reconstructed.")
 
 
 class LoraTrainer(Trainer):
@@ -81,7 +40,7 @@ class LoraTrainer(Trainer):
         from peft import LoraConfig
 
         config, accelerator = self.config, self.accelerator
-        if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        if is_spread(accelerator):
             raise ValueError(f"An adapter is small: train it with DDP, not {accelerator.distributed_type.value}.")
         check_objective(config)
         check_targets(unet, config.lora_target_modules)
@@ -93,8 +52,8 @@ class LoraTrainer(Trainer):
                 LoraConfig(r=config.rank, lora_alpha=alpha, target_modules=list(config.lora_target_modules)), ADAPTER
             )
 
-    def describe(self, unet: ConditionalUNet) -> dict[str, Any]:
-        return {**super().describe(unet), "base weights": self.base_digest}
+    def describe(self) -> dict[str, Any]:
+        return {**super().describe(), "base weights": self.base_digest}
 
     def network_state(self) -> dict[str, NetworkState]:
         """The adapter alone: the frozen weights are not in a checkpoint."""
