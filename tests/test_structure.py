@@ -113,12 +113,10 @@ def test_dependencies_point_one_way(page, writer):
     assert wrong == []
 
 
-@pytest.mark.xfail(reason="issue 14: DreamBooth and its class images")
 def test_no_module_imports_itself_by_way_of_others():
     graphlib.TopologicalSorter({path: imports_of(path) for path in TREES}).prepare()
 
 
-@pytest.mark.xfail(reason="issue 14: folders.py")
 def test_no_file_name_has_two_meanings():
     counts = Counter(path.name for path in MODULES)
     assert [name for name, count in counts.items() if count > 1] == []

@@ -6,7 +6,7 @@ from typing import get_args
 import torch
 from accelerate import Accelerator
 
-from ..models.unet_base import ConditionalUNet
+from ..models.interface import StageNetwork
 from ..schedulers import EDMHeunScheduler
 from ..schedulers.scheduling_utils import NO_BETAS
 from ..utils.files import read_json_object
@@ -16,12 +16,12 @@ from .network import find_network
 from .settings import hints_of
 
 
-def check_network(config: TrainingConfig, unet: ConditionalUNet, with_text: bool) -> None:
+def check_network(config: TrainingConfig, unet: StageNetwork, with_text: bool) -> None:
     """Checks sides, conditioning image and text.
 
     Args:
         config (`TrainingConfig`): The data, and what is done to it.
-        unet (`ConditionalUNet`): The network.
+        unet (`StageNetwork`): The network.
         with_text (`bool`): Whether batches have text.
 
     Raises:
@@ -40,10 +40,10 @@ def check_network(config: TrainingConfig, unet: ConditionalUNet, with_text: bool
                 f"`{name}` gives images of {shape[0]}x{shape[1]}, but this network takes multiples of {stride}, "
                 f"such as {' or '.join(map(str, near))}."
             )
-    if unet.config.low_res_conditioning != (config.low_resolution is not None):
-        needs = "is conditioned on one: give `low_resolution`" if unet.config.low_res_conditioning else "takes none"
+    if unet.takes_low_res != (config.low_resolution is not None):
+        needs = "is conditioned on one: give `low_resolution`" if unet.takes_low_res else "takes none"
         raise ValueError(f"`low_resolution` is {config.low_resolution}, but this network {needs}.")
-    told = unet.config.low_res_noise_conditioning
+    told = unet.takes_low_res_noise_level
     if config.low_resolution is not None and told != bool(config.noise_conditioning_augmentation):
         raise ValueError(
             f"`noise_conditioning_augmentation` is {config.noise_conditioning_augmentation}, but this network is "
@@ -51,9 +51,9 @@ def check_network(config: TrainingConfig, unet: ConditionalUNet, with_text: bool
             + "told its conditioning image's noise level: set it "
             + ("above 0, such as 0.5." if told else "to 0.")
         )
-    if with_text and unet.config.encoder_hid_dim is None:
+    if with_text and unet.text_width is None:
         raise ValueError("`text_encoder` or `embedding_cache` is given, but this network was built without text.")
-    if not with_text and unet.config.encoder_hid_dim is not None:
+    if not with_text and unet.text_width is not None:
         raise ValueError("This network reads text: give `text_encoder` or `embedding_cache`.")
 
 
@@ -70,12 +70,12 @@ def check_modules(config: TrainingConfig, accelerator: Accelerator, modules: lis
         )
 
 
-def check_width(unet: ConditionalUNet, width: int | None) -> None:
+def check_width(unet: StageNetwork, width: int | None) -> None:
     """Checks the width of the text embeddings; None is that of no text."""
-    if width is not None and unet.config.encoder_hid_dim not in (None, width):
+    if width is not None and unet.text_width not in (None, width):
         raise ValueError(
-            f"The text embeddings are {width} wide, but this network reads {unet.config.encoder_hid_dim}: give the text "
-            "encoder, or the embedding cache, that it was made for."
+            f"The text embeddings are {width} wide, but this network reads {unet.text_width}: give the text encoder, or "
+            "the embedding cache, that it was made for."
         )
 
 

@@ -11,7 +11,7 @@ from diffusers.utils import logging
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from ..models.unet_base import ConditionalUNet
+from ..models.interface import StageNetwork
 from .config import TrainingConfig
 
 
@@ -114,7 +114,7 @@ def inner_network(accelerator: Accelerator, module: torch.nn.Module) -> torch.nn
     return accelerator.unwrap_model(getattr(module, "_orig_mod", module))
 
 
-def whole_network(accelerator: Accelerator, unet: torch.nn.Module) -> ConditionalUNet:
+def whole_network(accelerator: Accelerator, unet: torch.nn.Module) -> StageNetwork:
     """The network without wrappers; where it is spread over processes, the main process gets a gathered copy.
 
     All processes call this.

@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType
 from diffusers.utils import logging
 from tqdm.auto import tqdm
 
-from ..models.unet_base import ConditionalUNet
+from ..models.interface import StageNetwork
 from ..text.cache import open_text
 from ..text.source import TextSource
 from .checkpoints import Checkpoints, Found
@@ -41,12 +41,12 @@ from .validation import ValidationLoss
 logger = logging.get_logger(__name__)
 
 
-def train(config: TrainingConfig, unet: ConditionalUNet, text: TextSource | None = None) -> dict[str, float]:
+def train(config: TrainingConfig, unet: StageNetwork, text: TextSource | None = None) -> dict[str, float]:
     """Trains a network and writes the stage to `config.output_dir`; returns the last losses.
 
     Args:
         config (`TrainingConfig`): The settings.
-        unet (`ConditionalUNet`): The network, trained in place.
+        unet (`StageNetwork`): The network, trained in place.
         text (`TextSource`, *optional*): Makes the embeddings of captions and prompts; by default what `text_encoder`
             and `embedding_cache` of `config` name. Without any the network has to be one without text.
 
@@ -76,7 +76,7 @@ class Trainer:
     Args: as `train`.
     """
 
-    def __init__(self, config: TrainingConfig, unet: ConditionalUNet, text: TextSource | None = None):
+    def __init__(self, config: TrainingConfig, unet: StageNetwork, text: TextSource | None = None):
         self.config, self.unet = config, unet
         if text is None:
             text = open_text(config.text_encoder, config.embedding_cache, config.tokenizer_max_length)
@@ -134,7 +134,7 @@ class Trainer:
 
     # ---- what another kind of run overrides
 
-    def adapt(self, unet: ConditionalUNet) -> None:
+    def adapt(self, unet: StageNetwork) -> None:
         """Changes the network, in place, before anything is made for it; what needs no gradient then is not trained."""
 
     def describe(self) -> dict[str, Any]:
@@ -155,7 +155,7 @@ class Trainer:
         """What a checkpoint has of the network, by the name of its file."""
         return {"model": NetworkState(inner_network(self.accelerator, self.unet))}
 
-    def export(self, unet: ConditionalUNet, done: int, results: dict[str, float]) -> None:
+    def export(self, unet: StageNetwork, done: int, results: dict[str, float]) -> None:
         """Writes what is trained, with its averaged weights."""
         save_stage(unet, self.objective.scheduler(), self.config, done, results)
 

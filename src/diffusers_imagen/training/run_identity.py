@@ -8,7 +8,7 @@ import json
 from dataclasses import fields
 from typing import Any
 
-from ..models.unet_base import ConditionalUNet
+from ..models.interface import StageNetwork
 from ..text.identity import identity_mismatch
 from .config import TrainingConfig
 
@@ -64,13 +64,13 @@ TEXT_ENCODER = "the text encoder"
 
 
 def describe_run(
-    config: TrainingConfig, unet: ConditionalUNet, mixed_precision: str, num_processes: int = 1, sharing: str = ""
+    config: TrainingConfig, unet: StageNetwork, mixed_precision: str, num_processes: int = 1, sharing: str = ""
 ) -> dict[str, Any]:
     """What must agree between a checkpoint and the run that goes on with it, but for the data.
 
     Args:
         config (`TrainingConfig`): The settings.
-        unet (`ConditionalUNet`): The network.
+        unet (`StageNetwork`): The network.
         mixed_precision (`str`): As accelerate calls it; fp16 alone has a gradient scaler.
         num_processes (`int`): How many share a step.
         sharing (`str`): How weights are spread over them.

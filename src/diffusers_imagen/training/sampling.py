@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from diffusers.utils import logging, make_image_grid
 from PIL import Image
 
-from ..models.unet_base import ConditionalUNet
+from ..models.interface import StageNetwork
 from ..pipelines import ImagenPipeline, ImagenSuperResolutionPipeline
 from ..text.source import TextSource
 from ..text.text_embeddings import TextEmbeddings
@@ -66,9 +66,7 @@ def read_low_res(path: str, config: TrainingConfig) -> torch.Tensor:
     return to_float(torch.from_numpy(fit_image(image, *size).copy()).permute(2, 0, 1))
 
 
-def draw_samples(
-    unet: ConditionalUNet, objective: Objective, prompts: Prompts, config: TrainingConfig
-) -> torch.Tensor:
+def draw_samples(unet: StageNetwork, objective: Objective, prompts: Prompts, config: TrainingConfig) -> torch.Tensor:
     """Images `(B, 3, H, W)` in [-1, 1] by the stage's own pipeline, with the same noise at every call."""
     if prompts.low_res is None:
         pipe = ImagenPipeline(unet, objective.scheduler())

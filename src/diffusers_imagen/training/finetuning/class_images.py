@@ -12,12 +12,12 @@ from diffusers.utils import logging
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ...models.unet_base import ConditionalUNet
+from ...models.interface import StageNetwork
 from ...pipelines import ImagenPipeline
 from ...text.source import TextSource
 from ...utils.errors import describe_fault
 from ...utils.files import FolderHold, whole_file
-from ..data.folders import find_pictures, list_files
+from ..data.image_folders import find_pictures, list_files
 from ..objective.objectives import Objective
 from .finetuning_config import DreamBoothTrainingConfig
 
@@ -31,7 +31,7 @@ Draw = Callable[[list[torch.Generator]], list[Image.Image]]
 def draw_class_images(
     config: DreamBoothTrainingConfig,
     accelerator: Accelerator,
-    unet: ConditionalUNet,
+    unet: StageNetwork,
     objective: Objective,
     text: TextSource | None,
 ) -> None:

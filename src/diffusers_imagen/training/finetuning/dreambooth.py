@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ...models.unet_base import ConditionalUNet
+from ...models.interface import StageNetwork
 from ...text.source import TextSource
 from ..compatibility import check_objective
 from ..data import BatchStream, PairedBatches, make_train_batches
@@ -44,12 +44,12 @@ class DreamBoothTrainer(Trainer):
 
     Args:
         config (`DreamBoothTrainingConfig`): The settings.
-        unet (`ConditionalUNet`): The trained network.
+        unet (`StageNetwork`): The trained network.
         text (`TextSource`, *optional*): As `train`.
     """
 
-    def adapt(self, unet: ConditionalUNet) -> None:
-        if unet.config.encoder_hid_dim is None:
+    def adapt(self, unet: StageNetwork) -> None:
+        if unet.text_width is None:
             raise ValueError("This network reads no text, but `instance_prompt` tells the subject by a word.")
         check_objective(self.config)
         check_folders(self.config)
@@ -75,6 +75,6 @@ class DreamBoothLoraTrainer(DreamBoothTrainer, LoraTrainer):
     """A run on a subject that trains an adapter."""
 
 
-def make_trainer(config: DreamBoothTrainingConfig, unet: ConditionalUNet, text: TextSource | None = None) -> Trainer:
+def make_trainer(config: DreamBoothTrainingConfig, unet: StageNetwork, text: TextSource | None = None) -> Trainer:
     """The run that the configuration means: of an adapter, or of all weights."""
     return (DreamBoothTrainer if config.rank is None else DreamBoothLoraTrainer)(config, unet, text)

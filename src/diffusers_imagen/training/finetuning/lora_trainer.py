@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ...loaders.lora import require_peft
-from ...models.unet_base import ConditionalUNet
+from ...models.interface import StageNetwork
 from ...pipelines import ImagenPipeline
 from ..compatibility import check_objective
 from ..devices import inner_network, is_spread
@@ -32,11 +32,11 @@ class LoraTrainer(Trainer):
 
     Args:
         config (`LoraTrainingConfig`): The settings.
-        unet (`ConditionalUNet`): The network; its adapter is added in place, its own weights stay as they are.
+        unet (`StageNetwork`): The network; its adapter is added in place, its own weights stay as they are.
         text (`TextSource`, *optional*): As `train`.
     """
 
-    def adapt(self, unet: ConditionalUNet) -> None:
+    def adapt(self, unet: StageNetwork) -> None:
         require_peft()
         from peft import LoraConfig
 
@@ -45,7 +45,7 @@ class LoraTrainer(Trainer):
             raise ValueError(f"An adapter is small: train it with DDP, not {accelerator.distributed_type.value}.")
         check_objective(config)
         check_targets(unet, config.lora_target_modules)
-        self.base_digest = digest(unet)
+        self.subfolder, self.base_digest = find_network(config), digest(unet)
         unet.requires_grad_(False)
         alpha = config.rank if config.lora_alpha is None else config.lora_alpha
         with fresh_weights(config.seed):
@@ -60,12 +60,11 @@ class LoraTrainer(Trainer):
         """The adapter alone: the frozen weights are not in a checkpoint."""
         return {"adapter": NetworkState(inner_network(self.accelerator, self.unet), self.names)}
 
-    def export(self, unet: ConditionalUNet, done: int, results: dict[str, float]) -> None:
+    def export(self, unet: StageNetwork, done: int, results: dict[str, float]) -> None:
         from peft.utils import get_peft_model_state_dict
 
         stage = self.config.pretrained_model_name_or_path
-        subfolder = find_network(self.config)
-        component = "" if subfolder in ("unet", None) else f', component="{subfolder}"'
+        component = "" if self.subfolder in ("unet", None) else f', component="{self.subfolder}"'
         usage = USAGE.format(stage=Path(stage).name if Path(stage).is_dir() else stage, component=component)
         with parts_of(self.config) as partial:
             ImagenPipeline.save_lora_weights(
@@ -78,7 +77,7 @@ class LoraTrainer(Trainer):
             (partial / CARD_FILE).write_text(card, encoding="utf-8")
 
 
-def check_targets(unet: ConditionalUNet, targets: list[str]) -> None:
+def check_targets(unet: StageNetwork, targets: list[str]) -> None:
     """Checks that there are layers of these names; a network has not all of the default ones.
 
     Raises:
@@ -90,7 +89,7 @@ def check_targets(unet: ConditionalUNet, targets: list[str]) -> None:
         raise ValueError(f"`lora_target_modules` has {missing}, but no layer of the network has such a name.")
 
 
-def digest(unet: ConditionalUNet) -> str:
+def digest(unet: StageNetwork) -> str:
     """SHA-256 of a network's weights: an adapter belongs to them."""
     sha = hashlib.sha256()
     for name, tensor in unet.state_dict().items():
