@@ -6,7 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUTPUT_DIR ?= outputs
 DATASET_DIR ?= data/emoji
-SOURCES := src scripts tests
+SOURCES := src scripts examples tests
+TEXTS := docs README.md CHANGELOG.md CONTRIBUTING.md
 
 # PROMPT reaches the script through the environment: quotes, dollar signs and other shell characters stay as they are typed.
 # Only `make demo PROMPT=...` sets it; a PROMPT that the login shell exports is its command prompt.
@@ -20,11 +21,11 @@ endif
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := setup
-.PHONY: help setup venv demo test style quality dataset clean
+.PHONY: help setup venv demo test style quality docs dataset clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' \
-		| awk -F'|' '{ printf "  make %-8s  %s\n", $$1, $$2 }'
+		| awk -F'|' '{ printf "  make %-9s  %s\n", $$1, $$2 }'
 	@echo
 	@echo '  make demo PROMPT="a red apple"      your own prompt (in single quotes if it has a dollar sign)'
 	@echo '  make test PYTEST_ARGS="-k scheduler"  part of the tests'
@@ -44,15 +45,21 @@ style: $(VENV)/.quality ## format the code, fix what ruff can fix
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-quality: $(VENV)/.quality ## check style and format, change nothing
+quality: $(VENV)/.quality ## check style, format, types and spelling, change nothing
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/codespell $(SOURCES) $(TEXTS)
+
+docs: $(VENV)/.installed ## write the pages that are made of the code: docs/structure.md, docs/training_flags.md
+	$(BIN)/python scripts/write_structure.py
+	$(BIN)/python scripts/write_training_flags.py
 
 dataset: $(VENV)/.installed ## build the captioned emoji set in data/emoji (needs npm)
 	$(BIN)/python scripts/build_emoji_dataset.py --output_dir "$(DATASET_DIR)"
 
 clean: ## remove .venv, outputs, build products and caches
-	rm -rf $(VENV) outputs build dist src/*.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) outputs build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt

@@ -20,7 +20,7 @@ from diffusers_imagen.commands.common import (
     slug_of,
 )
 from diffusers_imagen.commands.parser import Parser, check_numbers, check_prompt, refuse_empty
-from diffusers_imagen.pipelines.pipeline_imagen_cascade import DEFAULT_GUIDANCE, DEFAULT_STEPS
+from diffusers_imagen.pipelines.stage_table import DEFAULT_GUIDANCE, DEFAULT_STEPS
 from diffusers_imagen.utils.errors import run_to_exit_code
 from diffusers_imagen.utils.files import check_writable
 from diffusers_imagen.utils.grid import captioned_grid
@@ -69,7 +69,7 @@ def main() -> None:
             save_image(image, args.output_dir / f"{slug_of(prompt)}-{resolution}.png")
     rows = [list(images) for images in zip(*out.stage_images.values())]
     grid = args.output_dir / "demo.png"
-    save_image(captioned_grid(rows, prompts, side=max(out.stage_images)), grid)
+    save_image(captioned_grid(rows, prompts, resolution=max(out.stage_images)), grid)
     print(grid)
 
 

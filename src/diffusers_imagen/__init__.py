@@ -18,6 +18,7 @@ __all__ = [
     "ImagenPipelineOutput",
     "ImagenSuperResolutionPipeline",
     "ImagenUNetModel",
+    "register_network",
 ]
 
-from . import _register
+from ._register import register_network

@@ -11,6 +11,8 @@ import diffusers
 from diffusers import ModelMixin, SchedulerMixin, pipelines
 from diffusers.pipelines import auto_pipeline, pipeline_loading_utils
 
+from .models.interface import StageNetwork
+
 
 COMPONENTS = (
     "ImagenUNetModel",
@@ -25,7 +27,7 @@ PIPELINES = ("ImagenCascadePipeline", "ImagenPipeline", "ImagenSuperResolutionPi
 def register(package: ModuleType) -> None:
     """Enters the package's models, schedulers and pipelines into diffusers' tables."""
     # the loader asks the package itself for the base classes that LOADABLE_CLASSES names
-    package.ModelMixin, package.SchedulerMixin = ModelMixin, SchedulerMixin
+    vars(package).update(ModelMixin=ModelMixin, SchedulerMixin=SchedulerMixin)
     pipeline_loading_utils.LOADABLE_CLASSES[package.__name__] = {
         "ModelMixin": ["save_pretrained", "from_pretrained"],
         "SchedulerMixin": ["save_pretrained", "from_pretrained"],
@@ -42,6 +44,27 @@ def register(package: ModuleType) -> None:
     ):
         mapping["imagen-cascade"] = package.ImagenCascadePipeline
         mapping["imagen"] = package.ImagenPipeline
+
+
+def register_network(network_class: type[StageNetwork]) -> None:
+    """Make the loaders find a network of another family by the name that its configuration file says.
+
+    Args:
+        network_class: A subclass of `models.interface.StageNetwork` and diffusers' `ModelMixin`.
+
+    Raises:
+        ValueError: If it is no such class, or diffusers has another class of its name.
+    """
+    if not isinstance(network_class, type) or not all(
+        issubclass(network_class, base) for base in (StageNetwork, ModelMixin)
+    ):
+        raise ValueError(
+            f"`network_class` is {network_class!r}, but should be a class of StageNetwork and ModelMixin."
+        )
+    name = network_class.__name__
+    if getattr(diffusers, name, network_class) is not network_class:
+        raise ValueError(f"`network_class` is {name}, but diffusers has another class of that name.")
+    setattr(diffusers, name, network_class)
 
 
 register(sys.modules[__package__])

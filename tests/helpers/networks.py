@@ -3,8 +3,15 @@
 import math
 
 import torch
+from diffusers import AutoModel
 
-from diffusers_imagen import EfficientUNetModel, ImagenUNetModel
+from diffusers_imagen import (
+    EDMHeunScheduler,
+    EfficientUNetModel,
+    ImagenPipeline,
+    ImagenSuperResolutionPipeline,
+    ImagenUNetModel,
+)
 
 
 TEXT_WIDTH, TOKENS, SIZE = 12, 5, 16
@@ -114,3 +121,11 @@ def run(unet, inputs: dict, **changes) -> torch.Tensor:
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return ((actual.float() - expected).norm() / expected.norm()).item()
+
+
+def save_index(folder, **parts) -> None:
+    """Makes a folder of `unet/` and `scheduler/` one of a single-stage pipeline, which has other parts too."""
+    unet = AutoModel.from_pretrained(str(folder), subfolder="unet")
+    scheduler = EDMHeunScheduler.from_pretrained(folder, subfolder="scheduler")
+    pipeline_class = ImagenSuperResolutionPipeline if unet.takes_low_res else ImagenPipeline
+    pipeline_class(unet, scheduler, **parts).save_config(folder)

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from diffusers_imagen import EDMHeunScheduler, ImagenCascadePipeline, ImagenPipeline
+from diffusers_imagen import ImagenCascadePipeline, ImagenPipeline
 from diffusers_imagen.commands.common import load_pipeline
-from diffusers_imagen.pipelines.folders import load_text_parts, split_options, write_model_index
+from diffusers_imagen.pipelines.folders import load_text_parts, split_options
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ HOSTILE = {
     "a path": (entry(INDEX, tokenizer=["../evil", "X"]), "for `tokenizer`"),
     "an unknown component": (entry(INDEX, foo=["os", "system"]), "has 'foo', which is no component"),
     "a network of its own": (scripts(entry(INDEX, base_unet=["evil", "Evil"])), "for `base_unet`"),
-    "another network": (entry(INDEX, base_unet=["diffusers", "UNet2DModel"]), "should have a library and its Cond"),
+    "another network": (entry(INDEX, base_unet=["diffusers", "UNet2DModel"]), "should have a library and its StageN"),
     "no network": (entry(INDEX, base_unet=[None, None]), "has no `base_unet`, which every"),
     "no pair": (entry(INDEX, base_unet=["diffusers_imagen"]), "for `base_unet`"),
     "no folder": (gone("base_unet"), "no folder base_unet/"),
@@ -233,17 +233,3 @@ def test_options_are_those_of_files_and_those_of_networks():
     for name in ("subfolder", "trust_remote_code", "custom_pipeline"):
         with pytest.raises(ValueError, match=f"`{name}` is 'x', but should not be given"):
             split_options({name: "x"})
-
-
-def test_an_index_is_written_of_configurations_alone(base_unet, tmp_path):
-    base_unet.save_pretrained(tmp_path / "unet")
-    EDMHeunScheduler().save_pretrained(tmp_path / "scheduler")
-    for file, data in (("unet/config.json", "[]"), ("scheduler/scheduler_config.json", '{"_class_name": "os"}')):
-        kept = (tmp_path / file).read_text()
-        (tmp_path / file).write_text(data)
-        with pytest.raises(ValueError):
-            write_model_index(tmp_path)
-        (tmp_path / file).write_text(kept)
-    assert not (tmp_path / INDEX).exists()
-    write_model_index(tmp_path)
-    assert type(ImagenPipeline.from_pretrained(tmp_path).unet) is type(base_unet)

@@ -6,6 +6,7 @@ import torch
 from diffusers.schedulers import KarrasDiffusionSchedulers
 
 from diffusers_imagen.pipelines.schedules import StageSettings, check_drives
+from diffusers_imagen.pipelines.stage_table import BASE
 from diffusers_imagen.pipelines.stages import Stage
 
 
@@ -48,7 +49,7 @@ def test_every_scheduler_of_diffusers_drives_a_stage_or_is_refused(base_unet, ow
         except ImportError:  # of a library that need not be there
             continue
         try:
-            check_drives(scheduler, Stage("base", base_unet, scheduler), settings)
+            check_drives(scheduler, Stage(BASE, base_unet, scheduler), settings)
             driven.append(name)
         except ValueError as error:
             assert "`base`" in str(error)

@@ -176,11 +176,11 @@ def read_captions(args: argparse.Namespace) -> list[str]:
     missing = set(args.splits or []) - set(splits)
     if missing:
         raise ValueError(f"`splits` has {sorted(missing)}, but the data set has {sorted(map(str, splits))}.")
-    splits = [splits[name] for name in dict.fromkeys(args.splits or splits)]
-    for data in splits:
+    chosen = [splits[name] for name in dict.fromkeys(args.splits or splits)]
+    for data in chosen:
         check_columns(data, column_names(data, config), config, with_text=True)
     captions = distinct_captions(
-        caption for data in splits for caption in iterate_captions(data, config.caption_column)
+        caption for data in chosen for caption in iterate_captions(data, config.caption_column)
     )
     if not captions:
         raise ValueError("The data set has no captions.")

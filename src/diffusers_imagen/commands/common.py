@@ -13,7 +13,9 @@ from PIL import Image
 
 from ..pipelines import ImagenCascadePipeline
 from ..pipelines.folders import check_source, load_pipeline_folder, loading
-from ..pipelines.stages import DEFAULT_GUIDANCE, DEFAULT_STEPS, check_stages, refuse_untrained
+from ..pipelines.stage_table import DEFAULT_GUIDANCE, DEFAULT_STEPS, STAGES
+from ..pipelines.stages import check_stages, refuse_untrained
+from ..schedulers.schedule_checks import MAX_STEPS
 from ..utils.files import check_writable, whole_file
 from ..utils.images import BadImage
 from ..utils.images import read_image as read_picture
@@ -30,7 +32,6 @@ NAME_LENGTH, NAME_BYTES = 60, 180
 # bounds: what is above is a slip, and would run until it is killed
 MAX_SIDE = 8192
 MAX_SEED = 2**63 - 1
-MAX_STEPS = 10_000
 MAX_GUIDANCE = 1000
 MAX_IMAGES = 1000
 
@@ -54,7 +55,7 @@ def add_sampling_arguments(command: Parser) -> None:
         1,
         MAX_SIDE,
         "output_resolution",
-        help="stop after the stage of this resolution: 64, 256 or 1024",
+        help="stop after the stage of this resolution: " + ", ".join(str(kind.resolution) for kind in STAGES),
     )
     command.add_number("--height", int, 1, MAX_SIDE, help="of the image in pixels; default: the resolution")
     command.add_number("--width", int, 1, MAX_SIDE, help="of the image in pixels; default: the resolution")

@@ -5,17 +5,17 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from diffusers import AutoModel
 from tqdm.auto import tqdm
 from transformers import AutoConfig
 
-from ..models.unet_base import ConditionalUNet
-from ..pipelines.stages import is_untrained, missing_weights
+from ..models.interface import StageNetwork
+from ..pipelines.stages import missing_weights
 from ..text.cache import EmbeddingCache
 from ..text.encoder import TextEncoder
 from ..text.identity import encoder_width
@@ -61,7 +61,9 @@ def examine_data(
 
 def examine_images(rows: Rows, places: np.ndarray, config: DataConfig, sigma_data: float) -> list[Finding]:
     """Modes, sizes, range, standard deviation, duplicates, and files that cannot be read."""
-    modes, seen, bad = Counter(), {}, {}
+    modes: Counter[str] = Counter()
+    seen: dict[bytes, str] = {}
+    bad: dict[str, str] = {}
     small, copies = [], []
     count, total, squares, low, high = 0, 0.0, 0.0, 255, 0
     for place in tqdm(places.tolist(), desc="Opening images", mininterval=5):
@@ -76,7 +78,7 @@ def examine_images(rows: Rows, places: np.ndarray, config: DataConfig, sigma_dat
         if min(image.size) < config.resolution:
             small.append(f"{name} ({image.width}x{image.height})")
         pixels = fit_image(image, config.resolution, config.resolution)
-        digest = hashlib.sha256(pixels).digest()
+        digest = hashlib.sha256(pixels.data).digest()
         if digest in seen:
             copies.append(f"{name} of {seen[digest]}")
         seen.setdefault(digest, name)
@@ -90,19 +92,10 @@ def examine_images(rows: Rows, places: np.ndarray, config: DataConfig, sigma_dat
         return findings
     mean = total / count
     sigma = math.sqrt(max(0.0, squares / count - mean**2))
-    off = abs(sigma / sigma_data - 1) > SIGMA_TOLERANCE
     findings += [
         Finding(False, "modes: " + ", ".join(f"{mode} {number}" for mode, number in modes.most_common())),
-        Finding(
-            high - low < 128,
-            f"pixels from {low} to {high} of 255"
-            + (": nearly uniform; were they scaled to [0, 1] before they were saved?" if high - low < 128 else ""),
-        ),
-        Finding(
-            off,
-            f"measured sigma_data {sigma:.3f} at {config.resolution} px, mean {mean:+.3f}; configured {sigma_data}"
-            + (f": give `sigma_data` {sigma:.2f}" if off and sigma > 0.005 else ""),
-        ),
+        judge_range(low, high),
+        judge_sigma(sigma, sigma_data, f"at {config.resolution} px, mean {mean:+.3f}"),
         Finding(
             len(small) >= max(1, MANY * len(places)),
             report(
@@ -115,6 +108,20 @@ def examine_images(rows: Rows, places: np.ndarray, config: DataConfig, sigma_dat
         ),
     ]
     return findings
+
+
+def judge_range(low: int, high: int) -> Finding:
+    """Whether pixels use the range that they are kept in."""
+    uniform = high - low < 128
+    hint = ": nearly uniform; were they scaled to [0, 1] before they were saved?" if uniform else ""
+    return Finding(uniform, f"pixels from {low} to {high} of 255{hint}")
+
+
+def judge_sigma(sigma: float, sigma_data: float, where: str) -> Finding:
+    """Whether the images have the standard deviation that is configured."""
+    off = abs(sigma / sigma_data - 1) > SIGMA_TOLERANCE
+    hint = f": give `sigma_data` {sigma:.2f}" if off and sigma > 0.005 else ""
+    return Finding(off, f"measured sigma_data {sigma:.3f} {where}; configured {sigma_data}{hint}")
 
 
 def examine_captions(rows: Rows, config: DataConfig, text_encoder: str | None) -> list[Finding]:
@@ -199,13 +206,19 @@ def examine_stage(folder: Path, text_encoder: str | None = None) -> list[Finding
     encoder = text_encoder or (str(folder) if (folder / "text_encoder").is_dir() else None)
     for path in [folder / "model_index.json", *sorted(folder.glob("*scheduler/scheduler_config.json"))]:
         if path.exists():
-            findings += attempt(str(path.relative_to(folder)), lambda path=path: read_json_object(path) and [])
+            findings += attempt(str(path.relative_to(folder)), partial(examine_json, path))
     for path in find_networks(folder):
-        own = attempt("the network", lambda path=path: examine_network(path, encoder))
+        own = attempt("the network", partial(examine_network, path, encoder))
         findings += [finding._replace(text=f"{path.name}: {finding.text}") for finding in own]
     if (folder / "losses.jsonl").exists():
         findings += attempt("losses.jsonl", lambda: examine_losses(read_losses(folder / "losses.jsonl")))
     return findings
+
+
+def examine_json(path: Path) -> list[Finding]:
+    """Whether a file is a JSON object: nothing more is said of it."""
+    read_json_object(path)
+    return []
 
 
 def read_losses(path: Path) -> list[dict[str, Any]]:
@@ -228,26 +241,25 @@ def read_losses(path: Path) -> list[dict[str, Any]]:
 def examine_network(folder: Path, text_encoder: str | None) -> list[Finding]:
     """The weights of a network, and whether they go with the text encoder."""
     unet = AutoModel.from_pretrained(str(folder))
-    if not isinstance(unet, ConditionalUNet):
+    if not isinstance(unet, StageNetwork):
         return [Finding(True, f"it is {type(unet).__name__}, but should be ImagenUNetModel or EfficientUNetModel")]
     missing = missing_weights(unet)
     if missing:
         return [Finding(True, f"{len(missing)} weights are missing, {missing[0]} among them")]
     findings = [examine_weights(unet)]
     if text_encoder is not None:
-        width = unet.config.get("encoder_hid_dim")
-        findings += attempt("the text encoder", lambda: [examine_width(width, text_encoder)])
+        findings += attempt("the text encoder", lambda: [examine_width(unet.text_width, text_encoder)])
     return findings
 
 
-def examine_weights(unet: torch.nn.Module) -> Finding:
+def examine_weights(unet: StageNetwork) -> Finding:
     """Whether the weights are finite, and were ever trained."""
     parameters = dict(unet.named_parameters())
     broken = [name for name, value in parameters.items() if not value.isfinite().all()]
     count = sum(value.numel() for value in parameters.values())
     if broken:
         return Finding(True, f"{len(broken)} weights are not finite, such as {broken[0]}: training diverged")
-    if is_untrained(unet):
+    if unet.is_untrained():
         return Finding(True, "all residual branches end in zeros, as in a new network: this network was never trained")
     return Finding(False, f"{type(unet).__name__}: {count:,} weights, finite and trained")
 

@@ -9,6 +9,7 @@ import torch
 from tqdm import tqdm
 
 from ..pipelines import ImagenCascadePipeline
+from ..pipelines.pipeline_imagen import DEFAULT_STRENGTH
 from ..utils.files import LOCK, FolderHold, check_writable
 from .common import (
     MAX_STEPS,
@@ -27,7 +28,6 @@ from .parser import check_prompt, refuse_empty
 
 
 DEFAULT_OUTPUT_DIR = Path("outputs")
-DEFAULT_STRENGTH = 0.7
 MAX_FILE_BYTES = 32 * 2**20
 MAX_FILE_IMAGES = 100_000
 
@@ -83,7 +83,7 @@ def generate_one(args: argparse.Namespace) -> None:
     """Makes pictures of one prompt, from noise or from a picture."""
     check_sampling(args)
     refuse_empty(args.prompt)
-    inputs = {}
+    inputs: dict[str, Any] = {}
     if args.image is not None:
         strength = DEFAULT_STRENGTH if args.strength is None else args.strength
         inputs = {"image": read_image("image", args.image), "strength": strength}

@@ -1,8 +1,9 @@
 """The command `diffusers-imagen`."""
 
+import io
 import sys
+from importlib.metadata import version
 
-from .. import __version__
 from ..utils.errors import run_to_exit_code
 from . import cache_embeddings, convert_config, demo, doctor, generate, inpaint, reconstruct_ema, upscale
 from .parser import Parser, check_numbers
@@ -17,7 +18,8 @@ def main(argv: list[str] | None = None) -> int:
     """
 
     def run() -> int | None:
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
         args = make_parser().parse_args(argv)
         check_numbers(args)
         return args.run(args)
@@ -28,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
 def make_parser() -> Parser:
     """The command line."""
     parser = Parser(prog="diffusers-imagen", description="Imagen for diffusers.")
-    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("--version", action="version", version=version("diffusers-imagen"))
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in (generate, upscale, inpaint, demo, cache_embeddings, convert_config, doctor, reconstruct_ema):
         command.add_parser(commands)

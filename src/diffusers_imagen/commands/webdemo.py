@@ -10,7 +10,7 @@ import queue
 import random
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,6 @@ from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
 from ..pipelines import ImagenCascadePipeline
-from ..pipelines.pipeline_imagen_cascade import DEFAULT_GUIDANCE, DEFAULT_STEPS
 
 
 EXAMPLES = [
@@ -74,7 +73,6 @@ class Guard:
         await self.app(scope, replay, send)
 
 
-STAGE_TITLES = {"base": "Base", "sr256": "Super-resolution", "sr1024": "Super-resolution"}
 # how the page looks, and what it lets in: arguments of `launch`. System fonts, so that nothing is asked of other servers.
 LOOK = {
     "theme": gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
@@ -100,7 +98,7 @@ class Progress(NamedTuple):
     stage_images: dict[int, list[Image.Image]]
 
 
-def draw(pipe: ImagenCascadePipeline, prompt: str, **arguments: Any) -> Iterator[Progress]:
+def draw(pipe: ImagenCascadePipeline, prompt: str, **arguments: Any) -> Generator[Progress, None, None]:
     """Runs a pipeline in another thread, and yields after every network call.
 
     A stage's images come with the first call of the stage after it. Closing the iterator stops the pipeline.
@@ -194,9 +192,11 @@ def stage_settings(stage) -> tuple[gr.Slider, gr.Slider]:
     """Steps and guidance of one stage."""
     with gr.Row():
         return (
-            gr.Slider(1, MAX_STEPS, label=f"{stage.resolution} px steps", step=1, value=DEFAULT_STEPS[stage.name]),
             gr.Slider(
-                1, MAX_GUIDANCE, label=f"{stage.resolution} px guidance", step=0.5, value=DEFAULT_GUIDANCE[stage.name]
+                1, MAX_STEPS, label=f"{stage.resolution} px steps", step=1, value=stage.kind.num_inference_steps
+            ),
+            gr.Slider(
+                1, MAX_GUIDANCE, label=f"{stage.resolution} px guidance", step=0.5, value=stage.kind.guidance_scale
             ),
         )
 
@@ -217,7 +217,7 @@ def stage_gallery(stage) -> gr.Gallery:
 
 def title(stage) -> str:
     """A stage's name on the page."""
-    return f"{STAGE_TITLES[stage.name]} {stage.resolution} px"
+    return f"{stage.kind.title} {stage.resolution} px"
 
 
 def describe(pipe: ImagenCascadePipeline, model: str) -> str:
@@ -250,9 +250,9 @@ def drawer(pipe: ImagenCascadePipeline, pictures: set[str]):
 
     def run(prompt: str, negative_prompt: str, seed: float, num_images: float, *settings: float):
         request = read_request(stages, prompt, negative_prompt, seed, num_images, settings)
-        seed = request.pop("seed")
+        drawn = request.pop("seed")
         yield ["Reading the prompt ...", *([] for _ in stages)]
-        progress = draw(pipe, generator=torch.Generator().manual_seed(seed), **request)
+        progress = draw(pipe, generator=torch.Generator().manual_seed(drawn), **request)
         shown = 0
         try:
             for calls, total, images in progress:
@@ -262,7 +262,7 @@ def drawer(pipe: ImagenCascadePipeline, pictures: set[str]):
                 galleries = [keep(x) if x and i >= first_new else gr.skip() for i, x in enumerate(done)]
                 shown = len(images)
                 running = "Done" if shown == len(stages) else f"Drawing: {title(stages[shown])}"
-                yield [f"{running}. Network call {calls} of {total}, seed {seed}.", *galleries]
+                yield [f"{running}. Network call {calls} of {total}, seed {drawn}.", *galleries]
         except (ValueError, FloatingPointError) as error:
             raise refusal(str(error)) from error
         except Exception as error:  # its text may tell of this machine

@@ -1,3 +1,5 @@
+"""Checkpoints and configurations of other implementations, read as data."""
+
 from .nemo import load_nemo_unet
 
 

@@ -80,7 +80,8 @@ class Call:
     __slots__ = ("kind", "args", "state")
 
     def __init__(self, kind: str, args: tuple):
-        self.kind, self.args, self.state = kind, args, None
+        self.kind, self.args = kind, args
+        self.state: tuple | None = None
 
 
 class PickleMachine:

@@ -4,14 +4,15 @@ A NeMo key is read in three parts, each with a table: where the block sits, whic
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import count, islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from ..models import EfficientUNetModel, ImagenUNetModel
 from ..models.attention import StableImagenAttnProcessor
+from ..models.blocks import ImagenBlock
 from ..models.config_checks import MAX_CHANNELS, MAX_LAYERS, MAX_LEVELS, check_integer, check_integers
 from ..utils.arguments import shown
 
@@ -232,7 +233,7 @@ def unet_from_nemo_config(model_config: dict[str, Any]) -> ImagenUNetModel | Eff
     return model
 
 
-def _with_defaults(unet: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+def _with_defaults(unet: Any, defaults: dict[str, Any]) -> dict[str, Any]:
     """The `unet:` section with NeMo's defaults for what it leaves out."""
     if not isinstance(unet, dict):
         raise ValueError(f"`unet` is {shown(unet)}, but should be a section, with NeMo's options of the network.")
@@ -358,7 +359,7 @@ def _efficient_positions(model: EfficientUNetModel) -> dict[str, str]:
     """Positions of an Efficient U-Net: NeMo numbers the levels from full resolution, also on the way up."""
     positions = {**SHARED_POSITIONS, "init_conv": "conv_in", "out": "conv_out"}
     last = len(model.down_blocks) - 1
-    for level, block in enumerate(model.down_blocks):
+    for level, block in enumerate(cast(Iterable[ImagenBlock], model.down_blocks)):
         positions[f"DBlocks.{level}.conv"] = f"downsamplers.{level}"
         positions[f"UBlocks.{level}.conv"] = f"upsamplers.{last - 1 - level}"
         for nemo, ours in (
@@ -380,7 +381,7 @@ def _convert_key(name: str, positions: dict[str, str], stacked: bool) -> list[st
     if rest in ("", "weight", "bias"):
         return [".".join(filter(None, [position, rest]))]
 
-    layers = RESNET_LAYERS
+    layers: Mapping[str, str | Sequence[str]] = RESNET_LAYERS
     if position.endswith("attention"):
         layers = ATTENTION_LAYERS
         if stacked:

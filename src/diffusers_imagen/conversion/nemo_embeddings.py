@@ -219,10 +219,10 @@ def build_tensor(call: Call, content: Content) -> torch.Tensor:
     (offset,) = check_sizes((offset,))
     if len(stride) != len(size):
         raise ValueError("it has a tensor with more or less strides than sides")
-    last = offset + sum((side - 1) * step for side, step in zip(size, stride))
-    if math.prod(size) > len(numbers) or (math.prod(size) and last >= len(numbers)):
+    count, last = math.prod(size), offset + sum((side - 1) * step for side, step in zip(size, stride))
+    if count > len(numbers) or (count and last >= len(numbers)):
         raise ValueError("it has a tensor with more numbers than its storage")
-    if not math.prod(size):
+    if not count:
         return torch.zeros(size, dtype=numbers.dtype)
     return numbers.as_strided(size, stride, offset).clone(memory_format=torch.contiguous_format)
 
@@ -280,7 +280,7 @@ def read_dtype(dtype: Any) -> tuple[str, bool]:
     if type(dtype) is not Call or dtype.kind != "dtype":
         raise ValueError("it has an array without a type")
     code = re.fullmatch(r"[<>=|]?(.)(\d+)", dtype.args[0])
-    if code[1] not in NUMPY_KINDS:
+    if code is None or code[1] not in NUMPY_KINDS:
         raise WrongType("text")
     name = "bool" if code[1] == "b" else f"{NUMPY_KINDS[code[1]]}{8 * int(code[2])}"
     order = dtype.state[1] if dtype.state is not None and len(dtype.state) > 1 else "<"

@@ -5,7 +5,7 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from tarfile import BLOCKSIZE
-from typing import BinaryIO
+from typing import IO, cast
 
 
 HEADER_BYTES = 2**14  # of one member, with what extends its header
@@ -16,7 +16,7 @@ GZIP_RATIO = 50  # pixels and states hardly shrink; zeros shrink a thousandfold
 class GuardedFile:
     """A file for `tarfile`, which believes whatever length a header declares: it gets a header's length only."""
 
-    def __init__(self, file: BinaryIO):
+    def __init__(self, file: IO[bytes]):
         self.file, self.left = file, 0
         self.seek, self.tell = file.seek, file.tell
 
@@ -47,7 +47,7 @@ def read_members(path: str | Path, limits: dict[str, int]) -> Iterator[tuple[Pur
         raw.seek(0)
         size = path.stat().st_size
         limit = size * GZIP_RATIO + 2**20 if compressed else size
-        file = gzip.GzipFile(fileobj=raw) if compressed else raw
+        file = cast(IO[bytes], gzip.GzipFile(fileobj=raw)) if compressed else raw
         for member in walk(path, file):
             name = check_member(path, member, limit, compressed)
             suffix = name.suffix.lower()
@@ -58,7 +58,7 @@ def read_members(path: str | Path, limits: dict[str, int]) -> Iterator[tuple[Pur
             yield name, read_data(path, file, member)
 
 
-def walk(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
+def walk(path: Path, file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
     """The headers of a tar file, up to the empty block that ends it."""
     guarded = GuardedFile(file)
     tar = None
@@ -66,7 +66,7 @@ def walk(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
         guarded.left = HEADER_BYTES
         try:
             if tar is None:
-                tar = tarfile.TarFile(fileobj=guarded)
+                tar = tarfile.TarFile(fileobj=cast(IO[bytes], guarded))
             member = tar.next()
             if member is None:
                 file.seek(tar.offset)
@@ -76,7 +76,7 @@ def walk(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
         if member is None:
             break
         yield member
-        tar.members.clear()
+        tar.members.clear()  # type: ignore[attr-defined]  # which tarfile keeps, and does not declare
     if end != bytes(BLOCKSIZE):
         raise ValueError(f"'{path}' is cut or damaged at byte {tar.offset}: a tar file ends in an empty block.")
 
@@ -98,7 +98,7 @@ def check_member(path: Path, member: tarfile.TarInfo, limit: int, compressed: bo
     return name
 
 
-def read_data(path: Path, file: BinaryIO, member: tarfile.TarInfo) -> bytes:
+def read_data(path: Path, file: IO[bytes], member: tarfile.TarInfo) -> bytes:
     """The content of a member."""
     try:
         file.seek(member.offset_data)

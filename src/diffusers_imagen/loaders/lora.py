@@ -5,14 +5,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME, LORA_WEIGHT_NAME_SAFE
 from diffusers.utils import logging
 
-from ..models.unet_base import ConditionalUNet
+from ..models.interface import StageNetwork
 from ..utils.files import whole_file
 from .lora_adapters import AdaptersMixin, require_peft
 from .lora_conversion import ALPHA, BARE, Adapter, Update, check_finite, group_weights, make_adapter, plain_name
@@ -35,7 +35,7 @@ class ImagenLoraLoaderMixin(AdaptersMixin):
     adapter, `lora_alpha` among it, travels in the file's metadata.
     """
 
-    _lora_loadable_modules = ["unet", "base_unet", "sr256_unet", "sr1024_unet"]
+    _lora_loadable_modules: list[str]  # of the pipeline: the names that its networks can have
 
     @classmethod
     def lora_state_dict(
@@ -117,9 +117,8 @@ class ImagenLoraLoaderMixin(AdaptersMixin):
         if component is not None and component not in list(present):
             raise ValueError(f"`component` is {component!r}, but should be one of {list(present)}.")
         check_adapter_name(adapter_name, present, hotswap)
-        state_dict, metadata = self.lora_state_dict(
-            pretrained_model_name_or_path_or_dict, return_lora_metadata=True, **kwargs
-        )
+        loaded = self.lora_state_dict(pretrained_model_name_or_path_or_dict, return_lora_metadata=True, **kwargs)
+        state_dict, metadata = cast(tuple[StateDict, dict[str, Any] | None], loaded)
         if state_dict and all(isinstance(key, str) and "lora" in key and "." not in key for key in state_dict):
             logger.warning(
                 f"No key of the LoRA weights names a layer, as {next(iter(state_dict))!r}: nothing is loaded."
@@ -255,7 +254,7 @@ class ImagenLoraLoaderMixin(AdaptersMixin):
         if not state_dict:
             raise ValueError(f"`{SOURCE}` holds no weights.")
         updates = group_weights(state_dict, self._known_prefixes(state_dict, component))
-        places = dict.fromkeys(updates)
+        places: dict[str, str] = {}
         if component is not None:
             if len(updates) != 1:
                 raise ValueError(
@@ -328,7 +327,7 @@ def config_of(metadata: dict[str, Any] | None, place: str) -> dict[str, Any]:
     return own or {key: value for key, value in metadata.items() if "." not in key}
 
 
-def check_adapter_name(adapter_name: str | None, unets: dict[str, ConditionalUNet], hotswap: bool) -> None:
+def check_adapter_name(adapter_name: str | None, unets: dict[str, StageNetwork], hotswap: bool) -> None:
     """Checks a name for an adapter, before its weights are looked for.
 
     Raises:
@@ -341,7 +340,7 @@ def check_adapter_name(adapter_name: str | None, unets: dict[str, ConditionalUNe
         raise ValueError(f"`adapter_name` is {adapter_name!r}, which `hotswap` cannot replace: there is {taken}.")
 
 
-def choose_adapter_name(adapter_name: str | None, unets: dict[str, ConditionalUNet], hotswap: bool) -> str:
+def choose_adapter_name(adapter_name: str | None, unets: dict[str, StageNetwork], hotswap: bool) -> str:
     """The given name, or the first default that no network uses.
 
     Raises:

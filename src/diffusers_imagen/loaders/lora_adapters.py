@@ -1,8 +1,7 @@
 """What is done with adapters that a pipeline's networks have: weighed, fused, put aside, taken out."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import wraps
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.utils import is_peft_available
 from diffusers.utils.torch_utils import unwrap_module
 
-from ..models.unet_base import ConditionalUNet
+from ..models.interface import StageNetwork
 from .lora_conversion import is_number
 from .lora_networks import weights_by_layer
 
@@ -38,10 +37,9 @@ class AdaptersMixin(LoraBaseMixin):
             ValueError: If there is no such adapter or component, or a weight is not a finite number.
         """
         adapter_names = self._checked_adapters(adapter_names)
-        if not isinstance(adapter_weights, list):
-            adapter_weights = [adapter_weights] * len(adapter_names)
+        each = adapter_weights if isinstance(adapter_weights, list) else [adapter_weights] * len(adapter_names)
         # each gets a dict of its own, as diffusers takes entries out of it
-        self._networks().set_adapters(adapter_names, [self._expanded_weights(weights) for weights in adapter_weights])
+        self._networks().set_adapters(adapter_names, [self._expanded_weights(weights) for weights in each])
 
     def fuse_lora(
         self,
@@ -98,7 +96,7 @@ class AdaptersMixin(LoraBaseMixin):
 
     def get_active_adapters(self) -> list[str]:
         """The names of the adapters that a network runs with."""
-        active = {}
+        active: dict[str, None] = {}
         for name, unet in self._lora_unets().items():
             networks = LoraNetworks({name: unet}, set())
             active |= dict.fromkeys(networks.get_active_adapters())
@@ -120,7 +118,20 @@ class AdaptersMixin(LoraBaseMixin):
         """
         self._networks().enable_lora_hotswap(**kwargs)
 
-    def _lora_unets(self) -> dict[str, ConditionalUNet]:
+    @contextmanager
+    def scaled_adapters(self, cross_attention_kwargs: dict[str, float] | None) -> Iterator[None]:
+        """Weigh the adapters inside by `{"scale": 0.5}`, on top of `set_adapters`.
+
+        Raises:
+            ValueError: If there is anything else in it.
+        """
+        options = {} if cross_attention_kwargs is None else cross_attention_kwargs
+        if not isinstance(options, dict) or set(options) - {"scale"} or not is_number(options.get("scale", 1.0)):
+            raise ValueError(f"`cross_attention_kwargs` is {options!r}, but should be {{'scale': a number}}.")
+        with scaled_layers(self._lora_unets().values() if options else [], options.get("scale", 1.0)):
+            yield
+
+    def _lora_unets(self) -> dict[str, StageNetwork]:
         """The networks that this pipeline has, by component, without torch.compile's wrapper."""
         unets = {name: getattr(self, name, None) for name in self._lora_loadable_modules}
         return {name: unwrap_module(unet) for name, unet in unets.items() if unet is not None}
@@ -182,30 +193,11 @@ class AdaptersMixin(LoraBaseMixin):
         return expanded
 
 
-def with_lora_scale(call: Callable) -> Callable:
-    """Makes `cross_attention_kwargs={"scale": 0.5}` of a pipeline's call weigh the adapters for that call.
-
-    Raises:
-        ValueError: If there is anything else in it.
-    """
-
-    @wraps(call)
-    def weighed(self: AdaptersMixin, *args, **kwargs):
-        options = kwargs.get("cross_attention_kwargs")
-        if options is None:
-            return call(self, *args, **kwargs)
-        if not isinstance(options, dict) or set(options) - {"scale"} or not is_number(options.get("scale", 1.0)):
-            raise ValueError(f"`cross_attention_kwargs` is {options!r}, but should be {{'scale': a number}}.")
-        with scaled_layers(self._lora_unets().values(), options.get("scale", 1.0)):
-            return call(self, *args, **kwargs)
-
-    return weighed
-
-
 @contextmanager
-def scaled_layers(unets: Iterable[ConditionalUNet], scale: float) -> Iterator[None]:
+def scaled_layers(unets: Iterable[StageNetwork], scale: float) -> Iterator[None]:
     """Multiplies the weights of all adapters, and puts the old ones back."""
-    layers = [layer for unet in unets for layer in unet.modules() if isinstance(getattr(layer, "scaling", None), dict)]
+    modules: Iterable[Any] = (module for unet in unets for module in unet.modules())
+    layers = [module for module in modules if isinstance(getattr(module, "scaling", None), dict)]
     before = [dict(layer.scaling) for layer in layers]
     for layer in layers:
         layer.scaling.update({name: value * scale for name, value in layer.scaling.items()})
@@ -219,11 +211,11 @@ def scaled_layers(unets: Iterable[ConditionalUNet], scale: float) -> Iterator[No
 class LoraNetworks(LoraBaseMixin):
     """Networks as diffusers' methods of pipelines take them, which pass over what torch.compile has wrapped."""
 
-    def __init__(self, unets: dict[str, ConditionalUNet], merged_adapters: set[str]):
+    def __init__(self, unets: dict[str, StageNetwork], merged_adapters: set[str]):
         self.components = unets
         self._lora_loadable_modules = list(unets)
         self._merged_adapters = merged_adapters
-        vars(self).update(unets)
+        self.__dict__.update(unets)
 
 
 def require_peft() -> None:

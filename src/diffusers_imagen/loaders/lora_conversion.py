@@ -11,6 +11,7 @@ from torch import nn
 
 
 StateDict = dict[str, torch.Tensor]
+Layer = nn.Linear | nn.Conv2d  # what an adapter can change
 
 BARE = ""  # of weights that do not say which network they are for
 MAX_RANK = 4096
@@ -136,9 +137,10 @@ def describe_value(value: Any) -> str:
     return type(value).__name__
 
 
-def adaptable_layers(unet: nn.Module) -> dict[str, tuple[str, nn.Module]]:
+def adaptable_layers(unet: nn.Module) -> dict[str, tuple[str, Layer]]:
     """The layers that an adapter can change: by plain name, the name in the network and the layer without adapters."""
-    layers, inside = {}, []
+    layers: dict[str, tuple[str, Layer]] = {}
+    inside: list[str] = []
     for name, module in unet.named_modules():
         if any(name.startswith(prefix) for prefix in inside):
             continue
@@ -186,7 +188,7 @@ def make_adapter(
     return Adapter(state_dict, {**configuration(ranks, alphas), **extras, **settings.kept})
 
 
-def place_of(component: str, layers: dict[str, tuple[str, nn.Module]], layer: str, update: Update) -> str:
+def place_of(component: str, layers: dict[str, tuple[str, Layer]], layer: str, update: Update) -> str:
     """The plain name of the layer that is meant."""
     if layer in layers:
         return layer
@@ -203,7 +205,7 @@ def place_of(component: str, layers: dict[str, tuple[str, nn.Module]], layer: st
     )
 
 
-def fit(layer: str, module: nn.Module, update: Update) -> StateDict:
+def fit(layer: str, module: Layer, update: Update) -> StateDict:
     """The parts of an update in the shapes that peft's layer for `module` has, by the ends of their keys."""
     parts, keys = update.parts, update.keys
     missing = [part for part in (DOWN, UP) if part not in parts]
@@ -212,10 +214,11 @@ def fit(layer: str, module: nn.Module, update: Update) -> StateDict:
             f"The LoRA weights for {layer} lack the factor {missing[0]} (key '{next(iter(keys.values()))}')."
         )
     down, up = parts[DOWN], parts[UP]
+    window: tuple[int, ...] = (1, 1)
     if isinstance(module, nn.Linear):
-        wide, side, window = (module.in_features, module.out_features, (1, 1))
+        wide, side = module.in_features, module.out_features
     else:
-        wide, side, window = (module.in_channels // module.groups, module.out_channels, tuple(module.kernel_size))
+        wide, side, window = module.in_channels // module.groups, module.out_channels, module.kernel_size
     for part, value in ((DOWN, down), (UP, up)):
         if value.ndim not in (2, 4) or 0 in value.shape:
             raise ValueError(f"The LoRA weights have the shape {tuple(value.shape)} under '{keys[part]}'.")
@@ -249,7 +252,7 @@ def fit(layer: str, module: nn.Module, update: Update) -> StateDict:
     return {key: as_precise(named[key], value, module) for key, value in fitted.items()}
 
 
-def as_precise(key: str, value: torch.Tensor, module: nn.Module) -> torch.Tensor:
+def as_precise(key: str, value: torch.Tensor, module: Layer) -> torch.Tensor:
     """A finite float tensor, at least as precise as the layer's weights, in float32 at most."""
     if not value.is_floating_point():
         raise ValueError(f"The LoRA weights have {value.dtype} under '{key}', but should have floats.")
@@ -278,9 +281,9 @@ class Settings:
     """What a configuration says about ranks and scaling; nothing of it is imported, fetched or run."""
 
     component: str
-    rank: int | None
+    rank: float | None
     lora_alpha: float | None
-    rank_pattern: dict[str, int]
+    rank_pattern: dict[str, float]
     alpha_pattern: dict[str, float]
     kept: dict[str, Any]
 
@@ -315,7 +318,8 @@ class Settings:
             component,
             number(config, "r", component),
             number(config, "lora_alpha", component),
-            *(patterns(config, name, component) for name in ("rank_pattern", "alpha_pattern")),
+            patterns(config, "rank_pattern", component),
+            patterns(config, "alpha_pattern", component),
             kept={"use_rslora": config.get("use_rslora", False), "lora_dropout": dropout},
         )
 

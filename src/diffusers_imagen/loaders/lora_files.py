@@ -113,7 +113,7 @@ def guess_name(source: str, use_safetensors: bool | None, hub: dict[str, Any]) -
     except Exception:  # there is no network, which has errors of its own kinds: what the cache has may do
         return LORA_WEIGHT_NAME if use_safetensors is False else LORA_WEIGHT_NAME_SAFE
     folder = f"{hub['subfolder']}/" if hub.get("subfolder") else ""
-    names = [file.rfilename for file in info.siblings if file.rfilename.startswith(folder)]
+    names = [file.rfilename for file in info.siblings or () if file.rfilename.startswith(folder)]
     names = [name.removeprefix(folder) for name in names]
     return choose_name([name for name in names if "/" not in name], use_safetensors, source)
 

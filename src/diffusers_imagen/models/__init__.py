@@ -1,3 +1,5 @@
+"""The networks, as diffusers models."""
+
 from .unet_efficient import EfficientUNetModel
 from .unet_imagen import ImagenUNetModel
 

@@ -3,7 +3,8 @@
 Shapes: B batch, C channels, N = H * W image tokens, L text tokens, D width of the text context.
 """
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, TypeVar
 
 import torch
 from diffusers.models.attention import AttentionModuleMixin, FeedForward
@@ -15,6 +16,7 @@ from .embeddings import TextContext, TextKeyValue
 
 AttentionType = Literal["self", "cross", "stacked", "fused"]
 AttendedText = TextKeyValue | TextContext
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 def image_to_tokens(image: torch.Tensor) -> torch.Tensor:
@@ -94,6 +96,7 @@ class ImagenAttention(nn.Module, AttentionModuleMixin):
 
     _default_processor_cls = ImagenAttnProcessor
     _available_processors = [ImagenAttnProcessor, StableImagenAttnProcessor]
+    processor: Callable[..., torch.Tensor]
     _supports_qkv_fusion = False  # queries, image keys and text keys each read a differently normalised input
 
     def __init__(
@@ -101,7 +104,7 @@ class ImagenAttention(nn.Module, AttentionModuleMixin):
         channels: int,
         heads: int,
         attention_type: Literal["self", "cross", "fused"],
-        context_dim: int | None = None,
+        context_dim: int = 0,
         norm_num_groups: int = 32,
     ):
         super().__init__()
@@ -116,19 +119,19 @@ class ImagenAttention(nn.Module, AttentionModuleMixin):
         self.to_k = nn.Linear(channels if self.reads_image else context_dim, channels)
         self.to_v = nn.Linear(channels if self.reads_image else context_dim, channels)
         self.norm_context = nn.GroupNorm(norm_num_groups, context_dim) if self.reads_text else None
-        self.norm_kv = self.add_k_proj = self.add_v_proj = None
-        if attention_type == "fused":  # a second norm of the image for its keys and values, and those of the text
-            self.norm_kv = nn.GroupNorm(norm_num_groups, channels)
-            self.add_k_proj = nn.Linear(context_dim, channels)
-            self.add_v_proj = nn.Linear(context_dim, channels)
+        fused = attention_type == "fused"  # a second norm of the image for its keys and values, and those of the text
+        self.norm_kv = nn.GroupNorm(norm_num_groups, channels) if fused else None
+        self.add_k_proj = nn.Linear(context_dim, channels) if fused else None
+        self.add_v_proj = nn.Linear(context_dim, channels) if fused else None
         self.to_out = nn.ModuleList([zero_init(nn.Linear(channels, channels))])
-        self.set_processor(ImagenAttnProcessor())
+        AttentionModuleMixin.set_processor(self, ImagenAttnProcessor())
 
     def project_text(self, text: TextContext) -> TextKeyValue:
         """Keys and values of the text context `(B, L, D)` under its mask `(B, L)`; independent of the noise level."""
+        assert self.norm_context is not None
         # the statistics run over all tokens of a group of channels, padded ones included, as in NeMo
         tokens, mask = self.norm_context(text.tokens.transpose(1, 2)).transpose(1, 2), text.mask
-        if self.reads_image:
+        if self.add_k_proj is not None and self.add_v_proj is not None:
             return TextKeyValue(self.add_k_proj(tokens), self.add_v_proj(tokens), mask)
         key, value = self.to_k(tokens), self.to_v(tokens)
         if mask is not None:
@@ -148,6 +151,7 @@ class ImagenAttention(nn.Module, AttentionModuleMixin):
         tokens = image_to_tokens(self.norm(hidden_states))  # (B, N, C)
         query = self.to_q(tokens)
         if not self.reads_image:
+            assert text is not None  # networks with cross-attention are not called without
             key, value, mask = text  # (B, L, C), (B, L, C), (B, L)
         else:
             if self.norm_kv is not None:
@@ -210,7 +214,7 @@ def make_attention(
     return ImagenAttention(channels, heads, attention_type, context_dim, norm_num_groups)
 
 
-def zero_init(module: nn.Module) -> nn.Module:
+def zero_init(module: Layer) -> Layer:
     """Zeros the parameters: a residual branch that ends in such a layer starts as the identity."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .attention import AttendedText, zero_init
+from .attention import AttendedText, ImagenAttention, StackedAttention, zero_init
 
 
 TimeScaleShift = Literal["default", "scale_shift"]
@@ -73,7 +73,7 @@ class ResBlock(nn.Module):
     def forward(self, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
         """`temb` `(B, T)` comes already through its activation, which all blocks share."""
         h = overwrite_silu(self.norm1(x))  # (B, C_in, H, W)
-        if self.resample_branch is not None:
+        if self.resample_branch is not None and self.resample_shortcut is not None:
             h, x = self.resample_branch(h), self.resample_shortcut(x)
         h = self.conv1(h)  # (B, C_out, H', W')
 
@@ -93,7 +93,7 @@ class ResBlock(nn.Module):
 class ImagenBlock(nn.Module):
     """Residual blocks, then attention where the level has it: the unit that is checkpointed and compiled."""
 
-    def __init__(self, resnets: list[ResBlock], attention: nn.Module | None = None):
+    def __init__(self, resnets: list[ResBlock], attention: ImagenAttention | StackedAttention | None = None):
         super().__init__()
         self.resnets = nn.ModuleList(resnets)
         self.attention = attention

@@ -6,11 +6,14 @@ that make one.
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
-from ..utils.arguments import shown
+from ..utils.arguments import check_choice, shown
+from .attention import AttentionType
+from .blocks import ResampleType, TimeScaleShift
+from .embeddings import TextPooling
 
 
 # Lowest and highest value of what a network is configured with: far above what was published, and low enough that
@@ -40,6 +43,12 @@ OPTIONAL = (
     "learned_sinusoidal_dim",
 )
 FLAGS = ("use_null_token", "skip_connection_scaling", "low_res_conditioning", "low_res_noise_conditioning")
+CHOICES = {
+    "attention_type": get_args(AttentionType),
+    "resample_type": get_args(ResampleType),
+    "text_pooling": get_args(TextPooling),
+    "time_scale_shift": get_args(TimeScaleShift),
+}
 
 
 def check_config(config: dict[str, Any], min_layers: int) -> None:
@@ -52,6 +61,9 @@ def check_config(config: dict[str, Any], min_layers: int) -> None:
     Raises:
         ValueError: For a value of another kind, out of its range, or that does not fit the others; names the argument.
     """
+    for name, choices in CHOICES.items():
+        if name in config:
+            check_choice(name, config[name], choices)
     for name, (minimum, maximum) in INTEGERS.items():
         if name in config and not (name in OPTIONAL and config[name] is None):
             check_integer(name, config[name], minimum, maximum)
@@ -90,7 +102,7 @@ def check_groups(name: str, widths: Sequence[int], groups: int) -> None:
         raise ValueError(f"`norm_num_groups` is {groups}, which does not divide {indivisible[0]} of `{name}`.")
 
 
-def estimate_parameters(config: dict[str, Any], layers: list[int]) -> int:
+def estimate_parameters(config: dict[str, Any], layers: Sequence[int]) -> int:
     """About how many parameters a network has: within a factor of two."""
     channels = config["block_out_channels"]
     time_dim = config["time_embedding_dim"] or 4 * channels[0]

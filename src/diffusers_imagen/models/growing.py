@@ -7,10 +7,14 @@ blocks that start as the identity, and taken away where they cost more than they
 """
 
 import math
+from collections.abc import Iterable
+from typing import cast
 
 import torch
+from torch import nn
 
 from . import ImagenUNetModel
+from .attention import zero_init
 from .blocks import ImagenBlock
 from .config_checks import per_level
 
@@ -57,25 +61,23 @@ def inner_key(key: str) -> str:
 
 def start_as_resampling(unet: ImagenUNetModel) -> None:
     """Sets the resampling layers of the outermost level to averaging and interpolation, its first shortcut to a pass."""
-    set_depthwise(unet.downsamplers[0], torch.tensor([1.0, 2.0, 1.0]) / 4)
-    set_depthwise(unet.upsamplers[-1], torch.tensor([1.0, 3.0, 3.0, 1.0]) / 4)
-    for block in unet.up_blocks[-2:]:
+    set_depthwise(cast(nn.Conv2d, unet.downsamplers[0]), torch.tensor([1.0, 2.0, 1.0]) / 4)
+    set_depthwise(cast(nn.ConvTranspose2d, unet.upsamplers[-1]), torch.tensor([1.0, 3.0, 3.0, 1.0]) / 4)
+    for block in cast(Iterable[ImagenBlock], unet.up_blocks[-2:]):
         pass_on(block)
 
 
 def pass_on(block: ImagenBlock) -> None:
     """Lets the shortcut of a block of the way up pass the coarser image, which comes before the skip connection."""
-    shortcut = block.resnets[0].conv_shortcut
-    shortcut.weight.zero_()
-    shortcut.bias.zero_()
+    shortcut = cast(nn.Conv2d, block.resnets[0].conv_shortcut)
+    zero_init(shortcut)
     channels = torch.arange(shortcut.out_channels)
     shortcut.weight[channels, channels] = 1.0
 
 
-def set_depthwise(conv: torch.nn.Module, kernel: torch.Tensor) -> None:
+def set_depthwise(conv: nn.Conv2d | nn.ConvTranspose2d, kernel: torch.Tensor) -> None:
     """The separable kernel on each channel alone."""
-    conv.weight.zero_()
-    conv.bias.zero_()
+    zero_init(conv)
     channels = torch.arange(conv.in_channels)
     conv.weight[channels, channels] = torch.outer(kernel, kernel).to(conv.weight)
 
@@ -115,7 +117,7 @@ def change_layers(unet: ImagenUNetModel, layers_per_block: list[int]) -> ImagenU
         )
     changed = ImagenUNetModel.from_config({**config, "layers_per_block": layers})
     with torch.no_grad():
-        for block in changed.up_blocks:
+        for block in cast(Iterable[ImagenBlock], changed.up_blocks):
             pass_on(block)
     kept = {key: value for key, value in unet.state_dict().items() if not key.startswith(("down_blocks", "up_blocks"))}
     changed.load_state_dict({**changed.state_dict(), **kept})

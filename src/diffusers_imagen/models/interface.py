@@ -1,6 +1,6 @@
 """The interface of a stage's network: all that pipelines and training ask of one, whatever its architecture."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,6 +20,10 @@ class StageNetwork(nn.Module):
     conditioning value of the noise in these `(B,)`. It returns the prediction `(B, out_channels, H, W)`, in a tuple
     with `return_dict=False`. It draws no random numbers.
     """
+
+    if TYPE_CHECKING:  # `config`, and all that diffusers and peft add to a network
+
+        def __getattr__(self, name: str) -> Any: ...
 
     @property
     def resolution(self) -> int:

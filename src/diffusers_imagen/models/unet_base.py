@@ -15,9 +15,10 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
+from ..utils.arguments import check_exactly_one
 from .attention import AttendedText
 from .blocks import ImagenBlock, ResBlock
-from .config_checks import INTEGERS, check_image, check_integer, per_sample, shown
+from .config_checks import INTEGERS, check_image, check_integer, per_sample
 from .embeddings import NoiseLevelEmbedding, TextConditioning, TextContext, TextEmbedding, UnencodedText
 from .interface import StageNetwork
 
@@ -64,7 +65,7 @@ class ConditionalUNet(
             TextEmbedding(
                 config.encoder_hid_dim, context_dim, time_embedding_dim, config.text_pooling, config.use_null_token
             )
-            if config.encoder_hid_dim is not None
+            if context_dim is not None
             else None
         )
         self.act = nn.SiLU()
@@ -131,17 +132,19 @@ class ConditionalUNet(
         if _is_group_offload_enabled(self):
             return UnencodedText(encoder_hidden_states, encoder_attention_mask)
         pooled, context = self._embed_text(encoder_hidden_states, encoder_attention_mask)
-        return TextConditioning(pooled, tuple(block.attention.project_text(context) for block in self.text_blocks()))
+        attentions = (block.attention for block in self.text_blocks())
+        return TextConditioning(pooled, tuple(attn.project_text(context) for attn in attentions if attn is not None))
 
     def _embed_text(
         self, encoder_hidden_states: torch.Tensor, encoder_attention_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, TextContext]:
+        assert self.text_embedding is not None
         if encoder_attention_mask is not None:
             encoder_attention_mask = encoder_attention_mask.bool()
         context, mask, pooled = self.text_embedding(encoder_hidden_states.to(self.dtype), encoder_attention_mask)
         return pooled, TextContext(context, mask)
 
-    def _check_text(self, text: torch.Tensor | None, mask: torch.Tensor | None) -> None:
+    def _check_text(self, text: torch.Tensor | None, mask: torch.Tensor | None) -> torch.Tensor:
         width = self.config.encoder_hid_dim
         if width is None:
             raise ValueError("`encoder_hidden_states` was given, but this network was built without text.")
@@ -158,6 +161,7 @@ class ConditionalUNet(
             raise ValueError(
                 f"`encoder_attention_mask` has shape {tuple(mask.shape)}, but should be {tuple(text.shape[:2])}."
             )
+        return text
 
     def _condition_on_text(
         self,
@@ -170,7 +174,7 @@ class ConditionalUNet(
             encoder_hidden_states, encoder_attention_mask = encoder_hidden_states
         if encoder_hidden_states is None and self.config.encoder_hid_dim is None:
             return TextConditioning(pooled=None, texts=())
-        self._check_text(encoder_hidden_states, encoder_attention_mask)
+        encoder_hidden_states = self._check_text(encoder_hidden_states, encoder_attention_mask)
         pooled, context = self._embed_text(encoder_hidden_states, encoder_attention_mask)
         # each block makes its own keys and values, where offloading, sharding and checkpointing have its weights
         return TextConditioning(pooled, [context] * len(self.text_blocks()))
@@ -198,7 +202,7 @@ class ConditionalUNet(
         """`(B, C, H, W)` to `(B, 2C, H, W)` where the network is conditioned on a low-resolution image."""
         height, width = sample.shape[-2:]
         if height % self.total_stride or width % self.total_stride:
-            raise ValueError(f"`sample` is {height}x{width}; both must be multiples of {self.total_stride}.")
+            raise ValueError(f"`sample` is {height}x{width}, but both should be multiples of {self.total_stride}.")
         if not self.config.low_res_conditioning:
             if low_res_sample is not None:
                 raise ValueError("`low_res_sample` was given, but `low_res_conditioning` is False.")
@@ -213,9 +217,9 @@ class ConditionalUNet(
         return torch.cat([sample, low_res_sample.to(sample.dtype)], dim=1)
 
     def _run(
-        self, block: ImagenBlock, h: torch.Tensor, temb: torch.Tensor, texts: Iterator[AttendedText]
+        self, block: nn.Module, h: torch.Tensor, temb: torch.Tensor, texts: Iterator[AttendedText]
     ) -> torch.Tensor:
-        """Runs a block, which takes its text, under gradient checkpointing if enabled."""
+        """Runs an `ImagenBlock`, which takes its text, under gradient checkpointing if enabled."""
         text = next(texts, None) if block.reads_text else None
         if torch.is_grad_enabled() and self.gradient_checkpointing:
             return self._gradient_checkpointing_func(block, h, temb, text)
@@ -224,22 +228,12 @@ class ConditionalUNet(
 
 def count_heads(channels: int, num_attention_heads: int | None, attention_head_dim: int | None) -> int:
     """Heads of an attention layer: a fixed number, or as many as heads of the given width fit."""
-    if (num_attention_heads is None) == (attention_head_dim is None):
-        raise ValueError(
-            "Exactly one of `num_attention_heads` and `attention_head_dim` must be given, "
-            f"not {num_attention_heads} and {attention_head_dim}."
-        )
-    name, value = (
-        ("num_attention_heads", num_attention_heads)
-        if attention_head_dim is None
-        else ("attention_head_dim", attention_head_dim)
-    )
+    check_exactly_one(num_attention_heads=num_attention_heads, attention_head_dim=attention_head_dim)
+    if num_attention_heads is not None:
+        name, value, heads = "num_attention_heads", num_attention_heads, num_attention_heads
+    else:
+        assert attention_head_dim is not None
+        name, value, heads = "attention_head_dim", attention_head_dim, channels // attention_head_dim
     if channels % value:
         raise ValueError(f"`{name}` is {value}, which does not divide the {channels} channels of an attention layer.")
-    return value if attention_head_dim is None else channels // value
-
-
-def check_choice(name: str, value: object, choices: tuple) -> None:
-    """Refuses a value that is not among the choices, naming them."""
-    if value not in choices:
-        raise ValueError(f"`{name}` is {shown(value)}, but should be one of {', '.join(map(repr, choices))}.")
+    return heads

@@ -6,11 +6,12 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
+from ..utils.arguments import check_choice
 from .attention import AttentionType, make_attention
 from .blocks import ImagenBlock, ResBlock, TimeScaleShift, transposed_upsample
 from .config_checks import check_config, check_groups, check_image, per_level
 from .embeddings import TextConditioning, TextPooling, UnencodedText
-from .unet_base import ConditionalUNet, ImagenUNetOutput, check_choice, count_heads
+from .unet_base import ConditionalUNet, ImagenUNetOutput, count_heads
 
 
 class EfficientUNetModel(ConditionalUNet):
@@ -76,8 +77,6 @@ class EfficientUNetModel(ConditionalUNet):
             check_choice("attention_types", attention_type, (*get_args(AttentionType), None))
         if encoder_hid_dim is not None and not {"cross", "stacked", "fused"}.isdisjoint(attention_types):
             check_groups("encoder_hid_dim", [encoder_hid_dim], norm_num_groups)
-        check_choice("text_pooling", text_pooling, get_args(TextPooling))
-        check_choice("time_scale_shift", time_scale_shift, get_args(TimeScaleShift))
         num_layers = per_level("layers_per_block", layers_per_block, num_levels)
         time_embedding_dim = time_embedding_dim or 4 * block_out_channels[0]
 
@@ -95,11 +94,11 @@ class EfficientUNetModel(ConditionalUNet):
                 )
                 for width_in, width_out in zip(widths, widths[1:])
             ]
-            if attention_types[level] is None:
+            if (attention_type := attention_types[level]) is None:
                 return ImagenBlock(resnets)
             heads = count_heads(out_channels, num_attention_heads, attention_head_dim)
             return ImagenBlock(
-                resnets, make_attention(attention_types[level], out_channels, heads, encoder_hid_dim, norm_num_groups)
+                resnets, make_attention(attention_type, out_channels, heads, encoder_hid_dim, norm_num_groups)
             )
 
         self._init_conditioning(encoder_hid_dim, time_embedding_dim)

@@ -1,13 +1,13 @@
 """ImagenUNetModel: the U-Net of the base stage, which also serves as a super-resolution network."""
 
 from itertools import islice
-from typing import get_args
+from typing import Literal
 
 import torch
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from .attention import AttentionType, make_attention
+from .attention import AttentionType, ImagenAttention, StackedAttention, make_attention
 from .blocks import (
     ImagenBlock,
     ResampleType,
@@ -19,7 +19,7 @@ from .blocks import (
 )
 from .config_checks import check_config, check_groups, check_image, check_integers, per_level
 from .embeddings import TextConditioning, TextPooling, UnencodedText
-from .unet_base import ConditionalUNet, ImagenUNetOutput, check_choice, count_heads
+from .unet_base import ConditionalUNet, ImagenUNetOutput, count_heads
 
 
 class ImagenUNetModel(ConditionalUNet):
@@ -82,10 +82,6 @@ class ImagenUNetModel(ConditionalUNet):
         low_res_noise_conditioning: bool = False,
     ):
         super().__init__()
-        check_choice("attention_type", attention_type, get_args(AttentionType))
-        check_choice("text_pooling", text_pooling, get_args(TextPooling))
-        check_choice("time_scale_shift", time_scale_shift, get_args(TimeScaleShift))
-        check_choice("resample_type", resample_type, get_args(ResampleType))
         check_config(self.config, min_layers=0)
         if encoder_hid_dim is not None and attention_type != "self":
             check_groups("cross_attention_dim", [cross_attention_dim], norm_num_groups)
@@ -94,12 +90,12 @@ class ImagenUNetModel(ConditionalUNet):
         context_dim = None if encoder_hid_dim is None else cross_attention_dim
         attention_strides = strides_of(attention_resolutions, sample_size, len(block_out_channels))
 
-        def resnet(in_channels: int, out_channels: int, resample: str | None = None) -> ResBlock:
+        def resnet(in_channels: int, out_channels: int, resample: Literal["down", "up"] | None = None) -> ResBlock:
             return ResBlock(
                 in_channels, out_channels, time_embedding_dim, time_scale_shift, dropout, norm_num_groups, resample
             )
 
-        def attention(channels: int) -> nn.Module:
+        def attention(channels: int) -> ImagenAttention | StackedAttention:
             heads = count_heads(channels, num_attention_heads, attention_head_dim)
             return make_attention(attention_type, channels, heads, context_dim, norm_num_groups)
 

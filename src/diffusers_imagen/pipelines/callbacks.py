@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from ..utils.arguments import is_number, shown
-from .prompts import TEXT_TENSORS, TextStates
+from .prompts import PromptEmbeds
 
 
 class Callback(NamedTuple):
@@ -57,13 +57,11 @@ class StepCallback:
         self.pipe, self.function, self.tensor_inputs = pipe, callback.function, callback.tensor_inputs
         self.step = 0
 
-    def __call__(self, timestep: Any, latents: torch.Tensor, text: TextStates) -> torch.Tensor:
+    def __call__(self, timestep: Any, latents: torch.Tensor, text: PromptEmbeds) -> torch.Tensor:
         """Returns the sample, and changes the text and the guidance, as the function says."""
         if self.function is not None:
-            tensors = {}
-            for name in self.tensor_inputs:
-                tensors[name] = latents if name == "latents" else getattr(text, name)
-            given = {"latents": latents, **{name: getattr(text, name) for name in TEXT_TENSORS}}
+            given = {"latents": latents, **text.tensors()}
+            tensors = {name: given[name] for name in self.tensor_inputs}
             changed = self._read(self.function(self.pipe, self.step, timestep, tensors), given)
             latents = changed.pop("latents", latents)
             text.update(changed)

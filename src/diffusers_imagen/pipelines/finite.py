@@ -4,7 +4,7 @@ import torch
 
 from ..utils.tensors import find_not_finite
 from .planning import StagePlan
-from .prompts import TextStates
+from .prompts import PromptEmbeds
 
 
 class FiniteWatch:
@@ -21,7 +21,7 @@ class FiniteWatch:
         self.answers.append(tensor.isfinite().all())
         self.sources.append((self.call, source))
 
-    def raise_unless_finite(self, text: TextStates) -> None:
+    def raise_unless_finite(self, text: PromptEmbeds) -> None:
         """
         Raises:
             FloatingPointError: If anything was not finite; names the stage, the call and the likely cause.
@@ -35,7 +35,7 @@ class FiniteWatch:
             f"{call} of {len(self.plan.calls)}: {self._cause(source, text)}"
         )
 
-    def _cause(self, source: str, text: TextStates) -> str:
+    def _cause(self, source: str, text: PromptEmbeds) -> str:
         """What is to be mended."""
         if source not in ("unet", "guidance_unet"):
             return f"{source}."

@@ -17,10 +17,11 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.config_checks import shown
-from ..models.unet_base import ConditionalUNet
+from ..models.interface import StageNetwork
 from ..utils.errors import one_line
 from ..utils.files import read_json_object
 from ..utils.modules import first_names
+from .stage_table import BASE
 
 
 INDEX = "model_index.json"
@@ -33,13 +34,13 @@ CONFIGS = {
 # where a pipeline's classes come from, and what they are, by the end of a component's name
 LIBRARIES = {"diffusers_imagen": diffusers, "diffusers": diffusers, "transformers": transformers}
 KINDS = {
-    "unet": ConditionalUNet,
+    "unet": StageNetwork,
     "scheduler": SchedulerMixin,
     "text_encoder": PreTrainedModel,
     "tokenizer": PreTrainedTokenizerBase,
 }
 REQUIRED = {
-    "ImagenCascadePipeline": ("base_unet", "base_scheduler"),
+    "ImagenCascadePipeline": (BASE.unet, BASE.scheduler),
     "ImagenPipeline": ("unet", "scheduler"),
     "ImagenSuperResolutionPipeline": ("unet", "scheduler"),
 }
@@ -93,9 +94,11 @@ def check_index(index: dict[str, Any], class_names: tuple[str, ...]) -> dict[str
 def find_class(name: str, entry: Any, kind: type) -> type:
     """The class that an entry of a `model_index.json` names, if it is of the right kind."""
     is_pair = isinstance(entry, (list, tuple)) and len(entry) == 2 and all(isinstance(part, str) for part in entry)
-    library = LIBRARIES.get(entry[0]) if is_pair else None
-    found = getattr(library, entry[1], None) if library is not None else None
-    if not isinstance(found, type) or not issubclass(found, kind):
+    found = getattr(LIBRARIES.get(entry[0], diffusers), entry[1], None) if is_pair else None
+    is_known = isinstance(found, type) and (
+        entry[0] in LIBRARIES or entry[0] == found.__module__
+    )  # `register_network`
+    if not is_known or not issubclass(found, kind):
         raise ValueError(
             f"its {INDEX} has {shown(entry)} for `{name}`, but should have a library and its {kind.__name__} there."
         )
@@ -125,18 +128,17 @@ def check_component(folder: Path, name: str, component_class: type, variant: str
         raise ValueError(
             f"'{config_file}' is of {shown(config.get('_class_name'))}, but should be of {component_class.__name__}."
         )
-    if issubclass(component_class, ConditionalUNet):
-        check_tensors(path, component_class, config, variant)
+    if issubclass(component_class, StageNetwork):
+        check_tensors(path, config, variant)
 
 
-def check_tensors(folder: Path, unet_class: type, config: dict[str, Any], variant: str | None) -> None:
+def check_tensors(folder: Path, config: dict[str, Any], variant: str | None) -> None:
     """Raises ValueError unless a network's files hold its tensors, all and no others, as numbers of floating point.
 
-    Nothing but headers is read, and no memory taken: the network that the configuration describes is built on the meta
-    device.
+    Nothing but headers is read.
     """
-    with torch.device("meta"):
-        expected = {name: list(tensor.shape) for name, tensor in unet_class.from_config(config).state_dict().items()}
+    network = describe_network(config)
+    expected = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
     found = read_headers(folder, variant)
     if not found:
         return  # weights of another form, which diffusers reads or refuses
@@ -152,6 +154,17 @@ def check_tensors(folder: Path, unet_class: type, config: dict[str, Any], varian
     ):
         if names:
             raise ValueError(f"'{folder}' {reason}: {first_names(names)}.")
+
+
+def describe_network(config: dict[str, Any]) -> StageNetwork:
+    """The network that a configuration describes, without weights: on the meta device, where it takes no memory.
+
+    Raises:
+        ValueError: If it describes none.
+    """
+    unet_class = find_class("unet", ["diffusers", config.get("_class_name")], StageNetwork)
+    with torch.device("meta"):
+        return unet_class.from_config(config)
 
 
 def read_headers(folder: Path, variant: str | None = None) -> dict[str, tuple[str, list[int]]]:

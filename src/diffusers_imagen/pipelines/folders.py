@@ -10,25 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import AutoModel, DiffusionPipeline, SchedulerMixin
-from diffusers import __version__ as diffusers_version
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoModelForTextEncoding, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..models.config_checks import check_integer
-from ..models.unet_base import ConditionalUNet
+from ..models.interface import StageNetwork
 from ..schedulers import EDMHeunScheduler
 from ..text.completeness import refuse_random_weights
 from ..utils.arguments import shown
 from ..utils.errors import is_out_of_memory, one_line
-from ..utils.files import write_json
 from ..utils.modules import unwrapped
 from ..utils.quiet import quiet_transformers
 from .folder_checks import (
     CONFIGS,
     INDEX,
-    KINDS,
     check_component,
     check_encoder,
     check_index,
@@ -178,7 +174,7 @@ def check_stage_source(name: str, source: Any) -> None:
         pair = source.components.get("unet"), source.components.get("scheduler")
     else:
         pair = source if isinstance(source, (tuple, list)) and len(source) == 2 else (None, None)
-    if not isinstance(unwrapped(pair[0]), ConditionalUNet) or not isinstance(pair[1], SchedulerMixin):
+    if not isinstance(unwrapped(pair[0]), StageNetwork) or not isinstance(pair[1], SchedulerMixin):
         raise ValueError(
             f"`{name}` is {shown(source)}, but should be a folder, a Hub id, a single-stage pipeline, or a network and "
             "its scheduler."
@@ -209,7 +205,7 @@ def load_folder(source: str, **kwargs) -> dict[str, Any]:
     scheduler_class = find_class("scheduler", ["diffusers", config.get("_class_name")], SchedulerMixin)
     if os.path.isdir(source):
         config = read_config(Path(source, "unet", "config.json"))
-        unet_class = find_class("unet", ["diffusers", config.get("_class_name")], ConditionalUNet)
+        unet_class = find_class("unet", ["diffusers", config.get("_class_name")], StageNetwork)
         check_component(Path(source), "unet", unet_class, networks.get("variant"))
     parts = {
         "unet": AutoModel.from_pretrained(source, subfolder="unet", trust_remote_code=False, **hub, **networks),
@@ -251,68 +247,3 @@ def load_text_parts(source: str, **kwargs) -> dict[str, Any]:
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, subfolder="tokenizer", trust_remote_code=False)
     return {"text_encoder": encoder.eval(), "tokenizer": tokenizer}
-
-
-# ---- writing
-
-
-def write_model_index(folder: str | os.PathLike, scale_factor: int | None = None) -> None:
-    """Makes a folder with `unet/` and `scheduler/` one that opens as a single-stage pipeline.
-
-    `text_encoder/` and `tokenizer/` become part of it if they are there.
-
-    Args:
-        folder: The folder, whose `model_index.json` is written beside and moved into place.
-        scale_factor: How many times larger than its low-resolution image a super-resolution stage's image is.
-
-    Raises:
-        ValueError: If a configuration is missing or is none, or `scale_factor` does not fit the kind of stage.
-    """
-    folder = Path(folder)
-    files = {name: folder / name / file for name, file in CONFIGS.items()}
-    for name in ("unet", "scheduler"):
-        if not files[name].is_file():
-            raise ValueError(f"`folder` is '{folder}', which lacks {files[name].relative_to(folder)}.")
-    unet = read_entries(files["unet"], _class_name=str, low_res_conditioning=bool)
-    is_base = not unet["low_res_conditioning"]
-    if is_base != (scale_factor is None):
-        raise ValueError(
-            f"`scale_factor` is {scale_factor!r}, but the network in '{folder}' is one for "
-            + ("a base stage, which has none." if is_base else "super-resolution, which needs one.")
-        )
-    scheduler = read_entries(files["scheduler"], _class_name=str)
-    index = {
-        "_class_name": "ImagenPipeline" if is_base else "ImagenSuperResolutionPipeline",
-        "_diffusers_version": diffusers_version,
-        "unet": indexed(find_class("unet", ["diffusers", unet["_class_name"]], ConditionalUNet)),
-        "scheduler": indexed(find_class("scheduler", ["diffusers", scheduler["_class_name"]], SchedulerMixin)),
-        "tokenizer": [None, None],
-        "text_encoder": [None, None],
-    }
-    if is_base:
-        index["guidance_unet"] = [None, None]
-    else:
-        check_integer("scale_factor", scale_factor, 2, 1024)
-        index["scale_factor"] = scale_factor
-    if files["text_encoder"].is_file() and files["tokenizer"].is_file():
-        encoder = read_entries(files["text_encoder"], architectures=list)["architectures"]
-        tokenizer = read_entries(files["tokenizer"], tokenizer_class=str)["tokenizer_class"]
-        index["text_encoder"] = ["transformers", encoder[0] if encoder else None]
-        index["tokenizer"] = ["transformers", tokenizer]
-        for name in ("text_encoder", "tokenizer"):
-            find_class(name, index[name], KINDS[name])
-    write_json(folder / INDEX, dict(sorted(index.items())))
-
-
-def read_entries(path: Path, **types: type) -> dict[str, Any]:
-    """Entries of a configuration file that are needed, by name and type."""
-    config = read_config(path)
-    for name, expected in types.items():
-        if not isinstance(config.get(name), expected):
-            raise ValueError(f"'{path}' has {shown(config.get(name))} for `{name}`, not a {expected.__name__}.")
-    return config
-
-
-def indexed(component_class: type) -> list[str]:
-    """Library and class, as a `model_index.json` has them."""
-    return [component_class.__module__.split(".")[0], component_class.__name__]

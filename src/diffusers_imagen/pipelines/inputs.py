@@ -2,27 +2,28 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 
-from ..schedulers.schedule_checks import MAX_STEPS, level_tensor
-from ..utils.arguments import as_integer, as_number, is_number, shown, to_float
+from ..diffusion.augmentation import MIN_AUGMENTATION_SIGMA
+from ..schedulers.schedule_checks import MAX_STEPS, as_values
+from ..utils.arguments import as_integer, as_number, check_choice, is_number, shown, to_float
 from ..utils.tensors import check_tensor
+from .call_arguments import CallArguments, PerStage
+from .prompts import MAX_PROMPTS
 from .schedules import StageSettings
-from .stages import STAGE_NAMES, Stage
+from .stage_table import STAGES
+from .stages import Stage
 from .tiling import Tiling
 
 
-T = TypeVar("T")
-PerStage = T | list[T] | dict[str, T]
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-MIN_NOISE_LEVEL = 0.002  # EDM's lowest noise level; its conditioning value, a logarithm, has none at zero
 # Bounds of what one call may ask for: far beyond use, and below what would run until it is killed.
 MAX_NOISE_LEVEL = 1e6
 MAX_GUIDANCE = 1e6
-MAX_IMAGES = 10_000
+MAX_IMAGES = MAX_PROMPTS
 MAX_PIXELS = 2**30  # of all images of a call: 1024 images of 1024 px, or one of 32768 px
 MAX_RESAMPLE_TIMES = 100
 MAX_SIDE = 2**20  # of tiles; an image has MAX_PIXELS
@@ -43,9 +44,10 @@ def per_stage(
         missing = [stage for stage in names if stage not in value]
         if missing:
             raise ValueError(f"`{name}` is {shown(value)}, which lacks the stages {missing}.")
-        unknown = [key for key in value if key not in STAGE_NAMES]
+        known = [kind.name for kind in STAGES]
+        unknown = [key for key in value if key not in known]
         if unknown:
-            raise ValueError(f"`{name}` has {shown(unknown)}, but stages are named {', '.join(STAGE_NAMES)}.")
+            raise ValueError(f"`{name}` has {shown(unknown)}, but stages are named {', '.join(known)}.")
         return [value[stage] for stage in names]
     if not isinstance(value, (list, tuple)) or is_single(value):
         return [value] * len(stages)
@@ -76,49 +78,45 @@ def levels_per_stage(name: str, value: Any, stages: list[Stage]) -> list[list[fl
 
 def as_levels(name: str, levels: Any) -> list[float] | torch.Tensor:
     """Finite numbers in a list, or as a tensor of one dimension, whose dtype may mean something to a scheduler."""
-    tensor = level_tensor(name, levels)
+    tensor = as_values(name, levels)
     if len(tensor) == 0 or not tensor.isfinite().all():
         raise ValueError(f"`{name}` is {shown(levels)}, but should be a list of finite numbers.")
     return levels.detach() if isinstance(levels, torch.Tensor) else tensor.tolist()
 
 
-def stage_settings(
-    stages: list[Stage],
-    num_inference_steps: PerStage,
-    sigmas: Any,
-    timesteps: Any,
-    guidance_scale: PerStage,
-    guidance_interval: Any,
-    guidance_rescale: PerStage,
-    low_res_noise_level: PerStage,
-) -> list[StageSettings]:
+def stage_settings(arguments: CallArguments, stages: list[Stage]) -> list[StageSettings]:
     """What is asked of each stage, checked."""
     name = "num_inference_steps"
-    steps = [as_integer(name, value, 1, MAX_STEPS) for value in per_stage(name, num_inference_steps, stages)]
-    scales = [
-        as_guidance(stage, scale) for stage, scale in zip(stages, per_stage("guidance_scale", guidance_scale, stages))
-    ]
-    intervals = optional_per_stage("guidance_interval", guidance_interval, stages, is_single=_is_pair)
-    for interval in intervals:
-        if interval is not None and not (_is_pair(interval) and 0 <= interval[0] <= interval[1]):
-            raise ValueError(
-                f"`guidance_interval` is {shown(interval)}, but should be a pair of noise levels, the lower one first."
-            )
-    intervals = [interval and tuple(map(to_float, interval)) for interval in intervals]
+    steps = [as_integer(name, value, 1, MAX_STEPS) for value in per_stage(name, arguments.num_inference_steps, stages)]
+    scales = per_stage("guidance_scale", arguments.guidance_scale, stages)
+    scales = [as_guidance(stage, scale) for stage, scale in zip(stages, scales)]
+    intervals = optional_per_stage("guidance_interval", arguments.guidance_interval, stages, is_single=_is_pair)
+    intervals = [as_interval(interval) for interval in intervals]
     name = "guidance_rescale"
-    rescales = [as_number(name, value, 0.0, 1.0) for value in per_stage(name, guidance_rescale, stages)]
-    upscaling = [stage for stage in stages if stage.name != "base"]
+    rescales = [as_number(name, value, 0.0, 1.0) for value in per_stage(name, arguments.guidance_rescale, stages)]
+    upscaling = [stage for stage in stages if not stage.is_base]
     name = "low_res_noise_level"
-    noise_levels = per_stage(name, low_res_noise_level, upscaling)
-    noise_levels = [as_number(name, value, MIN_NOISE_LEVEL, MAX_NOISE_LEVEL) for value in noise_levels]
+    noise_levels = per_stage(name, arguments.low_res_noise_level, upscaling)
+    noise_levels = [as_number(name, value, MIN_AUGMENTATION_SIGMA, MAX_NOISE_LEVEL) for value in noise_levels]
     noise_levels = [0.0] * (len(stages) - len(upscaling)) + noise_levels
-    own_sigmas = levels_per_stage("sigmas", sigmas, stages)
-    own_timesteps = levels_per_stage("timesteps", timesteps, stages)
+    own_sigmas = levels_per_stage("sigmas", arguments.sigmas, stages)
+    own_timesteps = levels_per_stage("timesteps", arguments.timesteps, stages)
     for stage, a, b in zip(stages, own_sigmas, own_timesteps):
         if a is not None and b is not None:
             raise ValueError(f"Only one of `sigmas` and `timesteps` can be given for the stage `{stage.name}`.")
     columns = steps, own_sigmas, own_timesteps, scales, intervals, rescales, noise_levels
     return [StageSettings(*row) for row in zip(*columns)]
+
+
+def as_interval(interval: Any) -> tuple[float, float] | None:
+    """Lowest and highest noise level with guidance, as a pair of floats."""
+    if interval is None:
+        return None
+    if not (_is_pair(interval) and 0 <= interval[0] <= interval[1]):
+        raise ValueError(
+            f"`guidance_interval` is {shown(interval)}, but should be a pair of noise levels, the lower one first."
+        )
+    return tuple(map(to_float, interval))
 
 
 def as_guidance(stage: Stage, scale: Any) -> float:
@@ -152,10 +150,7 @@ def check_flag(name: str, value: Any) -> None:
 
 def check_output_type(output_type: Any) -> None:
     """A form of images that there is."""
-    if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
-        raise ValueError(
-            f"`output_type` is {shown(output_type)}, but should be one of {', '.join(map(repr, OUTPUT_TYPES))}."
-        )
+    check_choice("output_type", output_type, OUTPUT_TYPES)
 
 
 def as_images_per_prompt(value: Any, num_prompts: int) -> int:
@@ -218,7 +213,7 @@ def check_latents(latents: Any, num_images: int, first: Stage) -> None:
     """The caller's own noise fits the first stage."""
     if latents is None:
         return
-    stride, channels = first.unet.total_stride, first.unet.config.in_channels
+    stride, channels = first.unet.total_stride, first.unet.in_channels
     form = f"({num_images}, {channels}, height, width)"
     check_tensor("latents", latents, f"of shape {form}")
     fits = latents.ndim == 4 and latents.shape[:2] == (num_images, channels)

@@ -162,13 +162,13 @@ class ModelCardMixin:
 
     def model_card_call(self) -> str:
         """The arguments of the snippet: a prompt, or where there is no text encoder, text states; an image to enlarge."""
-        unet = getattr(self, "unet", None) or self.base_unet
-        width = unet.config.encoder_hid_dim
+        unet = self.stages[0].unet
+        width = unet.text_width
         arguments = []
         if self.text_encoder is not None and self.tokenizer is not None:
             arguments.append(f'"{self.model_card_prompt}"')
         elif width is not None:
             arguments += [f"prompt_embeds=torch.zeros(1, 1, {width})", "prompt_attention_mask=torch.ones(1, 1)"]
-        if unet.config.low_res_conditioning:
+        if unet.takes_low_res:
             arguments.append(f"image=torch.rand(3, {self.low_resolution}, {self.low_resolution})")
         return "".join(f"{argument}, " for argument in arguments)

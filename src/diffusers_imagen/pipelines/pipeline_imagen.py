@@ -8,14 +8,15 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import replace_example_docstring
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..loaders import ImagenLoraLoaderMixin, with_lora_scale
-from . import inputs
-from .denoising import run_stages
+from ..loaders import ImagenLoraLoaderMixin
+from .call_arguments import CallArguments
 from .image_inputs import ImageInput
 from .model_card import ModelCardMixin
 from .pipeline_mixin import ImagenPipelineMixin
 from .pipeline_output import ImagenPipelineOutput
-from .stages import DEFAULT_GUIDANCE, DEFAULT_STEPS, Stage, UNet
+from .runner import Runner
+from .stage_table import BASE
+from .stages import Stage, UNet
 
 
 EXAMPLE_DOC_STRING = """
@@ -69,9 +70,8 @@ class ImagenPipeline(ImagenPipelineMixin, ModelCardMixin, DiffusionPipeline, Ima
     @property
     def stages(self) -> list[Stage]:
         """The one stage."""
-        return [Stage("base", self.unet, self.scheduler, self.guidance_unet)]
+        return [Stage(BASE, self.unet, self.scheduler, self.guidance_unet)]
 
-    @with_lora_scale
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
@@ -83,10 +83,10 @@ class ImagenPipeline(ImagenPipelineMixin, ModelCardMixin, DiffusionPipeline, Ima
         strength: float | None = None,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = DEFAULT_STEPS["base"],
+        num_inference_steps: int = BASE.num_inference_steps,
         sigmas: list[float] | None = None,
         timesteps: list[float] | None = None,
-        guidance_scale: float = DEFAULT_GUIDANCE["base"],
+        guidance_scale: float = BASE.guidance_scale,
         guidance_interval: tuple[float, float] | None = None,
         guidance_rescale: float = 0.0,
         num_resample_times: int = 4,
@@ -149,43 +149,4 @@ class ImagenPipeline(ImagenPipelineMixin, ModelCardMixin, DiffusionPipeline, Ima
         """
         if image is not None and mask_image is None and strength is None:
             strength = DEFAULT_STRENGTH
-        settings = inputs.stage_settings(
-            self.stages,
-            num_inference_steps,
-            sigmas,
-            timesteps,
-            guidance_scale,
-            guidance_interval,
-            guidance_rescale,
-            low_res_noise_level=[],
-        )
-        texts = {
-            "prompt": prompt,
-            "negative_prompt": negative_prompt,
-            "prompt_embeds": prompt_embeds,
-            "prompt_attention_mask": prompt_attention_mask,
-            "negative_prompt_embeds": negative_prompt_embeds,
-            "negative_prompt_attention_mask": negative_prompt_attention_mask,
-        }
-        request = self.check_inputs(
-            self.stages,
-            settings,
-            None,
-            image,
-            mask_image,
-            strength,
-            num_resample_times,
-            height,
-            width,
-            texts,
-            num_images_per_prompt,
-            generator,
-            latents,
-            output_type,
-            return_dict,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
-        )
-        states = self.encode_texts(texts, num_images_per_prompt)
-        images = run_stages(self, request, states)
-        return self.postprocess(images, output_type, return_dict)
+        return Runner(self, CallArguments.of(locals()), self.stages).run()

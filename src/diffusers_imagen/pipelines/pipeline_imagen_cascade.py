@@ -1,4 +1,4 @@
-"""ImagenCascadePipeline: from a prompt to a picture. Read `__call__` first, then `denoising.py` from its top."""
+"""ImagenCascadePipeline: from a prompt to a picture. `runner.py` does what a call says; read it next, from its top."""
 
 import os
 from collections.abc import Callable
@@ -10,26 +10,17 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import replace_example_docstring
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..loaders import ImagenLoraLoaderMixin, with_lora_scale
+from ..loaders import ImagenLoraLoaderMixin
 from ..utils.arguments import is_integer, shown
-from . import inputs
-from .denoising import run_stages
+from .call_arguments import CallArguments, PerStage
 from .folders import check_stage_source, check_text_parts, load_stage, load_text_parts, split_options
 from .image_inputs import ImageInput
-from .inputs import PerStage
 from .model_card import ModelCardMixin
 from .pipeline_mixin import ImagenPipelineMixin
 from .pipeline_output import ImagenPipelineOutput
-from .stages import (
-    DEFAULT_GUIDANCE,
-    DEFAULT_STEPS,
-    STAGE_NAMES,
-    Stage,
-    StageSource,
-    UNet,
-    check_stages,
-    refuse_untrained,
-)
+from .runner import Runner
+from .stage_table import BASE, DEFAULT_GUIDANCE, DEFAULT_STEPS, STAGES
+from .stages import Stage, StageSource, UNet, check_stages, refuse_untrained
 
 
 EXAMPLE_DOC_STRING = """
@@ -43,6 +34,9 @@ EXAMPLE_DOC_STRING = """
         >>> out.images[0].save("tiger.png")  # out.stage_images has the images of every stage
         ```
 """
+
+
+GUIDE = f"{BASE.name}_guidance_unet"
 
 
 class ImagenCascadePipeline(ImagenPipelineMixin, ModelCardMixin, DiffusionPipeline, ImagenLoraLoaderMixin):
@@ -66,15 +60,10 @@ class ImagenCascadePipeline(ImagenPipelineMixin, ModelCardMixin, DiffusionPipeli
             prediction without text: autoguidance (arXiv 2406.02507).
     """
 
-    model_cpu_offload_seq = "text_encoder->base_guidance_unet->base_unet->sr256_unet->sr1024_unet"
+    model_cpu_offload_seq = "->".join(["text_encoder", GUIDE, *(kind.unet for kind in STAGES)])
     _optional_components = [
-        "tokenizer",
-        "text_encoder",
-        "sr256_unet",
-        "sr256_scheduler",
-        "sr1024_unet",
-        "sr1024_scheduler",
-        "base_guidance_unet",
+        *("tokenizer", "text_encoder", GUIDE),
+        *(part for kind in STAGES[1:] for part in (kind.unet, kind.scheduler)),
     ]
 
     def __init__(
@@ -107,8 +96,7 @@ class ImagenCascadePipeline(ImagenPipelineMixin, ModelCardMixin, DiffusionPipeli
     def from_stages(
         cls,
         base: StageSource,
-        sr256: StageSource | None = None,
-        sr1024: StageSource | None = None,
+        *upscalers: StageSource | None,
         text_encoder: PreTrainedModel | str | os.PathLike | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
@@ -120,7 +108,8 @@ class ImagenCascadePipeline(ImagenPipelineMixin, ModelCardMixin, DiffusionPipeli
             base (`str`, [`DiffusionPipeline`] or `tuple`):
                 The base stage: the folder that training wrote, a Hub id, an [`ImagenPipeline`], or the pair of a
                 network and its scheduler.
-            sr256, sr1024 (the same, *optional*): The super-resolution stages.
+            upscalers (the same, *optional*):
+                The super-resolution stages, in order; or by name: `sr256`, `sr1024`.
             text_encoder ([`~transformers.PreTrainedModel`], `str` or `os.PathLike`, *optional*):
                 The text encoder, or a folder or Hub id with `text_encoder/` and `tokenizer/`; by default that of
                 `base`, if it has one.
@@ -131,24 +120,30 @@ class ImagenCascadePipeline(ImagenPipelineMixin, ModelCardMixin, DiffusionPipeli
         Raises:
             ValueError: If a source is no stage, was never trained, or does not fit the others.
         """
-        sources = {name: source for name, source in (("sr256", sr256), ("sr1024", sr1024)) if source is not None}
+        if len(upscalers) >= len(STAGES):
+            raise ValueError(f"`upscalers` has {len(upscalers)} stages, but should have at most {len(STAGES) - 1}.")
+        sources = dict(zip(STAGES, (base, *upscalers)))
+        sources |= {kind: kwargs.pop(kind.name) for kind in STAGES[1:] if kind.name in kwargs}
+        sources = {kind: source for kind, source in sources.items() if kind is BASE or source is not None}
         split_options(kwargs)
-        for name, source in {"base": base, **sources}.items():  # before the first is loaded
-            check_stage_source(name, source)
+        for kind, source in sources.items():  # before the first is loaded
+            check_stage_source(kind.name, source)
         check_text_parts(text_encoder, tokenizer)
-        parts = load_stage("base", base, **kwargs)
-        components = {"text_encoder": parts.get("text_encoder"), "tokenizer": parts.get("tokenizer")}
-        components["base_guidance_unet"] = parts.get("guidance_unet")
+        components = {}
+        for kind, source in sources.items():
+            # all stages read the text of one encoder, that of the base stage if no other is given
+            own_text = {} if kind is BASE else {"text_encoder": None, "tokenizer": None}
+            parts = load_stage(kind.name, source, **own_text, **kwargs)
+            components |= {kind.unet: parts["unet"], kind.scheduler: parts["scheduler"]}
+            if kind is BASE:
+                components |= {name: parts.get(name) for name in ("text_encoder", "tokenizer")}
+                components[GUIDE] = parts.get("guidance_unet")
         if isinstance(text_encoder, (str, os.PathLike)):
-            components.update(load_text_parts(str(text_encoder), **kwargs))
+            components |= load_text_parts(str(text_encoder), **kwargs)
         elif text_encoder is not None:
             components["text_encoder"] = text_encoder
         if tokenizer is not None:
             components["tokenizer"] = tokenizer
-        components.update(base_unet=parts["unet"], base_scheduler=parts["scheduler"])
-        for name, source in sources.items():  # all stages read the text of one encoder
-            parts = load_stage(name, source, text_encoder=None, tokenizer=None, **kwargs)
-            components.update({f"{name}_unet": parts["unet"], f"{name}_scheduler": parts["scheduler"]})
         pipe = cls(**components)
         check_stages(pipe.stages, pipe.text_encoder)
         refuse_untrained(pipe.stages)
@@ -157,11 +152,10 @@ class ImagenCascadePipeline(ImagenPipelineMixin, ModelCardMixin, DiffusionPipeli
     @property
     def stages(self) -> list[Stage]:
         """The stages that are present, in the order in which they run."""
-        parts = ((name, getattr(self, f"{name}_unet"), getattr(self, f"{name}_scheduler")) for name in STAGE_NAMES)
-        guides = {"base": self.base_guidance_unet}
-        return [Stage(name, unet, scheduler, guides.get(name)) for name, unet, scheduler in parts if unet is not None]
+        parts = ((kind, getattr(self, kind.unet), getattr(self, kind.scheduler)) for kind in STAGES)
+        guides = {BASE: self.base_guidance_unet}
+        return [Stage(kind, unet, scheduler, guides.get(kind)) for kind, unet, scheduler in parts if unet is not None]
 
-    @with_lora_scale
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
@@ -261,55 +255,10 @@ class ImagenCascadePipeline(ImagenPipelineMixin, ModelCardMixin, DiffusionPipeli
             ValueError: If an argument does not fit, before any network runs.
             FloatingPointError: If a stage makes values that are not finite; names the stage and the likely cause.
         """
-        # 1. Check everything and lay out every network call, before any network runs
+        arguments = CallArguments.of(locals())
         upscales = image is not None and mask_image is None and strength is None
         stages = self.stages_up_to(output_resolution, skip_base=upscales)
-        settings = inputs.stage_settings(
-            stages,
-            num_inference_steps,
-            sigmas,
-            timesteps,
-            guidance_scale,
-            guidance_interval,
-            guidance_rescale,
-            low_res_noise_level,
-        )
-        texts = {
-            "prompt": prompt,
-            "negative_prompt": negative_prompt,
-            "prompt_embeds": prompt_embeds,
-            "prompt_attention_mask": prompt_attention_mask,
-            "negative_prompt_embeds": negative_prompt_embeds,
-            "negative_prompt_attention_mask": negative_prompt_attention_mask,
-        }
-        request = self.check_inputs(
-            stages,
-            settings,
-            self.stages[0].resolution if upscales else None,
-            image,
-            mask_image,
-            strength,
-            num_resample_times,
-            height,
-            width,
-            texts,
-            num_images_per_prompt,
-            generator,
-            latents,
-            output_type,
-            return_dict,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
-        )
-
-        # 2. Encode the prompt, once for all stages and images
-        states = self.encode_texts(texts, num_images_per_prompt)
-
-        # 3. Base stage, then each super-resolution stage on what the one before it made: (B, 3, 64, 64), ...
-        images = run_stages(self, request, states)
-
-        # 4. Pixels in [-1, 1] to what was asked for
-        return self.postprocess(images, output_type, return_dict)
+        return Runner(self, arguments, stages, self.stages[0].resolution if upscales else None).run()
 
     def stages_up_to(self, output_resolution: int | None, skip_base: bool = False) -> list[Stage]:
         """The stages that lead to a resolution, from noise or from a given low-resolution image.

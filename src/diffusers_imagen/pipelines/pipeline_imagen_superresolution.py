@@ -8,16 +8,16 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import replace_example_docstring
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..loaders import ImagenLoraLoaderMixin, with_lora_scale
+from ..loaders import ImagenLoraLoaderMixin
 from ..utils.arguments import as_integer
-from . import inputs
-from .denoising import run_stages
+from .call_arguments import CallArguments
 from .image_inputs import ImageInput
 from .model_card import ModelCardMixin
 from .pipeline_mixin import ImagenPipelineMixin
 from .pipeline_output import ImagenPipelineOutput
-from .planning import Size
-from .stages import DEFAULT_GUIDANCE, DEFAULT_STEPS, Stage, UNet
+from .runner import Runner
+from .stage_table import FIRST_UPSCALER, upscaler_of
+from .stages import Stage, UNet
 
 
 EXAMPLE_DOC_STRING = """
@@ -65,18 +65,17 @@ class ImagenSuperResolutionPipeline(ImagenPipelineMixin, ModelCardMixin, Diffusi
     @property
     def low_resolution(self) -> int:
         """Side of the images that the network was trained to enlarge, in pixels."""
-        sample_size, factor = self.unet.config.sample_size, self.config.scale_factor
+        resolution, factor = self.unet.resolution, self.config.scale_factor
         as_integer("scale_factor", factor)
-        if sample_size % factor:
-            raise ValueError(f"`scale_factor` is {factor}, which does not divide the network's {sample_size} px.")
-        return sample_size // factor
+        if resolution % factor:
+            raise ValueError(f"`scale_factor` is {factor}, which does not divide the network's {resolution} px.")
+        return resolution // factor
 
     @property
     def stages(self) -> list[Stage]:
         """The one stage, under the name of those that a cascade has."""
-        return [Stage("sr256" if self.unet.config.sample_size <= 256 else "sr1024", self.unet, self.scheduler)]
+        return [Stage(upscaler_of(self.unet.resolution), self.unet, self.scheduler)]
 
-    @with_lora_scale
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
@@ -86,10 +85,10 @@ class ImagenSuperResolutionPipeline(ImagenPipelineMixin, ModelCardMixin, Diffusi
         image: ImageInput | None = None,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = DEFAULT_STEPS["sr256"],
+        num_inference_steps: int = FIRST_UPSCALER.num_inference_steps,
         sigmas: list[float] | None = None,
         timesteps: list[float] | None = None,
-        guidance_scale: float = DEFAULT_GUIDANCE["sr256"],
+        guidance_scale: float = FIRST_UPSCALER.guidance_scale,
         guidance_interval: tuple[float, float] | None = None,
         guidance_rescale: float = 0.0,
         low_res_noise_level: float = 0.1,
@@ -153,53 +152,5 @@ class ImagenSuperResolutionPipeline(ImagenPipelineMixin, ModelCardMixin, Diffusi
         """
         if image is None:
             raise ValueError("`image` is None, but should be the image to enlarge.")
-        settings = inputs.stage_settings(
-            self.stages,
-            num_inference_steps,
-            sigmas,
-            timesteps,
-            guidance_scale,
-            guidance_interval,
-            guidance_rescale,
-            low_res_noise_level,
-        )
-        texts = {
-            "prompt": prompt,
-            "negative_prompt": negative_prompt,
-            "prompt_embeds": prompt_embeds,
-            "prompt_attention_mask": prompt_attention_mask,
-            "negative_prompt_embeds": negative_prompt_embeds,
-            "negative_prompt_attention_mask": negative_prompt_attention_mask,
-        }
-        request = self.check_inputs(
-            self.stages,
-            settings,
-            self.low_resolution,
-            image,
-            None,
-            None,
-            1,
-            height,
-            width,
-            texts,
-            num_images_per_prompt,
-            generator,
-            latents,
-            output_type,
-            return_dict,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
-        )
-        states = self.encode_texts(texts, num_images_per_prompt)
-        images = run_stages(self, request, states)
-        return self.postprocess(images, output_type, return_dict)
-
-    def stage_sizes(self, stages, low_resolution, given, latents, height, width) -> dict[int, Size]:
-        """Height and width by resolution; by default the image keeps its size, and the result is in proportion."""
-        if latents is None:
-            sizes = {tuple(image.shape[-2:]) for image in given.pixels}
-            if len(sizes) > 1 and None in (height, width):
-                raise ValueError(f"`image` has images of the sizes {sorted(sizes)}: give `height` and `width`.")
-            own = [side * self.config.scale_factor for side in sizes.pop()]
-            height, width = (side if asked is None else asked for side, asked in zip(own, (height, width)))
-        return super().stage_sizes(stages, low_resolution, given, latents, height, width)
+        arguments = CallArguments.of(locals())
+        return Runner(self, arguments, self.stages, self.low_resolution, self.config.scale_factor).run()

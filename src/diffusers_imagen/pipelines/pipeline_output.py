@@ -1,3 +1,5 @@
+"""What the pipelines return."""
+
 from dataclasses import dataclass
 
 import numpy as np

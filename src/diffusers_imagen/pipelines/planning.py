@@ -52,7 +52,7 @@ class StagePlan(NamedTuple):
 
 
 class Request(NamedTuple):
-    """A call of a pipeline whose arguments have been checked."""
+    """A call of a pipeline as it will run, its arguments checked."""
 
     plans: list[StagePlan]
     num_images: int
@@ -86,10 +86,10 @@ def plan_stages(
         check_drives(scheduler, stage, wanted)
         set_schedule(scheduler, stage.name, wanted, device)
         levels = step_levels(scheduler)
-        is_base = stage.name == "base"
-        first = first_step(stage.name, len(levels), strength) if is_base else 0
-        calls = plan_calls(scheduler, list(levels.items())[first:], wanted, num_resample_times if is_base else 1)
-        low_res_size = None if is_base else sizes[low_resolution]
+        first = first_step(stage.name, len(levels), strength) if stage.is_base else 0
+        times = num_resample_times if stage.is_base else 1
+        calls = plan_calls(scheduler, list(levels.items())[first:], wanted, times)
+        low_res_size = None if stage.is_base else sizes[low_resolution]
         plans.append(StagePlan(stage, scheduler, wanted, sizes[stage.resolution], low_res_size, calls, levels))
         low_resolution = stage.resolution
     return plans

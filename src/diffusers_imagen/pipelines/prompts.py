@@ -4,29 +4,29 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from diffusers import DiffusionPipeline
-from transformers import PreTrainedTokenizerBase
 
-from ..models.embeddings import TextConditioning
+from ..models.interface import StageNetwork
 from ..text.encoder import TextEncoder
 from ..text.text_embeddings import TextEmbeddings, without_text
-from ..utils.arguments import shown
+from ..utils.arguments import check_exactly_one, shown
 from ..utils.tensors import FLOATS, INTEGERS, check_tensor
-from .inputs import MAX_IMAGES
-from .stages import Stage, UNet
+from .stages import Stage
 
 
-TEXT_TENSORS = (
+PROMPT_EMBEDS = (
     "prompt_embeds",
     "prompt_attention_mask",
     "negative_prompt_embeds",
     "negative_prompt_attention_mask",
 )
 Branch = Literal["conditional", "unconditional", "both"]
+MAX_PROMPTS = 10_000
+# tokenizers take minutes for more, and what does not fit into a network is lost anyway
+MAX_PROMPT_CHARACTERS = 100_000
 
 
 @dataclass
-class TextStates:
+class PromptEmbeds:
     """The text of all images of a call, `(images, tokens, width)` and `(images, tokens)`; None without text."""
 
     prompt_embeds: torch.Tensor | None
@@ -36,16 +36,20 @@ class TextStates:
     negative_given: bool = False  # whether there is more to guide away from than the absence of text
     version: int = 0  # how often a callback has changed it
 
+    def tensors(self) -> dict[str, torch.Tensor | None]:
+        """The tensors by the names of the pipelines' arguments."""
+        return {name: getattr(self, name) for name in PROMPT_EMBEDS}
+
     def update(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Takes over what a callback gave back changed."""
+        """Take over what a callback gave back changed."""
         for name, tensor in tensors.items():
-            if name in TEXT_TENSORS and tensor is not getattr(self, name):
+            if name in PROMPT_EMBEDS and tensor is not getattr(self, name):
                 setattr(self, name, tensor)
                 self.version += 1
 
-    def encode_for(self, unet: UNet, branch: Branch, images: slice) -> TextConditioning | None:
-        """Does a network's work on the text of some images; for both branches, negative prompts come first."""
-        if unet.config.encoder_hid_dim is None:
+    def encode_for(self, unet: StageNetwork, branch: Branch, images: slice) -> Any:
+        """Do a network's work on the text of some images; for both branches, negative prompts come first."""
+        if unet.text_width is None:
             return None
         prompt = self.prompt_embeds[images], self.prompt_attention_mask[images]
         negative = self.negative_prompt_embeds[images], self.negative_prompt_attention_mask[images]
@@ -54,107 +58,114 @@ class TextStates:
         return unet.encode_text(*(prompt if branch == "conditional" else negative))
 
 
-def encode_prompt(
-    pipe: DiffusionPipeline,
-    prompt: str | list[str] | None,
-    negative_prompt: str | list[str] | None,
-    num_images_per_prompt: int,
-    prompt_embeds: torch.Tensor | None,
-    prompt_attention_mask: torch.Tensor | None,
-    negative_prompt_embeds: torch.Tensor | None,
-    negative_prompt_attention_mask: torch.Tensor | None,
-) -> tuple[torch.Tensor | None, ...]:
-    """What the pipelines' `encode_prompt` promises."""
-    if prompt_embeds is None and prompt is None:
-        return None, None, None, None
-    encoder = TextEncoder(pipe.tokenizer, pipe.text_encoder)
-    if prompt_embeds is None:
-        prompts = [prompt] if isinstance(prompt, str) else prompt
-        prompt_embeds, prompt_attention_mask = encoder.encode_prompts(prompts, pipe.slice_size)
-    if negative_prompt_embeds is None and negative_prompt is not None:
-        texts = [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt
-        negative_prompt_embeds, negative_prompt_attention_mask = encoder.encode_prompts(texts, pipe.slice_size)
-        if isinstance(negative_prompt, str):
-            negative_prompt_embeds = negative_prompt_embeds.expand(len(prompt_embeds), -1, -1)
-            negative_prompt_attention_mask = negative_prompt_attention_mask.expand(len(prompt_embeds), -1)
-    elif negative_prompt_embeds is None:
-        negative_prompt_embeds, negative_prompt_attention_mask = without_text(
-            TextEmbeddings(prompt_embeds, prompt_attention_mask)
+@dataclass
+class Prompts:
+    """The texts that a caller gives, or their embeddings, under the names of the pipelines' arguments."""
+
+    prompt: str | list[str] | None = None
+    negative_prompt: str | list[str] | None = None
+    prompt_embeds: torch.Tensor | None = None
+    prompt_attention_mask: torch.Tensor | None = None
+    negative_prompt_embeds: torch.Tensor | None = None
+    negative_prompt_attention_mask: torch.Tensor | None = None
+
+    @property
+    def number(self) -> int:
+        """Number of prompts; 1 without text."""
+        return count_prompts(self.prompt, self.prompt_embeds)
+
+    @property
+    def negative_given(self) -> bool:
+        """Whether there are negative prompts or their embeddings."""
+        return self.negative_prompt is not None or self.negative_prompt_embeds is not None
+
+    def check(self, max_length: int | None, stages: list[Stage] | None = None) -> None:
+        """Check that there is one description of each prompt, and that the networks can read it.
+
+        Args:
+            max_length: Tokens of an encoded text; None without text encoder.
+            stages: Those that read it; None where text is encoded apart from any network.
+
+        Raises:
+            ValueError: If not.
+        """
+        texts = (
+            ("prompt", self.prompt, self.prompt_embeds, self.prompt_attention_mask),
+            (
+                "negative_prompt",
+                self.negative_prompt,
+                self.negative_prompt_embeds,
+                self.negative_prompt_attention_mask,
+            ),
         )
-    tensors = (
-        prompt_embeds,
-        prompt_attention_mask.bool(),
-        negative_prompt_embeds,
-        negative_prompt_attention_mask.bool(),
-    )
-    return tuple(
-        tensor.repeat_interleave(num_images_per_prompt, dim=0).to(pipe._execution_device) for tensor in tensors
-    )
-
-
-MAX_PROMPT_CHARACTERS = (
-    100_000  # tokenizers take minutes for more, and what does not fit into a network is lost anyway
-)
-
-
-def check_text(
-    stages: list[Stage] | None,
-    tokenizer: PreTrainedTokenizerBase | None,
-    prompt: str | list[str] | None,
-    negative_prompt: str | list[str] | None,
-    prompt_embeds: torch.Tensor | None,
-    prompt_attention_mask: torch.Tensor | None,
-    negative_prompt_embeds: torch.Tensor | None,
-    negative_prompt_attention_mask: torch.Tensor | None,
-) -> None:
-    """There is one description of each prompt, and the networks can read it.
-
-    `tokenizer` is None without encoder; `stages` is None where the text is encoded apart from any network.
-    """
-    texts = (
-        ("prompt", prompt, prompt_embeds, prompt_attention_mask),
-        ("negative_prompt", negative_prompt, negative_prompt_embeds, negative_prompt_attention_mask),
-    )
-    if stages is not None and not any(stage.reads_text for stage in stages):
+        if stages is not None and not any(stage.reads_text for stage in stages):
+            for name, *values in texts:
+                if any(value is not None for value in values):
+                    raise ValueError(f"`{name}` was given, but no stage of this pipeline reads text.")
+            return
+        check_exactly_one(prompt=self.prompt, prompt_embeds=self.prompt_embeds)
+        if self.negative_prompt is not None and self.negative_prompt_embeds is not None:
+            raise ValueError("Only one of `negative_prompt` and `negative_prompt_embeds` can be given.")
         for name, text, embeds, mask in texts:
-            if any(value is not None for value in (text, embeds, mask)):
-                raise ValueError(f"`{name}` was given, but no stage of this pipeline reads text.")
-        return
-    if (prompt is None) == (prompt_embeds is None):
-        raise ValueError(f"Exactly one of `prompt` ({shown(prompt)}) and `prompt_embeds` must be given.")
-    if negative_prompt is not None and negative_prompt_embeds is not None:
-        raise ValueError("Only one of `negative_prompt` and `negative_prompt_embeds` can be given.")
-    for name, text, embeds, mask in texts:
-        if text is not None:
-            check_prompt(name, text)
-            if tokenizer is None:
-                raise ValueError(f"`{name}` needs a text encoder and a tokenizer; give `{name}_embeds` instead.")
-        if embeds is not None:
-            check_embeds(name, embeds, mask, stages or [])
-        elif mask is not None:
-            raise ValueError(f"`{name}_attention_mask` was given without `{name}_embeds`.")
+            if text is not None:
+                check_prompt(name, text)
+                if max_length is None:
+                    raise ValueError(f"`{name}` needs a text encoder and a tokenizer; give `{name}_embeds` instead.")
+            if embeds is not None:
+                check_embeds(name, embeds, mask, stages or [])
+            elif mask is not None:
+                raise ValueError(f"`{name}_attention_mask` was given without `{name}_embeds`.")
+        self._check_negatives(max_length)
 
-    count = count_prompts(prompt, prompt_embeds)
-    if isinstance(negative_prompt, list) or negative_prompt_embeds is not None:
-        negatives = count_prompts(negative_prompt, negative_prompt_embeds)
-        if negatives != count:
-            raise ValueError(f"There are {negatives} negative prompts, but {count} prompts.")
-    if negative_prompt is not None or negative_prompt_embeds is not None:
+    def _check_negatives(self, max_length: int | None) -> None:
+        """As many negative prompts as prompts, or a single one, of as many tokens."""
+        if not self.negative_given:
+            return
+        if not isinstance(self.negative_prompt, str):
+            negatives = count_prompts(self.negative_prompt, self.negative_prompt_embeds)
+            if negatives != self.number:
+                raise ValueError(f"There are {negatives} negative prompts, but {self.number} prompts.")
         lengths = [
-            tokenizer.model_max_length if embeds is None else embeds.shape[1]
-            for embeds in (prompt_embeds, negative_prompt_embeds)
+            max_length if embeds is None else embeds.shape[1]
+            for embeds in (self.prompt_embeds, self.negative_prompt_embeds)
         ]
         if lengths[0] != lengths[1]:
             raise ValueError(f"Prompts have {lengths[0]} tokens and negative prompts {lengths[1]}: pad both alike.")
 
+    def encode(
+        self, encoder: TextEncoder, slice_size: int | None, num_images_per_prompt: int, device: torch.device
+    ) -> PromptEmbeds:
+        """The embeddings of all images, on a device; `slice_size` texts are encoded at once."""
+        embeds, mask = self.prompt_embeds, self.prompt_attention_mask
+        if embeds is None and self.prompt is None:
+            return PromptEmbeds(None, None, None, None)
+        if embeds is None:
+            embeds, mask = encoder.encode_prompts(as_list(self.prompt), slice_size)
+        negative_embeds, negative_mask = self.negative_prompt_embeds, self.negative_prompt_attention_mask
+        if negative_embeds is None and self.negative_prompt is not None:
+            negative_embeds, negative_mask = encoder.encode_prompts(as_list(self.negative_prompt), slice_size)
+            if isinstance(self.negative_prompt, str):
+                negative_embeds = negative_embeds.expand(len(embeds), -1, -1)
+                negative_mask = negative_mask.expand(len(embeds), -1)
+        elif negative_embeds is None:
+            negative_embeds, negative_mask = without_text(TextEmbeddings(embeds, mask))
+        tensors = (embeds, mask.bool(), negative_embeds, negative_mask.bool())
+        repeated = (tensor.repeat_interleave(num_images_per_prompt, dim=0).to(device) for tensor in tensors)
+        return PromptEmbeds(*repeated, negative_given=self.negative_given)
+
+
+def as_list(prompt: str | list[str]) -> list[str]:
+    """A single prompt as a list of one."""
+    return [prompt] if isinstance(prompt, str) else prompt
+
 
 def check_prompt(name: str, prompt: Any) -> None:
     """A string, or a list of at least one string, that a tokenizer can read."""
-    texts = [prompt] if isinstance(prompt, str) else prompt
+    texts = as_list(prompt)
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"`{name}` is {shown(prompt)}, but should be a string or a list of strings.")
-    if len(texts) > MAX_IMAGES:
-        raise ValueError(f"`{name}` has {len(texts)} entries, but should have at most {MAX_IMAGES}.")
+    if len(texts) > MAX_PROMPTS:
+        raise ValueError(f"`{name}` has {len(texts)} entries, but should have at most {MAX_PROMPTS}.")
     for text in texts:
         if len(text) > MAX_PROMPT_CHARACTERS:
             raise ValueError(
@@ -169,10 +180,10 @@ def check_embeds(name: str, embeds: Any, mask: Any, stages: list[Stage]) -> None
     check_tensor(f"{name}_embeds", embeds, "of shape (prompts, tokens, width)")
     if embeds.ndim != 3 or 0 in embeds.shape:
         raise ValueError(f"`{name}_embeds` has shape {tuple(embeds.shape)}, but should be (prompts, tokens, width).")
-    if len(embeds) > MAX_IMAGES:
-        raise ValueError(f"`{name}_embeds` has {len(embeds)} prompts, but should have at most {MAX_IMAGES}.")
+    if len(embeds) > MAX_PROMPTS:
+        raise ValueError(f"`{name}_embeds` has {len(embeds)} prompts, but should have at most {MAX_PROMPTS}.")
     for stage in stages:
-        width = stage.unet.config.encoder_hid_dim
+        width = stage.unet.text_width
         if width is not None and embeds.shape[-1] != width:
             raise ValueError(
                 f"`{name}_embeds` has width {embeds.shape[-1]}, but the stage `{stage.name}` reads width {width}."

@@ -8,15 +8,16 @@ from diffusers.utils import logging
 from transformers import PreTrainedModel
 
 from ..models import EfficientUNetModel, ImagenUNetModel
-from ..models.blocks import ResBlock
-from ..models.unet_base import ConditionalUNet
+from ..models.interface import StageNetwork
 from ..text.completeness import random_weights, refuse_random_weights
 from ..utils.modules import first_names, is_offloaded, unwrapped
+from .stage_table import StageKind
 
 
-# diffusers compares a component's class with this hint when it hands components on to another pipeline
-UNet = ImagenUNetModel | EfficientUNetModel
-StageSource = str | os.PathLike | DiffusionPipeline | tuple[UNet, SchedulerMixin]
+# the hint of a network in the pipelines' constructors: diffusers hands components of these very classes on to another
+# pipeline, and asks for those of others by name
+UNet = ImagenUNetModel | EfficientUNetModel | StageNetwork
+StageSource = str | os.PathLike | DiffusionPipeline | tuple[StageNetwork, SchedulerMixin]
 
 logger = logging.get_logger(__name__)
 
@@ -24,34 +25,40 @@ UNTRAINED = (
     "The network of the stage `{name}`, loaded from '{path}', was never trained: its residual branches end in the zeros "
     "of a new network. Load the folder that training wrote, or leave the stage out."
 )
-STAGE_NAMES = ("base", "sr256", "sr1024")
-# the low-resolution image leaves little to decide: super-resolution needs few steps and no guidance
-DEFAULT_STEPS = {"base": 18, "sr256": 8, "sr1024": 8}
-DEFAULT_GUIDANCE = {"base": 4.0, "sr256": 1.0, "sr1024": 1.0}
 
 
 class Stage(NamedTuple):
     """One diffusion model of a pipeline."""
 
-    name: str
-    unet: UNet
+    kind: StageKind
+    unet: StageNetwork
     scheduler: SchedulerMixin
-    guidance_unet: UNet | None = None
+    guidance_unet: StageNetwork | None = None
+
+    @property
+    def name(self) -> str:
+        """The stage's name in arguments and messages."""
+        return self.kind.name
 
     @property
     def resolution(self) -> int:
-        """Side of the images that it was trained for, in pixels."""
-        return self.unet.config.sample_size
+        """Height and width of the images that it was trained for, in pixels."""
+        return self.unet.resolution
 
     @property
-    def unets(self) -> list[UNet]:
+    def is_base(self) -> bool:
+        """Whether it makes images from text alone, and not from those of a stage before it."""
+        return not self.unet.takes_low_res
+
+    @property
+    def unets(self) -> list[StageNetwork]:
         """Its network, and the weaker one that guides it if there is one; compiled ones as they were before."""
         return [unwrapped(unet) for unet in (self.unet, self.guidance_unet) if unet is not None]
 
     @property
     def reads_text(self) -> bool:
         """Whether the network is conditioned on text."""
-        return self.unet.config.encoder_hid_dim is not None
+        return self.unet.text_width is not None
 
 
 # ---- checks
@@ -62,16 +69,15 @@ def check_stages(stages: list[Stage], text_encoder: PreTrainedModel | None) -> N
     for stage in stages:
         if stage.scheduler is None:
             raise ValueError(f"The stage `{stage.name}` has a network, but no scheduler.")
-        is_base, takes_image = stage.name == "base", stage.unet.config.low_res_conditioning
-        if is_base == takes_image:
+        if stage.is_base == stage.kind.takes_low_res:
             raise ValueError(
-                f"The network of the stage `{stage.name}` has `low_res_conditioning={takes_image}`: "
-                + ("it is one for super-resolution." if is_base else "it is one for a base stage.")
+                f"The network of the stage `{stage.name}` has `low_res_conditioning={not stage.is_base}`: it is one for "
+                + ("a base stage." if stage.is_base else "super-resolution.")
             )
         check_text_width(stage, text_encoder)
         for unet in stage.unets:
             check_loaded(stage.name, unet)
-        if stage.guidance_unet is not None and stage.guidance_unet.config.low_res_conditioning != takes_image:
+        if stage.guidance_unet is not None and stage.guidance_unet.takes_low_res == stage.is_base:
             raise ValueError(f"The guidance network of the stage `{stage.name}` is one for another kind of stage.")
     for below, stage in zip(stages, stages[1:]):
         if stage.resolution % below.resolution or stage.resolution == below.resolution:
@@ -85,7 +91,7 @@ def check_text_width(stage: Stage, text_encoder: PreTrainedModel | None) -> None
     """Raises ValueError unless the network reads states as wide as the text encoder's."""
     width = getattr(getattr(text_encoder, "config", None), "hidden_size", None)
     for unet in stage.unets:
-        expected = unet.config.encoder_hid_dim
+        expected = unet.text_width
         if width is not None and expected not in (None, width):
             raise ValueError(
                 f"The text encoder, a {type(unwrapped(text_encoder)).__name__}, has states of width {width}, but a network of "
@@ -93,17 +99,17 @@ def check_text_width(stage: Stage, text_encoder: PreTrainedModel | None) -> None
             )
 
 
-def check_loaded(name: str, unet: UNet) -> None:
+def check_loaded(name: str, unet: StageNetwork) -> None:
     """Raises ValueError for a loaded network that lacks weights, and warns of one that was never trained.
 
     Networks that were built in this process are the caller's to judge.
     """
     refuse_missing(f"The network of the stage `{name}`", unet)
-    if was_loaded(unet) and not is_offloaded(unet) and is_untrained(unet):
+    if was_loaded(unet) and not is_offloaded(unet) and unet.is_untrained():
         logger.warning(UNTRAINED.format(name=name, path=unet.config._name_or_path))
 
 
-def refuse_missing(description: str, unet: UNet) -> None:
+def refuse_missing(description: str, unet: StageNetwork) -> None:
     """Raises ValueError for a loaded network that lacks weights."""
     missing = missing_weights(unet) if was_loaded(unet) and not is_offloaded(unet) else []
     if missing:
@@ -117,23 +123,18 @@ def refuse_untrained(stages: list[Stage]) -> None:
     """Raises ValueError for loaded networks that were never trained."""
     for stage in stages:
         unet = unwrapped(stage.unet)
-        if was_loaded(unet) and is_untrained(unet):
+        if was_loaded(unet) and unet.is_untrained():
             raise ValueError(UNTRAINED.format(name=stage.name, path=unet.config._name_or_path))
 
 
-def missing_weights(unet: UNet) -> list[str]:
+def missing_weights(unet: StageNetwork) -> list[str]:
     """Parameters that a checkpoint lacked: diffusers leaves them on the meta device, without a word."""
     return [name for name, parameter in unwrapped(unet).named_parameters() if parameter.is_meta]
 
 
-def was_loaded(unet: UNet) -> bool:
+def was_loaded(unet: StageNetwork) -> bool:
     """Whether the network comes from a folder or the Hub."""
     return bool(unet.config.get("_name_or_path"))
-
-
-def is_untrained(unet: UNet) -> bool:
-    """Whether every residual branch ends in the zeros of a new network."""
-    return not any(module.conv2.weight.any() for module in unet.modules() if isinstance(module, ResBlock))
 
 
 # ---- components
@@ -146,11 +147,12 @@ def check_components(components: dict[str, Any]) -> None:
     """
     for name, component in components.items():
         component = unwrapped(component)
-        if isinstance(component, ConditionalUNet):
+        if isinstance(component, StageNetwork):
             refuse_missing(f"`{name}`", component)
         elif name.endswith("unet") and isinstance(component, (ModelMixin, PreTrainedModel)):
             raise ValueError(
-                f"`{name}` is a {type(component).__name__}, but should be an ImagenUNetModel or EfficientUNetModel."
+                f"`{name}` is a {type(component).__name__}, but should be an ImagenUNetModel, an EfficientUNetModel or another "
+                "StageNetwork."
             )
         elif isinstance(component, PreTrainedModel):
             refuse_random_weights(f"`{name}`, loaded from '{component.name_or_path}',", random_weights(component))

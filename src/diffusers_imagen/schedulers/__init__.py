@@ -1,3 +1,5 @@
+"""The samplers, as diffusers schedulers."""
+
 from .scheduling_continuous_ddpm import ContinuousDDPMScheduler
 from .scheduling_edm_adams import EDMAdamsScheduler
 from .scheduling_edm_heun import EDMHeunScheduler

@@ -1,3 +1,5 @@
+"""From captioned images to a stage. READ SECOND."""
+
 from .config import TrainingConfig
 from .finetuning.dreambooth import DreamBoothLoraTrainer, DreamBoothTrainer
 from .finetuning.finetuning_config import DreamBoothTrainingConfig, LoraTrainingConfig

@@ -1,5 +1,4 @@
-"""A trained network as a stage folder, which opens as a pipeline: `unet/`, `scheduler/`, a card, and what it was
-trained with."""
+"""A trained network as a stage folder that opens as a pipeline, with a card and what it was trained with."""
 
 import json
 import os
@@ -14,7 +13,7 @@ from diffusers import SchedulerMixin
 from huggingface_hub import create_repo, upload_folder
 
 from ..models.interface import StageNetwork
-from ..pipelines.folders import write_model_index
+from ..pipelines import ImagenPipeline, ImagenSuperResolutionPipeline
 from ..utils.errors import NETWORK, one_line
 from ..utils.files import read_json_object, sha256, whole_folder, write_json
 from .config import TrainingConfig
@@ -133,7 +132,11 @@ def save_stage(
         unet.save_pretrained(partial / "unet")
         hide_place(partial / "unet" / "config.json")
         scheduler.save_pretrained(partial / "scheduler")
-        write_model_index(partial, scale_factor=None if config.low_resolution is None else config.factor)
+        if unet.takes_low_res:
+            pipe = ImagenSuperResolutionPipeline(unet, scheduler, scale_factor=config.factor)
+        else:
+            pipe = ImagenPipeline(unet, scheduler)
+        pipe.save_config(partial)
         write_record(partial, config, step, results)
         (partial / CARD_FILE).write_text(model_card(unet, config, step, results), encoding="utf-8")
 

@@ -11,11 +11,11 @@ import pytest
 import tiny_runs
 import torch
 from accelerate import Accelerator
+from networks import save_index
 from PIL import Image
 from tiny_runs import are_equal, encode, exported, losses, weights_of
 
 from diffusers_imagen import EDMHeunScheduler, EfficientUNetModel, ImagenCascadePipeline, ImagenPipeline
-from diffusers_imagen.pipelines.folders import write_model_index as save_index
 from diffusers_imagen.training import DreamBoothLoraTrainer, DreamBoothTrainer, DreamBoothTrainingConfig, Trainer
 from diffusers_imagen.training.data import Batch, PairedBatches, make_train_batches
 from diffusers_imagen.training.data.pairs import interleave
@@ -270,8 +270,8 @@ def test_what_is_written(make_subject_config, stage, tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"instance_data_dir": None}, "Exactly one of `instance_data_dir` and `dataset_name`"),
-        ({"dataset_name": "dogs"}, "Exactly one of `instance_data_dir` and `dataset_name`"),
+        ({"instance_data_dir": None}, "Exactly one of `instance_data_dir`, `dataset_name`"),
+        ({"dataset_name": "dogs"}, "Exactly one of `instance_data_dir`, `dataset_name`"),
         ({"train_data_dir": "dogs"}, "`train_data_dir` is 'dogs', but here it is called `instance_data_dir`"),
         ({"instance_prompt": ""}, "`instance_prompt` is '', but should name the subject"),
         ({"caption": "a dog"}, "`caption` is 'a dog', but here it is called `instance_prompt`"),
@@ -361,6 +361,6 @@ def test_a_class_model_that_cannot_be_loaded_is_refused(make_subject_config, sta
 
 def test_a_class_model_that_draws_nothing_from_words_is_refused(make_subject_config, stage):
     config = make_subject_config(**PRIOR, class_model=stage)
-    save_index(Path(stage))
+    save_index(stage)
     with pytest.raises(ValueError, match="`class_model` is '.*', which cannot draw `class_prompt`: "):
         draw_by_pipeline(config, Accelerator(cpu=True))([torch.Generator()])

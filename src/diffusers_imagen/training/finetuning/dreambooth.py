@@ -1,5 +1,4 @@
-"""DreamBooth (Ruiz et al. 2022, arXiv 2208.12242) of a stage: a few images of a subject, and what its class looks like
-to a network that has not seen them, so that the network does not forget the class (prior preservation)."""
+"""DreamBooth (Ruiz et al. 2022, arXiv 2208.12242) of a stage: a few images of a subject, with prior preservation."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

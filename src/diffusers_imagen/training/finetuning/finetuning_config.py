@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, fields
 
+from ...utils.arguments import check_exactly_one
 from ..config import TrainingConfig
 from ..data import DataConfig
 from ..data.data_config import arg
@@ -94,8 +95,7 @@ class DreamBoothTrainingConfig(LoraTrainingConfig):
             raise ValueError(
                 f"`train_data_dir` is {self.train_data_dir!r}, but here it is called `instance_data_dir`."
             )
-        if (self.instance_data_dir is None) == (self.dataset_name is None):
-            raise ValueError("Exactly one of `instance_data_dir` and `dataset_name` must be given.")
+        check_exactly_one(instance_data_dir=self.instance_data_dir, dataset_name=self.dataset_name)
         if not self.instance_prompt:
             raise ValueError(
                 f"`instance_prompt` is {self.instance_prompt!r}, but should name the subject, like 'a photo of sks dog'."

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from ...loaders.lora import ImagenLoraLoaderMixin, require_peft
+from ...loaders.lora import require_peft
 from ...models.interface import StageNetwork
+from ...pipelines import ImagenPipeline
 from ..compatibility import check_objective
 from ..devices import inner_network, is_spread
 from ..export import CARD_FILE, model_card, parts_of, write_record
@@ -66,7 +67,7 @@ class LoraTrainer(Trainer):
         component = "" if self.subfolder in ("unet", None) else f', component="{self.subfolder}"'
         usage = USAGE.format(stage=Path(stage).name if Path(stage).is_dir() else stage, component=component)
         with parts_of(self.config) as partial:
-            ImagenLoraLoaderMixin.save_lora_weights(
+            ImagenPipeline.save_lora_weights(
                 partial,
                 unet_lora_layers=get_peft_model_state_dict(unet, adapter_name=ADAPTER),
                 unet_lora_adapter_metadata=unet.peft_config[ADAPTER].to_dict(),

@@ -8,8 +8,8 @@ import torch
 
 from diffusers_imagen import ContinuousDDPMScheduler, EDMHeunScheduler, ImagenPipeline, ImagenUNetModel
 from diffusers_imagen.diffusion.guidance import classifier_free_guidance, rescale_guidance
-from diffusers_imagen.pipelines.denoising import KnownPixels, add_more_noise
 from diffusers_imagen.pipelines.planning import NoiseLevel, step_levels
+from diffusers_imagen.pipelines.runner import KnownPixels, add_more_noise
 
 
 def randomized_copy(unet, seed):

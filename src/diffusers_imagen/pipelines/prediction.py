@@ -1,0 +1,130 @@
+"""The prediction of a stage at one noise level: guidance, tiles and slices around calls of its network."""
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import DiffusionPipeline
+
+from ..diffusion.guidance import classifier_free_guidance, rescale_guidance
+from ..models.interface import StageNetwork
+from .finite import FiniteWatch
+from .planning import StagePlan
+from .prompts import Branch, PromptEmbeds
+from .tiling import Tile, blend, make_tiles
+
+
+class Latents(NamedTuple):
+    """What a stage starts from."""
+
+    sample: torch.Tensor  # (B, C, H, W), noise of the first noise level, over an image if there is one
+    low_res: torch.Tensor | None = None  # (B, C, H, W), upsampled
+    low_res_timestep: torch.Tensor | None = None  # (B,), its noise level as the network is told it
+
+
+class GuidedPrediction:
+    """The guided output of a stage's network, `(B, C, H, W)` in float32.
+
+    The guidance scale is read from the pipeline at every call, because a callback may change it.
+    """
+
+    def __init__(
+        self, pipe: DiffusionPipeline, plan: StagePlan, text: PromptEmbeds, latents: Latents, watch: FiniteWatch
+    ):
+        self.pipe, self.rescale, self.watch = pipe, plan.settings.guidance_rescale, watch
+        tiles = None
+        if pipe.tiling is not None and latents.low_res is not None:
+            tiles = make_tiles(*plan.size, pipe.tiling, latents.sample.device)
+        bind = functools.partial(BoundNetwork, text=text, latents=latents, slice_size=pipe.slice_size, tiles=tiles)
+        self.network = bind(plan.stage.unet)
+        # in place of the unconditional branch, a weaker network: Karras et al. 2024, arXiv 2406.02507
+        self.guide = bind(plan.stage.guidance_unet) if plan.stage.guidance_unet is not None else None
+        self.guide_branch = "unconditional" if text.negative_given else "conditional"
+
+    def __call__(self, model_input: torch.Tensor, timestep: torch.Tensor, guided: bool) -> torch.Tensor:
+        scale = self.pipe.guidance_scale
+        guided = guided and scale != 1.0
+        if not guided or self.guide is not None:
+            (conditional,) = self.network(model_input, timestep, "conditional")
+        else:
+            unconditional, conditional = self.network(model_input, timestep, "both")
+            self.watch.see("unet", unconditional)
+        self.watch.see("unet", conditional)
+        if not guided:
+            return conditional
+        if self.guide is not None:
+            (unconditional,) = self.guide(model_input, timestep, self.guide_branch)
+            self.watch.see("guidance_unet", unconditional)
+        output = classifier_free_guidance(conditional, unconditional, scale)
+        output = rescale_guidance(output, conditional, self.rescale) if self.rescale > 0 else output
+        self.watch.see(f"guidance with the scale {scale:g} and the rescale {self.rescale:g} overflows", output)
+        return output
+
+
+class BoundInputs(NamedTuple):
+    """What some images' calls of a network have in common at all steps."""
+
+    text: Any  # what the network's `encode_text` made
+    low_res: torch.Tensor | None
+    low_res_timestep: torch.Tensor | None
+
+
+class BoundNetwork:
+    """A network with its text and its low-resolution image, called on some images and some tiles at a time."""
+
+    def __init__(
+        self,
+        unet: StageNetwork,
+        text: PromptEmbeds,
+        latents: Latents,
+        slice_size: int | None,
+        tiles: list[Tile] | None,
+    ):
+        self.unet, self.text, self.latents, self.tiles = unet, text, latents, tiles
+        num_images = len(latents.sample)
+        size = slice_size or num_images
+        self.slices = [slice(start, start + size) for start in range(0, num_images, size)]
+        self.bound: dict[tuple[int, Branch, int], BoundInputs] = {}
+
+    def __call__(self, model_input: torch.Tensor, timestep: torch.Tensor, branch: Branch) -> list[torch.Tensor]:
+        """The outputs `(B, C, H, W)` in float32 of one branch, or of the unconditional and then the conditional one."""
+        branches = 2 if branch == "both" else 1
+        model_input = model_input.to(self.unet.dtype)
+        parts = []
+        for images in self.slices:
+            x = model_input[images]
+            x = torch.cat([x, x]) if branches == 2 else x
+            parts.append(self.predict(x, timestep, self.bind(images, branch)).chunk(branches))
+        return [torch.cat(outputs) if len(outputs) > 1 else outputs[0] for outputs in zip(*parts)]
+
+    def bind(self, images: slice, branch: Branch) -> BoundInputs:
+        """What is constant over the steps, made at the first one."""
+        key = (images.start, branch, self.text.version)
+        if key not in self.bound:
+            low_res, level = self.latents.low_res, self.latents.low_res_timestep
+            low_res = None if low_res is None else low_res[images].to(self.unet.dtype)
+            level = None if level is None else level[images]
+            if branch == "both":  # both branches see one low-resolution image
+                low_res, level = (None if t is None else torch.cat([t, t]) for t in (low_res, level))
+            self.bound[key] = BoundInputs(self.text.encode_for(self.unet, branch, images), low_res, level)
+        return self.bound[key]
+
+    def predict(self, x: torch.Tensor, timestep: torch.Tensor, inputs: BoundInputs) -> torch.Tensor:
+        """The network's output, blended from that of the tiles if there are any."""
+        if self.tiles is None:
+            return self.call(x, timestep, inputs, inputs.low_res)
+        parts = ((x[..., t.rows, t.columns], inputs.low_res[..., t.rows, t.columns]) for t in self.tiles)
+        return blend((self.call(tile, timestep, inputs, low_res) for tile, low_res in parts), self.tiles, like=x)
+
+    def call(
+        self, x: torch.Tensor, timestep: torch.Tensor, inputs: BoundInputs, low_res: torch.Tensor | None
+    ) -> torch.Tensor:
+        """One call of the network."""
+        return self.unet(
+            x,
+            timestep,
+            inputs.text,
+            low_res_sample=low_res,
+            low_res_timestep=inputs.low_res_timestep,
+            return_dict=False,
+        )[0].float()

@@ -1,0 +1,274 @@
+"""A call of a pipeline, from its arguments to its images, in order. Read from the top; then `prediction.py`."""
+
+import copy
+import inspect
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline
+from diffusers.utils.torch_utils import randn_tensor
+
+from ..diffusion.augmentation import augment_low_res
+from ..utils.arguments import as_integer, as_number
+from . import inputs
+from .call_arguments import CallArguments
+from .callbacks import StepCallback, check_callback
+from .finite import FiniteWatch
+from .image_inputs import GivenImages, read_given, warn_of_stretching
+from .pipeline_output import ImagenPipelineOutput
+from .planning import Generators, NoiseLevel, Request, Size, StagePlan, plan_sizes, plan_stages
+from .prediction import GuidedPrediction, Latents
+from .prompts import PromptEmbeds
+from .schedules import begin_at
+from .stages import Stage, check_stages
+
+
+class Runner:
+    """
+    A call of a pipeline.
+
+    Args:
+        pipe: The pipeline, whose `__call__` was called.
+        arguments: What it was called with.
+        stages: Those that run, in order.
+        low_resolution: Of `image` in the arguments, if the first stage enlarges it; else None.
+        scale_factor: How many times larger the result is than `image`, unless the arguments say otherwise; None for the
+            resolution of the last stage.
+    """
+
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        arguments: CallArguments,
+        stages: list[Stage],
+        low_resolution: int | None = None,
+        scale_factor: int | None = None,
+    ):
+        self.pipe, self.arguments, self.stages = pipe, arguments, stages
+        self.low_resolution, self.scale_factor = low_resolution, scale_factor
+
+    def run(self) -> ImagenPipelineOutput | tuple:
+        """Make the images.
+
+        Raises:
+            ValueError: If an argument does not fit, before any network runs.
+            FloatingPointError: If a stage makes values that are not finite; names the stage and the likely cause.
+        """
+        arguments, pipe = self.arguments, self.pipe
+        with pipe.scaled_adapters(arguments.cross_attention_kwargs):
+            # 1. Check everything and lay out every network call, before any network runs
+            request = self.plan()
+
+            # 2. Encode the prompt, once for all stages and images
+            text = pipe.encode_prompts(arguments.prompts, arguments.num_images_per_prompt)
+
+            # 3. Base stage, then each super-resolution stage on what the one before it made: (B, 3, 64, 64), ...
+            images = self.run_stages(request, text)
+
+        # 4. Pixels in [-1, 1] to what was asked for
+        process = pipe.image_processor.postprocess
+        images = {resolution: process(x, output_type=arguments.output_type) for resolution, x in images.items()}
+        pipe.maybe_free_model_hooks()
+        last = images[max(images)]
+        return ImagenPipelineOutput(images=last, stage_images=images) if arguments.return_dict else (last, images)
+
+    # ---- 1. checks and plans
+
+    def plan(self) -> Request:
+        """Check the arguments, and lay out every network call."""
+        arguments, pipe, stages = self.arguments, self.pipe, self.stages
+        settings = inputs.stage_settings(arguments, stages)
+        inputs.check_output_type(arguments.output_type)
+        inputs.check_flag("return_dict", arguments.return_dict)
+        times = as_integer("num_resample_times", arguments.num_resample_times, 1, inputs.MAX_RESAMPLE_TIMES)
+        callback = check_callback(
+            arguments.callback_on_step_end,
+            arguments.callback_on_step_end_tensor_inputs,
+            pipe._callback_tensor_inputs,
+        )
+        arguments.prompts.check(pipe.max_text_length, stages)
+        check_stages(stages, pipe.text_encoder)
+        num_prompts = arguments.prompts.number
+        num_images = num_prompts * inputs.as_images_per_prompt(arguments.num_images_per_prompt, num_prompts)
+        inputs.check_generator(arguments.generator, num_images, pipe._execution_device)
+        inputs.check_latents(arguments.latents, num_images, stages[0])
+
+        given, strength = self.read_images(num_prompts)
+        sizes = self.sizes(given)
+        inputs.check_pixels(num_images, sizes)
+        if given is not None:
+            first = self.low_resolution or stages[0].resolution
+            warn_of_stretching(given, sizes[first], sizes[stages[-1].resolution])
+        times = times if arguments.mask_image is not None else 1
+        plans = plan_stages(stages, settings, sizes, self.low_resolution, strength, times, pipe._execution_device)
+        generators = inputs.per_image_generators(arguments.generator, num_images)
+        return Request(plans, num_images, generators, arguments.latents, given, strength < 1, callback)
+
+    def read_images(self, num_prompts: int) -> tuple[GivenImages | None, float]:
+        """The caller's images and masks, if there are any, and the share of the base stage's steps that run."""
+        arguments = self.arguments
+        for name in ("mask_image", "strength"):
+            if getattr(arguments, name) is not None and arguments.image is None:
+                raise ValueError(f"`{name}` was given without `image`.")
+        strength = 1.0 if arguments.strength is None else as_number("strength", arguments.strength, 0.0, 1.0)
+        if arguments.image is None:
+            return None, strength
+        return read_given(arguments.image, arguments.mask_image, num_prompts), strength
+
+    def sizes(self, given: GivenImages | None) -> dict[int, Size]:
+        """Height and width of the images of each stage, by resolution."""
+        asked = {"height": self.arguments.height, "width": self.arguments.width}
+        implied: list[int | None] = [None, None]
+        if self.arguments.latents is not None:
+            shape = tuple(self.arguments.latents.shape)
+            first, last = self.stages[0].resolution, self.stages[-1].resolution
+            implied = [pixels * last // first for pixels in shape[-2:]]
+            for (name, pixels), own in zip(asked.items(), implied):
+                if pixels not in (None, own):
+                    raise ValueError(f"`{name}` is {pixels}, but `latents` {shape} lead to {own}.")
+        elif self.scale_factor is not None:
+            found = {tuple(image.shape[-2:]) for image in given.pixels}
+            if len(found) > 1 and None in asked.values():
+                raise ValueError(f"`image` has images of the sizes {sorted(found)}: give `height` and `width`.")
+            implied = [pixels * self.scale_factor for pixels in found.pop()]
+        height, width = (own if pixels is None else pixels for pixels, own in zip(asked.values(), implied))
+        return plan_sizes(self.stages, self.low_resolution, height, width)
+
+    # ---- 3. stages
+
+    def run_stages(self, request: Request, text: PromptEmbeds) -> dict[int, torch.Tensor]:
+        """The stages one after the other, each on what the one before it made: images in [-1, 1] by resolution."""
+        pipe, plans = self.pipe, request.plans
+        callback = StepCallback(pipe, request.callback)
+        pipe._interrupt = False
+        pipe._num_timesteps = sum(len(plan.calls) for plan in plans)
+        image, added = None, 0.0
+        if plans[0].low_res_size is not None:
+            image = request.given.resized(plans[0].low_res_size, request.num_images, pipe._execution_device)
+        images = {}
+        for plan in plans:
+            if pipe.interrupt and images:
+                break
+            # a callback changes the guidance of the stage that runs, and no other's
+            pipe._guidance_scale = asked = plan.settings.guidance_scale
+            image = StageRunner(pipe, plan, request, text).run(image, callback)
+            images[plan.stage.resolution] = image
+            added += pipe._guidance_scale - asked
+            if pipe._guidance_scale != asked:  # for after the call: what was added, step by step, in all stages
+                pipe._guidance_scale = asked + added
+        return images
+
+
+class StageRunner:
+    """The reverse process of one stage of a call: from noise to images, with guidance and kept pixels."""
+
+    def __init__(self, pipe: DiffusionPipeline, plan: StagePlan, request: Request, text: PromptEmbeds):
+        self.pipe, self.plan, self.request, self.text = pipe, plan, request, text
+        self.device, self.generators = pipe._execution_device, request.generators
+        self.watch = FiniteWatch(plan)
+
+    def run(self, image: torch.Tensor | None, callback: StepCallback) -> torch.Tensor:
+        """Images `(B, C, H, W)` in [-1, 1].
+
+        The sample stays in float32 whatever the network's dtype: bf16 cannot hold a low noise level beside an image.
+
+        Args:
+            image: `(B, C, h, w)` in [-1, 1], the low-resolution image of a super-resolution stage; None for a base stage.
+            callback: Called after every network call.
+
+        Raises:
+            FloatingPointError: If the network, its guidance, the scheduler or a callback made values that are not finite.
+        """
+        plan, watch, scheduler = self.plan, self.watch, self.plan.scheduler
+        latents, known = self.prepare_latents(image), self.prepare_known()
+        untouched = copy.deepcopy(scheduler) if any(call.back_to is not None for call in plan.calls) else None
+        begin_at(scheduler, plan.begins)
+        predict = GuidedPrediction(self.pipe, plan, self.text, latents, watch)
+        takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+        step_kwargs = {"generator": self.generators} if takes_generator else {}
+        sample = latents.sample
+        if known is not None:
+            sample = known.put_into(sample, plan.levels[plan.begins], self.generators)
+        watch.see("the noise and the image that it starts from are not", sample)
+        with self.pipe.progress_bar(total=len(plan.calls)) as progress:
+            progress.set_description(f"{plan.stage.name} {plan.stage.resolution} px")
+            for call in plan.calls:
+                if self.pipe.interrupt:
+                    break
+                watch.call += 1
+                timestep = scheduler.timesteps[call.index]
+                output = predict(scheduler.scale_model_input(sample, timestep), timestep, call.guided)
+                sample = scheduler.step(output, timestep, sample, **step_kwargs, return_dict=False)[0]
+                if known is not None and call.level_after is not None:
+                    sample = known.put_into(sample, call.level_after, self.generators)
+                if call.back_to is not None:
+                    sample = add_more_noise(sample, call.level_after, plan.levels[call.back_to], self.generators)
+                    scheduler = copy.deepcopy(untouched)  # without the history of the step that is done again
+                    begin_at(scheduler, call.back_to)
+                watch.see(f"the step of its {type(scheduler).__name__} overflows", sample)
+                if callback.function is not None:
+                    sample = callback(timestep, sample, self.text)
+                    watch.see("`callback_on_step_end` returned such `latents`", sample)
+                progress.update()
+        watch.raise_unless_finite(self.text)  # before the clamp, which makes finite numbers of infinite ones
+        return sample.clamp(-1, 1)
+
+    def prepare_latents(self, image: torch.Tensor | None) -> Latents:
+        """What the stage starts from: noise, and the low-resolution image `(B, C, h, w)` with noise of its own."""
+        plan, request, unet = self.plan, self.request, self.plan.stage.unet
+        low_res, low_res_timestep = image, None
+        if image is not None:
+            if unet.takes_low_res_noise_level:
+                # drawn once, before the loop: both branches of guidance see the same image at every step
+                noise = randn_tensor(image.shape, self.generators, self.device, image.dtype)
+                sigma_data = getattr(plan.scheduler.config, "sigma_data", 0.5)
+                low_res, low_res_timestep = augment_low_res(
+                    image, plan.settings.low_res_noise_level, noise, sigma_data
+                )
+            # the network would do this at every step
+            low_res = F.interpolate(low_res, plan.size, mode="bicubic")
+        noise = request.noise if plan is request.plans[0] else None
+        if noise is None:
+            shape = (request.num_images, unet.in_channels, *plan.size)
+            noise = randn_tensor(shape, self.generators, self.device, torch.float32)
+        noise = noise.to(self.device, torch.float32)
+        sample = noise * plan.scheduler.init_noise_sigma
+        if image is None and request.starts_from_image:
+            level = plan.levels[plan.begins]
+            given = request.given.resized(plan.size, request.num_images, self.device)
+            sample = level.signal * given + level.noise * noise
+        return Latents(sample, low_res, low_res_timestep)
+
+    def prepare_known(self) -> "KnownPixels | None":
+        """The pixels that the stage keeps: at its own resolution, if the caller's images have as many."""
+        given, plan = self.request.given, self.plan
+        if given is None or given.repainted is None:
+            return None
+        if not plan.stage.is_base and not given.are_as_large_as(plan.size):
+            return None
+        where = plan.size, self.request.num_images, self.device
+        return KnownPixels(given.resized(*where), given.mask(*where))
+
+
+class KnownPixels(NamedTuple):
+    """Pixels that inpainting keeps."""
+
+    image: torch.Tensor  # (B, C, H, W) in [-1, 1]
+    repainted: torch.Tensor  # (B, 1, H, W), True where the image is painted anew
+
+    def put_into(self, sample: torch.Tensor, level: NoiseLevel, generators: Generators) -> torch.Tensor:
+        """The sample with the known pixels as they are at its noise level: the original and fresh noise."""
+        known = self.image * level.signal
+        if level.noise > 0:
+            known = known + level.noise * randn_tensor(sample.shape, generators, sample.device, sample.dtype)
+        return torch.where(self.repainted, sample, known)
+
+
+def add_more_noise(
+    sample: torch.Tensor, level: NoiseLevel, higher: NoiseLevel, generators: Generators
+) -> torch.Tensor:
+    """The forward process between two noise levels, the jump back of RePaint (arXiv 2201.09865, algorithm 1)."""
+    factor = higher.signal / level.signal
+    std = max(higher.noise**2 - (factor * level.noise) ** 2, 0.0) ** 0.5
+    return factor * sample + std * randn_tensor(sample.shape, generators, sample.device, sample.dtype)

@@ -1,0 +1,38 @@
+"""Every setting of a training run is told to its users: a new one has to be listed."""
+
+import importlib.util
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from diffusers_imagen.training import DreamBoothTrainingConfig, LoraTrainingConfig, TrainingConfig
+from diffusers_imagen.training.data import DataConfig
+
+
+ROOT = Path(__file__).parents[1]
+SETTINGS = (DataConfig, TrainingConfig, LoraTrainingConfig, DreamBoothTrainingConfig)
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    return (ROOT / "docs" / "training_flags.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_every_setting_has_a_line_of_the_table(page, settings):
+    assert [field.name for field in fields(settings) if f"\n| `{field.name}` |" not in page] == []
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_every_setting_says_what_it_does(settings):
+    assert [field.name for field in fields(settings) if not field.metadata.get("help", "").endswith(".")] == []
+
+
+def test_the_table_is_up_to_date(page):
+    """Types, defaults, meanings, and what a resumed run may change, of which test_run_identity.py holds the list."""
+    path = ROOT / "scripts" / "write_training_flags.py"
+    spec = importlib.util.spec_from_file_location("write_training_flags", path)
+    writer = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(writer)
+    assert writer.write_page() == page, "docs/training_flags.md is not up to date: run `make docs`"
