@@ -16,7 +16,7 @@ from .network import find_network
 
 
 def check_network(config: TrainingConfig, unet: StageNetwork, with_text: bool) -> None:
-    """Checks sides, conditioning image and text.
+    """Checks resolution, conditioning image and text.
 
     Args:
         config (`TrainingConfig`): The data, and what is done to it.
@@ -26,9 +26,9 @@ def check_network(config: TrainingConfig, unet: StageNetwork, with_text: bool) -
     Raises:
         ValueError: If the network cannot be trained on such batches.
     """
-    side = config.crop_size or config.resolution
+    resolution = config.crop_size or config.resolution
     name = "crop_size" if config.crop_size else "resolution"
-    shapes = [(side, side)]
+    shapes = [(resolution, resolution)]
     if config.crop_size is None and config.aspect_ratio_buckets is not None:
         name, shapes = "aspect_ratio_buckets", config.bucket_shapes()
     stride = unet.total_stride

@@ -41,7 +41,7 @@ class TrainingConfig(DataConfig):
         "Stage whose weights are trained further, or a cascade, of which the resolutions name the stage: a folder or a "
         "Hub id.",
     )
-    grow: bool = arg(False, "Put a finer level around the pretrained network, for images of twice the side.")
+    grow: bool = arg(False, "Put a finer level around the pretrained network, for images of twice the resolution.")
     layers_per_block: list[int] | None = field(
         default=None, metadata={"help": "Give the pretrained ImagenUNetModel so many blocks at each level."}
     )
