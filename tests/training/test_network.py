@@ -1,13 +1,11 @@
 """Which network a run starts from."""
 
-import diffusers
 import pytest
 import tiny_runs
 from diffusers import UNet2DModel
 from diffusers.models import attention_dispatch
-from foreign_network import ConditionedUNet2D
 from safetensors.torch import load_file, save_file
-from tiny_runs import TEXT_WIDTH, are_equal, encode, exported, make_sr_unet, make_unet, weights_of
+from tiny_runs import are_equal, encode, exported, make_sr_unet, make_unet, weights_of
 
 from diffusers_imagen import EDMHeunScheduler, ImagenCascadePipeline
 from diffusers_imagen.training import TrainingConfig, train
@@ -161,17 +159,3 @@ def test_a_model_that_is_no_network_of_this_package_is_refused(tmp_path, text_en
     text_encoder.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="which has an BertModel, but should have an ImagenUNetModel"):
         make_network(TrainingConfig(pretrained_model_name_or_path=str(tmp_path)))
-
-
-@pytest.mark.parametrize("takes_low_res", [False, True])
-def test_a_network_of_another_family_is_trained(make_config, monkeypatch, takes_low_res):
-    """One that implements the written interface, and has none of this package's blocks."""
-    monkeypatch.setattr(diffusers, "ConditionedUNet2D", ConditionedUNet2D, raising=False)  # as a library of it would
-    unet = ConditionedUNet2D(16, TEXT_WIDTH, takes_low_res)
-    before = weights_of(unet)
-    upscales = {"low_resolution": 8, "noise_conditioning_augmentation": 0.0} if takes_low_res else {}
-    config = make_config(**upscales, max_train_steps=2, lr_warmup_steps=0, use_ema=False)
-    train(config, unet, encode)
-    assert not are_equal(weights_of(unet), before)
-    again = load_unet(config.output_dir)
-    assert type(again) is ConditionedUNet2D and are_equal(weights_of(again), weights_of(unet))

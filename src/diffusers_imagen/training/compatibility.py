@@ -70,7 +70,7 @@ def check_modules(config: TrainingConfig, accelerator: Accelerator, modules: lis
 
 
 def check_width(unet: StageNetwork, width: int | None) -> None:
-    """Checks the width of the text embeddings, if it is known."""
+    """Checks the width of the text embeddings; None is that of no text."""
     if width is not None and unet.text_width not in (None, width):
         raise ValueError(
             f"The text embeddings are {width} wide, but this network reads {unet.text_width}: give the text encoder, or "

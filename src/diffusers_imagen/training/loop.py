@@ -193,7 +193,7 @@ class Trainer:
             held_out = make_validation_batches(config, text, *self.place)
             self.validation = ValidationLoss(config, self.objective, held_out, self.accelerator.device)
             streams.append(held_out)
-        check_width(self.unet, self.batches.text_width)
+        check_width(self.unet, None if text is None else text.width)
         identity = None if text is None else text.identity()
         self.checkpoints.run |= in_json({**(self.batches.content or {}), TEXT_ENCODER: identity})
         if text is not None and not any(stream.needs_encoder for stream in streams):
