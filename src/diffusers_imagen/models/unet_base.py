@@ -15,7 +15,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
-from ..utils.arguments import check_exactly_one
+from ..utils.arguments import bad_argument, check_exactly_one
 from .attention import AttendedText
 from .blocks import ImagenBlock, ResBlock
 from .config_checks import INTEGERS, check_image, check_integer, per_sample
@@ -40,8 +40,8 @@ class ConditionalUNet(
 ):
     """Base of this package's networks: turns noise level, text and low-resolution image into what the blocks take.
 
-    A subclass registers its configuration, calls `_init_conditioning`, builds its blocks, and names in `text_blocks`
-    those that read text, in the order in which its `forward` runs them.
+    A subclass registers its configuration, calls `_init_conditioning`, builds its blocks and `conv_out`, runs them in
+    `_run_levels`, and names in `text_blocks` those that read text, in the order in which they run.
     """
 
     _supports_gradient_checkpointing = True
@@ -78,8 +78,44 @@ class ConditionalUNet(
         )
 
     def text_blocks(self) -> list[ImagenBlock]:
-        """The blocks that read text, in the order in which `forward` runs them."""
+        """The blocks that read text, in the order in which they run."""
         raise NotImplementedError
+
+    def _run_levels(self, h: torch.Tensor, temb: torch.Tensor, texts: Iterator[AttendedText]) -> torch.Tensor:
+        """From the first convolution to the last: `(B, C or 2C, H, W)` and `(B, T)` to `(B, out_channels, H, W)`."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float | int,
+        encoder_hidden_states: torch.Tensor | TextConditioning | UnencodedText | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        low_res_sample: torch.Tensor | None = None,
+        low_res_timestep: torch.Tensor | float | int | None = None,
+        return_dict: bool = True,
+    ) -> ImagenUNetOutput | tuple[torch.Tensor]:
+        r"""
+        Args:
+            sample (`torch.Tensor` of shape `(batch_size, in_channels, height, width)`):
+                The noisy image, scaled by the scheduler's `scale_model_input`.
+            timestep (`torch.Tensor` of shape `(batch_size,)` or `()`, or a number):
+                The conditioning value that the scheduler publishes: c_noise or log-SNR.
+            encoder_hidden_states (`torch.Tensor` of shape `(batch_size, tokens, encoder_hid_dim)`, *optional*):
+                Text embeddings, zero at padded positions; or the result of `encode_text`.
+            encoder_attention_mask (`torch.Tensor` of shape `(batch_size, tokens)`, *optional*):
+                True or 1 where a token counts. A row without any gives zeros.
+            low_res_sample (`torch.Tensor` of shape `(batch_size, in_channels, h, w)`, *optional*):
+                The low-resolution image, at its own size or upsampled; never scaled by the scheduler.
+            low_res_timestep (`torch.Tensor` of shape `(batch_size,)` or `()`, or a number, *optional*):
+                Noise level of `low_res_sample`, as the augmentation publishes it.
+            return_dict (`bool`, defaults to `True`): Whether to return an `ImagenUNetOutput` or a tuple.
+        """
+        check_image("sample", sample, self.config.in_channels)
+        text = self._condition_on_text(encoder_hidden_states, encoder_attention_mask)
+        temb = self._embed_noise_levels(timestep, low_res_timestep, text.pooled, sample)  # (B, T)
+        out = self._run_levels(self._append_low_res(sample, low_res_sample), temb, iter(text.texts))
+        return ImagenUNetOutput(sample=out) if return_dict else (out,)
 
     @property
     def resolution(self) -> int:
@@ -107,7 +143,7 @@ class ConditionalUNet(
     def at_resolution(self, resolution: int) -> "ConditionalUNet":
         check_integer("resolution", resolution, *INTEGERS["sample_size"])
         if resolution % self.total_stride:
-            raise ValueError(f"`resolution` is {resolution}, but should be a multiple of {self.total_stride}.")
+            raise bad_argument("resolution", resolution, f"a multiple of {self.total_stride}")
         self.register_to_config(sample_size=resolution)
         return self
 
@@ -122,7 +158,7 @@ class ConditionalUNet(
 
         Args:
             encoder_hidden_states (`torch.Tensor` of shape `(batch_size, tokens, encoder_hid_dim)`):
-                States of the text encoder, zero at padded positions.
+                Text embeddings, zero at padded positions.
             encoder_attention_mask (`torch.Tensor` of shape `(batch_size, tokens)`, *optional*):
                 True or 1 where a token counts. Where all do, no mask is kept, so that flash kernels serve.
         """
@@ -186,7 +222,7 @@ class ConditionalUNet(
         pooled_text: torch.Tensor | None,
         sample: torch.Tensor,
     ) -> torch.Tensor:
-        """Sum of the embeddings of noise level, augmentation level and text, activated: `(B, T)`."""
+        """Sum of the embeddings of noise level, the low-resolution image's noise level and text, activated: `(B, T)`."""
         temb = self.time_embedding(per_sample("timestep", timestep, sample))
         if self.low_res_time_embedding is not None:
             if low_res_timestep is None:
