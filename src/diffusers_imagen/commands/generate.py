@@ -132,11 +132,7 @@ def generate_many(args: argparse.Namespace) -> None:
 
 
 def to_do(items: list[Item]) -> list[Item]:
-    """The images that do not exist yet.
-
-    Raises:
-        ValueError: If something else is in the place of one.
-    """
+    """The images that do not exist yet; ValueError if something else is in the place of one."""
     todo = [item for item in items if not item.path.exists()]
     missing = {item.path for item in todo}
     for item in items:

@@ -5,7 +5,6 @@ texts, numbers within the page's limits, no uploads, and pictures that are delet
 """
 
 import logging
-import math
 import queue
 import random
 import re
@@ -23,6 +22,7 @@ from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
 from ..pipelines import ImagenCascadePipeline
+from ..utils.arguments import is_finite
 
 
 EXAMPLES = [
@@ -305,8 +305,7 @@ def read_request(stages, prompt, negative_prompt, seed, num_images, settings) ->
 
 def number(name: str, value: Any, lowest: float, highest: float) -> float:
     """A number that is within the page's limits."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or not lowest <= value <= highest:
+    if not is_finite(value) or not lowest <= value <= highest:
         raise refusal(f"{name} should be a number from {lowest} to {highest}.")
     return value
 

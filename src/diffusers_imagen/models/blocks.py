@@ -57,7 +57,8 @@ class ResBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
 
-        self.resample_branch = self.resample_shortcut = None
+        self.resample_branch: nn.Module | None = None
+        self.resample_shortcut: nn.Module | None = None
         if resample == "down":
             self.resample_branch, self.resample_shortcut = nn.AvgPool2d(2), nn.AvgPool2d(2)
         elif resample == "up":
