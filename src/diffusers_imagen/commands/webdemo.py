@@ -101,10 +101,8 @@ class Progress(NamedTuple):
 def draw(pipe: ImagenCascadePipeline, prompt: str, **arguments: Any) -> Generator[Progress, None, None]:
     """Runs a pipeline in another thread, and yields after every network call.
 
-    A stage's images come with the first call of the stage after it. Closing the iterator stops the pipeline.
-
-    Raises:
-        ValueError: If an argument does not fit.
+    A stage's images come with the first call of the stage after it. Closing the iterator stops the pipeline,
+    whose errors it raises.
     """
     events: queue.Queue = queue.Queue()
     stopped = threading.Event()
@@ -277,10 +275,7 @@ def drawer(pipe: ImagenCascadePipeline, pictures: set[str]):
 def read_request(stages, prompt, negative_prompt, seed, num_images, settings) -> dict[str, Any]:
     """What a visitor asks for as arguments of the pipeline, with the seed as `seed`.
 
-    Browsers keep to the page's limits, but requests need not come from one.
-
-    Raises:
-        gr.Error: For what the page would not send.
+    Raises gr.Error for what the page would not send: requests need not come from a browser.
     """
     for name, text in (("The prompt", prompt), ("The negative prompt", negative_prompt)):
         if not isinstance(text, (str, type(None))):

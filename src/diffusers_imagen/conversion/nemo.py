@@ -13,7 +13,7 @@ import torch
 from ..models import EfficientUNetModel, ImagenUNetModel
 from ..models.attention import StableImagenAttnProcessor
 from ..models.blocks import ImagenBlock
-from ..models.config_checks import MAX_CHANNELS, MAX_LAYERS, MAX_LEVELS, check_integer, check_integers
+from ..models.config_checks import MAX_CHANNELS, MAX_LAYERS, MAX_LEVELS, RANGES, check_integer, check_integers
 from ..utils.arguments import bad_argument, shown
 
 
@@ -114,20 +114,20 @@ EFFICIENT_DEFAULTS = {
 # What values NeMo's options may have; the network that they describe checks them together.
 INTEGERS = {
     "embed_dim": (1, MAX_CHANNELS),
-    "image_size": (1, 65_536),
-    "channels": (1, 1024),
-    "text_embed_dim": (1, 65_536),
+    "image_size": RANGES["sample_size"],
+    "channels": RANGES["in_channels"],
+    "text_embed_dim": RANGES["encoder_hid_dim"],
     "per_head_channels": (-1, MAX_CHANNELS),  # -1: as many as `num_attn_heads` leaves
-    "num_attn_heads": (1, MAX_CHANNELS),
+    "num_attn_heads": RANGES["num_attention_heads"],
     "learned_sinu_pos_emb_dim": (0, 65_536),
-    "init_conv_kernel_size": (1, 31),
-    "cond_dim": (1, 65_536),
+    "init_conv_kernel_size": RANGES["conv_kernel_size"],
+    "cond_dim": RANGES["cross_attention_dim"],
 }
 LISTS = {
     "channel_mult": (1, MAX_CHANNELS),
     "num_res_blocks": (0, MAX_LAYERS),
     "num_resblocks": (1, MAX_LAYERS),
-    "attention_resolutions": (1, 65_536),
+    "attention_resolutions": RANGES["sample_size"],
     "atnn_enabled_at": (0, 1),
 }
 NULLABLE = ("text_embed_dim", "learned_sinu_pos_emb_dim")

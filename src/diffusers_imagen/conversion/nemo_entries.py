@@ -16,11 +16,7 @@ class Entry(NamedTuple):
     words: str = ""  # what it should be, where that is more than a type
 
     def read(self, name: str, value: Any) -> Any:
-        """The value, converted where YAML has another type for it, as text for `1e-8`, which has no point.
-
-        Raises:
-            ValueError: If it does not fit.
-        """
+        """The value, converted where YAML has another type for it, as text for `1e-8`, which has no point."""
         if self.is_list:
             if not isinstance(value, list):
                 self.refuse(name, value)

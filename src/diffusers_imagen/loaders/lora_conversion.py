@@ -97,12 +97,9 @@ def split_key(key: str, components: list[str]) -> tuple[str, str, str]:
     if old:
         layer = "to_out.0" if old["layer"] == "to_out" else old["layer"]
         return component, f"{old['block']}.{layer}", old["part"]
-    if match is None:
+    if match is None or (match["kind"] == "bias" and PARTS[match["part"]] != UP):
         raise ValueError(f"The weights have the key '{key}', which is of no LoRA adapter.")
-    part = BIAS if match["kind"] == "bias" and PARTS[match["part"]] == UP else PARTS[match["part"]]
-    if match["kind"] == "bias" and part != BIAS:
-        raise ValueError(f"The weights have the key '{key}', which is of no LoRA adapter.")
-    return component, match["layer"], part
+    return component, match["layer"], BIAS if match["kind"] == "bias" else PARTS[match["part"]]
 
 
 def group_weights(state_dict: StateDict, components: list[str]) -> dict[str, dict[str, Update]]:

@@ -21,7 +21,7 @@ MAX_LEVELS = 12
 MAX_LAYERS = 128  # of a level
 MAX_CHANNELS = 16_384
 MAX_PARAMETERS = 10_000_000_000  # NeMo's largest has 2.2 billion
-INTEGERS = {
+RANGES = {
     "sample_size": (1, 65_536),
     "in_channels": (1, 1024),
     "out_channels": (1, 1024),
@@ -63,7 +63,7 @@ def check_config(config: dict[str, Any], min_layers: int) -> None:
     for name, choices in CHOICES.items():
         if name in config:
             check_choice(name, config[name], choices)
-    for name, (minimum, maximum) in INTEGERS.items():
+    for name, (minimum, maximum) in RANGES.items():
         if name in config and not (name in OPTIONAL and config[name] is None):
             check_integer(name, config[name], minimum, maximum)
     for name in FLAGS:
@@ -155,7 +155,7 @@ def check_image(name: str, image: Any, channels: int) -> None:
         raise ValueError(f"`{name}` has shape {tuple(image.shape)}, but should be (batch, {channels}, height, width).")
 
 
-def per_sample(name: str, value: torch.Tensor | float | int, sample: torch.Tensor) -> torch.Tensor:
+def as_timesteps(name: str, value: torch.Tensor | float | int, sample: torch.Tensor) -> torch.Tensor:
     """A conditioning value as `(B,)` in float32; refuses what is neither one number nor one a sample."""
     if not isinstance(value, (torch.Tensor, float, int)):
         raise bad_argument(name, value, "a number, or a tensor of one a sample")

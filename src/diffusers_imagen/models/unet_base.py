@@ -18,7 +18,7 @@ from torch import nn
 from ..utils.arguments import bad_argument, check_exactly_one
 from .attention import AttendedText
 from .blocks import ImagenBlock, ResBlock
-from .config_checks import INTEGERS, check_image, check_integer, per_sample
+from .config_checks import RANGES, as_timesteps, check_image, check_integer
 from .embeddings import NoiseLevelEmbedding, TextConditioning, TextContext, TextEmbedding, UnencodedText
 from .interface import StageNetwork
 
@@ -141,7 +141,7 @@ class ConditionalUNet(
         return [module.conv2.weight for module in self.modules() if isinstance(module, ResBlock)]
 
     def at_resolution(self, resolution: int) -> "ConditionalUNet":
-        check_integer("resolution", resolution, *INTEGERS["sample_size"])
+        check_integer("resolution", resolution, *RANGES["sample_size"])
         if resolution % self.total_stride:
             raise bad_argument("resolution", resolution, f"a multiple of {self.total_stride}")
         self.register_to_config(sample_size=resolution)
@@ -223,11 +223,11 @@ class ConditionalUNet(
         sample: torch.Tensor,
     ) -> torch.Tensor:
         """Sum of the embeddings of noise level, the low-resolution image's noise level and text, activated: `(B, T)`."""
-        temb = self.time_embedding(per_sample("timestep", timestep, sample))
+        temb = self.time_embedding(as_timesteps("timestep", timestep, sample))
         if self.low_res_time_embedding is not None:
             if low_res_timestep is None:
                 raise ValueError("`low_res_timestep` is None, but this network is conditioned on it.")
-            temb = temb + self.low_res_time_embedding(per_sample("low_res_timestep", low_res_timestep, sample))
+            temb = temb + self.low_res_time_embedding(as_timesteps("low_res_timestep", low_res_timestep, sample))
         elif low_res_timestep is not None:
             raise ValueError("`low_res_timestep` was given, but `low_res_noise_conditioning` is False.")
         if pooled_text is not None:
