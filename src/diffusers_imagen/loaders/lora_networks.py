@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..models.unet_base import ConditionalUNet
+from ..models.interface import StageNetwork
 from .lora_conversion import Adapter, configuration, is_number, matching, plain_name
 
 
@@ -18,7 +18,7 @@ BLOCKS = {"down": "down_blocks", "mid": "mid_blocks", "up": "up_blocks"}  # as d
 
 
 @contextmanager
-def restored_after_error(unets: list[ConditionalUNet]) -> Iterator[None]:
+def restored_after_error(unets: list[StageNetwork]) -> Iterator[None]:
     """After an error, the networks have the layers, the adapters and the trainable weights that they had before."""
     before = [Snapshot(unet) for unet in unets]
     try:
@@ -32,7 +32,7 @@ def restored_after_error(unets: list[ConditionalUNet]) -> Iterator[None]:
 class Snapshot:
     """What loading an adapter changes in a network, but the values of weights."""
 
-    def __init__(self, unet: ConditionalUNet):
+    def __init__(self, unet: StageNetwork):
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         self.unet = unet
@@ -74,12 +74,12 @@ def own_scaling(layer: "LoraLayer", adapter_name: str) -> float:
     return layer.lora_alpha[adapter_name] / (math.sqrt(rank) if layer.use_rslora.get(adapter_name) else rank)
 
 
-def adapted_layers(unet: ConditionalUNet, adapter_name: str) -> "dict[str, LoraLayer]":
+def adapted_layers(unet: StageNetwork, adapter_name: str) -> "dict[str, LoraLayer]":
     """The layers that have an adapter of this name."""
     return {name: layer for name, layer in unet.named_modules() if adapter_name in getattr(layer, "lora_alpha", {})}
 
 
-def describe_adapter(unet: ConditionalUNet, adapter_name: str) -> dict[str, Any]:
+def describe_adapter(unet: StageNetwork, adapter_name: str) -> dict[str, Any]:
     """The configuration to save with an adapter's weights: peft's, but with the ranks and scaling that the layers have.
 
     `enable_lora_hotswap` and swapping change the ranks, and leave the scaling as it is.
@@ -105,7 +105,7 @@ def describe_adapter(unet: ConditionalUNet, adapter_name: str) -> dict[str, Any]
     return {**config, **configuration(ranks, alphas)}
 
 
-def check_hotswap(component: str, unet: ConditionalUNet, adapter_name: str, adapter: Adapter) -> None:
+def check_hotswap(component: str, unet: StageNetwork, adapter_name: str, adapter: Adapter) -> None:
     """Checks that an adapter can take the place of one in a network.
 
     Raises:
@@ -124,7 +124,7 @@ def check_hotswap(component: str, unet: ConditionalUNet, adapter_name: str, adap
         raise ValueError(f"`hotswap` is True, but '{adapter_name}' has lora_alpha 0: unload it instead.")
 
 
-def hotswap_adapter(unet: ConditionalUNet, adapter_name: str, adapter: Adapter, low_cpu_mem_usage: bool) -> None:
+def hotswap_adapter(unet: StageNetwork, adapter_name: str, adapter: Adapter, low_cpu_mem_usage: bool) -> None:
     """Puts an adapter's weights in the place of those of one that is there, which `check_hotswap` has passed.
 
     The scaling of the old one stays, as what is saved and weighed later goes by it: the weights make up for it.
@@ -154,11 +154,11 @@ def hotswap_adapter(unet: ConditionalUNet, adapter_name: str, adapter: Adapter, 
             layer.scaling[adapter_name] = scaling
 
 
-def weights_by_layer(unet: ConditionalUNet, weights: dict[str, Any], component: str) -> dict[str, float]:
+def weights_by_layer(unet: StageNetwork, weights: dict[str, Any], component: str) -> dict[str, float]:
     """The weight of each adapted layer, 1 where nothing names it; those first that others are a part of.
 
     Args:
-        unet (`ConditionalUNet`): The network.
+        unet (`StageNetwork`): The network.
         weights (`dict`):
             By part of a layer's name, or as diffusers writes it: `{"down": 0.5, "mid": 1, "up": {"block_1": 0.2}}`.
         component (`str`): The network's name, for messages.

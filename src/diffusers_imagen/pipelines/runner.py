@@ -68,10 +68,10 @@ class Runner:
 
         # 4. Pixels in [-1, 1] to what was asked for
         process = pipe.image_processor.postprocess
-        images = {resolution: process(x, output_type=arguments.output_type) for resolution, x in images.items()}
+        processed = {resolution: process(x, output_type=arguments.output_type) for resolution, x in images.items()}
         pipe.maybe_free_model_hooks()
-        last = images[max(images)]
-        return ImagenPipelineOutput(images=last, stage_images=images) if arguments.return_dict else (last, images)
+        last = processed[max(processed)]
+        return ImagenPipelineOutput(last, processed) if arguments.return_dict else (last, processed)
 
     # ---- 1. checks and plans
 
@@ -127,7 +127,7 @@ class Runner:
             for (name, pixels), own in zip(asked.items(), implied):
                 if pixels not in (None, own):
                     raise ValueError(f"`{name}` is {pixels}, but `latents` {shape} lead to {own}.")
-        elif self.scale_factor is not None:
+        elif self.scale_factor is not None and given is not None:
             found = {tuple(image.shape[-2:]) for image in given.pixels}
             if len(found) > 1 and None in asked.values():
                 raise ValueError(f"`image` has images of the sizes {sorted(found)}: give `height` and `width`.")
@@ -144,9 +144,9 @@ class Runner:
         pipe._interrupt = False
         pipe._num_timesteps = sum(len(plan.calls) for plan in plans)
         image, added = None, 0.0
-        if plans[0].low_res_size is not None:
+        if plans[0].low_res_size is not None and request.given is not None:
             image = request.given.resized(plans[0].low_res_size, request.num_images, pipe._execution_device)
-        images = {}
+        images: dict[int, torch.Tensor] = {}
         for plan in plans:
             if pipe.interrupt and images:
                 break
@@ -202,7 +202,7 @@ class StageRunner:
                 sample = scheduler.step(output, timestep, sample, **step_kwargs, return_dict=False)[0]
                 if known is not None and call.level_after is not None:
                     sample = known.put_into(sample, call.level_after, self.generators)
-                if call.back_to is not None:
+                if call.back_to is not None and call.level_after is not None:
                     sample = add_more_noise(sample, call.level_after, plan.levels[call.back_to], self.generators)
                     scheduler = copy.deepcopy(untouched)  # without the history of the step that is done again
                     begin_at(scheduler, call.back_to)
@@ -217,24 +217,22 @@ class StageRunner:
     def prepare_latents(self, image: torch.Tensor | None) -> Latents:
         """What the stage starts from: noise, and the low-resolution image `(B, C, h, w)` with noise of its own."""
         plan, request, unet = self.plan, self.request, self.plan.stage.unet
-        low_res, low_res_timestep = image, None
+        low_res = low_res_timestep = None
         if image is not None:
             if unet.takes_low_res_noise_level:
                 # drawn once, before the loop: both branches of guidance see the same image at every step
                 noise = randn_tensor(image.shape, self.generators, self.device, image.dtype)
                 sigma_data = getattr(plan.scheduler.config, "sigma_data", 0.5)
-                low_res, low_res_timestep = augment_low_res(
-                    image, plan.settings.low_res_noise_level, noise, sigma_data
-                )
+                image, low_res_timestep = augment_low_res(image, plan.settings.low_res_noise_level, noise, sigma_data)
             # the network would do this at every step
-            low_res = F.interpolate(low_res, plan.size, mode="bicubic")
+            low_res = F.interpolate(image, plan.size, mode="bicubic")
         noise = request.noise if plan is request.plans[0] else None
         if noise is None:
             shape = (request.num_images, unet.in_channels, *plan.size)
             noise = randn_tensor(shape, self.generators, self.device, torch.float32)
         noise = noise.to(self.device, torch.float32)
         sample = noise * plan.scheduler.init_noise_sigma
-        if image is None and request.starts_from_image:
+        if image is None and request.given is not None and request.starts_from_image:
             level = plan.levels[plan.begins]
             given = request.given.resized(plan.size, request.num_images, self.device)
             sample = level.signal * given + level.noise * noise
