@@ -22,7 +22,7 @@ from PIL import Image
 
 from diffusers_imagen.commands.parser import Parser, check_numbers
 from diffusers_imagen.models.presets import create_unet
-from diffusers_imagen.text.cache import CacheWriter
+from diffusers_imagen.text.cache import CacheWriter, EmbeddingCache
 from diffusers_imagen.training import Trainer, TrainingConfig
 from diffusers_imagen.training.data import make_train_batches
 from diffusers_imagen.training.objective.losses import to_device
@@ -48,7 +48,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def write_data(folder: Path, resolution: int, tokens: int, width: int) -> None:
-    """Noise as images, and as text states in an embedding cache."""
+    """Noise as images, and as text embeddings in an embedding cache."""
     rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
     (folder / "data").mkdir()
     rows = []
@@ -69,7 +69,7 @@ def make_bare_step(trainer: Trainer, preset: str) -> Callable[[], None]:
     device = trainer.accelerator.device
     unet = create_unet(preset).at_resolution(trainer.config.resolution).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(unet.train().parameters(), lr=1e-4, fused=True)
-    stream = make_train_batches(trainer.config)
+    stream = make_train_batches(trainer.config, EmbeddingCache(trainer.config.embedding_cache))
     batch = to_device(next(stream), device)
     low_res_timestep = torch.zeros(len(batch.images), device=device) if batch.low_res is not None else None
     timestep = torch.zeros(len(batch.images), device=device)
@@ -100,7 +100,7 @@ def timed(function: Callable[[], None]) -> tuple[float, float]:
 def data_rate(config: TrainingConfig, in_memory: bool, batches: int = 20) -> float:
     """Images a second from the embedding cache and from memory, or from files."""
     config.in_memory = in_memory
-    stream = make_train_batches(config)
+    stream = make_train_batches(config, EmbeddingCache(config.embedding_cache))
     next(stream)
     seconds, _ = timed(lambda: [next(stream) for _ in range(batches)])
     stream.close()

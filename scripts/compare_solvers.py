@@ -56,7 +56,7 @@ class Mixture(NamedTuple):
     def network(self, x_in: torch.Tensor, c_noise: torch.Tensor) -> torch.Tensor:
         """The raw output F of an ideal EDM network."""
         sigma = edm.c_noise_to_sigma(c_noise.double())
-        c_skip, c_out, c_in = edm.preconditioning(sigma, 0.5)
+        c_skip, c_out, c_in = edm.scalings(sigma, 0.5)
         x = x_in / c_in
         return (self.denoise(x, sigma) - c_skip * x) / c_out
 
@@ -133,17 +133,17 @@ def table(results: dict[str, dict[str, list[float]]]) -> str:
 
 
 def plot(
-    results: dict[str, dict[str, list[float]]], columns: int = 3, side: int = 420, margin: int = 62
+    results: dict[str, dict[str, list[float]]], columns: int = 3, resolution: int = 420, margin: int = 62
 ) -> Image.Image:
     """One panel a mixture, both axes logarithmic."""
     font = ImageFont.load_default(15)
     rows = math.ceil(len(results) / columns)
-    image = Image.new("RGB", (columns * side, rows * side + 70), "white")
+    image = Image.new("RGB", (columns * resolution, rows * resolution + 70), "white")
     draw = ImageDraw.Draw(image)
     low, high = -4.5, 0.0  # powers of ten
     for panel, (mixture, errors) in enumerate(results.items()):
-        left, top = panel % columns * side + margin, panel // columns * side + 34
-        width, height = side - margin - 14, side - 34 - 40
+        left, top = panel % columns * resolution + margin, panel // columns * resolution + 34
+        width, height = resolution - margin - 14, resolution - 34 - 40
 
         def place(calls, error):
             x = math.log(calls / CALLS[0]) / math.log(CALLS[-1] / CALLS[0])
@@ -163,7 +163,7 @@ def plot(
             for x, y in points:
                 draw.ellipse([x - 4, y - 4, x + 4, y + 4], colour)
     for index, (colour, name) in enumerate(zip(COLOURS, SCHEDULERS)):
-        x, y = 30 + index % 3 * side, rows * side + 10 + index // 3 * 28
+        x, y = 30 + index % 3 * resolution, rows * resolution + 10 + index // 3 * 28
         draw.line([(x, y + 9), (x + 30, y + 9)], colour, 4)
         draw.text((x + 38, y), name, "black", font)
     return image

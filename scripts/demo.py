@@ -69,7 +69,7 @@ def main() -> None:
             save_image(image, args.output_dir / f"{slug_of(prompt)}-{resolution}.png")
     rows = [list(images) for images in zip(*out.stage_images.values())]
     grid = args.output_dir / "demo.png"
-    save_image(captioned_grid(rows, prompts, side=max(out.stage_images)), grid)
+    save_image(captioned_grid(rows, prompts, resolution=max(out.stage_images)), grid)
     print(grid)
 
 

@@ -22,7 +22,7 @@ from diffusers_imagen.utils.files import check_writable, whole_file
 
 
 SIGMA_DATA = 0.5
-SIDE = 240
+RESOLUTION = 240  # of a panel, in pixels
 # scheduler, steps, calls of the network
 RUNS = [
     (EDMAdamsScheduler(), 8, 8),
@@ -90,11 +90,11 @@ def sample(network: Network, scheduler, steps: int, noise: torch.Tensor) -> torc
 
 
 def scatter(points: torch.Tensor, title: str) -> Image.Image:
-    image = Image.new("RGB", (SIDE, SIDE + 42), "white")
+    image = Image.new("RGB", (RESOLUTION, RESOLUTION + 42), "white")
     draw = ImageDraw.Draw(image)
-    draw.multiline_text((SIDE / 2, 4), title, "black", ImageFont.load_default(13), anchor="ma", align="center")
+    draw.multiline_text((RESOLUTION / 2, 4), title, "black", ImageFont.load_default(13), anchor="ma", align="center")
     points = points[(points.abs() < 0.99).all(dim=-1)]  # what a coarse schedule leaves outside is not drawn
-    for x, y in ((points + 1) / 2 * SIDE).tolist():
+    for x, y in ((points + 1) / 2 * RESOLUTION).tolist():
         draw.ellipse([x - 1, y + 41, x + 1, y + 43], "#1f4e9c")
     return image
 
@@ -121,9 +121,9 @@ def main() -> None:
         name = type(scheduler).__name__.removesuffix("Scheduler")
         panels.append(scatter(sample(network, scheduler, steps, noise), f"{name}{churn}\n{calls} calls"))
     columns = 3
-    picture = Image.new("RGB", (columns * SIDE, math.ceil(len(panels) / columns) * (SIDE + 42)), "white")
+    picture = Image.new("RGB", (columns * RESOLUTION, math.ceil(len(panels) / columns) * (RESOLUTION + 42)), "white")
     for index, panel in enumerate(panels):
-        picture.paste(panel, (index % columns * SIDE, index // columns * (SIDE + 42)))
+        picture.paste(panel, (index % columns * RESOLUTION, index // columns * (RESOLUTION + 42)))
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(args.output) as partial:
         picture.save(partial, format="PNG", optimize=True)

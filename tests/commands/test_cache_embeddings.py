@@ -83,7 +83,7 @@ WRONG = {
 @pytest.mark.parametrize("arguments, message", WRONG.values(), ids=WRONG)
 def test_wrong_arguments_are_refused_before_anything_is_read(tmp_path, capsys, monkeypatch, arguments, message):
     monkeypatch.setattr("diffusers_imagen.training.data.sources.load_splits", None)
-    monkeypatch.setattr("diffusers_imagen.text.lazy_encoder.load_tokenizer", None)
+    monkeypatch.setattr("diffusers_imagen.text.encoder.load_tokenizer", None)
     assert run(tmp_path / "c", "--text_encoder", "a/b", "--train_data_dir", tmp_path / "data", *arguments) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1

@@ -106,7 +106,7 @@ def test_stages(tmp_path, capsys, text_encoder):
     if width == 8:
         assert (code, wrong) == (0, []) and "as the network reads them" in text
     else:
-        assert code == 1 and f"states are {width} wide, but the network reads 8" in wrong[0]
+        assert code == 1 and f"embeddings are {width} wide, but the network reads 8" in wrong[0]
     assert "loss 1.0000 at first, 0.2500 at its lowest, 0.2500 at last" in text
     with torch.no_grad():
         next(unet.parameters()).fill_(float("nan"))
@@ -157,7 +157,7 @@ def test_bad_arguments_are_one_line(tmp_path, capsys):
 
 @pytest.fixture
 def stage(tmp_path, text_encoder) -> Path:
-    """A trained stage that reads the text encoder's states."""
+    """A trained stage that reads the text encoder's embeddings."""
     unet = ImagenUNetModel.from_config({**make_unet().config, "encoder_hid_dim": text_encoder.config.hidden_size})
     with torch.no_grad():
         for parameter in unet.parameters():

@@ -46,9 +46,9 @@ def test_half_precision_images(dtype):
 
 def test_bad_arguments():
     low_res, noise = low_res_and_noise()
-    with pytest.raises(ValueError, match="above 0, got 0"):
+    with pytest.raises(ValueError, match="`sigma` is 0, but should be above 0"):
         augment_low_res(low_res, 0, noise)
-    with pytest.raises(ValueError, match="shape of `low_res`"):
+    with pytest.raises(ValueError, match="`noise` is of shape .* of that of `low_res`"):
         augment_low_res(low_res, 0.1, noise[:1])
     with pytest.raises(ValueError, match="2 samples"):
         augment_low_res(low_res, torch.ones(3), noise)

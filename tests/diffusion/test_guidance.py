@@ -36,9 +36,9 @@ def test_rescale_is_that_of_diffusers(rescale):
 
 def test_bad_arguments():
     cond, uncond = predictions()
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="`uncond` is of shape .* of that of `cond`"):
         classifier_free_guidance(cond, uncond[:1], 2.0)
     with pytest.raises(ValueError, match="3 samples"):
         classifier_free_guidance(cond, uncond, torch.ones(2))
-    with pytest.raises(ValueError, match="got 1.5"):
+    with pytest.raises(ValueError, match="`rescale` is 1.5, but"):
         rescale_guidance(cond, cond, 1.5)

@@ -66,10 +66,10 @@ def test_centred_sigmas():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ((0, 0.1, 1.0, 0.5), "at least 1, got 0"),
-        ((2.5, 0.1, 1.0, 0.5), "got 2.5"),
-        ((4, 1.0, 1.0, 0.5), "sigma_min=1.0"),
-        ((4, 0.1, 1.0, 0.0), "sigma_data.*got 0"),
+        ((0, 0.1, 1.0, 0.5), "`num_steps` is 0, but .* at least 1"),
+        ((2.5, 0.1, 1.0, 0.5), "`num_steps` is 2.5, but"),
+        ((4, 1.0, 1.0, 0.5), "`sigma_min` is 1.0, but"),
+        ((4, 0.1, 1.0, 0.0), "`sigma_data` is 0.0, but"),
     ],
 )
 def test_centred_sigmas_refuses(arguments, message):

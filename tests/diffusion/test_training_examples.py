@@ -19,7 +19,7 @@ def test_an_edm_network_that_meets_its_target_denoises_perfectly():
     x_0, noise = images(4, 3, 4, 4)
     sigma = torch.tensor([0.002, 0.3, 5.0, 80.0], dtype=torch.float64)
     example = edm_example(x_0, noise, sigma, 0.5)
-    c_skip, c_out, c_in = (c[:, None, None, None] for c in edm.preconditioning(sigma, 0.5))
+    c_skip, c_out, c_in = (c[:, None, None, None] for c in edm.scalings(sigma, 0.5))
     x = x_0 + sigma[:, None, None, None] * noise
     torch.testing.assert_close(example.model_input, c_in * x)
     torch.testing.assert_close(c_skip * x + c_out * example.target, x_0)
@@ -84,9 +84,9 @@ def test_dtypes(dtype):
 
 def test_bad_input():
     x, log_snr = torch.ones(2, 3), torch.zeros(2)
-    with pytest.raises(ValueError, match="prediction_type.*got 'flow'"):
+    with pytest.raises(ValueError, match="`prediction_type` is 'flow', but"):
         continuous_ddpm_example(x, x, log_snr, "flow")
-    with pytest.raises(ValueError, match="prediction_type.*got 'flow'"):
+    with pytest.raises(ValueError, match="`prediction_type` is 'flow', but"):
         min_snr_weight(log_snr, "flow")
-    with pytest.raises(ValueError, match="snr_gamma.*got 0"):
+    with pytest.raises(ValueError, match="`snr_gamma` is 0.0, but"):
         continuous_ddpm_example(x, x, log_snr, snr_gamma=0.0)

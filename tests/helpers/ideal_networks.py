@@ -27,7 +27,7 @@ def denoise(x, sigma):
 def edm_network(x_in, timestep):
     """The raw output F of an ideal EDM network: it sees the scaled sample and c_noise only."""
     sigma = edm.c_noise_to_sigma(timestep).to(x_in.dtype)
-    c_skip, c_out, c_in = edm.preconditioning(sigma, 0.5)
+    c_skip, c_out, c_in = edm.scalings(sigma, 0.5)
     x = x_in / c_in
     return (denoise(x, sigma) - c_skip * x) / c_out
 

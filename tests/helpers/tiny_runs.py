@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
+from text_sources import FunctionSource
 
 from diffusers_imagen import EfficientUNetModel, ImagenUNetModel
 from diffusers_imagen.training import LoraTrainer, LoraTrainingConfig, Trainer, TrainingConfig
@@ -19,7 +20,7 @@ TINY = {"block_out_channels": (8, 16), "layers_per_block": 1, "attention_head_di
 TEXT_WIDTH = 4
 
 
-def encode(captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+def encode_numbers(captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """The caption's number as a position on a circle; a second token is padding."""
     angles = torch.tensor([int(caption.removeprefix("text ")) / 8 * 2 * math.pi for caption in captions])
     token = torch.stack([angles.sin(), angles.cos(), 0 * angles, 1 + 0 * angles], dim=-1)
@@ -27,11 +28,14 @@ def encode(captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.stack([token, 0 * token], dim=1), mask
 
 
-def make_unet(seed: int = 0) -> ImagenUNetModel:
+encode = FunctionSource(encode_numbers, TEXT_WIDTH)
+
+
+def make_unet(seed: int = 0, text_width: int = TEXT_WIDTH) -> ImagenUNetModel:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return ImagenUNetModel(
-            sample_size=16, attention_resolutions=(8,), encoder_hid_dim=TEXT_WIDTH, cross_attention_dim=8, **TINY
+            sample_size=16, attention_resolutions=(8,), encoder_hid_dim=text_width, cross_attention_dim=8, **TINY
         )
 
 

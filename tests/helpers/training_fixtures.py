@@ -8,6 +8,7 @@ import pytest
 import tiny_runs
 import torch
 from PIL import Image
+from text_sources import FunctionSource
 
 from diffusers_imagen.training import TrainingConfig
 
@@ -68,7 +69,7 @@ def encode():
             text[i, : len(caption), 0] = torch.tensor([ord(letter) for letter in caption]).float()
         return text, text[..., 0] > 0
 
-    return encode
+    return FunctionSource(encode, 1)
 
 
 @pytest.fixture

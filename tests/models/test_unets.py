@@ -347,8 +347,8 @@ BAD_CONFIGURATIONS = {
         {**EFFICIENT, "low_res_conditioning": False, "low_res_noise_conditioning": True},
         "`low_res_noise_conditioning` is True",
     ),
-    "two counts of heads": ({**UNET, "num_attention_heads": 2}, "not 2 and 8"),
-    "no count of heads": ({**EFFICIENT, "attention_head_dim": None}, "not None and None"),
+    "two counts of heads": ({**UNET, "num_attention_heads": 2}, "Exactly one of `num_attention_heads`, .* 2, 8"),
+    "no count of heads": ({**EFFICIENT, "attention_head_dim": None}, "Exactly one of .* None, None"),
     "width of a head": ({**UNET, "attention_head_dim": 7}, "`attention_head_dim` is 7, .* the 16 channels"),
     "number of heads": (
         {**EFFICIENT, "attention_head_dim": None, "num_attention_heads": 3},

@@ -29,7 +29,7 @@ def test_faults_of_a_configuration_are_named(scheduler_class):
         for value in NO_VALUES:
             with pytest.raises(ValueError, match=f"`{name}`"):
                 scheduler_class(**{name: value})
-    with pytest.raises(ValueError, match="`num_train_timesteps` must be an integer"):
+    with pytest.raises(ValueError, match="`num_train_timesteps` is 1000000000, but should be an integer"):
         scheduler_class(num_train_timesteps=10**9)
 
 

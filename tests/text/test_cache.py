@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from diffusers_imagen.commands import main as cli
-from diffusers_imagen.text.cache import CacheWriter, EmbeddingCache, caption_key, write_cache
-from diffusers_imagen.text.lazy_encoder import TextEncoder
+from diffusers_imagen.text.cache import CachedTextEncoder, CacheWriter, EmbeddingCache, caption_key, write_cache
+from diffusers_imagen.text.encoder import TextEncoder
 from diffusers_imagen.training import TrainingConfig
 from diffusers_imagen.training.data import make_train_batches
 
@@ -20,10 +20,15 @@ CAPTIONS = ["a red apple", "blue", "a", "red red red red red red red red", "appl
 
 
 @pytest.fixture
-def encoder(tokenizer, text_encoder, tmp_path) -> TextEncoder:
+def folder(tokenizer, text_encoder, tmp_path) -> str:
     tokenizer.save_pretrained(tmp_path / "te" / "tokenizer")
     text_encoder.save_pretrained(tmp_path / "te" / "text_encoder")
-    return TextEncoder(str(tmp_path / "te"))
+    return str(tmp_path / "te")
+
+
+@pytest.fixture
+def encoder(folder) -> TextEncoder:
+    return TextEncoder.from_pretrained(folder)
 
 
 @pytest.fixture
@@ -34,8 +39,8 @@ def cache(encoder, tmp_path) -> EmbeddingCache:
 
 
 def test_states_are_those_of_the_encoder(cache, encoder):
-    expected, mask = encoder(CAPTIONS)
-    text, text_mask = cache.states(CAPTIONS)
+    expected, mask = encoder.encode(CAPTIONS)
+    text, text_mask = cache.encode(CAPTIONS)
     assert text.dtype == torch.float32 and torch.equal(mask, text_mask)
     # encoded together with captions of other lengths, and kept in bfloat16
     torch.testing.assert_close(text, expected, atol=1e-4, rtol=2**-7)
@@ -45,7 +50,7 @@ def test_states_are_those_of_the_encoder(cache, encoder):
 
 
 def test_each_caption_is_kept_once_without_padding(cache, encoder, tmp_path):
-    tokens = sum(encoder(CAPTIONS)[1].sum(dim=1).tolist())
+    tokens = sum(encoder.encode(CAPTIONS)[1].sum(dim=1).tolist())
     shards = [load_file(tmp_path / "cache" / shard["file"]) for shard in cache.manifest["shards"]]
     assert sum(len(shard["states"]) for shard in shards) == tokens
     assert all(shard["states"].dtype == torch.bfloat16 for shard in shards)
@@ -102,17 +107,17 @@ def test_damage_is_found(cache, encoder, tmp_path):
     assert EmbeddingCache(tmp_path / "cache").verify() == []
 
 
-def test_another_encoder_or_length_is_refused(cache, encoder, tmp_path, text_encoder):
+def test_another_encoder_or_length_is_refused(cache, encoder, folder, tmp_path, text_encoder):
     cache.check_encoder(encoder.identity())
-    half = TextEncoder(encoder.name, dtype=torch.bfloat16)
+    half = TextEncoder.from_pretrained(folder, dtype=torch.bfloat16)
     cache.check_encoder(half.identity())  # the same weights in another precision
     with pytest.raises(ValueError, match=r"made by another text encoder \(max_length 8, not 5\)"):
-        cache.check_encoder(TextEncoder(encoder.name, max_length=5).identity())
+        cache.check_encoder(TextEncoder.from_pretrained(folder, max_length=5).identity())
     with torch.no_grad():
         for weight in text_encoder.parameters():
             weight.mul_(1.05)
     text_encoder.save_pretrained(tmp_path / "te" / "text_encoder")
-    other = TextEncoder(encoder.name).identity()
+    other = TextEncoder.from_pretrained(folder).identity()
     with pytest.raises(ValueError, match=r"made by another text encoder \(other weights\)"):
         cache.check_encoder(other)
     with pytest.raises(ValueError, match=r"a cache of another encoder \(other weights\)"):
@@ -132,20 +137,20 @@ def test_what_is_no_cache_is_refused(tmp_path, encoder):
         CacheWriter(tmp_path / "y", encoder.identity(), "int8")
     writer = CacheWriter(tmp_path / "y", {"width": 4, "max_length": 3}, "float16")
     with pytest.raises(ValueError, match=r"shape \(4, 4\), but should be \(up to 3, 4\)"):
-        writer.add("a", torch.zeros(4, 4))
+        writer.add(["a"], [torch.zeros(4, 4)])
     with pytest.raises(ValueError, match="not finite in float16"):
-        writer.add("a", torch.full((3, 4), 1e6))
+        writer.add(["a"], [torch.full((3, 4), 1e6)])
 
 
 def test_keys_tell_captions_apart_also_where_they_begin_alike(cache, monkeypatch):
     assert caption_key("a") != caption_key("b") and caption_key("ü") == caption_key("ü")
     copy = pickle.loads(pickle.dumps(cache))  # as for a worker process
-    assert torch.equal(copy.states(CAPTIONS)[0], cache.states(CAPTIONS)[0])
-    expected = cache.states(CAPTIONS)
+    assert torch.equal(copy.encode(CAPTIONS)[0], cache.encode(CAPTIONS)[0])
+    expected = cache.encode(CAPTIONS)
     cache.keys[:, 0] = 7
     seconds = {caption: caption_key(caption)[1] for caption in CAPTIONS}
     monkeypatch.setattr("diffusers_imagen.text.cache.caption_key", lambda text: (7, seconds[text]))
-    assert torch.equal(cache.states(CAPTIONS)[0], expected[0])
+    assert torch.equal(cache.encode(CAPTIONS)[0], expected[0])
 
 
 @pytest.fixture
@@ -154,8 +159,8 @@ def config(imagefolder) -> TrainingConfig:
 
 
 @pytest.mark.parametrize("in_memory, workers", [(True, 0), (False, 2)])
-def test_batches_from_a_cache_are_those_of_the_encoder(config, encoder, tmp_path, capsys, in_memory, workers):
-    command = ["cache-embeddings", str(tmp_path / "c"), "--text_encoder", encoder.name, "--dtype", "float16"]
+def test_batches_from_a_cache_are_those_of_the_encoder(config, encoder, folder, tmp_path, capsys, in_memory, workers):
+    command = ["cache-embeddings", str(tmp_path / "c"), "--text_encoder", folder, "--dtype", "float16"]
     command += ["--train_data_dir", config.train_data_dir, "--device", "cpu"]
     assert cli.main(command) == 0
     assert "8 captions" in capsys.readouterr().out  # of all splits
@@ -163,15 +168,16 @@ def test_batches_from_a_cache_are_those_of_the_encoder(config, encoder, tmp_path
     assert "bytes a caption, verified" in capsys.readouterr().out
 
     cached = replace(config, embedding_cache=str(tmp_path / "c"), in_memory=in_memory, dataloader_num_workers=workers)
-    stream = make_train_batches(cached)
+    cache = EmbeddingCache(tmp_path / "c")
+    stream = make_train_batches(cached, cache)
     assert not stream.needs_encoder
     batch, expected = next(stream), next(make_train_batches(config, encoder))
     assert torch.equal(batch.images, expected.images) and torch.equal(batch.text_mask, expected.text_mask)
     torch.testing.assert_close(batch.text, expected.text, atol=2e-3, rtol=2e-3)
     with pytest.raises(ValueError, match=r"lacks 6 of 6 captions, such as 'tag 0, b': run `diffusers-imagen cache-e"):
-        make_train_batches(replace(cached, caption_column=["tags"]))
+        make_train_batches(replace(cached, caption_column=["tags"]), cache)
     with pytest.raises(ValueError, match=r"made by another text encoder \(max_length 8, not 6\)"):
-        make_train_batches(cached, TextEncoder(encoder.name, max_length=6))
+        make_train_batches(cached, CachedTextEncoder(TextEncoder.from_pretrained(folder, max_length=6), cache))
 
 
 def test_the_command_says_what_is_missing(config, tmp_path, capsys):

@@ -21,7 +21,7 @@ WIDTH, MAX_LENGTH = 3, 8
 
 
 class Encoder:
-    """States that depend on what else is in the batch, as an encoder's last bits do."""
+    """Embeddings that depend on what else is in the batch, as an encoder's last bits do."""
 
     def identity(self) -> dict:
         return {"class": "Speller", "width": WIDTH, "max_length": MAX_LENGTH, "weights": [0.5, -0.25]}
@@ -37,7 +37,7 @@ def build(folder, captions=CAPTIONS) -> int:
 
 
 def read(folder) -> torch.Tensor:
-    return EmbeddingCache(folder).states(CAPTIONS)[0]
+    return EmbeddingCache(folder).encode(CAPTIONS)[0]
 
 
 def contents(folder) -> dict[str, bytes]:
@@ -84,10 +84,10 @@ def test_a_shard_is_checked_once_by_each_process_when_it_is_first_read(cache, mo
     monkeypatch.setattr(EmbeddingCache, "_check", lambda self, i: (checked.append(i), original(self, i))[1])
     opened = EmbeddingCache(cache)
     assert checked == []
-    opened.states(CAPTIONS)
-    opened.states(CAPTIONS)
+    opened.encode(CAPTIONS)
+    opened.encode(CAPTIONS)
     assert sorted(checked) == [0, 1, 2, 3]
-    pickle.loads(pickle.dumps(opened)).states(CAPTIONS)  # as in a worker that was spawned
+    pickle.loads(pickle.dumps(opened)).encode(CAPTIONS)  # as in a worker that was spawned
     assert len(checked) == 8
 
 
@@ -190,10 +190,10 @@ def test_one_build_at_a_time_and_readers_beside_it(tmp_path):
             ValueError, match=rf"`output_dir` is '{folder}', which process {os.getpid()} on .* is using"
         ):
             build(folder)
-        writer.extend(["a"], [torch.ones(1, WIDTH)])
+        writer.add(["a"], [torch.ones(1, WIDTH)])
         writer.flush()
         reader = EmbeddingCache(folder)
-        writer.extend(["b"], [torch.ones(1, WIDTH)])
+        writer.add(["b"], [torch.ones(1, WIDTH)])
         writer.flush()
         assert "a" in reader and "b" not in reader and "b" in EmbeddingCache(folder)
     assert build(folder) == len(CAPTIONS)

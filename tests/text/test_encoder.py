@@ -1,38 +1,38 @@
-"""Prompts to text states: a tokenizer and an encoder that do not fit are refused in words."""
+"""Texts to embeddings: a tokenizer and an encoder that do not fit are refused in words."""
 
 import pytest
 from safetensors.torch import load_file, save_file
 from transformers import BertTokenizerFast
 
 from diffusers_imagen.pipelines.folders import load_text_parts
-from diffusers_imagen.text.encoder import encode_text
+from diffusers_imagen.text.encoder import TextEncoder
 
 
 @pytest.mark.parametrize("limit", [{"a": 1}, "8", None, True, 0, -1, 8.5, float("nan"), [8]])
 def test_a_limit_that_is_no_number_of_tokens_is_refused(limit, tokenizer, text_encoder):
     tokenizer.model_max_length = limit
     with pytest.raises(ValueError, match="`tokenizer.model_max_length` is .*, but should be a number of tokens"):
-        encode_text(tokenizer, text_encoder, ["a"])
+        TextEncoder(tokenizer, text_encoder).encode(["a"])
 
 
 def test_a_limit_that_was_never_set_is_refused(tokenizer, text_encoder):
     tokenizer.model_max_length = 1e30
     with pytest.raises(ValueError, match="`tokenizer.model_max_length` is not set"):
-        encode_text(tokenizer, text_encoder, ["a"])
+        TextEncoder(tokenizer, text_encoder).encode(["a"])
 
 
 def test_more_tokens_than_the_encoder_has_positions_are_refused(tokenizer, text_encoder):
     tokenizer.model_max_length = 9
     with pytest.raises(ValueError, match="`text_encoder` cannot take the 9 tokens that `tokenizer` makes: "):
-        encode_text(tokenizer, text_encoder, ["a"])
+        TextEncoder(tokenizer, text_encoder).encode(["a"])
 
 
 def test_tokens_that_the_encoder_does_not_know_are_refused(text_encoder):
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(7)), "new"]
     tokenizer = BertTokenizerFast(vocab={word: i for i, word in enumerate(words)}, model_max_length=8)
-    assert encode_text(tokenizer, text_encoder, ["6"])[0].shape == (1, 8, 16)
+    assert TextEncoder(tokenizer, text_encoder).encode(["6"])[0].shape == (1, 8, 16)
     with pytest.raises(ValueError, match="`tokenizer` makes the token 12, but `text_encoder` knows 12: "):
-        encode_text(tokenizer, text_encoder, ["new"])
+        TextEncoder(tokenizer, text_encoder).encode(["new"])
 
 
 def test_an_encoder_that_lacks_weights_is_refused_without_transformers_report(

@@ -42,7 +42,7 @@ def test_a_bad_argument_is_one_line_and_exit_code_2(monkeypatch, capsys, flags, 
 
 def test_a_script_of_dreambooth_ends_so_too(monkeypatch, capsys):
     code, said = ends(monkeypatch, capsys, "--instance_prompt a", config_class=DreamBoothTrainingConfig)
-    assert code == 2 and "Exactly one of `instance_data_dir` and `dataset_name`" in said and said.count("\n") == 1
+    assert code == 2 and "Exactly one of `instance_data_dir`, `dataset_name`" in said and said.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_a_script_of_dreambooth_ends_so_too(monkeypatch, capsys):
 )
 def test_a_run_that_stops_says_why(monkeypatch, capsys, error, code, message):
     class Stopping:
-        def __init__(self, config, unet, encode):
+        def __init__(self, config, unet):
             pass
 
         def train(self):

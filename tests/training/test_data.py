@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from text_sources import FunctionSource
 
 from diffusers_imagen.training import TrainingConfig
 from diffusers_imagen.training.data import Batch, make_train_batches
@@ -177,11 +178,11 @@ def test_captions_are_encoded_once_and_in_parts(imagefolder, encode):
         parts.append(captions)
         return encode(captions)
 
-    texts = open_images(make_config(imagefolder), encode=counting).texts
-    assert parts.pop(0) == ["text 0"]  # for the size of its states
+    texts = open_images(make_config(imagefolder), encode=FunctionSource(counting, 1)).text
+    assert parts.pop(0) == ["text 0"]  # for the size of its embeddings
     assert sorted(caption for part in parts for caption in part) == sorted({f"text {i}" for i in range(300)})
     assert max(map(len, parts)) < 300
-    text, mask = texts.states(["text 299", "text 0"])
+    text, mask = texts.encode(["text 299", "text 0"])
     expected, expected_mask = encode(["text 299", "text 0"])
     assert torch.equal(text, expected) and torch.equal(mask, expected_mask)
 

@@ -6,6 +6,7 @@ import os
 import pytest
 from data_files import READERS, lines, picture, read, refusal, tar, write
 from datasets import Dataset
+from text_sources import FunctionSource
 
 from diffusers_imagen.training.data import DataConfig
 from diffusers_imagen.training.data.folders import group_by_split, list_files
@@ -56,9 +57,9 @@ def test_captions_are_one_line_and_labels_are_folders(tmp_path, encode):
         tmp_path / "d",
         {"cats/a.png": picture(0), "cats/a.txt": b"one\r\n two\n", "dogs/a.png": picture(1), "dogs/a.txt": b"b"},
     )
-    read(str(tmp_path / "d"), "memory", listen)
+    read(str(tmp_path / "d"), "memory", FunctionSource(listen, 1))
     assert set(seen) == {"one two", "b"}
-    read(str(tmp_path / "d"), "memory", listen, caption_column=["label"])
+    read(str(tmp_path / "d"), "memory", FunctionSource(listen, 1), caption_column=["label"])
     assert set(seen) == {"one two", "b", "cats", "dogs"}
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from text_sources import FunctionSource
 from tiny_runs import are_equal, encode, make_unet, weights_of
 
 from diffusers_imagen.training import DreamBoothTrainingConfig, TrainingConfig, run_identity, train
@@ -115,14 +116,12 @@ def test_data_are_known_by_what_is_drawn_from_them(make_config, imagefolder, row
     assert content(imagefolder) != content(other)
 
 
-class Encoder:
+class Encoder(FunctionSource):
     """A text encoder that says which it is."""
 
     def __init__(self, weight: float):
+        super().__init__(encode, encode.width)
         self.weight = weight
-
-    def __call__(self, captions):
-        return encode(captions)
 
     def identity(self) -> dict:
         return {"class": "Encoder", "max_length": 2, "weights": [self.weight]}

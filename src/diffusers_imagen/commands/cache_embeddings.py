@@ -1,9 +1,9 @@
-"""`diffusers-imagen cache-embeddings`: text states of a data set's captions on disk."""
+"""`diffusers-imagen cache-embeddings`: text embeddings of a data set's captions on disk."""
 
 import argparse
 import os
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from .common import check_device
@@ -18,7 +18,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "cache-embeddings",
         help="encode the captions of a data set once",
-        description="Writes the text states of all captions, each once, for --embedding_cache of train_imagen.py. "
+        description="Writes the text embeddings of all captions, each once, for --embedding_cache of train_imagen.py. "
         "A run that was ended goes on where it was when it is started again.",
     )
     parser.add_argument("output_dir", type=Path, help="folder of the cache")
@@ -33,7 +33,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--image_column", default="image", help="default: %(default)s")
     parser.add_argument("--splits", nargs="+", help="default: all")
     parser.add_argument(
-        "--nemo_tars", nargs="+", type=Path, help="take the states that NeMo pickled in these tar files"
+        "--nemo_tars", nargs="+", type=Path, help="take the embeddings that NeMo pickled in these tar files"
     )
     parser.add_argument("--nemo_key", default="t5_text", help="encoder's name in those pickles; default: %(default)s")
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="default: %(default)s")
@@ -63,6 +63,7 @@ def check_numbers(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not 0 < value <= highest:
             raise ValueError(f"`{name}` is {value}, but should be above 0 and at most {highest}.")
+    args.shard_bytes = int(args.shard_size_mb * 2**20)
 
 
 def check_sources(args: argparse.Namespace) -> None:
@@ -78,7 +79,9 @@ def check_sources(args: argparse.Namespace) -> None:
         return
     if data or args.text_encoder is not None:
         name = data[0] if data else "text_encoder"
-        raise ValueError(f"`nemo_tars` and `{name}` are both given, but NeMo's tar files have captions and states.")
+        raise ValueError(
+            f"`nemo_tars` and `{name}` are both given, but NeMo's tar files have captions and embeddings."
+        )
     if args.tokenizer_max_length is None:
         raise ValueError("`tokenizer_max_length` is not given: it is NeMo's `encoding_lengths`, often 128.")
     for path in args.nemo_tars:
@@ -141,26 +144,23 @@ def encode_dataset(args: argparse.Namespace) -> int:
 
     from ..text.cache import CacheWriter, write_cache
     from ..text.cache_files import hold_cache
-    from ..text.lazy_encoder import TextEncoder
+    from ..text.encoder import TextEncoder
 
-    # a folder that is not there yet is made when there is something to write
-    hold = hold_cache(args.output_dir) if args.output_dir.exists() else None
-    try:
+    with ExitStack() as stack:
+        # a folder that is not there yet is made, and held, when there is something to write
+        hold = stack.enter_context(hold_cache(args.output_dir)) if args.output_dir.exists() else None
         captions = read_captions(args)
         device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16  # T5 overflows in float16
-        encoder = TextEncoder(args.text_encoder, args.tokenizer_max_length, device, dtype)
-        hold = hold or hold_cache(args.output_dir)
-        with CacheWriter(args.output_dir, encoder.identity(), args.dtype, shard_bytes(args), hold) as writer:
-            return write_cache(writer, captions, encoder, args.batch_size)
-    finally:
-        if hold is not None:
-            hold.release()
+        encoder = TextEncoder.from_pretrained(args.text_encoder, args.tokenizer_max_length, device, dtype)
+        writer = CacheWriter(args.output_dir, encoder.identity(), args.dtype, args.shard_bytes, hold)
+        return write_cache(stack.enter_context(writer), captions, encoder, args.batch_size)
 
 
 def read_captions(args: argparse.Namespace) -> list[str]:
     """Every caption of the data set once."""
-    from ..training.data.captions import distinct_captions, iterate_captions
+    from ..text.source import distinct_captions
+    from ..training.data.captions import iterate_captions
     from ..training.data.data_config import DataConfig
     from ..training.data.sources import check_columns, column_names, load_splits
 
@@ -187,33 +187,25 @@ def read_captions(args: argparse.Namespace) -> list[str]:
     return captions
 
 
-def shard_bytes(args: argparse.Namespace) -> int:
-    """The size at which a shard is written."""
-    return int(args.shard_size_mb * 2**20)
-
-
 def import_nemo(args: argparse.Namespace) -> int:
-    """Adds the states of NeMo's tar files; returns how many they were."""
+    """Adds the embeddings of NeMo's tar files; returns how many they were."""
     from tqdm.auto import tqdm
 
     from ..conversion.nemo_embeddings import read_tar
     from ..text.cache import CacheWriter
 
     writer, added = None, 0
-    try:
+    with ExitStack() as stack:
         for path in tqdm(args.nemo_tars, desc="Reading tar files"):
-            for caption, states in read_tar(path, args.nemo_key):
-                states = states[: args.tokenizer_max_length]
+            for caption, embeds in read_tar(path, args.nemo_key):
+                embeds = embeds[: args.tokenizer_max_length]
                 if writer is None:
-                    encoder = {"max_length": args.tokenizer_max_length, "width": states.shape[1]}
-                    writer = CacheWriter(args.output_dir, encoder, args.dtype, shard_bytes(args))
+                    encoder = {"max_length": args.tokenizer_max_length, "width": embeds.shape[1]}
+                    writer = stack.enter_context(CacheWriter(args.output_dir, encoder, args.dtype, args.shard_bytes))
                 if caption not in writer:
-                    writer.add(caption, states)
+                    writer.add([caption], [embeds])
                     added += 1
         if writer is None:
-            raise ValueError("`nemo_tars` has no pickled states.")
+            raise ValueError("`nemo_tars` has no pickled embeddings.")
         writer.flush()
-    finally:
-        if writer is not None:
-            writer.close()
     return added

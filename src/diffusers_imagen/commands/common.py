@@ -15,6 +15,7 @@ from ..pipelines import ImagenCascadePipeline
 from ..pipelines.folders import check_source, load_pipeline_folder, loading
 from ..pipelines.stage_table import DEFAULT_GUIDANCE, DEFAULT_STEPS, STAGES
 from ..pipelines.stages import check_stages, refuse_untrained
+from ..schedulers.schedule_checks import MAX_STEPS
 from ..utils.files import check_writable, whole_file
 from ..utils.images import BadImage
 from ..utils.images import read_image as read_picture
@@ -31,7 +32,6 @@ NAME_LENGTH, NAME_BYTES = 60, 180
 # bounds: what is above is a slip, and would run until it is killed
 MAX_SIDE = 8192
 MAX_SEED = 2**63 - 1
-MAX_STEPS = 10_000
 MAX_GUIDANCE = 1000
 MAX_IMAGES = 1000
 

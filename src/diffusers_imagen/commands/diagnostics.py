@@ -17,7 +17,8 @@ from transformers import AutoConfig
 from ..models.interface import StageNetwork
 from ..pipelines.stages import missing_weights
 from ..text.cache import EmbeddingCache
-from ..text.lazy_encoder import encoder_width, load_text_encoder
+from ..text.encoder import TextEncoder
+from ..text.identity import encoder_width
 from ..training.data.captions import iterate_captions
 from ..training.data.data_config import DataConfig
 from ..training.data.pixels import BadImage, fit_image, name_image, open_image, read_image
@@ -141,7 +142,7 @@ def examine_captions(rows: Rows, config: DataConfig, text_encoder: str | None) -
     ]
     if text_encoder is None:
         return findings + [Finding(False, "token lengths were not counted: give `text_encoder`")]
-    encoder = load_text_encoder(text_encoder, config.tokenizer_max_length)
+    encoder = TextEncoder.from_pretrained(text_encoder, config.tokenizer_max_length)
     distinct = list(counts)
     lengths = []
     for start in range(0, len(distinct), 1000):
@@ -264,11 +265,11 @@ def examine_weights(unet: StageNetwork) -> Finding:
 
 
 def examine_width(width: int | None, text_encoder: str) -> Finding:
-    """Whether the network reads states as wide as the encoder makes them."""
+    """Whether the network reads embeddings as wide as the encoder makes them."""
     subfolder = "text_encoder" if (Path(text_encoder) / "text_encoder").is_dir() else ""
     actual = encoder_width(AutoConfig.from_pretrained(text_encoder, subfolder=subfolder, trust_remote_code=False))
     wrong = width != actual
-    text = f"the text encoder's states are {actual} wide"
+    text = f"the text encoder's embeddings are {actual} wide"
     return Finding(wrong, text + (f", but the network reads {width}" if wrong else ", as the network reads them"))
 
 

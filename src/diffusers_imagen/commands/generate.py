@@ -9,6 +9,7 @@ import torch
 from tqdm import tqdm
 
 from ..pipelines import ImagenCascadePipeline
+from ..pipelines.pipeline_imagen import DEFAULT_STRENGTH
 from ..utils.files import LOCK, FolderHold, check_writable
 from .common import (
     MAX_STEPS,
@@ -27,7 +28,6 @@ from .parser import check_prompt, refuse_empty
 
 
 DEFAULT_OUTPUT_DIR = Path("outputs")
-DEFAULT_STRENGTH = 0.7
 MAX_FILE_BYTES = 32 * 2**20
 MAX_FILE_IMAGES = 100_000
 

@@ -4,8 +4,9 @@ import argparse
 import difflib
 from typing import Any, NamedTuple, NoReturn
 
+from ..utils.errors import USAGE
 
-USAGE = 2
+
 MAX_PROMPT_LENGTH = 10_000  # in characters; a text encoder reads some hundred tokens
 
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ..pipelines.inputs import MIN_NOISE_LEVEL
+from ..diffusion.augmentation import MIN_AUGMENTATION_SIGMA
 from .common import MAX_SIDE, add_model_arguments, add_sampling_arguments, check_sampling, make_images, read_image
 
 
@@ -22,7 +22,7 @@ def add_parser(commands) -> None:
     command.add_number(
         "--noise-level",
         float,
-        MIN_NOISE_LEVEL,
+        MIN_AUGMENTATION_SIGMA,
         80,
         "low_res_noise_level",
         default=0.1,

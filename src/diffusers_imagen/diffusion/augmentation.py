@@ -8,10 +8,13 @@ import torch
 from . import edm
 
 
+MIN_AUGMENTATION_SIGMA = 0.002  # NeMo's at inference; the conditioning value of 0 would be infinite
+
+
 def augment_low_res(
     low_res: torch.Tensor, sigma: float | torch.Tensor, noise: torch.Tensor, sigma_data: float = 0.5
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The low-resolution image with noise of level `sigma`, and the value that tells the network how much.
+    """The low-resolution image with noise of standard deviation `sigma`, and the value that tells the network how much.
 
     The noise goes into the image at its own resolution, before any upsampling, and the sum is scaled by `c_in(sigma)`
     as every input of an EDM network is. The noise is an argument so that both branches of guidance see one image.
@@ -31,12 +34,13 @@ def augment_low_res(
             is neither one value nor one a sample.
     """
     if noise.shape != low_res.shape:
-        raise ValueError(f"`noise` must have the shape of `low_res` {tuple(low_res.shape)}, got {tuple(noise.shape)}")
+        raise ValueError(
+            f"`noise` is of shape {tuple(noise.shape)}, but should be of that of `low_res`, {tuple(low_res.shape)}."
+        )
     if not isinstance(sigma, torch.Tensor):
-        if not sigma > 0:
-            raise ValueError(f"`sigma` must be above 0, got {sigma}")
+        edm.check_positive(sigma=sigma)
         sigma = torch.tensor(sigma, dtype=torch.float32)
-    level = edm.per_sample(sigma, low_res)  # (B or 1, 1, 1, 1)
-    level = level.to(torch.promote_types(level.dtype, torch.float32))
-    augmented = (low_res + level * noise) * edm.preconditioning(level, sigma_data).c_in
-    return augmented.to(low_res.dtype), edm.c_noise(level.flatten()).expand(low_res.shape[0])
+    sigma = edm.per_sample(sigma, low_res)  # (B or 1, 1, 1, 1)
+    sigma = sigma.to(torch.promote_types(sigma.dtype, torch.float32))
+    augmented = (low_res + sigma * noise) * edm.scalings(sigma, sigma_data).c_in
+    return augmented.to(low_res.dtype), edm.c_noise(sigma.flatten()).expand(low_res.shape[0])

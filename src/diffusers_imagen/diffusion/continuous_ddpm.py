@@ -8,19 +8,20 @@ to the wrong one and the end of the cosine schedule to infinity. Image tensors `
 and come back in it; the log-SNR that goes with them is one number or `(B,)`.
 
 The EDM formulation (`edm.py`) is the same process in other variables: its noise level is `exp(-log_snr / 2)`, its image
-is `x_t / alpha`. So `variance_preserving_preconditioning` turns a network trained here into an EDM denoiser.
+is `x_t / alpha`. So `denoiser_scalings` turns a network trained here into an EDM denoiser.
 """
 
 import math
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
-from .edm import Preconditioning, per_sample
+from .edm import Scalings, per_sample
 
 
 NoiseSchedule = Literal["squaredcos_cap_v2", "linear"]
 PredictionType = Literal["epsilon", "sample", "v_prediction"]
+PREDICTION_TYPES: tuple[str, ...] = get_args(PredictionType)
 
 # Where the cosine schedule ends: its log-SNR at t = 1 is minus infinity, and this is what float32 arithmetic makes of
 # it, ln(cos(pi / 2)^2), hence what networks have been trained with.
@@ -44,7 +45,7 @@ class ReverseStep(NamedTuple):
 
 def _check_precision(name: str, value: torch.Tensor) -> None:
     if value.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"`{name}` must be float32 or float64, got {value.dtype}")
+        raise ValueError(f"`{name}` is of {value.dtype}, but should be of float32 or float64.")
 
 
 def log_snr_cosine(t: torch.Tensor, s: float = 0.008) -> torch.Tensor:
@@ -70,7 +71,7 @@ def log_snr(t: torch.Tensor, schedule: NoiseSchedule = "squaredcos_cap_v2") -> t
     """
     schedules = {"squaredcos_cap_v2": log_snr_cosine, "linear": log_snr_linear}
     if not isinstance(schedule, str) or schedule not in schedules:
-        raise ValueError(f"the noise schedule `beta_schedule` must be one of {list(schedules)}, got {schedule!r}")
+        raise ValueError(f"`beta_schedule` is {schedule!r}, but should be one of {list(schedules)}.")
     return schedules[schedule](t)
 
 
@@ -110,14 +111,19 @@ def x_0_coefficients(log_snr: torch.Tensor, prediction_type: PredictionType) -> 
     Raises:
         ValueError: for an unknown prediction type.
     """
+    check_prediction_type(prediction_type)
     alpha, sigma = alpha_sigma(log_snr)
     if prediction_type == "epsilon":
         return 1 / alpha, -sigma / alpha
     if prediction_type == "sample":
         return torch.zeros_like(alpha), torch.ones_like(alpha)
-    if prediction_type == "v_prediction":
-        return alpha, -sigma
-    raise ValueError(f"`prediction_type` must be 'epsilon', 'sample' or 'v_prediction', got {prediction_type!r}")
+    return alpha, -sigma
+
+
+def check_prediction_type(prediction_type: str) -> None:
+    """Raises ValueError unless it is one of `PREDICTION_TYPES`."""
+    if prediction_type not in PREDICTION_TYPES:
+        raise ValueError(f"`prediction_type` is {prediction_type!r}, but should be one of {list(PREDICTION_TYPES)}.")
 
 
 def predict_x_0(
@@ -128,7 +134,7 @@ def predict_x_0(
     return (coef_x_t * x_t + coef_prediction * prediction).to(x_t.dtype)
 
 
-def variance_preserving_preconditioning(sigma: torch.Tensor, prediction_type: PredictionType) -> Preconditioning:
+def denoiser_scalings(sigma: torch.Tensor, prediction_type: PredictionType) -> Scalings:
     """The EDM scalings of a network trained in this formulation, at EDM noise levels `sigma`.
 
     `denoised = c_skip * x + c_out * network(c_in * x, log_snr)` is exact: `c_in * x` is the `x_t` of that log-SNR.
@@ -136,7 +142,7 @@ def variance_preserving_preconditioning(sigma: torch.Tensor, prediction_type: Pr
     log_snr = sigma_to_log_snr(sigma)
     alpha = alpha_sigma(log_snr).alpha
     coef_x_t, coef_prediction = x_0_coefficients(log_snr, prediction_type)
-    return Preconditioning(c_skip=coef_x_t * alpha, c_out=coef_prediction, c_in=alpha)
+    return Scalings(c_skip=coef_x_t * alpha, c_out=coef_prediction, c_in=alpha)
 
 
 def reverse_step(log_snr: torch.Tensor, log_snr_next: torch.Tensor, eta: float = 1.0) -> ReverseStep:

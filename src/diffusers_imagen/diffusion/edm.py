@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 
-class Preconditioning(NamedTuple):
+class Scalings(NamedTuple):
     """The three scalings of table 1, each of sigma's shape."""
 
     c_skip: torch.Tensor
@@ -23,10 +23,10 @@ class Preconditioning(NamedTuple):
     c_in: torch.Tensor
 
 
-def preconditioning(sigma: torch.Tensor, sigma_data: float) -> Preconditioning:
-    """Scalings of the denoiser for images of standard deviation `sigma_data` (appendix B.6, eq. 117, 131 and 138)."""
+def scalings(sigma: torch.Tensor, sigma_data: float) -> Scalings:
+    """The denoiser's scalings for images of standard deviation `sigma_data` (appendix B.6, eq. 117, 131 and 138)."""
     variance = sigma**2 + sigma_data**2
-    return Preconditioning(
+    return Scalings(
         c_skip=sigma_data**2 / variance,
         c_out=sigma * sigma_data * variance.rsqrt(),
         c_in=variance.rsqrt(),
@@ -56,13 +56,13 @@ def per_sample(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """
     if value.dim() > 1 or value.numel() not in (1, like.shape[0]):
         raise ValueError(
-            f"one value, or one for each of the {like.shape[0]} samples, is expected; got shape {tuple(value.shape)}"
+            f"`value` is of shape {tuple(value.shape)}, but should be one value, or one for each of the {like.shape[0]} samples."
         )
     return value.to(like.device).reshape(-1, *(1,) * (like.dim() - 1))
 
 
 def add_noise(x_0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """`x = x_0 + sigma * noise` in the dtype of `x_0` `(B, ...)`; `sigma` is one level or `(B,)`."""
+    """`x = x_0 + sigma * noise` in the dtype of `x_0` `(B, ...)`; `sigma` is one noise level or `(B,)`."""
     return (x_0 + per_sample(sigma, x_0) * noise).to(x_0.dtype)
 
 
@@ -74,30 +74,38 @@ def karras_sigmas(num_steps: int, sigma_min: float, sigma_max: float, rho: float
     Raises:
         ValueError: unless `num_steps >= 1`, `0 < sigma_min < sigma_max` and `rho > 0`.
     """
-    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
-        raise ValueError(f"the number of steps must be an integer of at least 1, got {num_steps!r}")
-    check_sigma_range(sigma_min, sigma_max)
-    if not rho > 0:
-        raise ValueError(f"`rho` must be above 0, got {rho}")
+    check_schedule(num_steps, sigma_min, sigma_max)
+    check_positive(rho=rho)
     ramp = torch.linspace(0, 1, num_steps, dtype=torch.float64)
     sigmas = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
     sigmas[0] = sigma_max  # the root's rounding would start the run an epsilon off
     return sigmas
 
 
-def check_sigma_range(sigma_min: float, sigma_max: float) -> None:
-    """Raises ValueError unless `0 < sigma_min < sigma_max`, both finite."""
+def check_schedule(num_steps: int, sigma_min: float, sigma_max: float) -> None:
+    """Raises ValueError unless `num_steps >= 1` and `0 < sigma_min < sigma_max`, all finite."""
+    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
+        raise ValueError(f"`num_steps` is {num_steps!r}, but should be an integer of at least 1.")
     if not 0 < sigma_min < sigma_max < math.inf:
-        raise ValueError(f"0 < `sigma_min` < `sigma_max` is expected, got {sigma_min=} and {sigma_max=}")
+        raise ValueError(
+            f"`sigma_min` is {sigma_min}, but should be above 0 and below a finite `sigma_max`, {sigma_max}."
+        )
+
+
+def check_positive(**values: float) -> None:
+    """Raises ValueError, which names the argument, unless all are above 0."""
+    for name, value in values.items():
+        if not value > 0:
+            raise ValueError(f"`{name}` is {value}, but should be above 0.")
 
 
 def churned_sigmas(
     sigmas: torch.Tensor, s_churn: float, s_min: float = 0.0, s_max: float | None = None
 ) -> torch.Tensor:
-    """The raised levels `sigma_hat` at which Algorithm 2 calls the network; equal to `sigmas` where it does not churn.
+    """The raised noise levels `sigma_hat` at which Algorithm 2 calls the network; equal to `sigmas` where it does not churn.
 
-    `sigma_hat = (1 + gamma) * sigma` with `gamma = min(s_churn / N, sqrt(2) - 1)` for the `N` levels of `sigmas` that
-    lie in `[s_min, s_max]` (no upper bound if None), and 0 elsewhere.
+    `sigma_hat = (1 + gamma) * sigma` with `gamma = min(s_churn / N, sqrt(2) - 1)` for those of the `N` `sigmas` that lie
+    in `[s_min, s_max]` (no upper bound if None), and 0 elsewhere.
     """
     gamma = min(s_churn / len(sigmas), math.sqrt(2) - 1)
     churned = (sigmas >= s_min) & (sigmas <= (math.inf if s_max is None else s_max))
@@ -140,8 +148,7 @@ def draw_sigma(
     Raises:
         ValueError: unless `p_std` is above 0.
     """
-    if not p_std > 0:
-        raise ValueError(f"`p_std` must be above 0, got {p_std}")
+    check_positive(p_std=p_std)
     if not stratified:
         source = generator.device if generator is not None else device
         normal = torch.randn(batch_size, generator=generator, device=source)

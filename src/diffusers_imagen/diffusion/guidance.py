@@ -16,7 +16,9 @@ def classifier_free_guidance(cond: torch.Tensor, uncond: torch.Tensor, scale: fl
         ValueError: if the predictions differ in shape, or `scale` is neither one value nor one a sample.
     """
     if cond.shape != uncond.shape:
-        raise ValueError(f"`cond` {tuple(cond.shape)} and `uncond` {tuple(uncond.shape)} must have one shape")
+        raise ValueError(
+            f"`uncond` is of shape {tuple(uncond.shape)}, but should be of that of `cond`, {tuple(cond.shape)}."
+        )
     if isinstance(scale, torch.Tensor):
         scale = per_sample(scale, cond).to(cond.dtype)
     return uncond + scale * (cond - uncond)
@@ -32,7 +34,7 @@ def rescale_guidance(guided: torch.Tensor, cond: torch.Tensor, rescale: float) -
         ValueError: unless `0 <= rescale <= 1`.
     """
     if not 0 <= rescale <= 1:
-        raise ValueError(f"`rescale` must lie in [0, 1], got {rescale}")
+        raise ValueError(f"`rescale` is {rescale}, but should be in [0, 1].")
     dims = tuple(range(1, cond.dim()))
     contrast = cond.std(dim=dims, keepdim=True) / guided.std(dim=dims, keepdim=True)
     return guided * (rescale * contrast + (1 - rescale))

@@ -9,9 +9,9 @@ A linear multistep method puts a polynomial through a few known D in place of th
 predictor if all of them lie before sigma_next, Adams-Moulton's corrector if the D at sigma_next is one of them. With a
 polynomial in `log sigma` these are the steps of DPM-Solver++ (Lu et al. 2022, 2211.01095) and of UniPC (Zhao et al.
 2023, 2302.04867); DEIS (Zhang and Chen 2022, 2204.13902) leaves the variable free. Here it is `log(sigma + sigma_data /
-2)`: log sigma where D moves, and level below the scale of the images, where D hardly moves.
+2)`: log sigma where D moves, and constant below the scale of the images, where D hardly moves.
 
-Weights and levels depend on the schedule only. They are computed in float64 on the CPU.
+Weights and noise levels depend on the schedule only. They are computed in float64 on the CPU.
 """
 
 import math
@@ -19,13 +19,13 @@ import math
 import numpy as np
 import torch
 
-from .edm import check_sigma_range
+from .edm import check_positive, check_schedule
 
 
 # of the integral over one step, in log sigma; exact to float64 even for a single step from 80 to 0.002
 _QUADRATURE_POINTS = 32
 
-# the levels of `centred_sigmas` spread evenly in log sigma within this factor of sigma_data, exp(2), and ever wider
+# the noise levels of `centred_sigmas` spread evenly in log sigma within this factor of sigma_data, exp(2), and ever wider
 # outside; measured in docs/schedulers.md
 _CENTRE_WIDTH = 2.0
 
@@ -39,11 +39,8 @@ def centred_sigmas(num_steps: int, sigma_min: float, sigma_max: float, sigma_dat
     Raises:
         ValueError: unless `num_steps >= 1`, `0 < sigma_min < sigma_max` and `sigma_data > 0`.
     """
-    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
-        raise ValueError(f"the number of steps must be an integer of at least 1, got {num_steps!r}")
-    check_sigma_range(sigma_min, sigma_max)
-    if not sigma_data > 0:
-        raise ValueError(f"`sigma_data` must be above 0, got {sigma_data}")
+    check_schedule(num_steps, sigma_min, sigma_max)
+    check_positive(sigma_data=sigma_data)
     start, end = (math.asinh(math.log(sigma / sigma_data) / _CENTRE_WIDTH) for sigma in (sigma_max, sigma_min))
     ramp = torch.linspace(start, end, num_steps, dtype=torch.float64)
     sigmas = sigma_data * (_CENTRE_WIDTH * ramp.sinh()).exp()
@@ -61,7 +58,7 @@ def adams_weights(
 
     Args:
         sigma, sigma_next: the steps' bounds `(N,)`, in float64, above 0.
-        nodes: the levels at which D is known, `(N, k)`, in float64, no two of a step alike.
+        nodes: the noise levels at which D is known, `(N, k)`, in float64, no two of a step alike.
         sigma_data: the scale of the images.
 
     Returns:

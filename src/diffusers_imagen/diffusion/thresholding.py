@@ -21,20 +21,15 @@ def dynamic_threshold(x_0: torch.Tensor, ratio: float = 0.995, max_value: float 
     Raises:
         ValueError: unless `0 < ratio <= 1` and `max_value` is None or at least 1.
     """
-    check_dynamic_threshold(ratio, max_value)
+    if not 0 < ratio <= 1:
+        raise ValueError(f"`ratio` is {ratio}, but should be in (0, 1].")
+    if max_value is not None and not max_value >= 1:
+        raise ValueError(f"`max_value` is {max_value}, but should be None or at least 1.")
     # float32 at least: half precision cannot tell the largest magnitudes of an image apart
     x = x_0.to(torch.promote_types(x_0.dtype, torch.float32))
     s = _quantile_per_image(x.abs().flatten(1), ratio).clamp(min=1, max=max_value)
     s = s.reshape(-1, *(1,) * (x.dim() - 1))
     return (x.clamp(-s, s) / s).to(x_0.dtype)
-
-
-def check_dynamic_threshold(ratio: float, max_value: float | None) -> None:
-    """Raises ValueError for settings that `dynamic_threshold` cannot have."""
-    if not 0 < ratio <= 1:
-        raise ValueError(f"the quantile of dynamic thresholding must lie in (0, 1], got {ratio}")
-    if max_value is not None and not max_value >= 1:
-        raise ValueError(f"the upper bound of dynamic thresholding must be None or at least 1, got {max_value}")
 
 
 def _quantile_per_image(values: torch.Tensor, ratio: float) -> torch.Tensor:

@@ -6,11 +6,11 @@ A training step draws noise levels, makes inputs and targets, and takes the weig
     example = edm_example(x_0, noise, sigma, sigma_data)
     loss = (example.weight * (network(example.model_input, example.timestep) - example.target).square()).mean()
 
-Images are `(B, ...)` in any floating dtype, and inputs and targets come back in it; levels, conditioning values and
-weights are in float32, or float64 for levels in float64.
+Images are `(B, ...)` in any floating dtype, and inputs and targets come back in it; noise levels, conditioning values
+and weights are in float32, or float64 for noise levels in float64.
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -33,7 +33,7 @@ def edm_example(x_0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, sig
     The target is what the raw output F has to be for `c_skip * x + c_out * F = x_0`. In terms of F the weight
     `lambda * c_out^2` is 1 everywhere.
     """
-    scalings = edm.preconditioning(per_sample(sigma, x_0), sigma_data)
+    scalings = edm.scalings(per_sample(sigma, x_0), sigma_data)
     x = x_0 + per_sample(sigma, x_0) * noise
     target = (x_0 - scalings.c_skip * x) / scalings.c_out
     weight = edm.loss_weight(per_sample(sigma, x_0), sigma_data) * scalings.c_out**2
@@ -59,8 +59,7 @@ def continuous_ddpm_example(
         "sample": lambda: x_0,
         "v_prediction": lambda: continuous_ddpm.velocity(x_0, noise, log_snr),
     }
-    if prediction_type not in targets:
-        raise ValueError(f"`prediction_type` must be one of {list(targets)}, got {prediction_type!r}")
+    continuous_ddpm.check_prediction_type(prediction_type)
     weight = torch.ones_like(log_snr) if snr_gamma is None else min_snr_weight(log_snr, prediction_type, snr_gamma)
     x_t = continuous_ddpm.q_sample(x_0, noise, log_snr)
     return Example(x_t, log_snr, targets[prediction_type](), per_sample(weight, x_0))
@@ -68,7 +67,7 @@ def continuous_ddpm_example(
 
 def min_snr_weight(
     log_snr: torch.Tensor,
-    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon",
+    prediction_type: continuous_ddpm.PredictionType = "epsilon",
     snr_gamma: float = 5.0,
 ) -> torch.Tensor:
     """Min-SNR weighting (Hang et al. 2023, 2303.09556): `min(SNR, gamma)` of the image's loss, for any prediction.
@@ -78,17 +77,15 @@ def min_snr_weight(
     Raises:
         ValueError: for an unknown prediction type, or unless `snr_gamma` is above 0.
     """
-    if not snr_gamma > 0:
-        raise ValueError(f"`snr_gamma` must be above 0, got {snr_gamma}")
+    edm.check_positive(snr_gamma=snr_gamma)
+    continuous_ddpm.check_prediction_type(prediction_type)
     snr = log_snr.exp()
     if prediction_type == "epsilon":
         return (snr_gamma * (-log_snr).exp()).clamp(max=1)
     if prediction_type == "sample":
         return snr.clamp(max=snr_gamma)
-    if prediction_type == "v_prediction":
-        # sigmoid is SNR / (SNR + 1), without infinities
-        return torch.minimum(log_snr.sigmoid(), snr_gamma * (-log_snr).sigmoid())
-    raise ValueError(f"`prediction_type` must be 'epsilon', 'sample' or 'v_prediction', got {prediction_type!r}")
+    # sigmoid is SNR / (SNR + 1), without infinities
+    return torch.minimum(log_snr.sigmoid(), snr_gamma * (-log_snr).sigmoid())
 
 
 def uncertainty_weighted(loss: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:

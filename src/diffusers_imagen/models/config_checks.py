@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import torch
 
-from ..utils.arguments import shown
+from ..utils.arguments import check_choice, shown
 from .attention import AttentionType
 from .blocks import ResampleType, TimeScaleShift
 from .embeddings import TextPooling
@@ -122,12 +122,6 @@ def per_level(name: str, value: Any, num_levels: int) -> tuple:
     if len(values) != num_levels:
         raise ValueError(f"`{name}` has {len(values)} entries, but `block_out_channels` has {num_levels}.")
     return values
-
-
-def check_choice(name: str, value: object, choices: tuple) -> None:
-    """Refuses a value that is not among the choices, naming them."""
-    if value not in choices:
-        raise ValueError(f"`{name}` is {shown(value)}, but should be one of {', '.join(map(repr, choices))}.")
 
 
 def check_integer(name: str, value: Any, minimum: int, maximum: int) -> None:

@@ -6,8 +6,8 @@ docs/presets.md says where each configuration was published, and where a documen
 import inspect
 from typing import Any, NamedTuple
 
+from ..utils.arguments import check_choice
 from . import EfficientUNetModel, ImagenUNetModel
-from .config_checks import check_choice
 from .unet_base import ConditionalUNet
 
 

@@ -15,6 +15,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
+from ..utils.arguments import check_exactly_one
 from .attention import AttendedText
 from .blocks import ImagenBlock, ResBlock
 from .config_checks import INTEGERS, check_image, check_integer, per_sample
@@ -201,7 +202,7 @@ class ConditionalUNet(
         """`(B, C, H, W)` to `(B, 2C, H, W)` where the network is conditioned on a low-resolution image."""
         height, width = sample.shape[-2:]
         if height % self.total_stride or width % self.total_stride:
-            raise ValueError(f"`sample` is {height}x{width}; both must be multiples of {self.total_stride}.")
+            raise ValueError(f"`sample` is {height}x{width}, but both should be multiples of {self.total_stride}.")
         if not self.config.low_res_conditioning:
             if low_res_sample is not None:
                 raise ValueError("`low_res_sample` was given, but `low_res_conditioning` is False.")
@@ -227,15 +228,12 @@ class ConditionalUNet(
 
 def count_heads(channels: int, num_attention_heads: int | None, attention_head_dim: int | None) -> int:
     """Heads of an attention layer: a fixed number, or as many as heads of the given width fit."""
-    if num_attention_heads is not None and attention_head_dim is None:
+    check_exactly_one(num_attention_heads=num_attention_heads, attention_head_dim=attention_head_dim)
+    if num_attention_heads is not None:
         name, value, heads = "num_attention_heads", num_attention_heads, num_attention_heads
-    elif attention_head_dim is not None and num_attention_heads is None:
-        name, value, heads = "attention_head_dim", attention_head_dim, channels // attention_head_dim
     else:
-        raise ValueError(
-            "Exactly one of `num_attention_heads` and `attention_head_dim` must be given, "
-            f"not {num_attention_heads} and {attention_head_dim}."
-        )
+        assert attention_head_dim is not None
+        name, value, heads = "attention_head_dim", attention_head_dim, channels // attention_head_dim
     if channels % value:
         raise ValueError(f"`{name}` is {value}, which does not divide the {channels} channels of an attention layer.")
     return heads

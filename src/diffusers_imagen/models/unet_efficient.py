@@ -6,9 +6,10 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
+from ..utils.arguments import check_choice
 from .attention import AttentionType, make_attention
 from .blocks import ImagenBlock, ResBlock, TimeScaleShift, transposed_upsample
-from .config_checks import check_choice, check_config, check_groups, check_image, per_level
+from .config_checks import check_config, check_groups, check_image, per_level
 from .embeddings import TextConditioning, TextPooling, UnencodedText
 from .unet_base import ConditionalUNet, ImagenUNetOutput, count_heads
 

@@ -199,7 +199,7 @@ def check_encoder(folder: Path, config: dict[str, Any]) -> None:
 
 def check_pipeline_folder(
     folder: str | os.PathLike, class_names: tuple[str, ...], variant: str | None = None
-) -> dict[str, type]:
+) -> dict[str, Any]:
     """The classes of a pipeline's components, by name.
 
     Raises:

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..schedulers.schedule_checks import MAX_STEPS, level_tensor
-from ..utils.arguments import as_integer, as_number, is_number, shown, to_float
+from ..diffusion.augmentation import MIN_AUGMENTATION_SIGMA
+from ..schedulers.schedule_checks import MAX_STEPS, as_values
+from ..utils.arguments import as_integer, as_number, check_choice, is_number, shown, to_float
 from ..utils.tensors import check_tensor
 from .call_arguments import CallArguments, PerStage
 from .prompts import MAX_PROMPTS
@@ -19,7 +20,6 @@ from .tiling import Tiling
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-MIN_NOISE_LEVEL = 0.002  # EDM's lowest noise level; its conditioning value, a logarithm, has none at zero
 # Bounds of what one call may ask for: far beyond use, and below what would run until it is killed.
 MAX_NOISE_LEVEL = 1e6
 MAX_GUIDANCE = 1e6
@@ -78,7 +78,7 @@ def levels_per_stage(name: str, value: Any, stages: list[Stage]) -> list[list[fl
 
 def as_levels(name: str, levels: Any) -> list[float] | torch.Tensor:
     """Finite numbers in a list, or as a tensor of one dimension, whose dtype may mean something to a scheduler."""
-    tensor = level_tensor(name, levels)
+    tensor = as_values(name, levels)
     if len(tensor) == 0 or not tensor.isfinite().all():
         raise ValueError(f"`{name}` is {shown(levels)}, but should be a list of finite numbers.")
     return levels.detach() if isinstance(levels, torch.Tensor) else tensor.tolist()
@@ -97,7 +97,7 @@ def stage_settings(arguments: CallArguments, stages: list[Stage]) -> list[StageS
     upscaling = [stage for stage in stages if not stage.is_base]
     name = "low_res_noise_level"
     noise_levels = per_stage(name, arguments.low_res_noise_level, upscaling)
-    noise_levels = [as_number(name, value, MIN_NOISE_LEVEL, MAX_NOISE_LEVEL) for value in noise_levels]
+    noise_levels = [as_number(name, value, MIN_AUGMENTATION_SIGMA, MAX_NOISE_LEVEL) for value in noise_levels]
     noise_levels = [0.0] * (len(stages) - len(upscaling)) + noise_levels
     own_sigmas = levels_per_stage("sigmas", arguments.sigmas, stages)
     own_timesteps = levels_per_stage("timesteps", arguments.timesteps, stages)
@@ -150,10 +150,7 @@ def check_flag(name: str, value: Any) -> None:
 
 def check_output_type(output_type: Any) -> None:
     """A form of images that there is."""
-    if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
-        raise ValueError(
-            f"`output_type` is {shown(output_type)}, but should be one of {', '.join(map(repr, OUTPUT_TYPES))}."
-        )
+    check_choice("output_type", output_type, OUTPUT_TYPES)
 
 
 def as_images_per_prompt(value: Any, num_prompts: int) -> int:

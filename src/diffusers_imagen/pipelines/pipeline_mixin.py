@@ -1,12 +1,11 @@
 """What the pipelines share besides the runner of a call: memory, progress bars, the text of a prompt."""
 
 import io
-from functools import partial
 
 import torch
 from tqdm.auto import tqdm
 
-from ..text.encoder import encode_prompts, keep_in_fp32
+from ..text.encoder import TextEncoder, keep_in_fp32
 from ..utils.arguments import as_integer, shown
 from . import inputs
 from .model_card import ModelCardMixin
@@ -160,8 +159,8 @@ class ImagenPipelineMixin(ModelCardMixin):
     def encode_prompts(self, prompts: Prompts, num_images_per_prompt: int) -> PromptEmbeds:
         """The text of all images of a call; see `encode_prompt`."""
         number = inputs.as_images_per_prompt(num_images_per_prompt, prompts.number)
-        encode = partial(encode_prompts, self.tokenizer, self.text_encoder, slice_size=self.slice_size)
-        return prompts.encode(encode, number, self._execution_device)
+        encoder = TextEncoder(self.tokenizer, self.text_encoder)
+        return prompts.encode(encoder, self.slice_size, number, self._execution_device)
 
     @property
     def max_text_length(self) -> int | None:

@@ -1,13 +1,14 @@
 """The text of a call: what the caller gives, checked, and as the networks read it."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
 from ..models.interface import StageNetwork
-from ..utils.arguments import shown
+from ..text.encoder import TextEncoder
+from ..text.text_embeddings import TextEmbeddings, without_text
+from ..utils.arguments import check_exactly_one, shown
 from ..utils.tensors import FLOATS, INTEGERS, check_tensor
 from .stages import Stage
 
@@ -102,8 +103,7 @@ class Prompts:
                 if any(value is not None for value in values):
                     raise ValueError(f"`{name}` was given, but no stage of this pipeline reads text.")
             return
-        if (self.prompt is None) == (self.prompt_embeds is None):
-            raise ValueError(f"Exactly one of `prompt` ({shown(self.prompt)}) and `prompt_embeds` must be given.")
+        check_exactly_one(prompt=self.prompt, prompt_embeds=self.prompt_embeds)
         if self.negative_prompt is not None and self.negative_prompt_embeds is not None:
             raise ValueError("Only one of `negative_prompt` and `negative_prompt_embeds` can be given.")
         for name, text, embeds, mask in texts:
@@ -132,22 +132,25 @@ class Prompts:
         if lengths[0] != lengths[1]:
             raise ValueError(f"Prompts have {lengths[0]} tokens and negative prompts {lengths[1]}: pad both alike.")
 
-    def encode(self, encode: Callable, num_images_per_prompt: int, device: torch.device) -> PromptEmbeds:
-        """The embeddings of all images, on a device; texts are encoded by `encode(texts) -> (embeds, mask)`."""
+    def encode(
+        self, encoder: TextEncoder, slice_size: int | None, num_images_per_prompt: int, device: torch.device
+    ) -> PromptEmbeds:
+        """The embeddings of all images, on a device; `slice_size` texts are encoded at once."""
         embeds, mask = self.prompt_embeds, self.prompt_attention_mask
         if embeds is None:
             if self.prompt is None:
                 return PromptEmbeds(None, None, None, None)
-            embeds, mask = encode(as_list(self.prompt))
+            embeds, mask = encoder.encode_prompts(as_list(self.prompt), slice_size)
+        assert mask is not None  # as `check` sees to
         negative_embeds, negative_mask = self.negative_prompt_embeds, self.negative_prompt_attention_mask
         if negative_embeds is None and self.negative_prompt is not None:
-            negative_embeds, negative_mask = encode(as_list(self.negative_prompt))
+            negative_embeds, negative_mask = encoder.encode_prompts(as_list(self.negative_prompt), slice_size)
             if isinstance(self.negative_prompt, str):
                 negative_embeds = negative_embeds.expand(len(embeds), -1, -1)
                 negative_mask = negative_mask.expand(len(embeds), -1)
         elif negative_embeds is None:
-            negative_embeds, negative_mask = torch.zeros_like(embeds), mask
-        assert mask is not None and negative_mask is not None  # as `check` sees to
+            negative_embeds, negative_mask = without_text(TextEmbeddings(embeds, mask))
+        assert negative_mask is not None
         tensors = (embeds, mask.bool(), negative_embeds, negative_mask.bool())
         embeds, mask, negative_embeds, negative_mask = (
             tensor.repeat_interleave(num_images_per_prompt, dim=0).to(device) for tensor in tensors

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from diffusers import EDMEulerScheduler, SchedulerMixin
 
-from ..schedulers.scheduling_utils import ImagenSchedulerMixin
+from ..schedulers.scheduling_utils import ImagenScheduler
 from ..utils.arguments import shown
 from .stages import Stage
 
@@ -55,9 +55,7 @@ def set_schedule(scheduler: SchedulerMixin, name: str, settings: StageSettings, 
     scheduler.set_timesteps(device=device, **own)
     published = torch.as_tensor(getattr(scheduler, key)).cpu().double()
     for value in torch.as_tensor(asked).tolist():
-        if not isinstance(scheduler, ImagenSchedulerMixin) and not (published - value).abs().min() <= 1e-3 * abs(
-            value
-        ):
+        if not isinstance(scheduler, ImagenScheduler) and not (published - value).abs().min() <= 1e-3 * abs(value):
             raise ValueError(
                 f"`{key}` is {shown(asked)} for the stage `{name}`, but its {kind} makes {shown(published.tolist())} of it."
             )
@@ -87,7 +85,7 @@ def check_drives(scheduler: SchedulerMixin, stage: Stage, settings: StageSetting
     Raises:
         ValueError: for one that does not follow the calls of diffusers' schedulers, or fails on the way.
     """
-    if isinstance(scheduler, ImagenSchedulerMixin):
+    if isinstance(scheduler, ImagenScheduler):
         return
     try:
         walk = copy.deepcopy(scheduler)

@@ -1,28 +1,18 @@
 """Continuous-time DDPM with log-SNR conditioning: Kingma et al. 2021, "Variational Diffusion Models" (2107.00630)."""
 
-from typing import Literal
-
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.configuration_utils import register_to_config
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..diffusion import continuous_ddpm as ddpm
 from ..diffusion.edm import per_sample
-from .schedule_checks import (
-    as_tensor,
-    check_device,
-    check_generator,
-    check_images,
-    check_step_count,
-    decreasing_sigmas,
-    level_tensor,
-    one_schedule,
-)
-from .scheduling_utils import ImagenSchedulerMixin, ImagenSchedulerOutput, NetworkPreconditioning
+from ..diffusion.preconditioning import NetworkPreconditioning
+from ..utils.arguments import bad_argument
+from .schedule_checks import as_tensor, check_images, check_request, check_step_count
+from .scheduling_utils import Generators, ImagenScheduler
 
 
-class ContinuousDDPMScheduler(ImagenSchedulerMixin, SchedulerMixin, ConfigMixin):
+class ContinuousDDPMScheduler(ImagenScheduler):
     """
     Variance-preserving diffusion over a time in [0, 1], whose network is conditioned on the log-SNR (NVIDIA NeMo's and
     imagen-pytorch's `GaussianDiffusionContinuousTimes`).
@@ -72,7 +62,7 @@ class ContinuousDDPMScheduler(ImagenSchedulerMixin, SchedulerMixin, ConfigMixin)
         self,
         num_train_timesteps: int = 1000,
         beta_schedule: ddpm.NoiseSchedule = "squaredcos_cap_v2",
-        prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon",
+        prediction_type: ddpm.PredictionType = "epsilon",
         eta: float = 1.0,
         clip_sample: bool = True,
         clip_sample_range: float = 1.0,
@@ -82,16 +72,13 @@ class ContinuousDDPMScheduler(ImagenSchedulerMixin, SchedulerMixin, ConfigMixin)
         preconditioning: NetworkPreconditioning = "variance_preserving",
         sigma_data: float = 0.5,
     ) -> None:
-        self._keep_default_values()
         self._check_config()
-        self.num_inference_steps = None
         self.init_noise_sigma = 1.0
         num_train_timesteps = self.config.num_train_timesteps
         log_snr = self._log_snr_at(torch.arange(num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps)
         # entry k is that of integer timestep k, for diffusers' `compute_snr`
         self.alphas_cumprod = log_snr[:-1].sigmoid().to(torch.float32)
-        sigmas = ddpm.log_snr_to_sigma(log_snr.flip(0))
-        self._publish(sigmas, self.precondition_noise(sigmas[:-1]))
+        self._publish(ddpm.log_snr_to_sigma(log_snr.flip(0)))
 
     def _log_snr_at(self, t: torch.Tensor) -> torch.Tensor:
         return ddpm.log_snr(t, self.config.beta_schedule)
@@ -122,34 +109,31 @@ class ContinuousDDPMScheduler(ImagenSchedulerMixin, SchedulerMixin, ConfigMixin)
             ValueError: unless exactly one of the three is given, and for fewer than one step, or noise levels that do
                 not decrease or do not stay above that of t = 0.
         """
-        one_schedule(num_inference_steps, sigmas, timesteps)
-        check_device(device)
+        check_request(num_inference_steps, sigmas, timesteps, device)
         end = self._log_snr_at(torch.zeros(1, dtype=torch.float64))
         if num_inference_steps is not None:
             times = torch.linspace(1, 0, check_step_count(num_inference_steps) + 1, dtype=torch.float64)
             log_snr = self._log_snr_at(times[:-1])
         else:
-            name, given = ("sigmas", sigmas) if timesteps is None else ("timesteps", timesteps)
-            sigmas = level_tensor(name, given)
-            if timesteps is not None:
-                sigmas = ddpm.log_snr_to_sigma(self._log_snr(sigmas, torch.float64))
-            sigmas = decreasing_sigmas(name, sigmas, given)
-            log_snr = ddpm.sigma_to_log_snr(sigmas)
+            given = self._given_sigmas(sigmas, timesteps)
+            log_snr = ddpm.sigma_to_log_snr(given)
             if not log_snr[-1] < end:
                 raise ValueError(
-                    f"the last noise level must lie above that of t = 0, sigma {ddpm.log_snr_to_sigma(end).item():g}; "
-                    f"got {sigmas[-1].item():g}"
+                    f"`{'sigmas' if timesteps is None else 'timesteps'}` ends at {given[-1].item():g}, but should end at a "
+                    f"noise level above that of t = 0, {ddpm.log_snr_to_sigma(end).item():g}."
                 )
         self.num_inference_steps = len(log_snr)
         log_snr = torch.cat([log_snr, end])  # (N + 1,)
         self._set_coefficients(log_snr)
-        sigmas = ddpm.log_snr_to_sigma(log_snr)
-        self._publish(sigmas, self.precondition_noise(sigmas[:-1]), device)
+        self._publish(ddpm.log_snr_to_sigma(log_snr), device)
+
+    def _timesteps_to_sigmas(self, timesteps: torch.Tensor) -> torch.Tensor:
+        return ddpm.log_snr_to_sigma(self._log_snr(timesteps, torch.float64))
 
     def _set_coefficients(self, log_snr: torch.Tensor) -> None:
         """Keeps the coefficients of each step between these bounds as Python numbers, computed in float64."""
         alpha = ddpm.alpha_sigma(log_snr[:-1]).alpha
-        scalings = self._network_preconditioning(ddpm.log_snr_to_sigma(log_snr[:-1]))
+        scalings = self._preconditioning.scalings(ddpm.log_snr_to_sigma(log_snr[:-1]))
         # these scalings are for the EDM image, which is x_t / alpha
         self._c_in, self._c_skip = (scalings.c_in / alpha).tolist(), (scalings.c_skip / alpha).tolist()
         self._c_out = scalings.c_out.tolist()
@@ -159,59 +143,22 @@ class ContinuousDDPMScheduler(ImagenSchedulerMixin, SchedulerMixin, ConfigMixin)
 
     def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
         """The network's input: `sample` itself, or for `preconditioning="edm"` the scaled EDM image of that timestep."""
-        if self.config.preconditioning == "variance_preserving":
+        if self._preconditioning.takes_x_t:
             return sample
         index = self._start(timestep)
         if index is not None:
             return sample * self._c_in[index]
-        sigma = per_sample(self.timestep_to_sigma(timestep), sample)
+        sigma = per_sample(self.timestep_to_sigma(as_tensor("timestep", timestep)), sample)
         alpha = ddpm.alpha_sigma(ddpm.sigma_to_log_snr(sigma)).alpha
-        return (sample * (self._network_preconditioning(sigma).c_in / alpha)).to(sample.dtype)
+        return (sample * (self._preconditioning.scalings(sigma).c_in / alpha)).to(sample.dtype)
 
-    def step(
-        self,
-        model_output: torch.Tensor,
-        timestep: float | torch.Tensor,
-        sample: torch.Tensor,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        return_dict: bool = True,
-    ) -> ImagenSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
-        """
-        The step to the next time of the schedule.
-
-        Args:
-            model_output (`torch.Tensor`):
-                The network's output, in the sample's shape, any floating dtype.
-            timestep (`float` or `torch.Tensor`):
-                The one of `timesteps` that the network was called with.
-            sample (`torch.Tensor` of shape `(B, ...)`):
-                The noisy image x_t. The arithmetic is in float32, for float64 in float64.
-            generator (`torch.Generator` or a list of B of them, *optional*):
-                The source of the noise; no noise is drawn for `eta` 0 and in the last step.
-            return_dict (`bool`, defaults to `True`):
-                A tuple comes back if False.
-
-        Returns:
-            [`ImagenSchedulerOutput`] or `tuple`: the next sample in the sample's dtype, and the predicted clean
-            image, thresholded.
-
-        Raises:
-            ValueError: before `set_timesteps`, after the last step, or for a timestep that is not of the schedule.
-        """
-        index = self._start_step(model_output, timestep, sample)
-        check_generator(generator, len(sample))
-        dtype = torch.promote_types(sample.dtype, torch.float32)
-        x_t = sample.to(dtype)
-        x_0 = self._threshold(self._c_skip[index] * x_t + self._c_out[index] * model_output.to(dtype))
-        x_next = self._coef_x_t[index] * x_t + self._coef_x_0[index] * x_0
+    def _advance(self, x: torch.Tensor, denoised: torch.Tensor, index: int, generator: Generators) -> torch.Tensor:
+        """The step to the next time of the schedule; noise is drawn but for `eta` 0, and but for the last step."""
+        x_next = self._coef_x_t[index] * x + self._coef_x_0[index] * denoised
         if self._noise_std[index] > 0:
-            noise = randn_tensor(x_t.shape, generator=generator, device=x_t.device, dtype=dtype)
+            noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
             x_next = x_next + self._noise_std[index] * noise
-        self._step_index = index + 1
-        x_next, x_0 = x_next.to(sample.dtype), x_0.to(sample.dtype)
-        if not return_dict:
-            return x_next, x_0
-        return ImagenSchedulerOutput(prev_sample=x_next, pred_original_sample=x_0)
+        return x_next
 
     def _log_snr(self, timesteps: float | torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The log-SNR of timesteps of either form, in their dtype if they are floats, in `dtype` if integers."""
@@ -221,36 +168,15 @@ class ContinuousDDPMScheduler(ImagenSchedulerMixin, SchedulerMixin, ConfigMixin)
         last = self.config.num_train_timesteps
         # on an accelerator the check would have to wait for it
         if timesteps.device.type == "cpu" and ((timesteps < 0) | (timesteps > last)).any():
-            raise ValueError(f"integer timesteps must lie between 0 and {last}, got {timesteps.tolist()}")
+            raise bad_argument("timesteps", timesteps.tolist(), f"integers between 0 and {last}")
         return self._log_snr_at(timesteps.to(dtype) / last)
 
     def conditioning(self, timesteps: float | torch.Tensor) -> torch.Tensor:
         """What the network is conditioned on at these timesteps, of either form: the log-SNR (or `c_noise`)."""
         return self.precondition_noise(ddpm.log_snr_to_sigma(self._log_snr(timesteps)))
 
-    def add_noise(
-        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: float | torch.Tensor
-    ) -> torch.Tensor:
-        """
-        The forward process, `alpha * original_samples + sigma * noise`, for training and for a start from an image.
-
-        Args:
-            original_samples (`torch.Tensor` of shape `(B, ...)`):
-                Clean images, values in [-1, 1].
-            noise (`torch.Tensor` of that shape):
-                Unit noise.
-            timesteps (`float` or `torch.Tensor`, one or `(B,)`):
-                Published values in floating point, or integers of training (see the class).
-
-        Returns:
-            `torch.Tensor`: the noisy images in `original_samples`' dtype.
-
-        Raises:
-            ValueError: for half-precision timesteps, integers out of range, or images and noise of different shapes.
-        """
-        check_images(original_samples=original_samples, noise=noise)
-        timesteps = as_tensor("timesteps", timesteps, original_samples)
-        return ddpm.q_sample(original_samples, noise, self._log_snr(timesteps))
+    def _mix(self, x_0: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        return ddpm.q_sample(x_0, noise, self._log_snr(timesteps))
 
     def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: float | torch.Tensor) -> torch.Tensor:
         """The target of v-prediction for clean images `sample`, `alpha * noise - sigma * sample`; see `add_noise`."""

@@ -1,17 +1,17 @@
 """A third-order multistep solver for EDM denoisers, the fast choice: formulas in `diffusion/multistep.py`."""
 
-from typing import Literal
+from functools import reduce
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.configuration_utils import register_to_config
 
 from ..diffusion import multistep
-from .schedule_checks import check_device, check_step_count, decreasing_sigmas, level_tensor, one_schedule
-from .scheduling_utils import EDMSchedulerMixin, ImagenSchedulerOutput, NetworkPreconditioning
+from ..diffusion.continuous_ddpm import PredictionType
+from ..diffusion.preconditioning import NetworkPreconditioning
+from .scheduling_utils import EDMScheduler, Generators, ImagenSchedulerOutput
 
 
-class EDMAdamsScheduler(EDMSchedulerMixin, SchedulerMixin, ConfigMixin):
+class EDMAdamsScheduler(EDMScheduler):
     """
     Adams' predictor and corrector for the sampling ODE of Karras et al. 2022 [1]: third order, one call of the network
     a step.
@@ -28,7 +28,7 @@ class EDMAdamsScheduler(EDMSchedulerMixin, SchedulerMixin, ConfigMixin):
 
     A network trained with `ContinuousDDPMScheduler` is sampled exactly as well: its configuration, given to
     `EDMAdamsScheduler.from_config`, says `preconditioning="variance_preserving"`. `sigma_min` should then not lie below
-    the lowest level that it was trained at, `exp(-log_snr(0) / 2)`, which is 0.0125 for the cosine schedule.
+    the lowest noise level that it was trained at, `exp(-log_snr(0) / 2)`, which is 0.0125 for the cosine schedule.
 
     [1] https://huggingface.co/papers/2206.00364
 
@@ -76,77 +76,35 @@ class EDMAdamsScheduler(EDMSchedulerMixin, SchedulerMixin, ConfigMixin):
         sigma_max: float = 80.0,
         sigma_data: float = 0.5,
         preconditioning: NetworkPreconditioning = "edm",
-        prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon",
+        prediction_type: PredictionType = "epsilon",
         thresholding: bool = False,
         dynamic_thresholding_ratio: float = 0.995,
         sample_max_value: float | None = None,
         clip_sample: bool = False,
         clip_sample_range: float = 1.0,
     ) -> None:
-        self._keep_default_values()
-        self._check_config()
-        self._mark_noise_levels()
-        self.num_inference_steps = None
+        self._set_up()
+
+    def _default_sigmas(self, num_steps: int) -> torch.Tensor:
+        """Those of `centred_sigmas`."""
         config = self.config
-        sigmas = multistep.centred_sigmas(
-            config.num_train_timesteps, config.sigma_min, config.sigma_max, config.sigma_data
-        )
-        self.init_noise_sigma = float(config.sigma_max)
-        self._denoised = []
-        self._publish(torch.cat([sigmas, sigmas.new_zeros(1)]), self.precondition_noise(sigmas))
+        return multistep.centred_sigmas(num_steps, config.sigma_min, config.sigma_max, config.sigma_data)
 
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: str | torch.device | None = None,
-        sigmas: list[float] | torch.Tensor | None = None,
-        timesteps: list[float] | torch.Tensor | None = None,
-    ) -> None:
-        """
-        Lays out a run of N steps and N calls: `timesteps` of length N and, on the CPU, `sigmas` of length N + 1.
+    def _plan_calls(self, sigmas: torch.Tensor) -> torch.Tensor:
+        """Each step calls the network once, at the noise level where it starts."""
+        self.init_noise_sigma = sigmas[0].item()
+        self._set_weights(sigmas)
+        self._denoised: list[torch.Tensor] = []  # of the calls before, the newest first
+        return torch.cat([sigmas, sigmas.new_zeros(1)])
 
-        `sigmas[i]` is the noise level of the sample that call i of `step` takes, the last one is 0.
-
-        Args:
-            num_inference_steps (`int`, *optional*):
-                N, with the noise levels of `centred_sigmas`.
-            device (`str` or `torch.device`, *optional*):
-                Where `timesteps` goes.
-            sigmas (`list[float]` or `torch.Tensor`, *optional*):
-                The caller's N noise levels instead, strictly decreasing; taken as they are. A final 0 may be there.
-            timesteps (`list[float]` or `torch.Tensor`, *optional*):
-                The same as N conditioning values, `c_noise` or log-SNR.
-
-        Raises:
-            ValueError: unless exactly one of the three is given, and for fewer than one step, levels that do not
-                decrease, or integer timesteps.
-        """
-        one_schedule(num_inference_steps, sigmas, timesteps)
-        check_device(device)
-        config = self.config
-        if num_inference_steps is not None:
-            steps = check_step_count(num_inference_steps)
-            levels = multistep.centred_sigmas(steps, config.sigma_min, config.sigma_max, config.sigma_data)
-        elif sigmas is not None:
-            levels = decreasing_sigmas("sigmas", level_tensor("sigmas", sigmas), sigmas)
-        else:
-            levels = self.timestep_to_sigma(level_tensor("timesteps", timesteps))
-            levels = decreasing_sigmas("timesteps", levels, timesteps)
-        self.num_inference_steps = len(levels)
-        self.init_noise_sigma = levels[0].item()
-        self._set_scalings(levels)
-        self._set_weights(levels)
-        self._denoised = []
-        self._publish(torch.cat([levels, levels.new_zeros(1)]), self.precondition_noise(levels), device)
-
-    def _set_weights(self, levels: torch.Tensor) -> None:
+    def _set_weights(self, sigmas: torch.Tensor) -> None:
         """
         Keeps the weights of every call as Python numbers: of the prediction from it, for one and for two denoised
         images, and of the correction of the step to it, for two and for three; the newest image first.
         """
-        sigma, sigma_next = levels[:-1], levels[1:]  # (N - 1,)
-        # no run has a level before the first; the number there only keeps its row's unused weights finite
-        before = torch.cat([2 * levels[:1], levels])[: len(sigma)]
+        sigma, sigma_next = sigmas[:-1], sigmas[1:]  # (N - 1,)
+        # no run has a noise level before the first; the number there only keeps its row's unused weights finite
+        before = torch.cat([2 * sigmas[:1], sigmas])[: len(sigma)]
         known = torch.stack([sigma_next, sigma, before], dim=-1)  # (N - 1, 3)
 
         def weights(nodes):
@@ -160,7 +118,7 @@ class EDMAdamsScheduler(EDMSchedulerMixin, SchedulerMixin, ConfigMixin):
         self._predictors = [predictor.tolist() for predictor in predictors]
         self._corrections = [correction.tolist() for correction in correctors]
 
-    def step(
+    def step(  # type: ignore[override]  # without the generator
         self,
         model_output: torch.Tensor,
         timestep: float | torch.Tensor,
@@ -170,41 +128,23 @@ class EDMAdamsScheduler(EDMSchedulerMixin, SchedulerMixin, ConfigMixin):
         """
         Corrects the step before with the network's output, and predicts the next one.
 
-        Args:
-            model_output (`torch.Tensor`):
-                The network's output, in the sample's shape, any floating dtype.
-            timestep (`float` or `torch.Tensor`):
-                The one of `timesteps` that the network was called with.
-            sample (`torch.Tensor` of shape `(B, ...)`):
-                The sample, before `scale_model_input`. The arithmetic is in float32, for float64 in float64.
-            return_dict (`bool`, defaults to `True`):
-                A tuple comes back if False.
-
-        Returns:
-            [`ImagenSchedulerOutput`] or `tuple`: the next sample in the sample's dtype, and the denoised image.
-
-        Raises:
-            ValueError: before `set_timesteps`, after the last step, or for a timestep that is not of the schedule.
+        Arguments, results and errors are those of [`EDMHeunScheduler.step`], but for the `generator`: pipelines give
+        one to every scheduler whose `step` has it, and nothing is drawn here.
         """
-        index = self._start_step(model_output, timestep, sample)
-        x = sample.to(torch.promote_types(sample.dtype, torch.float32))
-        denoised = self._denoise(x, model_output, index)
+        return super().step(model_output, timestep, sample, return_dict=return_dict)
+
+    def _advance(self, x: torch.Tensor, denoised: torch.Tensor, index: int, generator: Generators) -> torch.Tensor:
         known = [denoised, *self._denoised]
         if index == len(self._timestep_values) - 1:
-            x_next, known = denoised, []
-        else:
-            if len(known) > 1:
-                x = x + _weighted_sum(self._corrections[len(known) - 2][index - 1], known)
-            predictor = self._predictors[min(len(known), 2) - 1][index]
-            x_next = self._shrink[index] * x + _weighted_sum(predictor, known)
+            self._denoised = []
+            return denoised
+        if len(known) > 1:
+            x = x + _weighted_sum(self._corrections[len(known) - 2][index - 1], known)
         self._denoised = known[:2]
-        self._step_index = index + 1
-        x_next, denoised = x_next.to(sample.dtype), denoised.to(sample.dtype)
-        if not return_dict:
-            return x_next, denoised
-        return ImagenSchedulerOutput(prev_sample=x_next, pred_original_sample=denoised)
+        predictor = self._predictors[min(len(known), 2) - 1][index]
+        return self._shrink[index] * x + _weighted_sum(predictor, known)
 
 
 def _weighted_sum(weights: list[float], images: list[torch.Tensor]) -> torch.Tensor:
     """Of as many images as there are weights."""
-    return sum(weight * image for weight, image in zip(weights, images))
+    return reduce(torch.add, (weight * image for weight, image in zip(weights, images)))

@@ -1,52 +1,45 @@
-"""What the schedulers of this package share: how the network was trained, the schedule's bookkeeping, thresholding."""
+"""What the schedulers of this package share: configuration, how the network was trained, the schedule, a step."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 import torch
+from diffusers.configuration_utils import ConfigMixin, FrozenDict
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 
-from ..diffusion import continuous_ddpm, edm
-from ..diffusion.edm import Preconditioning
+from ..diffusion import edm
+from ..diffusion.preconditioning import PRECONDITIONINGS, Preconditioning, make_preconditioning
 from ..diffusion.thresholding import dynamic_threshold, static_threshold
-from ..utils.arguments import is_integer, is_number, shown
+from ..utils.arguments import bad_argument, check_choice, is_integer, is_number
 from .schedule_checks import (
     MAX_SIGMA,
     MAX_TRAIN_TIMESTEPS,
     MIN_SIGMA,
+    as_sigmas,
     as_tensor,
+    as_values,
     check_config_number,
+    check_generator,
     check_images,
+    check_request,
+    check_step_count,
 )
 
 
-# "edm": c_in * x goes into the network, which is told c_noise. "variance_preserving": the x_t of that noise level goes
-# in, and the network is told the log-SNR.
-NetworkPreconditioning = Literal["edm", "variance_preserving"]
-
+Generators = torch.Generator | list[torch.Generator] | None
 NO_BETAS = "none: EDM noise levels"
 # the lowest and the highest value of every number of a configuration: beyond, float64 overflows, or memory ends
 NUMBERS = {
     "num_train_timesteps": (1, MAX_TRAIN_TIMESTEPS),
-    "sigma_min": (MIN_SIGMA, MAX_SIGMA),
-    "sigma_max": (MIN_SIGMA, MAX_SIGMA),
-    "sigma_data": (MIN_SIGMA, MAX_SIGMA),
+    **dict.fromkeys(("sigma_min", "sigma_max", "sigma_data"), (MIN_SIGMA, MAX_SIGMA)),
+    **dict.fromkeys(("s_churn", "s_min", "s_max", "s_noise", "clip_sample_range"), (0, MAX_SIGMA)),
     "rho": (1e-3, 1e3),
-    "s_churn": (0, 1e10),
-    "s_min": (0, 1e10),
-    "s_max": (0, 1e10),
-    "s_noise": (0, 1e10),
     "eta": (0, 1),
-    "clip_sample_range": (0, 1e10),
     "dynamic_thresholding_ratio": (1e-10, 1),
-    "sample_max_value": (1, 1e10),
+    "sample_max_value": (1, MAX_SIGMA),
 }
 OPTIONAL_NUMBERS = ("s_max", "sample_max_value")
-
-PREDICTION_TYPES = {
-    "edm": ("epsilon", "v_prediction"),
-    "variance_preserving": ("epsilon", "sample", "v_prediction"),
-}
 
 
 @dataclass
@@ -65,59 +58,56 @@ class ImagenSchedulerOutput(BaseOutput):
     pred_original_sample: torch.Tensor | None = None
 
 
-def denoiser_preconditioning(
-    sigma: torch.Tensor, preconditioning: NetworkPreconditioning, prediction_type: str, sigma_data: float
-) -> Preconditioning:
-    """Scalings that make an EDM denoiser of a network, however it was trained, at EDM noise levels `sigma`."""
-    if preconditioning == "variance_preserving":
-        return continuous_ddpm.variance_preserving_preconditioning(sigma, prediction_type)
-    scalings = edm.preconditioning(sigma, sigma_data)
-    # diffusers' EDM schedulers call the network's output "epsilon", and "v_prediction" the same with its sign turned
-    return scalings._replace(c_out=-scalings.c_out) if prediction_type == "v_prediction" else scalings
-
-
-class ImagenSchedulerMixin:
+class ImagenScheduler(SchedulerMixin, ConfigMixin):
     """
-    Put before `SchedulerMixin` and `ConfigMixin` in a scheduler's bases. The scheduler publishes `timesteps`, the values
-    that its network is conditioned on, and holds their EDM noise levels.
+    The base of this package's schedulers. It publishes `timesteps`, the values that its network is conditioned on, and
+    holds their EDM noise levels. A subclass has a constructor, `set_timesteps`, `scale_model_input` and `_advance`, the
+    arithmetic of a step.
     """
 
     order = 1
+    config: FrozenDict
+    init_noise_sigma: float
+    num_inference_steps: int | None = None  # None before `set_timesteps`
+    sigmas: torch.Tensor  # (calls + 1,), of the sample that each call takes, and of the last one's result
+    timesteps: torch.Tensor  # (calls,)
+    _step_index: int | None
+    _begin_index: int | None
+    # of each call, as Python numbers
+    _timestep_values: list[float]
+    _c_skip: list[float]
+    _c_out: list[float]
+    _c_in: list[float]
 
     # ---- configuration
 
     def _check_config(self) -> None:
-        """Raises ValueError for values that no scheduler of this package can have; to be called by `__init__`."""
+        """
+        Raises ValueError for values that no scheduler of this package can have; to be called by `__init__`.
+
+        Every value becomes an explicit one: diffusers' `from_config` drops what a live scheduler left at its default,
+        and the other class then takes its own default instead, which can be another noise schedule.
+        """
+        if "_use_default_values" in self.config:
+            self.register_to_config(_use_default_values=[])
         for name, value in dict(self.config).items():
             if name in NUMBERS and not (value is None and name in OPTIONAL_NUMBERS):
                 number = check_config_number(name, value, *NUMBERS[name])
                 if number is not value:  # one of NumPy's, which cannot be saved
                     self.register_to_config(**{name: number})
             elif name in ("thresholding", "clip_sample") and not isinstance(value, bool):
-                raise ValueError(f"`{name}` must be True or False, got {shown(value)}")
+                raise bad_argument(name, value, "True or False")
         config = self.config
-        if not isinstance(config.preconditioning, str) or config.preconditioning not in PREDICTION_TYPES:
-            raise ValueError(
-                f"`preconditioning` must be one of {list(PREDICTION_TYPES)}, got {shown(config.preconditioning)}"
-            )
-        choices = PREDICTION_TYPES[config.preconditioning]
-        if not isinstance(config.prediction_type, str) or config.prediction_type not in choices:
-            raise ValueError(
-                f"`prediction_type` must be one of {list(choices)} with `preconditioning={config.preconditioning!r}`, "
-                f"got {shown(config.prediction_type)}"
-            )
+        check_choice("preconditioning", config.preconditioning, PRECONDITIONINGS)
+        prediction_types = PRECONDITIONINGS[config.preconditioning].prediction_types
+        check_choice(
+            "prediction_type",
+            config.prediction_type,
+            prediction_types,
+            f" with `preconditioning` {config.preconditioning!r}",
+        )
         if config.clip_sample and not config.clip_sample_range > 0:
-            raise ValueError(f"`clip_sample_range` must be above 0, got {config.clip_sample_range}")
-
-    def _keep_default_values(self) -> None:
-        """
-        Makes every value of the configuration an explicit one.
-
-        diffusers' `from_config` drops what a live scheduler left at its default, and the other class then takes its
-        own default instead, which can be another noise schedule.
-        """
-        if "_use_default_values" in self.config:
-            self.register_to_config(_use_default_values=[])
+            raise bad_argument("clip_sample_range", config.clip_sample_range, "above 0")
 
     @classmethod
     def from_config(cls, config=None, return_unused_kwargs=False, **kwargs):
@@ -147,24 +137,25 @@ class ImagenSchedulerMixin:
         source = config.get("_class_name", "a scheduler")
         if "beta_start" in config and "preconditioning" not in config:
             raise ValueError(
-                f"{cls.__name__} cannot take the configuration of {source} with `beta_start={config['beta_start']}`: "
-                "networks trained with discrete betas are conditioned on an index, not on a log-SNR or c_noise"
+                f"`config` is that of {source} with `beta_start={config['beta_start']}`, but should be of a network "
+                "conditioned on a log-SNR or c_noise: those trained with discrete betas are conditioned on an index."
             )
         for key, expected in (("sigma_schedule", "karras"), ("final_sigmas_type", "zero")):
             if config.get(key, expected) != expected:
-                raise ValueError(f"{cls.__name__} takes `{key}={expected!r}` only, {source} has {config[key]!r}")
+                raise bad_argument(key, config[key], f"{expected!r} in a configuration for {cls.__name__}")
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
 
     # ---- noise levels and the network
 
+    @property
+    def _preconditioning(self) -> Preconditioning:
+        return make_preconditioning(self.config.preconditioning, self.config)
+
     def precondition_noise(self, sigma: float | torch.Tensor) -> torch.Tensor:
         """The conditioning value of EDM noise levels: `c_noise`, or the log-SNR of a variance-preserving network."""
-        sigma = as_tensor("sigma", sigma)
-        if self.config.preconditioning == "variance_preserving":
-            return continuous_ddpm.sigma_to_log_snr(sigma)
-        return edm.c_noise(sigma)
+        return self._preconditioning.sigma_to_timestep(as_tensor("sigma", sigma))
 
     def timestep_to_sigma(self, timestep: float | torch.Tensor) -> torch.Tensor:
         """
@@ -172,21 +163,44 @@ class ImagenSchedulerMixin:
 
         Raises:
             ValueError: for integers, which are indices and no noise levels, and for half precision, which has lost
-                the level.
+                the noise level.
         """
         timestep = as_tensor("timestep", timestep)
         if timestep.dtype not in (torch.float32, torch.float64):
             raise ValueError(
-                f"{type(self).__name__} takes timesteps in float32 or float64, as published in `timesteps`, got "
-                f"{timestep.dtype}"
+                f"`timestep` is of {timestep.dtype}, but should be of float32 or float64, as published in `timesteps`."
             )
-        if self.config.preconditioning == "variance_preserving":
-            return continuous_ddpm.log_snr_to_sigma(timestep)
-        return edm.c_noise_to_sigma(timestep)
+        return self._preconditioning.timestep_to_sigma(timestep)
 
-    def _network_preconditioning(self, sigma: torch.Tensor) -> Preconditioning:
-        config = self.config
-        return denoiser_preconditioning(sigma, config.preconditioning, config.prediction_type, config.sigma_data)
+    def add_noise(
+        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: float | torch.Tensor
+    ) -> torch.Tensor:
+        """
+        The forward process, for training and for a start from an image: `original_samples + sigma * noise` of the EDM
+        schedulers, `alpha * original_samples + sigma * noise` of the variance-preserving one.
+
+        Args:
+            original_samples (`torch.Tensor` of shape `(B, ...)`):
+                Clean images, values in [-1, 1].
+            noise (`torch.Tensor` of that shape):
+                Unit noise.
+            timesteps (`float` or `torch.Tensor`, one or `(B,)`):
+                Conditioning values as in `timesteps`; each is taken for the noise level it names. Of
+                `ContinuousDDPMScheduler`, integers of training as well.
+
+        Returns:
+            `torch.Tensor`: the noisy images in `original_samples`' dtype.
+
+        Raises:
+            ValueError: for half-precision timesteps, integers where there are none or that are out of range, or images
+                and noise of different shapes.
+        """
+        check_images(original_samples=original_samples, noise=noise)
+        return self._mix(original_samples, noise, as_tensor("timesteps", timesteps, original_samples))
+
+    def _mix(self, x_0: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """The noisy images `(B, ...)` of `add_noise`, at one timestep or `(B,)`."""
+        raise NotImplementedError
 
     def _threshold(self, x_0: torch.Tensor) -> torch.Tensor:
         """Dynamic thresholding if `thresholding`, else static if `clip_sample`, as in diffusers' DDPMScheduler."""
@@ -214,18 +228,25 @@ class ImagenSchedulerMixin:
         Raises:
             ValueError: if the index is not that of a first call of a step: a multiple of `order`.
         """
-        if not is_integer(begin_index) or begin_index % self.order != 0 or begin_index < 0:
-            raise ValueError(f"`begin_index` must be a multiple of the order {self.order}, got {shown(begin_index)}")
-        if begin_index >= len(self._timestep_values):
-            raise ValueError(
-                f"`begin_index` must be below the number of timesteps, {len(self._timestep_values)}, got {begin_index}"
-            )
+        calls = len(self._timestep_values)
+        if not is_integer(begin_index) or begin_index % self.order != 0 or not 0 <= begin_index < calls:
+            expected = f"a multiple of the order {self.order} below the number of timesteps, {calls}"
+            raise bad_argument("begin_index", begin_index, expected)
         self._begin_index = int(begin_index)
 
-    def _publish(self, sigmas: torch.Tensor, timesteps: torch.Tensor, device=None) -> None:
-        """Takes over a schedule, float64 on the CPU, and forgets the run before it."""
+    def _given_sigmas(self, sigmas: Any, timesteps: Any) -> torch.Tensor:
+        """The caller's own noise levels or conditioning values, as `(N,)` noise levels in float64."""
+        if timesteps is None:
+            return as_sigmas("sigmas", as_values("sigmas", sigmas), sigmas)
+        return as_sigmas("timesteps", self._timesteps_to_sigmas(as_values("timesteps", timesteps)), timesteps)
+
+    def _timesteps_to_sigmas(self, timesteps: torch.Tensor) -> torch.Tensor:
+        return self.timestep_to_sigma(timesteps)
+
+    def _publish(self, sigmas: torch.Tensor, device: str | torch.device | None = None) -> None:
+        """Takes over a schedule, `(calls + 1,)` in float64 on the CPU, and forgets the run before it."""
         self.sigmas = sigmas.to(torch.float32)
-        timesteps = timesteps.to(torch.float32)
+        timesteps = self.precondition_noise(sigmas[:-1]).to(torch.float32)
         # the loop reads Python numbers: a tensor on an accelerator would have to be waited for
         self._timestep_values = timesteps.tolist()
         self.timesteps = timesteps.to(device)
@@ -236,59 +257,151 @@ class ImagenSchedulerMixin:
         """The index of a published timestep, the later one of two equal ones; None for any other value."""
         timestep = as_tensor("timestep", timestep)
         if timestep.numel() != 1:
-            raise ValueError(f"`timestep` must be one value, got shape {tuple(timestep.shape)}")
+            raise ValueError(f"`timestep` is of shape {tuple(timestep.shape)}, but should be one value.")
         value = float(timestep.to("cpu", torch.float32))
         indices = [index for index, published in enumerate(self._timestep_values) if published == value]
         return indices[min(1, len(indices) - 1)] if indices else None
 
-    def _start(self, timestep: float | torch.Tensor) -> int | None:
+    # ---- a step
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: float | torch.Tensor,
+        sample: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> ImagenSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
+        """
+        Takes one call of the network into account, and returns the sample for the next one.
+
+        Args:
+            model_output (`torch.Tensor`):
+                The network's output, in the sample's shape, any floating dtype.
+            timestep (`float` or `torch.Tensor`):
+                The one of `timesteps` that the network was called with.
+            sample (`torch.Tensor` of shape `(B, ...)`):
+                The sample, before `scale_model_input`. The arithmetic is in float32, for float64 in float64.
+            generator (`torch.Generator` or a list of B of them, *optional*):
+                The source of the noise, where the step draws any.
+            return_dict (`bool`, defaults to `True`):
+                A tuple comes back if False.
+
+        Returns:
+            [`ImagenSchedulerOutput`] or `tuple`: the next sample in the sample's dtype, and the denoised image,
+            thresholded.
+
+        Raises:
+            ValueError: before `set_timesteps`, after the last step, or for a timestep that is not of the schedule or
+                that no run can start at.
+        """
+        index = self._start_step(model_output, timestep, sample)
+        check_generator(generator, len(sample))
+        x = sample.to(torch.promote_types(sample.dtype, torch.float32))
+        denoised = self._threshold(self._c_skip[index] * x + self._c_out[index] * model_output.to(x.dtype))
+        x_next = self._advance(x, denoised, index, generator)
+        self._step_index = index + 1
+        x_next, denoised = x_next.to(sample.dtype), denoised.to(sample.dtype)
+        if not return_dict:
+            return x_next, denoised
+        return ImagenSchedulerOutput(prev_sample=x_next, pred_original_sample=denoised)
+
+    def _advance(self, x: torch.Tensor, denoised: torch.Tensor, index: int, generator: Generators) -> torch.Tensor:
+        """The next sample, given the one `x` of call `index` and its denoised image, all `(B, ...)` in one dtype."""
+        raise NotImplementedError
+
+    def _start_step(self, model_output: torch.Tensor, timestep: float | torch.Tensor, sample: torch.Tensor) -> int:
+        """The index of this call of `step`, after checks of its arguments."""
+        if self.num_inference_steps is None:
+            raise bad_argument("num_inference_steps", None, "set: call `set_timesteps` before `step`")
+        check_images(sample=sample, model_output=model_output)
+        is_float = timestep.is_floating_point() if isinstance(timestep, torch.Tensor) else is_number(timestep)
+        if not is_float or is_integer(timestep):
+            raise bad_argument("timestep", timestep, "one of `scheduler.timesteps`, not an index")
+        index = self._start(timestep)
+        if index is None:
+            low, high = min(self._timestep_values), max(self._timestep_values)
+            expected = f"one of the {len(self._timestep_values)} values of `scheduler.timesteps`, {low:g} to {high:g}"
+            raise bad_argument("timestep", float(timestep), expected)
+        return index
+
+    def _start(self, timestep: Any) -> int | None:
         """The index of this call: the running one, else the one to start at, or None if the timestep names none."""
         if self._step_index is None and self.num_inference_steps is not None:
             begin = self._begin_index
             self._step_index = begin if begin is not None else self.index_for_timestep(timestep)
         if self._step_index is not None and self._step_index >= len(self._timestep_values):
-            raise ValueError(
-                f"the schedule has {len(self._timestep_values)} timesteps, and all of them have been stepped through: "
-                "call `set_timesteps` before the next run"
-            )
+            expected = "one of a call: all of them have been made; call `set_timesteps` before the next run"
+            raise bad_argument("step_index", self._step_index, expected)
         return self._step_index
 
-    def _start_step(self, model_output: torch.Tensor, timestep, sample: torch.Tensor) -> int:
-        """The index of this call of `step`, after checks of its arguments."""
-        if self.num_inference_steps is None:
-            raise ValueError("`num_inference_steps` is None: call `set_timesteps` before `step`")
-        check_images(sample=sample, model_output=model_output)
-        is_level = timestep.is_floating_point() if isinstance(timestep, torch.Tensor) else is_number(timestep)
-        if not is_level or is_integer(timestep):
-            raise ValueError(f"`timestep` must be one of `scheduler.timesteps`, not an index; got {shown(timestep)}")
-        index = self._start(timestep)
-        if index is None:
-            raise ValueError(
-                f"`timestep` must be one of the {len(self._timestep_values)} values of `scheduler.timesteps`, between "
-                f"{min(self._timestep_values):g} and {max(self._timestep_values):g}; got {float(timestep):g}"
-            )
-        return index
 
+class EDMScheduler(ImagenScheduler):
+    """
+    A scheduler whose sample is the EDM image, `x = x_0 + sigma * noise`, and whose run goes from `sigma_max` to 0. A
+    subclass has a constructor, `_default_sigmas`, `_plan_calls` and `_advance`.
+    """
 
-class EDMSchedulerMixin(ImagenSchedulerMixin):
-    """What the schedulers share whose sample is the EDM image, `x = x_0 + sigma * noise`; put in its place."""
-
-    def _mark_noise_levels(self) -> None:
-        """
-        Makes diffusers' discrete schedulers refuse this configuration: without a word on betas they would take their
-        own defaults, and sample noise. To be called by `__init__`.
-        """
-        if self.config.preconditioning == "edm":
+    def _set_up(self) -> None:
+        """What `__init__` does once the configuration is registered."""
+        self._check_config()
+        if not self._preconditioning.takes_x_t:
+            # makes diffusers' discrete schedulers refuse this configuration: without a word on betas they would take
+            # their own defaults, and sample noise
             self.register_to_config(beta_schedule=NO_BETAS)
+        self.init_noise_sigma = float(self.config.sigma_max)
+        sigmas = self._default_sigmas(self.config.num_train_timesteps)
+        self._publish(torch.cat([sigmas, sigmas.new_zeros(1)]))
 
-    def _set_scalings(self, sigmas: torch.Tensor) -> None:
-        """Keeps the network's scalings at the noise level of each call, `(calls,)`, as Python numbers."""
-        scalings = self._network_preconditioning(sigmas)
+    def _default_sigmas(self, num_steps: int) -> torch.Tensor:
+        """The noise levels of a run of N steps, from `sigma_max` to `sigma_min`: `(N,)` in float64 on the CPU."""
+        raise NotImplementedError
+
+    def _plan_calls(self, sigmas: torch.Tensor) -> torch.Tensor:
+        """
+        Keeps what the steps between these noise levels `(N,)` need, sets `init_noise_sigma`, and forgets the run before.
+
+        Returns:
+            The noise level of the sample that each call of `step` takes, and a final 0: `(calls + 1,)` in float64.
+        """
+        raise NotImplementedError
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: list[float] | torch.Tensor | None = None,
+        timesteps: list[float] | torch.Tensor | None = None,
+    ) -> None:
+        """
+        Lays out a run of N steps: `timesteps`, one for each call of the network, and, on the CPU, `sigmas`.
+
+        `sigmas[i]` is the noise level of the sample that call i of `step` takes, the last one is 0.
+
+        Args:
+            num_inference_steps (`int`, *optional*):
+                N, with the scheduler's own noise levels.
+            device (`str` or `torch.device`, *optional*):
+                Where `timesteps` goes.
+            sigmas (`list[float]` or `torch.Tensor`, *optional*):
+                The caller's N noise levels instead, strictly decreasing; taken as they are. A final 0 may be there.
+            timesteps (`list[float]` or `torch.Tensor`, *optional*):
+                The same as N conditioning values, `c_noise` or log-SNR, one for each step.
+
+        Raises:
+            ValueError: unless exactly one of the three is given, and for fewer than one step, noise levels that do not
+                decrease, or integer timesteps.
+        """
+        check_request(num_inference_steps, sigmas, timesteps, device)
+        if num_inference_steps is None:
+            sigmas = self._given_sigmas(sigmas, timesteps)
+        else:
+            sigmas = self._default_sigmas(check_step_count(num_inference_steps))
+        self.num_inference_steps = len(sigmas)
+        calls = self._plan_calls(sigmas)
+        scalings = self._preconditioning.scalings(calls[:-1])
         self._c_skip, self._c_out, self._c_in = (scaling.tolist() for scaling in scalings)
-
-    def _denoise(self, x: torch.Tensor, model_output: torch.Tensor, index: int) -> torch.Tensor:
-        """The denoised image of a call, thresholded, in `x`'s dtype."""
-        return self._threshold(self._c_skip[index] * x + self._c_out[index] * model_output.to(x.dtype))
+        self._publish(calls, device)
 
     def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor) -> torch.Tensor:
         """
@@ -306,36 +419,15 @@ class EDMSchedulerMixin(ImagenSchedulerMixin):
         """`c_in(sigma) * sample`, in the sample's dtype; `sigma` is one noise level or `(B,)`."""
         check_images(sample=sample)
         sigma = edm.per_sample(as_tensor("sigma", sigma, sample), sample)
-        return (sample * self._network_preconditioning(sigma).c_in).to(sample.dtype)
+        return (sample * self._preconditioning.scalings(sigma).c_in).to(sample.dtype)
 
     def precondition_outputs(
         self, sample: torch.Tensor, model_output: torch.Tensor, sigma: float | torch.Tensor
     ) -> torch.Tensor:
-        """The denoised image, not thresholded, of the network's output at `sample`; `sigma` is one level or `(B,)`."""
+        """The denoised image, not thresholded, of the network's output at `sample`; `sigma` is one or `(B,)`."""
         check_images(sample=sample, model_output=model_output)
-        scalings = self._network_preconditioning(edm.per_sample(as_tensor("sigma", sigma, sample), sample))
+        scalings = self._preconditioning.scalings(edm.per_sample(as_tensor("sigma", sigma, sample), sample))
         return (scalings.c_skip * sample + scalings.c_out * model_output).to(sample.dtype)
 
-    def add_noise(
-        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: float | torch.Tensor
-    ) -> torch.Tensor:
-        """
-        `original_samples + sigma * noise`, for training and for a start from an image.
-
-        Args:
-            original_samples (`torch.Tensor` of shape `(B, ...)`):
-                Clean images, values in [-1, 1].
-            noise (`torch.Tensor` of that shape):
-                Unit noise.
-            timesteps (`float` or `torch.Tensor`, one or `(B,)`):
-                Conditioning values as in `timesteps`; each is taken for the noise level it names.
-
-        Returns:
-            `torch.Tensor`: the noisy images in `original_samples`' dtype.
-
-        Raises:
-            ValueError: for integer or half-precision timesteps, or images and noise of different shapes.
-        """
-        check_images(original_samples=original_samples, noise=noise)
-        timesteps = as_tensor("timesteps", timesteps, original_samples)
-        return edm.add_noise(original_samples, noise, self.timestep_to_sigma(timesteps))
+    def _mix(self, x_0: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        return edm.add_noise(x_0, noise, self.timestep_to_sigma(timesteps))

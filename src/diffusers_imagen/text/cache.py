@@ -1,7 +1,8 @@
-"""Text states on disk: made once, read by memory mapping. Its files are described in cache_files.py."""
+"""Embeddings on disk: made once, read by memory mapping. Its files are described in cache_files.py."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,10 @@ from .cache_files import (
     size_problem,
     write_manifest,
 )
-from .lazy_encoder import identity_mismatch
+from .encoder import TextEncoder
+from .identity import identity_mismatch
+from .source import TextSource
+from .text_embeddings import TextEmbeddings, stack_unpadded
 
 
 logger = logging.get_logger(__name__)
@@ -45,10 +49,10 @@ def caption_key(caption: str) -> tuple[int, int]:
     return int.from_bytes(digest[:8], "little", signed=True), int.from_bytes(digest[8:16], "little", signed=True)
 
 
-class EmbeddingCache:
+class EmbeddingCache(TextSource):
     """Reads a cache; only keys and offsets are kept in memory, 32 bytes a caption.
 
-    What is read has been checked: the manifest, keys and offsets here, and a shard's states when each process reads the
+    What is read has been checked: the manifest, keys and offsets here, and a shard's embeddings when each process reads the
     first of them (a process that was forked goes by what its parent has checked). A cache may be read while it is
     built; what is added after it was opened is not seen.
 
@@ -64,42 +68,34 @@ class EmbeddingCache:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
+        self.width, self.max_length = self.manifest["width"], self.manifest["max_length"]
         self._files: dict[int, safe_open] = {}
-        self._checked: set[int] = set()  # shards whose states were checked
+        self._checked: set[int] = set()  # shards whose embeddings were checked
         self.offsets: list[np.ndarray] = []
-        keys = []
+        keys = [np.zeros((0, 2), np.int64)]
         for i, shard in enumerate(self.manifest["shards"]):
-            problem = size_problem(self.folder, shard)
-            if problem is not None:
-                raise self._damage(problem)
-            if "index_sha256" not in shard:  # of an earlier version
-                self._check(i)
-            try:
+            with self._reading():
+                problem = size_problem(self.folder, shard)
+                if problem is not None:
+                    raise ValueError(problem)
+                if "index_sha256" not in shard:  # of an earlier version
+                    self._check(i)
                 index = read_index(self.folder, self.manifest, shard, self._file(i))
-            except ValueError as error:
-                raise self._damage(str(error)) from error
             keys.append(index.keys)
             self.offsets.append(index.offsets)
-        keys = np.concatenate(keys) if keys else np.zeros((0, 2), np.int64)
+        keys = np.concatenate(keys)
         order = np.lexsort((keys[:, 1], keys[:, 0]))
         self.keys = keys[order]
         shards = np.repeat(np.arange(len(self.offsets)), [len(offsets) - 1 for offsets in self.offsets])
-        within = [np.arange(len(offsets) - 1) for offsets in self.offsets]
-        within = np.concatenate(within) if within else np.zeros(0, np.int64)
+        within = np.concatenate([np.arange(0), *(np.arange(len(offsets) - 1) for offsets in self.offsets)])
         self.places = np.stack([shards, within], axis=1).astype(np.int32)[order]
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    @property
-    def width(self) -> int:
-        """Width of the states."""
-        return self.manifest["width"]
-
-    @property
-    def max_length(self) -> int:
-        """Tokens that states are padded to."""
-        return self.manifest["max_length"]
+    def identity(self) -> dict[str, Any]:
+        """That of the encoder that made it."""
+        return self.manifest["encoder"]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}, "_checked": set()}  # each process opens and checks its own
@@ -108,7 +104,7 @@ class EmbeddingCache:
         return self._find(caption) is not None
 
     def unpadded(self, caption: str) -> torch.Tensor:
-        """States of a caption's tokens `(tokens, E)`, in the cache's precision.
+        """Embeddings of a caption's tokens `(tokens, E)`, in the cache's precision.
 
         Raises:
             KeyError: If the caption is not in the cache.
@@ -119,22 +115,14 @@ class EmbeddingCache:
             raise KeyError(caption)
         shard, i = self.places[place]
         start, end = self.offsets[shard][i : i + 2]
-        if int(shard) not in self._checked:
-            self._check(int(shard))
-        return self._file(int(shard)).get_slice("states")[int(start) : int(end)]
+        with self._reading():
+            if int(shard) not in self._checked:
+                self._check(int(shard))
+            return self._file(int(shard)).get_slice("states")[int(start) : int(end)]
 
-    def states(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """States `(B, L, E)` in float32, zero at padded positions, and mask `(B, L)`; L is the limit of tokens.
-
-        The networks normalise and pool over padded positions too, so that all batches have the pipelines' length.
-        """
-        text = torch.zeros(len(captions), self.max_length, self.width)
-        mask = torch.zeros(len(captions), self.max_length, dtype=torch.bool)
-        for i, caption in enumerate(captions):
-            states = self.unpadded(caption)
-            text[i, : len(states)] = states
-            mask[i, : len(states)] = True
-        return text, mask
+    def encode(self, texts: list[str]) -> TextEmbeddings:
+        """Embeddings in float32, all padded to the encoder's limit, as the pipelines give them."""
+        return stack_unpadded([self.unpadded(text) for text in texts], self.max_length, self.width)
 
     def check_encoder(self, identity: dict[str, Any]) -> None:
         """Refuses a cache of another encoder or length."""
@@ -145,10 +133,10 @@ class EmbeddingCache:
                 "one as `text_encoder`, or make a cache with this one."
             )
 
-    def check_captions(self, captions: Iterable[str]) -> None:
-        """Refuses a cache that lacks captions."""
+    def for_captions(self, captions: Iterable[str] | None) -> TextSource:
+        """The cache itself; refuses one that lacks captions."""
         total, missing = 0, []
-        for caption in captions:
+        for caption in captions or ():
             total += 1
             if caption not in self:
                 missing.append(caption)
@@ -157,31 +145,31 @@ class EmbeddingCache:
                 f"`embedding_cache` {str(self.folder)!r} lacks {len(missing)} of {total} captions, such as "
                 f"{missing[0]!r}: run `diffusers-imagen cache-embeddings` with this data and these columns."
             )
+        return self
 
     def verify(self) -> list[str]:
         """What is wrong with the shards, by checksum and content; empty if nothing is."""
         return find_problems(self.folder, self.manifest)
 
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Inside, errors are about this cache, and say how it is mended."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            raise ValueError(f"`embedding_cache` '{self.folder}': {error}; {MEND}.") from error
+
     def _file(self, shard: int) -> safe_open:
         if shard not in self._files:
-            try:
-                self._files[shard] = open_shard(self.folder, self.manifest["shards"][shard])
-            except (ValueError, OSError) as error:
-                raise self._damage(str(error)) from error
+            self._files[shard] = open_shard(self.folder, self.manifest["shards"][shard])
         return self._files[shard]
 
     def _check(self, shard: int) -> None:
         """Refuses a shard with other bytes than were written; the whole file is read for that."""
-        try:
-            problem = checksum_problem(self.folder, self.manifest["shards"][shard])
-        except OSError as error:
-            problem = str(error)
+        problem = checksum_problem(self.folder, self.manifest["shards"][shard])
         if problem is not None:
-            raise self._damage(problem)
+            raise ValueError(problem)
         self._checked.add(shard)
-
-    def _damage(self, problem: str) -> ValueError:
-        return ValueError(f"`embedding_cache` '{self.folder}': {problem}; {MEND}.")
 
     def _find(self, caption: str) -> int | None:
         first, second = caption_key(caption)
@@ -191,6 +179,36 @@ class EmbeddingCache:
                 return place
             place += 1
         return None
+
+
+class CachedTextEncoder(TextSource):
+    """An encoder, and a cache with what it made of the data's captions; prompts need not be in the cache."""
+
+    def __init__(self, encoder: TextEncoder, cache: EmbeddingCache):
+        self.encoder, self.cache = encoder, cache
+        self.width = cache.width
+
+    def encode(self, texts: list[str]) -> TextEmbeddings:
+        return self.encoder.encode(texts)
+
+    def identity(self) -> dict[str, Any]:
+        return self.cache.identity()
+
+    def release(self) -> None:
+        self.encoder.release()
+
+    def for_captions(self, captions: Iterable[str] | None) -> TextSource:
+        self.cache.check_encoder(self.encoder.identity())
+        return self.cache.for_captions(captions)
+
+
+def open_text(text_encoder: str | None, embedding_cache: str | None, max_length: int | None) -> TextSource | None:
+    """What makes the embeddings of a run whose settings are these; None if neither encoder nor cache is given."""
+    encoder = TextEncoder.from_pretrained(text_encoder, max_length) if text_encoder else None
+    if embedding_cache is None:
+        return encoder
+    cache = EmbeddingCache(embedding_cache)
+    return cache if encoder is None else CachedTextEncoder(encoder, cache)
 
 
 class CacheWriter:
@@ -203,7 +221,7 @@ class CacheWriter:
         folder (`str` or `Path`): The cache; made if it is not there.
         encoder (`dict`): The identity of the encoder, with `width` and `max_length`.
         dtype (`str`): "bfloat16" or "float16".
-        shard_bytes (`int`): A shard is written when its states reach this size.
+        shard_bytes (`int`): A shard is written when its embeddings reach this size.
         hold (`FolderHold`, *optional*): Of the folder, where `hold_cache` was called before.
 
     Raises:
@@ -267,7 +285,7 @@ class CacheWriter:
         self._clear()
 
     def _clear(self) -> None:
-        self._states: list[torch.Tensor] = []
+        self._embeds: list[torch.Tensor] = []
         self._keys: list[tuple[int, int]] = []
         self._bytes = 0
 
@@ -291,39 +309,30 @@ class CacheWriter:
     def __contains__(self, caption: str) -> bool:
         return caption_key(caption) in self.known
 
-    def add(self, caption: str, states: torch.Tensor) -> None:
-        """Adds the states `(tokens, E)` of a caption that is not there yet.
-
-        Raises:
-            ValueError: If they have another width, too many tokens, or are not finite in the cache's precision.
-        """
-        self.extend([caption], [states])
-
-    def extend(self, captions: list[str], states: list[torch.Tensor]) -> None:
-        """Adds several captions that are not there yet, all to one shard; see `add`.
+    def add(self, captions: list[str], embeds: list[torch.Tensor]) -> None:
+        """Adds the embeddings `(tokens, E)` of captions that are not there yet, all to one shard.
 
         A run that goes on after it was killed thereby encodes the same batches as one that was not: how an encoder
         rounds depends on what is in a batch.
+
+        Raises:
+            ValueError: If some have another width, too many tokens, or are not finite in the cache's precision.
         """
-        for caption, own in zip(captions, states, strict=True):
-            self._append(caption, own)
+        length, width = self.manifest["max_length"], self.manifest["width"]
+        for caption, own in zip(captions, embeds, strict=True):
+            if own.ndim != 2 or own.shape[1] != width or len(own) > length:
+                raise ValueError(
+                    f"The embeddings of {caption!r} have shape {tuple(own.shape)}, but should be (up to {length}, {width})."
+                )
+            own = own.to(self.dtype)
+            if not own.isfinite().all():
+                raise ValueError(f"The embeddings of {caption!r} are not finite in {self.manifest['dtype']}.")
+            self._keys.append(caption_key(caption))
+            self.known.add(self._keys[-1])
+            self._embeds.append(own)
+            self._bytes += own.nbytes
         if self._bytes >= self.shard_bytes:
             self.flush()
-
-    def _append(self, caption: str, states: torch.Tensor) -> None:
-        if states.ndim != 2 or states.shape[1] != self.manifest["width"] or len(states) > self.manifest["max_length"]:
-            raise ValueError(
-                f"The states of {caption!r} have shape {tuple(states.shape)}, but should be (up to "
-                f"{self.manifest['max_length']}, {self.manifest['width']})."
-            )
-        states = states.to(self.dtype)
-        if not states.isfinite().all():
-            raise ValueError(f"The states of {caption!r} are not finite in {self.manifest['dtype']}.")
-        key = caption_key(caption)
-        self.known.add(key)
-        self._keys.append(key)
-        self._states.append(states)
-        self._bytes += states.nbytes
 
     def flush(self) -> None:
         """Writes what was added as a shard: beside its place, moved there, and only then named in the manifest."""
@@ -332,10 +341,10 @@ class CacheWriter:
         taken = {shard["file"] for shard in self.manifest["shards"]}
         number = next(i for i in range(len(taken) + 1) if f"shard-{i:05d}.safetensors" not in taken)
         name = f"shard-{number:05d}.safetensors"
-        offsets, keys = np.cumsum([0] + [len(states) for states in self._states]), np.array(self._keys, np.int64)
+        offsets, keys = np.cumsum([0] + [len(embeds) for embeds in self._embeds]), np.array(self._keys, np.int64)
         # not save_file, which leaves a file of its own naming where it is killed
         data = save(
-            {"states": torch.cat(self._states), "offsets": torch.from_numpy(offsets), "keys": torch.from_numpy(keys)}
+            {"states": torch.cat(self._embeds), "offsets": torch.from_numpy(offsets), "keys": torch.from_numpy(keys)}
         )
         with whole_file(self.folder / name) as partial:
             partial.write_bytes(data)
@@ -345,7 +354,7 @@ class CacheWriter:
         self._clear()
 
 
-def write_cache(writer: CacheWriter, captions: list[str], encoder, batch_size: int = 256) -> int:
+def write_cache(writer: CacheWriter, captions: list[str], encoder: TextEncoder, batch_size: int = 256) -> int:
     """Encodes the captions that the cache lacks; returns how many they were.
 
     Args:
@@ -359,7 +368,7 @@ def write_cache(writer: CacheWriter, captions: list[str], encoder, batch_size: i
     with tqdm(total=len(captions), initial=len(captions) - len(missing), desc="Encoding", mininterval=1) as progress:
         for start in range(0, len(missing), batch_size):
             part = missing[start : start + batch_size]
-            writer.extend(part, encoder.unpadded(part))
+            writer.add(part, encoder.unpadded(part))
             progress.update(len(part))
     writer.flush()
     return len(missing)

@@ -1,14 +1,14 @@
 """The files of an embedding cache: what is in them, and how damage is told.
 
-A cache is a folder of safetensors shards and a manifest.json. A shard has `states` `(tokens, E)`, the states of its
-captions one after another without padding, `offsets` `(captions + 1,)`, where each begins, and `keys` `(captions, 2)`,
-the first 128 bits of the captions' SHA-256. The manifest names the encoder, and the finished shards with their sizes
-and checksums: a shard that it does not name does not exist.
+A cache is a folder of safetensors shards and a manifest.json. A shard has `states` `(tokens, E)`, the embeddings of its
+captions one after another without padding (the tensor's name is part of the format), `offsets` `(captions + 1,)`, where
+each begins, and `keys` `(captions, 2)`, the first 128 bits of the captions' SHA-256. The manifest names the encoder, and
+the finished shards with their sizes and checksums: a shard that it does not name does not exist.
 
 No part is used unchecked. The manifest has a checksum of itself, and of each shard two: one of its index, which is the
 header, `keys` and `offsets`, and one of the whole file. The index is read and checked when a cache is opened, the whole
-file when its first states are read. Caches of earlier versions have neither the manifest's checksum nor those of the
-indices; their shards are checked whole when they are opened.
+file when its first embeddings are read. Caches of earlier versions have neither the manifest's checksum nor those of
+the indices; their shards are checked whole when they are opened.
 """
 
 import hashlib
@@ -32,14 +32,15 @@ MANIFEST = "manifest.json"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 TYPE_NAMES = {"bfloat16": "BF16", "float16": "F16"}  # as safetensors calls them
 SHARD = re.compile(r"shard-\d{5,9}\.safetensors")
+# what a killed build had begun to write
 LEFTOVER = re.compile(rf"\.?({SHARD.pattern}|{re.escape(MANIFEST)}|{re.escape(OWNER)})(\.\d+)?\.partial")
 HEADER_BYTES = 2**16  # of a shard
-STATE_NUMBERS = 2**27  # of one caption, padded: 512 MiB in float32
+CAPTION_NUMBERS = 2**27  # of one caption, padded: 512 MiB in float32
 MEND = "run cache-embeddings again to mend it"
 
 
 class Index(NamedTuple):
-    """What is known of a shard before its states are read."""
+    """What is known of a shard before its embeddings are read."""
 
     keys: np.ndarray  # (captions, 2)
     offsets: np.ndarray  # (captions + 1,)
@@ -99,8 +100,8 @@ def check_manifest(manifest: dict[str, Any]) -> None:
         ValueError: Says what is wrong, without the manifest's name.
     """
     problem = find_field_problem(manifest, MANIFEST_FIELDS, {"sha256": is_checksum})
-    if problem is None and manifest["max_length"] * manifest["width"] > STATE_NUMBERS:
-        problem = f"has states of {manifest['max_length']} tokens and width {manifest['width']}, which is too much"
+    if problem is None and manifest["max_length"] * manifest["width"] > CAPTION_NUMBERS:
+        problem = f"has embeddings of {manifest['max_length']} tokens and width {manifest['width']}, which is too much"
     if problem is not None:
         raise ValueError(problem)
     for i, shard in enumerate(manifest["shards"]):
@@ -180,7 +181,7 @@ def content_problem(folder: Path, manifest: dict[str, Any], shard: dict[str, Any
         file = open_shard(folder, shard)
         read_index(folder, manifest, shard, file)
         if not file.get_tensor("states").isfinite().all():
-            return f"{shard['file']} has states that are not finite"
+            return f"{shard['file']} has embeddings that are not finite"
     except ValueError as error:
         return str(error)
     except OSError as error:
@@ -230,7 +231,7 @@ def read_index(folder: Path, manifest: dict[str, Any], shard: dict[str, Any], fi
         raise ValueError(f"{name} has another index than {MANIFEST} says")
     lengths = np.diff(offsets)
     if offsets[0] != 0 or offsets[-1] != tokens or lengths.min() < 0 or lengths.max() > manifest["max_length"]:
-        raise ValueError(f"{name} has offsets that do not fit its states")
+        raise ValueError(f"{name} has offsets that do not fit its embeddings")
     return index
 
 
@@ -267,7 +268,7 @@ def check_folder(folder: Path) -> None:
     if (folder / MANIFEST).is_file():
         return
     for entry in sorted(os.listdir(folder)):
-        if not (entry in (LOCK, OWNER) or is_shard(folder / entry) or is_leftover(entry)):
+        if not (entry in (LOCK, OWNER) or is_shard(folder / entry) or LEFTOVER.fullmatch(entry)):
             raise ValueError(
                 f"`output_dir` is '{folder}', which is neither an empty folder nor a cache: it has {entry[:100]!r}."
             )
@@ -281,11 +282,6 @@ def is_shard(path: Path) -> bool:
         return set(safe_open(path, framework="pt").keys()) == {"keys", "offsets", "states"}
     except SafetensorError:
         return False
-
-
-def is_leftover(name: str) -> bool:
-    """Whether a file is what a killed build had begun to write."""
-    return LEFTOVER.fullmatch(name) is not None
 
 
 def hold_cache(folder: Path) -> FolderHold:
@@ -302,5 +298,5 @@ def remove_leftovers(folder: Path, manifest: dict[str, Any]) -> None:
     """Removes what killed builds left: half-written files, and shards that the manifest does not name."""
     named = {shard["file"] for shard in manifest["shards"]}
     for name in os.listdir(folder):
-        if is_leftover(name) or (SHARD.fullmatch(name) and name not in named):
+        if LEFTOVER.fullmatch(name) or (SHARD.fullmatch(name) and name not in named):
             (folder / name).unlink()

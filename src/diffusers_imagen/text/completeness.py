@@ -11,12 +11,12 @@ from ..utils.modules import first_names, is_offloaded
 from ..utils.quiet import quiet_transformers
 
 
-# weights of a text encoder that its last hidden states do not depend on: what a checkpoint lacks of them is no loss
+# weights of a text encoder that its embeddings do not depend on: what a checkpoint lacks of them is no loss
 UNREAD = re.compile(r"(^|\.)(pooler|decoder|lm_head|cls|classifier|text_projection)\b")
 
 
 def refuse_random_weights(description: str, missing: Iterable[str]) -> None:
-    """Raises ValueError for a text encoder whose checkpoint lacks weights that its states depend on."""
+    """Raises ValueError for a text encoder whose checkpoint lacks weights that its embeddings depend on."""
     missing = sorted(name for name in missing if not UNREAD.search(name))
     if missing:
         raise ValueError(

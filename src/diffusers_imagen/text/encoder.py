@@ -1,103 +1,173 @@
-"""Prompts to text states: one function for pipelines and training, so that both see the same."""
+"""The text encoder: texts to embeddings, the same for pipelines and training."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from diffusers.training_utils import free_memory
 from diffusers.utils import logging
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..utils.arguments import shown
 from ..utils.errors import is_out_of_memory, one_line
 from ..utils.tensors import find_not_finite
+from .identity import describe_encoder, encoder_width
+from .pretrained import NO_LIMIT, load_encoder, load_tokenizer
+from .source import TextSource
+from .text_embeddings import TextEmbeddings, zero_padding
 
 
 logger = logging.get_logger(__name__)
 
-NO_LIMIT = 1_000_000  # transformers writes 1e30 where a tokenizer's length was never set
 
+class TextEncoder(TextSource):
+    """A tokenizer and the frozen network that reads its tokens.
 
-def encode_text(
-    tokenizer: PreTrainedTokenizerBase, text_encoder: PreTrainedModel, prompts: list[str]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Encodes prompts, cut or padded to the tokenizer's `model_max_length`.
-
-    Returns:
-        States `(B, L, E)` of the encoder's last layer, zero at padded positions, and the mask `(B, L)`, True where a
-        token counts.
-
-    Raises:
-        ValueError: If the tokenizer has no `model_max_length`, or the encoder does not fit it.
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its `model_max_length` is what texts are cut or padded to.
+        model ([`~transformers.PreTrainedModel`], *optional*): The network, of which an encoder-decoder's encoder is used.
+        load (`Callable`, *optional*): Makes the network in place of `model` when it is first needed, and after `release`.
     """
-    check_limit(tokenizer)
-    warn_of_cut(tokenizer, prompts, tokenizer.model_max_length)
-    return encode_tokens(tokenizer, text_encoder, prompts)
 
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        model: PreTrainedModel | None = None,
+        load: Callable[[], PreTrainedModel] | None = None,
+    ):
+        self.tokenizer, self._model, self._load = tokenizer, model, load
+        self._identity: dict[str, Any] | None = None
 
-def encode_tokens(
-    tokenizer: PreTrainedTokenizerBase, text_encoder: PreTrainedModel, prompts: list[str], padding: str = "max_length"
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `encode_text`, without a word about what is cut; `padding` is the tokenizer's."""
-    check_limit(tokenizer)
-    max_length = tokenizer.model_max_length
-    keep_in_fp32(text_encoder)
-    tokens = tokenizer(prompts, padding=padding, max_length=max_length, truncation=True, return_tensors="pt")
-    encoder = text_encoder.get_encoder() if text_encoder.config.is_encoder_decoder else text_encoder
-    known = encoder.get_input_embeddings().num_embeddings
-    if tokens.input_ids.max() >= known:  # on a GPU it would abort the process
-        raise ValueError(
-            f"`tokenizer` makes the token {tokens.input_ids.max()}, but `text_encoder` knows {known}: they do not belong "
-            "together."
-        )
-    ids, mask = tokens.input_ids.to(encoder.device), tokens.attention_mask.to(encoder.device)
-    try:
-        states = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-    except (IndexError, RuntimeError) as error:  # of an encoder with fewer positions
-        if is_out_of_memory(error):
-            raise
-        raise ValueError(
-            f"`text_encoder` cannot take the {ids.shape[1]} tokens that `tokenizer` makes: {one_line(error)}"
-        ) from error
-    return states * mask[..., None].to(states.dtype), mask.bool()
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str,
+        max_length: int | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> "TextEncoder":
+        """An encoder that is in memory only while it is used.
 
+        Args:
+            name (`str`): Folder or Hub id, with `text_encoder/` and `tokenizer/` or with the model itself.
+            max_length (`int`, *optional*): Tokens of a text; the tokenizer's own limit without.
+            device (`str` or `torch.device`), dtype (`torch.dtype`): Of the network.
 
-def check_limit(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises ValueError for a tokenizer whose `model_max_length` is no number of tokens."""
-    limit = tokenizer.model_max_length
-    is_number = isinstance(limit, (int, float)) and not isinstance(limit, bool)
-    if is_number and limit > NO_LIMIT:
-        raise ValueError(
-            "`tokenizer.model_max_length` is not set, but should be the number of tokens that the networks were "
-            "trained with."
-        )
-    if not is_number or isinstance(limit, float) or limit < 1:
-        raise ValueError(f"`tokenizer.model_max_length` is {shown(limit)}, but should be a number of tokens.")
+        Raises:
+            ValueError: If there is no such tokenizer or no limit of tokens; once it is used, if the network is damaged.
+        """
+        tokenizer, subfolder = load_tokenizer(name, max_length)
+        return cls(tokenizer, load=functools.partial(load_encoder, name, subfolder, tokenizer, device, dtype))
 
+    @property
+    def model(self) -> PreTrainedModel:
+        """The network, loaded when it is first needed."""
+        if self._model is None:
+            self._model = self._load()
+        return self._model
 
-def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase,
-    text_encoder: PreTrainedModel,
-    prompts: list[str],
-    slice_size: int | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `encode_text`, some prompts at a time.
+    @property
+    def max_length(self) -> int:
+        """Tokens that texts are cut or padded to.
 
-    Raises:
-        ValueError: If the encoder's states are not finite: half precision is too narrow for some encoders.
-    """
-    size = slice_size or len(prompts)
-    parts = [encode_text(tokenizer, text_encoder, prompts[i : i + size]) for i in range(0, len(prompts), size)]
-    states, mask = (torch.cat(tensors) for tensors in zip(*parts))
-    if not states.isfinite().all():
-        weight = find_not_finite(text_encoder)
-        raise ValueError(
-            f"`text_encoder` in {text_encoder.dtype} makes states that are not finite: load it in torch.bfloat16 or "
-            "torch.float32" + ("." if weight is None else f", complete; its weight `{weight}` is not finite.")
-        )
-    return states, mask
+        Raises:
+            ValueError: If the tokenizer's `model_max_length` is no number of tokens.
+        """
+        limit = self.tokenizer.model_max_length
+        is_number = isinstance(limit, (int, float)) and not isinstance(limit, bool)
+        if is_number and limit > NO_LIMIT:
+            raise ValueError(
+                "`tokenizer.model_max_length` is not set, but should be the number of tokens that the networks were "
+                "trained with."
+            )
+        if not is_number or isinstance(limit, float) or limit < 1:
+            raise ValueError(f"`tokenizer.model_max_length` is {shown(limit)}, but should be a number of tokens.")
+        return limit
+
+    @functools.cached_property
+    def width(self) -> int:
+        return encoder_width(self.model.config)
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this encoder from others: kind, sizes, vocabulary, limit, and a sample of weights."""
+        self._identity = self._identity or describe_encoder(self.tokenizer, self.model)
+        return self._identity
+
+    def release(self) -> None:
+        """Takes a network out of memory that can be loaded again."""
+        if self._load is not None:
+            self._model = None
+            free_memory()
+
+    def encode(self, texts: list[str], padding: str = "max_length") -> TextEmbeddings:
+        """Embeddings of the encoder's last layer, of texts cut or padded to `max_length`; `padding` is the tokenizer's.
+
+        Raises:
+            ValueError: If the tokenizer has no limit, the network does not fit it, or the embeddings are not finite:
+                half precision is too narrow for some encoders.
+        """
+        options = {"padding": padding, "max_length": self.max_length, "truncation": True, "return_tensors": "pt"}
+        keep_in_fp32(self.model)
+        tokens = self.tokenizer(texts, **options)
+        encoder = self.model.get_encoder() if self.model.config.is_encoder_decoder else self.model
+        known = encoder.get_input_embeddings().num_embeddings
+        if tokens.input_ids.max() >= known:  # on a GPU it would abort the process
+            raise ValueError(
+                f"`tokenizer` makes the token {tokens.input_ids.max()}, but `text_encoder` knows {known}: they do not "
+                "belong together."
+            )
+        ids, mask = tokens.input_ids.to(encoder.device), tokens.attention_mask.to(encoder.device)  # (B, L)
+        try:
+            embeds = encoder(input_ids=ids, attention_mask=mask).last_hidden_state  # (B, L, E)
+        except (IndexError, RuntimeError) as error:  # of an encoder with fewer positions
+            if is_out_of_memory(error):
+                raise
+            raise ValueError(
+                f"`text_encoder` cannot take the {ids.shape[1]} tokens that `tokenizer` makes: {one_line(error)}"
+            ) from error
+        text = zero_padding(embeds, mask)
+        if not text.embeds.isfinite().all():
+            weight = find_not_finite(self.model)
+            raise ValueError(
+                f"`text_encoder` in {self.model.dtype} makes embeddings that are not finite: load it in torch.bfloat16 "
+                "or torch.float32" + ("." if weight is None else f", complete; its weight `{weight}` is not finite.")
+            )
+        return text
+
+    def encode_prompts(self, prompts: list[str], slice_size: int | None = None) -> TextEmbeddings:
+        """As `encode`, `slice_size` prompts at once, with a warning of each that does not fit."""
+        room = self.max_length - self.tokenizer.num_special_tokens_to_add()
+        for prompt, ids in zip(prompts, self.tokenizer(prompts, add_special_tokens=False).input_ids):
+            if len(ids) > room:
+                lost = shown(self.tokenizer.decode(ids[room:]))
+                logger.warning(f"The prompt {shown(prompt)} is cut to {self.max_length} tokens: {lost} is lost.")
+        size = slice_size or len(prompts)
+        parts = [self.encode(prompts[i : i + size]) for i in range(0, len(prompts), size)]
+        return TextEmbeddings(*(torch.cat(tensors) for tensors in zip(*parts)))
+
+    @torch.no_grad()
+    def unpadded(self, texts: list[str]) -> list[torch.Tensor]:
+        """Embeddings of each text's own tokens, `(tokens, E)`, on the CPU.
+
+        The encoder sees texts padded to the longest of them only: for short texts and a limit of 512 tokens that is
+        tens of times faster.
+        """
+        embeds, mask = self.encode(texts, padding="longest")
+        lengths = mask.sum(dim=1).tolist()
+        if any(not row[:length].all() for row, length in zip(mask, lengths)):
+            raise ValueError("`tokenizer` pads on the left, but texts should begin at the first token.")
+        return [row[:length].cpu() for row, length in zip(embeds, lengths)]
+
+    def count_tokens(self, texts: list[str]) -> list[int]:
+        """Tokens of texts before they are cut."""
+        return [len(ids) for ids in self.tokenizer(texts, truncation=False, verbose=False).input_ids]
 
 
 def keep_in_fp32(text_encoder: PreTrainedModel | None) -> None:
     """Keeps in float32 the layers of an encoder that float16 is too narrow for: `wo` of T5.
 
-    transformers does so when it loads the encoder in float16, but `.to(torch.float16)` undoes it, and the states
+    transformers does so when it loads the encoder in float16, but `.to(torch.float16)` undoes it, and the embeddings
     overflow (diffusers issue 8604).
     """
     names = getattr(text_encoder, "_keep_in_fp32_modules", None)
@@ -106,13 +176,3 @@ def keep_in_fp32(text_encoder: PreTrainedModel | None) -> None:
     for name, module in text_encoder.named_modules():
         if name.rpartition(".")[-1] in names:
             module.to(torch.float32)
-
-
-def warn_of_cut(tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_length: int) -> None:
-    """Says which words of a prompt do not fit."""
-    for prompt, ids in zip(prompts, tokenizer(prompts, add_special_tokens=False).input_ids):
-        room = max_length - tokenizer.num_special_tokens_to_add()
-        if len(ids) > room:
-            logger.warning(
-                f"The prompt {shown(prompt)} is cut to {max_length} tokens: {shown(tokenizer.decode(ids[room:]))} is lost."
-            )

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from ..text.lazy_encoder import load_text_encoder
 from ..utils.errors import run_to_exit_code
 from .config import TrainingConfig
 from .interruption import TrainingInterrupted
@@ -25,7 +24,7 @@ def main(
 
     Args:
         config_class (`type`): Whose fields are the flags.
-        make_trainer (`Callable`): The run's class, or what makes the run of configuration, network and text encoder.
+        make_trainer (`Callable`): The run's class, or what makes the run of configuration and network.
         description (`str`, *optional*): What `--help` begins with.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
@@ -33,9 +32,8 @@ def main(
     def run() -> int:
         config = parse_args(description=description, config_class=config_class)
         unet = make_unet(config)
-        encode = load_text_encoder(config.text_encoder, config.tokenizer_max_length) if config.text_encoder else None
         try:
-            make_trainer(config, unet, encode).train()
+            make_trainer(config, unet).train()
         except TrainingInterrupted as stopped:
             print(stopped, file=sys.stderr)
             return 128 + stopped.signum

@@ -8,12 +8,13 @@ from typing import Literal
 from huggingface_hub import get_token
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from ..diffusion.augmentation import MIN_AUGMENTATION_SIGMA
+from ..utils.arguments import check_exactly_one
 from .data.data_config import DataConfig, arg
 
 
 POLYNOMIAL_END = 1e-7  # learning rate at the end of diffusers' polynomial schedule
 TRACKER_MODULES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}  # any of them serves
-MIN_AUGMENTATION_SIGMA = 0.002  # NeMo's level at inference; the conditioning value of 0 would be infinite
 
 OF_EDM = ("p_mean", "p_std")
 OF_DDPM = ("prediction_type", "beta_schedule", "snr_gamma")
@@ -122,10 +123,8 @@ class TrainingConfig(DataConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if [self.preset, self.model_config_name_or_path, self.pretrained_model_name_or_path].count(None) != 2:
-            raise ValueError(
-                "Exactly one of `preset`, `model_config_name_or_path` and `pretrained_model_name_or_path` must be given."
-            )
+        names = ("preset", "model_config_name_or_path", "pretrained_model_name_or_path")
+        check_exactly_one(**{name: getattr(self, name) for name in names})
         if self.pretrained_model_name_or_path is None:
             if self.grow:
                 raise ValueError("`grow` is True, but there is no `pretrained_model_name_or_path` to grow.")

@@ -6,7 +6,6 @@ stopped.
 """
 
 import math
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from diffusers.utils import logging
 from tqdm.auto import tqdm
 
 from ..models.unet_base import ConditionalUNet
-from ..text.cache import read_manifest
+from ..text.cache import open_text
+from ..text.source import TextSource
 from .checkpoints import Checkpoints, Found
 from .compatibility import check_network, check_width
 from .config import TrainingConfig
@@ -41,17 +41,15 @@ from .validation import ValidationLoss
 
 logger = logging.get_logger(__name__)
 
-Encode = Callable[[list[str]], tuple]
 
-
-def train(config: TrainingConfig, unet: ConditionalUNet, encode: Encode | None = None) -> dict[str, float]:
+def train(config: TrainingConfig, unet: ConditionalUNet, text: TextSource | None = None) -> dict[str, float]:
     """Trains a network and writes the stage to `config.output_dir`; returns the last losses.
 
     Args:
         config (`TrainingConfig`): The settings.
         unet (`ConditionalUNet`): The network, trained in place.
-        encode (`Callable`, *optional*): Maps a list of captions to text states `(B, L, E)` and mask `(B, L)`. Without
-            it, and without `config.embedding_cache`, the network has to be one without text.
+        text (`TextSource`, *optional*): Makes the embeddings of captions and prompts; by default what `text_encoder`
+            and `embedding_cache` of `config` name. Without any the network has to be one without text.
 
     Raises:
         ValueError: If network, data, checkpoint and settings do not fit each other, before any step; if another
@@ -59,7 +57,7 @@ def train(config: TrainingConfig, unet: ConditionalUNet, encode: Encode | None =
         FloatingPointError: If the gradient is not finite in many steps in a row, or a weight is not.
         TrainingInterrupted: After SIGTERM or SIGINT, when the state is saved.
     """
-    return Trainer(config, unet, encode).train()
+    return Trainer(config, unet, text).train()
 
 
 class Trainer:
@@ -70,10 +68,12 @@ class Trainer:
     Args: as `train`.
     """
 
-    def __init__(self, config: TrainingConfig, unet: ConditionalUNet, encode: Encode | None = None):
+    def __init__(self, config: TrainingConfig, unet: ConditionalUNet, text: TextSource | None = None):
         self.config = config
         self.accelerator = accelerator = make_accelerator(config)
-        check_network(config, unet, with_text=encode is not None or config.embedding_cache is not None)
+        if text is None:
+            text = open_text(config.text_encoder, config.embedding_cache, config.tokenizer_max_length)
+        check_network(config, unet, with_text=text is not None)
         choose_attention(unet, config)
         self.objective = make_objective(config)
         self.adapt(unet)
@@ -83,14 +83,15 @@ class Trainer:
         self.checkpoints = Checkpoints(accelerator, config, in_json(self.describe(unet)))
         self.folder = OutputFolder(config)
         on_main_process(accelerator, self.look_ahead)
-        self.prompts = read_prompts(config, encode)
+        self.prompts = read_prompts(config, text)
 
         place = (accelerator.process_index, accelerator.num_processes)
-        self.batches = self.make_batches(unet, encode, *place)
-        held_out = make_validation_batches(config, encode, *place) if config.validation_split else None
+        self.batches = self.make_batches(unet, text, *place)
+        held_out = make_validation_batches(config, text, *place) if config.validation_split else None
         check_width(unet, self.batches.text_width)
-        self.checkpoints.run |= in_json({**(self.batches.content or {}), TEXT_ENCODER: describe_text(config, encode)})
-        release_encoder(encode, self.batches, held_out)
+        identity = None if text is None else text.identity()
+        self.checkpoints.run |= in_json({**(self.batches.content or {}), TEXT_ENCODER: identity})
+        release_encoder(text, self.batches, held_out)
         self.validation = (
             None if held_out is None else ValidationLoss(config, self.objective, held_out, accelerator.device)
         )
@@ -145,10 +146,10 @@ class Trainer:
             shared["model_1"] = NetworkState(inner_network(self.accelerator, self.weighting))
 
     def make_batches(
-        self, unet: ConditionalUNet, encode: Encode | None, process_index: int, num_processes: int
+        self, unet: ConditionalUNet, text: TextSource | None, process_index: int, num_processes: int
     ) -> BatchStream:
         """The training batches of this process."""
-        return make_train_batches(self.config, encode, process_index, num_processes)
+        return make_train_batches(self.config, text, process_index, num_processes)
 
     def weigh(self, losses: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         """Losses `(B,)` at noise levels `(B,)` as the numbers whose mean the step takes."""
@@ -447,14 +448,7 @@ class LastLosses:
         self.trainer.losses |= state
 
 
-def describe_text(config: TrainingConfig, encode: Encode | None) -> dict[str, Any] | None:
-    """Which text encoder the captions' states are from; None if it does not say."""
-    if config.embedding_cache is not None:
-        return read_manifest(Path(config.embedding_cache))["encoder"]
-    return encode.identity() if hasattr(encode, "identity") else None
-
-
-def release_encoder(encode: Encode | None, *streams: BatchStream | ValidationBatches | None) -> None:
+def release_encoder(text: TextSource | None, *streams: BatchStream | ValidationBatches | None) -> None:
     """Takes the text encoder out of memory where no stream needs it while batches are drawn."""
-    if hasattr(encode, "release") and not any(stream is not None and stream.needs_encoder for stream in streams):
-        encode.release()
+    if text is not None and not any(stream is not None and stream.needs_encoder for stream in streams):
+        text.release()

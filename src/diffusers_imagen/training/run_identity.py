@@ -9,7 +9,7 @@ from dataclasses import fields
 from typing import Any
 
 from ..models.unet_base import ConditionalUNet
-from ..text.lazy_encoder import identity_mismatch
+from ..text.identity import identity_mismatch
 from .config import TrainingConfig
 
 
@@ -104,22 +104,12 @@ def find_difference(saved: dict[str, Any], own: dict[str, Any], partly: bool = F
     for key in own if partly else {**own, **saved}:
         before, now = saved.get(key), own.get(key)
         if key == TEXT_ENCODER:
-            difference = compare_encoders(before, now)
+            difference = identity_mismatch(before, now)
             if difference is not None:
                 return f"was trained with another text encoder ({difference})"
         elif before != now:
             return f"was trained with {key} {before!r}, but this run has {now!r}"
     return None
-
-
-def compare_encoders(before: Any, now: Any) -> str | None:
-    """How two text encoders differ; one that has not said which it is differs from none."""
-    if not (isinstance(before, dict) and isinstance(now, dict)):
-        return None
-    try:
-        return identity_mismatch(before, now)
-    except TypeError:  # of values that no encoder has
-        return "its description is malformed"
 
 
 def describe_changes(saved: dict[str, Any], own: dict[str, Any]) -> str:

@@ -1,7 +1,6 @@
 """Samples of given prompts while a stage is trained."""
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +13,8 @@ from PIL import Image
 
 from ..models.unet_base import ConditionalUNet
 from ..pipelines import ImagenPipeline, ImagenSuperResolutionPipeline
-from ..text.cache import EmbeddingCache
+from ..text.source import TextSource
+from ..text.text_embeddings import TextEmbeddings
 from ..utils.files import whole_file
 from .config import TrainingConfig
 from .data.pixels import BadImage, fit_image, read_image
@@ -28,35 +28,31 @@ DDPM_STEPS = 100  # ancestral sampling needs more than the EDM samplers
 class Prompts(NamedTuple):
     """What samples are drawn for."""
 
-    text: torch.Tensor | None  # (B, L, E)
-    mask: torch.Tensor | None  # (B, L)
+    text: TextEmbeddings | None
     low_res: torch.Tensor | None  # (B, 3, h, w) in [-1, 1]
 
 
-def read_prompts(config: TrainingConfig, encode: Callable[[list[str]], tuple] | None) -> Prompts | None:
+def read_prompts(config: TrainingConfig, source: TextSource | None) -> Prompts | None:
     """The validation prompts, encoded, and their images; None if there are none.
 
     Raises:
-        ValueError: If a prompt is not in the embedding cache, or an image cannot be read.
+        ValueError: If a prompt is not in the embedding cache, and there is no encoder, or an image cannot be read.
     """
     captions = config.validation_prompts
     if not captions:
         return None
-    text = mask = low_res = None
-    if encode is not None:
-        text, mask = encode(captions)
-    elif config.embedding_cache is not None:
-        cache = EmbeddingCache(config.embedding_cache)
-        missing = [caption for caption in captions if caption not in cache]
+    text = low_res = None
+    if source is not None:
+        missing = [caption for caption in captions if caption not in source]
         if missing:
             raise ValueError(
                 f"`validation_prompts` has {missing[0]!r}, which is not in the embedding cache: give `text_encoder`, "
                 "or prompts that are captions of the data."
             )
-        text, mask = cache.states(captions)
+        text = source.encode(captions)
     if config.low_resolution is not None:
         low_res = torch.stack([read_low_res(path, config) for path in config.validation_images])
-    return Prompts(text, mask, low_res)
+    return Prompts(text, low_res)
 
 
 def read_low_res(path: str, config: TrainingConfig) -> torch.Tensor:
@@ -84,7 +80,7 @@ def draw_samples(
     images = None if prompts.low_res is None else (prompts.low_res + 1) / 2
     if prompts.text is not None:
         given = {} if images is None else {"image": images}
-        return pipe(prompt_embeds=prompts.text.float(), prompt_attention_mask=prompts.mask, **given, **inputs).images
+        return pipe(**prompts.text.for_pipeline(), **given, **inputs).images
     inputs["guidance_scale"] = 1.0
     if images is None:
         return pipe(num_images_per_prompt=len(config.validation_prompts), **inputs).images

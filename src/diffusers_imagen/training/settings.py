@@ -7,7 +7,7 @@ from functools import cache
 from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-from ..utils.arguments import shown
+from ..utils.arguments import check_choice, shown
 from .ema.snapshots import MAX_STD, MIN_STD
 
 
@@ -100,10 +100,7 @@ def hints_of(settings_class: type) -> dict[str, Any]:
 def check_value(name: str, value: Any, hint: Any) -> Any:
     """A value that fits its hint and bounds, in the type that the hint says."""
     if get_origin(hint) is Literal:
-        if not isinstance(value, str) or value not in get_args(hint):
-            raise ValueError(
-                f"`{name}` is {shown(value)}, but should be one of {', '.join(map(repr, get_args(hint)))}."
-            )
+        check_choice(name, value, get_args(hint))
         return str(value)
     if get_origin(hint) is list:
         (kind,) = get_args(hint)

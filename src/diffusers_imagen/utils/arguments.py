@@ -2,6 +2,8 @@
 
 import math
 import numbers
+from collections.abc import Collection
+from types import NoneType
 from typing import Any
 
 
@@ -22,6 +24,24 @@ def shown(value: Any) -> str:
     return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "..."
 
 
+def bad_argument(name: str, value: Any, expected: str) -> ValueError:
+    """The error of a wrong argument, in the one form that this package has."""
+    return ValueError(f"`{name}` is {shown(value)}, but should be {expected}.")
+
+
+def check_choice(name: str, value: Any, choices: Collection[str | None], when: str = "") -> None:
+    """Raises ValueError, which names the choices that there are `when` something is given, for any other value."""
+    if not isinstance(value, (str, NoneType)) or value not in choices:
+        raise bad_argument(name, value, f"one of {', '.join(map(repr, choices))}{when}")
+
+
+def check_exactly_one(**values: Any) -> None:
+    """Raises ValueError unless one of the arguments is given, and the others are None."""
+    if sum(value is not None for value in values.values()) != 1:
+        names, given = (", ".join(texts) for texts in ([f"`{name}`" for name in values], map(shown, values.values())))
+        raise ValueError(f"Exactly one of {names} should be given, but they are {given}.")
+
+
 def is_integer(value: Any) -> bool:
     """Whether a value is a whole number of Python's or NumPy's kinds, and no boolean."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
@@ -40,7 +60,7 @@ def as_integer(name: str, value: Any, minimum: int = 1, maximum: int | None = No
     """
     if not is_integer(value) or value < minimum or (maximum is not None and value > maximum):
         upper = "" if maximum is None else f" and at most {maximum}"
-        raise ValueError(f"`{name}` is {shown(value)}, but should be an integer of at least {minimum}{upper}.")
+        raise bad_argument(name, value, f"an integer of at least {minimum}{upper}")
     return int(value)
 
 
@@ -53,9 +73,7 @@ def as_number(name: str, value: Any, minimum: float = -math.inf, maximum: float 
     # NaN lies between no bounds, and 1e309 of an integer in no float
     if not is_number(value) or not minimum <= value <= maximum or not math.isfinite(to_float(value)):
         bounds = [f"of at least {minimum:g}"] * (minimum > -math.inf) + [f"at most {maximum:g}"] * (maximum < math.inf)
-        raise ValueError(
-            f"`{name}` is {shown(value)}, but should be a finite number{' ' * bool(bounds)}{' and '.join(bounds)}."
-        )
+        raise bad_argument(name, value, f"a finite number{' ' * bool(bounds)}{' and '.join(bounds)}")
     return float(value)
 
 

@@ -78,15 +78,12 @@ def check_writable(path: PathLike, name: str) -> None:
         raise ValueError(f"`{name}` is {str(path)!r}, which no file can be called.") from None
     if path.name in ("", "..") or "\0" in str(path):
         raise ValueError(f"`{name}` is {str(path)!r}, which no file can be called.")
-    try:
+    with refusing(path, name):
         check_name(path)
         if path.exists() and not path.is_file():
             kind = describe_kind(path.stat().st_mode)
             raise ValueError(f"`{name}` is '{path}', which is {kind}, but should be a file.")
-        folder = path.absolute().parent
-        while not folder.exists():
-            check_name(folder)
-            folder = folder.parent
+        folder = nearest_existing(path.parent)
         if not folder.is_dir():
             raise ValueError(f"`{name}` is '{path}', which needs the folder '{folder}', but that is a file.")
         probe = partial_of(folder / "probe")
@@ -95,8 +92,6 @@ def check_writable(path: PathLike, name: str) -> None:
                 file.write(b"probe")
         finally:
             probe.unlink(missing_ok=True)
-    except OSError as error:
-        raise ValueError(f"`{name}` is '{path}', which cannot be written: {error.strerror or error}.") from error
 
 
 def check_folder(path: PathLike, name: str) -> None:
@@ -115,19 +110,32 @@ def check_folder(path: PathLike, name: str) -> None:
         raise ValueError(f"`{name}` is {str(path)!r}, which is not UTF-8.") from None
     if not os.fspath(path) or "\0" in str(path):
         raise ValueError(f"`{name}` is {str(path)!r}, which no folder can be called.")
-    folder = Path(path).absolute()
-    try:
-        while not os.path.lexists(folder):
-            check_name(folder)
-            folder = folder.parent
+    with refusing(path, name):
+        folder = nearest_existing(path)
         if not folder.is_dir():
             kind = "a link to nothing" if folder.is_symlink() and not folder.exists() else "a file"
             above = "" if folder == Path(path).absolute() else f" needs the folder '{folder}', which"
             raise ValueError(f"`{name}` is '{path}', which{above} is {kind}, but should be a folder.")
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+
+
+@contextmanager
+def refusing(path: PathLike, name: str) -> Iterator[None]:
+    """Turns an OSError into a ValueError that names the argument."""
+    try:
+        yield
     except OSError as error:
         raise ValueError(f"`{name}` is '{path}', which cannot be written: {error.strerror or error}.") from error
+
+
+def nearest_existing(path: PathLike) -> Path:
+    """The path, or the nearest folder above it that there is, be it a link to nothing; OSError as in `check_name`."""
+    path = Path(path).absolute()
+    while not os.path.lexists(path):
+        check_name(path)
+        path = path.parent
+    return path
 
 
 def check_name(path: Path) -> None:

@@ -9,15 +9,15 @@ CAPTION_SIZE = 14
 
 
 def captioned_grid(
-    rows: list[list[Image.Image]], captions: list[str], side: int = 256, margin: int = 8
+    rows: list[list[Image.Image]], captions: list[str], resolution: int = 256, margin: int = 8
 ) -> Image.Image:
-    """Each caption above its row of images, which are enlarged to `side` without smoothing, so that pixels show."""
+    """Each caption above its row of images, which are enlarged to `resolution` without smoothing, so that pixels show."""
     font = ImageFont.load_default(CAPTION_SIZE)
     columns = max(len(row) for row in rows)
-    width = columns * (side + margin) + margin
+    width = columns * (resolution + margin) + margin
     lines = [textwrap.wrap(caption, width // (CAPTION_SIZE // 2)) for caption in captions]
     caption_height = (CAPTION_SIZE + 4) * max(map(len, lines))
-    row_height = caption_height + side + 2 * margin
+    row_height = caption_height + resolution + 2 * margin
 
     grid = Image.new("RGB", (width, row_height * len(rows) + margin), "white")
     draw = ImageDraw.Draw(grid)
@@ -25,6 +25,6 @@ def captioned_grid(
         top = margin + i * row_height
         draw.multiline_text((margin, top), "\n".join(text), fill="black", font=font)
         for j, image in enumerate(row):
-            enlarged = image.convert("RGB").resize((side, side), Image.Resampling.NEAREST)
-            grid.paste(enlarged, (margin + j * (side + margin), top + caption_height + margin))
+            enlarged = image.convert("RGB").resize((resolution, resolution), Image.Resampling.NEAREST)
+            grid.paste(enlarged, (margin + j * (resolution + margin), top + caption_height + margin))
     return grid

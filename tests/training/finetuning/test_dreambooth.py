@@ -268,8 +268,8 @@ def test_what_is_written(make_subject_config, stage, tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"instance_data_dir": None}, "Exactly one of `instance_data_dir` and `dataset_name`"),
-        ({"dataset_name": "dogs"}, "Exactly one of `instance_data_dir` and `dataset_name`"),
+        ({"instance_data_dir": None}, "Exactly one of `instance_data_dir`, `dataset_name`"),
+        ({"dataset_name": "dogs"}, "Exactly one of `instance_data_dir`, `dataset_name`"),
         ({"train_data_dir": "dogs"}, "`train_data_dir` is 'dogs', but here it is called `instance_data_dir`"),
         ({"instance_prompt": ""}, "`instance_prompt` is '', but should name the subject"),
         ({"caption": "a dog"}, "`caption` is 'a dog', but here it is called `instance_prompt`"),

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from diffusers_imagen.diffusion import edm
+from diffusers_imagen.text.text_embeddings import drop_text
 from diffusers_imagen.training import TrainingConfig
 from diffusers_imagen.training.data import Batch
 from diffusers_imagen.training.objective.formulations import make_objective
@@ -11,7 +12,6 @@ from diffusers_imagen.training.objective.losses import (
     UncertaintyWeighting,
     augment,
     denoising_loss,
-    drop_text,
     to_device,
 )
 from diffusers_imagen.training.objective.step_draws import Draws, StepDraws
@@ -152,13 +152,13 @@ def test_the_gradient_reaches_the_network():
 
 def test_dropped_captions_are_zero_and_the_others_untouched():
     text = torch.rand(10_000, 2, 3, generator=seeded()) + 1
-    dropped = drop_text(text, uniform(10_000), 0.1)
+    dropped = drop_text(text, uniform(10_000) < 0.1)
     is_zero = (dropped == 0).flatten(1).all(dim=1)
     assert is_zero.float().mean().item() == pytest.approx(0.1, abs=0.01)
     assert torch.equal(dropped[~is_zero], text[~is_zero])
-    assert torch.equal(drop_text(text, uniform(10_000), 0.0), text)
-    assert drop_text(text, uniform(10_000), 1.0).abs().max() == 0
-    assert drop_text(None, uniform(10_000), 0.1) is None
+    assert torch.equal(drop_text(text, uniform(10_000) < 0.0), text)
+    assert drop_text(text, uniform(10_000) < 1.0).abs().max() == 0
+    assert drop_text(None, uniform(10_000) < 0.1) is None
 
 
 def test_the_mask_of_a_dropped_caption_stays():

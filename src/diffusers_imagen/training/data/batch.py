@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import torch
 
+from ...text.source import TextSource
+from ...text.text_embeddings import TextEmbeddings
 from .pyramid import to_float
 
 
@@ -30,18 +32,17 @@ class Samples(NamedTuple):
     pixels: torch.Tensor  # (B, 3, H, W) uint8
     low_res: torch.Tensor | None  # (B, 3, h, w) in [-1, 1]
     captions: list[str] | None
-    text: tuple[torch.Tensor, torch.Tensor] | None = None  # states and mask, where the worker read them
+    text: TextEmbeddings | None = None  # where the worker read them
 
     @classmethod
-    def stack(cls, samples: list[Sample]) -> "Samples":
+    def stack(cls, samples: list[Sample], source: TextSource | None = None) -> "Samples":
         pixels, low_res, captions = zip(*samples)
-        return cls(
-            torch.stack(pixels),
-            None if low_res[0] is None else torch.stack(low_res),
-            None if captions[0] is None else list(captions),
-        )
+        captions = None if captions[0] is None else list(captions)
+        text = None if source is None else source.encode(captions)
+        return cls(torch.stack(pixels), None if low_res[0] is None else torch.stack(low_res), captions, text)
 
-    def finish(self, texts) -> Batch:
-        """Encodes what is not encoded; `texts` has `states(captions)`."""
-        text, mask = self.text or (texts.states(self.captions) if texts is not None else (None, None))
-        return Batch(to_float(self.pixels), self.low_res, text, mask)
+    def finish(self, source: TextSource | None) -> Batch:
+        """Encodes what is not encoded."""
+        text = source.encode(self.captions) if self.text is None and source is not None else self.text
+        embeds, mask = (None, None) if text is None else (text.embeds.float(), text.mask.bool())
+        return Batch(to_float(self.pixels), self.low_res, embeds, mask)

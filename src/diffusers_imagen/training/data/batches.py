@@ -7,9 +7,9 @@ import torch
 from diffusers.utils import logging
 from torch.utils.data import DataLoader
 
-from ...text.cache import EmbeddingCache
+from ...text.source import TextSource
 from .batch import Batch, Samples
-from .captions import Encode, EncodedCaptions, OnlineCaptions, encode_captions, iterate_captions
+from .captions import iterate_captions
 from .data_config import DataConfig
 from .fingerprint import describe_data
 from .loading import BatchPlan, SlotDataset, assign_buckets
@@ -23,32 +23,30 @@ from .streaming import StreamDataset
 logger = logging.get_logger(__name__)
 
 MEMORY_LIMIT = 4 * 2**30  # bytes of pixels that are kept without being asked to
-Texts = EncodedCaptions | OnlineCaptions | EmbeddingCache
 
 
 def make_train_batches(
-    config: DataConfig, encode: Encode | None = None, process_index: int = 0, num_processes: int = 1
+    config: DataConfig, text: TextSource | None = None, process_index: int = 0, num_processes: int = 1
 ) -> "BatchStream":
     """The training batches of a process, without end.
 
     Args:
         config (`DataConfig`): The data, and what is done to it.
-        encode (`Callable`, *optional*): Maps captions to states `(B, L, E)` and mask `(B, L)`. Without it, and without
-            `config.embedding_cache`, batches have no text.
+        text (`TextSource`, *optional*): Makes the embeddings of captions; without it batches have no text.
         process_index (`int`), num_processes (`int`): This process among all.
 
     Raises:
         ValueError: If the data is not what the configuration says.
     """
-    rows = open_rows(config, config.train_split, has_text(config, encode))
-    stream = _make_batches(rows, config, config.train_split, encode, process_index, num_processes, training=True)
+    rows = open_rows(config, config.train_split, text is not None)
+    stream = _make_batches(rows, config, config.train_split, text, process_index, num_processes, training=True)
     stream.content = describe_data(rows, config)
     return stream
 
 
 def make_validation_batches(
     config: DataConfig,
-    encode: Encode | None = None,
+    text: TextSource | None = None,
     process_index: int = 0,
     num_processes: int = 1,
     num_images: int = 512,
@@ -58,30 +56,25 @@ def make_validation_batches(
     Together the processes see `num_images` rows, or all rows if they are fewer, rounded up to whole batches.
     """
     split = config.validation_split
-    rows = open_rows(config, split, has_text(config, encode))
-    stream = _make_batches(rows, config, split, encode, process_index, num_processes, training=False)
+    rows = open_rows(config, split, text is not None)
+    stream = _make_batches(rows, config, split, text, process_index, num_processes, training=False)
     return ValidationBatches(stream, num_images)
-
-
-def has_text(config: DataConfig, encode: Encode | None) -> bool:
-    """Whether batches have text."""
-    return encode is not None or config.embedding_cache is not None
 
 
 def _make_batches(
     rows: Rows,
     config: DataConfig,
     split: str,
-    encode: Encode | None,
+    text: TextSource | None,
     process_index: int,
     num_processes: int,
     training: bool,
 ) -> "BatchStream":
-    texts = make_texts(config, rows, encode)
-    with_text = texts is not None
-    maker = SampleMaker(config, rows.image_column, rows.folder, with_text, augment=training)
+    if text is not None:
+        text = text.for_captions(None if rows.streaming else iterate_captions(rows.data, config.caption_column))
+    maker = SampleMaker(config, rows.image_column, rows.folder, with_text=text is not None, augment=training)
     seed = (config.seed,) if training else (config.seed, VALIDATION_SEED)
-    place = (config, texts, process_index, num_processes)
+    place = (config, text, process_index, num_processes)
     if rows.streaming:
         return StreamBatches(*place, rows, maker, SlotDraws(*seed))
     if keeps_in_memory(config, rows):
@@ -100,22 +93,6 @@ def _make_batches(
     stream = LoaderBatches(*place, rows, maker, order, SlotDraws(*seed))
     stream.report(skipped)
     return stream
-
-
-def make_texts(config: DataConfig, rows: Rows, encode: Encode | None) -> Texts | None:
-    """Where the text states of captions come from."""
-    if config.embedding_cache is not None:
-        cache = EmbeddingCache(config.embedding_cache)
-        if encode is not None and hasattr(encode, "identity"):
-            cache.check_encoder(encode.identity())
-        if not rows.streaming:
-            cache.check_captions(iterate_captions(rows.data, config.caption_column))
-        return cache
-    if encode is None:
-        return None
-    if rows.streaming:
-        return OnlineCaptions(encode)
-    return encode_captions(rows.data, config.caption_column, encode)
 
 
 def keeps_in_memory(config: DataConfig, rows: Rows) -> bool:
@@ -140,8 +117,8 @@ class BatchStream(Iterator[Batch]):
 
     content: dict[str, Any] | None = None
 
-    def __init__(self, config: DataConfig, texts: Texts | None, process_index: int, num_processes: int):
-        self.config, self.texts = config, texts
+    def __init__(self, config: DataConfig, text: TextSource | None, process_index: int, num_processes: int):
+        self.config, self.text = config, text
         self.process_index, self.num_processes = process_index, num_processes
         self.images_seen = 0
         self.skipped: dict[str, str] = {}
@@ -149,12 +126,12 @@ class BatchStream(Iterator[Batch]):
     @property
     def needs_encoder(self) -> bool:
         """Whether captions are encoded while batches are drawn."""
-        return self.texts is not None and self.texts.needs_encoder
+        return self.text is not None and self.text.needs_encoder
 
     @property
     def text_width(self) -> int | None:
-        """Width of the text states, where it is known before a batch is drawn."""
-        return getattr(self.texts, "width", None)
+        """Width of the embeddings; None without text."""
+        return None if self.text is None else self.text.width
 
     @property
     def stride(self) -> int:
@@ -167,7 +144,7 @@ class BatchStream(Iterator[Batch]):
         return self.images_seen + self.process_index * self.config.train_batch_size
 
     def __next__(self) -> Batch:
-        batch = self._draw().finish(self.texts)
+        batch = self._draw().finish(self.text)
         self.images_seen += self.stride
         return batch
 
@@ -196,8 +173,8 @@ class BatchStream(Iterator[Batch]):
 class MemoryBatches(BatchStream):
     """Batches of images in memory."""
 
-    def __init__(self, config, texts, process_index, num_processes, images: CaptionedImages):
-        super().__init__(config, texts, process_index, num_processes)
+    def __init__(self, config, text, process_index, num_processes, images: CaptionedImages):
+        super().__init__(config, text, process_index, num_processes)
         self.images = images
         self.report(images.skipped)
 
@@ -208,9 +185,9 @@ class MemoryBatches(BatchStream):
 class LoaderBatches(BatchStream):
     """Batches of images that workers read ahead."""
 
-    def __init__(self, config, texts, process_index, num_processes, rows, maker, order, draws):
-        super().__init__(config, texts, process_index, num_processes)
-        self.dataset = SlotDataset(rows, maker, order, draws, config.bucket_shapes(), texts)
+    def __init__(self, config, text, process_index, num_processes, rows, maker, order, draws):
+        super().__init__(config, text, process_index, num_processes)
+        self.dataset = SlotDataset(rows, maker, order, draws, config.bucket_shapes(), text)
         self._batches: Iterator | None = None
 
     def _draw(self) -> Samples:
@@ -237,8 +214,8 @@ class LoaderBatches(BatchStream):
 class StreamBatches(LoaderBatches):
     """Batches of a stream that workers read ahead, each from shards of its own."""
 
-    def __init__(self, config, texts, process_index, num_processes, rows, maker, draws):
-        BatchStream.__init__(self, config, texts, process_index, num_processes)
+    def __init__(self, config, text, process_index, num_processes, rows, maker, draws):
+        BatchStream.__init__(self, config, text, process_index, num_processes)
         self.rows, self.maker, self.draws = rows, maker, draws
         self.num_workers = max(1, config.dataloader_num_workers)
         self.places: list[dict | None] = [None] * self.num_workers
@@ -256,7 +233,7 @@ class StreamBatches(LoaderBatches):
         dataset = StreamDataset(
             self.rows,
             self.maker,
-            self.texts,
+            self.text,
             self.draws,
             self.process_index,
             self.num_processes,

@@ -7,6 +7,7 @@ import numpy as np
 from diffusers.training_utils import find_nearest_bucket
 from torch.utils.data import Dataset, Sampler
 
+from ...text.source import TextSource
 from .batch import Sample, Samples
 from .captions import BadCaption
 from .data_config import DataConfig
@@ -71,19 +72,17 @@ class SlotDataset(Dataset):
         order: RowOrder | BucketOrder,
         draws: SlotDraws,
         shapes: list[tuple[int, int]] | None,
-        texts,
+        text: TextSource | None,
     ):
         self.rows, self.maker, self.order, self.draws, self.shapes = rows, maker, order, draws, shapes
-        self.texts = None if texts is None or texts.needs_encoder else texts
+        self.text = None if text is None or text.needs_encoder else text
 
     def __getitem__(self, plan: PlannedBatch) -> tuple[Samples, dict[str, str]]:
         """The samples, and why rows were passed over, by name."""
         skipped = {}
         draws = self.draws(plan.first, len(plan.rows))
-        samples = Samples.stack([self._sample(plan, i, draws[i], skipped) for i in range(len(plan.rows))])
-        if self.texts is not None:
-            samples = samples._replace(text=self.texts.states(samples.captions))
-        return samples, skipped
+        samples = [self._sample(plan, i, draws[i], skipped) for i in range(len(plan.rows))]
+        return Samples.stack(samples, self.text), skipped
 
     def _sample(self, plan: PlannedBatch, i: int, draws: np.ndarray, skipped: dict[str, str]) -> Sample:
         group = () if plan.bucket is None else (plan.bucket,)

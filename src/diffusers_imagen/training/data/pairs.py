@@ -3,8 +3,8 @@
 from typing import Any
 
 import torch
-from torch.nn import functional
 
+from ...text.text_embeddings import TextEmbeddings, pad_tokens
 from .batch import Batch
 from .batches import BatchStream
 
@@ -69,10 +69,8 @@ def interleave(first: Batch, second: Batch) -> Batch:
 
 
 def pad_text(batch: Batch, tokens: int) -> Batch:
-    """The batch with texts of so many tokens, masked and zero at the end."""
+    """The batch with texts of so many tokens, padded at the end."""
     if batch.text is None:
         return batch
-    missing = tokens - batch.text.shape[1]
-    return batch._replace(
-        text=functional.pad(batch.text, (0, 0, 0, missing)), text_mask=functional.pad(batch.text_mask, (0, missing))
-    )
+    text = pad_tokens(TextEmbeddings(batch.text, batch.text_mask), tokens)
+    return batch._replace(text=text.embeds, text_mask=text.mask)

@@ -12,6 +12,7 @@ import numpy as np
 from datasets import IterableDataset as Stream
 from torch.utils.data import IterableDataset, get_worker_info
 
+from ...text.source import TextSource
 from .batch import Sample, Samples
 from .captions import BadCaption
 from .pixels import BadImage, name_image
@@ -107,7 +108,7 @@ class StreamDataset(IterableDataset):
     Args:
         rows (`Rows`): The data set.
         maker (`SampleMaker`): Makes samples.
-        texts: Where text states come from, or None.
+        text (`TextSource`, *optional*): Makes the embeddings of captions.
         draws (`SlotDraws`): The slots' numbers.
         process_index (`int`), num_processes (`int`): This process among all.
         num_workers (`int`): Workers of each process.
@@ -119,7 +120,7 @@ class StreamDataset(IterableDataset):
         self,
         rows: Rows,
         maker: SampleMaker,
-        texts,
+        text: TextSource | None,
         draws: SlotDraws,
         process_index: int,
         num_processes: int,
@@ -128,7 +129,7 @@ class StreamDataset(IterableDataset):
         states: dict[int, dict] | None = None,
     ):
         self.rows, self.maker, self.draws = rows, maker, draws
-        self.texts = None if texts is None or texts.needs_encoder else texts
+        self.text = None if text is None or text.needs_encoder else text
         self.process_index, self.num_processes, self.num_workers = process_index, num_processes, max(1, num_workers)
         self.batches, self.states = batches, states or {}
 
@@ -153,9 +154,7 @@ class StreamDataset(IterableDataset):
         while True:
             first = (batch * self.num_processes + self.process_index) * size
             draws, skipped = self.draws(first, size), {}
-            samples = Samples.stack([self._sample(reader, rows, slot, skipped) for slot in draws])
-            if self.texts is not None:
-                samples = samples._replace(text=self.texts.states(samples.captions))
+            samples = Samples.stack([self._sample(reader, rows, slot, skipped) for slot in draws], self.text)
             yield samples, skipped, (worker, reader.state)
             batch += self.num_workers
 
@@ -165,7 +164,7 @@ class StreamDataset(IterableDataset):
         for row in islice(rows, MAX_BAD_ROWS):
             try:
                 sample = self.maker(row, draws)
-                if self.texts is not None and sample.caption not in self.texts:
+                if self.text is not None and sample.caption not in self.text:
                     raise BadCaption(f"the caption {sample.caption!r} is not in the embedding cache")
                 return sample
             except (BadImage, BadCaption) as error:

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from ...models.unet_base import ConditionalUNet
 from ...pipelines import ImagenPipeline
-from ...text.cache import EmbeddingCache
+from ...text.source import TextSource
 from ...utils.errors import describe_fault
 from ...utils.files import FolderHold, whole_file
 from ..data.folders import find_pictures, list_files
@@ -36,7 +36,7 @@ def draw_class_images(
     accelerator: Accelerator,
     unet: ConditionalUNet,
     scheduler: SchedulerMixin,
-    encode: Callable[[list[str]], tuple] | None,
+    text: TextSource | None,
 ) -> None:
     """Draws the images that `config.class_data_dir` lacks; the processes share them.
 
@@ -51,7 +51,7 @@ def draw_class_images(
     accelerator.wait_for_everyone()  # nobody counts what another has drawn already
     if complete:
         return
-    draw = make_draw(config, accelerator, unet, scheduler, encode)
+    draw = make_draw(config, accelerator, unet, scheduler, text)
     with FolderHold(folder, "class_data_dir") if accelerator.is_main_process else nullcontext():
         wanted = missing_images(folder, config.num_class_images)  # another run may have drawn some since
         accelerator.wait_for_everyone()
@@ -81,7 +81,7 @@ def make_generator(seed: int, path: Path) -> torch.Generator:
     return torch.Generator().manual_seed(int(words[0]))
 
 
-def make_draw(config, accelerator, unet, scheduler, encode) -> Draw:
+def make_draw(config, accelerator, unet, scheduler, text) -> Draw:
     """What draws class images: the pipeline that the configuration names, or the stage that is about to be trained."""
     if config.class_model is not None:
         return draw_by_pipeline(config, accelerator)
@@ -90,7 +90,7 @@ def make_draw(config, accelerator, unet, scheduler, encode) -> Draw:
             f"`class_data_dir` has fewer than {config.num_class_images} images, and a super-resolution stage draws none "
             "from words alone: give the images, or a pipeline as `class_model`."
         )
-    return draw_by_stage(config, accelerator, unet, scheduler, encode)
+    return draw_by_stage(config, accelerator, unet, scheduler, text)
 
 
 def draw_by_pipeline(config, accelerator: Accelerator) -> Draw:
@@ -118,18 +118,15 @@ def draw_by_pipeline(config, accelerator: Accelerator) -> Draw:
     return draw
 
 
-def draw_by_stage(config, accelerator, unet, scheduler, encode) -> Draw:
+def draw_by_stage(config, accelerator, unet, scheduler, text) -> Draw:
     """Draws with the weights that training begins with."""
-    prompt = [config.class_prompt]
-    text, mask = encode(prompt) if encode is not None else EmbeddingCache(config.embedding_cache).states(prompt)
+    prompt = text.encode([config.class_prompt]).for_pipeline()
     pipe = ImagenPipeline(unet.eval().to(accelerator.device), scheduler)
     pipe.set_progress_bar_config(disable=True)
     steps = {"num_inference_steps": DDPM_STEPS} if config.preconditioning == "ddpm" else {}
 
     def draw(generators: list[torch.Generator]) -> list[Image.Image]:
-        count = len(generators)
-        states = {"prompt_embeds": text.float().expand(count, -1, -1), "prompt_attention_mask": mask.expand(count, -1)}
         with accelerator.autocast():
-            return pipe(**states, generator=generators, **steps).images
+            return pipe(**prompt, num_images_per_prompt=len(generators), generator=generators, **steps).images
 
     return draw

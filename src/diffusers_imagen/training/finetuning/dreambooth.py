@@ -8,10 +8,12 @@ from pathlib import Path
 import torch
 
 from ...models.unet_base import ConditionalUNet
+from ...text.source import TextSource
+from ...utils.arguments import check_exactly_one
 from ..compatibility import check_objective
 from ..data import BatchStream, DataConfig, PairedBatches, make_train_batches
 from ..data.data_config import arg
-from ..loop import Encode, Trainer
+from ..loop import Trainer
 from ..settings import check_settings
 from .class_images import draw_class_images
 from .lora_trainer import LoraTrainer, LoraTrainingConfig
@@ -65,8 +67,7 @@ class DreamBoothTrainingConfig(LoraTrainingConfig):
             raise ValueError(
                 f"`train_data_dir` is {self.train_data_dir!r}, but here it is called `instance_data_dir`."
             )
-        if (self.instance_data_dir is None) == (self.dataset_name is None):
-            raise ValueError("Exactly one of `instance_data_dir` and `dataset_name` must be given.")
+        check_exactly_one(instance_data_dir=self.instance_data_dir, dataset_name=self.dataset_name)
         if not self.instance_prompt:
             raise ValueError(
                 f"`instance_prompt` is {self.instance_prompt!r}, but should name the subject, like 'a photo of sks dog'."
@@ -129,7 +130,7 @@ class DreamBoothTrainer(Trainer):
     Args:
         config (`DreamBoothTrainingConfig`): The settings.
         unet (`ConditionalUNet`): The trained network.
-        encode (`Callable`, *optional*): As `train`.
+        text (`TextSource`, *optional*): As `train`.
     """
 
     def adapt(self, unet: ConditionalUNet) -> None:
@@ -140,16 +141,16 @@ class DreamBoothTrainer(Trainer):
         super().adapt(unet)
 
     def make_batches(
-        self, unet: ConditionalUNet, encode: Encode | None, process_index: int, num_processes: int
+        self, unet: ConditionalUNet, text: TextSource | None, process_index: int, num_processes: int
     ) -> BatchStream:
         place = (process_index, num_processes)
         with called("instance_data_dir"):
-            subject = super().make_batches(unet, encode, *place)
+            subject = super().make_batches(unet, text, *place)
         if not self.config.with_prior_preservation:
             return subject
-        draw_class_images(self.config, self.accelerator, unet, self.objective.scheduler(), encode)
+        draw_class_images(self.config, self.accelerator, unet, self.objective.scheduler(), text)
         with called("class_data_dir"):
-            return PairedBatches(subject, make_train_batches(self.config.class_data(), encode, *place))
+            return PairedBatches(subject, make_train_batches(self.config.class_data(), text, *place))
 
     def weigh(self, losses: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         losses = super().weigh(losses, sigma)
@@ -162,6 +163,6 @@ class DreamBoothLoraTrainer(DreamBoothTrainer, LoraTrainer):
     """A run on a subject that trains an adapter."""
 
 
-def make_trainer(config: DreamBoothTrainingConfig, unet: ConditionalUNet, encode: Encode | None = None) -> Trainer:
+def make_trainer(config: DreamBoothTrainingConfig, unet: ConditionalUNet, text: TextSource | None = None) -> Trainer:
     """The run that the configuration means: of an adapter, or of all weights."""
-    return (DreamBoothTrainer if config.rank is None else DreamBoothLoraTrainer)(config, unet, encode)
+    return (DreamBoothTrainer if config.rank is None else DreamBoothLoraTrainer)(config, unet, text)

@@ -74,7 +74,7 @@ class LoraTrainer(Trainer):
     Args:
         config (`LoraTrainingConfig`): The settings.
         unet (`ConditionalUNet`): The network; its adapter is added in place, its own weights stay as they are.
-        encode (`Callable`, *optional*): As `train`.
+        text (`TextSource`, *optional*): As `train`.
     """
 
     def adapt(self, unet: ConditionalUNet) -> None:

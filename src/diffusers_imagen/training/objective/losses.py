@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from ...diffusion import edm
 from ...diffusion.augmentation import augment_low_res
 from ...diffusion.training_examples import uncertainty_weighted
+from ...text.text_embeddings import drop_text
 from ..config import MIN_AUGMENTATION_SIGMA, TrainingConfig
 from ..data import Batch
 from .formulations import Objective
@@ -33,7 +34,7 @@ def denoising_loss(
     output = unet(
         example.model_input,
         example.timestep,
-        drop_text(batch.text, draws.text, config.text_drop_rate),
+        drop_text(batch.text, draws.text < config.text_drop_rate),
         batch.text_mask,
         low_res,
         low_res_noise_level,
@@ -57,11 +58,6 @@ def augment(
         config.noise_conditioning_augmentation - MIN_AUGMENTATION_SIGMA
     )
     return augment_low_res(low_res, sigma, draws.low_res_noise, config.sigma_data)
-
-
-def drop_text(text: torch.Tensor | None, uniform: torch.Tensor, rate: float) -> torch.Tensor | None:
-    """Zeros the states of dropped captions; their masks stay, as the guidance of the pipelines expects."""
-    return None if text is None else text * (uniform >= rate)[:, None, None]
 
 
 class UncertaintyWeighting(torch.nn.Module):

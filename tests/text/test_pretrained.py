@@ -9,8 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5Model
 
-from diffusers_imagen.text.encoder import encode_text
-from diffusers_imagen.text.lazy_encoder import TextEncoder
+from diffusers_imagen.text.encoder import TextEncoder
 from diffusers_imagen.training import TrainingConfig
 from diffusers_imagen.training.data import make_train_batches
 from diffusers_imagen.training.loop import release_encoder
@@ -28,13 +27,13 @@ def folder(tokenizer, text_encoder, tmp_path) -> str:
 
 def test_states_are_those_of_the_pipelines(folder, tokenizer, text_encoder):
     with torch.no_grad():
-        expected, mask = encode_text(tokenizer, text_encoder.eval(), CAPTIONS)
-    text, text_mask = TextEncoder(folder)(CAPTIONS)
+        expected, mask = TextEncoder(tokenizer, text_encoder.eval()).encode(CAPTIONS)
+    text, text_mask = TextEncoder.from_pretrained(folder).encode(CAPTIONS)
     assert torch.equal(text, expected) and torch.equal(text_mask, mask) and not text.requires_grad
-    for states, row, valid in zip(TextEncoder(folder).unpadded(CAPTIONS), expected, mask):
+    for states, row, valid in zip(TextEncoder.from_pretrained(folder).unpadded(CAPTIONS), expected, mask):
         torch.testing.assert_close(states, row[valid], atol=1e-5, rtol=1e-5)
-    short = TextEncoder(folder, max_length=4)
-    assert short(CAPTIONS)[0].shape[1] == 4 and short.count_tokens(CAPTIONS) == [5, 3]
+    short = TextEncoder.from_pretrained(folder, max_length=4)
+    assert short.encode(CAPTIONS)[0].shape[1] == 4 and short.count_tokens(CAPTIONS) == [5, 3]
 
 
 def test_of_t5_only_the_encoder_is_loaded(tokenizer, tmp_path):
@@ -42,19 +41,19 @@ def test_of_t5_only_the_encoder_is_loaded(tokenizer, tmp_path):
     whole = T5Model(config).eval()
     whole.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    encoder = TextEncoder(str(tmp_path))  # not in subfolders, as T5 is on the Hub
+    encoder = TextEncoder.from_pretrained(str(tmp_path))  # not in subfolders, as T5 is on the Hub
     assert type(encoder.model).__name__ == "T5EncoderModel"
     assert not any("decoder" in name for name, _ in encoder.model.named_parameters())
     tokens = tokenizer(CAPTIONS, padding="max_length", return_tensors="pt")
     with torch.no_grad():
         expected = whole.encoder(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
-    text, mask = encoder(CAPTIONS)
+    text, mask = encoder.encode(CAPTIONS)
     torch.testing.assert_close(text[mask], expected[mask], atol=1e-6, rtol=1e-5)
     assert encoder.identity()["width"] == 8
 
 
 def test_the_encoder_leaves_memory_and_comes_back(folder, imagefolder):
-    encoder = TextEncoder(folder)
+    encoder = TextEncoder.from_pretrained(folder)
     config = TrainingConfig(train_data_dir=imagefolder, preset="emoji_base_64", resolution=8)
     batches = make_train_batches(config, encoder)
     assert not batches.needs_encoder  # all captions are encoded by now
@@ -62,14 +61,14 @@ def test_the_encoder_leaves_memory_and_comes_back(folder, imagefolder):
     release_encoder(encoder, batches, None)
     gc.collect()
     assert model() is None
-    assert next(batches).text.shape[0] == 16 and encoder(CAPTIONS)[0].shape[0] == 2
+    assert next(batches).text.shape[0] == 16 and encoder.encode(CAPTIONS)[0].shape[0] == 2
 
 
 def test_captions_too_many_to_keep_are_encoded_when_they_are_drawn(folder, imagefolder, monkeypatch):
-    encoder = TextEncoder(folder)
+    encoder = TextEncoder.from_pretrained(folder)
     config = TrainingConfig(train_data_dir=imagefolder, preset="emoji_base_64", resolution=8)
     kept = next(make_train_batches(config, encoder))
-    monkeypatch.setattr("diffusers_imagen.training.data.captions.MEMORY_LIMIT", 100)
+    monkeypatch.setattr("diffusers_imagen.text.source.MEMORY_LIMIT", 100)
     batches = make_train_batches(config, encoder)
     assert batches.needs_encoder
     online = next(batches)
@@ -80,16 +79,16 @@ def test_captions_too_many_to_keep_are_encoded_when_they_are_drawn(folder, image
 
 def test_what_is_no_encoder_is_named(folder, tmp_path, tokenizer):
     with pytest.raises(ValueError, match=f"`text_encoder` is '{tmp_path}', which has no tokenizer"):
-        TextEncoder(str(tmp_path))
+        TextEncoder.from_pretrained(str(tmp_path))
     with pytest.raises(ValueError, match="`tokenizer_max_length` is 9, but the tokenizer of .* ends at 8"):
-        TextEncoder(folder, max_length=9)
+        TextEncoder.from_pretrained(folder, max_length=9)
     tokenizer.model_max_length = 10**30
     tokenizer.save_pretrained(tmp_path / "endless" / "tokenizer")
     with pytest.raises(ValueError, match="has no limit of tokens: give `tokenizer_max_length`"):
-        TextEncoder(str(tmp_path / "endless"))
-    endless = TextEncoder(str(tmp_path / "endless"), max_length=8)
+        TextEncoder.from_pretrained(str(tmp_path / "endless"))
+    endless = TextEncoder.from_pretrained(str(tmp_path / "endless"), max_length=8)
     with pytest.raises(ValueError, match="which has no encoder that can be loaded"):
-        endless(CAPTIONS)
+        endless.encode(CAPTIONS)
 
 
 def change_weights(folder: str, change) -> None:
@@ -113,23 +112,23 @@ WORDS = "embeddings.word_embeddings.weight"
 )
 def test_an_encoder_without_its_weights_is_refused(folder, change, message):
     change_weights(folder, change)
-    encoder = TextEncoder(folder)
+    encoder = TextEncoder.from_pretrained(folder)
     with pytest.raises(ValueError, match=f"`text_encoder` is '{folder}', .*{message}"):
-        encoder(CAPTIONS)
+        encoder.encode(CAPTIONS)
 
 
 def test_weights_that_no_state_depends_on_may_be_missing(folder, tokenizer, text_encoder):
     with torch.no_grad():
-        expected, _ = encode_text(tokenizer, text_encoder.eval(), CAPTIONS)
+        expected, _ = TextEncoder(tokenizer, text_encoder.eval()).encode(CAPTIONS)
     change_weights(folder, lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith("pooler.")])
-    assert torch.equal(TextEncoder(folder)(CAPTIONS)[0], expected)
+    assert torch.equal(TextEncoder.from_pretrained(folder).encode(CAPTIONS)[0], expected)
 
 
 def test_a_tokenizer_with_more_tokens_than_the_encoder_knows_is_refused(folder, tokenizer):
     tokenizer.add_tokens(["another"])
     tokenizer.save_pretrained(f"{folder}/tokenizer")
     with pytest.raises(ValueError, match="whose tokenizer has 13 tokens, but its encoder knows 12"):
-        TextEncoder(folder)(CAPTIONS)
+        TextEncoder.from_pretrained(folder).encode(CAPTIONS)
 
 
 FILES = ("tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json", "text_encoder/config.json")
@@ -147,7 +146,7 @@ def test_a_file_that_is_malformed_is_one_line_and_runs_nothing(folder, file):
     for content in CONTENTS:
         path.write_text(content)
         try:
-            TextEncoder(folder, max_length=8)(CAPTIONS)
+            TextEncoder.from_pretrained(folder, max_length=8).encode(CAPTIONS)
         except ValueError as error:
             assert folder in str(error) and "\n" not in str(error)
 
@@ -155,4 +154,4 @@ def test_a_file_that_is_malformed_is_one_line_and_runs_nothing(folder, file):
 def test_a_file_in_the_place_of_a_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="a file, but should be a folder or a Hub id"):
-        TextEncoder(str(tmp_path / "file"))
+        TextEncoder.from_pretrained(str(tmp_path / "file"))

@@ -1,0 +1,55 @@
+"""What tells one text encoder from another: networks only read the embeddings of the one they were trained with."""
+
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+PROBES = 64
+PROBE_TOLERANCE = 2**-7  # a weight in bfloat16 is off by 2^-8; weights that were trained on move by more
+
+
+def describe_encoder(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> dict[str, Any]:
+    """Kind, sizes, vocabulary, limit of tokens, and a sample of weights."""
+    weights = sorted(model.named_parameters())
+    places = np.linspace(0, len(weights) - 1, PROBES).round().astype(int)
+    probe = [weights[place][1].flatten()[7 * i % weights[place][1].numel()] for i, place in enumerate(places)]
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return {
+        "class": type(model).__name__,
+        "parameters": sum(weight.numel() for _, weight in weights),
+        "vocabulary": hashlib.sha256(vocabulary.encode()).hexdigest()[:16],
+        "max_length": tokenizer.model_max_length,
+        "width": encoder_width(model.config),
+        "weights": [float(value) for value in probe],
+    }
+
+
+def encoder_width(config: PretrainedConfig) -> int:
+    """Width of an encoder's embeddings.
+
+    Raises:
+        ValueError: If its configuration names none.
+    """
+    width = getattr(config, "d_model", None) or getattr(config, "hidden_size", None)
+    if not isinstance(width, int):
+        raise ValueError(f"{type(config).__name__} has no width (`hidden_size`): it is no text encoder's.")
+    return width
+
+
+def identity_mismatch(expected: Any, actual: Any) -> str | None:
+    """How two encoders differ, in words; None if they do not. What one of them does not say is not compared."""
+    if not (isinstance(expected, dict) and isinstance(actual, dict)):
+        return None
+    for key in expected.keys() & actual.keys() - {"weights"}:
+        if expected[key] != actual[key]:
+            return f"{key} {expected[key]!r}, not {actual[key]!r}"
+    try:
+        pairs = list(zip(expected.get("weights", []), actual.get("weights", [])))
+        differ = any(abs(a - b) > PROBE_TOLERANCE * max(abs(a), abs(b)) + 1e-6 for a, b in pairs)
+    except TypeError:  # of values that no encoder has
+        return "its description is malformed"
+    return "other weights" if differ else None

@@ -1,0 +1,51 @@
+"""Embeddings of texts: how padding is treated, and what stands for the absence of text, in training and sampling alike.
+
+Shapes: B texts, L tokens, E width of the text encoder.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional
+
+
+class TextEmbeddings(NamedTuple):
+    """What a text encoder makes of texts. The networks normalise and pool over padded positions, which are zero."""
+
+    embeds: torch.Tensor  # (B, L, E), zero at padded positions
+    mask: torch.Tensor  # (B, L) bool, True where a token counts
+
+    def for_pipeline(self) -> dict[str, torch.Tensor]:
+        """The arguments of a pipeline's call."""
+        return {"prompt_embeds": self.embeds.float(), "prompt_attention_mask": self.mask}
+
+
+def zero_padding(embeds: torch.Tensor, mask: torch.Tensor) -> TextEmbeddings:
+    """Embeddings as an encoder gives them `(B, L, E)`, with zeros where its mask `(B, L)` has any."""
+    return TextEmbeddings(embeds * mask[..., None].to(embeds.dtype), mask.bool())
+
+
+def pad_tokens(text: TextEmbeddings, length: int) -> TextEmbeddings:
+    """Adds padding until there are `length` tokens."""
+    missing = length - text.mask.shape[1]
+    return TextEmbeddings(functional.pad(text.embeds, (0, 0, 0, missing)), functional.pad(text.mask, (0, missing)))
+
+
+def stack_unpadded(texts: list[torch.Tensor], length: int, width: int) -> TextEmbeddings:
+    """Embeddings of single texts `(tokens, E)` as a batch in float32, each padded to `length` tokens."""
+    embeds = torch.zeros(len(texts), length, width)
+    mask = torch.zeros(len(texts), length, dtype=torch.bool)
+    for i, text in enumerate(texts):
+        embeds[i, : len(text)] = text
+        mask[i, : len(text)] = True
+    return TextEmbeddings(embeds, mask)
+
+
+def without_text(text: TextEmbeddings) -> TextEmbeddings:
+    """What stands for no text beside a prompt: zeros under the prompt's mask, as `drop_text` shows them in training."""
+    return TextEmbeddings(torch.zeros_like(text.embeds), text.mask)
+
+
+def drop_text(embeds: torch.Tensor | None, dropped: torch.Tensor) -> torch.Tensor | None:
+    """Embeddings `(B, L, E)`, those of dropped texts `(B,)` zero; the masks stay: see `without_text`."""
+    return None if embeds is None else embeds * ~dropped[:, None, None]

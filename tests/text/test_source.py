@@ -1,0 +1,102 @@
+"""What training asks of text: padding, the absence of text, an encoder beside a cache, and two encoders at once."""
+
+import pytest
+import torch
+from tiny_runs import make_unet
+
+from diffusers_imagen.text.cache import CachedTextEncoder, CacheWriter, EmbeddingCache, open_text, write_cache
+from diffusers_imagen.text.encoder import TextEncoder
+from diffusers_imagen.text.source import TextSource
+from diffusers_imagen.text.text_embeddings import (
+    TextEmbeddings,
+    drop_text,
+    pad_tokens,
+    stack_unpadded,
+    without_text,
+    zero_padding,
+)
+from diffusers_imagen.training import train
+
+
+CAPTIONS = [f"text {i}" for i in range(8)]
+
+
+@pytest.fixture
+def folder(tokenizer, text_encoder, tmp_path) -> str:
+    tokenizer.save_pretrained(tmp_path / "te" / "tokenizer")
+    text_encoder.save_pretrained(tmp_path / "te" / "text_encoder")
+    return str(tmp_path / "te")
+
+
+@pytest.fixture
+def cache(folder, tmp_path) -> str:
+    encoder = TextEncoder.from_pretrained(folder)
+    with CacheWriter(tmp_path / "cache", encoder.identity()) as writer:
+        write_cache(writer, CAPTIONS, encoder)
+    return str(tmp_path / "cache")
+
+
+def test_padding_is_zero_and_masked_wherever_it_comes_from():
+    rows = [torch.rand(2, 3), torch.rand(4, 3)]
+    text = stack_unpadded(rows, 5, 3)
+    assert text.embeds.shape == (2, 5, 3) and text.mask.sum(dim=1).tolist() == [2, 4]
+    for other in (
+        pad_tokens(stack_unpadded(rows, 4, 3), 5),
+        zero_padding(text.embeds + ~text.mask[..., None], text.mask),
+    ):
+        assert torch.equal(other.embeds, text.embeds) and torch.equal(other.mask, text.mask)
+
+
+def test_no_text_is_the_same_in_training_and_in_sampling():
+    text = TextEmbeddings(torch.rand(3, 4, 2), torch.rand(3, 4) > 0.5)
+    nothing = without_text(text)
+    assert torch.equal(nothing.embeds, drop_text(text.embeds, torch.ones(3, dtype=torch.bool)))
+    assert torch.equal(nothing.mask, text.mask)
+    some = drop_text(text.embeds, torch.tensor([True, False, True]))
+    assert torch.equal(some[1], text.embeds[1]) and not some[0].any() and not some[2].any()
+
+
+def test_settings_name_an_encoder_a_cache_or_both(folder, cache):
+    assert open_text(None, None, None) is None
+    assert open_text(folder, None, 6).max_length == 6
+    assert len(open_text(None, cache, None)) == len(CAPTIONS)
+    both = open_text(folder, cache, None)
+    encoder, captions = TextEncoder.from_pretrained(folder), EmbeddingCache(cache)
+    assert both.identity() == captions.identity() == encoder.identity() and both.width == encoder.width
+    # prompts by the encoder, captions of the data as they were cached, in bfloat16
+    assert "never seen" in both and torch.equal(both.encode(["text 1"]).embeds, encoder.encode(["text 1"]).embeds)
+    source = both.for_captions(iter(CAPTIONS))
+    assert not source.needs_encoder and "never seen" not in source
+    assert torch.equal(source.encode(["text 1"]).embeds, captions.encode(["text 1"]).embeds)
+    with pytest.raises(ValueError, match="lacks 1 of 1 captions"):
+        both.for_captions(["never seen"])
+
+
+def test_a_run_opens_what_its_settings_name(make_config, folder, cache, tmp_path):
+    names = {"encoder": {"text_encoder": folder}, "cache": {"embedding_cache": cache}}
+    for name, options in names.items():
+        result = train(make_config(max_train_steps=1, output_dir=tmp_path / name, **options), make_unet(text_width=16))
+        given = CachedTextEncoder(TextEncoder.from_pretrained(folder), EmbeddingCache(cache))
+        text = given.encoder if name == "encoder" else given
+        again = train(
+            make_config(max_train_steps=1, output_dir=tmp_path / f"{name}-2"), make_unet(text_width=16), text
+        )
+        assert again["loss"] == result["loss"]
+
+
+class Pair(TextSource):
+    """Two encoders whose embeddings stand side by side."""
+
+    def __init__(self, *encoders: TextEncoder):
+        self.encoders = encoders
+        self.width = sum(encoder.width for encoder in encoders)
+
+    def encode(self, texts: list[str]) -> TextEmbeddings:
+        parts = [encoder.encode(texts) for encoder in self.encoders]
+        return TextEmbeddings(torch.cat([part.embeds for part in parts], dim=-1), parts[0].mask)
+
+
+def test_a_second_encoder_is_another_source(make_config, folder):
+    text = Pair(TextEncoder.from_pretrained(folder), TextEncoder.from_pretrained(folder))
+    config = make_config(max_train_steps=1, validation_prompts=["a red apple"])
+    assert train(config, make_unet(text_width=text.width), text)["loss"] > 0
