@@ -59,7 +59,7 @@ def write_data(folder: Path, resolution: int, tokens: int, width: int) -> None:
             )
             rows.append({"file_name": f"{i}.png", "text": f"caption {i}"})
             length = 2 + i % (tokens - 1)
-            writer.add(f"caption {i}", torch.randn(length, width, generator=generator))
+            writer.add([f"caption {i}"], [torch.randn(length, width, generator=generator)])
         writer.flush()
     (folder / "data" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 

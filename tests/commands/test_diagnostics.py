@@ -138,7 +138,7 @@ def test_cascades(cascade, tmp_path, capsys):
 
 def test_caches(tmp_path, capsys):
     writer = CacheWriter(tmp_path / "c", {"class": "T5EncoderModel", "width": 4, "max_length": 3})
-    writer.add("a", torch.ones(2, 4))
+    writer.add(["a"], [torch.ones(2, 4)])
     writer.flush()
     code, wrong, text = run(capsys, tmp_path / "c")
     assert (code, wrong) == (0, []) and "1 captions, width 4, up to 3 tokens, bfloat16, made by T5EncoderModel" in text

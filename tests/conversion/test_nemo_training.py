@@ -174,7 +174,7 @@ def test_ddpm_and_what_nemo_takes_for_granted():
     )
     settings = translate_training(config).settings
     expected = {
-        "preconditioning": "ddpm",
+        "preconditioning": "variance_preserving",
         "loss": "huber",
         "prediction_type": "sample",
         "beta_schedule": "linear",

@@ -17,7 +17,7 @@ def test_values():
     assert conditioning.tolist() == pytest.approx([math.log(0.002) / 4] * 2)
 
 
-def test_one_level_a_sample():
+def test_one_noise_level_a_sample():
     low_res, noise = low_res_and_noise()
     sigma = torch.tensor([0.01, 1.0])
     augmented, conditioning = augment_low_res(low_res, sigma, noise, sigma_data=0.7)

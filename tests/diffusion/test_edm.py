@@ -72,7 +72,7 @@ def test_draw_sigma():
     assert torch.equal(sigma, edm.draw_sigma(100_000, generator=torch.Generator().manual_seed(0)))
 
 
-def test_add_noise_takes_one_level_or_one_a_sample():
+def test_add_noise_takes_one_noise_level_or_one_a_sample():
     x_0, noise = torch.randn(2, 2, 3, 4, 4).unbind()
     noisy = edm.add_noise(x_0, noise, torch.tensor([1.0, 2.0]))
     torch.testing.assert_close(noisy[1], edm.add_noise(x_0, noise, torch.tensor(2.0))[1])

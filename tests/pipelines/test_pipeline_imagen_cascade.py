@@ -249,7 +249,7 @@ BAD_INPUTS = {
     "an interval of one number": ({"guidance_interval": 5.0}, "`guidance_interval` is 5.0"),
     "rescale above one": ({"guidance_rescale": 1.5}, "`guidance_rescale` is 1.5"),
     "one list of levels for two stages": ({"sigmas": [80.0, 1.0]}, "give a dict with a list for each stage"),
-    "levels that rise": ({"sigmas": {"base": [1.0, 80.0]}}, "must decrease strictly"),
+    "levels that rise": ({"sigmas": {"base": [1.0, 80.0]}}, "decrease strictly"),
     "sigmas and timesteps": ({"sigmas": {"base": [1.0]}, "timesteps": {"base": [0.0]}}, "Only one of `sigmas`"),
     "a height between strides": (
         {"height": 34},

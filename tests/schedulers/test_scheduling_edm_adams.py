@@ -61,10 +61,10 @@ def test_published_schedule():
     scheduler = EDMAdamsScheduler()
     assert scheduler.init_noise_sigma == 80.0 and len(scheduler) == len(scheduler.timesteps) == 1000
     scheduler.set_timesteps(10)
-    levels = centred_sigmas(10, 0.002, 80.0, 0.5)
+    sigmas = centred_sigmas(10, 0.002, 80.0, 0.5)
     assert scheduler.order == 1 and scheduler.num_inference_steps == 10 and scheduler.init_noise_sigma == 80.0
-    torch.testing.assert_close(scheduler.sigmas, torch.cat([levels, levels.new_zeros(1)]).float())
-    torch.testing.assert_close(scheduler.timesteps, edm.c_noise(levels).float())
+    torch.testing.assert_close(scheduler.sigmas, torch.cat([sigmas, sigmas.new_zeros(1)]).float())
+    torch.testing.assert_close(scheduler.timesteps, edm.c_noise(sigmas).float())
 
 
 def test_sigmas_and_timesteps_of_the_caller():
@@ -78,7 +78,7 @@ def test_sigmas_and_timesteps_of_the_caller():
 
 
 def test_start_inside_the_schedule():
-    """A run from level k on is the run over the levels from k on."""
+    """A run from noise level k on is the run over the noise levels from k on."""
     part, alone = EDMAdamsScheduler(), EDMAdamsScheduler()
     part.set_timesteps(10)
     part.set_begin_index(4)

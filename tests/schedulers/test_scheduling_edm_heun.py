@@ -77,12 +77,12 @@ def test_v_prediction_is_the_output_with_its_sign_turned():
 def test_published_schedule():
     scheduler = EDMHeunScheduler(**CHURN)
     scheduler.set_timesteps(18)
-    levels = edm.karras_sigmas(18, 0.002, 80.0)
-    raised = edm.churned_sigmas(levels, 40.0, 0.05, 50.0)
+    sigmas = edm.karras_sigmas(18, 0.002, 80.0)
+    raised = edm.churned_sigmas(sigmas, 40.0, 0.05, 50.0)
     assert scheduler.order == 2 and scheduler.num_inference_steps == 18
     assert scheduler.timesteps.shape == (35,) and scheduler.timesteps.dtype == torch.float32
     torch.testing.assert_close(scheduler.timesteps[::2], edm.c_noise(raised).float())
-    torch.testing.assert_close(scheduler.timesteps[1::2], edm.c_noise(levels[1:]).float())
+    torch.testing.assert_close(scheduler.timesteps[1::2], edm.c_noise(sigmas[1:]).float())
     torch.testing.assert_close(scheduler.sigmas[:-1], edm.c_noise_to_sigma(scheduler.timesteps), rtol=1e-5, atol=0)
     assert scheduler.sigmas[-1] == 0 and scheduler.init_noise_sigma == 80.0
 
@@ -114,9 +114,9 @@ def test_sigmas_and_timesteps_of_the_caller():
     assert torch.equal(scheduler.timesteps, timesteps)
     scheduler.set_timesteps(timesteps=timesteps[[0, 2, 4]])
     assert torch.equal(scheduler.timesteps, timesteps)
-    levels = edm.karras_sigmas(18, 0.002, 80.0)
+    sigmas = edm.karras_sigmas(18, 0.002, 80.0)
     x = sample(scheduler, 18)
-    scheduler.set_timesteps = lambda steps: EDMHeunScheduler.set_timesteps(scheduler, sigmas=levels)
+    scheduler.set_timesteps = lambda steps: EDMHeunScheduler.set_timesteps(scheduler, sigmas=sigmas)
     assert torch.equal(sample(scheduler, 18), x)
 
 
@@ -130,7 +130,7 @@ def test_start_inside_the_schedule(churn):
     generator = torch.Generator().manual_seed(0)
     for index, t in enumerate(whole.timesteps):
         if index == 6:
-            # the level that image-to-image adds noise of is that of the sample at this point
+            # the noise level that image-to-image adds noise of is that of the sample at this point
             noisy = part.add_noise(torch.zeros_like(x), torch.ones_like(x), part.timesteps[6:7])
             torch.testing.assert_close(noisy, torch.full_like(x, part.sigmas[6].item()), rtol=1e-5, atol=0)
             y = x

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_runs import make_unet
 from transformers import T5Config, T5Model
 
 from diffusers_imagen.text.encoder import TextEncoder
-from diffusers_imagen.training import TrainingConfig
+from diffusers_imagen.training import Trainer, TrainingConfig
 from diffusers_imagen.training.data import make_train_batches
-from diffusers_imagen.training.loop import release_encoder
 
 
 CAPTIONS = ["a red apple", "blue"]
@@ -58,7 +58,7 @@ def test_the_encoder_leaves_memory_and_comes_back(folder, imagefolder):
     batches = make_train_batches(config, encoder)
     assert not batches.needs_encoder  # all captions are encoded by now
     model = weakref.ref(encoder.model)
-    release_encoder(encoder, batches, None)
+    encoder.release()
     gc.collect()
     assert model() is None
     assert next(batches).text.shape[0] == 16 and encoder.encode(CAPTIONS)[0].shape[0] == 2
@@ -73,8 +73,14 @@ def test_captions_too_many_to_keep_are_encoded_when_they_are_drawn(folder, image
     assert batches.needs_encoder
     online = next(batches)
     torch.testing.assert_close(online.text, kept.text, atol=2e-3, rtol=2e-3)
-    release_encoder(encoder, batches, None)
-    assert encoder._model is not None
+
+
+@pytest.mark.parametrize("memory", [100, 10**9])
+def test_a_run_keeps_the_encoder_only_where_it_encodes_each_batch(folder, make_config, monkeypatch, memory):
+    monkeypatch.setattr("diffusers_imagen.text.source.MEMORY_LIMIT", memory)
+    encoder = TextEncoder.from_pretrained(folder)
+    Trainer(make_config(), make_unet(text_width=16), encoder).prepare()
+    assert (encoder._model is None) == (memory > 100)
 
 
 def test_what_is_no_encoder_is_named(folder, tmp_path, tokenizer):

@@ -28,7 +28,7 @@ def test_misfits_of_a_base_network(settings, with_text, message):
         check_network(config_of(**settings), unet, with_text)
     check_width(unet, 384)
     check_width(unet, None)
-    with pytest.raises(ValueError, match="The text states are 512 wide, but this network reads 384"):
+    with pytest.raises(ValueError, match="The text embeddings are 512 wide, but this network reads 384"):
         check_width(unet, 512)
 
 

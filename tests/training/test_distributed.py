@@ -80,7 +80,7 @@ def test_a_network_that_is_spread_over_processes_is_trained_as_one(imagefolder, 
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["all-weights", "adapter"])
 def test_two_processes_resume_exactly(imagefolder, tmp_path, adapter):
-    options = {"train_batch_size": 2, "uncertainty_weighting": True}
+    options = {"train_batch_size": 2, "loss_weighting": "uncertainty"}
     if adapter:
         make_unet().save_pretrained(tmp_path / "stage" / "unet")
         options |= {"rank": 2, "preset": None, "pretrained_model_name_or_path": str(tmp_path / "stage")}

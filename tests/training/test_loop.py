@@ -135,8 +135,13 @@ def test_a_stage_is_replaced_as_a_whole_or_not_at_all(make_config, monkeypatch):
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_a_ddpm_network_is_exported_with_its_scheduler(make_config, prediction_type):
-    config = make_config(preconditioning="ddpm", prediction_type=prediction_type, snr_gamma=5.0, loss="huber")
+def test_a_variance_preserving_network_is_exported_with_its_scheduler(make_config, prediction_type):
+    config = make_config(
+        preconditioning="variance_preserving",
+        prediction_type=prediction_type,
+        loss_weighting="min_snr",
+        loss="huber",
+    )
     assert math.isfinite(train(config, make_unet(), encode)["loss"])
     scheduler = ContinuousDDPMScheduler.from_pretrained(config.output_dir, subfolder="scheduler")
     assert scheduler.config.prediction_type == prediction_type
@@ -145,7 +150,7 @@ def test_a_ddpm_network_is_exported_with_its_scheduler(make_config, prediction_t
 
 
 def test_the_learned_weighting_is_kept_with_the_run_and_not_with_the_stage(make_config, tmp_path):
-    config = make_config(uncertainty_weighting=True, max_train_steps=4, lr_warmup_steps=0)
+    config = make_config(loss_weighting="uncertainty", max_train_steps=4, lr_warmup_steps=0)
     train(config, make_unet(), encode)
     saved = load_file(Path(config.output_dir) / "checkpoint-4" / "model_1.safetensors")
     assert saved["linear.weight"].abs().max() > 0

@@ -1,13 +1,14 @@
 """Which network a run starts from."""
 
 import pytest
+import tiny_runs
 from diffusers import UNet2DModel
 from diffusers.models import attention_dispatch
 from safetensors.torch import load_file, save_file
-from tiny_runs import are_equal, make_sr_unet, make_unet, weights_of
+from tiny_runs import are_equal, encode, exported, make_sr_unet, make_unet, weights_of
 
 from diffusers_imagen import EDMHeunScheduler, ImagenCascadePipeline
-from diffusers_imagen.training import TrainingConfig
+from diffusers_imagen.training import TrainingConfig, train
 from diffusers_imagen.training.compatibility import check_objective
 from diffusers_imagen.training.network import choose_attention, load_unet
 from diffusers_imagen.training.network import make_unet as make_network
@@ -36,15 +37,49 @@ def test_the_stage_of_a_cascade_is_that_of_the_resolutions(make_config, tmp_path
     config = make_config(**of_cascade)
     assert are_equal(weights_of(make_network(config)), weights_of(base))
     check_objective(config)
-    config = make_config(**of_cascade, low_resolution=64, resolution=256)
+    config = make_config(**of_cascade, low_resolution=16, resolution=32)
     assert are_equal(weights_of(make_network(config)), weights_of(sr))
     with pytest.raises(ValueError, match="`sigma_data` is 0.5, but .* was trained with 0.25"):
         check_objective(config)
-    with pytest.raises(ValueError, match=r"has no sr1024_unet among \['base_unet', 'sr256_unet'\]"):
+    message = "`resolution` is 1024 and `low_resolution` 256, but should be .* of the cascade .*: 16 without one, 32 with one"
+    with pytest.raises(ValueError, match=message):
         make_network(make_config(**of_cascade, low_resolution=256, resolution=1024))
-    own = make_config(preset=None, pretrained_model_name_or_path=str(place / "sr256_unet"), sigma_data=0.25)
+    own = make_config(
+        preset=None, pretrained_model_name_or_path=str(place / "sr256_unet"), sigma_data=0.25, resolution=32
+    )
     check_objective(own)
     assert are_equal(weights_of(make_network(own)), weights_of(sr))
+
+
+def test_every_stage_of_a_cascade_of_other_sizes_is_trained_further(make_config, tmp_path, tokenizer, text_encoder):
+    """32 and 128 px, in the places that are called `base` and `sr256`."""
+    networks = {
+        "base_unet": make_unet().at_resolution(32),
+        "sr256_unet": make_sr_unet().at_resolution(128),
+    }
+    place = tmp_path / "cascade"
+    schedulers = {"base_scheduler": EDMHeunScheduler(), "sr256_scheduler": EDMHeunScheduler()}
+    ImagenCascadePipeline(**networks, tokenizer=tokenizer, text_encoder=text_encoder, **schedulers).save_pretrained(
+        place
+    )
+    sizes = {"base_unet": {"resolution": 32}, "sr256_unet": {"resolution": 128, "low_resolution": 32}}
+    for part, size in sizes.items():
+        config = make_config(
+            preset=None,
+            pretrained_model_name_or_path=str(place),
+            output_dir=tmp_path / part,
+            max_train_steps=1,
+            use_ema=False,
+            lr_warmup_steps=0,
+            **size,
+        )
+        unet = make_network(config)
+        before = weights_of(unet)
+        assert are_equal(before, weights_of(networks[part])) and unet.resolution == size["resolution"]
+        train(config, unet, encode)
+        saved = exported(config.output_dir, type(unet))
+        assert are_equal(saved, weights_of(unet)) and not are_equal(saved, before)
+        tiny_runs.reset_accelerate()
 
 
 def test_a_configuration_is_a_network_with_fresh_weights(make_config, tmp_path):

@@ -95,11 +95,23 @@ def test_a_wrong_flag_is_one_line(flags, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"preconditioning": "vp"}, "`preconditioning` is 'vp', but should be one of 'edm', 'ddpm'"),
+        (
+            {"preconditioning": "ddpm"},
+            "`preconditioning` is 'ddpm', but should be one of 'edm', 'variance_preserving'",
+        ),
+        (
+            {"preconditioning": "variance_preserving", "snr_gamma": 5.0},
+            "`snr_gamma` is 5.0, but `loss_weighting` 'uniform' has none",
+        ),
+        ({"loss_weighting": "min_snr"}, "`loss_weighting` is 'min_snr', but should be another with `preconditioning`"),
+        ({"preconditioning": "vp"}, "`preconditioning` is 'vp', but should be one of 'edm', 'variance_preserving'"),
         ({"loss": "l3"}, "`loss` is 'l3', but should be one of 'l2', 'l1', 'huber'"),
         ({"mixed_precision": "fp8"}, "`mixed_precision` is 'fp8', but should be one of 'no', 'fp16', 'bf16'"),
         ({"snr_gamma": 5.0}, "`snr_gamma` is 5.0, but `preconditioning` 'edm' has none"),
-        ({"preconditioning": "ddpm", "p_mean": 0.0}, "`p_mean` is 0.0, but `preconditioning` 'ddpm' has none"),
+        (
+            {"preconditioning": "variance_preserving", "p_mean": 0.0},
+            "`p_mean` is 0.0, but `preconditioning` 'variance_preserving' has none",
+        ),
         ({"ema_stds": [0.05, 0.4]}, r"`ema_stds` is \[0.05, 0.4\], but should be shares of the run"),
         ({"ema_snapshot_steps": 5}, "`ema_snapshot_steps` is 5, but only `ema_type` 'power' has snapshots"),
         ({"max_grad_norm": -1.0}, "`max_grad_norm` is -1.0, but should be at least 0"),

@@ -59,7 +59,7 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(make_config, whole, tmp_p
 @pytest.mark.parametrize(
     "options",
     [
-        {"uncertainty_weighting": True},
+        {"loss_weighting": "uncertainty"},
         {"ema_type": "power"},
         {"streaming": True, "shuffle_buffer_size": 3},
         {"in_memory": False, "gradient_accumulation_steps": 2, "logging_steps": 4},
@@ -155,7 +155,10 @@ def test_a_run_goes_on_with_another_learning_rate_if_it_is_told_one(make_config,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"preconditioning": "ddpm"}, "was trained with preconditioning 'edm', but this run has 'ddpm'"),
+        (
+            {"preconditioning": "variance_preserving"},
+            "was trained with preconditioning 'edm', but this run has 'variance_preserving'",
+        ),
         ({"sigma_data": 0.4}, "was trained with sigma_data 0.5, but this run has 0.4"),
         ({"ema_type": "constant"}, "was trained with ema_type 'warmup', but this run has 'constant'"),
     ],

@@ -28,7 +28,7 @@ CLASSES = {
 }
 # what lets a setting count at all
 WITH = {
-    "snr_gamma": {"preconditioning": "ddpm"},
+    "snr_gamma": {"preconditioning": "variance_preserving", "loss_weighting": "min_snr"},
     "ema_snapshot_steps": {"ema_type": "power"},
     "caption_probabilities": {"caption_column": ["a", "b"], "caption": None},
     "layers_per_block": {"pretrained_model_name_or_path": "a", "preset": None},

@@ -149,7 +149,7 @@ def objective(nemo: Entries) -> dict[str, Any]:
         if value not in table:
             nemo.refuse(f"{section}.{name}", f"but should be one of {list(table)}.")
         chosen[ours] = table[value]
-    return {"preconditioning": "ddpm", "loss": loss, **chosen}
+    return {"preconditioning": "variance_preserving", "loss": loss, **chosen}
 
 
 def optimizer(nemo: Entries) -> dict[str, Any]:

@@ -148,6 +148,18 @@ def draw_sigma(
     Raises:
         ValueError: unless `p_std` is above 0.
     """
+    return (-draw_log_snr(batch_size, p_mean, p_std, generator, device, stratified) / 2).exp()
+
+
+def draw_log_snr(
+    batch_size: int,
+    p_mean: float = -1.2,
+    p_std: float = 1.2,
+    generator: torch.Generator | None = None,
+    device: torch.device | None = None,
+    stratified: bool = False,
+) -> torch.Tensor:
+    """The noise levels of `draw_sigma` as log-SNR, `-2 ln(sigma)`."""
     check_positive(p_std=p_std)
     if not stratified:
         source = generator.device if generator is not None else device
@@ -155,4 +167,4 @@ def draw_sigma(
     else:
         # half an ulp away from 0 and 1, where the normal distribution has its infinities
         normal = torch.special.ndtri(draw_uniform(batch_size, generator, device, True).clamp(min=2**-25))
-    return (normal * p_std + p_mean).exp().to(device)
+    return (normal * p_std + p_mean).mul(-2).to(device)

@@ -61,8 +61,8 @@ class ImagenSchedulerOutput(BaseOutput):
 class ImagenScheduler(SchedulerMixin, ConfigMixin):
     """
     The base of this package's schedulers. It publishes `timesteps`, the values that its network is conditioned on, and
-    holds their EDM noise levels. A subclass has a constructor, `set_timesteps`, `scale_model_input` and `_advance`, the
-    arithmetic of a step.
+    holds their EDM noise levels. A subclass has a constructor, `set_timesteps`, `scale_model_input`, `_advance`, the
+    arithmetic of a step, and `_mix`, that of `add_noise`.
     """
 
     order = 1

@@ -1,8 +1,9 @@
 """From captioned images to a stage. READ SECOND."""
 
 from .config import TrainingConfig
-from .finetuning.dreambooth import DreamBoothLoraTrainer, DreamBoothTrainer, DreamBoothTrainingConfig
-from .finetuning.lora_trainer import LoraTrainer, LoraTrainingConfig
+from .finetuning.dreambooth import DreamBoothLoraTrainer, DreamBoothTrainer
+from .finetuning.finetuning_config import DreamBoothTrainingConfig, LoraTrainingConfig
+from .finetuning.lora_trainer import LoraTrainer
 from .interruption import TrainingInterrupted
 from .loop import Trainer, train
 from .options import parse_args

@@ -27,7 +27,7 @@ from .states import load_state, save_state
 logger = logging.get_logger(__name__)
 
 MANIFEST = "checkpoint.json"
-FORMAT = 2  # 1 had pickles
+FORMAT = 3  # 1 had pickles, and the runs of 2 had other names for settings
 OWN_DIGEST = "sha256"  # of the manifest itself, in it
 NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})")
 DEEPSPEED = "deepspeed"  # the folder of what DeepSpeed writes

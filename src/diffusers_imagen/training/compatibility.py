@@ -1,24 +1,27 @@
 """Whether a network can take the data, asked before any work is done."""
 
 from pathlib import Path
+from typing import get_args
 
-from ..models.unet_base import ConditionalUNet
+import torch
+from accelerate import Accelerator
+
+from ..models.interface import StageNetwork
 from ..schedulers import EDMHeunScheduler
 from ..schedulers.scheduling_utils import NO_BETAS
 from ..utils.files import read_json_object
 from .config import TrainingConfig
+from .devices import is_spread
 from .network import find_network
+from .settings import hints_of
 
 
-FORMULATIONS = {"edm": "edm", "variance_preserving": "ddpm"}  # how schedulers and runs call them
-
-
-def check_network(config: TrainingConfig, unet: ConditionalUNet, with_text: bool) -> None:
+def check_network(config: TrainingConfig, unet: StageNetwork, with_text: bool) -> None:
     """Checks sides, conditioning image and text.
 
     Args:
         config (`TrainingConfig`): The data, and what is done to it.
-        unet (`ConditionalUNet`): The network.
+        unet (`StageNetwork`): The network.
         with_text (`bool`): Whether batches have text.
 
     Raises:
@@ -37,10 +40,10 @@ def check_network(config: TrainingConfig, unet: ConditionalUNet, with_text: bool
                 f"`{name}` gives images of {shape[0]}x{shape[1]}, but this network takes multiples of {stride}, "
                 f"such as {' or '.join(map(str, near))}."
             )
-    if unet.config.low_res_conditioning != (config.low_resolution is not None):
-        needs = "is conditioned on one: give `low_resolution`" if unet.config.low_res_conditioning else "takes none"
+    if unet.takes_low_res != (config.low_resolution is not None):
+        needs = "is conditioned on one: give `low_resolution`" if unet.takes_low_res else "takes none"
         raise ValueError(f"`low_resolution` is {config.low_resolution}, but this network {needs}.")
-    told = unet.config.low_res_noise_conditioning
+    told = unet.takes_low_res_noise_level
     if config.low_resolution is not None and told != bool(config.noise_conditioning_augmentation):
         raise ValueError(
             f"`noise_conditioning_augmentation` is {config.noise_conditioning_augmentation}, but this network is "
@@ -48,18 +51,31 @@ def check_network(config: TrainingConfig, unet: ConditionalUNet, with_text: bool
             + "told its conditioning image's noise level: set it "
             + ("above 0, such as 0.5." if told else "to 0.")
         )
-    if with_text and unet.config.encoder_hid_dim is None:
+    if with_text and unet.text_width is None:
         raise ValueError("`text_encoder` or `embedding_cache` is given, but this network was built without text.")
-    if not with_text and unet.config.encoder_hid_dim is not None:
+    if not with_text and unet.text_width is not None:
         raise ValueError("This network reads text: give `text_encoder` or `embedding_cache`.")
 
 
-def check_width(unet: ConditionalUNet, width: int | None) -> None:
-    """Checks the width of the text states, if it is known."""
-    if width is not None and unet.config.encoder_hid_dim not in (None, width):
+def check_modules(config: TrainingConfig, accelerator: Accelerator, modules: list[torch.nn.Module]) -> None:
+    """Checks that modules can be trained beside the network.
+
+    Raises:
+        ValueError: If there are any, and weights are spread over processes.
+    """
+    if modules and is_spread(accelerator):
         raise ValueError(
-            f"The text states are {width} wide, but this network reads {unet.config.encoder_hid_dim}: give the text "
-            "encoder, or the embedding cache, that it was made for."
+            f"`loss_weighting` is {config.loss_weighting!r}, but {accelerator.distributed_type.value} trains one module "
+            "only."
+        )
+
+
+def check_width(unet: StageNetwork, width: int | None) -> None:
+    """Checks the width of the text embeddings; None is that of no text."""
+    if width is not None and unet.text_width not in (None, width):
+        raise ValueError(
+            f"The text embeddings are {width} wide, but this network reads {unet.text_width}: give the text encoder, or "
+            "the embedding cache, that it was made for."
         )
 
 
@@ -87,8 +103,8 @@ def check_objective(config: TrainingConfig) -> None:
             saved = EDMHeunScheduler.load_config(place, subfolder=part)  # reads what any scheduler saved
         except OSError:
             return
-    trained = FORMULATIONS.get(str(saved.get("preconditioning")))
-    if trained is None:  # a scheduler that is not of this package
+    trained = saved.get("preconditioning")
+    if trained not in get_args(hints_of(TrainingConfig)["preconditioning"]):  # a scheduler that is not of this package
         return
     keys = ("sigma_data",) if trained == "edm" else ("sigma_data", "prediction_type", "beta_schedule")
     expected = {"preconditioning": trained, **{key: saved[key] for key in keys if key in saved}}

@@ -16,8 +16,14 @@ from .data.data_config import DataConfig, arg
 POLYNOMIAL_END = 1e-7  # learning rate at the end of diffusers' polynomial schedule
 TRACKER_MODULES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}  # any of them serves
 
-OF_EDM = ("p_mean", "p_std")
-OF_DDPM = ("prediction_type", "beta_schedule", "snr_gamma")
+# settings that have a meaning for one value of another setting only
+OF_CHOICES = {
+    "preconditioning": {
+        "edm": ("p_mean", "p_std"),
+        "variance_preserving": ("prediction_type", "beta_schedule", "snr_gamma"),
+    },
+    "loss_weighting": {"min_snr": ("snr_gamma",)},
+}
 
 
 @dataclass
@@ -43,23 +49,26 @@ class TrainingConfig(DataConfig):
     )
     text_encoder: str | None = arg(None, "Folder with text_encoder/ and tokenizer/; None trains without text.")
 
-    preconditioning: Literal["edm", "ddpm"] = arg(
-        "edm", "How the network is trained: edm of Karras et al. 2022, or ddpm in continuous time."
+    preconditioning: Literal["edm", "variance_preserving"] = arg(
+        "edm",
+        "How the network is trained: edm of Karras et al. 2022, or variance_preserving as DDPM, in continuous time.",
     )
     sigma_data: float = arg(0.5, "Standard deviation of the images.")
     p_mean: float = arg(-1.2, "edm: mean of the training noise levels' logarithm.")
     p_std: float = arg(1.2, "edm: standard deviation of the training noise levels' logarithm.")
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = arg(
-        "epsilon", "ddpm: what the network predicts: noise, image or velocity."
+        "epsilon", "variance_preserving: what the network predicts: noise, image or velocity."
     )
     beta_schedule: Literal["squaredcos_cap_v2", "linear"] = arg(
-        "squaredcos_cap_v2", "ddpm: noise schedule, whose times are drawn uniformly."
+        "squaredcos_cap_v2", "variance_preserving: noise schedule, whose times are drawn uniformly."
     )
-    snr_gamma: float | None = arg(None, "ddpm: gamma of min-SNR weighting, usually 5; None weighs all times alike.")
     loss: Literal["l2", "l1", "huber"] = arg("l2", "Distance of prediction and target.")
-    uncertainty_weighting: bool = arg(
-        False, "Learn the weight of each noise level along with the network (Karras et al. 2024, EDM2)."
+    loss_weighting: Literal["uniform", "min_snr", "uncertainty"] = arg(
+        "uniform",
+        "What a noise level counts: all alike; min_snr of Hang et al. 2023 with variance_preserving; uncertainty learns "
+        "it along with the network (Karras et al. 2024, EDM2).",
     )
+    snr_gamma: float | None = arg(None, "min_snr: gamma; 5 if not given.")
     stratified_noise: bool = arg(False, "Spread the noise levels of a step evenly over their distribution.")
     text_drop_rate: float = arg(0.1, "Rate of dropped captions, for classifier-free guidance.")
     noise_conditioning_augmentation: float = arg(
@@ -150,11 +159,15 @@ class TrainingConfig(DataConfig):
 
     def _check_objective(self) -> None:
         defaults = {f.name: f.default for f in fields(TrainingConfig)}
-        for name in OF_DDPM if self.preconditioning == "edm" else OF_EDM:
-            if getattr(self, name) != defaults[name]:
-                raise ValueError(
-                    f"`{name}` is {getattr(self, name)!r}, but `preconditioning` {self.preconditioning!r} has none."
-                )
+        for setting, of_values in OF_CHOICES.items():
+            chosen = getattr(self, setting)
+            for name in (name for value, names in of_values.items() if value != chosen for name in names):
+                if getattr(self, name) != defaults[name]:
+                    raise ValueError(f"`{name}` is {getattr(self, name)!r}, but `{setting}` {chosen!r} has none.")
+        if self.loss_weighting == "min_snr" and self.preconditioning != "variance_preserving":
+            raise ValueError(
+                f"`loss_weighting` is 'min_snr', but should be another with `preconditioning` {self.preconditioning!r}."
+            )
         if not (
             self.noise_conditioning_augmentation == 0 or self.noise_conditioning_augmentation > MIN_AUGMENTATION_SIGMA
         ):

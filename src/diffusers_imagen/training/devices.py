@@ -11,7 +11,7 @@ from diffusers.utils import logging
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from ..models.unet_base import ConditionalUNet
+from ..models.interface import StageNetwork
 from .config import TrainingConfig
 
 
@@ -39,11 +39,6 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
             "`mixed_precision` is 'bf16', which this CPU has no instructions for: training will be about ten times "
             "slower than with 'no'."
         )
-    shares = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-    if shares and config.uncertainty_weighting:
-        raise ValueError(
-            f"`uncertainty_weighting` is True, but {accelerator.distributed_type.value} trains one module only."
-        )
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ValueError("FSDP is version 1, but should be 2: see configs/accelerate/fsdp2.yaml.")
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -56,6 +51,11 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     if config.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     return accelerator
+
+
+def is_spread(accelerator: Accelerator) -> bool:
+    """Whether weights or moments are spread over processes, by FSDP or DeepSpeed."""
+    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 def cpu_lacks_bf16() -> bool:
@@ -104,7 +104,7 @@ def on_main_process(accelerator: Accelerator, do: Callable[[], Result]) -> Resul
 
 def describe_sharing(accelerator: Accelerator) -> str:
     """How weights and moments are spread over processes, which decides how a checkpoint has them."""
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+    if is_spread(accelerator):
         return f"{accelerator.distributed_type.value} over {accelerator.num_processes} processes"
     return "whole in each process"
 
@@ -114,7 +114,7 @@ def inner_network(accelerator: Accelerator, module: torch.nn.Module) -> torch.nn
     return accelerator.unwrap_model(getattr(module, "_orig_mod", module))
 
 
-def whole_network(accelerator: Accelerator, unet: torch.nn.Module) -> ConditionalUNet:
+def whole_network(accelerator: Accelerator, unet: torch.nn.Module) -> StageNetwork:
     """The network without wrappers; where it is spread over processes, the main process gets a gathered copy.
 
     All processes call this.

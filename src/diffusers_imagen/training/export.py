@@ -12,7 +12,7 @@ from typing import Any
 from diffusers import SchedulerMixin
 from huggingface_hub import create_repo, upload_folder
 
-from ..models.unet_base import ConditionalUNet
+from ..models.interface import StageNetwork
 from ..pipelines import ImagenPipeline, ImagenSuperResolutionPipeline
 from ..utils.errors import NETWORK, one_line
 from ..utils.files import read_json_object, sha256, whole_folder, write_json
@@ -125,7 +125,7 @@ def digest_stage(folder: Path) -> dict[str, str]:
 
 
 def save_stage(
-    unet: ConditionalUNet, scheduler: SchedulerMixin, config: TrainingConfig, step: int, results: dict[str, float]
+    unet: StageNetwork, scheduler: SchedulerMixin, config: TrainingConfig, step: int, results: dict[str, float]
 ) -> None:
     """Writes the stage to `config.output_dir`: all of it beside its place first, then part by part into it."""
     with parts_of(config) as partial:
@@ -178,7 +178,7 @@ def public_name(name: Any) -> Any:
 
 
 def model_card(
-    unet: ConditionalUNet,
+    unet: StageNetwork,
     config: TrainingConfig,
     step: int,
     results: dict[str, float],
@@ -188,7 +188,7 @@ def model_card(
     """Data, configuration, steps, losses and sample images of a stage.
 
     Args:
-        unet (`ConditionalUNet`), config (`TrainingConfig`): What was trained, and how.
+        unet (`StageNetwork`), config (`TrainingConfig`): What was trained, and how.
         step (`int`), results (`dict[str, float]`): How long, and with which losses.
         usage (`str`): Python that uses it, with `{name}` for its folder.
         adapter_of (`str`, *optional*): The stage that was left as it is, if only an adapter was trained.

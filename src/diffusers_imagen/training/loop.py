@@ -6,7 +6,6 @@ stopped.
 """
 
 import math
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +14,26 @@ from accelerate.utils import DistributedType
 from diffusers.utils import logging
 from tqdm.auto import tqdm
 
-from ..models.unet_base import ConditionalUNet
+from ..models.interface import StageNetwork
 from ..text.cache import open_text
 from ..text.source import TextSource
 from .checkpoints import Checkpoints, Found
-from .compatibility import check_network, check_width
+from .compatibility import check_modules, check_network, check_width
 from .config import TrainingConfig
-from .data import BatchStream, ValidationBatches, make_train_batches, make_validation_batches
+from .data import BatchStream, make_train_batches, make_validation_batches
 from .devices import describe_sharing, inner_network, make_accelerator, on_main_process, own_part, whole_network
 from .ema.averages import WeightAverages
 from .export import digest_stage, make_repository, public_settings, save_stage, upload_stage
 from .interruption import Interruption, TrainingInterrupted
-from .monitor import RECORDS, ComputeClock, Monitor, Records, Stopwatch, describe_time, memory_used, not_finite
+from .monitor import RECORDS, ComputeClock, Losses, Monitor, Records, Stopwatch, describe_time, memory_used, not_finite
 from .network import check_finite, choose_attention, prepare_network, seeded_dropout
-from .objective.formulations import make_objective
-from .objective.losses import UncertaintyWeighting, denoising_loss, to_device
+from .objective.losses import denoising_loss, to_device
+from .objective.objectives import make_objective
 from .objective.step_draws import StepDraws
 from .optimization import clip_gradients, learning_rates, make_optimizer, step_if_finite, trainable
 from .output_folder import OutputFolder
 from .run_identity import TEXT_ENCODER, describe_run, in_json
-from .sampling import draw_samples, log_samples, read_prompts, write_samples
+from .sampling import draw_samples, read_prompts, show_samples
 from .states import NetworkState, OptimizerState
 from .validation import ValidationLoss
 
@@ -42,12 +41,12 @@ from .validation import ValidationLoss
 logger = logging.get_logger(__name__)
 
 
-def train(config: TrainingConfig, unet: ConditionalUNet, text: TextSource | None = None) -> dict[str, float]:
+def train(config: TrainingConfig, unet: StageNetwork, text: TextSource | None = None) -> dict[str, float]:
     """Trains a network and writes the stage to `config.output_dir`; returns the last losses.
 
     Args:
         config (`TrainingConfig`): The settings.
-        unet (`ConditionalUNet`): The network, trained in place.
+        unet (`StageNetwork`): The network, trained in place.
         text (`TextSource`, *optional*): Makes the embeddings of captions and prompts; by default what `text_encoder`
             and `embedding_cache` of `config` name. Without any the network has to be one without text.
 
@@ -63,109 +62,40 @@ def train(config: TrainingConfig, unet: ConditionalUNet, text: TextSource | None
 class Trainer:
     """A run: what is trained, on what, and what is kept of it.
 
-    A fine-tuning run that differs overrides `adapt`, `describe`, `make_batches`, `weigh` or `export`.
+    It is made without any work but checks; `train` does the rest, or `prepare`, `start` and `train_step` one by one.
+
+    A run of another kind overrides some of these, and nothing else:
+
+    - `adapt(unet)`: changes the network in place, before anything is made for it, such as adds an adapter to it.
+    - `describe()`: what a checkpoint must agree on with the run.
+    - `make_batches()`: the training batches of this process.
+    - `weigh(losses, log_snr)`: the numbers whose mean a step minimizes, of the losses of a batch.
+    - `network_state()`: what a checkpoint has of the network.
+    - `export(unet, done, results)`: writes what was trained.
 
     Args: as `train`.
     """
 
-    def __init__(self, config: TrainingConfig, unet: ConditionalUNet, text: TextSource | None = None):
-        self.config = config
-        self.accelerator = accelerator = make_accelerator(config)
+    def __init__(self, config: TrainingConfig, unet: StageNetwork, text: TextSource | None = None):
+        self.config, self.unet = config, unet
         if text is None:
             text = open_text(config.text_encoder, config.embedding_cache, config.tokenizer_max_length)
-        check_network(config, unet, with_text=text is not None)
-        choose_attention(unet, config)
+        self.text = text
+        self.accelerator = make_accelerator(config)
         self.objective = make_objective(config)
+        self.folder = OutputFolder(config)
+        self.losses = Losses(loss=math.nan)
+        check_network(config, unet, with_text=text is not None)
+        check_modules(config, self.accelerator, self.objective.trained_modules)
+        choose_attention(unet, config)
         self.adapt(unet)
         check_finite(unet, config.pretrained_model_name_or_path)
-        weighting = UncertaintyWeighting(config.seed) if config.uncertainty_weighting else None
-        optimizer = make_optimizer(config, unet, weighting, accelerator.num_processes)
-        self.checkpoints = Checkpoints(accelerator, config, in_json(self.describe(unet)))
-        self.folder = OutputFolder(config)
-        on_main_process(accelerator, self.look_ahead)
-        self.prompts = read_prompts(config, text)
-
-        place = (accelerator.process_index, accelerator.num_processes)
-        self.batches = self.make_batches(unet, text, *place)
-        held_out = make_validation_batches(config, text, *place) if config.validation_split else None
-        check_width(unet, self.batches.text_width)
-        identity = None if text is None else text.identity()
-        self.checkpoints.run |= in_json({**(self.batches.content or {}), TEXT_ENCODER: identity})
-        release_encoder(text, self.batches, held_out)
-        self.validation = (
-            None if held_out is None else ValidationLoss(config, self.objective, held_out, accelerator.device)
-        )
-
         self.names = [name for name, parameter in unet.named_parameters() if parameter.requires_grad]
-        unet = prepare_network(unet, config, accelerator.distributed_type)
-        self.unet, self.optimizer, self.weighting = accelerator.prepare(unet, optimizer, weighting)
-        self.parameters = trainable(self.unet)
-        self.averages = WeightAverages(config, self.parameters)
-        self.monitor = Monitor(accelerator.device)
-        self.register_states()
-
-        self.draws = StepDraws(
-            self.objective, config.seed, stratified=config.stratified_noise, device=accelerator.device
-        )
-        self.clock, self.stopwatch = ComputeClock(accelerator.device), Stopwatch()
-        self.losses = {"loss": math.nan}
-
-    def adapt(self, unet: ConditionalUNet) -> None:
-        """Changes the network, in place, before anything is made for it; what needs no gradient then is not trained."""
-
-    def describe(self, unet: ConditionalUNet) -> dict[str, Any]:
-        """What a checkpoint must agree on with this run, but for the data."""
-        accelerator = self.accelerator
-        sharing = (accelerator.num_processes, describe_sharing(accelerator))
-        return describe_run(self.config, unet, accelerator.mixed_precision, *sharing)
-
-    def look_ahead(self) -> None:
-        """Refuses, before there is any work, what `begin` would refuse."""
-        self.folder.check_free()
-        self.folder.plan(self.checkpoints.find(), self.checkpoints.run, partly=True)
-
-    def network_state(self) -> dict[str, NetworkState]:
-        """What a checkpoint has of the network, by the name of its file."""
-        return {"model": NetworkState(inner_network(self.accelerator, self.unet))}
-
-    def register_states(self) -> None:
-        """Tells the checkpoints what to save."""
-        kind, checkpoints = self.accelerator.distributed_type, self.checkpoints
-        shared, states = checkpoints.shared, {}
-        if kind == DistributedType.DEEPSPEED:
-            checkpoints.engine = self.unet
-        else:
-            states = {**self.network_state(), "optimizer": OptimizerState(self.optimizer, self.accelerator.scaler)}
-        states["averages"] = self.averages
-        checkpoints.own |= {"data": self.batches, "monitor": self.monitor, "losses": LastLosses(self)}
-        if kind == DistributedType.FSDP:
-            checkpoints.own |= states  # each process has its part of them
-        else:
-            shared |= states
-        if self.weighting is not None:
-            shared["model_1"] = NetworkState(inner_network(self.accelerator, self.weighting))
-
-    def make_batches(
-        self, unet: ConditionalUNet, text: TextSource | None, process_index: int, num_processes: int
-    ) -> BatchStream:
-        """The training batches of this process."""
-        return make_train_batches(self.config, text, process_index, num_processes)
-
-    def weigh(self, losses: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        """Losses `(B,)` at noise levels `(B,)` as the numbers whose mean the step takes."""
-        return losses if self.weighting is None else self.weighting(losses, sigma)
-
-    def export(self, unet: ConditionalUNet, done: int, results: dict[str, float]) -> None:
-        """Writes what is trained, with its averaged weights."""
-        save_stage(unet, self.objective.scheduler(), self.config, done, results)
-
-    @property
-    def images_per_step(self) -> int:
-        """Images of a step, over all processes and accumulated batches."""
-        return self.batches.stride * self.config.gradient_accumulation_steps
+        self.parameters = trainable(unet)
 
     def train(self) -> dict[str, float]:
         """Runs to the last step."""
+        self.prepare()
         try:
             first_step = self.start()
             if first_step == self.config.max_train_steps:
@@ -182,35 +112,129 @@ class Trainer:
     def train_step(self, step: int) -> None:
         """One optimizer step over all accumulated batches."""
         accumulated = self.config.gradient_accumulation_steps
-        modules = [self.unet] if self.weighting is None else [self.unet, self.weighting]
         self.draws.begin(step, self.batches.images_seen, self.images_per_step)
         for part in range(accumulated):
             first_slot = self.batches.first_slot
             batch = to_device(next(self.batches), self.accelerator.device, self.config.channels_last)
             draws = self.draws(first_slot, batch)
-            sigma = self.objective.sigma(draws.level)
+            dropout = seeded_dropout(self.unet, self.config.seed, step, part, self.accelerator.process_index)
 
-            with self.clock, self.accelerator.accumulate(*modules):
-                with self.accelerator.autocast(), self.dropout(step, part):
+            with self.clock, self.accelerator.accumulate(*self.modules):
+                with self.accelerator.autocast(), dropout:
                     losses = denoising_loss(self.unet, batch, draws, self.objective, self.config)
-                self.accelerator.backward(self.weigh(losses, sigma).mean())
+                self.accelerator.backward(self.weigh(losses, draws.log_snr).mean())
                 if self.accelerator.sync_gradients:
                     grad_norm = clip_gradients(self.accelerator, self.parameters, self.config.max_grad_norm)
                     step_if_finite(self.optimizer, grad_norm)
                     self.optimizer.zero_grad()
-            self.monitor.add(losses.detach(), sigma, share=1 / accumulated)
+            self.monitor.add(losses.detach(), draws.sigma, share=1 / accumulated)
         self.schedule.step()
         self.averages.step(self.parameters)
         self.monitor.end_step(grad_norm)
 
-    def dropout(self, step: int, part: int) -> AbstractContextManager:
-        """What dropout draws inside is of this part of the step, in this process."""
-        return seeded_dropout(self.unet, self.config.seed, step, part, self.accelerator.process_index)
+    # ---- what another kind of run overrides
+
+    def adapt(self, unet: StageNetwork) -> None:
+        """Changes the network, in place, before anything is made for it; what needs no gradient then is not trained."""
+
+    def describe(self) -> dict[str, Any]:
+        """What a checkpoint must agree on with this run, but for the data."""
+        accelerator = self.accelerator
+        sharing = (accelerator.num_processes, describe_sharing(accelerator))
+        return describe_run(self.config, self.unet, accelerator.mixed_precision, *sharing)
+
+    def make_batches(self) -> BatchStream:
+        """The training batches of this process."""
+        return make_train_batches(self.config, self.text, *self.place)
+
+    def weigh(self, losses: torch.Tensor, log_snr: torch.Tensor) -> torch.Tensor:
+        """Losses `(B,)` at noise levels `(B,)` as the numbers whose mean the step takes."""
+        return self.objective.minimized(losses, log_snr)
+
+    def network_state(self) -> dict[str, NetworkState]:
+        """What a checkpoint has of the network, by the name of its file."""
+        return {"model": NetworkState(inner_network(self.accelerator, self.unet))}
+
+    def export(self, unet: StageNetwork, done: int, results: dict[str, float]) -> None:
+        """Writes what is trained, with its averaged weights."""
+        save_stage(unet, self.objective.scheduler(), self.config, done, results)
+
+    # ---- before the first step
+
+    def prepare(self) -> None:
+        """Looks at the folder, reads the data, and puts what is trained where it is trained."""
+        modules, config, accelerator = self.objective.trained_modules, self.config, self.accelerator
+        optimizer = make_optimizer(config, self.unet, modules, accelerator.num_processes)
+        self.checkpoints = Checkpoints(accelerator, config, in_json(self.describe()))
+        on_main_process(accelerator, self.look_ahead)
+        self.read_data()
+
+        unet = prepare_network(self.unet, config, accelerator.distributed_type)
+        self.unet, self.optimizer, *self.objective.trained_modules = accelerator.prepare(unet, optimizer, *modules)
+        self.parameters = trainable(self.unet)
+        self.averages = WeightAverages(config, self.parameters)
+        self.monitor, self.clock = Monitor(accelerator.device), ComputeClock(accelerator.device)
+        stratified = config.stratified_noise
+        self.draws = StepDraws(self.objective, config.seed, stratified=stratified, device=accelerator.device)
+        self.register_states()
+
+    def look_ahead(self) -> None:
+        """Refuses, before there is any work, what `begin` would refuse."""
+        self.folder.check_free()
+        self.folder.plan(self.checkpoints.find(), self.checkpoints.run, partly=True)
+
+    def read_data(self) -> None:
+        """Opens what is trained and validated on; the text encoder leaves memory where it is not needed any more."""
+        config, text = self.config, self.text
+        self.prompts = read_prompts(config, text)
+        self.batches = self.make_batches()
+        self.validation, streams = None, [self.batches]
+        if config.validation_split:
+            held_out = make_validation_batches(config, text, *self.place)
+            self.validation = ValidationLoss(config, self.objective, held_out, self.accelerator.device)
+            streams.append(held_out)
+        check_width(self.unet, None if text is None else text.width)
+        identity = None if text is None else text.identity()
+        self.checkpoints.run |= in_json({**(self.batches.content or {}), TEXT_ENCODER: identity})
+        if text is not None and not any(stream.needs_encoder for stream in streams):
+            text.release()
+
+    def register_states(self) -> None:
+        """Tells the checkpoints what to save."""
+        kind, checkpoints = self.accelerator.distributed_type, self.checkpoints
+        shared, states = checkpoints.shared, {}
+        if kind == DistributedType.DEEPSPEED:
+            checkpoints.engine = self.unet
+        else:
+            states = {**self.network_state(), "optimizer": OptimizerState(self.optimizer, self.accelerator.scaler)}
+        states["averages"] = self.averages
+        checkpoints.own |= {"data": self.batches, "monitor": self.monitor, "losses": self.losses}
+        if kind == DistributedType.FSDP:
+            checkpoints.own |= states  # each process has its part of them
+        else:
+            shared |= states
+        for number, module in enumerate(self.objective.trained_modules, start=1):
+            shared[f"model_{number}"] = NetworkState(inner_network(self.accelerator, module))
+
+    @property
+    def modules(self) -> list[torch.nn.Module]:
+        """What has weights that are trained."""
+        return [self.unet, *self.objective.trained_modules]
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """This process among all."""
+        return self.accelerator.process_index, self.accelerator.num_processes
+
+    @property
+    def images_per_step(self) -> int:
+        """Images of a step, over all processes and accumulated batches."""
+        return self.batches.stride * self.config.gradient_accumulation_steps
 
     def start(self) -> int:
         """Takes the folder, and goes on from the checkpoint, if there is one; returns the first step."""
         accelerator, config = self.accelerator, self.config
-        self.found = found = on_main_process(accelerator, self.begin)
+        found = on_main_process(accelerator, self.begin)
         if found.folder is not None:
             self.checkpoints.load(found)
             self.check_place(found)
@@ -252,9 +276,8 @@ class Trainer:
 
     def count_not_finite(self) -> int:
         """How many weights and averages, as tensors, have a value that is not finite, in all processes."""
-        parts = [own_part(parameter) for parameter in self.parameters]
-        count = not_finite([*parts, *self.averages.tensors()]).to(self.accelerator.device)
-        return int(self.accelerator.reduce(count, "sum").item())
+        tensors = [*map(own_part, self.parameters), *self.averages.tensors()]
+        return int(self.accelerator.reduce(not_finite(tensors).to(self.accelerator.device), "sum").item())
 
     def after_step(self, done: int, progress: tqdm, interruption: Interruption) -> None:
         """What there is to do between steps, of which `done` are done. The checkpoint comes last of what belongs to a
@@ -369,15 +392,10 @@ class Trainer:
     def sample(self, done: int) -> None:
         """Draws the validation prompts and writes a grid; the other processes wait where they meet next."""
         unet = whole_network(self.accelerator, self.unet)
-        if not self.accelerator.is_main_process:
-            return
-        images = draw_samples(unet.eval(), self.objective.scheduler(), self.prompts, self.config)
-        unet.train()
-        if not images.isfinite().all():
-            logger.warning(f"The samples of step {done} are not finite: they are not written.")
-            return
-        write_samples(images, self.config.output_dir, done)
-        log_samples(self.accelerator, images, self.config.validation_prompts, done)
+        if self.accelerator.is_main_process:
+            images = draw_samples(unet.eval(), self.objective, self.prompts, self.config)
+            unet.train()
+            show_samples(self.accelerator, images, self.config, done)
 
     def save_snapshots(self, done: int) -> None:
         """Writes the power-function averages."""
@@ -416,9 +434,7 @@ class Trainer:
         gloo's threads without giving up the interpreter's lock, which those threads may need for their last tensors.
         """
         self.batches.close()
-        self.unet = self.accelerator.unwrap_model(self.unet)
-        if self.weighting is not None:
-            self.weighting = self.accelerator.unwrap_model(self.weighting)
+        self.unet, *self.objective.trained_modules = map(self.accelerator.unwrap_model, self.modules)
         self.accelerator.free_memory()
         self.accelerator.end_training()
 
@@ -431,24 +447,3 @@ class Trainer:
             disable=not self.accelerator.is_local_main_process,
             mininterval=10,
         )
-
-
-class LastLosses:
-    """The last losses of a run, as what a checkpoint has of them."""
-
-    def __init__(self, trainer: Trainer):
-        self.trainer = trainer
-
-    def state_dict(self) -> dict[str, float]:
-        return dict(self.trainer.losses)
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        if not all(isinstance(name, str) and isinstance(value, float) for name, value in state.items()):
-            raise ValueError("its losses are no numbers")
-        self.trainer.losses |= state
-
-
-def release_encoder(text: TextSource | None, *streams: BatchStream | ValidationBatches | None) -> None:
-    """Takes the text encoder out of memory where no stream needs it while batches are drawn."""
-    if text is not None and not any(stream is not None and stream.needs_encoder for stream in streams):
-        text.release()

@@ -45,6 +45,18 @@ class NoiseLevelMeans:
         return {name: total / count for name, total, count in zip(BUCKETS, *sums.tolist()) if count}
 
 
+class Losses(dict[str, float]):
+    """The last losses of a run, by their names."""
+
+    def state_dict(self) -> dict[str, float]:
+        return dict(self)
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        if not all(isinstance(name, str) and isinstance(value, float) for name, value in state.items()):
+            raise ValueError("its losses are no numbers")
+        self.update(state)
+
+
 class Monitor:
     """Losses and norms of the steps since they were last fetched, and a running average of the loss."""
 

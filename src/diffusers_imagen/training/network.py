@@ -1,6 +1,5 @@
 """The network of a run: made, and set up for training."""
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from diffusers import AutoModel, DiffusionPipeline
 
 from ..models import ImagenUNetModel
 from ..models.growing import change_layers, grow_unet
+from ..models.interface import StageNetwork
 from ..models.presets import create_unet
 from ..models.unet_base import ConditionalUNet
 from ..pipelines.stages import missing_weights
@@ -23,6 +23,8 @@ from ..utils.files import read_json_object
 from .config import TrainingConfig
 
 
+NETWORKS = ("base_unet", "sr256_unet", "sr1024_unet")  # of a cascade
+NETWORK_CLASSES = "ImagenUNetModel or EfficientUNetModel"
 DROPOUT_SEED = 33  # a word after the run's seed, unlike those of its data and steps
 
 
@@ -35,7 +37,7 @@ def fresh_weights(seed: int) -> Iterator[None]:
         yield
 
 
-def make_unet(config: TrainingConfig) -> ConditionalUNet:
+def make_unet(config: TrainingConfig) -> StageNetwork:
     """The network to train, set to the resolution that it is trained at. What it has of fresh weights, all or those of
     levels and blocks that were added, `config.seed` decides.
 
@@ -57,40 +59,43 @@ def make_unet(config: TrainingConfig) -> ConditionalUNet:
     return unet.at_resolution(config.resolution)
 
 
-def start_network(config: TrainingConfig) -> ConditionalUNet:
+def start_network(config: TrainingConfig) -> StageNetwork:
     """The network that the configuration names, before it is changed."""
     if config.preset is not None:
         return create_unet(config.preset)
     if config.model_config_name_or_path is not None:
-        return unet_of_config(config)
+        return fresh_unet("model_config_name_or_path", config.model_config_name_or_path, find_network(config))
     return load_unet(config.pretrained_model_name_or_path, find_network(config))
 
 
 def find_network(config: TrainingConfig) -> str | None:
-    """The subfolder of the network that a run begins with: of a cascade that of the stage which the resolutions name,
-    of a single stage `unet`; None if the name is that of the network itself.
+    """The subfolder of the network that a run begins with: of a cascade that of the stage with these sizes, of a single
+    stage `unet`; None if the name is that of the network itself.
+
+    A base stage can be trained at another resolution than its network's, an upscaler cannot.
 
     Raises:
-        ValueError: If a cascade has no such stage, or its model_index.json is malformed.
+        ValueError: If a cascade has no such stage, or its model_index.json or a config.json is malformed.
     """
-    name = config.pretrained_model_name_or_path or config.model_config_name_or_path
+    argument = "pretrained_model_name_or_path" if config.pretrained_model_name_or_path else "model_config_name_or_path"
+    name = getattr(config, argument)
     if (Path(name) / "config.json").is_file():
         return None
-    parts = load_index(name)
-    if "base_unet" not in parts:
+    index = load_index(name)
+    parts = [part for part in NETWORKS if isinstance(index.get(part), list) and index[part][:1] != [None]]
+    if not parts:
         return "unet"
-    wanted = "base_unet" if config.low_resolution is None else f"sr{config.resolution}_unet"
-    stages = [
-        part
-        for part, kind in parts.items()
-        if re.fullmatch(r"(base|sr\d+)_unet", part) and isinstance(kind, list) and kind[:1] != [None]
-    ]
-    if wanted not in stages:
-        raise ValueError(
-            f"`resolution` is {config.resolution}, but the cascade '{name}' has no {wanted} among {stages}: name one of "
-            "its stages by `resolution` and `low_resolution`."
-        )
-    return wanted
+    with torch.device("meta"):  # for their sizes, without memory for their weights
+        networks = {part: fresh_unet(argument, name, part) for part in parts}
+    takes_low_res = config.low_resolution is not None
+    for part, unet in networks.items():
+        if unet.takes_low_res == takes_low_res and (unet.resolution == config.resolution or not takes_low_res):
+            return part
+    sizes = [f"{unet.resolution} {'with' if unet.takes_low_res else 'without'} one" for unet in networks.values()]
+    raise ValueError(
+        f"`resolution` is {config.resolution} and `low_resolution` {config.low_resolution}, but should be those of a "
+        f"stage of the cascade '{name}': {', '.join(sizes)}."
+    )
 
 
 def load_index(name: str) -> dict[str, Any]:
@@ -104,71 +109,59 @@ def load_index(name: str) -> dict[str, Any]:
         return {}
 
 
-def unet_of_config(config: TrainingConfig) -> ConditionalUNet:
-    """A network with fresh weights, of `config.model_config_name_or_path`.
+def fresh_unet(argument: str, name: str, subfolder: str | None) -> StageNetwork:
+    """A network with fresh weights, of the config.json in a folder or on the Hub that an argument names.
 
     Raises:
         ValueError: If there is none, or none that this loop trains.
     """
-    name = config.model_config_name_or_path
+    what = f"`{argument}` is '{name}', "
     try:
-        found = ConditionalUNet.load_config(name, subfolder=find_network(config))
+        found = ConditionalUNet.load_config(name, subfolder=subfolder)
     except Exception as error:
-        reason = describe_fault(error)
-        raise ValueError(f"`model_config_name_or_path` is '{name}', which has no config.json: {reason}") from error
+        raise ValueError(f"{what}which has no config.json: {describe_fault(error)}") from error
     if not isinstance(found, dict):
-        raise ValueError(f"`model_config_name_or_path` is '{name}', whose config.json holds no object.")
+        raise ValueError(f"{what}whose config.json holds no object.")
     network_class = getattr(diffusers, str(found.get("_class_name")), None)
-    if not (isinstance(network_class, type) and issubclass(network_class, ConditionalUNet)):
-        raise ValueError(
-            f"`model_config_name_or_path` is '{name}', which is of {found.get('_class_name')}, but should be of "
-            "ImagenUNetModel or EfficientUNetModel."
-        )
+    if not (isinstance(network_class, type) and issubclass(network_class, StageNetwork)):
+        raise ValueError(f"{what}which is of {found.get('_class_name')}, but should be of {NETWORK_CLASSES}.")
     try:
         return network_class.from_config(found)
     except (TypeError, KeyError, AttributeError, ArithmeticError, RuntimeError) as error:
-        raise ValueError(
-            f"`model_config_name_or_path` is '{name}', of which no network can be made: {describe_fault(error)}"
-        ) from error
+        raise ValueError(f"{what}of which no network can be made: {describe_fault(error)}") from error
 
 
-def load_unet(name: str, subfolder: str | None = "unet") -> ConditionalUNet:
+def load_unet(name: str, subfolder: str | None = "unet") -> StageNetwork:
     """A network in a folder, or of a repository on the Hub.
 
     Raises:
         ValueError: If there is none.
     """
+    what = f"`pretrained_model_name_or_path` is '{name}', "
     if Path(name).is_dir() and not (Path(name) / (subfolder or "") / "config.json").is_file():
         raise ValueError(
-            f"`pretrained_model_name_or_path` is '{name}', which has no {subfolder or '.'}/config.json: give a stage, a "
-            "cascade or the folder of a network."
+            f"{what}which has no {subfolder or '.'}/config.json: give a stage, a cascade or the folder of a network."
         )
     try:
         unet = AutoModel.from_pretrained(name, subfolder=subfolder)  # knows our classes: they are registered
     except Exception as error:  # whatever is in its files
-        raise ValueError(
-            f"`pretrained_model_name_or_path` is '{name}', which has no network that can be loaded: "
-            f"{describe_fault(error)}"
-        ) from error
-    if not isinstance(unet, ConditionalUNet):
-        raise ValueError(
-            f"`pretrained_model_name_or_path` is '{name}', which has an {type(unet).__name__}, but should have an "
-            "ImagenUNetModel or EfficientUNetModel."
-        )
+        raise ValueError(f"{what}which has no network that can be loaded: {describe_fault(error)}") from error
+    if not isinstance(unet, StageNetwork):
+        raise ValueError(f"{what}which has an {type(unet).__name__}, but should have an {NETWORK_CLASSES}.")
     missing = missing_weights(unet)
     if missing:
         raise ValueError(
-            f"`pretrained_model_name_or_path` is '{name}', whose network lacks {len(missing)} weights, {missing[0]} among "
-            "them: it was saved by another version, or is not complete."
+            f"{what}whose network lacks {len(missing)} weights, {missing[0]} among them: it was saved by another "
+            "version, or is not complete."
         )
     return unet
 
 
-def check_finite(unet: ConditionalUNet, name: str | None = None) -> None:
+def check_finite(unet: StageNetwork, name: str | None = None) -> None:
     """Refuses a network that cannot be trained, because a weight is not finite.
 
     Args:
-        unet (`ConditionalUNet`): The network.
+        unet (`StageNetwork`): The network.
         name (`str`, *optional*): Where it is from.
 
     Raises:
@@ -197,7 +190,7 @@ def seeded_dropout(unet: torch.nn.Module, *words: int) -> Iterator[None]:
         yield
 
 
-def choose_attention(unet: ConditionalUNet, config: TrainingConfig) -> None:
+def choose_attention(unet: StageNetwork, config: TrainingConfig) -> None:
     """Takes the attention that the configuration names.
 
     Raises:
@@ -213,9 +206,7 @@ def choose_attention(unet: ConditionalUNet, config: TrainingConfig) -> None:
         ) from error
 
 
-def prepare_network(
-    unet: ConditionalUNet, config: TrainingConfig, distributed_type: DistributedType
-) -> ConditionalUNet:
+def prepare_network(unet: StageNetwork, config: TrainingConfig, distributed_type: DistributedType) -> StageNetwork:
     """Sets the network up for training, in place."""
     unet.train()
     if config.channels_last and distributed_type != DistributedType.FSDP:  # whose shards have to be contiguous

@@ -1,7 +1,7 @@
 """The optimizer, and what keeps it from a step that is not finite."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -18,9 +18,9 @@ def trainable(module: torch.nn.Module) -> list[torch.nn.Parameter]:
 
 
 def make_optimizer(
-    config: TrainingConfig, unet: torch.nn.Module, weighting: torch.nn.Module | None = None, num_processes: int = 1
+    config: TrainingConfig, unet: torch.nn.Module, others: Sequence[torch.nn.Module] = (), num_processes: int = 1
 ) -> torch.optim.Optimizer:
-    """AdamW, in its fused form or with a state of 8 bits; the loss weighting does not decay.
+    """AdamW, in its fused form or with a state of 8 bits; the weights of modules beside the network do not decay.
 
     Raises:
         ValueError: If bitsandbytes is asked for and not installed.
@@ -29,8 +29,7 @@ def make_optimizer(
     if config.scale_lr:
         rate *= config.train_batch_size * config.gradient_accumulation_steps * num_processes
     groups = [{"params": trainable(unet), "weight_decay": config.adam_weight_decay}]
-    if weighting is not None:
-        groups.append({"params": list(weighting.parameters()), "weight_decay": 0.0})
+    groups += [{"params": list(module.parameters()), "weight_decay": 0.0} for module in others]
     kwargs = {"lr": rate, "betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
     if not config.use_8bit_adam:
         return torch.optim.AdamW(groups, fused=True, **kwargs)

@@ -8,7 +8,7 @@ import json
 from dataclasses import fields
 from typing import Any
 
-from ..models.unet_base import ConditionalUNet
+from ..models.interface import StageNetwork
 from ..text.identity import identity_mismatch
 from .config import TrainingConfig
 
@@ -28,7 +28,7 @@ ANOTHER_RUN = (
     *("resolution", "center_crop", "random_flip", "background", "min_resolution", "aspect_ratio_buckets"),
     *("bucket_step", "low_resolution", "crop_size", "degradation_blur_sigma", "degradation_jpeg_quality"),
     *("tokenizer_max_length", "preconditioning", "sigma_data", "p_mean", "p_std", "prediction_type", "beta_schedule"),
-    *("snr_gamma", "loss", "uncertainty_weighting", "stratified_noise", "text_drop_rate"),
+    *("loss", "loss_weighting", "snr_gamma", "stratified_noise", "text_drop_rate"),
     *("noise_conditioning_augmentation", "use_ema", "ema_type", "ema_stds", "use_8bit_adam"),
     *("rank", "lora_alpha", "lora_target_modules"),
     *("with_prior_preservation", "instance_prompt", "class_prompt", "prior_loss_weight"),
@@ -64,13 +64,13 @@ TEXT_ENCODER = "the text encoder"
 
 
 def describe_run(
-    config: TrainingConfig, unet: ConditionalUNet, mixed_precision: str, num_processes: int = 1, sharing: str = ""
+    config: TrainingConfig, unet: StageNetwork, mixed_precision: str, num_processes: int = 1, sharing: str = ""
 ) -> dict[str, Any]:
     """What must agree between a checkpoint and the run that goes on with it, but for the data.
 
     Args:
         config (`TrainingConfig`): The settings.
-        unet (`ConditionalUNet`): The network.
+        unet (`StageNetwork`): The network.
         mixed_precision (`str`): As accelerate calls it; fp16 alone has a gradient scaler.
         num_processes (`int`): How many share a step.
         sharing (`str`): How weights are spread over them.

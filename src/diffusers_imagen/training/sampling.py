@@ -7,11 +7,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import SchedulerMixin
-from diffusers.utils import make_image_grid
+from diffusers.utils import logging, make_image_grid
 from PIL import Image
 
-from ..models.unet_base import ConditionalUNet
+from ..models.interface import StageNetwork
 from ..pipelines import ImagenPipeline, ImagenSuperResolutionPipeline
 from ..text.source import TextSource
 from ..text.text_embeddings import TextEmbeddings
@@ -19,10 +18,12 @@ from ..utils.files import whole_file
 from .config import TrainingConfig
 from .data.pixels import BadImage, fit_image, read_image
 from .data.pyramid import to_float
+from .objective.objectives import Objective
 
+
+logger = logging.get_logger(__name__)
 
 SAMPLES = "samples"
-DDPM_STEPS = 100  # ancestral sampling needs more than the EDM samplers
 
 
 class Prompts(NamedTuple):
@@ -56,27 +57,24 @@ def read_prompts(config: TrainingConfig, source: TextSource | None) -> Prompts |
 
 
 def read_low_res(path: str, config: TrainingConfig) -> torch.Tensor:
-    """An image of the side that the stage enlarges, `(3, h, w)` in [-1, 1]."""
+    """An image of the size that the stage enlarges, `(3, h, w)` in [-1, 1]."""
     try:
         image = read_image(path, "", config.background)
     except BadImage as error:
         raise ValueError(f"`validation_images` has {path!r}, which cannot be used: {error}") from error
-    side = config.low_resolution
-    return to_float(torch.from_numpy(fit_image(image, side, side).copy()).permute(2, 0, 1))
+    size = (config.low_resolution, config.low_resolution)
+    return to_float(torch.from_numpy(fit_image(image, *size).copy()).permute(2, 0, 1))
 
 
-def draw_samples(
-    unet: ConditionalUNet, scheduler: SchedulerMixin, prompts: Prompts, config: TrainingConfig
-) -> torch.Tensor:
+def draw_samples(unet: StageNetwork, objective: Objective, prompts: Prompts, config: TrainingConfig) -> torch.Tensor:
     """Images `(B, 3, H, W)` in [-1, 1] by the stage's own pipeline, with the same noise at every call."""
     if prompts.low_res is None:
-        pipe = ImagenPipeline(unet, scheduler)
+        pipe = ImagenPipeline(unet, objective.scheduler())
     else:
-        pipe = ImagenSuperResolutionPipeline(unet, scheduler, scale_factor=config.factor)
+        pipe = ImagenSuperResolutionPipeline(unet, objective.scheduler(), scale_factor=config.factor)
     pipe.set_progress_bar_config(disable=True)
-    inputs = {"generator": torch.Generator().manual_seed(config.seed), "output_type": "latent"}
-    if config.preconditioning == "ddpm":
-        inputs["num_inference_steps"] = DDPM_STEPS
+    generator = torch.Generator().manual_seed(config.seed)
+    inputs = {**objective.sampling, "generator": generator, "output_type": "latent"}
     images = None if prompts.low_res is None else (prompts.low_res + 1) / 2
     if prompts.text is not None:
         given = {} if images is None else {"image": images}
@@ -96,6 +94,15 @@ def sample_step(name: str) -> int | None:
     """The step of a file of samples; None of another file."""
     match = re.fullmatch(r"step-([0-9]+)\.png", name)
     return None if match is None or sample_name(int(match[1])) != name else int(match[1])
+
+
+def show_samples(accelerator: Accelerator, images: torch.Tensor, config: TrainingConfig, step: int) -> None:
+    """Writes the images of a step, and hands them to tensorboard or wandb, unless they are not finite."""
+    if not images.isfinite().all():
+        logger.warning(f"The samples of step {step} are not finite: they are not written.")
+        return
+    write_samples(images, config.output_dir, step)
+    log_samples(accelerator, images, config.validation_prompts, step)
 
 
 def write_samples(images: torch.Tensor, output_dir: str, step: int) -> Path:

@@ -7,8 +7,8 @@ from .config import TrainingConfig
 from .data import ValidationBatches
 from .data.slot_draws import VALIDATION_SEED
 from .monitor import NoiseLevelMeans
-from .objective.formulations import Objective
 from .objective.losses import denoising_loss, to_device
+from .objective.objectives import Objective
 from .objective.step_draws import StepDraws
 
 
@@ -24,14 +24,14 @@ class ValidationLoss:
 
     def __init__(self, config: TrainingConfig, objective: Objective, batches: ValidationBatches, device: torch.device):
         self.config, self.objective, self.batches = config, objective, batches
-        # evenly spread levels: every call has all of them
+        # evenly spread noise levels: every call has all of them
         self.draws = StepDraws(objective, config.seed, VALIDATION_SEED, stratified=True, device=device)
 
     @torch.no_grad()
     def __call__(self, accelerator: Accelerator, unet: torch.nn.Module) -> dict[str, float]:
         """The mean, and those of noise levels, over all processes."""
         stream = self.batches.stream
-        levels, total = NoiseLevelMeans(accelerator.device), torch.zeros(2, device=accelerator.device)
+        means, total = NoiseLevelMeans(accelerator.device), torch.zeros(2, device=accelerator.device)
         unet.eval()
         self.draws.begin(0, 0, len(self.batches) * stream.stride)
         for i, batch in enumerate(self.batches):
@@ -40,10 +40,10 @@ class ValidationLoss:
             draws = self.draws(first, batch)
             with accelerator.autocast():
                 losses = denoising_loss(unet, batch, draws, self.objective, self.config)
-            levels.add(losses, self.objective.sigma(draws.level))
+            means.add(losses, draws.sigma)
             total += torch.stack([losses.sum(), losses.new_tensor(len(losses))])
         unet.train()
-        total, sums = accelerator.reduce((total, levels.sums), "sum")
+        total, sums = accelerator.reduce((total, means.sums), "sum")
         mean = (total[0] / total[1]).item()
         parts = NoiseLevelMeans.means(sums.cpu())
         return {"validation_loss": mean, **{f"validation_loss/{name}": value for name, value in parts.items()}}

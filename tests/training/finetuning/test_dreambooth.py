@@ -138,7 +138,7 @@ def test_class_images_are_those_of_the_pipeline_whatever_is_drawn_at_a_time(make
         config = make_subject_config(**PRIOR, class_data_dir=str(tmp_path / f"class {size}"), sample_batch_size=size)
         unet = load(stage)
         before = weights_of(unet)
-        DreamBoothTrainer(config, unet, encode)
+        DreamBoothTrainer(config, unet, encode).prepare()
         assert are_equal(weights_of(unet), before) and unet.training
         folders[size] = drawn(config.class_data_dir)
     assert list(folders[1]) == list(folders[3]) == ["class-00000.png", "class-00001.png", "class-00002.png"]
@@ -157,10 +157,10 @@ def test_class_images_are_those_of_the_pipeline_whatever_is_drawn_at_a_time(make
 def test_class_images_that_are_there_stay(make_subject_config, stage, tmp_path):
     folder = tmp_path / "class"
     config = make_subject_config(**PRIOR)
-    DreamBoothTrainer(config, load(stage), encode)
+    DreamBoothTrainer(config, load(stage), encode).prepare()
     first = drawn(folder)
     (folder / "class-00001.png").unlink()
-    DreamBoothTrainer(config, load(stage), encode)
+    DreamBoothTrainer(config, load(stage), encode).prepare()
     again = drawn(folder)
     assert list(again) == list(first) and all(np.array_equal(again[name], first[name]) for name in first)
     assert missing_images(folder, 3) == [] and missing_images(folder, 4) == [folder / "class-00003.png"]
@@ -179,7 +179,9 @@ def test_another_pipeline_draws_the_class_of_a_super_resolution_stage(
     ImagenCascadePipeline(unet, EDMHeunScheduler(), tokenizer, text_encoder).save_pretrained(tmp_path / "cascade")
     of_sr = {"pretrained_model_name_or_path": str(tmp_path / "sr"), "resolution": 32, "low_resolution": 16}
     with pytest.raises(ValueError, match="`class_data_dir` has fewer than 3 images, and a super-resolution stage"):
-        DreamBoothTrainer(make_subject_config(**PRIOR, **of_sr), EfficientUNetModel.from_config(sr.config), encode)
+        DreamBoothTrainer(
+            make_subject_config(**PRIOR, **of_sr), EfficientUNetModel.from_config(sr.config), encode
+        ).prepare()
     assert not (tmp_path / "class").exists()
     config = make_subject_config(**PRIOR, **of_sr, class_model=str(tmp_path / "cascade"), max_train_steps=2)
     before = weights_of(sr)
@@ -189,7 +191,7 @@ def test_another_pipeline_draws_the_class_of_a_super_resolution_stage(
     assert are_equal(exported(config.output_dir, EfficientUNetModel), weights_of(sr))
     with pytest.raises(ValueError, match="`class_model` is 'nowhere', which cannot be loaded"):
         config = replace(config, class_model="nowhere", num_class_images=4, output_dir=str(tmp_path / "other"))
-        DreamBoothTrainer(config, EfficientUNetModel.from_config(sr.config), encode)
+        DreamBoothTrainer(config, EfficientUNetModel.from_config(sr.config), encode).prepare()
 
 
 def test_the_subject_is_learned_and_the_class_is_kept(make_subject_config, stage, tmp_path):
@@ -242,7 +244,7 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(make_subject_config, stag
     assert losses(config.output_dir) == losses(whole.output_dir)
     assert are_equal(weights_of(resumed), weights_of(unet))
     with pytest.raises(ValueError, match="trained with with_prior_preservation True, but this run has False"):
-        make_trainer(make_subject_config(resume_from_checkpoint="latest"), load(stage), encode)
+        make_trainer(make_subject_config(resume_from_checkpoint="latest"), load(stage), encode).prepare()
 
 
 def test_what_is_written(make_subject_config, stage, tmp_path):
@@ -309,7 +311,7 @@ def test_folders_that_are_none_or_empty_are_refused_by_the_name_that_they_were_g
         ({**PRIOR, "class_data_dir": str(tmp_path / "file")}, "`class_data_dir` is '.*file', which is no folder"),
     ):
         with pytest.raises(ValueError, match=message):
-            DreamBoothTrainer(make_subject_config(**options), load(stage), encode)
+            DreamBoothTrainer(make_subject_config(**options), load(stage), encode).prepare()
         tiny_runs.reset_accelerate()
 
 
@@ -318,13 +320,13 @@ def test_two_runs_do_not_draw_into_one_folder(make_subject_config, stage, tmp_pa
         with pytest.raises(
             ValueError, match=f"`class_data_dir` is '.*class', which process {os.getpid()} on .* is using"
         ):
-            DreamBoothTrainer(make_subject_config(**PRIOR), load(stage), encode)
+            DreamBoothTrainer(make_subject_config(**PRIOR), load(stage), encode).prepare()
         assert drawn(tmp_path / "class") == {}
         paint(tmp_path / "whole", 3, red=0)  # what is there can be read by many
         config = make_subject_config(**PRIOR, class_data_dir=str(tmp_path / "whole"))
         with FolderHold(tmp_path / "whole", "class_data_dir"):
-            DreamBoothTrainer(config, load(stage), encode)
-    DreamBoothTrainer(make_subject_config(**PRIOR), load(stage), encode)
+            DreamBoothTrainer(config, load(stage), encode).prepare()
+    DreamBoothTrainer(make_subject_config(**PRIOR), load(stage), encode).prepare()
     assert len(drawn(tmp_path / "class")) == 3
 
 
@@ -340,7 +342,7 @@ def test_a_class_image_is_whole_or_absent(make_subject_config, stage, tmp_path, 
 
     with monkeypatch.context() as patch, pytest.raises(OSError):
         patch.setattr(Image.Image, "save", full)
-        DreamBoothTrainer(make_subject_config(**PRIOR), load(stage), encode)
+        DreamBoothTrainer(make_subject_config(**PRIOR), load(stage), encode).prepare()
     assert list(drawn(tmp_path / "class")) == ["class-00000.png"]
     (tmp_path / "class" / "._class-00001.png").write_bytes(b"hidden")
     assert [path.name for path in missing_images(tmp_path / "class", 3)] == ["class-00001.png", "class-00002.png"]

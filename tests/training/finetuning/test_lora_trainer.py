@@ -157,9 +157,9 @@ def test_what_is_written(make_lora_config, stage):
 
 
 def test_a_resumed_run_is_the_run_that_was_not_stopped(make_lora_config, stage, tmp_path, monkeypatch):
-    whole, unet = make_lora_config(output_dir=tmp_path / "whole", uncertainty_weighting=True), load(stage)
+    whole, unet = make_lora_config(output_dir=tmp_path / "whole", loss_weighting="uncertainty"), load(stage)
     LoraTrainer(whole, unet, encode).train()
-    config = make_lora_config(resume_from_checkpoint="latest", uncertainty_weighting=True)
+    config = make_lora_config(resume_from_checkpoint="latest", loss_weighting="uncertainty")
     train_step = Trainer.train_step
 
     def interrupted(self, step):
@@ -177,11 +177,10 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(make_lora_config, stage, 
     assert are_equal(load_file(f"{config.output_dir}/{FILE}"), load_file(f"{whole.output_dir}/{FILE}"))
 
     with pytest.raises(ValueError, match="base weights"):
-        LoraTrainer(config, tiny_runs.make_unet(seed=1), encode)
+        LoraTrainer(config, tiny_runs.make_unet(seed=1), encode).prepare()
     with pytest.raises(ValueError, match="was trained with rank 2, but this run has 3"):
-        LoraTrainer(
-            make_lora_config(resume_from_checkpoint="latest", uncertainty_weighting=True, rank=3), load(stage), encode
-        )
+        config = make_lora_config(resume_from_checkpoint="latest", loss_weighting="uncertainty", rank=3)
+        LoraTrainer(config, load(stage), encode).prepare()
 
 
 def test_the_adapter_depends_on_the_seed_and_leaves_the_global_generator_alone(make_lora_config, stage):
@@ -212,8 +211,8 @@ def test_settings_that_are_refused(make_lora_config, options, message):
 def test_stages_and_layers_that_are_refused(make_lora_config, stage, tmp_path):
     with pytest.raises(ValueError, match=r"`lora_target_modules` has \['to_x'\], but no layer"):
         LoraTrainer(make_lora_config(lora_target_modules=["to_q", "to_x"]), load(stage), encode)
-    with pytest.raises(ValueError, match="`preconditioning` is 'ddpm', but .* was trained with 'edm'"):
-        LoraTrainer(make_lora_config(preconditioning="ddpm"), load(stage), encode)
+    with pytest.raises(ValueError, match="`preconditioning` is 'variance_preserving', but .* was trained with 'edm'"):
+        LoraTrainer(make_lora_config(preconditioning="variance_preserving"), load(stage), encode)
     other = save_stage(load(stage), tmp_path / "other", sigma_data=0.25)
     for name in (other, f"{other}/unet"):
         config = make_lora_config(pretrained_model_name_or_path=name)
@@ -257,6 +256,7 @@ def test_a_run_under_accelerates_dynamo_writes_and_resumes_the_names_of_one_with
     assert are_equal(load_file(f"{config.output_dir}/{file}"), load_file(f"{eager.output_dir}/{file}"))
     config.resume_from_checkpoint, config.max_train_steps = "latest", 3
     resumed = trainer_class(config, load(stage), encode)
+    resumed.prepare()
     assert hasattr(resumed.unet, "_orig_mod")
     assert resumed.start() == 2
     assert all(torch.equal(a, b) for a, b in zip(resumed.parameters, trainer.parameters))

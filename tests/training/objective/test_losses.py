@@ -7,14 +7,10 @@ from diffusers_imagen.diffusion import edm
 from diffusers_imagen.text.text_embeddings import drop_text
 from diffusers_imagen.training import TrainingConfig
 from diffusers_imagen.training.data import Batch
-from diffusers_imagen.training.objective.formulations import make_objective
-from diffusers_imagen.training.objective.losses import (
-    UncertaintyWeighting,
-    augment,
-    denoising_loss,
-    to_device,
-)
+from diffusers_imagen.training.objective.losses import augment, denoising_loss, to_device
+from diffusers_imagen.training.objective.objectives import make_objective
 from diffusers_imagen.training.objective.step_draws import Draws, StepDraws
+from diffusers_imagen.training.objective.weightings import UncertaintyWeighting
 
 
 SIGMA_DATA = 0.7
@@ -205,7 +201,7 @@ def test_the_network_is_given_the_augmented_image_and_its_level():
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
-def test_a_network_that_knows_the_image_has_no_ddpm_loss(prediction_type):
+def test_a_network_that_knows_the_image_has_no_variance_preserving_loss(prediction_type):
     """The true noise, image or velocity of Kingma et al. 2021 and Salimans and Ho 2022, from x_t and x_0 in float64."""
     x_0 = torch.tensor([0.3, -0.8, 1.0, 0.0], dtype=torch.float64)[:, None, None, None]
 
@@ -216,7 +212,12 @@ def test_a_network_that_knows_the_image_has_no_ddpm_loss(prediction_type):
         targets = {"epsilon": noise, "sample": x_0 + 0 * noise, "v_prediction": alpha * noise - sigma * x_0}
         return (targets[prediction_type] + 0.5).float()
 
-    config = make_config(preconditioning="ddpm", prediction_type=prediction_type, snr_gamma=5.0)
+    config = make_config(
+        preconditioning="variance_preserving",
+        prediction_type=prediction_type,
+        loss_weighting="min_snr",
+        snr_gamma=5.0,
+    )
     network = Recorder(ideal)
     loss = loss_of(network, images_of(x_0.flatten().tolist()), config)
     # the prediction is off by 0.5 everywhere; min-SNR weights it (Hang et al. 2023)
@@ -226,9 +227,9 @@ def test_a_network_that_knows_the_image_has_no_ddpm_loss(prediction_type):
     torch.testing.assert_close(loss.double(), expected, rtol=1e-3, atol=1e-6)
 
 
-def test_ddpm_times_are_uniform():
+def test_variance_preserving_times_are_uniform():
     network = Recorder()
-    loss_of(network, images_of([0.0] * 20_000, side=1), make_config(preconditioning="ddpm"))
+    loss_of(network, images_of([0.0] * 20_000, side=1), make_config(preconditioning="variance_preserving"))
     # the cosine schedule's log-SNR back to its time: alpha = cos(pi/2 (t + s) / (1 + s))
     alpha = network.timestep.double().sigmoid().sqrt()
     t = alpha.acos() * 2 / math.pi * 1.008 - 0.008
@@ -239,7 +240,7 @@ def test_ddpm_times_are_uniform():
 @pytest.mark.parametrize(("loss", "expected"), [("l2", 0.09), ("l1", 0.3), ("huber", 0.045)])
 def test_the_weight_is_outside_the_distance(loss, expected):
     """Off by 0.3 everywhere: 0.3^2, 0.3 and 0.3^2 / 2 (Huber, delta 1), times the weight and not a root of it."""
-    config = make_config(preconditioning="ddpm", snr_gamma=0.5, loss=loss)
+    config = make_config(preconditioning="variance_preserving", loss_weighting="min_snr", snr_gamma=0.5, loss=loss)
     x_0 = 0.2
 
     def off(x_t, log_snr):
@@ -286,7 +287,7 @@ def test_every_step_and_seed_has_draws_of_its_own():
         draws = StepDraws(make_objective(make_config()), seed, *words)
         draws.begin(step, 4 * step, 4)
         part = draws(4 * step, Batch(torch.zeros(4, 3, 2, 2), None, None, None))
-        seen.add((*part.level.tolist(), *part.text.tolist(), *part.augmentation.tolist()))
+        seen.add((*part.log_snr.tolist(), *part.text.tolist(), *part.augmentation.tolist()))
         seen.add(tuple(part.noise.flatten().tolist()))
     assert len(seen) == 12
 
@@ -303,12 +304,12 @@ def test_a_mask_that_masks_nothing_is_dropped():
 def test_learned_weights_find_the_size_of_the_loss():
     """`loss / exp(u) + u` is least at `u = ln(loss)`; before training u is 0."""
     weighting = UncertaintyWeighting()
-    sigma = torch.tensor([0.01, 0.1, 1.0, 10.0])
+    log_snr = -2 * torch.tensor([0.01, 0.1, 1.0, 10.0]).log()
     loss = torch.tensor([4.0, 0.5, 0.1, 2.0])
-    assert torch.equal(weighting(loss, sigma), loss)
+    assert torch.equal(weighting(loss, log_snr), loss)
     optimizer = torch.optim.Adam(weighting.parameters(), lr=0.02)
     for _ in range(400):
         optimizer.zero_grad()
-        weighting(loss, sigma).sum().backward()
+        weighting(loss, log_snr).sum().backward()
         optimizer.step()
-    torch.testing.assert_close(weighting(loss, sigma).detach(), 1 + loss.log(), rtol=0, atol=0.05)
+    torch.testing.assert_close(weighting(loss, log_snr).detach(), 1 + loss.log(), rtol=0, atol=0.05)

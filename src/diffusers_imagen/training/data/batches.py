@@ -129,11 +129,6 @@ class BatchStream(Iterator[Batch]):
         return self.text is not None and self.text.needs_encoder
 
     @property
-    def text_width(self) -> int | None:
-        """Width of the embeddings; None without text."""
-        return None if self.text is None else self.text.width
-
-    @property
     def stride(self) -> int:
         """Slots that all processes take together."""
         return self.config.train_batch_size * self.num_processes

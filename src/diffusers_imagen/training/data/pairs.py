@@ -28,10 +28,6 @@ class PairedBatches(BatchStream):
         return any(stream.needs_encoder for stream in self.streams)
 
     @property
-    def text_width(self) -> int | None:
-        return self.streams[0].text_width
-
-    @property
     def stride(self) -> int:
         return sum(stream.stride for stream in self.streams)
 

@@ -22,13 +22,13 @@ from tqdm.auto import tqdm
 
 from ...utils.errors import one_line
 from ...utils.images import check_regular, picture_extensions
+from .folders import MAX_CAPTION
 
 
 COMPRESSIONS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
 TEXTS = ("txt", "text", "caption", "cap", "transcript", "label", "style", "split", "url")
 NUMBERS = ("cls", "cls2", "index", "inx", "id")
 MAX_FIELD = 2**30  # bytes of one file in a shard; sparse files claim any size
-MAX_TEXT = 2**20
 DAMAGE = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError, ValueError)
 
 
@@ -246,7 +246,7 @@ def _ending(field: str) -> str:
 
 def _decode(field: str, data: bytes | None) -> Any:
     """A file of text or a number; None for one that is missing or is something else."""
-    if data is None or len(data) > MAX_TEXT:
+    if data is None or len(data) > MAX_CAPTION:
         return None
     try:
         text = data.decode("utf-8")

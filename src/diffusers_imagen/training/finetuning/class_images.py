@@ -3,27 +3,24 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ...models.unet_base import ConditionalUNet
+from ...models.interface import StageNetwork
 from ...pipelines import ImagenPipeline
 from ...text.source import TextSource
 from ...utils.errors import describe_fault
 from ...utils.files import FolderHold, whole_file
 from ..data.folders import find_pictures, list_files
-from ..sampling import DDPM_STEPS
+from ..objective.objectives import Objective
+from .finetuning_config import DreamBoothTrainingConfig
 
-
-if TYPE_CHECKING:
-    from .dreambooth import DreamBoothTrainingConfig
 
 logger = logging.get_logger(__name__)
 
@@ -32,10 +29,10 @@ Draw = Callable[[list[torch.Generator]], list[Image.Image]]
 
 
 def draw_class_images(
-    config: "DreamBoothTrainingConfig",
+    config: DreamBoothTrainingConfig,
     accelerator: Accelerator,
-    unet: ConditionalUNet,
-    scheduler: SchedulerMixin,
+    unet: StageNetwork,
+    objective: Objective,
     text: TextSource | None,
 ) -> None:
     """Draws the images that `config.class_data_dir` lacks; the processes share them.
@@ -51,7 +48,7 @@ def draw_class_images(
     accelerator.wait_for_everyone()  # nobody counts what another has drawn already
     if complete:
         return
-    draw = make_draw(config, accelerator, unet, scheduler, text)
+    draw = make_draw(config, accelerator, unet, objective, text)
     with FolderHold(folder, "class_data_dir") if accelerator.is_main_process else nullcontext():
         wanted = missing_images(folder, config.num_class_images)  # another run may have drawn some since
         accelerator.wait_for_everyone()
@@ -81,7 +78,7 @@ def make_generator(seed: int, path: Path) -> torch.Generator:
     return torch.Generator().manual_seed(int(words[0]))
 
 
-def make_draw(config, accelerator, unet, scheduler, text) -> Draw:
+def make_draw(config, accelerator, unet, objective, text) -> Draw:
     """What draws class images: the pipeline that the configuration names, or the stage that is about to be trained."""
     if config.class_model is not None:
         return draw_by_pipeline(config, accelerator)
@@ -90,7 +87,7 @@ def make_draw(config, accelerator, unet, scheduler, text) -> Draw:
             f"`class_data_dir` has fewer than {config.num_class_images} images, and a super-resolution stage draws none "
             "from words alone: give the images, or a pipeline as `class_model`."
         )
-    return draw_by_stage(config, accelerator, unet, scheduler, text)
+    return draw_by_stage(config, accelerator, unet, objective, text)
 
 
 def draw_by_pipeline(config, accelerator: Accelerator) -> Draw:
@@ -118,15 +115,16 @@ def draw_by_pipeline(config, accelerator: Accelerator) -> Draw:
     return draw
 
 
-def draw_by_stage(config, accelerator, unet, scheduler, text) -> Draw:
+def draw_by_stage(config, accelerator, unet, objective, text) -> Draw:
     """Draws with the weights that training begins with."""
     prompt = text.encode([config.class_prompt]).for_pipeline()
-    pipe = ImagenPipeline(unet.eval().to(accelerator.device), scheduler)
+    pipe = ImagenPipeline(unet.eval().to(accelerator.device), objective.scheduler())
     pipe.set_progress_bar_config(disable=True)
-    steps = {"num_inference_steps": DDPM_STEPS} if config.preconditioning == "ddpm" else {}
 
     def draw(generators: list[torch.Generator]) -> list[Image.Image]:
         with accelerator.autocast():
-            return pipe(**prompt, num_images_per_prompt=len(generators), generator=generators, **steps).images
+            return pipe(
+                **prompt, num_images_per_prompt=len(generators), generator=generators, **objective.sampling
+            ).images
 
     return draw

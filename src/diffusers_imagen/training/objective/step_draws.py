@@ -1,6 +1,6 @@
 """What a step draws beside its data: noise levels, noise, dropped captions, augmentation.
 
-Draws belong to slots, as those of the data do (`data/draws.py`): they depend on the run's seed, the step and the
+Draws belong to slots, as those of the data do (`data/slot_draws.py`): they depend on the run's seed, the step and the
 image's place in it, and not on how many processes or accumulated batches share the step.
 """
 
@@ -9,9 +9,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from ...diffusion.continuous_ddpm import log_snr_to_sigma
 from ..data import Batch
 from ..data.slot_draws import PHILOX_WORDS
-from .formulations import Objective
+from .objectives import Objective
 
 
 STEP_SEED = 16  # words after the run's seed, unlike those of the data
@@ -21,11 +22,16 @@ NOISE_SEED = 17
 class Draws(NamedTuple):
     """Those of a micro-batch."""
 
-    level: torch.Tensor  # (B,), sigma or log-SNR
+    log_snr: torch.Tensor  # (B,)
     text: torch.Tensor  # (B,) in [0, 1): a caption is dropped below the drop rate
     augmentation: torch.Tensor  # (B,) in [0, 1): share of the largest augmentation
     noise: torch.Tensor  # (B, C, H, W)
     low_res_noise: torch.Tensor | None = None  # (B, C, h, w)
+
+    @property
+    def sigma(self) -> torch.Tensor:
+        """The noise levels relative to the image, `(B,)`."""
+        return log_snr_to_sigma(self.log_snr)
 
 
 class StepDraws:
@@ -35,7 +41,7 @@ class StepDraws:
         objective (`Objective`): Whose noise levels are drawn.
         seed (`int`): The run's seed.
         words (`int`): Distinguish sequences of the same seed.
-        stratified (`bool`): Whether the levels of a step are spread evenly over their distribution.
+        stratified (`bool`): Whether the noise levels of a step are spread evenly over their distribution.
         device (`torch.device`): Where noise is drawn; the same on every machine with that kind of device.
     """
 
@@ -58,14 +64,14 @@ class StepDraws:
         entropy = np.random.SeedSequence(self.seed, spawn_key=(STEP_SEED, *self.words, step))
         generator = torch.Generator().manual_seed(entropy.generate_state(1, np.uint64).item())
         self.first_slot = first_slot
-        self.levels = self.objective.draw_levels(slots, generator, self.stratified)
+        self.log_snr = self.objective.draw_log_snr(slots, generator, self.stratified)
         self.uniform = torch.rand(2, slots, generator=generator)
 
     def __call__(self, first_slot: int, batch: Batch) -> Draws:
         """Draws of a micro-batch that begins at a slot, on the batch's device."""
         device, count = batch.images.device, len(batch.images)
         mine = slice(first_slot - self.first_slot, first_slot - self.first_slot + count)
-        numbers = torch.cat([self.levels[None, mine], self.uniform[:, mine]]).to(device, non_blocking=True)
+        numbers = torch.cat([self.log_snr[None, mine], self.uniform[:, mine]]).to(device, non_blocking=True)
         seeds = np.random.Philox(key=self.noise_key, counter=first_slot).random_raw(PHILOX_WORDS * count)
         images = [batch.images] if batch.low_res is None else [batch.images, batch.low_res]
         noise = [torch.empty(x.shape, device=self.generator.device) for x in images]

@@ -1,0 +1,129 @@
+"""What fine-tuning is told beyond a training run: an adapter, a subject and its class."""
+
+from dataclasses import dataclass, fields
+
+from ...utils.arguments import check_exactly_one
+from ..config import TrainingConfig
+from ..data import DataConfig
+from ..data.data_config import arg
+from ..settings import check_settings
+
+
+TARGET_MODULES = ["to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj"]
+LEARNING_RATE, ADAPTER_LEARNING_RATE = 5e-6, 5e-4  # of DreamBooth
+OF_THE_PRIOR = ("class_data_dir", "class_prompt", "class_model", "prior_loss_weight", "num_class_images")
+
+
+@dataclass
+class LoraTrainingConfig(TrainingConfig):
+    """Settings of a run that trains an adapter of a stage."""
+
+    rank: int = arg(4, "Rank of the adapter's updates.")
+    lora_alpha: float | None = arg(None, "Updates are scaled by lora_alpha / rank; the rank if not given.")
+    lora_target_modules: list[str] = arg(TARGET_MODULES, "Layers that are adapted, by the ends of their names.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_adapter(self)
+
+    def tags(self) -> list[str]:
+        return ["lora"]
+
+
+def check_adapter(config: TrainingConfig) -> None:
+    """Checks what an adapter is told, and that there is a trained stage to adapt.
+
+    Raises:
+        ValueError: If not.
+    """
+    if config.pretrained_model_name_or_path is None or config.grow or config.layers_per_block:
+        raise ValueError(
+            "Fine-tuning begins with a trained stage: give `pretrained_model_name_or_path`, not `grow` or "
+            "`layers_per_block`."
+        )
+    if config.rank is None:  # of DreamBooth, which trains whole networks too
+        if config.lora_alpha is not None or config.lora_target_modules != TARGET_MODULES:
+            raise ValueError("`lora_alpha` or `lora_target_modules` is given, but without `rank` there is no adapter.")
+        return
+    if not config.lora_target_modules:
+        raise ValueError("`lora_target_modules` is empty, but should name layers.")
+    if config.use_ema and config.ema_type == "power":
+        raise ValueError("`ema_type` is 'power', but only averages of whole networks can be reconstructed.")
+
+
+@dataclass
+class DreamBoothTrainingConfig(LoraTrainingConfig):
+    """Settings of a run that teaches a stage a subject."""
+
+    instance_data_dir: str | None = arg(None, "Folder with the images of the subject, or give `dataset_name`.")
+    instance_prompt: str | None = arg(None, 'Caption of those images, such as "a photo of sks dog".')
+    with_prior_preservation: bool = arg(
+        False, "Train on images of the subject's class too, as many as of the subject."
+    )
+    class_data_dir: str | None = arg(None, "Folder with the images of the class; what it lacks is drawn.")
+    class_prompt: str | None = arg(None, 'Caption of the class images, such as "a photo of a dog".')
+    class_model: str | None = arg(
+        None, "Pipeline that draws class images, a folder or a Hub id; without it, the stage that is trained does."
+    )
+    num_class_images: int = arg(100, "Class images there should be.")
+    prior_loss_weight: float = arg(1.0, "Weight of the loss of the class images.")
+    sample_batch_size: int = arg(4, "Class images drawn at a time.")
+
+    rank: int | None = arg(None, "Train a LoRA adapter of this rank; without it, all weights.")
+    learning_rate: float | None = arg(
+        None, f"Peak learning rate; {LEARNING_RATE} if not given, {ADAPTER_LEARNING_RATE} of an adapter."
+    )
+    max_train_steps: int = arg(400, "Optimizer steps.")
+    lr_warmup_steps: int = arg(0, "Steps of linear warm-up.")
+    train_batch_size: int = arg(4, "Images of the subject, a device and a step.")
+    use_ema: bool = arg(False, "Average the weights over steps; the average is what is exported.")
+
+    def __post_init__(self):
+        if self.learning_rate is None:
+            self.learning_rate = LEARNING_RATE if self.rank is None else ADAPTER_LEARNING_RATE
+        check_settings(self)  # before they are taken for others
+        self._take_instances()
+        super().__post_init__()
+        self._check_prior()
+
+    def tags(self) -> list[str]:
+        return ["dreambooth", *(super().tags() if self.rank is not None else [])]
+
+    def _take_instances(self) -> None:
+        """The subject's images and prompt are the data and its caption."""
+        if self.train_data_dir not in (None, self.instance_data_dir):
+            raise ValueError(
+                f"`train_data_dir` is {self.train_data_dir!r}, but here it is called `instance_data_dir`."
+            )
+        check_exactly_one(instance_data_dir=self.instance_data_dir, dataset_name=self.dataset_name)
+        if not self.instance_prompt:
+            raise ValueError(
+                f"`instance_prompt` is {self.instance_prompt!r}, but should name the subject, like 'a photo of sks dog'."
+            )
+        if self.caption not in (None, self.instance_prompt):
+            raise ValueError(f"`caption` is {self.caption!r}, but here it is called `instance_prompt`.")
+        self.train_data_dir, self.caption = self.instance_data_dir, self.instance_prompt
+
+    def _check_prior(self) -> None:
+        if not self.with_prior_preservation:
+            defaults = {f.name: f.default for f in fields(DreamBoothTrainingConfig)}
+            for name in OF_THE_PRIOR:
+                if getattr(self, name) != defaults[name]:
+                    raise ValueError(
+                        f"`{name}` is {getattr(self, name)!r}, but only `with_prior_preservation` has class images."
+                    )
+            return
+        for name in ("class_data_dir", "class_prompt"):
+            if not getattr(self, name):
+                raise ValueError(f"`with_prior_preservation` needs `{name}`, but it is {getattr(self, name)!r}.")
+        if self.aspect_ratio_buckets is not None:
+            raise ValueError(
+                "`aspect_ratio_buckets` is given, but the subject and its class share a batch of squares."
+            )
+
+    def class_data(self) -> DataConfig:
+        """The class images as data, of the same sides and batches."""
+        same = {f.name: getattr(self, f.name) for f in fields(DataConfig)}
+        other = {"train_data_dir": self.class_data_dir, "caption": self.class_prompt, "train_split": "train"}
+        unset = ("dataset_name", "dataset_config_name", "styles", "balance_by", "weight_column", "max_train_samples")
+        return DataConfig(**{**same, **other, **dict.fromkeys(unset), "streaming": False})

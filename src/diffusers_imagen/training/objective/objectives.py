@@ -1,0 +1,107 @@
+"""What a network is trained for: which noise levels it sees, what it has to say about them, and what an error costs.
+
+The formulas are those of `diffusers_imagen.diffusion`; an objective holds their settings, and knows the scheduler that
+samples from a network trained so. Outside of it, a noise level is a log-SNR: sigma is `exp(-log_snr / 2)`.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+
+from ...diffusion import continuous_ddpm, edm
+from ...diffusion.training_examples import Example, continuous_ddpm_example, edm_example
+from ...schedulers import ContinuousDDPMScheduler, EDMHeunScheduler
+from ..config import TrainingConfig
+from .weightings import LossWeighting, make_weighting
+
+
+class Objective(ABC):
+    """Noise levels, examples and the weighting of their losses.
+
+    Args:
+        sigma_data (`float`): Standard deviation of the images.
+        weighting (`LossWeighting`, *optional*): Uniform by default.
+
+    Attributes:
+        trained_modules (`list[torch.nn.Module]`): What of the weighting is learned along with the network: the weighting
+            or nothing. Who wraps these modules puts the wrapped ones in their place.
+        sampling (`dict[str, Any]`): Arguments of a pipeline that draws with a network trained so.
+    """
+
+    sampling: dict[str, Any] = {}
+
+    def __init__(self, sigma_data: float, weighting: LossWeighting | None = None):
+        self.sigma_data = sigma_data
+        self.weighting = LossWeighting() if weighting is None else weighting
+        self.trained_modules: list[torch.nn.Module] = [self.weighting] if list(self.weighting.parameters()) else []
+
+    @abstractmethod
+    def draw_log_snr(self, count: int, generator: torch.Generator, stratified: bool = False) -> torch.Tensor:
+        """Noise levels `(count,)`, on the CPU."""
+
+    @abstractmethod
+    def example(self, x_0: torch.Tensor, noise: torch.Tensor, log_snr: torch.Tensor) -> Example:
+        """Input, target and weight for images and noise `(B, C, H, W)` at noise levels `(B,)`."""
+
+    @abstractmethod
+    def scheduler(self) -> EDMHeunScheduler | ContinuousDDPMScheduler:
+        """What samples from the network."""
+
+    def minimized(self, losses: torch.Tensor, log_snr: torch.Tensor) -> torch.Tensor:
+        """The numbers `(B,)` whose mean a step minimizes, of the losses `(B,)` that are reported."""
+        for module in self.trained_modules:
+            losses = module(losses, log_snr)
+        return losses
+
+
+class EDMObjective(Objective):
+    """Karras et al. 2022 (arXiv 2206.00364): sigma is drawn from a log-normal distribution."""
+
+    def __init__(self, p_mean: float, p_std: float, sigma_data: float, weighting: LossWeighting | None = None):
+        super().__init__(sigma_data, weighting)
+        self.p_mean, self.p_std = p_mean, p_std
+
+    def draw_log_snr(self, count: int, generator: torch.Generator, stratified: bool = False) -> torch.Tensor:
+        return edm.draw_log_snr(count, self.p_mean, self.p_std, generator, stratified=stratified)
+
+    def example(self, x_0: torch.Tensor, noise: torch.Tensor, log_snr: torch.Tensor) -> Example:
+        return edm_example(x_0, noise, continuous_ddpm.log_snr_to_sigma(log_snr), self.sigma_data)
+
+    def scheduler(self) -> EDMHeunScheduler:
+        return EDMHeunScheduler(sigma_data=self.sigma_data)
+
+
+class ContinuousDDPMObjective(Objective):
+    """Kingma et al. 2021 (arXiv 2107.00630): the log-SNR is that of a uniformly drawn time."""
+
+    sampling = {"num_inference_steps": 100}  # ancestral sampling needs more than the EDM samplers
+
+    def __init__(
+        self,
+        prediction_type: continuous_ddpm.PredictionType,
+        beta_schedule: continuous_ddpm.NoiseSchedule,
+        sigma_data: float,
+        weighting: LossWeighting | None = None,
+    ):
+        super().__init__(sigma_data, weighting)
+        self.prediction_type, self.beta_schedule = prediction_type, beta_schedule
+
+    def draw_log_snr(self, count: int, generator: torch.Generator, stratified: bool = False) -> torch.Tensor:
+        return continuous_ddpm.log_snr(edm.draw_uniform(count, generator, stratified=stratified), self.beta_schedule)
+
+    def example(self, x_0: torch.Tensor, noise: torch.Tensor, log_snr: torch.Tensor) -> Example:
+        return continuous_ddpm_example(x_0, noise, log_snr, self.prediction_type)
+
+    def scheduler(self) -> ContinuousDDPMScheduler:
+        return ContinuousDDPMScheduler(
+            beta_schedule=self.beta_schedule, prediction_type=self.prediction_type, sigma_data=self.sigma_data
+        )
+
+
+def make_objective(config: TrainingConfig) -> Objective:
+    """The objective that a configuration describes."""
+    of_all = (config.sigma_data, make_weighting(config))
+    if config.preconditioning == "edm":
+        return EDMObjective(config.p_mean, config.p_std, *of_all)
+    return ContinuousDDPMObjective(config.prediction_type, config.beta_schedule, *of_all)

@@ -1,0 +1,76 @@
+"""Weightings of the loss: functions of the log-SNR.
+
+To add one, write it here, name it in `WEIGHTINGS`, and among the choices of `TrainingConfig.loss_weighting`.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from ...diffusion import continuous_ddpm, edm
+from ...diffusion.training_examples import min_snr_weight, uncertainty_weighted
+from ..config import TrainingConfig
+
+
+class LossWeighting(torch.nn.Module):
+    """The uniform weighting, and the base class of the others.
+
+    A loss is of the network's output, with the weight that belongs to its preconditioning: `lambda(sigma) c_out^2` of
+    EDM, which is 1, and 1 of variance-preserving networks. So noise levels count alike here.
+    """
+
+    def weight(self, log_snr: torch.Tensor) -> torch.Tensor:
+        """The factor of losses at noise levels `(B,)`, known beforehand: part of the loss that is reported."""
+        return torch.ones_like(log_snr)
+
+    def forward(self, losses: torch.Tensor, log_snr: torch.Tensor) -> torch.Tensor:
+        """What a step minimizes of losses `(B,)` with that factor: the same, unless something is learned here."""
+        return losses
+
+
+class MinSNRWeighting(LossWeighting):
+    """`min(SNR, gamma)` of the image's loss (Hang et al. 2023), for a variance-preserving network."""
+
+    def __init__(self, prediction_type: continuous_ddpm.PredictionType, snr_gamma: float):
+        super().__init__()
+        self.prediction_type, self.snr_gamma = prediction_type, snr_gamma
+
+    def weight(self, log_snr: torch.Tensor) -> torch.Tensor:
+        return min_snr_weight(log_snr, self.prediction_type, self.snr_gamma)
+
+
+class UncertaintyWeighting(LossWeighting):
+    """Learns how hard each noise level is, and weighs it down by that (Karras et al. 2024, EDM2, 2312.02696).
+
+    A linear layer on Fourier features of `c_noise(sigma)`, which starts as no weighting. It is part of the run, not of
+    the stage.
+
+    Args:
+        seed (`int`): Of the features' frequencies.
+        features (`int`): Their number.
+    """
+
+    def __init__(self, seed: int = 0, features: int = 128):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.register_buffer("frequencies", torch.randn(features, generator=generator))
+        self.register_buffer("phases", torch.rand(features, generator=generator))
+        self.linear = torch.nn.utils.skip_init(torch.nn.Linear, features, 1, bias=False)  # draws nothing
+        torch.nn.init.zeros_(self.linear.weight)
+
+    def forward(self, losses: torch.Tensor, log_snr: torch.Tensor) -> torch.Tensor:
+        c_noise = edm.c_noise(continuous_ddpm.log_snr_to_sigma(log_snr))
+        features = (2 * torch.pi * (c_noise[:, None] * self.frequencies + self.phases)).cos() * 2**0.5  # (B, features)
+        return uncertainty_weighted(losses, self.linear(features).flatten().float())
+
+
+WEIGHTINGS: dict[str, Callable[[TrainingConfig], LossWeighting]] = {
+    "uniform": lambda config: LossWeighting(),
+    "min_snr": lambda config: MinSNRWeighting(config.prediction_type, config.snr_gamma or 5.0),
+    "uncertainty": lambda config: UncertaintyWeighting(config.seed),
+}
+
+
+def make_weighting(config: TrainingConfig) -> LossWeighting:
+    """The weighting that a configuration names."""
+    return WEIGHTINGS[config.loss_weighting](config)
