@@ -79,14 +79,14 @@ class SlotDataset(Dataset):
 
     def __getitem__(self, plan: PlannedBatch) -> tuple[Samples, dict[str, str]]:
         """The samples, and why rows were passed over, by name."""
-        skipped = {}
+        skipped: dict[str, str] = {}
         draws = self.draws(plan.first, len(plan.rows))
         samples = [self._sample(plan, i, draws[i], skipped) for i in range(len(plan.rows))]
         return Samples.stack(samples, self.text), skipped
 
     def _sample(self, plan: PlannedBatch, i: int, draws: np.ndarray, skipped: dict[str, str]) -> Sample:
         group = () if plan.bucket is None else (plan.bucket,)
-        shape = None if plan.bucket is None else self.shapes[plan.bucket]
+        shape = None if plan.bucket is None or self.shapes is None else self.shapes[plan.bucket]
         index = plan.rows[i]
         for attempt in range(MAX_ATTEMPTS):
             row = self.rows.data[index]
