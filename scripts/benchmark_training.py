@@ -123,6 +123,7 @@ def main() -> None:
             max_train_steps=10**6,
         )
         trainer = Trainer(config, unet)
+        trainer.prepare()
         trainer.start()
         progress = trainer.progress_bar(0)
         bare_step = make_bare_step(trainer, args.preset)

@@ -208,7 +208,7 @@ REFUSED = {
     "precision": ({"trainer.precision": "fp8"}, "`trainer.precision` is 'fp8', but should be one of"),
     "averages": ({"exp_manager.ema.every_n_steps": 10}, "take `decay` 0.99999"),
     "no images": ({"model.data.synthetic_data": True}, "`model.data.synthetic_data` is True"),
-    "crop": ({"model.data.train.augmentations.center_crop_h_w": "8, 8"}, "a base stage trains on the whole side"),
+    "crop": ({"model.data.train.augmentations.center_crop_h_w": "8, 8"}, "a base stage trains on whole images"),
     "no pyramid": ({"model.unet_type": "sr"}, "lacks `model.data.train.target_resolutions`"),
     "pyramid": ({**SUPER_RESOLUTION, "model.data.train.target_resolutions": [64, 512]}, "divides 256, and 256"),
 }

@@ -117,6 +117,18 @@ def run_in_processes(settings: dict, count: int, **environment: str) -> None:
     assert [process.exitcode for process in processes] == [0] * count
 
 
+def interrupt_at(monkeypatch, step: int):
+    """Training stops before this step, as when its process is ended."""
+    train_step = Trainer.train_step
+
+    def interrupted(self, this_step):
+        if this_step == step:
+            raise OSError("gone")
+        return train_step(self, this_step)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+
+
 def metrics(output_dir: Path | str) -> list[dict]:
     """What the run said of every step."""
     return [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines()]

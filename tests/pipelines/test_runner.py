@@ -8,7 +8,7 @@ import torch
 
 from diffusers_imagen import ContinuousDDPMScheduler, EDMHeunScheduler, ImagenPipeline, ImagenUNetModel
 from diffusers_imagen.diffusion.guidance import classifier_free_guidance, rescale_guidance
-from diffusers_imagen.pipelines.planning import NoiseLevel, step_levels
+from diffusers_imagen.pipelines.planning import NoiseLevel, noise_levels_of_steps
 from diffusers_imagen.pipelines.runner import KnownPixels, add_more_noise
 
 
@@ -79,7 +79,7 @@ def test_autoguidance_is_away_from_the_weaker_network_with_the_same_prompt(base_
 @pytest.mark.parametrize("scheduler", [EDMHeunScheduler(), ContinuousDDPMScheduler(preconditioning="edm")])
 def test_levels_are_those_of_the_schedule(scheduler):
     scheduler.set_timesteps(5)
-    levels = step_levels(scheduler)
+    levels = noise_levels_of_steps(scheduler)
     assert list(levels) == list(range(0, len(scheduler.timesteps), scheduler.order))
     for index, level in levels.items():
         assert level.noise / level.signal == pytest.approx(scheduler.sigmas[index].item(), rel=1e-4)

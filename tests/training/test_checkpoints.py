@@ -201,6 +201,19 @@ def test_a_checkpoint_of_an_earlier_version_is_refused(run):
         go_on()
 
 
+def test_a_checkpoint_whose_settings_had_other_names_is_refused(run):
+    """Of format 2, where a variance-preserving run was called "ddpm"."""
+    folder, _, go_on = run
+    path = folder / "checkpoint-2" / MANIFEST
+    manifest = json.loads(path.read_text())
+    manifest |= {"format": 2, "run": {**manifest["run"], "preconditioning": "ddpm"}}
+    path.write_text(json.dumps({**manifest, OWN_DIGEST: digest_of(manifest)}))
+    with pytest.raises(
+        ValueError, match="was written by another version of diffusers-imagen. To train its weights on"
+    ):
+        go_on()
+
+
 def test_a_state_is_what_was_saved(tmp_path):
     state = {"a": {0: torch.arange(3), "b.c": [1, 2.5, None, "x", True]}, "a.0": torch.zeros(()), "n": float("inf")}
     shared = torch.zeros(4, 4)

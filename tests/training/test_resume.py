@@ -7,22 +7,21 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_runs import are_equal, encode, exported, losses, make_unet, metrics, settings, start, weights_of
+from tiny_runs import (
+    are_equal,
+    encode,
+    exported,
+    interrupt_at,
+    losses,
+    make_unet,
+    metrics,
+    settings,
+    start,
+    weights_of,
+)
 
 from diffusers_imagen.training import Trainer, TrainingInterrupted, checkpoints, train
 from diffusers_imagen.training.checkpoints import list_checkpoints
-
-
-def interrupt_at(monkeypatch, step: int):
-    """Training stops before this step, as when its process is ended."""
-    train_step = Trainer.train_step
-
-    def interrupted(self, this_step):
-        if this_step == step:
-            raise OSError("gone")
-        return train_step(self, this_step)
-
-    monkeypatch.setattr(Trainer, "train_step", interrupted)
 
 
 def wait_for(path: Path, lines: int) -> None:

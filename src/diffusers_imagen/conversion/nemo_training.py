@@ -236,12 +236,12 @@ def trackers(nemo: Entries) -> dict[str, Any]:
 
 
 def data(nemo: Entries, differences: list[str]) -> dict[str, Any]:
-    """Sides of images, and the augmentation of the conditioning image; adds to `differences`."""
+    """Sizes of images, and the augmentation of the conditioning image; adds to `differences`."""
     section = "model.data.train"
     if nemo.get("model.data.synthetic_data", False):
         nemo.refuse("model.data.synthetic_data", "but training needs images.")
     settings = {"resolution": nemo.require(f"{section}.augmentations.resize_smallest_side")}
-    crop = crop_side(nemo, f"{section}.augmentations.center_crop_h_w", settings["resolution"])
+    crop = crop_resolution(nemo, f"{section}.augmentations.center_crop_h_w", settings["resolution"])
     if nemo.get(f"{section}.filterings.resolution.method") == "larger":
         settings["min_resolution"] = nemo.require(f"{section}.filterings.resolution.value")
     elif f"{section}.filterings.resolution.method" in nemo.values:
@@ -252,7 +252,7 @@ def data(nemo: Entries, differences: list[str]) -> dict[str, Any]:
         nemo.refuse("model.unet_type", "but should be 'base', 'sr' or 'sr-unet'.")
     if unet_type == "base":
         if crop != settings["resolution"]:
-            nemo.refuse(f"{section}.augmentations.center_crop_h_w", "but a base stage trains on the whole side.")
+            nemo.refuse(f"{section}.augmentations.center_crop_h_w", "but a base stage trains on whole images.")
         return settings
     return settings | super_resolution(nemo, settings["resolution"], crop, differences)
 
@@ -265,7 +265,7 @@ def super_resolution(nemo: Entries, resolution: int, crop: int, differences: lis
         name = older
     targets = nemo.require(name)
     if len(targets) != 2 or targets[1] != crop or crop % targets[0]:
-        nemo.refuse(name, f"but should be a side that divides {crop}, and {crop}.")
+        nemo.refuse(name, f"but should be a resolution that divides {crop}, and {crop}.")
     factor = crop // targets[0]
     settings = {"low_resolution": resolution // factor}
     if crop != resolution:
@@ -276,22 +276,22 @@ def super_resolution(nemo: Entries, resolution: int, crop: int, differences: lis
     if nemo.get("model.preconditioning_type", "DDPM") != "EDM":
         nemo.refuse("model.noise_cond_aug", "but NeMo has it for EDM only.")
     differences.append(
-        "noise_conditioning_augmentation: levels of the conditioning image are uniform up to it here, in NeMo log-normal as "
+        "noise_conditioning_augmentation: noise levels of the conditioning image are uniform up to it here, in NeMo log-normal as "
         "those of the image are"
     )
     return {**settings, "noise_conditioning_augmentation": 0.5}
 
 
-def crop_side(nemo: Entries, name: str, resolution: int) -> int:
-    """The side of the crop: NeMo has height and width as text."""
+def crop_resolution(nemo: Entries, name: str, resolution: int) -> int:
+    """The resolution of the crop: NeMo has height and width as text."""
     value = nemo.get(name)
     if value is None:
         return resolution
     text = value if isinstance(value, str) else shorten(value)
-    sides = re.fullmatch(r"[\[(]?\s*(\d{1,6})\s*(?:,\s*(\d{1,6})\s*)?[\])]?", text.strip())
-    if sides is None or sides[2] not in (None, sides[1]) or not 1 <= int(sides[1]) <= resolution:
+    size = re.fullmatch(r"[\[(]?\s*(\d{1,6})\s*(?:,\s*(\d{1,6})\s*)?[\])]?", text.strip())
+    if size is None or size[2] not in (None, size[1]) or not 1 <= int(size[1]) <= resolution:
         nemo.refuse(name, f"but should be a square of up to {resolution}.")
-    return int(sides[1])
+    return int(size[1])
 
 
 def to_be_given(settings: dict[str, Any], network: str | None = None) -> list[str]:

@@ -1,4 +1,4 @@
-"""Networks made of trained ones: for images of twice the side, or with other numbers of blocks.
+"""Networks made of trained ones: for images of twice the resolution, or with other numbers of blocks.
 
 Progressive growing (Karras et al. 2017, arXiv 1710.10196) puts a finer level around a trained network, whose own
 levels go on seeing what they saw: features of the same size in the picture. So the meaning of words and the layout of

@@ -39,7 +39,7 @@ class GivenImages(NamedTuple):
         return masks.repeat_interleave(num_images // len(masks), dim=0).to(device)
 
     def are_as_large_as(self, size: tuple[int, int]) -> bool:
-        """Whether every image has at least as many pixels on both sides, so that resizing invents none."""
+        """Whether every image has at least this height and width, so that resizing invents none."""
         return all(image.shape[-2] >= size[0] and image.shape[-1] >= size[1] for image in self.pixels)
 
 

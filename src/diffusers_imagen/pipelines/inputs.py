@@ -26,7 +26,7 @@ MAX_GUIDANCE = 1e6
 MAX_IMAGES = MAX_PROMPTS
 MAX_PIXELS = 2**30  # of all images of a call: 1024 images of 1024 px, or one of 32768 px
 MAX_RESAMPLE_TIMES = 100
-MAX_SIDE = 2**20  # of tiles; an image has MAX_PIXELS
+MAX_TILE = 2**20  # of tiles; an image has MAX_PIXELS
 
 
 # ---- one value for each stage
@@ -65,7 +65,7 @@ def optional_per_stage(name: str, value: Any, stages: list[Stage], **kwargs) -> 
     return per_stage(name, value, stages, **kwargs)
 
 
-def levels_per_stage(name: str, value: Any, stages: list[Stage]) -> list[list[float] | torch.Tensor | None]:
+def schedules_per_stage(name: str, value: Any, stages: list[Stage]) -> list[list[float] | torch.Tensor | None]:
     """The caller's noise levels for each stage: a list if a single stage runs, else a dict by stage name."""
     if isinstance(value, (list, tuple, np.ndarray, torch.Tensor)) and len(stages) > 1:
         raise ValueError(
@@ -73,15 +73,15 @@ def levels_per_stage(name: str, value: Any, stages: list[Stage]) -> list[list[fl
             f"to have its own, among {[stage.name for stage in stages]}."
         )
     per = optional_per_stage(name, value, stages, is_single=lambda value: True)
-    return [None if levels is None else as_levels(name, levels) for levels in per]
+    return [None if values is None else as_schedule(name, values) for values in per]
 
 
-def as_levels(name: str, levels: Any) -> list[float] | torch.Tensor:
+def as_schedule(name: str, values: Any) -> list[float] | torch.Tensor:
     """Finite numbers in a list, or as a tensor of one dimension, whose dtype may mean something to a scheduler."""
-    tensor = as_values(name, levels)
+    tensor = as_values(name, values)
     if len(tensor) == 0 or not tensor.isfinite().all():
-        raise ValueError(f"`{name}` is {shown(levels)}, but should be a list of finite numbers.")
-    return levels.detach() if isinstance(levels, torch.Tensor) else tensor.tolist()
+        raise ValueError(f"`{name}` is {shown(values)}, but should be a list of finite numbers.")
+    return values.detach() if isinstance(values, torch.Tensor) else tensor.tolist()
 
 
 def stage_settings(arguments: CallArguments, stages: list[Stage]) -> list[StageSettings]:
@@ -99,8 +99,8 @@ def stage_settings(arguments: CallArguments, stages: list[Stage]) -> list[StageS
     noise_levels = per_stage(name, arguments.low_res_noise_level, upscaling)
     noise_levels = [as_number(name, value, MIN_AUGMENTATION_SIGMA, MAX_NOISE_LEVEL) for value in noise_levels]
     noise_levels = [0.0] * (len(stages) - len(upscaling)) + noise_levels
-    own_sigmas = levels_per_stage("sigmas", arguments.sigmas, stages)
-    own_timesteps = levels_per_stage("timesteps", arguments.timesteps, stages)
+    own_sigmas = schedules_per_stage("sigmas", arguments.sigmas, stages)
+    own_timesteps = schedules_per_stage("timesteps", arguments.timesteps, stages)
     for stage, a, b in zip(stages, own_sigmas, own_timesteps):
         if a is not None and b is not None:
             raise ValueError(f"Only one of `sigmas` and `timesteps` can be given for the stage `{stage.name}`.")
@@ -175,7 +175,7 @@ def check_pixels(num_images: int, sizes: dict[int, tuple[int, int]]) -> None:
 
 def check_tiling(tile_size: Any, overlap: Any, stages: list[Stage]) -> Tiling:
     """Tiles that every super-resolution network can take, and that overlap by less than a tile."""
-    tiling = Tiling(as_integer("tile_size", tile_size, 1, MAX_SIDE), as_integer("overlap", overlap, 0, MAX_SIDE))
+    tiling = Tiling(as_integer("tile_size", tile_size, 1, MAX_TILE), as_integer("overlap", overlap, 0, MAX_TILE))
     for stage in stages:
         stride = stage.unet.total_stride
         for name, value in zip(tiling._fields, tiling):
@@ -217,7 +217,7 @@ def check_latents(latents: Any, num_images: int, first: Stage) -> None:
     form = f"({num_images}, {channels}, height, width)"
     check_tensor("latents", latents, f"of shape {form}")
     fits = latents.ndim == 4 and latents.shape[:2] == (num_images, channels)
-    if not fits or any(side % stride or not side for side in latents.shape[2:]):
+    if not fits or any(pixels % stride or not pixels for pixels in latents.shape[2:]):
         raise ValueError(
             f"`latents` has shape {tuple(latents.shape)}, but should be {form} with multiples of {stride}."
         )

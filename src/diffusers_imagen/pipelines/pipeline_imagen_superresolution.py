@@ -63,7 +63,7 @@ class ImagenSuperResolutionPipeline(ImagenPipelineMixin, DiffusionPipeline, Imag
 
     @property
     def low_resolution(self) -> int:
-        """Side of the images that the network was trained to enlarge, in pixels."""
+        """Resolution of the images that the network was trained to enlarge, in pixels."""
         resolution, factor = self.unet.resolution, self.config.scale_factor
         as_integer("scale_factor", factor)
         if resolution % factor:

@@ -59,7 +59,7 @@ class ImagenPipelineMixin(ModelCardMixin):
         The memory of a network is that of a tile then, whatever the size of the image.
 
         Args:
-            tile_size (`int`, defaults to 256): Side of a tile, in pixels of the stage's image.
+            tile_size (`int`, defaults to 256): Height and width of a tile, in pixels of the stage's image.
             overlap (`int`, defaults to 64): Pixels that neighbours share.
 
         Raises:

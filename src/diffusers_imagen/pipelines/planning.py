@@ -14,7 +14,7 @@ from diffusers import SchedulerMixin
 from ..utils.arguments import is_integer, shown
 from .callbacks import Callback
 from .image_inputs import GivenImages
-from .schedules import NoiseLevel, StageSettings, check_drives, set_schedule, step_levels
+from .schedules import NoiseLevel, StageSettings, check_drives, noise_levels_of_steps, set_schedule
 from .stages import Stage
 
 
@@ -30,7 +30,7 @@ class Call(NamedTuple):
 
     index: int  # type: ignore[assignment]  # into the scheduler's timesteps; hides tuple.index
     guided: bool  # whether its noise level lies in the guidance interval
-    level_after: NoiseLevel | None  # of the sample after it; None in the middle of a step
+    noise_level_after: NoiseLevel | None  # of the sample after it; None in the middle of a step
     back_to: int | None  # the index to go back to afterwards, with more noise: resampling
 
 
@@ -43,7 +43,7 @@ class StagePlan(NamedTuple):
     size: Size
     low_res_size: Size | None  # of the image that a super-resolution stage starts from
     calls: list[Call]
-    levels: dict[int, NoiseLevel]  # at the start of each step, by its index
+    noise_levels: dict[int, NoiseLevel]  # at the start of each step, by its index
 
     @property
     def begins(self) -> int:
@@ -85,12 +85,12 @@ def plan_stages(
         taken.add(id(scheduler))
         check_drives(scheduler, stage, wanted)
         set_schedule(scheduler, stage.name, wanted, device)
-        levels = step_levels(scheduler)
-        first = first_step(stage.name, len(levels), strength) if stage.is_base else 0
+        noise_levels = noise_levels_of_steps(scheduler)
+        first = first_step(stage.name, len(noise_levels), strength) if stage.is_base else 0
         times = num_resample_times if stage.is_base else 1
-        calls = plan_calls(scheduler, list(levels.items())[first:], wanted, times)
+        calls = plan_calls(scheduler, list(noise_levels.items())[first:], wanted, times)
         low_res_size = None if stage.is_base or low_resolution is None else sizes[low_resolution]
-        plans.append(StagePlan(stage, scheduler, wanted, sizes[stage.resolution], low_res_size, calls, levels))
+        plans.append(StagePlan(stage, scheduler, wanted, sizes[stage.resolution], low_res_size, calls, noise_levels))
         low_resolution = stage.resolution
     return plans
 
@@ -112,14 +112,16 @@ def plan_calls(
     """The calls of the steps that begin at `starts`, each step but the last `num_resample_times` times."""
     num_calls = len(scheduler.timesteps)
     guided = guided_calls(scheduler, settings.guidance_interval)
-    following = [level for _, level in starts[1:]] + [CLEAN]
+    following = [noise_level for _, noise_level in starts[1:]] + [CLEAN]
     calls = []
-    for (start, _), level_after in zip(starts, following):
+    for (start, _), noise_level_after in zip(starts, following):
         end = min(start + scheduler.order, num_calls)
         times = 1 if end == num_calls else num_resample_times
         for time in range(times):
             calls += [Call(index, guided[index], None, None) for index in range(start, end)]
-            calls[-1] = calls[-1]._replace(level_after=level_after, back_to=start if time < times - 1 else None)
+            calls[-1] = calls[-1]._replace(
+                noise_level_after=noise_level_after, back_to=start if time < times - 1 else None
+            )
     return calls
 
 
@@ -150,21 +152,21 @@ def plan_sizes(
         ValueError: for a size that some network cannot take; it names the multiple that all can.
     """
     last = stages[-1].resolution
-    height, width = (last if side is None else side for side in (height, width))
+    height, width = (last if pixels is None else pixels for pixels in (height, width))
     strides = {stage.resolution: stage.unet.total_stride for stage in stages}
     if low_resolution is not None:
         strides[low_resolution] = 1
     multiple = next(n for n in itertools.count(1) if _fits(n, strides, last))
-    for name, side in (("height", height), ("width", width)):
-        if not is_integer(side) or side < 1 or side % multiple:
+    for name, pixels in (("height", height), ("width", width)):
+        if not is_integer(pixels) or pixels < 1 or pixels % multiple:
             raise ValueError(
-                f"`{name}` is {shown(side)}, but the networks of this pipeline take multiples of {multiple} only, in pixels "
+                f"`{name}` is {shown(pixels)}, but the networks of this pipeline take multiples of {multiple} only, in pixels "
                 "of the last image."
             )
     height, width = int(height), int(width)
     return {resolution: (height * resolution // last, width * resolution // last) for resolution in strides}
 
 
-def _fits(side: int, strides: dict[int, int], last: int) -> bool:
-    """Whether images of this side, made smaller for every stage, are whole numbers of its network's strides."""
-    return all(Fraction(side * resolution, last) % stride == 0 for resolution, stride in strides.items())
+def _fits(pixels: int, strides: dict[int, int], last: int) -> bool:
+    """Whether square images of so many pixels, made smaller for every stage, are whole numbers of its network's strides."""
+    return all(Fraction(pixels * resolution, last) % stride == 0 for resolution, stride in strides.items())

@@ -101,12 +101,12 @@ class BoundNetwork:
         """What is constant over the steps, made at the first one."""
         key = (images.start, branch, self.text.version)
         if key not in self.bound:
-            low_res, level = self.latents.low_res, self.latents.low_res_timestep
+            low_res, timestep = self.latents.low_res, self.latents.low_res_timestep
             low_res = None if low_res is None else low_res[images].to(self.unet.dtype)
-            level = None if level is None else level[images]
+            timestep = None if timestep is None else timestep[images]
             if branch == "both":  # both branches see one low-resolution image
-                low_res, level = (None if t is None else torch.cat([t, t]) for t in (low_res, level))
-            self.bound[key] = BoundInputs(self.text.encode_for(self.unet, branch, images), low_res, level)
+                low_res, timestep = (None if t is None else torch.cat([t, t]) for t in (low_res, timestep))
+            self.bound[key] = BoundInputs(self.text.encode_for(self.unet, branch, images), low_res, timestep)
         return self.bound[key]
 
     def predict(self, x: torch.Tensor, timestep: torch.Tensor, inputs: BoundInputs) -> torch.Tensor:

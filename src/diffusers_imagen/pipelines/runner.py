@@ -189,7 +189,7 @@ class StageRunner:
         step_kwargs = {"generator": self.generators} if takes_generator else {}
         sample = latents.sample
         if known is not None:
-            sample = known.put_into(sample, plan.levels[plan.begins], self.generators)
+            sample = known.put_into(sample, plan.noise_levels[plan.begins], self.generators)
         watch.see("the noise and the image that it starts from are not", sample)
         with self.pipe.progress_bar(total=len(plan.calls)) as progress:
             progress.set_description(f"{plan.stage.name} {plan.stage.resolution} px")
@@ -200,10 +200,11 @@ class StageRunner:
                 timestep = scheduler.timesteps[call.index]
                 output = predict(scheduler.scale_model_input(sample, timestep), timestep, call.guided)
                 sample = scheduler.step(output, timestep, sample, **step_kwargs, return_dict=False)[0]
-                if known is not None and call.level_after is not None:
-                    sample = known.put_into(sample, call.level_after, self.generators)
-                if call.back_to is not None and call.level_after is not None:
-                    sample = add_more_noise(sample, call.level_after, plan.levels[call.back_to], self.generators)
+                if known is not None and call.noise_level_after is not None:
+                    sample = known.put_into(sample, call.noise_level_after, self.generators)
+                if call.back_to is not None and call.noise_level_after is not None:
+                    higher = plan.noise_levels[call.back_to]
+                    sample = add_more_noise(sample, call.noise_level_after, higher, self.generators)
                     scheduler = copy.deepcopy(untouched)  # without the history of the step that is done again
                     begin_at(scheduler, call.back_to)
                 watch.see(f"the step of its {type(scheduler).__name__} overflows", sample)
@@ -233,9 +234,9 @@ class StageRunner:
         noise = noise.to(self.device, torch.float32)
         sample = noise * plan.scheduler.init_noise_sigma
         if image is None and request.given is not None and request.starts_from_image:
-            level = plan.levels[plan.begins]
+            start = plan.noise_levels[plan.begins]
             given = request.given.resized(plan.size, request.num_images, self.device)
-            sample = level.signal * given + level.noise * noise
+            sample = start.signal * given + start.noise * noise
         return Latents(sample, low_res, low_res_timestep)
 
     def prepare_known(self) -> "KnownPixels | None":
@@ -255,18 +256,18 @@ class KnownPixels(NamedTuple):
     image: torch.Tensor  # (B, C, H, W) in [-1, 1]
     repainted: torch.Tensor  # (B, 1, H, W), True where the image is painted anew
 
-    def put_into(self, sample: torch.Tensor, level: NoiseLevel, generators: Generators) -> torch.Tensor:
+    def put_into(self, sample: torch.Tensor, noise_level: NoiseLevel, generators: Generators) -> torch.Tensor:
         """The sample with the known pixels as they are at its noise level: the original and fresh noise."""
-        known = self.image * level.signal
-        if level.noise > 0:
-            known = known + level.noise * randn_tensor(sample.shape, generators, sample.device, sample.dtype)
+        known = self.image * noise_level.signal
+        if noise_level.noise > 0:
+            known = known + noise_level.noise * randn_tensor(sample.shape, generators, sample.device, sample.dtype)
         return torch.where(self.repainted, sample, known)
 
 
 def add_more_noise(
-    sample: torch.Tensor, level: NoiseLevel, higher: NoiseLevel, generators: Generators
+    sample: torch.Tensor, noise_level: NoiseLevel, higher: NoiseLevel, generators: Generators
 ) -> torch.Tensor:
     """The forward process between two noise levels, the jump back of RePaint (arXiv 2201.09865, algorithm 1)."""
-    factor = higher.signal / level.signal
-    std = max(higher.noise**2 - (factor * level.noise) ** 2, 0.0) ** 0.5
+    factor = higher.signal / noise_level.signal
+    std = max(higher.noise**2 - (factor * noise_level.noise) ** 2, 0.0) ** 0.5
     return factor * sample + std * randn_tensor(sample.shape, generators, sample.device, sample.dtype)

@@ -12,15 +12,15 @@ from ..utils.arguments import shown
 from .stages import Stage
 
 
-Levels = list[float] | torch.Tensor | None
+Schedule = list[float] | torch.Tensor | None
 
 
 class StageSettings(NamedTuple):
     """What the caller asks of one stage; see the pipelines' arguments of the same names."""
 
     num_inference_steps: int
-    sigmas: Levels
-    timesteps: Levels
+    sigmas: Schedule
+    timesteps: Schedule
     guidance_scale: float
     guidance_interval: tuple[float, float] | None
     guidance_rescale: float
@@ -28,7 +28,7 @@ class StageSettings(NamedTuple):
 
 
 class NoiseLevel(NamedTuple):
-    """A sample of this level is `signal * x_0 + noise * unit noise`."""
+    """A sample of this noise level is `signal * x_0 + noise * unit noise`."""
 
     signal: float
     noise: float
@@ -67,16 +67,16 @@ def begin_at(scheduler: SchedulerMixin, index: int) -> None:
         scheduler.set_begin_index(index)
 
 
-def step_levels(scheduler: SchedulerMixin) -> dict[int, NoiseLevel]:
+def noise_levels_of_steps(scheduler: SchedulerMixin) -> dict[int, NoiseLevel]:
     """The noise level at the start of each step, by the index of the step's first call."""
     unit = torch.eye(2)
-    levels = {}
+    noise_levels = {}
     for index in range(0, len(scheduler.timesteps), scheduler.order):
         timesteps = scheduler.timesteps[index].cpu().expand(2)
         # signal and noise alone, as the scheduler mixes them
         mixed = scheduler.add_noise(unit[0][:, None], unit[1][:, None], timesteps).flatten().tolist()
-        levels[index] = NoiseLevel(*mixed)
-    return levels
+        noise_levels[index] = NoiseLevel(*mixed)
+    return noise_levels
 
 
 def check_drives(scheduler: SchedulerMixin, stage: Stage, settings: StageSettings) -> None:
@@ -91,7 +91,7 @@ def check_drives(scheduler: SchedulerMixin, stage: Stage, settings: StageSetting
         walk = copy.deepcopy(scheduler)
         with torch.random.fork_rng(devices=[]):  # some draw noise
             set_schedule(walk, stage.name, settings, torch.device("cpu"))
-            if not step_levels(walk):
+            if not noise_levels_of_steps(walk):
                 raise ValueError("its schedule is empty")
             _walk_through(walk, stage.unet.in_channels)
     except Exception as error:

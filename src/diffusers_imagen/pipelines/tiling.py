@@ -7,7 +7,7 @@ import torch
 
 
 class Tiling(NamedTuple):
-    """Side of the tiles and of their overlap, in pixels."""
+    """Height and width of the tiles, and how much neighbours overlap, in pixels."""
 
     tile_size: int
     overlap: int
@@ -31,7 +31,7 @@ def make_tiles(height: int, width: int, tiling: Tiling, device: torch.device) ->
 
 
 def _intervals(length: int, tiling: Tiling) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Intervals that cover a side, with their weights: ramps over the overlap, normalised."""
+    """Intervals that cover a height or width, with their weights: ramps over the overlap, normalised."""
     size = min(tiling.tile_size, length)
     starts = list(range(0, length - size, tiling.tile_size - tiling.overlap)) + [length - size]
     # from the border inwards, never 0, so that a pixel that only one tile has gets all of its weight from it

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from diffusers.utils import logging
 
 from ..utils.errors import one_line
-from ..utils.files import read_json_object, sha256, sync, write_json
+from ..utils.files import read_json_object, remove, sha256, sync, write_json
 from .config import TrainingConfig
 from .deepspeed_files import check_files
 from .run_identity import changeable_settings, describe_changes, find_difference
@@ -88,7 +88,8 @@ class Checkpoints:
             if main:
                 record = {"format": FORMAT, "step": step, "run": self.run}
                 seal(partial, {**record, "settings": changeable_settings(self.config)})
-                move_aside_and_replace(partial, folder)
+                remove(folder)
+                os.replace(partial, folder)
                 older = [path for path in list_checkpoints(self.output_dir) if number_of(path) < step]
                 for path in older[: max(0, len(older) + 1 - self.limit)]:
                     remove(path)
@@ -206,20 +207,6 @@ def number_of(checkpoint: Path) -> int:
 def list_checkpoints(output_dir: Path | str) -> list[Path]:
     """The checkpoints of a run, oldest first, whole or not."""
     return sorted((path for path in Path(output_dir).glob("checkpoint-*") if NAME.fullmatch(path.name)), key=number_of)
-
-
-def remove(path: Path) -> None:
-    """Deletes a folder or file, which is gone at once: nobody finds half of it."""
-    doomed = path.with_name(f".{path.name}.removed.partial")
-    os.replace(path, doomed)
-    shutil.rmtree(doomed) if doomed.is_dir() else doomed.unlink()
-
-
-def move_aside_and_replace(new: Path, place: Path) -> None:
-    """Moves a folder to a place where there may be one already."""
-    if place.exists():
-        remove(place)
-    os.replace(new, place)
 
 
 def seal(folder: Path, record: dict[str, Any]) -> None:

@@ -1,11 +1,11 @@
 """Whether a network can take the data, asked before any work is done."""
 
 from pathlib import Path
-from typing import get_args
 
 import torch
 from accelerate import Accelerator
 
+from ..diffusion.preconditioning import PRECONDITIONINGS
 from ..models.interface import StageNetwork
 from ..schedulers import EDMHeunScheduler
 from ..schedulers.scheduling_utils import NO_BETAS
@@ -13,11 +13,10 @@ from ..utils.files import read_json_object
 from .config import TrainingConfig
 from .devices import is_spread
 from .network import find_network
-from .settings import hints_of
 
 
 def check_network(config: TrainingConfig, unet: StageNetwork, with_text: bool) -> None:
-    """Checks sides, conditioning image and text.
+    """Checks resolution, conditioning image and text.
 
     Args:
         config (`TrainingConfig`): The data, and what is done to it.
@@ -27,9 +26,9 @@ def check_network(config: TrainingConfig, unet: StageNetwork, with_text: bool) -
     Raises:
         ValueError: If the network cannot be trained on such batches.
     """
-    side = config.crop_size or config.resolution
+    resolution = config.crop_size or config.resolution
     name = "crop_size" if config.crop_size else "resolution"
-    shapes = [(side, side)]
+    shapes = [(resolution, resolution)]
     if config.crop_size is None and (buckets := config.bucket_shapes()) is not None:
         name, shapes = "aspect_ratio_buckets", buckets
     stride = unet.total_stride
@@ -104,7 +103,7 @@ def check_objective(config: TrainingConfig) -> None:
         except OSError:
             return
     trained = saved.get("preconditioning")
-    if trained not in get_args(hints_of(TrainingConfig)["preconditioning"]):  # a scheduler that is not of this package
+    if trained not in PRECONDITIONINGS:  # a scheduler that is not of this package
         return
     keys = ("sigma_data",) if trained == "edm" else ("sigma_data", "prediction_type", "beta_schedule")
     expected = {"preconditioning": trained, **{key: saved[key] for key in keys if key in saved}}

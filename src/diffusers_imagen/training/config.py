@@ -9,6 +9,8 @@ from huggingface_hub import get_token
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..diffusion.augmentation import MIN_AUGMENTATION_SIGMA
+from ..diffusion.continuous_ddpm import NoiseSchedule, PredictionType
+from ..diffusion.preconditioning import NetworkPreconditioning
 from ..utils.arguments import check_exactly_one
 from .data.data_config import DataConfig, arg
 
@@ -39,7 +41,7 @@ class TrainingConfig(DataConfig):
         "Stage whose weights are trained further, or a cascade, of which the resolutions name the stage: a folder or a "
         "Hub id.",
     )
-    grow: bool = arg(False, "Put a finer level around the pretrained network, for images of twice the side.")
+    grow: bool = arg(False, "Put a finer level around the pretrained network, for images of twice the resolution.")
     layers_per_block: list[int] | None = field(
         default=None, metadata={"help": "Give the pretrained ImagenUNetModel so many blocks at each level."}
     )
@@ -49,17 +51,17 @@ class TrainingConfig(DataConfig):
     )
     text_encoder: str | None = arg(None, "Folder with text_encoder/ and tokenizer/; None trains without text.")
 
-    preconditioning: Literal["edm", "variance_preserving"] = arg(
+    preconditioning: NetworkPreconditioning = arg(
         "edm",
         "How the network is trained: edm of Karras et al. 2022, or variance_preserving as DDPM, in continuous time.",
     )
     sigma_data: float = arg(0.5, "Standard deviation of the images.")
     p_mean: float = arg(-1.2, "edm: mean of the training noise levels' logarithm.")
     p_std: float = arg(1.2, "edm: standard deviation of the training noise levels' logarithm.")
-    prediction_type: Literal["epsilon", "sample", "v_prediction"] = arg(
+    prediction_type: PredictionType = arg(
         "epsilon", "variance_preserving: what the network predicts: noise, image or velocity."
     )
-    beta_schedule: Literal["squaredcos_cap_v2", "linear"] = arg(
+    beta_schedule: NoiseSchedule = arg(
         "squaredcos_cap_v2", "variance_preserving: noise schedule, whose times are drawn uniformly."
     )
     loss: Literal["l2", "l1", "huber"] = arg("l2", "Distance of prediction and target.")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, fields
@@ -15,7 +14,7 @@ from huggingface_hub import create_repo, upload_folder
 from ..models.interface import StageNetwork
 from ..pipelines import ImagenPipeline, ImagenSuperResolutionPipeline
 from ..utils.errors import NETWORK, one_line
-from ..utils.files import read_json_object, sha256, whole_folder, write_json
+from ..utils.files import read_json_object, remove, sha256, whole_folder, write_json
 from .config import TrainingConfig
 from .sampling import SAMPLES, sample_name, sample_step
 
@@ -110,11 +109,6 @@ def finish_move(folder: Path) -> None:
             os.replace(part, folder / part.name)
         upcoming.rmdir()
     remove(replaced)
-
-
-def remove(path: Path) -> None:
-    """Deletes a file or a folder, if it is there."""
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def digest_stage(folder: Path) -> dict[str, str]:

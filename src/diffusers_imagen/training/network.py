@@ -16,6 +16,7 @@ from ..models.growing import change_layers, grow_unet
 from ..models.interface import StageNetwork
 from ..models.presets import create_unet
 from ..models.unet_base import ConditionalUNet
+from ..pipelines.stage_table import STAGES
 from ..pipelines.stages import missing_weights
 from ..utils.arguments import shown
 from ..utils.errors import describe_fault
@@ -23,7 +24,7 @@ from ..utils.files import read_json_object
 from .config import TrainingConfig
 
 
-NETWORKS = ("base_unet", "sr256_unet", "sr1024_unet")  # of a cascade
+OF_A_CASCADE = [kind.unet for kind in STAGES]
 NETWORK_CLASSES = "ImagenUNetModel or EfficientUNetModel"
 DROPOUT_SEED = 33  # a word after the run's seed, unlike those of its data and steps
 
@@ -84,7 +85,7 @@ def find_network(config: TrainingConfig) -> str | None:
     if (Path(name) / "config.json").is_file():
         return None
     index = load_index(name)
-    parts = [part for part in NETWORKS if isinstance(index.get(part), list) and index[part][:1] != [None]]
+    parts = [part for part in OF_A_CASCADE if isinstance(index.get(part), list) and index[part][:1] != [None]]
     if not parts:
         return "unet"
     with torch.device("meta"):  # for their sizes, without memory for their weights

@@ -61,6 +61,14 @@ def partial_of(path: Path) -> Path:
     return path.with_name(f".{name}.{os.getpid()}.partial")
 
 
+def remove(path: Path) -> None:
+    """Deletes a file or a folder, if it is there. It is gone from its place at once: nobody finds half of it."""
+    if path.exists():
+        doomed = path.with_name(f".{path.name}.removed.partial")
+        os.replace(path, doomed)
+        shutil.rmtree(doomed) if doomed.is_dir() else doomed.unlink()
+
+
 def check_writable(path: PathLike, name: str) -> None:
     """Finds out whether a file can be written, by writing a few bytes beside it; folders that lack are not made.
 

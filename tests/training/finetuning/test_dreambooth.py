@@ -16,7 +16,7 @@ from PIL import Image
 from tiny_runs import are_equal, encode, exported, losses, weights_of
 
 from diffusers_imagen import EDMHeunScheduler, EfficientUNetModel, ImagenCascadePipeline, ImagenPipeline
-from diffusers_imagen.training import DreamBoothLoraTrainer, DreamBoothTrainer, DreamBoothTrainingConfig, Trainer
+from diffusers_imagen.training import DreamBoothLoraTrainer, DreamBoothTrainer, DreamBoothTrainingConfig, export
 from diffusers_imagen.training.data import Batch, PairedBatches, make_train_batches
 from diffusers_imagen.training.data.pairs import interleave
 from diffusers_imagen.training.finetuning.class_images import draw_by_pipeline, missing_images
@@ -154,6 +154,16 @@ def test_class_images_are_those_of_the_pipeline_whatever_is_drawn_at_a_time(make
     assert np.abs(np.array(image) - folders[1]["class-00001.png"]).max() <= 1
 
 
+def test_a_trainer_is_made_without_work(make_subject_config, stage, tmp_path, monkeypatch):
+    """No class image is drawn, no repository made, no folder opened, no data read before `train`."""
+    made = []
+    monkeypatch.setattr(export, "create_repo", lambda *args, **kwargs: made.append(args))
+    hub = {"push_to_hub": True, "hub_model_id": "me/dog", "hub_token": "hf_a"}
+    before = sorted(tmp_path.rglob("*"))
+    DreamBoothLoraTrainer(make_subject_config(**PRIOR, **hub, rank=2), load(stage), encode)
+    assert not made and sorted(tmp_path.rglob("*")) == before
+
+
 def test_class_images_that_are_there_stay(make_subject_config, stage, tmp_path):
     folder = tmp_path / "class"
     config = make_subject_config(**PRIOR)
@@ -229,15 +239,8 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(make_subject_config, stag
     whole, unet = make_subject_config(**PRIOR, output_dir=tmp_path / "whole"), load(stage)
     make_trainer(whole, unet, encode).train()
     config = make_subject_config(**PRIOR, resume_from_checkpoint="latest")
-    train_step = Trainer.train_step
-
-    def interrupted(self, step):
-        if step == 3:
-            raise OSError("gone")
-        train_step(self, step)
-
     with monkeypatch.context() as patch, pytest.raises(OSError, match="gone"):
-        patch.setattr(Trainer, "train_step", interrupted)
+        tiny_runs.interrupt_at(patch, step=3)
         make_trainer(config, load(stage), encode).train()
     resumed = load(stage)
     make_trainer(config, resumed, encode).train()

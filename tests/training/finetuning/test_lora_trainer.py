@@ -160,15 +160,8 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(make_lora_config, stage, 
     whole, unet = make_lora_config(output_dir=tmp_path / "whole", loss_weighting="uncertainty"), load(stage)
     LoraTrainer(whole, unet, encode).train()
     config = make_lora_config(resume_from_checkpoint="latest", loss_weighting="uncertainty")
-    train_step = Trainer.train_step
-
-    def interrupted(self, step):
-        if step == 3:
-            raise OSError("gone")
-        train_step(self, step)
-
     with monkeypatch.context() as patch, pytest.raises(OSError, match="gone"):
-        patch.setattr(Trainer, "train_step", interrupted)
+        tiny_runs.interrupt_at(patch, step=3)
         LoraTrainer(config, load(stage), encode).train()
     resumed = load(stage)
     LoraTrainer(config, resumed, encode).train()

@@ -1,4 +1,5 @@
 import math
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from diffusers_imagen.training.data import Batch
 from diffusers_imagen.training.objective.losses import augment, denoising_loss, to_device
 from diffusers_imagen.training.objective.objectives import make_objective
 from diffusers_imagen.training.objective.step_draws import Draws, StepDraws
-from diffusers_imagen.training.objective.weightings import UncertaintyWeighting
+from diffusers_imagen.training.objective.weightings import WEIGHTINGS, UncertaintyWeighting
 
 
 SIGMA_DATA = 0.7
@@ -313,3 +314,25 @@ def test_learned_weights_find_the_size_of_the_loss():
         weighting(loss, log_snr).sum().backward()
         optimizer.step()
     torch.testing.assert_close(weighting(loss, log_snr).detach(), 1 + loss.log(), rtol=0, atol=0.05)
+
+
+def test_every_weighting_is_a_choice_of_the_configuration():
+    choices = get_args(get_type_hints(TrainingConfig)["loss_weighting"])
+    assert set(choices) == set(WEIGHTINGS)
+    for name in choices:
+        config = make_config(preconditioning="variance_preserving", loss_weighting=name)
+        objective = make_objective(config)
+        losses, log_snr = torch.rand(5, generator=seeded()), torch.linspace(-8, 8, 5)
+        assert objective.weighting.weight(log_snr).shape == objective.minimized(losses, log_snr).shape == (5,)
+        assert len(objective.trained_modules) == (name == "uncertainty")
+
+
+@pytest.mark.parametrize("preconditioning", ["edm", "variance_preserving"])
+def test_noise_levels_are_log_snr_whatever_the_preconditioning(preconditioning):
+    """What the network gets is the scaled image and noise of that log-SNR."""
+    objective = make_objective(make_config(preconditioning=preconditioning))
+    log_snr = objective.draw_log_snr(1000, seeded())
+    image, noise = torch.ones(1000, 1), torch.zeros(1000, 1)
+    signal = objective.example(image, noise, log_snr).model_input
+    spread = objective.example(noise, image, log_snr).model_input
+    torch.testing.assert_close((signal / spread).square().log().flatten(), log_snr, rtol=1e-4, atol=1e-3)

@@ -63,7 +63,7 @@ class DataConfig:
     aspect_ratio_buckets: str | None = arg(
         None, "Shapes of batches: 'height,width;...', or 'auto' for areas about resolution^2; without it, squares."
     )
-    bucket_step: int = arg(16, "The sides of automatic buckets are multiples of this.")
+    bucket_step: int = arg(16, "Height and width of automatic buckets are multiples of this.")
 
     low_resolution: int | None = arg(None, "Side of the conditioning image of a super-resolution stage.")
     crop_size: int | None = arg(None, "Side of the aligned random crops that super-resolution trains on.")
@@ -180,11 +180,11 @@ class DataConfig:
 
 
 def make_buckets(resolution: int, step: int) -> list[tuple[int, int]]:
-    """Height and width of one bucket for each aspect ratio: areas about resolution^2, sides multiples of `step`."""
+    """Height and width of one bucket for each aspect ratio: areas about resolution^2, both multiples of `step`."""
     shapes = []
     for ratio in ASPECT_RATIOS:
         height, width = resolution / ratio**0.5, resolution * ratio**0.5
-        shape = tuple(max(step, round(side / step) * step) for side in (height, width))
+        shape = tuple(max(step, round(length / step) * step) for length in (height, width))
         if shape not in shapes:
             shapes.append(shape)
     return shapes

@@ -124,8 +124,8 @@ def load_samples(rows: Rows, maker: SampleMaker, resolution: int) -> Loaded:
 
 def reduce_all(pixels: torch.Tensor, factor: int) -> torch.Tensor:
     """Reductions of all images `(N, 3, R / factor, R / factor)` in float32, made once."""
-    side = pixels.shape[-1] // factor
-    low_res = torch.empty(len(pixels), 3, side, side)
+    resolution = pixels.shape[-1] // factor
+    low_res = torch.empty(len(pixels), 3, resolution, resolution)
     for start in range(0, len(pixels), 64):
         low_res[start : start + 64] = reduce(to_float(pixels[start : start + 64]), factor)
     return low_res

@@ -15,7 +15,7 @@ class PairedBatches(BatchStream):
     A batch has twice the images of `train_batch_size`, whoever of the processes draws them.
 
     Args:
-        first (`BatchStream`), second (`BatchStream`): Of the same sides, sizes and processes.
+        first (`BatchStream`), second (`BatchStream`): Of the same image sizes, batch sizes and processes.
     """
 
     def __init__(self, first: BatchStream, second: BatchStream):

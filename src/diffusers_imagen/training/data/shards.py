@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from ...utils.errors import one_line
 from ...utils.images import check_regular, picture_extensions
-from .folders import MAX_CAPTION
+from .image_folders import MAX_CAPTION
 
 
 COMPRESSIONS: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}

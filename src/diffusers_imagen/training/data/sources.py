@@ -23,7 +23,15 @@ from datasets.data_files import FILES_TO_IGNORE
 from diffusers.utils import logging
 
 from .data_config import DataConfig
-from .folders import METADATA, find_metadata, find_pictures, find_shards, group_by_split, list_files, picture_rows
+from .image_folders import (
+    METADATA,
+    find_metadata,
+    find_pictures,
+    find_shards,
+    group_by_split,
+    list_files,
+    picture_rows,
+)
 from .shards import Shard, check_shards, choose_pictures, read_rows, shard_features
 from .tables import EmptyTable, check_table, find_damage, find_fault, innermost
 

@@ -110,7 +110,7 @@ class StreamDataset(IterableDataset):
         maker (`SampleMaker`): Makes samples.
         text (`TextSource`, *optional*): Makes the embeddings of captions.
         draws (`SlotDraws`): The slots' numbers.
-        process_index (`int`), num_processes (`int`): This process among all.
+        place (`tuple[int, int]`): The number of this process, and how many there are.
         num_workers (`int`): Workers of each process.
         batches (`int`): Batches of this process that came before.
         states (`dict[int, dict]`): The place of each worker's reader; empty at the beginning.
@@ -122,15 +122,14 @@ class StreamDataset(IterableDataset):
         maker: SampleMaker,
         text: TextSource | None,
         draws: SlotDraws,
-        process_index: int,
-        num_processes: int,
+        place: tuple[int, int],
         num_workers: int,
         batches: int = 0,
         states: dict[int, dict] | None = None,
     ):
         self.rows, self.maker, self.draws = rows, maker, draws
         self.text = None if text is None or text.needs_encoder else text
-        self.process_index, self.num_processes, self.num_workers = process_index, num_processes, max(1, num_workers)
+        (self.process_index, self.num_processes), self.num_workers = place, max(1, num_workers)
         self.batches, self.states = batches, states or {}
 
     def __iter__(self) -> Iterator[tuple[Samples, dict[str, str], tuple[int, dict]]]:
@@ -140,14 +139,8 @@ class StreamDataset(IterableDataset):
         batch = self.batches + (info.id if info else 0)
         worker = batch % self.num_workers
         config = self.maker.config
-        readers = self.num_processes * self.num_workers
-        reader = ShardReader(
-            self.rows.data,
-            config.seed,
-            self.process_index * self.num_workers + worker,
-            readers,
-            config.shuffle_buffer_size,
-        )
+        number, readers = self.process_index * self.num_workers + worker, self.num_processes * self.num_workers
+        reader = ShardReader(self.rows.data, config.seed, number, readers, config.shuffle_buffer_size)
         reader.state = self.states.get(worker, reader.state)
         rows = iter(reader)
         size = config.train_batch_size

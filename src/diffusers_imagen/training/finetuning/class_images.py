@@ -17,7 +17,7 @@ from ...pipelines import ImagenPipeline
 from ...text.source import TextSource
 from ...utils.errors import describe_fault
 from ...utils.files import FolderHold, whole_file
-from ..data.folders import find_pictures, list_files
+from ..data.image_folders import find_pictures, list_files
 from ..objective.objectives import Objective
 from .finetuning_config import DreamBoothTrainingConfig
 

@@ -123,7 +123,7 @@ class DreamBoothTrainingConfig(LoraTrainingConfig):
             )
 
     def class_data(self) -> DataConfig:
-        """The class images as data, of the same sides and batches."""
+        """The class images as data, of the same sizes and batches."""
         same = {f.name: getattr(self, f.name) for f in fields(DataConfig)}
         other = {"train_data_dir": self.class_data_dir, "caption": self.class_prompt, "train_split": "train"}
         unset = ("dataset_name", "dataset_config_name", "styles", "balance_by", "weight_column", "max_train_samples")

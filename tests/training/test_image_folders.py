@@ -9,7 +9,7 @@ from datasets import Dataset
 from text_sources import FunctionSource
 
 from diffusers_imagen.training.data import DataConfig
-from diffusers_imagen.training.data.folders import group_by_split, list_files
+from diffusers_imagen.training.data.image_folders import group_by_split, list_files
 from diffusers_imagen.training.data.sources import open_rows
 from diffusers_imagen.training.finetuning.class_images import missing_images
 
