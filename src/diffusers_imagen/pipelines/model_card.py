@@ -136,12 +136,7 @@ class ModelCardMixin:
             if subfolder is None:
                 self.save_model_card(folder, repo_id, token)
             return self._upload_folder(
-                folder,
-                repo_id,
-                token=token,
-                commit_message=commit_message,
-                create_pr=create_pr,
-                subfolder=subfolder,
+                folder, repo_id, token=token, commit_message=commit_message, create_pr=create_pr, subfolder=subfolder
             )
 
     def save_model_card(self, folder: str | os.PathLike, repo_id: str, token: str | None = None) -> None:

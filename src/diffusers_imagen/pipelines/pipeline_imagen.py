@@ -58,11 +58,7 @@ class ImagenPipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLoaderMix
     ):
         super().__init__()
         self.register_modules(
-            unet=unet,
-            scheduler=scheduler,
-            tokenizer=tokenizer,
-            text_encoder=text_encoder,
-            guidance_unet=guidance_unet,
+            unet=unet, scheduler=scheduler, tokenizer=tokenizer, text_encoder=text_encoder, guidance_unet=guidance_unet
         )
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
 

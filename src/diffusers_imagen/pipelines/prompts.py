@@ -13,12 +13,7 @@ from ..utils.tensors import FLOATS, INTEGERS, check_tensor
 from .stages import Stage
 
 
-PROMPT_EMBEDS = (
-    "prompt_embeds",
-    "prompt_attention_mask",
-    "negative_prompt_embeds",
-    "negative_prompt_attention_mask",
-)
+PROMPT_EMBEDS = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
 Branch = Literal["conditional", "unconditional", "both"]
 MAX_PROMPTS = 10_000
 # tokenizers take minutes for more, and what does not fit into a network is lost anyway

@@ -83,9 +83,7 @@ class Runner:
         inputs.check_flag("return_dict", arguments.return_dict)
         times = as_integer("num_resample_times", arguments.num_resample_times, 1, inputs.MAX_RESAMPLE_TIMES)
         callback = check_callback(
-            arguments.callback_on_step_end,
-            arguments.callback_on_step_end_tensor_inputs,
-            pipe._callback_tensor_inputs,
+            arguments.callback_on_step_end, arguments.callback_on_step_end_tensor_inputs, pipe._callback_tensor_inputs
         )
         arguments.prompts.check(pipe.max_text_length, stages)
         check_stages(stages, pipe.text_encoder)

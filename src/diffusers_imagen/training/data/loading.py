@@ -38,13 +38,7 @@ class BatchPlan(Sampler):
     """
 
     def __init__(
-        self,
-        order: RowOrder | BucketOrder,
-        draws: SlotDraws,
-        start: int,
-        stride: int,
-        offset: int,
-        batch_size: int,
+        self, order: RowOrder | BucketOrder, draws: SlotDraws, start: int, stride: int, offset: int, batch_size: int
     ):
         self.order, self.draws = order, draws
         self.start, self.stride, self.offset, self.batch_size = start, stride, offset, batch_size
