@@ -48,6 +48,7 @@ class ModelCardMixin:
     It comes before `DiffusionPipeline` among the bases of a pipeline.
     """
 
+    config: Any
     components: dict[str, Any]
     text_encoder: Any
     tokenizer: Any
@@ -58,11 +59,6 @@ class ModelCardMixin:
     def stages(self) -> list[Stage]:
         """The stages that are present, in the order in which they run."""
         raise NotImplementedError
-
-    @property
-    def low_resolution(self) -> int | None:
-        """Resolution of the image that the first stage enlarges; None for a base stage."""
-        return None
 
     def save_pretrained(
         self,
@@ -183,5 +179,6 @@ class ModelCardMixin:
         elif width is not None:
             arguments += [f"prompt_embeds=torch.zeros(1, 1, {width})", "prompt_attention_mask=torch.ones(1, 1)"]
         if unet.takes_low_res:
-            arguments.append(f"image=torch.rand(3, {self.low_resolution}, {self.low_resolution})")
+            low_resolution = unet.resolution // self.config.scale_factor
+            arguments.append(f"image=torch.rand(3, {low_resolution}, {low_resolution})")
         return "".join(f"{argument}, " for argument in arguments)
