@@ -12,11 +12,10 @@ from diffusers import SchedulerMixin
 from huggingface_hub import create_repo, upload_folder
 
 from ..models.interface import StageNetwork
-from ..pipelines import ImagenPipeline, ImagenSuperResolutionPipeline
 from ..utils.errors import NETWORK, one_line
 from ..utils.files import read_json_object, remove, sha256, whole_folder, write_json
 from .config import TrainingConfig
-from .sampling import SAMPLES, sample_name, sample_step
+from .sampling import SAMPLES, sample_name, sample_step, stage_pipeline
 
 
 UPCOMING, REPLACED = ".stage.new", ".stage.replaced"
@@ -126,11 +125,7 @@ def save_stage(
         unet.save_pretrained(partial / "unet")
         hide_place(partial / "unet" / "config.json")
         scheduler.save_pretrained(partial / "scheduler")
-        if unet.takes_low_res:
-            pipe = ImagenSuperResolutionPipeline(unet, scheduler, scale_factor=config.factor)
-        else:
-            pipe = ImagenPipeline(unet, scheduler)
-        pipe.save_config(partial)
+        stage_pipeline(unet, scheduler, config).save_config(partial)
         write_record(partial, config, step, results)
         (partial / CARD_FILE).write_text(model_card(unet, config, step, results), encoding="utf-8")
 
@@ -191,7 +186,7 @@ def model_card(
     images = step * results.get("images_per_step", config.train_batch_size * config.gradient_accumulation_steps)
     losses = {name: value for name, value in results.items() if "loss" in name}
     sample = shown_sample(config, step)
-    defaults = {f.name: f.default_factory() if f.default is MISSING else f.default for f in fields(config)}
+    defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(config)}
     hidden = OF_THIS_MACHINE + OF_THIS_START
     settings = {name: value for name, value in public_settings(config).items() if name not in hidden}
     shown = {name: value for name, value in settings.items() if value != defaults[name]}

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
+from diffusers import SchedulerMixin
 from diffusers.utils import logging, make_image_grid
 from PIL import Image
 
@@ -52,7 +53,7 @@ def read_prompts(config: TrainingConfig, source: TextSource | None) -> Prompts |
             )
         text = source.encode(captions)
     if config.low_resolution is not None:
-        low_res = torch.stack([read_low_res(path, config) for path in config.validation_images])
+        low_res = torch.stack([read_low_res(path, config) for path in config.validation_images or []])
     return Prompts(text, low_res)
 
 
@@ -62,16 +63,22 @@ def read_low_res(path: str, config: TrainingConfig) -> torch.Tensor:
         image = read_image(path, "", config.background)
     except BadImage as error:
         raise ValueError(f"`validation_images` has {path!r}, which cannot be used: {error}") from error
-    size = (config.low_resolution, config.low_resolution)
-    return to_float(torch.from_numpy(fit_image(image, *size).copy()).permute(2, 0, 1))
+    side = config.low_resolution or config.resolution
+    return to_float(torch.from_numpy(fit_image(image, side, side).copy()).permute(2, 0, 1))
+
+
+def stage_pipeline(
+    unet: StageNetwork, scheduler: SchedulerMixin, config: TrainingConfig
+) -> ImagenPipeline | ImagenSuperResolutionPipeline:
+    """The pipeline of a stage alone, without a text encoder."""
+    if unet.takes_low_res:
+        return ImagenSuperResolutionPipeline(unet, scheduler, scale_factor=config.factor)
+    return ImagenPipeline(unet, scheduler)
 
 
 def draw_samples(unet: StageNetwork, objective: Objective, prompts: Prompts, config: TrainingConfig) -> torch.Tensor:
     """Images `(B, 3, H, W)` in [-1, 1] by the stage's own pipeline, with the same noise at every call."""
-    if prompts.low_res is None:
-        pipe = ImagenPipeline(unet, objective.scheduler())
-    else:
-        pipe = ImagenSuperResolutionPipeline(unet, objective.scheduler(), scale_factor=config.factor)
+    pipe = stage_pipeline(unet, objective.scheduler(), config)
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(config.seed)
     inputs = {**objective.sampling, "generator": generator, "output_type": "latent"}
@@ -81,7 +88,7 @@ def draw_samples(unet: StageNetwork, objective: Objective, prompts: Prompts, con
         return pipe(**prompts.text.for_pipeline(), **given, **inputs).images
     inputs["guidance_scale"] = 1.0
     if images is None:
-        return pipe(num_images_per_prompt=len(config.validation_prompts), **inputs).images
+        return pipe(num_images_per_prompt=len(config.validation_prompts or []), **inputs).images
     return torch.cat([pipe(image=image, **inputs).images for image in images])
 
 
@@ -102,7 +109,7 @@ def show_samples(accelerator: Accelerator, images: torch.Tensor, config: Trainin
         logger.warning(f"The samples of step {step} are not finite: they are not written.")
         return
     write_samples(images, config.output_dir, step)
-    log_samples(accelerator, images, config.validation_prompts, step)
+    log_samples(accelerator, images, config.validation_prompts or [], step)
 
 
 def write_samples(images: torch.Tensor, output_dir: str, step: int) -> Path:

@@ -1,0 +1,42 @@
+"""The code of docs/extending.md does what the page says."""
+
+import re
+from pathlib import Path
+
+import torch
+
+from diffusers_imagen import EDMAdamsScheduler, ImagenPipeline
+from diffusers_imagen.text.encoder import TextEncoder
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
+
+
+def run_block(name: str) -> dict:
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    (code,) = [block for block in blocks if f"class {name}(" in block]
+    names: dict = {"__name__": "extending"}
+    exec(compile(code, PAGE.name, "exec"), names)
+    return names
+
+
+def test_two_encoders_are_one_source(tokenizer, text_encoder):
+    encoder = TextEncoder(tokenizer, text_encoder)
+    both = run_block("TwoEncoders")["TwoEncoders"](encoder, encoder)
+    embeds, mask = encoder.encode(["a red apple"])
+    text = both.encode(["a red apple"])
+    assert both.width == text.embeds.shape[-1] == 2 * encoder.width
+    assert torch.equal(text.embeds, torch.cat([embeds, embeds], dim=-1)) and torch.equal(text.mask, mask)
+
+
+def test_a_network_of_another_architecture_draws(tokenizer, text_encoder):
+    torch.manual_seed(0)
+    unet = run_block("TextUNet")["TextUNet"](16, text_encoder.config.hidden_size).eval()
+    pipe = ImagenPipeline(unet, EDMAdamsScheduler(clip_sample=True), tokenizer, text_encoder)
+    pipe.set_progress_bar_config(disable=True)
+    arguments = {"num_inference_steps": 2, "output_type": "pt"}
+    images = [
+        pipe("a red apple", generator=torch.Generator().manual_seed(seed), **arguments).images for seed in (0, 0, 1)
+    ]
+    assert images[0].shape == (1, 3, 16, 16) and torch.equal(images[0], images[1])
+    assert not torch.equal(images[0], images[2])
