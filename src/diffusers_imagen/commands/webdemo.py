@@ -188,14 +188,11 @@ def build(pipe: ImagenCascadePipeline, model: str) -> gr.Blocks:
 
 def stage_settings(stage) -> tuple[gr.Slider, gr.Slider]:
     """Steps and guidance of one stage."""
+    name, kind = f"{stage.resolution} px", stage.kind
     with gr.Row():
         return (
-            gr.Slider(
-                1, MAX_STEPS, label=f"{stage.resolution} px steps", step=1, value=stage.kind.num_inference_steps
-            ),
-            gr.Slider(
-                1, MAX_GUIDANCE, label=f"{stage.resolution} px guidance", step=0.5, value=stage.kind.guidance_scale
-            ),
+            gr.Slider(1, MAX_STEPS, label=f"{name} steps", step=1, value=kind.num_inference_steps),
+            gr.Slider(1, MAX_GUIDANCE, label=f"{name} guidance", step=0.5, value=kind.guidance_scale),
         )
 
 

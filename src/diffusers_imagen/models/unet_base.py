@@ -55,12 +55,9 @@ class ConditionalUNet(
         if config.low_res_noise_conditioning and not config.low_res_conditioning:
             raise ValueError("`low_res_noise_conditioning` is True, but the network has no `low_res_conditioning`.")
         self.gradient_checkpointing = False
-        self.time_embedding = NoiseLevelEmbedding(time_embedding_dim, config.learned_sinusoidal_dim)
-        self.low_res_time_embedding = (
-            NoiseLevelEmbedding(time_embedding_dim, config.learned_sinusoidal_dim)
-            if config.low_res_noise_conditioning
-            else None
-        )
+        widths = time_embedding_dim, config.learned_sinusoidal_dim
+        self.time_embedding = NoiseLevelEmbedding(*widths)
+        self.low_res_time_embedding = NoiseLevelEmbedding(*widths) if config.low_res_noise_conditioning else None
         self.text_embedding = (
             TextEmbedding(
                 config.encoder_hid_dim, context_dim, time_embedding_dim, config.text_pooling, config.use_null_token
@@ -69,13 +66,9 @@ class ConditionalUNet(
             else None
         )
         self.act = nn.SiLU()
+        channels = config.in_channels * (2 if config.low_res_conditioning else 1)
         kernel_size = config.conv_kernel_size
-        self.conv_in = nn.Conv2d(
-            config.in_channels * (2 if config.low_res_conditioning else 1),
-            config.block_out_channels[0],
-            kernel_size,
-            padding=kernel_size // 2,
-        )
+        self.conv_in = nn.Conv2d(channels, config.block_out_channels[0], kernel_size, padding=kernel_size // 2)
 
     def text_blocks(self) -> list[ImagenBlock]:
         """The blocks that read text, in the order in which they run."""
