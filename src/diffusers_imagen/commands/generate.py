@@ -44,11 +44,7 @@ def add_parser(commands) -> None:
     add_sampling_arguments(command)
     command.add_argument("--image", type=Path, help="picture to change, with --strength")
     command.add_number(
-        "--strength",
-        float,
-        1 / MAX_STEPS,
-        1,
-        help="how much of --image changes, above 0 and up to 1; default: 0.7",
+        "--strength", float, 1 / MAX_STEPS, 1, help="how much of --image changes, above 0 and up to 1; default: 0.7"
     )
     command.add_argument(
         "--output-dir",

@@ -49,16 +49,8 @@ STORAGES = {
 }
 KINDS |= {("torch", f"{name}Storage"): dtype for name, dtype in STORAGES.items()}
 
-CALLED = {
-    "dtype",
-    "array",
-    "buffer_array",
-    "scalar",
-    "tensor",
-    "parameter",
-    "device",
-    "Size",
-}  # the others are named only
+# the others are named only
+CALLED = {"dtype", "array", "buffer_array", "scalar", "tensor", "parameter", "device", "Size"}
 DTYPE = re.compile(r"[<>=|]?[biufcSU]\d{1,4}")  # not objects, nor what is made of several
 
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}

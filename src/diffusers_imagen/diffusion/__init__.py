@@ -5,10 +5,4 @@ from .guidance import classifier_free_guidance, rescale_guidance
 from .thresholding import dynamic_threshold, static_threshold
 
 
-__all__ = [
-    "augment_low_res",
-    "classifier_free_guidance",
-    "dynamic_threshold",
-    "rescale_guidance",
-    "static_threshold",
-]
+__all__ = ["augment_low_res", "classifier_free_guidance", "dynamic_threshold", "rescale_guidance", "static_threshold"]

@@ -27,9 +27,7 @@ def scalings(sigma: torch.Tensor, sigma_data: float) -> Scalings:
     """The denoiser's scalings for images of standard deviation `sigma_data` (appendix B.6, eq. 117, 131 and 138)."""
     variance = sigma**2 + sigma_data**2
     return Scalings(
-        c_skip=sigma_data**2 / variance,
-        c_out=sigma * sigma_data * variance.rsqrt(),
-        c_in=variance.rsqrt(),
+        c_skip=sigma_data**2 / variance, c_out=sigma * sigma_data * variance.rsqrt(), c_in=variance.rsqrt()
     )
 
 

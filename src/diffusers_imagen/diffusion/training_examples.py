@@ -66,9 +66,7 @@ def continuous_ddpm_example(
 
 
 def min_snr_weight(
-    log_snr: torch.Tensor,
-    prediction_type: continuous_ddpm.PredictionType = "epsilon",
-    snr_gamma: float = 5.0,
+    log_snr: torch.Tensor, prediction_type: continuous_ddpm.PredictionType = "epsilon", snr_gamma: float = 5.0
 ) -> torch.Tensor:
     """Min-SNR weighting (Hang et al. 2023, 2303.09556): `min(SNR, gamma)` of the image's loss, for any prediction.
 

@@ -201,10 +201,7 @@ class ImagenLoraLoaderMixin(AdaptersMixin):
             )
 
     def save_lora_adapter(
-        self,
-        save_directory: str | os.PathLike,
-        adapter_name: str | None = None,
-        weight_name: str | None = None,
+        self, save_directory: str | os.PathLike, adapter_name: str | None = None, weight_name: str | None = None
     ) -> None:
         r"""
         Writes an adapter of this pipeline, of all stages that have it, with its configuration.

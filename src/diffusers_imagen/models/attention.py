@@ -200,11 +200,7 @@ class StackedAttention(nn.Module):
 
 
 def make_attention(
-    attention_type: AttentionType,
-    channels: int,
-    heads: int,
-    context_dim: int | None,
-    norm_num_groups: int,
+    attention_type: AttentionType, channels: int, heads: int, context_dim: int | None, norm_num_groups: int
 ) -> ImagenAttention | StackedAttention:
     """The attention block of a level. Without text (`context_dim` None) every type is self-attention."""
     if context_dim is None:

@@ -1,5 +1,6 @@
 """The interface of a stage's network: all that pipelines and training ask of one, whatever its architecture."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,7 @@ class StageNetwork(nn.Module):
     """
 
     if TYPE_CHECKING:  # `config`, and all that diffusers and peft add to a network
+        from_config: Callable[..., Any]
 
         def __getattr__(self, name: str) -> Any: ...
 

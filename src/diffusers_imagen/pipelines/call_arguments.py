@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 
@@ -11,7 +11,7 @@ from .prompts import Prompts
 
 
 T = TypeVar("T")
-PerStage = T | list[T] | dict[str, T]
+PerStage: TypeAlias = T | list[T] | dict[str, T]
 
 
 @dataclass

@@ -69,7 +69,7 @@ class StepCallback:
         self.step += 1
         return latents
 
-    def _read(self, returned: Any, given: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
+    def _read(self, returned: Any, given: dict[str, Any]) -> dict[str, Any]:
         """What the function returned, in place of the tensors of the same names."""
         if returned is None:
             return {}
@@ -93,7 +93,7 @@ def _in_place_of(given: torch.Tensor | None, name: str, tensor: Any) -> torch.Te
     if tensor is given:
         return given
     expected = "None" if given is None else f"a tensor of shape {tuple(given.shape)}"
-    fits = isinstance(tensor, torch.Tensor) and not tensor.is_meta and given is not None
-    if not fits or tensor.shape != given.shape or tensor.is_complex():
+    is_strange = not isinstance(tensor, torch.Tensor) or tensor.is_meta or tensor.is_complex()
+    if given is None or is_strange or tensor.shape != given.shape:
         raise ValueError(f"`callback_on_step_end` returned `{name}` as {shown(tensor)}, but should return {expected}.")
     return tensor.to(given.device, given.dtype)

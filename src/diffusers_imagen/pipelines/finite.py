@@ -14,7 +14,9 @@ class FiniteWatch:
     """
 
     def __init__(self, plan: StagePlan):
-        self.plan, self.answers, self.sources, self.call = plan, [], [], 0
+        self.plan, self.call = plan, 0
+        self.answers: list[torch.Tensor] = []
+        self.sources: list[tuple[int, str]] = []
 
     def see(self, source: str, tensor: torch.Tensor) -> None:
         """Asks the device whether a tensor is finite; `source` says whose it is."""

@@ -61,7 +61,7 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
     return read_json_object(path)
 
 
-def check_index(index: dict[str, Any], class_names: tuple[str, ...]) -> dict[str, type]:
+def check_index(index: dict[str, Any], class_names: tuple[str, ...]) -> dict[str, Any]:
     """The classes of a pipeline's components, by name; of none that is absent.
 
     Args:
@@ -91,10 +91,10 @@ def check_index(index: dict[str, Any], class_names: tuple[str, ...]) -> dict[str
     return classes
 
 
-def find_class(name: str, entry: Any, kind: type) -> type:
+def find_class(name: str, entry: Any, kind: type) -> Any:
     """The class that an entry of a `model_index.json` names, if it is of the right kind."""
     is_pair = isinstance(entry, (list, tuple)) and len(entry) == 2 and all(isinstance(part, str) for part in entry)
-    found = getattr(LIBRARIES.get(entry[0], diffusers), entry[1], None) if is_pair else None
+    found: Any = getattr(LIBRARIES.get(entry[0], diffusers), entry[1], None) if is_pair else None
     is_known = isinstance(found, type) and (
         entry[0] in LIBRARIES or entry[0] == found.__module__
     )  # `register_network`
@@ -199,7 +199,7 @@ def check_encoder(folder: Path, config: dict[str, Any]) -> None:
 
 def check_pipeline_folder(
     folder: str | os.PathLike, class_names: tuple[str, ...], variant: str | None = None
-) -> dict[str, type]:
+) -> dict[str, Any]:
     """The classes of a pipeline's components, by name.
 
     Raises:

@@ -87,8 +87,8 @@ def check_source(name: str, source: str | os.PathLike) -> None:
     if os.path.isdir(source):
         return
     try:
-        validate_repo_id(source)
-        is_id = source.count("/") == 1
+        is_id = isinstance(source, str) and source.count("/") == 1
+        validate_repo_id(str(source))
     except HFValidationError:
         is_id = False
     if not is_id:
@@ -171,10 +171,9 @@ def check_stage_source(name: str, source: Any) -> None:
             raise ValueError(f"`{name}` is '{source}', a folder with neither a {INDEX} nor a network in unet/.")
         return
     if isinstance(source, DiffusionPipeline):
-        pair = source.components.get("unet"), source.components.get("scheduler")
-    else:
-        pair = source if isinstance(source, (tuple, list)) and len(source) == 2 else (None, None)
-    if not isinstance(unwrapped(pair[0]), StageNetwork) or not isinstance(pair[1], SchedulerMixin):
+        source = source.components.get("unet"), source.components.get("scheduler")
+    unet, scheduler = source if isinstance(source, (tuple, list)) and len(source) == 2 else (None, None)
+    if not isinstance(unwrapped(unet), StageNetwork) or not isinstance(scheduler, SchedulerMixin):
         raise ValueError(
             f"`{name}` is {shown(source)}, but should be a folder, a Hub id, a single-stage pipeline, or a network and "
             "its scheduler."
@@ -242,8 +241,7 @@ def load_text_parts(source: str, **kwargs) -> dict[str, Any]:
         )
         refuse_random_weights(f"The text encoder of '{source}'", found["missing_keys"])
         # AutoTokenizer looks for more than there is, and offline takes that for an error
-        folder = (
-            source if os.path.isdir(source) else snapshot_download(source, allow_patterns="tokenizer/*", **given(hub))
-        )
-        tokenizer = AutoTokenizer.from_pretrained(folder, subfolder="tokenizer", trust_remote_code=False)
+        if not os.path.isdir(source):
+            source = snapshot_download(source, allow_patterns="tokenizer/*", **given(hub))
+        tokenizer = AutoTokenizer.from_pretrained(source, subfolder="tokenizer", trust_remote_code=False)
     return {"text_encoder": encoder.eval(), "tokenizer": tokenizer}

@@ -35,7 +35,7 @@ class GivenImages(NamedTuple):
 
     def mask(self, size: tuple[int, int], num_images: int, device: torch.device) -> torch.Tensor:
         """`(num_images, 1, *size)`, True where a pixel is to be painted anew: wherever some of its area is."""
-        masks = torch.stack([F.interpolate(mask[None], size, mode="area")[0] > 0 for mask in self.repainted])
+        masks = torch.stack([F.interpolate(mask[None], size, mode="area")[0] > 0 for mask in self.repainted or ()])
         return masks.repeat_interleave(num_images // len(masks), dim=0).to(device)
 
     def are_as_large_as(self, size: tuple[int, int]) -> bool:
@@ -50,7 +50,7 @@ def resize(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return F.interpolate(image[None], size, mode="bicubic", antialias=True)[0].clamp(-1, 1)
 
 
-def read_given(image: ImageInput | None, mask_image: ImageInput | None, num_prompts: int) -> GivenImages:
+def read_given(image: ImageInput, mask_image: ImageInput | None, num_prompts: int) -> GivenImages:
     """Images and masks of a caller, checked.
 
     Raises:

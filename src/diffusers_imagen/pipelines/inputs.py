@@ -116,7 +116,7 @@ def as_interval(interval: Any) -> tuple[float, float] | None:
         raise ValueError(
             f"`guidance_interval` is {shown(interval)}, but should be a pair of noise levels, the lower one first."
         )
-    return tuple(map(to_float, interval))
+    return to_float(interval[0]), to_float(interval[1])
 
 
 def as_guidance(stage: Stage, scale: Any) -> float:
@@ -234,5 +234,5 @@ def per_image_generators(
     if generator is None:
         return None
     sources = generator if isinstance(generator, list) else [generator] * num_images
-    seeds = [torch.randint(2**62, (), generator=source, device=source.device).item() for source in sources]
+    seeds = [int(torch.randint(2**62, (), generator=source, device=source.device)) for source in sources]
     return [torch.Generator(source.device).manual_seed(seed) for source, seed in zip(sources, seeds)]

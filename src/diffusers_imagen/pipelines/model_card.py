@@ -2,13 +2,16 @@
 
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
 from huggingface_hub import create_repo
 from torch import nn
 
 from ..utils.files import whole_file
+from .stages import Stage
 
 
 TAGS = ["text-to-image", "diffusers", "diffusers-imagen"]
@@ -45,7 +48,17 @@ class ModelCardMixin:
     It comes before `DiffusionPipeline` among the bases of a pipeline.
     """
 
+    config: Any
+    components: dict[str, Any]
+    text_encoder: Any
+    tokenizer: Any
+    _upload_folder: Callable[..., str]
     model_card_prompt = "a red apple"
+
+    @property
+    def stages(self) -> list[Stage]:
+        """The stages that are present, in the order in which they run."""
+        raise NotImplementedError
 
     def save_pretrained(
         self,
@@ -75,13 +88,14 @@ class ModelCardMixin:
         """
         if os.path.isfile(save_directory):
             raise ValueError(f"`save_directory` is '{save_directory}', a file, but should be a folder.")
+        save = super().save_pretrained  # type: ignore[misc]  # of DiffusionPipeline
         hub = {name: kwargs.pop(name, None) for name in ("repo_id", "private", "token", "commit_message", "create_pr")}
         if not push_to_hub:
-            super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size, **kwargs)
+            save(save_directory, safe_serialization, variant, max_shard_size, **kwargs)
             return None
         repo_id, private = hub.pop("repo_id") or Path(save_directory).resolve().name, hub.pop("private")
         repo_id = create_repo(repo_id, private=private, token=hub["token"], exist_ok=True).repo_id
-        super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size, **kwargs)
+        save(save_directory, safe_serialization, variant, max_shard_size, **kwargs)
         self.save_model_card(save_directory, repo_id, hub["token"])
         return self._upload_folder(save_directory, repo_id, **{**hub, "create_pr": bool(hub["create_pr"])})
 
@@ -118,12 +132,7 @@ class ModelCardMixin:
             if subfolder is None:
                 self.save_model_card(folder, repo_id, token)
             return self._upload_folder(
-                folder,
-                repo_id,
-                token=token,
-                commit_message=commit_message,
-                create_pr=create_pr,
-                subfolder=subfolder,
+                folder, repo_id, token=token, commit_message=commit_message, create_pr=create_pr, subfolder=subfolder
             )
 
     def save_model_card(self, folder: str | os.PathLike, repo_id: str, token: str | None = None) -> None:
@@ -146,7 +155,7 @@ class ModelCardMixin:
 
     def describe(self, repo_id: str) -> str:
         """The text of a new card: a snippet that runs, and the parts."""
-        modules = {name: module for name, module in self.components.items() if isinstance(module, nn.Module)}
+        modules: dict[str, Any] = {name: part for name, part in self.components.items() if isinstance(part, nn.Module)}
         parts = (
             f"| `{name}` | {type(module).__name__} | {module.num_parameters() / 1e6:,.1f} M |"
             for name, module in modules.items()
@@ -170,5 +179,6 @@ class ModelCardMixin:
         elif width is not None:
             arguments += [f"prompt_embeds=torch.zeros(1, 1, {width})", "prompt_attention_mask=torch.ones(1, 1)"]
         if unet.takes_low_res:
-            arguments.append(f"image=torch.rand(3, {self.low_resolution}, {self.low_resolution})")
+            low_resolution = unet.resolution // self.config.scale_factor
+            arguments.append(f"image=torch.rand(3, {low_resolution}, {low_resolution})")
         return "".join(f"{argument}, " for argument in arguments)

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..loaders import ImagenLoraLoaderMixin
 from .call_arguments import CallArguments
 from .image_inputs import ImageInput
-from .model_card import ModelCardMixin
 from .pipeline_mixin import ImagenPipelineMixin
 from .pipeline_output import ImagenPipelineOutput
 from .runner import Runner
@@ -32,7 +31,7 @@ EXAMPLE_DOC_STRING = """
 DEFAULT_STRENGTH = 0.7  # that of DeepFloyd IF
 
 
-class ImagenPipeline(ImagenPipelineMixin, ModelCardMixin, DiffusionPipeline, ImagenLoraLoaderMixin):
+class ImagenPipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLoaderMixin):
     r"""
     Text to image, image to image and inpainting with a base stage (Imagen, arXiv 2205.11487).
 
@@ -59,11 +58,7 @@ class ImagenPipeline(ImagenPipelineMixin, ModelCardMixin, DiffusionPipeline, Ima
     ):
         super().__init__()
         self.register_modules(
-            unet=unet,
-            scheduler=scheduler,
-            tokenizer=tokenizer,
-            text_encoder=text_encoder,
-            guidance_unet=guidance_unet,
+            unet=unet, scheduler=scheduler, tokenizer=tokenizer, text_encoder=text_encoder, guidance_unet=guidance_unet
         )
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
 

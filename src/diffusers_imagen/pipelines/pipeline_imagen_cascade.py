@@ -15,7 +15,6 @@ from ..utils.arguments import is_integer, shown
 from .call_arguments import CallArguments, PerStage
 from .folders import check_stage_source, check_text_parts, load_stage, load_text_parts, split_options
 from .image_inputs import ImageInput
-from .model_card import ModelCardMixin
 from .pipeline_mixin import ImagenPipelineMixin
 from .pipeline_output import ImagenPipelineOutput
 from .runner import Runner
@@ -39,7 +38,7 @@ EXAMPLE_DOC_STRING = """
 GUIDE = f"{BASE.name}_guidance_unet"
 
 
-class ImagenCascadePipeline(ImagenPipelineMixin, ModelCardMixin, DiffusionPipeline, ImagenLoraLoaderMixin):
+class ImagenCascadePipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLoaderMixin):
     r"""
     Text to image through a base stage and super-resolution stages (Imagen, arXiv 2205.11487).
 
@@ -129,7 +128,7 @@ class ImagenCascadePipeline(ImagenPipelineMixin, ModelCardMixin, DiffusionPipeli
         for kind, source in sources.items():  # before the first is loaded
             check_stage_source(kind.name, source)
         check_text_parts(text_encoder, tokenizer)
-        components = {}
+        components: dict[str, Any] = {}
         for kind, source in sources.items():
             # all stages read the text of one encoder, that of the base stage if no other is given
             own_text = {} if kind is BASE else {"text_encoder": None, "tokenizer": None}

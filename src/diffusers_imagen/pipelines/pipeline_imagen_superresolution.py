@@ -12,7 +12,6 @@ from ..loaders import ImagenLoraLoaderMixin
 from ..utils.arguments import as_integer
 from .call_arguments import CallArguments
 from .image_inputs import ImageInput
-from .model_card import ModelCardMixin
 from .pipeline_mixin import ImagenPipelineMixin
 from .pipeline_output import ImagenPipelineOutput
 from .runner import Runner
@@ -33,7 +32,7 @@ EXAMPLE_DOC_STRING = """
 """
 
 
-class ImagenSuperResolutionPipeline(ImagenPipelineMixin, ModelCardMixin, DiffusionPipeline, ImagenLoraLoaderMixin):
+class ImagenSuperResolutionPipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLoaderMixin):
     r"""
     Makes images larger, with a text that says what is on them (Imagen, arXiv 2205.11487).
 

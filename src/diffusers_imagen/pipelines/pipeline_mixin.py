@@ -8,18 +8,20 @@ from tqdm.auto import tqdm
 from ..text.encoder import TextEncoder, keep_in_fp32
 from ..utils.arguments import as_integer, shown
 from . import inputs
+from .model_card import ModelCardMixin
 from .prompts import PROMPT_EMBEDS, PromptEmbeds, Prompts
 from .stage_table import NETWORKS
-from .stages import Stage, check_components
+from .stages import check_components
 from .tiling import Tiling
 
 
-class ImagenPipelineMixin:
+class ImagenPipelineMixin(ModelCardMixin):
     """
     Put before `DiffusionPipeline` in a pipeline's bases. The pipeline names its `stages`, and its `__call__` hands its
     arguments to a [`Runner`], which does the rest.
     """
 
+    _execution_device: torch.device
     _callback_tensor_inputs = ["latents", *PROMPT_EMBEDS]
     _lora_loadable_modules = list(NETWORKS)
     tiling: Tiling | None = None
@@ -31,12 +33,7 @@ class ImagenPipelineMixin:
     def register_modules(self, **components) -> None:
         """As diffusers' `register_modules`, which gets every component; refuses those that lack weights."""
         check_components(components)
-        super().register_modules(**components)
-
-    @property
-    def stages(self) -> list[Stage]:
-        """The stages that are present, in the order in which they run."""
-        raise NotImplementedError
+        super().register_modules(**components)  # type: ignore[misc]  # of DiffusionPipeline
 
     @property
     def num_timesteps(self) -> int:
@@ -91,7 +88,7 @@ class ImagenPipelineMixin:
 
     def memory_report(self) -> str:
         """A line for each model: parameters, memory of its weights in MiB, dtype and device, and their sum."""
-        lines, total = [], 0
+        lines, total = [], 0.0
         for name, module in self.components.items():
             if not isinstance(module, torch.nn.Module):
                 continue
@@ -104,7 +101,7 @@ class ImagenPipelineMixin:
 
     def to(self, *args, **kwargs):
         """As diffusers' `to`; layers of the text encoder that float16 is too narrow for stay in float32."""
-        pipe = super().to(*args, **kwargs)
+        pipe = super().to(*args, **kwargs)  # type: ignore[misc]  # of DiffusionPipeline
         keep_in_fp32(pipe.text_encoder)
         return pipe
 
@@ -119,7 +116,7 @@ class ImagenPipelineMixin:
                 bar.update()
         except Exception as error:
             raise ValueError(f"{shown(kwargs)} are no arguments of a progress bar: {error}") from error
-        super().set_progress_bar_config(**kwargs)
+        super().set_progress_bar_config(**kwargs)  # type: ignore[misc]  # of DiffusionPipeline
 
     # ---- text
 
@@ -132,7 +129,7 @@ class ImagenPipelineMixin:
         prompt_attention_mask: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
         negative_prompt_attention_mask: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor | None, ...]:
         r"""
         Encodes prompts, unless embeddings are given, and repeats everything for the images of each prompt.
 

@@ -28,7 +28,7 @@ CLEAN = NoiseLevel(1.0, 0.0)
 class Call(NamedTuple):
     """One call of the network."""
 
-    index: int  # into the scheduler's timesteps
+    index: int  # type: ignore[assignment]  # into the scheduler's timesteps; hides tuple.index
     guided: bool  # whether its noise level lies in the guidance interval
     noise_level_after: NoiseLevel | None  # of the sample after it; None in the middle of a step
     back_to: int | None  # the index to go back to afterwards, with more noise: resampling
@@ -89,7 +89,7 @@ def plan_stages(
         first = first_step(stage.name, len(noise_levels), strength) if stage.is_base else 0
         times = num_resample_times if stage.is_base else 1
         calls = plan_calls(scheduler, list(noise_levels.items())[first:], wanted, times)
-        low_res_size = None if stage.is_base else sizes[low_resolution]
+        low_res_size = None if stage.is_base or low_resolution is None else sizes[low_resolution]
         plans.append(StagePlan(stage, scheduler, wanted, sizes[stage.resolution], low_res_size, calls, noise_levels))
         low_resolution = stage.resolution
     return plans

@@ -39,7 +39,7 @@ class GuidedPrediction:
         self.network = bind(plan.stage.unet)
         # in place of the unconditional branch, a weaker network: Karras et al. 2024, arXiv 2406.02507
         self.guide = bind(plan.stage.guidance_unet) if plan.stage.guidance_unet is not None else None
-        self.guide_branch = "unconditional" if text.negative_given else "conditional"
+        self.guide_branch: Branch = "unconditional" if text.negative_given else "conditional"
 
     def __call__(self, model_input: torch.Tensor, timestep: torch.Tensor, guided: bool) -> torch.Tensor:
         scale = self.pipe.guidance_scale
@@ -111,9 +111,10 @@ class BoundNetwork:
 
     def predict(self, x: torch.Tensor, timestep: torch.Tensor, inputs: BoundInputs) -> torch.Tensor:
         """The network's output, blended from that of the tiles if there are any."""
-        if self.tiles is None:
-            return self.call(x, timestep, inputs, inputs.low_res)
-        parts = ((x[..., t.rows, t.columns], inputs.low_res[..., t.rows, t.columns]) for t in self.tiles)
+        low_res = inputs.low_res
+        if self.tiles is None or low_res is None:
+            return self.call(x, timestep, inputs, low_res)
+        parts = ((x[..., t.rows, t.columns], low_res[..., t.rows, t.columns]) for t in self.tiles)
         return blend((self.call(tile, timestep, inputs, low_res) for tile, low_res in parts), self.tiles, like=x)
 
     def call(

@@ -13,12 +13,7 @@ from ..utils.tensors import FLOATS, INTEGERS, check_tensor
 from .stages import Stage
 
 
-PROMPT_EMBEDS = (
-    "prompt_embeds",
-    "prompt_attention_mask",
-    "negative_prompt_embeds",
-    "negative_prompt_attention_mask",
-)
+PROMPT_EMBEDS = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
 Branch = Literal["conditional", "unconditional", "both"]
 MAX_PROMPTS = 10_000
 # tokenizers take minutes for more, and what does not fit into a network is lost anyway
@@ -40,7 +35,7 @@ class PromptEmbeds:
         """The tensors by the names of the pipelines' arguments."""
         return {name: getattr(self, name) for name in PROMPT_EMBEDS}
 
-    def update(self, tensors: dict[str, torch.Tensor]) -> None:
+    def update(self, tensors: dict[str, torch.Tensor | None]) -> None:
         """Take over what a callback gave back changed."""
         for name, tensor in tensors.items():
             if name in PROMPT_EMBEDS and tensor is not getattr(self, name):
@@ -51,8 +46,8 @@ class PromptEmbeds:
         """Do a network's work on the text of some images; for both branches, negative prompts come first."""
         if unet.text_width is None:
             return None
-        prompt = self.prompt_embeds[images], self.prompt_attention_mask[images]
-        negative = self.negative_prompt_embeds[images], self.negative_prompt_attention_mask[images]
+        parts = [tensor[images] for tensor in self.tensors().values() if tensor is not None]
+        prompt, negative = parts[:2], parts[2:]
         if branch == "both":
             return unet.encode_text(*(torch.cat(pair) for pair in zip(negative, prompt)))
         return unet.encode_text(*(prompt if branch == "conditional" else negative))
@@ -137,10 +132,11 @@ class Prompts:
     ) -> PromptEmbeds:
         """The embeddings of all images, on a device; `slice_size` texts are encoded at once."""
         embeds, mask = self.prompt_embeds, self.prompt_attention_mask
-        if embeds is None and self.prompt is None:
-            return PromptEmbeds(None, None, None, None)
         if embeds is None:
+            if self.prompt is None:
+                return PromptEmbeds(None, None, None, None)
             embeds, mask = encoder.encode_prompts(as_list(self.prompt), slice_size)
+        assert mask is not None  # as `check` sees to
         negative_embeds, negative_mask = self.negative_prompt_embeds, self.negative_prompt_attention_mask
         if negative_embeds is None and self.negative_prompt is not None:
             negative_embeds, negative_mask = encoder.encode_prompts(as_list(self.negative_prompt), slice_size)
@@ -149,9 +145,12 @@ class Prompts:
                 negative_mask = negative_mask.expand(len(embeds), -1)
         elif negative_embeds is None:
             negative_embeds, negative_mask = without_text(TextEmbeddings(embeds, mask))
+        assert negative_mask is not None
         tensors = (embeds, mask.bool(), negative_embeds, negative_mask.bool())
-        repeated = (tensor.repeat_interleave(num_images_per_prompt, dim=0).to(device) for tensor in tensors)
-        return PromptEmbeds(*repeated, negative_given=self.negative_given)
+        embeds, mask, negative_embeds, negative_mask = (
+            tensor.repeat_interleave(num_images_per_prompt, dim=0).to(device) for tensor in tensors
+        )
+        return PromptEmbeds(embeds, mask, negative_embeds, negative_mask, self.negative_given)
 
 
 def as_list(prompt: str | list[str]) -> list[str]:

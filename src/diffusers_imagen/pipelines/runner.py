@@ -68,10 +68,10 @@ class Runner:
 
         # 4. Pixels in [-1, 1] to what was asked for
         process = pipe.image_processor.postprocess
-        images = {resolution: process(x, output_type=arguments.output_type) for resolution, x in images.items()}
+        processed = {resolution: process(x, output_type=arguments.output_type) for resolution, x in images.items()}
         pipe.maybe_free_model_hooks()
-        last = images[max(images)]
-        return ImagenPipelineOutput(images=last, stage_images=images) if arguments.return_dict else (last, images)
+        last = processed[max(processed)]
+        return ImagenPipelineOutput(last, processed) if arguments.return_dict else (last, processed)
 
     # ---- 1. checks and plans
 
@@ -83,9 +83,7 @@ class Runner:
         inputs.check_flag("return_dict", arguments.return_dict)
         times = as_integer("num_resample_times", arguments.num_resample_times, 1, inputs.MAX_RESAMPLE_TIMES)
         callback = check_callback(
-            arguments.callback_on_step_end,
-            arguments.callback_on_step_end_tensor_inputs,
-            pipe._callback_tensor_inputs,
+            arguments.callback_on_step_end, arguments.callback_on_step_end_tensor_inputs, pipe._callback_tensor_inputs
         )
         arguments.prompts.check(pipe.max_text_length, stages)
         check_stages(stages, pipe.text_encoder)
@@ -127,7 +125,7 @@ class Runner:
             for (name, pixels), own in zip(asked.items(), implied):
                 if pixels not in (None, own):
                     raise ValueError(f"`{name}` is {pixels}, but `latents` {shape} lead to {own}.")
-        elif self.scale_factor is not None:
+        elif self.scale_factor is not None and given is not None:
             found = {tuple(image.shape[-2:]) for image in given.pixels}
             if len(found) > 1 and None in asked.values():
                 raise ValueError(f"`image` has images of the sizes {sorted(found)}: give `height` and `width`.")
@@ -144,9 +142,9 @@ class Runner:
         pipe._interrupt = False
         pipe._num_timesteps = sum(len(plan.calls) for plan in plans)
         image, added = None, 0.0
-        if plans[0].low_res_size is not None:
+        if plans[0].low_res_size is not None and request.given is not None:
             image = request.given.resized(plans[0].low_res_size, request.num_images, pipe._execution_device)
-        images = {}
+        images: dict[int, torch.Tensor] = {}
         for plan in plans:
             if pipe.interrupt and images:
                 break
@@ -202,10 +200,9 @@ class StageRunner:
                 sample = scheduler.step(output, timestep, sample, **step_kwargs, return_dict=False)[0]
                 if known is not None and call.noise_level_after is not None:
                     sample = known.put_into(sample, call.noise_level_after, self.generators)
-                if call.back_to is not None:
-                    sample = add_more_noise(
-                        sample, call.noise_level_after, plan.noise_levels[call.back_to], self.generators
-                    )
+                if call.back_to is not None and call.noise_level_after is not None:
+                    higher = plan.noise_levels[call.back_to]
+                    sample = add_more_noise(sample, call.noise_level_after, higher, self.generators)
                     scheduler = copy.deepcopy(untouched)  # without the history of the step that is done again
                     begin_at(scheduler, call.back_to)
                 watch.see(f"the step of its {type(scheduler).__name__} overflows", sample)
@@ -219,24 +216,22 @@ class StageRunner:
     def prepare_latents(self, image: torch.Tensor | None) -> Latents:
         """What the stage starts from: noise, and the low-resolution image `(B, C, h, w)` with noise of its own."""
         plan, request, unet = self.plan, self.request, self.plan.stage.unet
-        low_res, low_res_timestep = image, None
+        low_res = low_res_timestep = None
         if image is not None:
             if unet.takes_low_res_noise_level:
                 # drawn once, before the loop: both branches of guidance see the same image at every step
                 noise = randn_tensor(image.shape, self.generators, self.device, image.dtype)
                 sigma_data = getattr(plan.scheduler.config, "sigma_data", 0.5)
-                low_res, low_res_timestep = augment_low_res(
-                    image, plan.settings.low_res_noise_level, noise, sigma_data
-                )
+                image, low_res_timestep = augment_low_res(image, plan.settings.low_res_noise_level, noise, sigma_data)
             # the network would do this at every step
-            low_res = F.interpolate(low_res, plan.size, mode="bicubic")
+            low_res = F.interpolate(image, plan.size, mode="bicubic")
         noise = request.noise if plan is request.plans[0] else None
         if noise is None:
             shape = (request.num_images, unet.in_channels, *plan.size)
             noise = randn_tensor(shape, self.generators, self.device, torch.float32)
         noise = noise.to(self.device, torch.float32)
         sample = noise * plan.scheduler.init_noise_sigma
-        if image is None and request.starts_from_image:
+        if image is None and request.given is not None and request.starts_from_image:
             start = plan.noise_levels[plan.begins]
             given = request.given.resized(plan.size, request.num_images, self.device)
             sample = start.signal * given + start.noise * noise

@@ -45,7 +45,7 @@ def _intervals(length: int, tiling: Tiling) -> Iterator[tuple[slice, torch.Tenso
         yield part, (ramp / total[part]).float()
 
 
-def blend(outputs: Iterator[torch.Tensor], tiles: list[Tile] | None, like: torch.Tensor) -> torch.Tensor:
+def blend(outputs: Iterator[torch.Tensor], tiles: list[Tile], like: torch.Tensor) -> torch.Tensor:
     """The sum of the tiles' outputs `(B, C, h, w)` by weight: `(B, C, H, W)` in float32, in the form of `like`."""
     blended = torch.zeros(like.shape, dtype=torch.float32, device=like.device)
     for output, tile in zip(outputs, tiles):

@@ -83,9 +83,9 @@ class EmbeddingCache(TextSource):
                 index = read_index(self.folder, self.manifest, shard, self._file(i))
             keys.append(index.keys)
             self.offsets.append(index.offsets)
-        keys = np.concatenate(keys)
-        order = np.lexsort((keys[:, 1], keys[:, 0]))
-        self.keys = keys[order]
+        joined = np.concatenate(keys)
+        order = np.lexsort((joined[:, 1], joined[:, 0]))
+        self.keys = joined[order]
         shards = np.repeat(np.arange(len(self.offsets)), [len(offsets) - 1 for offsets in self.offsets])
         within = np.concatenate([np.arange(0), *(np.arange(len(offsets) - 1) for offsets in self.offsets)])
         self.places = np.stack([shards, within], axis=1).astype(np.int32)[order]

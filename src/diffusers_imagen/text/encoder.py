@@ -63,7 +63,7 @@ class TextEncoder(TextSource):
     @property
     def model(self) -> PreTrainedModel:
         """The network, loaded when it is first needed."""
-        if self._model is None:
+        if self._model is None and self._load is not None:
             self._model = self._load()
         return self._model
 
@@ -86,7 +86,7 @@ class TextEncoder(TextSource):
         return limit
 
     @functools.cached_property
-    def width(self) -> int:
+    def width(self) -> int:  # type: ignore[override]  # computed when it is first asked for
         return encoder_width(self.model.config)
 
     def identity(self) -> dict[str, Any]:
@@ -171,7 +171,7 @@ def keep_in_fp32(text_encoder: PreTrainedModel | None) -> None:
     overflow (diffusers issue 8604).
     """
     names = getattr(text_encoder, "_keep_in_fp32_modules", None)
-    if not names or text_encoder.dtype != torch.float16:
+    if text_encoder is None or not names or text_encoder.dtype != torch.float16:
         return
     for name, module in text_encoder.named_modules():
         if name.rpartition(".")[-1] in names:

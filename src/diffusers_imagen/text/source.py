@@ -89,7 +89,7 @@ class EncodedCaptions(TextSource):
 
 def distinct_captions(captions: Iterable[str], limit: int | None = None) -> list[str] | None:
     """Every caption once, in order of appearance; None if there are more than `limit`."""
-    seen = {}
+    seen: dict[str, None] = {}
     for caption in captions:
         seen[caption] = None
         if limit is not None and len(seen) > limit:

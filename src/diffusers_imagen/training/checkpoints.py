@@ -130,7 +130,7 @@ class Checkpoints:
             if problem is not None:
                 raise ValueError(f"`resume_from_checkpoint` is {name!r}, which is damaged: {problem}.")
             return self._found(folder, partly=not thoroughly)
-        damaged = []
+        damaged: list[Path] = []
         for folder in reversed(list_checkpoints(self.output_dir)):
             problem = find_damage(folder, thoroughly)
             if problem is None:
@@ -142,13 +142,12 @@ class Checkpoints:
             logger.info(f"No checkpoint in {self.output_dir}: starting from the beginning.")
         return Found(None, damaged=tuple(damaged))
 
-    def load(self, found: Found) -> None:
-        """Loads a checkpoint, that is named and whole.
+    def load(self, folder: Path) -> None:
+        """Loads a checkpoint that is whole.
 
         Raises:
             ValueError: If what is in its files is not the state of such a run.
         """
-        folder = found.folder
         files = read_json_object(folder / MANIFEST)["files"]
         own = process_file(self.accelerator.process_index)
         if own not in files:  # a process that the saved run did not have begins with what the first one knew
@@ -202,7 +201,7 @@ def process_file(index: int) -> str:
 
 def number_of(checkpoint: Path) -> int:
     """The step in a checkpoint's name."""
-    return int(NAME.fullmatch(checkpoint.name)[1])
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def list_checkpoints(output_dir: Path | str) -> list[Path]:
@@ -267,7 +266,7 @@ def find_malformed(manifest: dict[str, Any], folder: Path) -> str | None:
     """What in a checkpoint.json is not as `Checkpoints.save` writes it."""
     if manifest.get(OWN_DIGEST) != digest_of(manifest):
         return "it has another SHA-256 than it says"
-    step, files = manifest.get("step"), manifest.get("files")
+    step = manifest.get("step")
     if not isinstance(step, int) or isinstance(step, bool) or step < 0:
         return f"`step` is {step!r}"
     if NAME.fullmatch(folder.name) and number_of(folder) != step:
@@ -275,7 +274,7 @@ def find_malformed(manifest: dict[str, Any], folder: Path) -> str | None:
     for key in ("run", "settings", "files"):
         if not isinstance(manifest.get(key), dict):
             return f"`{key}` is no object"
-    for name, expected in files.items():
+    for name, expected in manifest["files"].items():
         if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
             return f"`files` has {name!r}, which is not in the folder"
         if not isinstance(expected, dict) or not isinstance(expected.get("bytes"), int):

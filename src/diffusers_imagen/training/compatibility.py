@@ -29,8 +29,8 @@ def check_network(config: TrainingConfig, unet: StageNetwork, with_text: bool) -
     resolution = config.crop_size or config.resolution
     name = "crop_size" if config.crop_size else "resolution"
     shapes = [(resolution, resolution)]
-    if config.crop_size is None and config.aspect_ratio_buckets is not None:
-        name, shapes = "aspect_ratio_buckets", config.bucket_shapes()
+    if config.crop_size is None and (buckets := config.bucket_shapes()) is not None:
+        name, shapes = "aspect_ratio_buckets", buckets
     stride = unet.total_stride
     for shape in shapes:
         if shape[0] % stride or shape[1] % stride:
@@ -84,11 +84,11 @@ def check_objective(config: TrainingConfig) -> None:
     Raises:
         ValueError: If the objective is another, or the scheduler's configuration is malformed.
     """
-    name = config.pretrained_model_name_or_path
+    name = str(config.pretrained_model_name_or_path)
     subfolder = find_network(config)
     if subfolder is None:  # the folder of a network, in a stage or a cascade
-        place, part = Path(name).with_name(Path(name).name.replace("unet", "scheduler")), None
-        if not place.is_dir():
+        place, part = str(Path(name).with_name(Path(name).name.replace("unet", "scheduler"))), None
+        if not Path(place).is_dir():
             return
     else:
         place, part = name, subfolder.replace("unet", "scheduler")

@@ -19,7 +19,7 @@ POLYNOMIAL_END = 1e-7  # learning rate at the end of diffusers' polynomial sched
 TRACKER_MODULES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}  # any of them serves
 
 # settings that have a meaning for one value of another setting only
-OF_CHOICES = {
+OF_CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
     "preconditioning": {
         "edm": ("p_mean", "p_std"),
         "variance_preserving": ("prediction_type", "beta_schedule", "snr_gamma"),
@@ -199,7 +199,7 @@ class TrainingConfig(DataConfig):
             )
 
     def _check_tracker(self) -> None:
-        modules = TRACKER_MODULES.get(self.report_to, ())
+        modules = TRACKER_MODULES.get(self.report_to or "", ())
         if modules and not any(importlib.util.find_spec(module) for module in modules):
             raise ValueError(
                 f"`report_to` is {self.report_to!r}, which is not installed: pip install {self.report_to}, or leave it out."

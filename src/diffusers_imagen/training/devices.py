@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -68,25 +68,26 @@ def gathered(value: torch.Tensor) -> torch.Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def own_part(parameter: torch.nn.Parameter) -> torch.Tensor:
+def own_part(parameter: torch.Tensor) -> torch.Tensor:
     """What this process has of a parameter that may be spread over processes: the same memory."""
     if not isinstance(parameter, DTensor):
         return parameter
-    return parameter.detach().to_local().requires_grad_(parameter.requires_grad)
+    return cast(DTensor, parameter.detach()).to_local().requires_grad_(parameter.requires_grad)
 
 
 def join(part: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
     """All of what each process has a part of, spread as a parameter is; all processes call this."""
     if not isinstance(parameter, DTensor):
         return part
-    place = {"shape": parameter.shape, "stride": parameter.stride()}
-    return DTensor.from_local(part, parameter.device_mesh, parameter.placements, **place).full_tensor()
+    mesh, shape, stride = parameter.device_mesh, parameter.shape, parameter.stride()
+    return DTensor.from_local(part, mesh, parameter.placements, shape=shape, stride=stride).full_tensor()
 
 
 def on_main_process(accelerator: Accelerator, do: Callable[[], Result]) -> Result:
     """Calls a function in the main process; the others get what it returns, or raise what it raises, so that all of
     them go on or all end. All processes call this."""
-    result = failure = None
+    result: Any = None
+    failure = None
     if accelerator.is_main_process:
         try:
             result = do()
@@ -109,7 +110,7 @@ def describe_sharing(accelerator: Accelerator) -> str:
     return "whole in each process"
 
 
-def inner_network(accelerator: Accelerator, module: torch.nn.Module) -> torch.nn.Module:
+def inner_network(accelerator: Accelerator, module: torch.nn.Module) -> Any:
     """A module without the wrappers of accelerate, those of its compiler too."""
     return accelerator.unwrap_model(getattr(module, "_orig_mod", module))
 
@@ -125,7 +126,7 @@ def whole_network(accelerator: Accelerator, unet: torch.nn.Module) -> StageNetwo
     state = accelerator.get_state_dict(unet)  # empty but in the main process
     if not accelerator.is_main_process:
         return inner
-    own_class = next(kind for kind in type(inner).__mro__ if not issubclass(kind, FSDPModule))
+    own_class: Any = next(kind for kind in type(inner).__mro__ if not issubclass(kind, FSDPModule))
     whole = own_class.from_config(inner.config)
     whole.load_state_dict(state)
     return whole.to(accelerator.device)

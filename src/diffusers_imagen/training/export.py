@@ -186,7 +186,7 @@ def model_card(
     images = step * results.get("images_per_step", config.train_batch_size * config.gradient_accumulation_steps)
     losses = {name: value for name, value in results.items() if "loss" in name}
     sample = shown_sample(config, step)
-    defaults = {f.name: f.default_factory() if f.default is MISSING else f.default for f in fields(config)}
+    defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(config)}
     hidden = OF_THIS_MACHINE + OF_THIS_START
     settings = {name: value for name, value in public_settings(config).items() if name not in hidden}
     shown = {name: value for name, value in settings.items() if value != defaults[name]}

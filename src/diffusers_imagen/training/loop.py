@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from ..models.interface import StageNetwork
 from ..text.cache import open_text
 from ..text.source import TextSource
-from .checkpoints import Checkpoints, Found
+from .checkpoints import Checkpoints, Found, Stateful
 from .compatibility import check_modules, check_network, check_width
 from .config import TrainingConfig
 from .data import BatchStream, make_train_batches, make_validation_batches
@@ -189,20 +189,20 @@ class Trainer:
         check_width(self.unet, None if text is None else text.width)
         self.prompts = read_prompts(config, text)
         self.batches = self.make_batches()
-        self.validation, streams = None, [self.batches]
+        self.validation, needs_encoder = None, self.batches.needs_encoder
         if config.validation_split:
             held_out = make_validation_batches(config, text, *self.place)
             self.validation = ValidationLoss(config, self.objective, held_out, self.accelerator.device)
-            streams.append(held_out)
+            needs_encoder |= held_out.needs_encoder
         identity = None if text is None else text.identity()
         self.checkpoints.run |= in_json({**(self.batches.content or {}), TEXT_ENCODER: identity})
-        if text is not None and not any(stream.needs_encoder for stream in streams):
+        if text is not None and not needs_encoder:
             text.release()
 
     def register_states(self) -> None:
         """Tells the checkpoints what to save."""
         kind, checkpoints = self.accelerator.distributed_type, self.checkpoints
-        shared, states = checkpoints.shared, {}
+        states: dict[str, Stateful] = {}
         if kind == DistributedType.DEEPSPEED:
             checkpoints.engine = self.unet
         else:
@@ -212,9 +212,9 @@ class Trainer:
         if kind == DistributedType.FSDP:
             checkpoints.own |= states  # each process has its part of them
         else:
-            shared |= states
+            checkpoints.shared |= states
         for number, module in enumerate(self.objective.trained_modules, start=1):
-            shared[f"model_{number}"] = NetworkState(inner_network(self.accelerator, module))
+            checkpoints.shared[f"model_{number}"] = NetworkState(inner_network(self.accelerator, module))
 
     @property
     def modules(self) -> list[torch.nn.Module]:
@@ -236,7 +236,7 @@ class Trainer:
         accelerator, config = self.accelerator, self.config
         found = on_main_process(accelerator, self.begin)
         if found.folder is not None:
-            self.checkpoints.load(found)
+            self.checkpoints.load(found.folder)
             self.check_place(found)
         self.schedule = learning_rates(config, self.optimizer.optimizer, found.step)
         self.repository = on_main_process(accelerator, lambda: make_repository(config))
@@ -294,7 +294,7 @@ class Trainer:
             stops = meets and interruption.agreed(self.accelerator) and not last
             if saves or stops:
                 self.save_checkpoint(done)
-            if stops:
+            if interruption.signum is not None and stops:
                 self.close()
                 raise TrainingInterrupted(interruption.signum, str(self.checkpoints.saved))
 
@@ -369,7 +369,7 @@ class Trainer:
         self.losses["loss"] = record["loss_average"]
         if progress is not None:
             progress.set_postfix(loss=f"{record['loss_average']:.4f}", images_per_s=f"{rate:.1f}", refresh=False)
-        record["lr"] = self.schedule.get_last_lr()[0]
+        record["lr"] = float(self.schedule.get_last_lr()[0])
         self.record("metrics", done, record)
         speed = {"images_per_second": rate, "memory_gib": memory_used(self.accelerator.device)}
         self.accelerator.log({**record, **speed}, step=done)
@@ -392,7 +392,7 @@ class Trainer:
     def sample(self, done: int) -> None:
         """Draws the validation prompts and writes a grid; the other processes wait where they meet next."""
         unet = whole_network(self.accelerator, self.unet)
-        if self.accelerator.is_main_process:
+        if self.accelerator.is_main_process and self.prompts is not None:
             images = draw_samples(unet.eval(), self.objective, self.prompts, self.config)
             unet.train()
             show_samples(self.accelerator, images, self.config, done)

@@ -47,7 +47,9 @@ def make_unet(config: TrainingConfig) -> StageNetwork:
     """
     with fresh_weights(config.seed):
         unet = start_network(config)
-        if (config.grow or config.layers_per_block) and not isinstance(unet, ImagenUNetModel):
+        if not (config.grow or config.layers_per_block):
+            return unet.at_resolution(config.resolution)
+        if not isinstance(unet, ImagenUNetModel):
             argument = "grow" if config.grow else "layers_per_block"
             raise ValueError(
                 f"`{argument}` is {getattr(config, argument)}, but only an ImagenUNetModel can be changed so, and "
@@ -66,7 +68,7 @@ def start_network(config: TrainingConfig) -> StageNetwork:
         return create_unet(config.preset)
     if config.model_config_name_or_path is not None:
         return fresh_unet("model_config_name_or_path", config.model_config_name_or_path, find_network(config))
-    return load_unet(config.pretrained_model_name_or_path, find_network(config))
+    return load_unet(str(config.pretrained_model_name_or_path), find_network(config))
 
 
 def find_network(config: TrainingConfig) -> str | None:
@@ -211,7 +213,7 @@ def prepare_network(unet: StageNetwork, config: TrainingConfig, distributed_type
     """Sets the network up for training, in place."""
     unet.train()
     if config.channels_last and distributed_type != DistributedType.FSDP:  # whose shards have to be contiguous
-        unet.to(memory_format=torch.channels_last)
+        unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch has no type of it
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if config.torch_compile:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -30,7 +31,7 @@ def make_optimizer(
         rate *= config.train_batch_size * config.gradient_accumulation_steps * num_processes
     groups = [{"params": trainable(unet), "weight_decay": config.adam_weight_decay}]
     groups += [{"params": list(module.parameters()), "weight_decay": 0.0} for module in others]
-    kwargs = {"lr": rate, "betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
+    kwargs: dict[str, Any] = {"lr": rate, "betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
     if not config.use_8bit_adam:
         return torch.optim.AdamW(groups, fused=True, **kwargs)
     try:

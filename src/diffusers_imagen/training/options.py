@@ -29,7 +29,7 @@ class OptionParser(OneLineErrors, HfArgumentParser):
 def parse_args(
     argv: list[str] | None = None,
     description: str | None = None,
-    config_class: type[Config] = TrainingConfig,
+    config_class: type[Config] = TrainingConfig,  # type: ignore[assignment]  # mypy knows no defaults of type variables
 ) -> Config:
     """The settings of a run from the command line; flags win over what `--config FILE.yaml` says.
 
@@ -46,7 +46,8 @@ def parse_args(
     file.add_argument("--config")
     given, flags = file.parse_known_args(argv)
 
-    parser = OptionParser(config_class, description=description, allow_abbrev=False)
+    # HfArgumentParser takes a dataclass, its base class does not
+    parser = OptionParser(config_class, description=description, allow_abbrev=False)  # type: ignore[arg-type]
     parser.add_argument("--config", metavar="FILE.yaml", help="File with the same names; flags win over it.")
     if given.config is not None:
         parser.set_defaults(**read_settings(given.config, config_class))

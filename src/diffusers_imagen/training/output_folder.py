@@ -100,10 +100,10 @@ class OutputFolder:
             which = f"that went on after step {found.step}"
         elif config.resume_from_checkpoint is None:
             which = "that began before"
+        elif (other := self._other_run(found.step, run, partly)) is None:
+            return Plan(kept, again=True)
         else:
-            which = self._other_run(found.step, run, partly)
-            if which is None:
-                return Plan(kept, again=True)
+            which = other
         if not config.overwrite_output_dir:
             names = ", ".join(path.relative_to(self.folder).as_posix() for path in above[:3])
             more = f" and {len(above) - 3} more" if len(above) > 3 else ""

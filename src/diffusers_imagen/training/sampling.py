@@ -53,7 +53,7 @@ def read_prompts(config: TrainingConfig, source: TextSource | None) -> Prompts |
             )
         text = source.encode(captions)
     if config.low_resolution is not None:
-        low_res = torch.stack([read_low_res(path, config) for path in config.validation_images])
+        low_res = torch.stack([read_low_res(path, config) for path in config.validation_images or []])
     return Prompts(text, low_res)
 
 
@@ -63,8 +63,8 @@ def read_low_res(path: str, config: TrainingConfig) -> torch.Tensor:
         image = read_image(path, "", config.background)
     except BadImage as error:
         raise ValueError(f"`validation_images` has {path!r}, which cannot be used: {error}") from error
-    size = (config.low_resolution, config.low_resolution)
-    return to_float(torch.from_numpy(fit_image(image, *size).copy()).permute(2, 0, 1))
+    side = config.low_resolution or config.resolution
+    return to_float(torch.from_numpy(fit_image(image, side, side).copy()).permute(2, 0, 1))
 
 
 def stage_pipeline(
@@ -88,7 +88,7 @@ def draw_samples(unet: StageNetwork, objective: Objective, prompts: Prompts, con
         return pipe(**prompts.text.for_pipeline(), **given, **inputs).images
     inputs["guidance_scale"] = 1.0
     if images is None:
-        return pipe(num_images_per_prompt=len(config.validation_prompts), **inputs).images
+        return pipe(num_images_per_prompt=len(config.validation_prompts or []), **inputs).images
     return torch.cat([pipe(image=image, **inputs).images for image in images])
 
 
@@ -109,7 +109,7 @@ def show_samples(accelerator: Accelerator, images: torch.Tensor, config: Trainin
         logger.warning(f"The samples of step {step} are not finite: they are not written.")
         return
     write_samples(images, config.output_dir, step)
-    log_samples(accelerator, images, config.validation_prompts, step)
+    log_samples(accelerator, images, config.validation_prompts or [], step)
 
 
 def write_samples(images: torch.Tensor, output_dir: str, step: int) -> Path:

@@ -3,7 +3,6 @@
 import os
 import types
 from dataclasses import fields
-from functools import cache
 from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
@@ -72,7 +71,11 @@ BOUNDS = {
     "sample_batch_size": COUNT,
 }
 
-KINDS = {int: (Integral, "an integer"), float: (Real, "a number"), str: ((str, os.PathLike), "a string")}
+KINDS: dict[type, tuple[Any, str]] = {
+    int: (Integral, "an integer"),
+    float: (Real, "a number"),
+    str: ((str, os.PathLike), "a string"),
+}
 
 
 def check_settings(settings: Any) -> None:
@@ -91,7 +94,6 @@ def check_settings(settings: Any) -> None:
         setattr(settings, field.name, check_value(field.name, value, hint))
 
 
-@cache
 def hints_of(settings_class: type) -> dict[str, Any]:
     """The types of a dataclass's fields."""
     return get_type_hints(settings_class)

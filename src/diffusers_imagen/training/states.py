@@ -170,5 +170,5 @@ def like(parameter: torch.nn.Parameter, name: str, value: torch.Tensor | float) 
         raise ValueError(f"step has shape {tuple(value.shape)}, but should be one number")
     if not isinstance(parameter, DTensor) or value.shape != own.shape or name == "step":
         return value
-    place = {"shape": parameter.shape, "stride": parameter.stride()}
-    return DTensor.from_local(value.to(own.device), parameter.device_mesh, parameter.placements, **place)
+    mesh, shape, stride = parameter.device_mesh, parameter.shape, parameter.stride()
+    return DTensor.from_local(value.to(own.device), mesh, parameter.placements, shape=shape, stride=stride)

@@ -36,13 +36,13 @@ class Samples(NamedTuple):
 
     @classmethod
     def stack(cls, samples: list[Sample], source: TextSource | None = None) -> "Samples":
-        pixels, low_res, captions = zip(*samples)
-        captions = None if captions[0] is None else list(captions)
-        text = None if source is None else source.encode(captions)
+        pixels, low_res, texts = zip(*samples)
+        captions = None if texts[0] is None else list(texts)
+        text = None if source is None else source.encode(captions or [])
         return cls(torch.stack(pixels), None if low_res[0] is None else torch.stack(low_res), captions, text)
 
     def finish(self, source: TextSource | None) -> Batch:
         """Encodes what is not encoded."""
-        text = source.encode(self.captions) if self.text is None and source is not None else self.text
+        text = source.encode(self.captions or []) if self.text is None and source is not None else self.text
         embeds, mask = (None, None) if text is None else (text.embeds.float(), text.mask.bool())
         return Batch(to_float(self.pixels), self.low_res, embeds, mask)

@@ -55,7 +55,7 @@ def make_validation_batches(
 
     Together the processes see `num_images` rows, or all rows if they are fewer, rounded up to whole batches.
     """
-    split = config.validation_split
+    split = str(config.validation_split)
     rows = open_rows(config, split, text is not None)
     stream = _make_batches(rows, config, split, text, process_index, num_processes, training=False)
     return ValidationBatches(stream, num_images)
@@ -82,7 +82,8 @@ def _make_batches(
         logger.info(f"{len(images)} images of the split {split!r} at {config.resolution} px in memory")
         return MemoryBatches(*place, images)
     weights = draw_weights(rows.data, config) if training else None
-    skipped = {}
+    skipped: dict[str, str] = {}
+    order: RowOrder | BucketOrder
     if config.aspect_ratio_buckets is None:
         order = RowOrder(len(rows.data), config.seed, weights)
     else:
@@ -283,7 +284,7 @@ class ValidationBatches:
         self.start = stream.state_dict()
         if isinstance(stream, MemoryBatches):
             num_images = min(num_images, len(stream.images))
-        elif not isinstance(stream, StreamBatches):
+        elif isinstance(stream, LoaderBatches):
             num_images = min(num_images, len(stream.dataset.rows.data))
         self.num_batches = -(-num_images // stream.stride)
 

@@ -96,7 +96,7 @@ class DataConfig:
         if self.crop_size is not None and self.low_resolution is None:
             raise ValueError(f"`crop_size` is {self.crop_size}, but only super-resolution (`low_resolution`) crops.")
         if self.low_resolution is not None:
-            self._check_pyramid()
+            self._check_pyramid(self.low_resolution)
         self._check_degradation("degradation_blur_sigma", 0, float("inf"))
         self._check_degradation("degradation_jpeg_quality", 1, 100)
         self._check_order()
@@ -118,10 +118,10 @@ class DataConfig:
         if sum(probabilities) <= 0:
             raise ValueError(f"`caption_probabilities` is {probabilities}, but should be positive.")
 
-    def _check_pyramid(self) -> None:
-        if self.low_resolution < 1 or self.resolution % self.low_resolution:
-            raise ValueError(f"`low_resolution` is {self.low_resolution}, but should divide {self.resolution}.")
-        factor = self.resolution // self.low_resolution
+    def _check_pyramid(self, low_resolution: int) -> None:
+        if low_resolution < 1 or self.resolution % low_resolution:
+            raise ValueError(f"`low_resolution` is {low_resolution}, but should divide {self.resolution}.")
+        factor = self.resolution // low_resolution
         if self.crop_size is not None and (self.crop_size % factor or not 0 < self.crop_size <= self.resolution):
             raise ValueError(
                 f"`crop_size` is {self.crop_size}, but should be a multiple of {factor} up to {self.resolution}."

@@ -33,7 +33,7 @@ def describe_data(rows: Rows, config: DataConfig) -> dict[str, Any]:
             "a digest of the captions": digest_columns(rows.data, rows.image_column),
             "a digest of the images": digest_images(rows),
         }
-    place = config.train_data_dir or config.dataset_name
+    place = config.train_data_dir or config.dataset_name or ""
     files = digest_files(Path(place)) if os.path.isdir(place) else [place, config.dataset_config_name]
     return {"shards of the data": rows.data.num_shards, "a digest of the data's files": files}
 

@@ -37,8 +37,8 @@ def _walk(root: Path, relative: str, above: tuple) -> Iterator[str]:
     identity = (place.st_dev, place.st_ino)
     if identity in above:  # a link to a folder that it is in
         return
-    with os.scandir(root / relative) as entries:
-        entries = list(entries)
+    with os.scandir(root / relative) as listing:
+        entries = list(listing)
     for entry in entries:
         if entry.name.startswith((".", "__")):
             continue
@@ -80,7 +80,10 @@ def group_by_split(files: list[str], by_file_name: bool) -> dict[str, list[str]]
             f"it has files of splits, such as '{inside}' of {split!r}, and {len(outside)} that belong to none, such as "
             f"'{outside[0]}': move or rename either."
         )
-    return {split: [path for path in files if splits[path] == split] for split in dict.fromkeys(splits.values())}
+    return {
+        split: [path for path in files if splits[path] == split]
+        for split in dict.fromkeys(filter(None, splits.values()))
+    }
 
 
 def _split_of(path: str, by_file_name: bool) -> str | None:
@@ -101,7 +104,7 @@ def picture_rows(folder: str, pictures: list[str]) -> dict[str, list]:
     Raises:
         ValueError: If the file of a caption cannot be read.
     """
-    columns = {"file_name": pictures}
+    columns: dict[str, list] = {"file_name": pictures}
     texts = [read_caption(folder, path) for path in pictures]
     if any(text is not None for text in texts):
         columns["text"] = texts

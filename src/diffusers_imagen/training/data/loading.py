@@ -38,13 +38,7 @@ class BatchPlan(Sampler):
     """
 
     def __init__(
-        self,
-        order: RowOrder | BucketOrder,
-        draws: SlotDraws,
-        start: int,
-        stride: int,
-        offset: int,
-        batch_size: int,
+        self, order: RowOrder | BucketOrder, draws: SlotDraws, start: int, stride: int, offset: int, batch_size: int
     ):
         self.order, self.draws = order, draws
         self.start, self.stride, self.offset, self.batch_size = start, stride, offset, batch_size
@@ -79,14 +73,14 @@ class SlotDataset(Dataset):
 
     def __getitem__(self, plan: PlannedBatch) -> tuple[Samples, dict[str, str]]:
         """The samples, and why rows were passed over, by name."""
-        skipped = {}
+        skipped: dict[str, str] = {}
         draws = self.draws(plan.first, len(plan.rows))
         samples = [self._sample(plan, i, draws[i], skipped) for i in range(len(plan.rows))]
         return Samples.stack(samples, self.text), skipped
 
     def _sample(self, plan: PlannedBatch, i: int, draws: np.ndarray, skipped: dict[str, str]) -> Sample:
         group = () if plan.bucket is None else (plan.bucket,)
-        shape = None if plan.bucket is None else self.shapes[plan.bucket]
+        shape = None if plan.bucket is None or self.shapes is None else self.shapes[plan.bucket]
         index = plan.rows[i]
         for attempt in range(MAX_ATTEMPTS):
             row = self.rows.data[index]

@@ -65,8 +65,9 @@ class CaptionedImages:
     def _cut(self, rows: np.ndarray, draws: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Images and their reductions, cropped at the same places of both grids."""
         if self.config.crop_size is None:
-            rows = torch.from_numpy(rows)
-            return self.pixels[rows], None if self.low_res is None else self.low_res[rows]
+            chosen = torch.from_numpy(rows)
+            return self.pixels[chosen], None if self.low_res is None else self.low_res[chosen]
+        assert self.low_res is not None  # crops are of super-resolution
         size, factor = self.config.crop_size, self.config.factor
         corners = [self.maker.corner(self.pixels[0], slot) for slot in draws]
         return (
@@ -99,7 +100,9 @@ def load_samples(rows: Rows, maker: SampleMaker, resolution: int) -> Loaded:
             return error
 
     pixels = torch.empty(len(rows.data), resolution, resolution, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
-    kept, captions, skipped = [], [], {}
+    kept: list[int] = []
+    captions: list[list[str]] = []
+    skipped: dict[str, str] = {}
     columns = [rows.image_column, *(maker.config.caption_column if maker.with_text else [])]
     data = rows.data.select_columns(list(dict.fromkeys(columns)))
     with ThreadPoolExecutor() as pool, tqdm(total=len(data), desc="Loading images", mininterval=5) as progress:

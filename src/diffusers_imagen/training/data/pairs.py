@@ -57,16 +57,14 @@ class PairedBatches(BatchStream):
 
 def interleave(first: Batch, second: Batch) -> Batch:
     """Two batches of B images as one of 2 B, image by image in turn; the shorter texts are padded."""
-    tokens = max(batch.text.shape[1] for batch in (first, second)) if first.text is not None else 0
-    parts = []
-    for a, b in zip(pad_text(first, tokens), pad_text(second, tokens)):
-        parts.append(None if a is None else torch.stack([a, b], dim=1).flatten(0, 1))
-    return Batch(*parts)
+    tokens = max((batch.text.shape[1] for batch in (first, second) if batch.text is not None), default=0)
+    pairs = zip(pad_text(first, tokens), pad_text(second, tokens))
+    return Batch._make(None if a is None or b is None else torch.stack([a, b], dim=1).flatten(0, 1) for a, b in pairs)
 
 
 def pad_text(batch: Batch, tokens: int) -> Batch:
     """The batch with texts of so many tokens, padded at the end."""
-    if batch.text is None:
+    if batch.text is None or batch.text_mask is None:
         return batch
     text = pad_tokens(TextEmbeddings(batch.text, batch.text_mask), tokens)
     return batch._replace(text=text.embeds, text_mask=text.mask)

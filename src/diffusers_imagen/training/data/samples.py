@@ -80,7 +80,7 @@ class SampleMaker:
         check_size(image, self.config.min_resolution)
         height, width = shape or (self.config.resolution, self.config.resolution)
         place = (0.5, 0.5)
-        if self.augment and not self.config.center_crop:
+        if draws is not None and self.augment and not self.config.center_crop:
             place = (draws[PLACE_TOP], draws[PLACE_LEFT])
         return torch.from_numpy(fit_image(image, height, width, *place).copy()).permute(2, 0, 1)
 
@@ -92,7 +92,8 @@ class SampleMaker:
 
     def corner(self, pixels: torch.Tensor, draws: np.ndarray) -> tuple[int, int]:
         """Top and left of the slot's crop, on the grid of the reduction."""
-        height, width = ((side - self.config.crop_size) // self.config.factor for side in pixels.shape[-2:])
+        size, factor = self.config.crop_size or 0, self.config.factor
+        height, width = ((side - size) // factor for side in pixels.shape[-2:])
         return int(whole(draws[CROP_TOP], height + 1)), int(whole(draws[CROP_LEFT], width + 1))
 
     def finish(

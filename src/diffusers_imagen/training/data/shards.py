@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 from datasets import Features, Image, Value
 from datasets.packaged_modules.webdataset.webdataset import base_plus_ext
@@ -25,7 +25,7 @@ from ...utils.images import check_regular, picture_extensions
 from .image_folders import MAX_CAPTION
 
 
-COMPRESSIONS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+COMPRESSIONS: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
 TEXTS = ("txt", "text", "caption", "cap", "transcript", "label", "style", "split", "url")
 NUMBERS = ("cls", "cls2", "index", "inx", "id")
 MAX_FIELD = 2**30  # bytes of one file in a shard; sparse files claim any size
@@ -75,7 +75,10 @@ def check_shards(shards: list[Shard]) -> list[Contents]:
 @lru_cache(maxsize=None)
 def examine(shard: Shard) -> Contents:
     """Goes from header to header to the end of a shard; one that is compressed is unpacked on the way."""
-    samples, fields, pictures, seen = 0, set(), set(), set()
+    samples = 0
+    fields: set[str] = set()
+    pictures: set[tuple[str, ...]] = set()
+    seen: set[str] = set()
     fault = None
     try:
         for key, members in _group(shard.path, lambda archive, member: None):
@@ -121,7 +124,8 @@ def _group(
     Raises:
         Fault: If the archive does not go on to its end.
     """
-    current, members, before = None, {}, None
+    current, before = "", None
+    members: dict[str, bytes | None] = {}
     with _open(path) as file, _archive(file) as archive:
         try:
             for member in _members(archive, file):
@@ -149,7 +153,7 @@ def _archive(file: BinaryIO) -> Iterator[tarfile.TarFile]:
     if not file.read(1):
         raise Fault("is empty, 0 bytes")
     file.seek(0)
-    with tarfile.open(fileobj=Bounded(file), mode="r:") as archive:
+    with tarfile.open(fileobj=cast(BinaryIO, Bounded(file)), mode="r:") as archive:
         yield archive
 
 
@@ -172,7 +176,7 @@ def _members(archive: tarfile.TarFile, file: BinaryIO) -> Iterator[tarfile.TarIn
     """The members of an archive, and then a look at its end."""
     while (member := archive.next()) is not None:
         yield member
-        archive.members = []  # which tarfile would keep
+        archive.members = []  # type: ignore[attr-defined]  # which tarfile keeps, and does not declare
     file.seek(archive.offset)
     block = file.read(tarfile.BLOCKSIZE)
     if len(block) < tarfile.BLOCKSIZE:
@@ -227,7 +231,8 @@ def read_rows(shards: list[Shard], pictures: tuple[str, ...], features: Features
     wanted = {*pictures, *texts}
 
     def take(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | None:
-        return archive.extractfile(member).read() if base_plus_ext(member.name)[1] in wanted else None
+        file = archive.extractfile(member) if base_plus_ext(member.name)[1] in wanted else None
+        return None if file is None else file.read()
 
     for shard in shards:
         try:

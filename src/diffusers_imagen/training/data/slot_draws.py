@@ -5,6 +5,8 @@ fixed stretch of the counter-based generator Philox (Salmon et al. 2011), so tha
 what one process with batches of 16 sees, and a resumed run what the stopped one would have seen.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 
@@ -46,7 +48,7 @@ class SlotDraws:
         return np.random.Generator(np.random.Philox(key=self.key, counter=counter)).random((count, draws))
 
 
-def cumulate(weights: np.ndarray) -> np.ndarray:
+def cumulate(weights: Sequence[float] | np.ndarray) -> np.ndarray:
     """Running sums of weights, the last of which is 1, for `pick`."""
     edges = np.cumsum(weights, dtype=np.float64)
     return edges / edges[-1]
@@ -78,7 +80,7 @@ class RowOrder:
         self.seed = seed
         self.edges = None if weights is None else cumulate(weights)
         self.replacements = SlotDraws(seed, REPLACEMENT_SEED)
-        self._epoch, self._permutation = -1, None
+        self._epoch, self._permutation = -1, np.arange(0)
 
     def __call__(self, first: int, draws: np.ndarray) -> np.ndarray:
         """Rows of the slots from `first` on, whose numbers are `draws` `(count, DRAWS_PER_SLOT)`."""
@@ -118,7 +120,8 @@ class BucketOrder:
         weights = np.ones(len(buckets)) if weights is None else weights
         self.slots_per_step = slots_per_step
         self.members = [np.flatnonzero(buckets == bucket) for bucket in range(buckets.max() + 1)]
-        self.orders = [RowOrder(len(rows), seed, weights[rows]) if len(rows) else None for rows in self.members]
+        filled = ((bucket, rows) for bucket, rows in enumerate(self.members) if len(rows))
+        self.orders = {bucket: RowOrder(len(rows), seed, weights[rows]) for bucket, rows in filled}
         self.edges = cumulate([weights[rows].sum() for rows in self.members])
         self.draws = SlotDraws(seed)
 

@@ -86,7 +86,7 @@ def open_rows(config: DataConfig, split: str, with_text: bool = True) -> Rows:
         wanted["style"] = config.styles
     data = keep_rows(data, wanted, split)
     if config.max_train_samples is not None and split == config.train_split:
-        data = take(data, config)
+        data = take(data, config.max_train_samples, config.seed)
     features = data.features
     if features is not None and isinstance(features.get(image_column), Image):
         data = data.cast_column(image_column, Image(decode=False))
@@ -314,11 +314,11 @@ def give_caption(data, config: DataConfig):
     )
 
 
-def take(data, config: DataConfig):
-    """`max_train_samples` rows: at random, or of a stream the first."""
+def take(data, number: int, seed: int):
+    """So many rows: at random, or of a stream the first."""
     if isinstance(data, IterableDataset):
-        return data.take(config.max_train_samples)
-    return data.shuffle(seed=config.seed).select(range(min(config.max_train_samples, len(data))))
+        return data.take(number)
+    return data.shuffle(seed=seed).select(range(min(number, len(data))))
 
 
 def draw_columns(config: DataConfig) -> list[str]:

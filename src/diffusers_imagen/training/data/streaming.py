@@ -42,7 +42,7 @@ class ShardReader:
     def __init__(self, data: Stream, seed: int, reader: int, num_readers: int, block_size: int):
         self.data, self.seed = data, seed
         self.reader, self.num_readers, self.block_size = reader, num_readers, block_size
-        self.state = {"epoch": 0, "shard": 0, "block": 0, "taken": 0, "stream": None}
+        self.state: dict[str, Any] = {"epoch": 0, "shard": 0, "block": 0, "taken": 0, "stream": None}
         self.place = ""  # of the last row, for reports
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -146,7 +146,8 @@ class StreamDataset(IterableDataset):
         size = config.train_batch_size
         while True:
             first = (batch * self.num_processes + self.process_index) * size
-            draws, skipped = self.draws(first, size), {}
+            draws = self.draws(first, size)
+            skipped: dict[str, str] = {}
             samples = Samples.stack([self._sample(reader, rows, slot, skipped) for slot in draws], self.text)
             yield samples, skipped, (worker, reader.state)
             batch += self.num_workers
@@ -157,7 +158,7 @@ class StreamDataset(IterableDataset):
         for row in islice(rows, MAX_BAD_ROWS):
             try:
                 sample = self.maker(row, draws)
-                if self.text is not None and sample.caption not in self.text:
+                if self.text is not None and sample.caption is not None and sample.caption not in self.text:
                     raise BadCaption(f"the caption {sample.caption!r} is not in the embedding cache")
                 return sample
             except (BadImage, BadCaption) as error:

@@ -24,11 +24,11 @@ class PowerFunctionEMA(EMAModel):
     """The average over all steps tau with weights proportional to `tau^gamma` (EDM2, arXiv 2312.02696, section 3.1).
 
     Args:
-        parameters (`Iterable[torch.nn.Parameter]`): What is averaged.
+        parameters (`Iterable[torch.Tensor]`): What is averaged.
         std (`float`): Width of the weights as a share of the run so far: `sigma_rel` of the paper.
     """
 
-    def __init__(self, parameters: Iterable[torch.nn.Parameter], std: float):
+    def __init__(self, parameters: Iterable[torch.Tensor], std: float):
         super().__init__(parameters, foreach=True)
         self.std, self.gamma = std, std_to_gamma(std)
 
@@ -55,15 +55,15 @@ class WeightAverages:
     """
 
     def __init__(self, config: TrainingConfig, parameters: Iterable[torch.nn.Parameter]):
-        parameters = [own_part(parameter) for parameter in parameters]
+        own = [own_part(parameter) for parameter in parameters]
         self.models: list[EMAModel] = []
         if config.use_ema and config.ema_type == "power":
-            self.models = [PowerFunctionEMA(parameters, std) for std in config.ema_stds]
+            self.models = [PowerFunctionEMA(own, std) for std in config.ema_stds]
         elif config.use_ema:
             constant = config.ema_type == "constant"
             self.models = [
                 EMAModel(
-                    parameters,
+                    own,
                     decay=config.ema_decay,
                     min_decay=config.ema_decay if constant else 0.0,
                     use_ema_warmup=not constant,
@@ -74,9 +74,9 @@ class WeightAverages:
 
     def step(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Takes the weights after a step into the averages."""
-        parameters = [own_part(parameter) for parameter in parameters]
+        own = [own_part(parameter) for parameter in parameters]
         for model in self.models:
-            model.step(parameters)
+            model.step(own)
 
     @contextmanager
     def applied(self, parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
@@ -84,13 +84,13 @@ class WeightAverages:
         if not self.models:
             yield
             return
-        parameters, model = [own_part(parameter) for parameter in parameters], self.models[0]
-        model.store(parameters)
-        model.copy_to(parameters)
+        own, model = [own_part(parameter) for parameter in parameters], self.models[0]
+        model.store(own)
+        model.copy_to(own)
         try:
             yield
         finally:
-            model.restore(parameters)
+            model.restore(own)
 
     def save_snapshots(
         self, output_dir: str, parameters: dict[str, torch.nn.Parameter], step: int, is_main_process: bool = True

@@ -33,7 +33,7 @@ def solve_coefficients(
 ) -> tuple[np.ndarray, float]:
     """Coefficients `(N,)` of the snapshots whose sum comes closest to the target's weights, and the relative error."""
     step, gamma = np.array(steps, dtype=np.float64), np.array([std_to_gamma(std) for std in stds])
-    goal = np.float64(target_step), np.float64(std_to_gamma(target_std))
+    goal = np.array(target_step, dtype=np.float64), np.array(std_to_gamma(target_std))
     products = profile_product(step[:, None], gamma[:, None], step, gamma)
     with_goal = profile_product(step, gamma, *goal)
     norm = profile_product(*goal, *goal)

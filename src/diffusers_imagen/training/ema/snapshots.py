@@ -34,7 +34,7 @@ def digest(tensors: dict[str, torch.Tensor], step: int, std: float) -> str:
     sha = hashlib.sha256(f"{step} {std!r}".encode())
     for name, tensor in sorted(tensors.items()):
         sha.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        sha.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        sha.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
 

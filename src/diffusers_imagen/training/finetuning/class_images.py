@@ -43,7 +43,7 @@ def draw_class_images(
     Raises:
         ValueError: If images are missing and nothing can draw them, or another run is drawing them.
     """
-    folder = Path(config.class_data_dir)
+    folder = Path(str(config.class_data_dir))
     complete = not missing_images(folder, config.num_class_images)
     accelerator.wait_for_everyone()  # nobody counts what another has drawn already
     if complete:

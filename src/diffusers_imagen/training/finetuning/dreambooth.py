@@ -48,6 +48,8 @@ class DreamBoothTrainer(Trainer):
         text (`TextSource`, *optional*): As `train`.
     """
 
+    config: DreamBoothTrainingConfig
+
     def adapt(self, unet: StageNetwork) -> None:
         if unet.text_width is None:
             raise ValueError("This network reads no text, but `instance_prompt` tells the subject by a word.")
@@ -73,6 +75,8 @@ class DreamBoothTrainer(Trainer):
 
 class DreamBoothLoraTrainer(DreamBoothTrainer, LoraTrainer):
     """A run on a subject that trains an adapter."""
+
+    config: DreamBoothTrainingConfig
 
 
 def make_trainer(config: DreamBoothTrainingConfig, unet: StageNetwork, text: TextSource | None = None) -> Trainer:

@@ -30,7 +30,7 @@ class LoraTrainingConfig(TrainingConfig):
         return ["lora"]
 
 
-def check_adapter(config: TrainingConfig) -> None:
+def check_adapter(config: "LoraTrainingConfig") -> None:
     """Checks what an adapter is told, and that there is a trained stage to adapt.
 
     Raises:
@@ -69,8 +69,9 @@ class DreamBoothTrainingConfig(LoraTrainingConfig):
     prior_loss_weight: float = arg(1.0, "Weight of the loss of the class images.")
     sample_batch_size: int = arg(4, "Class images drawn at a time.")
 
-    rank: int | None = arg(None, "Train a LoRA adapter of this rank; without it, all weights.")
-    learning_rate: float | None = arg(
+    # wider types than those of the base classes: None, where whole networks are trained or the rate is chosen
+    rank: int | None = arg(None, "Train a LoRA adapter of this rank; without it, all weights.")  # type: ignore[assignment]
+    learning_rate: float | None = arg(  # type: ignore[assignment]
         None, f"Peak learning rate; {LEARNING_RATE} if not given, {ADAPTER_LEARNING_RATE} of an adapter."
     )
     max_train_steps: int = arg(400, "Optimizer steps.")

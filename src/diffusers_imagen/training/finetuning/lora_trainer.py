@@ -15,7 +15,7 @@ from ..export import CARD_FILE, model_card, parts_of, write_record
 from ..loop import Trainer
 from ..network import find_network, fresh_weights
 from ..states import NetworkState
-from .finetuning_config import TARGET_MODULES
+from .finetuning_config import TARGET_MODULES, LoraTrainingConfig
 
 
 ADAPTER = "default"
@@ -35,6 +35,8 @@ class LoraTrainer(Trainer):
         unet (`StageNetwork`): The network; its adapter is added in place, its own weights stay as they are.
         text (`TextSource`, *optional*): As `train`.
     """
+
+    config: LoraTrainingConfig
 
     def adapt(self, unet: StageNetwork) -> None:
         require_peft()
@@ -63,7 +65,7 @@ class LoraTrainer(Trainer):
     def export(self, unet: StageNetwork, done: int, results: dict[str, float]) -> None:
         from peft.utils import get_peft_model_state_dict
 
-        stage = self.config.pretrained_model_name_or_path
+        stage = str(self.config.pretrained_model_name_or_path)
         component = "" if self.subfolder in ("unet", None) else f', component="{self.subfolder}"'
         usage = USAGE.format(stage=Path(stage).name if Path(stage).is_dir() else stage, component=component)
         with parts_of(self.config) as partial:

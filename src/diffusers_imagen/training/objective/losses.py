@@ -1,5 +1,7 @@
 """The training loss: where an objective meets a network and a batch."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -11,14 +13,14 @@ from .objectives import Objective
 from .step_draws import Draws
 
 
-DISTANCES = {"l2": F.mse_loss, "l1": F.l1_loss, "huber": F.huber_loss}
+DISTANCES: dict[str, Callable[..., torch.Tensor]] = {"l2": F.mse_loss, "l1": F.l1_loss, "huber": F.huber_loss}
 
 
 def to_device(batch: Batch, device: torch.device, channels_last: bool = True) -> Batch:
     """Moves a batch, without a text mask that masks nothing: attention without one has flash kernels."""
     if batch.text_mask is not None and batch.text_mask.all():
         batch = batch._replace(text_mask=None)
-    batch = Batch(*(None if x is None else x.to(device, non_blocking=True) for x in batch))
+    batch = Batch._make(None if x is None else x.to(device, non_blocking=True) for x in batch)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return batch._replace(images=batch.images.contiguous(memory_format=layout))
 
@@ -51,7 +53,7 @@ def augment(
     The noise level is uniform between the lowest and the configured maximum: mostly clean images would not teach the
     network to mistrust what the stage below gets wrong.
     """
-    if low_res is None or config.noise_conditioning_augmentation == 0:
+    if low_res is None or draws.low_res_noise is None or config.noise_conditioning_augmentation == 0:
         return low_res, None
     above = config.noise_conditioning_augmentation - MIN_AUGMENTATION_SIGMA
     low_res_noise_level = MIN_AUGMENTATION_SIGMA + draws.augmentation * above  # (B,)

@@ -53,8 +53,8 @@ class UncertaintyWeighting(LossWeighting):
     def __init__(self, seed: int = 0, features: int = 128):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        self.register_buffer("frequencies", torch.randn(features, generator=generator))
-        self.register_buffer("phases", torch.rand(features, generator=generator))
+        self.frequencies = torch.nn.Buffer(torch.randn(features, generator=generator))
+        self.phases = torch.nn.Buffer(torch.rand(features, generator=generator))
         self.linear = torch.nn.utils.skip_init(torch.nn.Linear, features, 1, bias=False)  # draws nothing
         torch.nn.init.zeros_(self.linear.weight)
 
