@@ -12,11 +12,10 @@ from diffusers import SchedulerMixin
 from huggingface_hub import create_repo, upload_folder
 
 from ..models.interface import StageNetwork
-from ..pipelines import ImagenPipeline, ImagenSuperResolutionPipeline
 from ..utils.errors import NETWORK, one_line
 from ..utils.files import read_json_object, remove, sha256, whole_folder, write_json
 from .config import TrainingConfig
-from .sampling import SAMPLES, sample_name, sample_step
+from .sampling import SAMPLES, sample_name, sample_step, stage_pipeline
 
 
 UPCOMING, REPLACED = ".stage.new", ".stage.replaced"
@@ -126,11 +125,7 @@ def save_stage(
         unet.save_pretrained(partial / "unet")
         hide_place(partial / "unet" / "config.json")
         scheduler.save_pretrained(partial / "scheduler")
-        if unet.takes_low_res:
-            pipe = ImagenSuperResolutionPipeline(unet, scheduler, scale_factor=config.factor)
-        else:
-            pipe = ImagenPipeline(unet, scheduler)
-        pipe.save_config(partial)
+        stage_pipeline(unet, scheduler, config).save_config(partial)
         write_record(partial, config, step, results)
         (partial / CARD_FILE).write_text(model_card(unet, config, step, results), encoding="utf-8")
 

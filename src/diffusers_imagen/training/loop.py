@@ -186,6 +186,7 @@ class Trainer:
     def read_data(self) -> None:
         """Opens what is trained and validated on; the text encoder leaves memory where it is not needed any more."""
         config, text = self.config, self.text
+        check_width(self.unet, None if text is None else text.width)
         self.prompts = read_prompts(config, text)
         self.batches = self.make_batches()
         self.validation, needs_encoder = None, self.batches.needs_encoder
@@ -193,7 +194,6 @@ class Trainer:
             held_out = make_validation_batches(config, text, *self.place)
             self.validation = ValidationLoss(config, self.objective, held_out, self.accelerator.device)
             needs_encoder |= held_out.needs_encoder
-        check_width(self.unet, None if text is None else text.width)
         identity = None if text is None else text.identity()
         self.checkpoints.run |= in_json({**(self.batches.content or {}), TEXT_ENCODER: identity})
         if text is not None and not needs_encoder:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
+from diffusers import SchedulerMixin
 from diffusers.utils import logging, make_image_grid
 from PIL import Image
 
@@ -66,12 +67,18 @@ def read_low_res(path: str, config: TrainingConfig) -> torch.Tensor:
     return to_float(torch.from_numpy(fit_image(image, side, side).copy()).permute(2, 0, 1))
 
 
+def stage_pipeline(
+    unet: StageNetwork, scheduler: SchedulerMixin, config: TrainingConfig
+) -> ImagenPipeline | ImagenSuperResolutionPipeline:
+    """The pipeline of a stage alone, without a text encoder."""
+    if unet.takes_low_res:
+        return ImagenSuperResolutionPipeline(unet, scheduler, scale_factor=config.factor)
+    return ImagenPipeline(unet, scheduler)
+
+
 def draw_samples(unet: StageNetwork, objective: Objective, prompts: Prompts, config: TrainingConfig) -> torch.Tensor:
     """Images `(B, 3, H, W)` in [-1, 1] by the stage's own pipeline, with the same noise at every call."""
-    if prompts.low_res is None:
-        pipe = ImagenPipeline(unet, objective.scheduler())
-    else:
-        pipe = ImagenSuperResolutionPipeline(unet, objective.scheduler(), scale_factor=config.factor)
+    pipe = stage_pipeline(unet, objective.scheduler(), config)
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(config.seed)
     inputs = {**objective.sampling, "generator": generator, "output_type": "latent"}
