@@ -284,7 +284,7 @@ class ValidationBatches:
         self.start = stream.state_dict()
         if isinstance(stream, MemoryBatches):
             num_images = min(num_images, len(stream.images))
-        elif isinstance(stream, LoaderBatches):
+        elif isinstance(stream, LoaderBatches) and not isinstance(stream, StreamBatches):
             num_images = min(num_images, len(stream.dataset.rows.data))
         self.num_batches = -(-num_images // stream.stride)
 
