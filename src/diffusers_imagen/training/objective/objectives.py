@@ -5,6 +5,7 @@ samples from a network trained so. Outside of it, a noise level is a log-SNR: si
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -99,9 +100,14 @@ class ContinuousDDPMObjective(Objective):
         )
 
 
+OBJECTIVES: dict[str, Callable[[TrainingConfig], Objective]] = {
+    "edm": lambda config: EDMObjective(config.p_mean, config.p_std, config.sigma_data, make_weighting(config)),
+    "variance_preserving": lambda config: ContinuousDDPMObjective(
+        config.prediction_type, config.beta_schedule, config.sigma_data, make_weighting(config)
+    ),
+}
+
+
 def make_objective(config: TrainingConfig) -> Objective:
-    """The objective that a configuration describes."""
-    of_all = (config.sigma_data, make_weighting(config))
-    if config.preconditioning == "edm":
-        return EDMObjective(config.p_mean, config.p_std, *of_all)
-    return ContinuousDDPMObjective(config.prediction_type, config.beta_schedule, *of_all)
+    """The objective of the preconditioning that a configuration names."""
+    return OBJECTIVES[config.preconditioning](config)
