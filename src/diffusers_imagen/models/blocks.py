@@ -48,9 +48,9 @@ class ResBlockOptions:
     time_scale_shift: TimeScaleShift = "scale_shift"
     dropout: float = 0.0
     norm_num_groups: int = 32
-    shortcut_scale: float | None = None
     act_fn: ActivationType = "silu"
     out_scale_factor: float = 1.0
+    shortcut_scale: float | None = None
 
 
 class ResBlock(nn.Module):

@@ -116,12 +116,7 @@ class ImagenUNetModel(ConditionalUNet):
         attention_strides = strides_of(attention_resolutions, sample_size, len(block_out_channels))
 
         options = ResBlockOptions(
-            time_embedding_dim,
-            time_scale_shift,
-            dropout,
-            norm_num_groups,
-            act_fn=act_fn,
-            out_scale_factor=resnet_out_scale_factor,
+            time_embedding_dim, time_scale_shift, dropout, norm_num_groups, act_fn, resnet_out_scale_factor
         )
 
         def attention(channels: int) -> ImagenAttention | StackedAttention:
