@@ -95,7 +95,7 @@ def config_from_deepfloyd(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     config = check_kind(config)
     resolution, channels = config["sample_size"], tuple(config["block_out_channels"])
-    layers, upscales = config["layers_per_block"], config["class_embed_type"] == "timestep"
+    upscales = config["class_embed_type"] == "timestep"
     attends = [DOWN_BLOCKS[kind] for kind in config["down_block_types"]]
     cross = config["only_cross_attention"]
     return {
@@ -103,7 +103,7 @@ def config_from_deepfloyd(config: Mapping[str, Any]) -> dict[str, Any]:
         "in_channels": 3,
         "out_channels": config["out_channels"],
         "block_out_channels": channels,
-        "layers_per_block": tuple(layers) if isinstance(layers, (list, tuple)) else layers,
+        "layers_per_block": as_tuple(config["layers_per_block"]),
         "attention_resolutions": tuple(resolution // 2**level for level, attended in enumerate(attends) if attended),
         "attention_type": "cross" if cross else "fused",
         "attention_head_dim": config["attention_head_dim"],
@@ -144,7 +144,7 @@ def config_to_deepfloyd(config: Mapping[str, Any]) -> dict[str, Any]:
         "class_embed_type": "timestep" if config["low_res_conditioning"] else None,
         "sample_size": resolution,
         "block_out_channels": tuple(channels),
-        "layers_per_block": config["layers_per_block"],
+        "layers_per_block": as_tuple(config["layers_per_block"]),
         "down_block_types": tuple(
             kind for attended in attends for kind, has in DOWN_BLOCKS.items() if has == attended
         ),
