@@ -52,6 +52,19 @@ NETWORKS = {
             "conv_kernel_size": 7,
         },
     ),
+    "unet-class-token": (
+        ImagenUNetModel,
+        {
+            **UNET,
+            "act_fn": "gelu",
+            "resample_type": "resnet_nearest",
+            "resnet_out_scale_factor": 1.25,
+            "shared_attention_norm": True,
+            "sinusoidal_dim": 8,
+            "text_pooling": "class_token",
+            "text_pooling_num_heads": 3,
+        },
+    ),
     "efficient-cross": (EfficientUNetModel, {**SHARED, **LOW_RES, "attention_types": (None, "cross")}),
     "efficient-fused": (
         EfficientUNetModel,

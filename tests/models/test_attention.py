@@ -15,10 +15,11 @@ from diffusers_imagen.models.attention import (
 from diffusers_imagen.models.embeddings import TextContext, TextKeyValue
 
 
-@pytest.fixture(params=["self", "cross", "fused"])
+@pytest.fixture(params=["self", "cross", "fused", "fused, one norm"])
 def attention(request):
-    context_dim = None if request.param == "self" else TEXT_WIDTH
-    return randomize(ImagenAttention(16, 2, request.param, context_dim, norm_num_groups=4))
+    attention_type, _, shared_norm = request.param.partition(", ")
+    context_dim = None if attention_type == "self" else TEXT_WIDTH
+    return randomize(ImagenAttention(16, 2, attention_type, context_dim, 4, bool(shared_norm)))
 
 
 def image_and_context() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -8,7 +8,7 @@ import torch
 from networks import SHARED, TEXT_WIDTH, TOKENS, UNET, inputs_for, make, run
 
 from diffusers_imagen import EfficientUNetModel, ImagenUNetModel
-from diffusers_imagen.models.config_checks import FLAGS, MAX_LAYERS, RANGES, estimate_parameters
+from diffusers_imagen.models.config_checks import CHOICES, FLAGS, MAX_LAYERS, RANGES, estimate_parameters
 from diffusers_imagen.models.presets import PRESETS, create_unet
 
 
@@ -20,6 +20,7 @@ NO_INTEGER = ["8", 8.0, math.nan, True, [8], {}, 0, -1, 10**12]
 NO_FLAG = ["yes", 1, None, [True]]
 NO_LIST_OF_SIZES = [None, [], "88", 8, [8, "16"], [8, 16.0], [8, None], [8, True], [[8, 16]], [0, 16], [8] * 13]
 NO_LAYERS = [None, "1", 1.0, True, -1, MAX_LAYERS + 1, 1_000_000, [1, "1"], [1, 1_000_000], [[1], [1]], [1, 1, 1]]
+NO_SCALE = ["1", 0, -1.0, math.nan, math.inf, None, True, [1.0]]
 NO_DROPOUT = ["0", -0.1, 1.0, math.nan, math.inf, None, True]
 BAD = [
     *((name, value) for name in RANGES for value in NO_INTEGER),
@@ -29,11 +30,13 @@ BAD = [
     *(("dropout", value) for value in NO_DROPOUT),
     *(("attention_resolutions", value) for value in [None, 8, "8", ["8"], [8.0], [[8]], [0], [8] * 13]),
     *(("attention_types", value) for value in [None, "self", [None, 1], [None, ["cross"]], {}]),
-    *((name, value) for name in ("text_pooling", "time_scale_shift", "attention_type") for value in (None, 1, ["a"])),
+    *((name, value) for name in CHOICES for value in (None, 1, ["a"], "a")),
+    *(("resnet_out_scale_factor", value) for value in NO_SCALE),
     ("norm_num_groups", 3),
     ("cross_attention_dim", 6),  # 4 groups of the normalisation
     ("conv_kernel_size", 2),
     ("learned_sinusoidal_dim", 3),
+    ("sinusoidal_dim", 3),
     ("sample_size", 17),
 ]
 

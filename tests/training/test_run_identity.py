@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import fields
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from text_sources import FunctionSource
 from tiny_runs import are_equal, encode, make_unet, weights_of
 
+from diffusers_imagen import ImagenUNetModel
 from diffusers_imagen.training import DreamBoothTrainingConfig, TrainingConfig, run_identity, train
 from diffusers_imagen.training.data import make_train_batches
 from diffusers_imagen.training.network import make_unet as make_network
@@ -100,6 +102,19 @@ def test_the_same_data_elsewhere_and_what_a_user_may_change_go_on(
     assert (
         "max_train_steps 2 (it was 1), learning_rate 0.001 (it was 0.003), logging_steps 3 (it was 1)" in caplog.text
     )
+
+
+def test_a_network_of_a_checkpoint_from_before_an_option_has_its_default(make_config):
+    own = run_identity.describe_run(make_config(), make_unet(), "no")
+    defaults = {f"unet {name}": p.default for name, p in signature(ImagenUNetModel.__init__).parameters.items()}
+    assert run_identity.LATER_OPTIONS.items() <= defaults.items()
+    saved = {key: value for key, value in own.items() if key not in run_identity.LATER_OPTIONS}
+    assert len(own) - len(saved) == len(run_identity.LATER_OPTIONS)
+    for partly in (False, True):
+        assert run_identity.find_difference(saved, own, partly) is None
+        other = {**own, "unet act_fn": "gelu"}
+        difference = "was trained with unet act_fn 'silu', but this run has 'gelu'"
+        assert run_identity.find_difference(saved, other, partly) == difference
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -1,6 +1,7 @@
 """Checkpoints and configurations of other implementations, read as data."""
 
+from .deepfloyd import unet_from_deepfloyd, unet_to_deepfloyd
 from .nemo import load_nemo_unet
 
 
-__all__ = ["load_nemo_unet"]
+__all__ = ["load_nemo_unet", "unet_from_deepfloyd", "unet_to_deepfloyd"]

@@ -91,7 +91,8 @@ class ImagenAttention(nn.Module, AttentionModuleMixin):
     """Residual attention block `(B, C, H, W)` to `(B, C, H, W)`.
 
     `self` attends to the image, `cross` to the text, `fused` to both at once (keys and values side by side in one
-    softmax). Image and text have norms and projections of their own.
+    softmax). Image and text have norms and projections of their own; where they are fused, so have the queries, unless
+    they have a `shared_norm` with the keys and values of the image.
     """
 
     _default_processor_cls = ImagenAttnProcessor
@@ -106,6 +107,7 @@ class ImagenAttention(nn.Module, AttentionModuleMixin):
         attention_type: Literal["self", "cross", "fused"],
         context_dim: int = 0,
         norm_num_groups: int = 32,
+        shared_norm: bool = False,
     ):
         super().__init__()
         self.heads = heads
@@ -120,7 +122,7 @@ class ImagenAttention(nn.Module, AttentionModuleMixin):
         self.to_v = nn.Linear(channels if self.reads_image else context_dim, channels)
         self.norm_context = nn.GroupNorm(norm_num_groups, context_dim) if self.reads_text else None
         fused = attention_type == "fused"  # a second norm of the image for its keys and values, and those of the text
-        self.norm_kv = nn.GroupNorm(norm_num_groups, channels) if fused else None
+        self.norm_kv = nn.GroupNorm(norm_num_groups, channels) if fused and not shared_norm else None
         self.add_k_proj = nn.Linear(context_dim, channels) if fused else None
         self.add_v_proj = nn.Linear(context_dim, channels) if fused else None
         self.to_out = nn.ModuleList([zero_init(nn.Linear(channels, channels))])
@@ -200,14 +202,19 @@ class StackedAttention(nn.Module):
 
 
 def make_attention(
-    attention_type: AttentionType, channels: int, heads: int, context_dim: int | None, norm_num_groups: int
+    attention_type: AttentionType,
+    channels: int,
+    heads: int,
+    context_dim: int | None,
+    norm_num_groups: int,
+    shared_norm: bool = False,
 ) -> ImagenAttention | StackedAttention:
     """The attention block of a level. Without text (`context_dim` None) every type is self-attention."""
     if context_dim is None:
         return ImagenAttention(channels, heads, "self", norm_num_groups=norm_num_groups)
     if attention_type == "stacked":
         return StackedAttention(channels, heads, context_dim, norm_num_groups)
-    return ImagenAttention(channels, heads, attention_type, context_dim, norm_num_groups)
+    return ImagenAttention(channels, heads, attention_type, context_dim, norm_num_groups, shared_norm)
 
 
 def zero_init(module: Layer) -> Layer:

@@ -5,6 +5,7 @@ Shapes: B batch, C channels, H x W pixels, T width of the time embedding.
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import FunctionType, MethodType
 from typing import Any, Literal
 
@@ -16,7 +17,8 @@ from .attention import AttendedText, ImagenAttention, StackedAttention, zero_ini
 
 
 TimeScaleShift = Literal["default", "scale_shift"]
-ResampleType = Literal["conv", "pool", "resnet"]
+ResampleType = Literal["conv", "pool", "resnet", "resnet_nearest"]
+ActivationType = Literal["silu", "gelu"]
 
 
 def overwrite_silu(x: torch.Tensor) -> torch.Tensor:
@@ -24,37 +26,56 @@ def overwrite_silu(x: torch.Tensor) -> torch.Tensor:
     return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
+def overwrite_act(x: torch.Tensor, act_fn: ActivationType) -> torch.Tensor:
+    """The activation of a tensor that nothing else reads, in place where torch has it so."""
+    return F.gelu(x) if act_fn == "gelu" else overwrite_silu(x)
+
+
 def transposed_upsample(channels: int) -> nn.Module:
     """Doubles the image by a learned kernel."""
     return nn.ConvTranspose2d(channels, channels, kernel_size=4, stride=2, padding=1)
 
 
+@dataclass(frozen=True)
+class ResBlockOptions:
+    """What all residual blocks of a network have in common.
+
+    With a `shortcut_scale` the shortcut is multiplied by it and always goes through a 1x1 convolution; without, only
+    where the channels change. The sum of branch and shortcut is divided by `out_scale_factor`.
+    """
+
+    time_embedding_dim: int
+    time_scale_shift: TimeScaleShift = "scale_shift"
+    dropout: float = 0.0
+    norm_num_groups: int = 32
+    act_fn: ActivationType = "silu"
+    out_scale_factor: float = 1.0
+    shortcut_scale: float | None = None
+
+
 class ResBlock(nn.Module):
     """Two convolutions around the time embedding, with a residual connection.
 
-    `(B, C_in, H, W)` to `(B, C_out, H, W)`, or half or twice the size with `resample`. With a `shortcut_scale` the
-    shortcut is multiplied by it and always goes through a 1x1 convolution; without, only where the channels change.
+    `(B, C_in, H, W)` to `(B, C_out, H, W)`, or half or twice the size with `resample`: down by averaging, up by a
+    learned kernel or by repeating pixels.
     """
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        time_embedding_dim: int,
-        time_scale_shift: TimeScaleShift = "scale_shift",
-        dropout: float = 0.0,
-        norm_num_groups: int = 32,
-        resample: Literal["down", "up"] | None = None,
-        shortcut_scale: float | None = None,
+        options: ResBlockOptions,
+        resample: Literal["down", "up", "up_nearest"] | None = None,
     ):
         super().__init__()
-        self.scale_shift = time_scale_shift == "scale_shift"
-        self.shortcut_scale = 1.0 if shortcut_scale is None else shortcut_scale
-        self.norm1 = nn.GroupNorm(norm_num_groups, in_channels)
+        self.act_fn, self.out_scale_factor = options.act_fn, options.out_scale_factor
+        self.scale_shift = options.time_scale_shift == "scale_shift"
+        self.shortcut_scale = 1.0 if options.shortcut_scale is None else options.shortcut_scale
+        self.norm1 = nn.GroupNorm(options.norm_num_groups, in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time_emb_proj = nn.Linear(time_embedding_dim, out_channels * (2 if self.scale_shift else 1))
-        self.norm2 = nn.GroupNorm(norm_num_groups, out_channels)
-        self.dropout = nn.Dropout(dropout)
+        self.time_emb_proj = nn.Linear(options.time_embedding_dim, out_channels * (2 if self.scale_shift else 1))
+        self.norm2 = nn.GroupNorm(options.norm_num_groups, out_channels)
+        self.dropout = nn.Dropout(options.dropout)
         self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
 
         self.resample_branch: nn.Module | None = None
@@ -63,12 +84,14 @@ class ResBlock(nn.Module):
             self.resample_branch, self.resample_shortcut = nn.AvgPool2d(2), nn.AvgPool2d(2)
         elif resample == "up":
             self.resample_branch, self.resample_shortcut = (transposed_upsample(in_channels) for _ in range(2))
-        project_shortcut = shortcut_scale is not None or in_channels != out_channels
+        elif resample == "up_nearest":
+            self.resample_branch, self.resample_shortcut = nn.Upsample(scale_factor=2), nn.Upsample(scale_factor=2)
+        project_shortcut = options.shortcut_scale is not None or in_channels != out_channels
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if project_shortcut else None
 
     def forward(self, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
         """`temb` `(B, T)` comes already through its activation, which all blocks share."""
-        h = overwrite_silu(self.norm1(x))  # (B, C_in, H, W)
+        h = overwrite_act(self.norm1(x), self.act_fn)  # (B, C_in, H, W)
         if self.resample_branch is not None and self.resample_shortcut is not None:
             h, x = self.resample_branch(h), self.resample_shortcut(x)
         h = self.conv1(h)  # (B, C_out, H', W')
@@ -79,11 +102,12 @@ class ResBlock(nn.Module):
             h = torch.addcmul(shift, self.norm2(h), 1 + scale)
         else:
             h = self.norm2(h + temb)
-        h = self.conv2(self.dropout(overwrite_silu(h)))  # (B, C_out, H', W')
+        h = self.conv2(self.dropout(overwrite_act(h, self.act_fn)))  # (B, C_out, H', W')
 
         if self.conv_shortcut is not None:
             x = self.conv_shortcut(x)
-        return h.add_(x, alpha=self.shortcut_scale)
+        h = h.add_(x, alpha=self.shortcut_scale)
+        return h if self.out_scale_factor == 1.0 else h.div_(self.out_scale_factor)
 
 
 class ImagenBlock(nn.Module):

@@ -9,10 +9,11 @@ from typing import Any, get_args
 
 import torch
 
-from ..utils.arguments import bad_argument, check_choice
+from ..utils.arguments import bad_argument, check_choice, is_finite
 from .attention import AttentionType
-from .blocks import ResampleType, TimeScaleShift
+from .blocks import ActivationType, ResampleType, TimeScaleShift
 from .embeddings import TextPooling
+from .interface import LowResAugmentation
 
 
 # Lowest and highest value of what a network is configured with: far above what was published, and low enough that
@@ -31,6 +32,8 @@ RANGES = {
     "cross_attention_dim": (1, 65_536),
     "time_embedding_dim": (8, 65_536),
     "learned_sinusoidal_dim": (2, 65_536),
+    "sinusoidal_dim": (2, 65_536),
+    "text_pooling_num_heads": (1, MAX_CHANNELS),
     "conv_kernel_size": (1, 31),
     "norm_num_groups": (1, MAX_CHANNELS),
 }
@@ -40,10 +43,21 @@ OPTIONAL = (
     "encoder_hid_dim",
     "time_embedding_dim",
     "learned_sinusoidal_dim",
+    "sinusoidal_dim",
+    "text_pooling_num_heads",
 )
-FLAGS = ("use_null_token", "skip_connection_scaling", "low_res_conditioning", "low_res_noise_conditioning")
+FLAGS = (
+    "use_null_token",
+    "skip_connection_scaling",
+    "low_res_conditioning",
+    "low_res_noise_conditioning",
+    "shared_attention_norm",
+    "attends_padding",
+)
 CHOICES = {
+    "act_fn": get_args(ActivationType),
     "attention_type": get_args(AttentionType),
+    "low_res_augmentation": get_args(LowResAugmentation),
     "resample_type": get_args(ResampleType),
     "text_pooling": get_args(TextPooling),
     "time_scale_shift": get_args(TimeScaleShift),
@@ -60,7 +74,8 @@ def check_config(config: dict[str, Any], min_layers: int) -> None:
     Raises:
         ValueError: For a value of another kind, out of its range, or that does not fit the others; names the argument.
     """
-    for name, choices in CHOICES.items():
+    without_class_token = {} if "text_pooling_num_heads" in config else {"text_pooling": ("attention", "mean")}
+    for name, choices in {**CHOICES, **without_class_token}.items():
         if name in config:
             check_choice(name, config[name], choices)
     for name, (minimum, maximum) in RANGES.items():
@@ -79,8 +94,9 @@ def check_config(config: dict[str, Any], min_layers: int) -> None:
 
     if config["conv_kernel_size"] % 2 == 0:
         raise bad_argument("conv_kernel_size", config["conv_kernel_size"], "odd")
-    if (config["learned_sinusoidal_dim"] or 0) % 2:
-        raise bad_argument("learned_sinusoidal_dim", config["learned_sinusoidal_dim"], "even")
+    for name in ("learned_sinusoidal_dim", "sinusoidal_dim"):
+        if (config.get(name) or 0) % 2:
+            raise bad_argument(name, config[name], "even")
     check_groups("block_out_channels", channels, config["norm_num_groups"])
     stride = 2 ** (len(channels) - 1)
     if config["sample_size"] % stride:
@@ -94,6 +110,35 @@ def check_config(config: dict[str, Any], min_layers: int) -> None:
             f"`block_out_channels` {tuple(channels)} and `layers_per_block` {tuple(layers)} make a network of about "
             f"{parameters / 1e9:.0f} billion parameters, but {MAX_PARAMETERS / 1e9:.0f} billion are the most."
         )
+
+
+def check_options(config: dict[str, Any]) -> None:
+    """Checks the options that mean something only beside others: none is taken that would change nothing.
+
+    Args:
+        config: The configuration of an `ImagenUNetModel`, which `check_config` has passed.
+
+    Raises:
+        ValueError: For such an option, by name.
+    """
+    scale, heads, text_width = (
+        config[name] for name in ("resnet_out_scale_factor", "text_pooling_num_heads", "encoder_hid_dim")
+    )
+    if not is_finite(scale) or scale <= 0:
+        raise bad_argument("resnet_out_scale_factor", scale, "a finite number above 0")
+    if config["sinusoidal_dim"] is not None and config["learned_sinusoidal_dim"] is not None:
+        raise bad_argument("sinusoidal_dim", config["sinusoidal_dim"], "None with `learned_sinusoidal_dim`")
+    if config["text_pooling"] != "class_token" and heads is not None:
+        raise bad_argument("text_pooling_num_heads", heads, "None where `text_pooling` is not 'class_token'")
+    if config["text_pooling"] == "class_token" and text_width is not None and (heads is None or text_width % heads):
+        raise bad_argument("text_pooling_num_heads", heads, f"a divisor of `encoder_hid_dim`, which is {text_width}")
+    if config["shared_attention_norm"] and (config["attention_type"] != "fused" or text_width is None):
+        raise bad_argument("shared_attention_norm", True, "False but with text and an `attention_type` of 'fused'")
+    if config["attends_padding"] and text_width is None:
+        raise bad_argument("attends_padding", True, "False in a network without text")
+    if config["low_res_augmentation"] != "edm" and not config["low_res_noise_conditioning"]:
+        expected = "'edm' where `low_res_noise_conditioning` is False"
+        raise bad_argument("low_res_augmentation", config["low_res_augmentation"], expected)
 
 
 def check_groups(name: str, widths: Sequence[int], groups: int) -> None:
@@ -112,6 +157,9 @@ def estimate_parameters(config: dict[str, Any], layers: Sequence[int]) -> int:
     blocks = zip(channels, layers)
     count = sum((2 * num_layers + 1) * width * (18 * width + 2 * time_dim) for width, num_layers in blocks)
     count += 36 * max(channels) ** 2  # the middle
+    count += time_dim * (config.get("sinusoidal_dim") or 0)
+    if config["text_pooling"] == "class_token":
+        count += text_dim * (3 * text_dim + time_dim)
     return count + 2 * time_dim**2 + text_dim * (context_dim + 1) + context_dim * (time_dim + 2 * max(channels))
 
 

@@ -13,7 +13,7 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch import nn
 
 
-TextPooling = Literal["attention", "mean"]
+TextPooling = Literal["attention", "mean", "class_token"]
 
 
 class TextKeyValue(NamedTuple):
@@ -62,18 +62,24 @@ class NoiseLevelEmbedding(nn.Module):
     """Conditioning value of a noise level (c_noise or log-SNR) to a vector: `(B,)` to `(B, T)`.
 
     The sinusoids are computed in float32 whatever the model's dtype: half precision keeps about half of the values
-    apart that 1000 training steps need.
+    apart that 1000 training steps need. Fixed ones are `sinusoidal_dim` wide, or a quarter of the embedding.
     """
 
-    def __init__(self, embedding_dim: int, learned_sinusoidal_dim: int | None = None):
+    def __init__(
+        self,
+        embedding_dim: int,
+        learned_sinusoidal_dim: int | None = None,
+        sinusoidal_dim: int | None = None,
+        act_fn: str = "silu",
+    ):
         super().__init__()
         if learned_sinusoidal_dim is None:
-            self.sinusoid = Timesteps(embedding_dim // 4, flip_sin_to_cos=True, downscale_freq_shift=0)
-            num_features = embedding_dim // 4
+            num_features = sinusoidal_dim or embedding_dim // 4
+            self.sinusoid = Timesteps(num_features, flip_sin_to_cos=True, downscale_freq_shift=0)
         else:
             self.sinusoid = LearnedTimesteps(learned_sinusoidal_dim)
             num_features = learned_sinusoidal_dim + 1
-        self.mlp = TimestepEmbedding(num_features, embedding_dim)
+        self.mlp = TimestepEmbedding(num_features, embedding_dim, act_fn=act_fn)
 
     def forward(self, timestep: torch.Tensor) -> torch.Tensor:
         features = self.sinusoid(timestep)
@@ -97,29 +103,70 @@ class AttentionPooling(nn.Module):
         return self.proj(self.norm((tokens * weights).sum(dim=1)))
 
 
+class ClassTokenPooling(nn.Module):
+    """Pooling by one query, the mean of the tokens plus a learned vector: `(B, L, E)` to `(B, T)`.
+
+    It attends to itself and to all tokens, padded ones included: the pooling of CLIP's residual networks (arXiv
+    2103.00020, section 2.4) between two normalisations, as in DeepFloyd IF.
+    """
+
+    def __init__(self, in_features: int, out_features: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm1 = nn.LayerNorm(in_features)
+        self.positional_embedding = nn.Parameter(torch.randn(1, in_features) / in_features**0.5)
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(in_features, in_features) for _ in range(3))
+        self.proj = nn.Linear(in_features, out_features)
+        self.norm2 = nn.LayerNorm(out_features)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        tokens = self.norm1(tokens)  # (B, L, E)
+        class_token = tokens.mean(dim=1, keepdim=True) + self.positional_embedding  # (B, 1, E)
+        tokens = torch.cat([class_token, tokens], dim=1)  # (B, 1 + L, E)
+        projected = self.q_proj(class_token), self.k_proj(tokens), self.v_proj(tokens)
+        query, key, value = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in projected)
+        pooled = nn.functional.scaled_dot_product_attention(query, key, value)  # (B, heads, 1, E / heads)
+        return self.norm2(self.proj(pooled.flatten(1)))
+
+
 class TextEmbedding(nn.Module):
     """Text embeddings to the context of the attention layers and to a pooled vector for the time embedding.
 
     Takes `(B, L, E)` and an optional mask `(B, L)`; returns the context `(B, L', D)`, its mask, and `(B, T)`, where L'
-    is L plus the null token, if there is one.
+    is L plus the null token, if there is one. Pooling by a class token has `num_heads`, and ends in `(B, T)` by itself.
     """
 
     def __init__(
-        self, encoder_hid_dim: int, context_dim: int, time_embedding_dim: int, pooling: TextPooling, null_token: bool
+        self,
+        encoder_hid_dim: int,
+        context_dim: int,
+        time_embedding_dim: int,
+        pooling: TextPooling,
+        null_token: bool,
+        num_heads: int | None = None,
+        act_fn: str = "silu",
     ):
         super().__init__()
         self.proj = nn.Linear(encoder_hid_dim, context_dim)
-        self.pooling = AttentionPooling(encoder_hid_dim, context_dim) if pooling == "attention" else None
+        self.pooling: nn.Module | None = None
+        if pooling == "attention":
+            self.pooling = AttentionPooling(encoder_hid_dim, context_dim)
+        elif pooling == "class_token":
+            assert num_heads is not None  # check_config sees to it
+            self.pooling = ClassTokenPooling(encoder_hid_dim, time_embedding_dim, num_heads)
         self.null_token = nn.Parameter(torch.randn(1, 1, context_dim)) if null_token else None
-        self.pooled_norm = nn.LayerNorm(context_dim)
-        self.pooled_mlp = TimestepEmbedding(context_dim, time_embedding_dim)
+        if pooling != "class_token":
+            self.pooled_norm = nn.LayerNorm(context_dim)
+            self.pooled_mlp = TimestepEmbedding(context_dim, time_embedding_dim, act_fn=act_fn)
 
     def forward(
         self, text: torch.Tensor, mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         context = self.proj(text)  # (B, L, D)
-        pooled = context.mean(dim=1) if self.pooling is None else self.pooling(text)  # (B, D)
+        pooled = context.mean(dim=1) if self.pooling is None else self.pooling(text)  # (B, D), or (B, T)
         if self.null_token is not None:
             context = torch.cat([context, self.null_token.expand(len(context), -1, -1)], dim=1)
             mask = None if mask is None else nn.functional.pad(mask, (0, 1), value=True)
-        return context, mask, self.pooled_mlp(self.pooled_norm(pooled))
+        if not isinstance(self.pooling, ClassTokenPooling):
+            pooled = self.pooled_mlp(self.pooled_norm(pooled))
+        return context, mask, pooled  # (B, L', D), (B, L'), (B, T)

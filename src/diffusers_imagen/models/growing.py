@@ -8,7 +8,7 @@ blocks that start as the identity, and taken away where they cost more than they
 
 import math
 from collections.abc import Iterable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -26,9 +26,11 @@ def grow_unet(small: ImagenUNetModel) -> ImagenUNetModel:
     the grown network draws blurred what the small one drew sharp.
 
     Raises:
-        ValueError: If the levels are joined by residual blocks, which cannot start as resampling.
+        ValueError: If the levels are joined by residual blocks, which cannot start as resampling, or residual blocks
+            scale what they pass on.
     """
     config = dict(small.config)
+    check_starts_as_identity(config)
     if config["resample_type"] != "conv":
         raise ValueError(
             f"`resample_type` is {config['resample_type']!r}, but only networks with 'conv' can be grown."
@@ -48,6 +50,15 @@ def grow_unet(small: ImagenUNetModel) -> ImagenUNetModel:
         if config["learned_sinusoidal_dim"] is None:
             shift_noise_level(grown, math.log(2) / 4)
     return grown
+
+
+def check_starts_as_identity(config: dict[str, Any]) -> None:
+    """Refuses a network whose new residual blocks are not the identity."""
+    if config["resnet_out_scale_factor"] != 1:
+        raise ValueError(
+            f"`resnet_out_scale_factor` is {config['resnet_out_scale_factor']}, but should be 1 in a network that is "
+            "given more residual blocks: those start as the identity."
+        )
 
 
 def inner_key(key: str) -> str:
@@ -104,7 +115,8 @@ def change_layers(unet: ImagenUNetModel, layers_per_block: list[int]) -> ImagenU
 
     Raises:
         ValueError: If there is not one number for each level, a level but the first would have no block on the way
-            down, or one with none joins levels of other widths.
+            down, one with none joins levels of other widths, or a level gains blocks in a network whose residual blocks
+            scale what they pass on.
     """
     config = unet.config
     layers = per_level("layers_per_block", list(layers_per_block), len(config["block_out_channels"]))
@@ -115,6 +127,8 @@ def change_layers(unet: ImagenUNetModel, layers_per_block: list[int]) -> ImagenU
             f"`layers_per_block` is {layers}, but the first level can have none only where the second is as wide: "
             f"`block_out_channels` is {config['block_out_channels']}."
         )
+    if any(count > had for count, had in zip(layers, unet.num_layers)):
+        check_starts_as_identity(config)
     changed = ImagenUNetModel.from_config({**config, "layers_per_block": layers})
     with torch.no_grad():
         for block in cast(Iterable[ImagenBlock], changed.up_blocks):

@@ -1,10 +1,13 @@
 """The interface of a stage's network: all that pipelines and training ask of one, whatever its architecture."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
+
+
+LowResAugmentation = Literal["edm", "discrete"]
 
 
 class StageNetwork(nn.Module):
@@ -57,6 +60,25 @@ class StageNetwork(nn.Module):
         """Whether the network is told the noise level of its low-resolution image."""
         raise NotImplementedError
 
+    @property
+    def attends_padding(self) -> bool:
+        """Whether the network was trained to read the text at padded positions, which its `forward` then gets unmasked.
+
+        The text encoder's embeddings are to be given as they are at such positions, and not zero.
+        """
+        return False
+
+    @property
+    def low_res_augmentation(self) -> LowResAugmentation:
+        """How noise comes into the low-resolution image of a network that is told its noise level.
+
+        "edm": noise is added to the image at its own resolution, and `low_res_timestep` is c_noise: see
+        `diffusion.augmentation`. "discrete", as in DeepFloyd IF: the image is upsampled bilinearly to the size of
+        `sample`, with corners aligned; it is then diffused as an image of DDPM's 1000 discrete noise levels
+        ("squaredcos_cap_v2"), and `low_res_timestep` is the index of that level, 0 to 999, fractional ones included.
+        """
+        return "edm"
+
     def encode_text(
         self, encoder_hidden_states: torch.Tensor, encoder_attention_mask: torch.Tensor | None = None
     ) -> Any:
@@ -65,6 +87,7 @@ class StageNetwork(nn.Module):
         Args:
             encoder_hidden_states (`torch.Tensor` of shape `(batch_size, tokens, text_width)`): Text embeddings.
             encoder_attention_mask (`torch.Tensor` of shape `(batch_size, tokens)`, *optional*): True where a token counts.
+                A network that `attends_padding` does without.
 
         Returns:
             What `forward` takes in the place of `encoder_hidden_states`.

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from diffusers.loaders import FromOriginalModelMixin, PeftAdapterMixin
+from diffusers.models.activations import get_activation
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_utils import ModelMixin
@@ -20,7 +21,7 @@ from .attention import AttendedText
 from .blocks import ImagenBlock, ResBlock
 from .config_checks import RANGES, as_timesteps, check_image, check_integer
 from .embeddings import NoiseLevelEmbedding, TextConditioning, TextContext, TextEmbedding, UnencodedText
-from .interface import StageNetwork
+from .interface import LowResAugmentation, StageNetwork
 
 
 @dataclass
@@ -50,22 +51,24 @@ class ConditionalUNet(
     _skip_layerwise_casting_patterns = ["norm", "time_embedding", "low_res_time_embedding", "text_embedding"]
 
     def _init_conditioning(self, context_dim: int | None, time_embedding_dim: int) -> None:
-        """Builds the first convolution and the embeddings from the registered configuration."""
-        config = self.config
+        """Builds the first convolution and the embeddings from the registered configuration.
+
+        What only one of the networks has as an option is read with the value that it has in the other.
+        """
+        config, act_fn = self.config, self.config.get("act_fn", "silu")
         if config.low_res_noise_conditioning and not config.low_res_conditioning:
             raise ValueError("`low_res_noise_conditioning` is True, but the network has no `low_res_conditioning`.")
         self.gradient_checkpointing = False
-        widths = time_embedding_dim, config.learned_sinusoidal_dim
-        self.time_embedding = NoiseLevelEmbedding(*widths)
-        self.low_res_time_embedding = NoiseLevelEmbedding(*widths) if config.low_res_noise_conditioning else None
+        noise_level = time_embedding_dim, config.learned_sinusoidal_dim, config.get("sinusoidal_dim"), act_fn
+        self.time_embedding = NoiseLevelEmbedding(*noise_level)
+        self.low_res_time_embedding = NoiseLevelEmbedding(*noise_level) if config.low_res_noise_conditioning else None
+        pooling = config.text_pooling, config.use_null_token, config.get("text_pooling_num_heads"), act_fn
         self.text_embedding = (
-            TextEmbedding(
-                config.encoder_hid_dim, context_dim, time_embedding_dim, config.text_pooling, config.use_null_token
-            )
+            TextEmbedding(config.encoder_hid_dim, context_dim, time_embedding_dim, *pooling)
             if context_dim is not None
             else None
         )
-        self.act = nn.SiLU()
+        self.act = get_activation(act_fn)
         channels = config.in_channels * (2 if config.low_res_conditioning else 1)
         kernel_size = config.conv_kernel_size
         self.conv_in = nn.Conv2d(channels, config.block_out_channels[0], kernel_size, padding=kernel_size // 2)
@@ -95,11 +98,14 @@ class ConditionalUNet(
             timestep (`torch.Tensor` of shape `(batch_size,)` or `()`, or a number):
                 The conditioning value that the scheduler publishes: c_noise or log-SNR.
             encoder_hidden_states (`torch.Tensor` of shape `(batch_size, tokens, encoder_hid_dim)`, *optional*):
-                Text embeddings, zero at padded positions; or the result of `encode_text`.
+                Text embeddings, zero at padded positions unless the network `attends_padding`; or the result of
+                `encode_text`.
             encoder_attention_mask (`torch.Tensor` of shape `(batch_size, tokens)`, *optional*):
-                True or 1 where a token counts. A row without any gives zeros.
+                True or 1 where a token counts; all do in a network that `attends_padding`. A row without any gives
+                zeros.
             low_res_sample (`torch.Tensor` of shape `(batch_size, in_channels, h, w)`, *optional*):
-                The low-resolution image, at its own size or upsampled; never scaled by the scheduler.
+                The low-resolution image, at its own size or upsampled; never scaled by the scheduler. A network of
+                "discrete" `low_res_augmentation` takes it upsampled.
             low_res_timestep (`torch.Tensor` of shape `(batch_size,)` or `()`, or a number, *optional*):
                 Noise level of `low_res_sample`, as the augmentation publishes it.
             return_dict (`bool`, defaults to `True`): Whether to return an `ImagenUNetOutput` or a tuple.
@@ -130,6 +136,14 @@ class ConditionalUNet(
     def takes_low_res_noise_level(self) -> bool:
         return self.config.low_res_noise_conditioning
 
+    @property
+    def attends_padding(self) -> bool:
+        return self.config.get("attends_padding", False)
+
+    @property
+    def low_res_augmentation(self) -> LowResAugmentation:
+        return self.config.get("low_res_augmentation", "edm")
+
     def zero_initialized(self) -> list[torch.Tensor]:
         return [module.conv2.weight for module in self.modules() if isinstance(module, ResBlock)]
 
@@ -151,12 +165,12 @@ class ConditionalUNet(
 
         Args:
             encoder_hidden_states (`torch.Tensor` of shape `(batch_size, tokens, encoder_hid_dim)`):
-                Text embeddings, zero at padded positions.
+                Text embeddings, zero at padded positions unless the network `attends_padding`.
             encoder_attention_mask (`torch.Tensor` of shape `(batch_size, tokens)`, *optional*):
                 True or 1 where a token counts. Where all do, no mask is kept, so that flash kernels serve.
         """
         self._check_text(encoder_hidden_states, encoder_attention_mask)
-        if encoder_attention_mask is not None and encoder_attention_mask.bool().all():
+        if self.attends_padding or (encoder_attention_mask is not None and encoder_attention_mask.bool().all()):
             encoder_attention_mask = None
         if _is_group_offload_enabled(self):
             return UnencodedText(encoder_hidden_states, encoder_attention_mask)
@@ -169,7 +183,7 @@ class ConditionalUNet(
     ) -> tuple[torch.Tensor, TextContext]:
         assert self.text_embedding is not None
         if encoder_attention_mask is not None:
-            encoder_attention_mask = encoder_attention_mask.bool()
+            encoder_attention_mask = None if self.attends_padding else encoder_attention_mask.bool()
         context, mask, pooled = self.text_embedding(encoder_hidden_states.to(self.dtype), encoder_attention_mask)
         return pooled, TextContext(context, mask)
 
@@ -242,6 +256,12 @@ class ConditionalUNet(
         if len(low_res_sample) != len(sample):
             raise ValueError(f"`low_res_sample` has {len(low_res_sample)} images, but `sample` has {len(sample)}.")
         if low_res_sample.shape[-2:] != sample.shape[-2:]:
+            if self.low_res_augmentation == "discrete":
+                given = "x".join(map(str, low_res_sample.shape[-2:]))
+                raise ValueError(
+                    f"`low_res_sample` is {given}, but should be {height}x{width}: this network was trained on images "
+                    "that got their noise after they were upsampled."
+                )
             low_res_sample = F.interpolate(low_res_sample, (height, width), mode="bicubic")
         return torch.cat([sample, low_res_sample.to(sample.dtype)], dim=1)
 

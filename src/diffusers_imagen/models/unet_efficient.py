@@ -1,7 +1,7 @@
 """EfficientUNetModel: the Efficient U-Net of the super-resolution stages."""
 
 from collections.abc import Iterator
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -9,9 +9,8 @@ from torch import nn
 
 from ..utils.arguments import check_choice
 from .attention import AttendedText, AttentionType, make_attention
-from .blocks import ImagenBlock, ResBlock, TimeScaleShift, transposed_upsample
+from .blocks import ImagenBlock, ResBlock, ResBlockOptions, TimeScaleShift, transposed_upsample
 from .config_checks import check_config, check_groups, per_level
-from .embeddings import TextPooling
 from .unet_base import ConditionalUNet, count_heads
 
 
@@ -58,7 +57,7 @@ class EfficientUNetModel(ConditionalUNet):
         attention_head_dim: int | None = 64,
         num_attention_heads: int | None = None,
         encoder_hid_dim: int | None = 1024,
-        text_pooling: TextPooling = "attention",
+        text_pooling: Literal["attention", "mean"] = "attention",
         use_null_token: bool = False,
         time_embedding_dim: int | None = None,
         learned_sinusoidal_dim: int | None = None,
@@ -81,20 +80,17 @@ class EfficientUNetModel(ConditionalUNet):
         num_layers = per_level("layers_per_block", layers_per_block, num_levels)
         time_embedding_dim = time_embedding_dim or 4 * block_out_channels[0]
 
+        options = ResBlockOptions(
+            time_embedding_dim,
+            time_scale_shift,
+            dropout,
+            norm_num_groups,
+            shortcut_scale=0.5**0.5 if skip_connection_scaling else 1.0,
+        )
+
         def block(level: int, in_channels: int, out_channels: int) -> ImagenBlock:
             widths = [in_channels] + [out_channels] * num_layers[level]
-            resnets = [
-                ResBlock(
-                    width_in,
-                    width_out,
-                    time_embedding_dim,
-                    time_scale_shift,
-                    dropout,
-                    norm_num_groups,
-                    shortcut_scale=0.5**0.5 if skip_connection_scaling else 1.0,
-                )
-                for width_in, width_out in zip(widths, widths[1:])
-            ]
+            resnets = [ResBlock(width_in, width_out, options) for width_in, width_out in zip(widths, widths[1:])]
             if (attention_type := attention_types[level]) is None:
                 return ImagenBlock(resnets)
             heads = count_heads(out_channels, num_attention_heads, attention_head_dim)

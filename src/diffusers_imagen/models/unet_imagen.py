@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from itertools import islice
-from typing import Literal
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -10,15 +9,18 @@ from torch import nn
 
 from .attention import AttendedText, AttentionType, ImagenAttention, StackedAttention, make_attention
 from .blocks import (
+    ActivationType,
     ImagenBlock,
     ResampleType,
     ResBlock,
+    ResBlockOptions,
     TimeScaleShift,
-    overwrite_silu,
+    overwrite_act,
     transposed_upsample,
 )
-from .config_checks import check_config, check_groups, check_integers, per_level
+from .config_checks import check_config, check_groups, check_integers, check_options, per_level
 from .embeddings import TextPooling
+from .interface import LowResAugmentation
 from .unet_base import ConditionalUNet, count_heads
 
 
@@ -40,19 +42,34 @@ class ImagenUNetModel(ConditionalUNet):
         encoder_hid_dim (`int`, *optional*, defaults to 1024):
             Width of the text encoder's embeddings; None builds a network without text.
         cross_attention_dim (`int`, defaults to 512): Width to which text embeddings are projected.
-        text_pooling (`"attention"` or `"mean"`): How the text becomes the vector added to the time embedding.
+        text_pooling (`"attention"`, `"mean"` or `"class_token"`):
+            How the text becomes the vector added to the time embedding: a mean weighted by one learned score, the mean,
+            or what a class token finds by multi-head attention (see `ClassTokenPooling`).
         use_null_token (`bool`): Whether a learned token is appended to every text.
         time_embedding_dim (`int`, *optional*): Width of the time embedding; 4 times the first level's channels.
         learned_sinusoidal_dim (`int`, *optional*): Learned sinusoids of the noise level, in place of fixed ones.
         time_scale_shift (`"scale_shift"` or `"default"`): Whether the time embedding scales and shifts, or is added.
-        resample_type (`"conv"`, `"pool"` or `"resnet"`):
+        resample_type (`"conv"`, `"pool"`, `"resnet"` or `"resnet_nearest"`):
             Levels are joined by a strided convolution, by average pooling, or by residual blocks; upsampling is a
-            transposed convolution in the first two.
+            transposed convolution in the first three, and repeats pixels in the last.
         conv_kernel_size (`int`, defaults to 3): Kernel of the first and the last convolution.
         dropout (`float`): Dropout rate of the residual blocks.
         norm_num_groups (`int`, defaults to 32): Groups of every normalisation.
         low_res_conditioning (`bool`): Whether a low-resolution image is concatenated to the input.
         low_res_noise_conditioning (`bool`): Whether the noise level of that image is an input too.
+        act_fn (`"silu"` or `"gelu"`):
+            The activation everywhere, but for the gated feed-forward of stacked attention.
+        resnet_out_scale_factor (`float`, defaults to 1.0): What the output of every residual block is divided by.
+        shared_attention_norm (`bool`):
+            Whether fused attention takes queries, and keys and values of the image, from one normalisation, and not
+            from one each.
+        sinusoidal_dim (`int`, *optional*):
+            Width of the fixed sinusoids of the noise level; a quarter of the time embedding.
+        text_pooling_num_heads (`int`, *optional*): Number of heads, for `text_pooling="class_token"` alone.
+        attends_padding (`bool`):
+            Whether the text is read at padded positions too, whatever the mask says: see `StageNetwork`.
+        low_res_augmentation (`"edm"` or `"discrete"`):
+            How noise comes into the low-resolution image, and how the network is told of it: see `StageNetwork`.
     """
 
     @register_to_config
@@ -80,9 +97,17 @@ class ImagenUNetModel(ConditionalUNet):
         norm_num_groups: int = 32,
         low_res_conditioning: bool = False,
         low_res_noise_conditioning: bool = False,
+        act_fn: ActivationType = "silu",
+        resnet_out_scale_factor: float = 1.0,
+        shared_attention_norm: bool = False,
+        sinusoidal_dim: int | None = None,
+        text_pooling_num_heads: int | None = None,
+        attends_padding: bool = False,
+        low_res_augmentation: LowResAugmentation = "edm",
     ):
         super().__init__()
         check_config(self.config, min_layers=0)
+        check_options(self.config)
         if encoder_hid_dim is not None and attention_type != "self":
             check_groups("cross_attention_dim", [cross_attention_dim], norm_num_groups)
         self.num_layers = per_level("layers_per_block", layers_per_block, len(block_out_channels))
@@ -90,18 +115,17 @@ class ImagenUNetModel(ConditionalUNet):
         context_dim = None if encoder_hid_dim is None else cross_attention_dim
         attention_strides = strides_of(attention_resolutions, sample_size, len(block_out_channels))
 
-        def resnet(in_channels: int, out_channels: int, resample: Literal["down", "up"] | None = None) -> ResBlock:
-            return ResBlock(
-                in_channels, out_channels, time_embedding_dim, time_scale_shift, dropout, norm_num_groups, resample
-            )
+        options = ResBlockOptions(
+            time_embedding_dim, time_scale_shift, dropout, norm_num_groups, act_fn, resnet_out_scale_factor
+        )
 
         def attention(channels: int) -> ImagenAttention | StackedAttention:
             heads = count_heads(channels, num_attention_heads, attention_head_dim)
-            return make_attention(attention_type, channels, heads, context_dim, norm_num_groups)
+            return make_attention(attention_type, channels, heads, context_dim, norm_num_groups, shared_attention_norm)
 
-        def block(in_channels: int, out_channels: int, stride: int) -> ImagenBlock:
-            has_attention = stride in attention_strides
-            return ImagenBlock([resnet(in_channels, out_channels)], attention(out_channels) if has_attention else None)
+        def block(in_channels: int, out_channels: int, attends: bool) -> ImagenBlock:
+            resnet = ResBlock(in_channels, out_channels, options)
+            return ImagenBlock([resnet], attention(out_channels) if attends else None)
 
         self._init_conditioning(context_dim, time_embedding_dim)
 
@@ -110,24 +134,23 @@ class ImagenUNetModel(ConditionalUNet):
         self.down_blocks, self.downsamplers = nn.ModuleList(), nn.ModuleList()
         for level, level_channels in enumerate(block_out_channels):
             if level > 0:
-                self.downsamplers.append(make_downsampler(resample_type, channels, resnet))
+                self.downsamplers.append(make_downsampler(resample_type, channels, options))
                 skip_channels.append(channels)
             for _ in range(self.num_layers[level]):
-                self.down_blocks.append(block(channels, level_channels, stride=2**level))
+                self.down_blocks.append(block(channels, level_channels, 2**level in attention_strides))
                 channels = level_channels
                 skip_channels.append(channels)
 
-        self.mid_blocks = nn.ModuleList(
-            [ImagenBlock([resnet(channels, channels)], attention(channels)), ImagenBlock([resnet(channels, channels)])]
-        )
+        self.mid_blocks = nn.ModuleList([block(channels, channels, True), block(channels, channels, False)])
 
         self.up_blocks, self.upsamplers = nn.ModuleList(), nn.ModuleList()
         for level, level_channels in reversed(list(enumerate(block_out_channels))):
             for _ in range(self.num_layers[level] + 1):
-                self.up_blocks.append(block(channels + skip_channels.pop(), level_channels, stride=2**level))
+                attends = 2**level in attention_strides
+                self.up_blocks.append(block(channels + skip_channels.pop(), level_channels, attends))
                 channels = level_channels
             if level > 0:
-                self.upsamplers.append(make_upsampler(resample_type, channels, resnet))
+                self.upsamplers.append(make_upsampler(resample_type, channels, options))
 
         self.norm_out = nn.GroupNorm(norm_num_groups, channels)
         self.conv_out = nn.Conv2d(channels, out_channels, conv_kernel_size, padding=conv_kernel_size // 2)
@@ -168,7 +191,7 @@ class ImagenUNetModel(ConditionalUNet):
             if level > 0:
                 h = resample(next(upsamplers), h, temb)
 
-        return self.conv_out(overwrite_silu(self.norm_out(h)))  # (B, out_channels, H, W)
+        return self.conv_out(overwrite_act(self.norm_out(h), self.config.act_fn))  # (B, out_channels, H, W)
 
 
 def resample(resampler: nn.Module, h: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
@@ -188,13 +211,15 @@ def strides_of(attention_resolutions: tuple[int, ...], sample_size: int, num_lev
     return {strides[resolution] for resolution in attention_resolutions}
 
 
-def make_downsampler(resample_type: ResampleType, channels: int, resnet) -> nn.Module:
+def make_downsampler(resample_type: ResampleType, channels: int, options: ResBlockOptions) -> nn.Module:
     """Halves height and width."""
-    if resample_type == "resnet":
-        return resnet(channels, channels, resample="down")
+    if resample_type in ("resnet", "resnet_nearest"):
+        return ResBlock(channels, channels, options, "down")
     return nn.Conv2d(channels, channels, 3, stride=2, padding=1) if resample_type == "conv" else nn.AvgPool2d(2)
 
 
-def make_upsampler(resample_type: ResampleType, channels: int, resnet) -> nn.Module:
+def make_upsampler(resample_type: ResampleType, channels: int, options: ResBlockOptions) -> nn.Module:
     """Doubles height and width."""
-    return resnet(channels, channels, resample="up") if resample_type == "resnet" else transposed_upsample(channels)
+    if resample_type in ("resnet", "resnet_nearest"):
+        return ResBlock(channels, channels, options, "up" if resample_type == "resnet" else "up_nearest")
+    return transposed_upsample(channels)

@@ -62,6 +62,15 @@ NOT_COMPARED = (
 IMAGES_IN_A_STEP = "`train_batch_size` x `gradient_accumulation_steps` x processes ="
 TEXT_ENCODER = "the text encoder"
 
+# Options that networks did not have at first, with the values that checkpoints without them stand for.
+LATER_OPTIONS = {
+    "unet act_fn": "silu",
+    "unet resnet_out_scale_factor": 1.0,
+    "unet shared_attention_norm": False,
+    "unet attends_padding": False,
+    "unet low_res_augmentation": "edm",
+}
+
 
 def describe_run(
     config: TrainingConfig, unet: StageNetwork, mixed_precision: str, num_processes: int = 1, sharing: str = ""
@@ -102,7 +111,7 @@ def find_difference(saved: dict[str, Any], own: dict[str, Any], partly: bool = F
         partly (`bool`): Whether `own` is not complete yet.
     """
     for key in own if partly else {**own, **saved}:
-        before, now = saved.get(key), own.get(key)
+        before, now = (run.get(key, LATER_OPTIONS.get(key)) for run in (saved, own))
         if key == TEXT_ENCODER:
             difference = identity_mismatch(before, now)
             if difference is not None:
