@@ -36,7 +36,11 @@ def test_a_step_is_called_as_those_of_diffusers(scheduler_class):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
     "scheduler_class, config",
-    [*((each, {"thresholding": True}) for each in SCHEDULERS), (ContinuousDDPMScheduler, {})],
+    [
+        *((each, {"thresholding": True}) for each in SCHEDULERS),
+        *((each, {"thresholding": True, "preconditioning": "discrete"}) for each in SCHEDULERS),
+        (ContinuousDDPMScheduler, {}),
+    ],
 )
 def test_half_precision(scheduler_class, config, dtype):
     # NeMo's sampler gives NaN from its first step on

@@ -1,6 +1,7 @@
 """Configurations of diffusers' discrete schedulers: kept, refused, and given back."""
 
 import json
+import logging
 
 import pytest
 import torch
@@ -40,6 +41,7 @@ def test_what_a_network_is_goes_there_and_back(ours, other, live, tmp_path):
     assert {key: scheduler.config[key] for key in values} == values
     assert scheduler.config.beta_start == 0.0001 and scheduler.config.beta_end == 0.02
     scheduler.save_pretrained(tmp_path / "ours")
+    assert "Infinity" not in (tmp_path / "ours" / "scheduler_config.json").read_text()
     for each in (scheduler, ours.from_pretrained(tmp_path / "ours")):
         back = other.from_config(each.config)
         assert {key: back.config[key] for key in source.config if key[0] != "_"} == {
@@ -87,6 +89,15 @@ def test_an_old_file_means_the_defaults_of_its_class(ours, tmp_path):
     (tmp_path / "scheduler_config.json").write_text(json.dumps(file))
     config = ours.from_pretrained(tmp_path).config
     assert config.preconditioning == "discrete" and config.sample_max_value == 1.0 and config.beta_end == 0.02
+
+
+@for_each
+@pytest.mark.parametrize("other", [DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler])
+def test_reading_is_silent(ours, other, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    ours.from_config(other().config).save_pretrained(tmp_path)
+    other.from_config(ours.from_pretrained(tmp_path).config)
+    assert caplog.text == ""
 
 
 @for_each

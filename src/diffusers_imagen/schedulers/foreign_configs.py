@@ -1,6 +1,7 @@
 """Configurations of diffusers' schedulers, read as ones of this package."""
 
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,6 +40,8 @@ def read_config(config: Mapping[str, Any], reader: str) -> dict[str, Any]:
         config = {"preconditioning": "discrete", "clip_sample": False, **config}
         # None is diffusers' word for "those of the betas"
         without = {"variance_type", *(key for key in ("sigma_min", "sigma_max") if config.get(key) is None)}
+        if config.get("lambda_min_clipped") == -math.inf:  # its default, and JSON has no infinity
+            without.add("lambda_min_clipped")
         return {key: value for key, value in config.items() if key not in without}
     if "sigma_schedule" in config:  # diffusers' EDM schedulers, which have no word for these
         return {"preconditioning": "edm", "clip_sample": False, **config}

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, FrozenDict
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
 from diffusers.utils import BaseOutput
 
 from ..diffusion import edm
@@ -32,7 +32,7 @@ from .schedule_checks import (
 
 
 Generators = torch.Generator | list[torch.Generator] | None
-DISCRETE_SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler")  # whose configurations fit
+DISCRETE_SCHEDULERS = tuple(scheduler.name for scheduler in KarrasDiffusionSchedulers)  # whose configurations fit
 # the lowest and the highest value of every number of a configuration: beyond, float64 overflows, or memory ends
 NUMBERS = {
     "num_train_timesteps": (1, MAX_TRAIN_TIMESTEPS),
