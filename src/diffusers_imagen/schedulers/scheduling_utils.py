@@ -173,22 +173,20 @@ class ImagenScheduler(SchedulerMixin, ConfigMixin):
         """
         timestep = as_tensor("timestep", timestep)
         if self._preconditioning.takes_index:
-            timestep = self._check_index(timestep)
+            timestep = self._check_index("timestep", timestep)
         if timestep.dtype not in (torch.float32, torch.float64):
             raise ValueError(
                 f"`timestep` is of {timestep.dtype}, but should be of float32 or float64, as published in `timesteps`."
             )
         return self._preconditioning.timestep_to_sigma(timestep)
 
-    def _check_index(self, timestep: torch.Tensor) -> torch.Tensor:
-        """Indices of training, fractional or integers, as floats."""
+    def _check_index(self, name: str, index: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Indices of training, fractional ones as they are, integers in `dtype`."""
         last = self.config.num_train_timesteps - 1
         # on an accelerator the check would have to wait for it
-        if timestep.device.type == "cpu" and not ((timestep >= 0) & (timestep <= last)).all():
-            raise bad_argument(
-                "timestep", timestep.tolist(), f"an index in [0, {last}], as the network was trained with"
-            )
-        return timestep if timestep.is_floating_point() else timestep.to(torch.float32)
+        if index.device.type == "cpu" and not ((index >= 0) & (index <= last)).all():
+            raise bad_argument(name, index.tolist(), f"in [0, {last}], the indices that the network was trained with")
+        return index if index.is_floating_point() else index.to(dtype)
 
     def add_noise(
         self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: float | torch.Tensor
@@ -214,7 +212,10 @@ class ImagenScheduler(SchedulerMixin, ConfigMixin):
                 and noise of different shapes.
         """
         check_images(original_samples=original_samples, noise=noise)
-        return self._mix(original_samples, noise, as_tensor("timesteps", timesteps, original_samples))
+        timesteps = as_tensor("timesteps", timesteps, original_samples)
+        if self._preconditioning.takes_index:
+            timesteps = self._check_index("timesteps", timesteps)
+        return self._mix(original_samples, noise, timesteps)
 
     def _mix(self, x_0: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """The noisy images `(B, ...)` of `add_noise`, at one timestep or `(B,)`."""
@@ -255,7 +256,10 @@ class ImagenScheduler(SchedulerMixin, ConfigMixin):
     def _given_sigmas(self, sigmas: Any, timesteps: Any) -> torch.Tensor:
         """The caller's own noise levels or conditioning values, as `(N,)` noise levels in float64."""
         if timesteps is not None:
-            return as_sigmas("timesteps", self._timesteps_to_sigmas(as_values("timesteps", timesteps)), timesteps)
+            values = as_values("timesteps", timesteps)
+            if self._preconditioning.takes_index:
+                values = self._check_index("timesteps", values, torch.float64)
+            return as_sigmas("timesteps", self._timesteps_to_sigmas(values), timesteps)
         given = as_sigmas("sigmas", as_values("sigmas", sigmas), sigmas)
         low, high = self._preconditioning.sigma_range
         # published ones have been rounded to float32
@@ -264,9 +268,7 @@ class ImagenScheduler(SchedulerMixin, ConfigMixin):
         return given
 
     def _timesteps_to_sigmas(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """The noise levels of a caller's `as_values`."""
-        is_index = self._preconditioning.takes_index and not timesteps.is_floating_point()
-        return self.timestep_to_sigma(timesteps.double() if is_index else timesteps)
+        return self.timestep_to_sigma(timesteps)
 
     def _publish(self, sigmas: torch.Tensor, device: str | torch.device | None = None) -> None:
         """Takes over a schedule, `(calls + 1,)` in float64 on the CPU, and forgets the run before it."""
