@@ -182,6 +182,7 @@ def test_every_preconditioning_is_a_choice_and_goes_there_and_back():
 # ---- bad input
 
 
+OF_TWO = {"preconditioning": "discrete", "num_train_timesteps": 2}
 BAD_CONFIGURATIONS = [
     ({"sigma_min": 2.0, "sigma_max": 2.0}, "`sigma_min` is 2.0, but"),
     ({"sigma_data": 0.0}, "`sigma_data` is 0.0, but"),
@@ -198,10 +199,10 @@ BAD_CONFIGURATIONS = [
     ({"beta_start": 0.0}, "`beta_start` is 0.0, but"),
     ({"beta_end": 1.0}, "`beta_end` is 1.0, but"),
     (
-        {"num_train_timesteps": 3, "trained_betas": [0.1, 0.2]},
-        "`trained_betas` is .*, but .*`num_train_timesteps`, 3,",
+        {**OF_TWO, "trained_betas": [0.1, 0.2, 0.3]},
+        "`trained_betas` is .*, but .*`num_train_timesteps`, 2,",
     ),
-    ({"num_train_timesteps": 2, "trained_betas": [0.1, 1.0]}, r"`trained_betas` is .*, but .* in \[1e-10, 0.99999\]"),
+    ({**OF_TWO, "trained_betas": [0.1, 1.0]}, r"`trained_betas` is .*, but .* in \[1e-10, 0.99999\]"),
     ({"beta_schedule": "cosine"}, "`beta_schedule` is 'cosine', but .*squaredcos_cap_v2"),
     ({"dynamic_thresholding_ratio": 2.0}, "`dynamic_thresholding_ratio` is 2.0, but"),
     ({"dynamic_thresholding_ratio": 0.0}, "`dynamic_thresholding_ratio` is 0.0, but"),

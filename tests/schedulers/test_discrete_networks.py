@@ -107,6 +107,21 @@ def test_trajectories_are_those_of_ddim(thresholds, guidance):
     assert (x - y).norm() < 1e-5 * y.norm()
 
 
+@pytest.mark.parametrize("thresholds", [{"clip_sample": False}, IF_THRESHOLDS])
+def test_ancestral_trajectories_are_those_of_ddpm(thresholds):
+    ddpm = DDPMScheduler(**BETAS, **thresholds, variance_type="fixed_small")
+    ours = ContinuousDDPMScheduler.from_config(ddpm.config)
+    ddpm.set_timesteps(50)
+    ours.set_timesteps(timesteps=ddpm.timesteps)
+    x = y = unit_noise(2, 3, 16, 16, dtype=torch.float32)
+    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+    for t, k in zip(ours.timesteps, ddpm.timesteps):
+        x = ours.step(gaussian_network(x, t).float() + torch.sin(x), t, x, generator=generators[0]).prev_sample
+        y = ddpm.step(gaussian_network(y, k).float() + torch.sin(y), k, y, generator=generators[1]).prev_sample
+    # diffusers' variances are of betas in float32
+    assert (x - y).norm() < 2e-5 * y.norm()
+
+
 @for_each
 def test_noise_is_that_of_ddpm_at_integers_and_floats(scheduler_class):
     ddpm = DDPMScheduler(**BETAS)

@@ -110,11 +110,11 @@ class ContinuousDDPMScheduler(ImagenScheduler):
         if self._preconditioning.takes_index:
             count = self.config.num_train_timesteps
             sigma = min(self._preconditioning.sigma_range[1], MAX_START_SIGMA)
-            start = (self.precondition_noise(torch.tensor(sigma, dtype=torch.float64)).item() + 1) / count
-            if num_steps > start * count:
-                raise bad_argument(
-                    "num_inference_steps", num_steps, f"at most {int(start * count)}: there are no more indices"
-                )
+            indices = self.precondition_noise(torch.tensor(sigma, dtype=torch.float64)).item() + 1
+            if num_steps > indices + 1e-6:  # rounding
+                expected = f"at most {int(indices + 1e-6)}, the number of indices up to sigma {sigma:g}"
+                raise bad_argument("num_inference_steps", num_steps, expected)
+            start = indices / count
         return torch.linspace(start, 0, num_steps + 1, dtype=torch.float64)
 
     def set_timesteps(

@@ -118,16 +118,16 @@ class ImagenScheduler(SchedulerMixin, ConfigMixin):
     def _check_beta_config(self) -> None:
         """Raises ValueError for betas that no network has, or that do not go with its preconditioning."""
         config = self.config
+        kind, when = PRECONDITIONINGS[config.preconditioning], f" with `preconditioning` {config.preconditioning!r}"
         if config.trained_betas is not None:
+            if not kind.takes_index:
+                raise bad_argument("trained_betas", config.trained_betas, f"None{when}")
             betas = check_betas("trained_betas", config.trained_betas, config.num_train_timesteps)
             self.register_to_config(trained_betas=betas)
-        kind = PRECONDITIONINGS[config.preconditioning]
         if kind.takes_index and config.num_train_timesteps < 2:
-            raise bad_argument("num_train_timesteps", config.num_train_timesteps, "at least 2 for discrete betas")
+            raise bad_argument("num_train_timesteps", config.num_train_timesteps, f"at least 2{when}")
         choices = (*kind.beta_schedules, *((NO_BETAS,) if config.preconditioning == "edm" else ()))
-        check_choice(
-            "beta_schedule", config.beta_schedule, choices, f" with `preconditioning` {config.preconditioning!r}"
-        )
+        check_choice("beta_schedule", config.beta_schedule, choices, when)
 
     @classmethod
     def from_config(cls, config=None, return_unused_kwargs=False, **kwargs):
