@@ -96,8 +96,8 @@ def test_an_output_folder_that_is_none_is_refused_before_anything_is_read(tmp_pa
     (tmp_path / "data").mkdir()
     for output, message in (
         ("file", "neither an empty folder nor a cache"),
-        ("file/c", f"'{tmp_path / 'file'}' is no folder"),
-        ("a" * 300, "which cannot be used: File name too long"),
+        ("file/c", f"needs the folder '{tmp_path / 'file'}', which is a file"),
+        ("a" * 300, "which cannot be written: File name too long"),
         ("data/c", "where its files would be read as data"),
     ):
         assert run(tmp_path / output, "--text_encoder", "a/b", "--train_data_dir", tmp_path / "data") == 2

@@ -37,8 +37,8 @@ def write_data(folder: Path, images: dict[str, np.ndarray], captions: list[str])
     return folder
 
 
-def noise(seed: int, side: int = 16, spread: int = 256) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, spread, (side, side, 3), dtype=np.uint8)
+def noise(seed: int, resolution: int = 16, spread: int = 256) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, spread, (resolution, resolution, 3), dtype=np.uint8)
 
 
 def test_a_sound_data_set(tmp_path, capsys):
@@ -52,7 +52,7 @@ def test_a_sound_data_set(tmp_path, capsys):
 
 def test_everything_that_is_wrong_is_said(tmp_path, capsys, tokenizer):
     tokenizer.save_pretrained(tmp_path / "te" / "tokenizer")
-    images = {f"{i}.png": noise(i) for i in range(6)} | {"copy.png": noise(0), "small.png": noise(9, side=8)}
+    images = {f"{i}.png": noise(i) for i in range(6)} | {"copy.png": noise(0), "small.png": noise(9, resolution=8)}
     captions = ["a"] * 3 + ["red " * 20, " ", "blue", "apple", "a red apple"]
     folder = write_data(tmp_path / "d", images, captions)
     (folder / "5.png").write_bytes((folder / "5.png").read_bytes()[:200])

@@ -157,7 +157,7 @@ def test_a_grid_too_large_for_its_format_is_found_before_anything_is_drawn(run, 
 
     monkeypatch.setattr(commands.common, "load_pipeline", lambda *args: Pipe())
     arguments = [*GENERATE, "--grid", "--num-images", "17", "--output", "x.webp"]
-    assert_refused(run, folder, arguments, "WEBP takes at most 16383 pixels a side, not 17408x1024")
+    assert_refused(run, folder, arguments, "WEBP takes at most 16383 pixels of height and width, not 17408x1024")
 
 
 # without the package around it, which takes seconds to import

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from diffusers_imagen.conversion.inert_pickle import MAX_OPCODES, PickleMachine
-from diffusers_imagen.conversion.nemo_embeddings import LEGACY_MAGIC, unpickle_states
+from diffusers_imagen.conversion.nemo_embeddings import LEGACY_MAGIC, unpickle_embeddings
 
 
 END = b"."
@@ -59,10 +59,10 @@ def dtype(code="f4", order="<") -> bytes:
 
 
 def array(shape=(2, 3), kind=None, data=bytes(24), order=b"\x89", version=1) -> bytes:
-    sides = group(*map(number, shape))
+    sizes = group(*map(number, shape))
     kind = dtype() if kind is None else kind
     data = raw(data) if isinstance(data, bytes) else data[0]
-    return RECONSTRUCT + group(number(version), sides, kind, order, data) + b"b"
+    return RECONSTRUCT + group(number(version), sizes, kind, order, data) + b"b"
 
 
 def buffer_array(*args: bytes) -> bytes:
@@ -105,7 +105,7 @@ def test_the_parts_of_the_table_below_are_sound():
         zipped(states(tensor(stored()))),
         states(buffer_array(raw(bytes(24)), dtype(), group(number(2), number(3)), text("C"))),
     ):
-        assert torch.equal(unpickle_states(data)["t5_text"], torch.zeros(2, 3))
+        assert torch.equal(unpickle_embeddings(data)["t5_text"], torch.zeros(2, 3))
 
 
 def nested_tuples(depth: int) -> bytes:
@@ -147,11 +147,11 @@ HOSTILE = {
     # of arrays
     "a shape beyond the bytes": states(array(shape=(2000, 3000))),
     "a shape short of the bytes": states(array(shape=(1, 3))),
-    "a negative side": states(array(shape=(-2, -3))),
+    "a negative size": states(array(shape=(-2, -3))),
     "a huge shape": states(array(shape=(2**31 - 1, 2**31 - 1))),
     "a huge shape of nothing": states(array(shape=(0, 2**31 - 1), data=b"")),
-    "sides that are no numbers": states(RECONSTRUCT + group(number(1), group(text("2")), dtype(), b"\x89", raw(b"")) + b"b"),
-    "sides that are truths": states(RECONSTRUCT + group(number(1), group(b"\x88\x88"), dtype(), b"\x89", raw(bytes(4))) + b"b"),
+    "sizes that are no numbers": states(RECONSTRUCT + group(number(1), group(text("2")), dtype(), b"\x89", raw(b"")) + b"b"),
+    "sizes that are truths": states(RECONSTRUCT + group(number(1), group(b"\x88\x88"), dtype(), b"\x89", raw(bytes(4))) + b"b"),
     "a thousand dimensions": states(array(shape=(1,) * 1000, data=bytes(4))),
     "no state": states(RECONSTRUCT),
     "a short state": states(RECONSTRUCT + group(number(1)) + b"b"),
@@ -164,7 +164,7 @@ HOSTILE = {
     "strides beyond the storage": states(tensor(stride=(2**26, 1))),
     "negative strides": states(tensor(stride=(-3, -1))),
     "a huge size over one number": states(tensor(size=(2**20, 2**20), stride=(0, 0))),
-    "fewer strides than sides": states(tensor(stride=(1,))),
+    "fewer strides than sizes": states(tensor(stride=(1,))),
     "a storage that is an array": states(tensor(array())),
     "a storage that is a number": states(tensor(number(7))),
     "a tensor of nothing": states(name("torch._utils", "_rebuild_tensor_v2") + b")R"),
@@ -281,7 +281,7 @@ def fingerprint() -> list:
 def test_a_hostile_pickle_is_refused_at_once_and_changes_nothing(data):
     before, start = fingerprint(), time.perf_counter()
     with pytest.raises(ValueError, match=r"^a\.pickle (cannot be read safely: |has |holds )") as caught:
-        unpickle_states(data, "a.pickle")
+        unpickle_embeddings(data, "a.pickle")
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
     assert time.perf_counter() - start < 5
     assert fingerprint() == before
@@ -292,7 +292,7 @@ def test_a_bomb_takes_a_few_times_its_own_size(title):
     tracemalloc.start()
     try:
         with pytest.raises(ValueError):
-            unpickle_states(HOSTILE[title])
+            unpickle_embeddings(HOSTILE[title])
         assert tracemalloc.get_traced_memory()[1] < 20 * len(HOSTILE[title]) + 2**24
     finally:
         tracemalloc.stop()

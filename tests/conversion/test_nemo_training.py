@@ -146,8 +146,8 @@ def test_every_setting_of_a_base_stage():
 
 def test_super_resolution_trains_on_crops_and_says_what_differs():
     settings, differences, _ = translate_training(with_entries(SUPER_RESOLUTION))
-    sides = ("resolution", "low_resolution", "crop_size", "min_resolution", "noise_conditioning_augmentation")
-    assert [settings[name] for name in sides] == [1024, 256, 256, 1024, 0.5]
+    names = ("resolution", "low_resolution", "crop_size", "min_resolution", "noise_conditioning_augmentation")
+    assert [settings[name] for name in names] == [1024, 256, 256, 1024, 0.5]
     assert [text.split(":")[0] for text in differences] == ["crop_size", "noise_conditioning_augmentation"]
     TrainingConfig(preset="emoji_sr_256", **settings)
 
@@ -157,7 +157,7 @@ def test_super_resolution_trains_on_crops_and_says_what_differs():
         "model.noise_cond_aug": False,
     }
     settings, differences, _ = translate_training(with_entries(whole))
-    assert [settings.get(name) for name in sides] == [256, 64, None, 1024, 0.0]
+    assert [settings.get(name) for name in names] == [256, 64, None, 1024, 0.0]
     assert differences == []
 
 

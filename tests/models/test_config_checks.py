@@ -8,7 +8,7 @@ import torch
 from networks import SHARED, TEXT_WIDTH, TOKENS, UNET, inputs_for, make, run
 
 from diffusers_imagen import EfficientUNetModel, ImagenUNetModel
-from diffusers_imagen.models.config_checks import FLAGS, INTEGERS, MAX_LAYERS, estimate_parameters
+from diffusers_imagen.models.config_checks import FLAGS, MAX_LAYERS, RANGES, estimate_parameters
 from diffusers_imagen.models.presets import PRESETS, create_unet
 
 
@@ -22,7 +22,7 @@ NO_LIST_OF_SIZES = [None, [], "88", 8, [8, "16"], [8, 16.0], [8, None], [8, True
 NO_LAYERS = [None, "1", 1.0, True, -1, MAX_LAYERS + 1, 1_000_000, [1, "1"], [1, 1_000_000], [[1], [1]], [1, 1, 1]]
 NO_DROPOUT = ["0", -0.1, 1.0, math.nan, math.inf, None, True]
 BAD = [
-    *((name, value) for name in INTEGERS for value in NO_INTEGER),
+    *((name, value) for name in RANGES for value in NO_INTEGER),
     *((name, value) for name in FLAGS for value in NO_FLAG),
     *(("block_out_channels", value) for value in [*NO_LIST_OF_SIZES, [8, 10**9]]),
     *(("layers_per_block", value) for value in NO_LAYERS),

@@ -141,7 +141,7 @@ def test_gradient_checkpointing_gives_identical_gradients(unet):
     inputs = inputs_for(unet)
     seed = torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
 
-    # without a layer that reads text, only the pooled states are used
+    # without a layer that reads text, only the pooled embeddings are used
     unused = set() if unet.text_blocks() else {"text_embedding.proj.weight", "text_embedding.proj.bias"}
 
     def gradients() -> dict[str, torch.Tensor]:
@@ -279,11 +279,11 @@ def test_total_stride_is_that_of_the_deepest_blocks():
         if network_class is EfficientUNetModel:
             config["attention_types"] = (None, None, "cross")
         unet = randomize(network_class(**config))
-        sides = []
+        sizes = []
         deepest = unet.mid_blocks[0] if network_class is ImagenUNetModel else unet.down_blocks[-1]
-        deepest.register_forward_pre_hook(lambda module, args: sides.append(args[0].shape[-1]))
+        deepest.register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape[-1]))
         run(unet, inputs_for(unet))
-        assert unet.total_stride == 2**depth and sides == [SIZE // unet.total_stride]
+        assert unet.total_stride == 2**depth and sizes == [SIZE // unet.total_stride]
 
 
 # Errors
@@ -381,7 +381,7 @@ def test_the_networks_of_these_tests_have_every_attention():
 
 
 def test_a_side_without_a_level_is_refused():
-    with pytest.raises(ValueError, match=r"`attention_resolutions` has 12, but the levels have sides \[16, 8\]"):
+    with pytest.raises(ValueError, match=r"`attention_resolutions` has 12, but the levels have resolutions \[16, 8\]"):
         ImagenUNetModel(sample_size=16, block_out_channels=(32, 32), attention_resolutions=(12,))
     with pytest.raises(ValueError, match="`resolution` is 15, but should be a multiple of 2"):
         ImagenUNetModel(

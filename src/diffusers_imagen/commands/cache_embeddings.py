@@ -1,19 +1,18 @@
 """`diffusers-imagen cache-embeddings`: text embeddings of a data set's captions on disk."""
 
 import argparse
-import os
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 
+from ..utils.files import check_folder, refusing
 from .common import check_device
 
 
-# what is above is a slip, and would need more memory than there is
-BOUNDS = {"batch_size": 2**16, "shard_size_mb": 2**16, "tokenizer_max_length": 2**16}
+MANY = 2**16  # tokens, captions or MB: what is above is a slip, and would need more memory than there is
 
 
-def add_parser(commands: argparse._SubParsersAction) -> None:
+def add_parser(commands) -> None:
     """Adds the command to the command line."""
     parser = commands.add_parser(
         "cache-embeddings",
@@ -24,7 +23,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("output_dir", type=Path, help="folder of the cache")
     parser.add_argument("--verify", action="store_true", help="check a finished cache by its checksums, and end")
     parser.add_argument("--text_encoder", help="folder or Hub id of the text encoder")
-    parser.add_argument("--tokenizer_max_length", type=int, help="tokens of a caption; default: the tokenizer's limit")
+    parser.add_number(
+        "--tokenizer_max_length", int, 1, MANY, help="tokens of a caption; default: the tokenizer's limit"
+    )
     parser.add_argument("--train_data_dir", help="folder with the data set")
     parser.add_argument("--dataset_name", help="data set on the Hub")
     parser.add_argument("--dataset_config_name", help="configuration of that data set")
@@ -37,33 +38,24 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--nemo_key", default="t5_text", help="encoder's name in those pickles; default: %(default)s")
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="default: %(default)s")
-    parser.add_argument("--batch_size", type=int, default=256, help="captions encoded at once; default: %(default)s")
-    parser.add_argument("--shard_size_mb", type=float, default=128, help="default: %(default)s")
+    parser.add_number("--batch_size", int, 1, MANY, default=256, help="captions encoded at once; default: %(default)s")
+    parser.add_number("--shard_size_mb", float, 1e-6, MANY, default=128, help="default: %(default)s")
     parser.add_argument("--device", help="default: cuda if there is one")
     parser.set_defaults(run=cache_embeddings)
 
 
 def cache_embeddings(args: argparse.Namespace) -> None:
     """Builds or verifies a cache, and reports its size."""
-    check_numbers(args)
     if args.verify:
         verify(args.output_dir)
         report(args.output_dir, "verified")
         return
     check_sources(args)
     check_output_dir(args.output_dir, args.train_data_dir)
+    args.shard_bytes = int(args.shard_size_mb * 2**20)
     start = time.perf_counter()
     added = import_nemo(args) if args.nemo_tars else encode_dataset(args)
     report(args.output_dir, f"{added} added, {added / (time.perf_counter() - start):.0f} captions/s")
-
-
-def check_numbers(args: argparse.Namespace) -> None:
-    """Refuses numbers that are out of range, NaN among them."""
-    for name, highest in BOUNDS.items():
-        value = getattr(args, name)
-        if value is not None and not 0 < value <= highest:
-            raise ValueError(f"`{name}` is {value}, but should be above 0 and at most {highest}.")
-    args.shard_bytes = int(args.shard_size_mb * 2**20)
 
 
 def check_sources(args: argparse.Namespace) -> None:
@@ -91,21 +83,11 @@ def check_sources(args: argparse.Namespace) -> None:
 
 def check_output_dir(folder: Path, data: str | None) -> None:
     """Refuses a folder in which no cache can be built, before anything is read."""
-    from ..text.cache_files import check_folder
+    from ..text.cache_files import check_folder as check_cache_folder
 
-    try:
-        with suppress(FileNotFoundError, NotADirectoryError):
-            os.lstat(folder)  # a name that is too long, or a folder that may not be looked into
-        place = folder.absolute()
-        while not os.path.lexists(place):
-            place = place.parent
-        if place.absolute() != folder.absolute() and not place.is_dir():
-            raise ValueError(f"`output_dir` is '{folder}', but '{place}' is no folder.")
-        check_folder(folder)
-        if not os.access(place, os.W_OK | os.X_OK):
-            raise ValueError(f"`output_dir` is '{folder}', where nothing can be written.")
-    except OSError as error:
-        raise ValueError(f"`output_dir` is '{folder}', which cannot be used: {error.strerror or error}.") from error
+    with refusing(folder, "output_dir"):
+        check_cache_folder(folder)
+    check_folder(folder, "output_dir")
     if data is not None and folder.resolve().is_relative_to(Path(data).resolve()):
         raise ValueError(
             f"`output_dir` is '{folder}', in `train_data_dir` '{data}', where its files would be read as data."
@@ -113,11 +95,7 @@ def check_output_dir(folder: Path, data: str | None) -> None:
 
 
 def verify(folder: Path) -> None:
-    """Names every problem of a cache.
-
-    Raises:
-        ValueError: If there are any.
-    """
+    """Raises ValueError, which names every problem of a cache, if there are any."""
     from ..text.cache_files import MEND, find_problems, read_manifest
 
     problems = find_problems(folder, read_manifest(folder, "output_dir"))

@@ -26,11 +26,11 @@ from .parser import Parser, check_prompt
 SHIPPED_MODEL = Path(__file__).resolve().parents[3] / "checkpoints" / "imagen-emoji"
 DEFAULT_OUTPUT = Path("output.png")
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-MAX_SIDES = {"JPEG": 65500, "WEBP": 16383}  # in pixels
+MAX_SIZES = {"JPEG": 65500, "WEBP": 16383}  # height and width in pixels
 # how much of a prompt goes into the name of its file, in characters and in bytes: file systems take 255 bytes in all
 NAME_LENGTH, NAME_BYTES = 60, 180
 # bounds: what is above is a slip, and would run until it is killed
-MAX_SIDE = 8192
+MAX_SIZE = 8192  # height and width in pixels
 MAX_SEED = 2**63 - 1
 MAX_GUIDANCE = 1000
 MAX_IMAGES = 1000
@@ -53,12 +53,12 @@ def add_sampling_arguments(command: Parser) -> None:
         "--resolution",
         int,
         1,
-        MAX_SIDE,
+        MAX_SIZE,
         "output_resolution",
         help="stop after the stage of this resolution: " + ", ".join(str(kind.resolution) for kind in STAGES),
     )
-    command.add_number("--height", int, 1, MAX_SIDE, help="of the image in pixels; default: the resolution")
-    command.add_number("--width", int, 1, MAX_SIDE, help="of the image in pixels; default: the resolution")
+    command.add_number("--height", int, 1, MAX_SIZE, help="of the image in pixels; default: the resolution")
+    command.add_number("--width", int, 1, MAX_SIZE, help="of the image in pixels; default: the resolution")
     command.add_number("--seed", int, 0, MAX_SEED, default=0, help="default: %(default)s")
     per_stage = "for all stages, or one value a stage; default: %(default)s"
     command.add_number(
@@ -115,7 +115,9 @@ def check_sampling(args: argparse.Namespace) -> None:
     for name in ("prompt", "negative_prompt"):
         check_prompt(name, getattr(args, name))
     if args.guidance_interval is not None and args.guidance_interval[0] > args.guidance_interval[1]:
-        raise ValueError(f"`guidance-interval` is {args.guidance_interval}, but should have the lower level first.")
+        raise ValueError(
+            f"`guidance-interval` is {args.guidance_interval}, but should have the lower noise level first."
+        )
 
 
 def make_images(args: argparse.Namespace, prepare: Callable = lambda pipe: None, **inputs) -> None:
@@ -154,11 +156,7 @@ def grid_shape(count: int) -> tuple[int, int]:
 
 
 def read_image(name: str, path: Path) -> Image.Image:
-    """An image file, upright, in RGB, as training reads it.
-
-    Raises:
-        ValueError: If there is none that can be read.
-    """
+    """An image file, upright, in RGB, as training reads it; ValueError if it cannot be read."""
     try:
         return read_picture(path)
     except BadImage as error:
@@ -166,11 +164,7 @@ def read_image(name: str, path: Path) -> Image.Image:
 
 
 def load_pipeline(model: str, dtype: torch.dtype = torch.float32) -> ImagenCascadePipeline:
-    """Loads a cascade from a folder or from the Hub.
-
-    Raises:
-        ValueError: If there is none, or one that was never trained.
-    """
+    """A cascade from a folder or from the Hub; ValueError if there is none, or one that was never trained."""
     check_source("model", model)
     with loading("model", model):
         pipe = load_pipeline_folder(ImagenCascadePipeline, model, ("ImagenCascadePipeline",), dtype=dtype)
@@ -196,13 +190,13 @@ def check_picture_size(args: argparse.Namespace, pipe: ImagenCascadePipeline) ->
     """Checks that the format of the output takes images of this size."""
     output = args.output or DEFAULT_OUTPUT
     format = FORMATS[output.suffix.lower()]
-    side = args.resolution or pipe.stages[-1].resolution
+    resolution = args.resolution or pipe.stages[-1].resolution
     shape = grid_shape(args.num_images) if args.grid else (1, 1)
-    sides = [count * (own or side) for count, own in zip(shape, (args.height, args.width))]
-    if max(sides) > MAX_SIDES.get(format, math.inf):
+    height, width = (count * (own or resolution) for count, own in zip(shape, (args.height, args.width)))
+    if max(height, width) > MAX_SIZES.get(format, math.inf):
         raise ValueError(
-            f"`output` is '{output}', but {format} takes at most {MAX_SIDES[format]} pixels a side, not "
-            f"{sides[0]}x{sides[1]}: take .png."
+            f"`output` is '{output}', but {format} takes at most {MAX_SIZES[format]} pixels of height and width, not "
+            f"{height}x{width}: take .png."
         )
 
 

@@ -78,11 +78,7 @@ def write_settings(path: Path, text: str) -> None:
 
 
 def make_network(model_config: dict, seed: int):
-    """The network of a configuration, with random weights.
-
-    Raises:
-        ValueError: If it describes none, or one that this machine cannot hold.
-    """
+    """The network of a configuration, with random weights; refuses one that this machine cannot hold."""
     # torch and diffusers take seconds to import; --help should not
     import torch
 

@@ -12,6 +12,7 @@ import tempfile
 
 import torch
 
+from ..utils.arguments import bad_argument
 from .common import add_model_arguments, check_device, load_pipeline
 
 
@@ -66,16 +67,12 @@ def serve(args: argparse.Namespace, port: int) -> None:
 
 
 def find_port(host: str, port: int) -> int:
-    """The port, or for 0 a free one.
-
-    Raises:
-        ValueError: If it is in use, or `host` is no address of this machine.
-    """
+    """The port, or for 0 a free one; ValueError if it is in use, or `host` is no address of this machine."""
     if host != "localhost":
         try:
             ipaddress.IPv4Address(host)
         except ValueError as error:
-            raise ValueError(f"`host` is {host!r}, but should be an IPv4 address such as 127.0.0.1.") from error
+            raise bad_argument("host", host, "an IPv4 address such as 127.0.0.1") from error
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -23,6 +23,7 @@ from ..training.data.captions import iterate_captions
 from ..training.data.data_config import DataConfig
 from ..training.data.pixels import BadImage, fit_image, name_image, open_image, read_image
 from ..training.data.sources import Rows, open_rows
+from ..utils.errors import one_line
 from ..utils.files import read_json_object
 
 
@@ -164,7 +165,7 @@ def attempt(what: str, examine: Callable[[], list[Finding]]) -> list[Finding]:
         return examine()
     except Exception as error:
         kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
-        return [Finding(True, f"{what} cannot be read: {kind}{' '.join(str(error).split())[:500]}")]
+        return [Finding(True, f"{what} cannot be read: {kind}{one_line(error)[:500]}")]
 
 
 def examine_cache(folder: Path) -> list[Finding]:
@@ -222,11 +223,7 @@ def examine_json(path: Path) -> list[Finding]:
 
 
 def read_losses(path: Path) -> list[dict[str, Any]]:
-    """The records of a run's losses.
-
-    Raises:
-        ValueError: If a line is none; names it.
-    """
+    """The records of a run's losses; ValueError, which names it, for a line that is none."""
     records = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:

@@ -4,6 +4,8 @@ import argparse
 import re
 from pathlib import Path
 
+from ..utils.arguments import bad_argument
+
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
@@ -38,7 +40,7 @@ def doctor(args: argparse.Namespace) -> int:
         if getattr(args, name) is not None:
             check_value(name, getattr(args, name), kind)
     if not COUNT.has(args.num_images):
-        raise ValueError(f"`num_images` is {args.num_images}, but should be {COUNT}.")
+        raise bad_argument("num_images", args.num_images, str(COUNT))
     path = Path(args.path)
     if path.exists() and not path.is_dir():
         raise ValueError(f"`path` is '{path}', a file, but should be a folder or a Hub data set.")

@@ -128,11 +128,7 @@ def generate_many(args: argparse.Namespace) -> None:
 
 
 def to_do(items: list[Item]) -> list[Item]:
-    """The images that do not exist yet.
-
-    Raises:
-        ValueError: If something else is in the place of one.
-    """
+    """The images that do not exist yet; ValueError if something else is in the place of one."""
     todo = [item for item in items if not item.path.exists()]
     missing = {item.path for item in todo}
     for item in items:
@@ -177,9 +173,6 @@ def list_items(prompts_file: Path, folder: Path, seed: int, num_images: int) -> 
     """The images of a file of prompts, with their names: `00012-a-red-apple.png` is of line 12.
 
     The noise of an image depends on the seed, the line and the image's number, not on what else is made.
-
-    Raises:
-        ValueError: If there is no prompt to read, or too much.
     """
     items = []
     for line, prompt in enumerate(map(str.strip, read_lines(prompts_file)), start=1):

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from ..diffusion.augmentation import MIN_AUGMENTATION_SIGMA
-from .common import MAX_SIDE, add_model_arguments, add_sampling_arguments, check_sampling, make_images, read_image
+from .common import MAX_SIZE, add_model_arguments, add_sampling_arguments, check_sampling, make_images, read_image
 
 
 def add_parser(commands) -> None:
@@ -29,10 +29,10 @@ def add_parser(commands) -> None:
         help="noise in the small image; default: %(default)s",
     )
     command.add_number(
-        "--tile-size", int, 1, MAX_SIDE, help="work in tiles of this side, for images larger than trained for"
+        "--tile-size", int, 1, MAX_SIZE, help="work in tiles of this resolution, for images larger than trained for"
     )
     command.add_number(
-        "--tile-overlap", int, 0, MAX_SIDE, help="pixels that tiles share; default: a quarter of a tile"
+        "--tile-overlap", int, 0, MAX_SIZE, help="pixels that tiles share; default: a quarter of a tile"
     )
     command.set_defaults(run=upscale)
 

@@ -5,7 +5,6 @@ texts, numbers within the page's limits, no uploads, and pictures that are delet
 """
 
 import logging
-import math
 import queue
 import random
 import re
@@ -23,6 +22,7 @@ from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
 from ..pipelines import ImagenCascadePipeline
+from ..utils.arguments import is_finite
 
 
 EXAMPLES = [
@@ -101,10 +101,8 @@ class Progress(NamedTuple):
 def draw(pipe: ImagenCascadePipeline, prompt: str, **arguments: Any) -> Generator[Progress, None, None]:
     """Runs a pipeline in another thread, and yields after every network call.
 
-    A stage's images come with the first call of the stage after it. Closing the iterator stops the pipeline.
-
-    Raises:
-        ValueError: If an argument does not fit.
+    A stage's images come with the first call of the stage after it. Closing the iterator stops the pipeline,
+    whose errors it raises.
     """
     events: queue.Queue = queue.Queue()
     stopped = threading.Event()
@@ -190,14 +188,11 @@ def build(pipe: ImagenCascadePipeline, model: str) -> gr.Blocks:
 
 def stage_settings(stage) -> tuple[gr.Slider, gr.Slider]:
     """Steps and guidance of one stage."""
+    name, kind = f"{stage.resolution} px", stage.kind
     with gr.Row():
         return (
-            gr.Slider(
-                1, MAX_STEPS, label=f"{stage.resolution} px steps", step=1, value=stage.kind.num_inference_steps
-            ),
-            gr.Slider(
-                1, MAX_GUIDANCE, label=f"{stage.resolution} px guidance", step=0.5, value=stage.kind.guidance_scale
-            ),
+            gr.Slider(1, MAX_STEPS, label=f"{name} steps", step=1, value=kind.num_inference_steps),
+            gr.Slider(1, MAX_GUIDANCE, label=f"{name} guidance", step=0.5, value=kind.guidance_scale),
         )
 
 
@@ -277,10 +272,7 @@ def drawer(pipe: ImagenCascadePipeline, pictures: set[str]):
 def read_request(stages, prompt, negative_prompt, seed, num_images, settings) -> dict[str, Any]:
     """What a visitor asks for as arguments of the pipeline, with the seed as `seed`.
 
-    Browsers keep to the page's limits, but requests need not come from one.
-
-    Raises:
-        gr.Error: For what the page would not send.
+    Raises gr.Error for what the page would not send: requests need not come from a browser.
     """
     for name, text in (("The prompt", prompt), ("The negative prompt", negative_prompt)):
         if not isinstance(text, (str, type(None))):
@@ -305,8 +297,7 @@ def read_request(stages, prompt, negative_prompt, seed, num_images, settings) ->
 
 def number(name: str, value: Any, lowest: float, highest: float) -> float:
     """A number that is within the page's limits."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or not lowest <= value <= highest:
+    if not is_finite(value) or not lowest <= value <= highest:
         raise refusal(f"{name} should be a number from {lowest} to {highest}.")
     return value
 

@@ -85,7 +85,7 @@ class PickleMachine:
         nested (`Callable`, *optional*): What the bytes of a file within it, a storage of torch, stand for; likewise.
 
     Raises:
-        ValueError: For an opcode, a class or a function that states do not need; other exceptions where the pickle is
+        ValueError: For an opcode, a class or a function that embeddings do not need; other exceptions where the pickle is
             damaged.
     """
 
@@ -134,7 +134,7 @@ class PickleMachine:
         elif name not in ("PROTO", "FRAME"):
             operation = getattr(self, f"_do_{name.lower()}", None)
             if operation is None:
-                raise ValueError(f"it has the opcode {name}, which no states need")
+                raise ValueError(f"it has the opcode {name}, which no embeddings need")
             operation(argument)
 
     def _top(self, count: int) -> list[Any]:

@@ -13,8 +13,8 @@ import torch
 from ..models import EfficientUNetModel, ImagenUNetModel
 from ..models.attention import StableImagenAttnProcessor
 from ..models.blocks import ImagenBlock
-from ..models.config_checks import MAX_CHANNELS, MAX_LAYERS, MAX_LEVELS, check_integer, check_integers
-from ..utils.arguments import shown
+from ..models.config_checks import MAX_CHANNELS, MAX_LAYERS, MAX_LEVELS, RANGES, check_integer, check_integers
+from ..utils.arguments import bad_argument, shown
 
 
 # Position in the network, of what both have; those of the blocks are counted in the functions below.
@@ -114,20 +114,20 @@ EFFICIENT_DEFAULTS = {
 # What values NeMo's options may have; the network that they describe checks them together.
 INTEGERS = {
     "embed_dim": (1, MAX_CHANNELS),
-    "image_size": (1, 65_536),
-    "channels": (1, 1024),
-    "text_embed_dim": (1, 65_536),
+    "image_size": RANGES["sample_size"],
+    "channels": RANGES["in_channels"],
+    "text_embed_dim": RANGES["encoder_hid_dim"],
     "per_head_channels": (-1, MAX_CHANNELS),  # -1: as many as `num_attn_heads` leaves
-    "num_attn_heads": (1, MAX_CHANNELS),
+    "num_attn_heads": RANGES["num_attention_heads"],
     "learned_sinu_pos_emb_dim": (0, 65_536),
-    "init_conv_kernel_size": (1, 31),
-    "cond_dim": (1, 65_536),
+    "init_conv_kernel_size": RANGES["conv_kernel_size"],
+    "cond_dim": RANGES["cross_attention_dim"],
 }
 LISTS = {
     "channel_mult": (1, MAX_CHANNELS),
     "num_res_blocks": (0, MAX_LAYERS),
     "num_resblocks": (1, MAX_LAYERS),
-    "attention_resolutions": (1, 65_536),
+    "attention_resolutions": RANGES["sample_size"],
     "atnn_enabled_at": (0, 1),
 }
 NULLABLE = ("text_embed_dim", "learned_sinu_pos_emb_dim")
@@ -202,10 +202,10 @@ def unet_from_nemo_config(model_config: dict[str, Any]) -> ImagenUNetModel | Eff
         ValueError: For an option, or a value of one, that NeMo's networks do not have.
     """
     if not isinstance(model_config, dict):
-        raise ValueError(f"`model_config` is {shown(model_config)}, but should be the `model:` section, a mapping.")
+        raise bad_argument("model_config", model_config, "the `model:` section, a mapping")
     unet_type = model_config.get("unet_type")
     if unet_type not in ("base", "sr", "sr-unet"):
-        raise ValueError(f"`unet_type` is {shown(unet_type)}, but should be 'base', 'sr' or 'sr-unet'.")
+        raise bad_argument("unet_type", unet_type, "'base', 'sr' or 'sr-unet'")
     is_efficient = unet_type == "sr"
     unet = _with_defaults(model_config.get("unet"), EFFICIENT_DEFAULTS if is_efficient else UNET_DEFAULTS)
     counts_heads = unet["per_head_channels"] == -1
@@ -236,7 +236,7 @@ def unet_from_nemo_config(model_config: dict[str, Any]) -> ImagenUNetModel | Eff
 def _with_defaults(unet: Any, defaults: dict[str, Any]) -> dict[str, Any]:
     """The `unet:` section with NeMo's defaults for what it leaves out."""
     if not isinstance(unet, dict):
-        raise ValueError(f"`unet` is {shown(unet)}, but should be a section, with NeMo's options of the network.")
+        raise bad_argument("unet", unet, "a section, with NeMo's options of the network")
     unknown = [key for key in unet if key not in defaults]
     if unknown:
         raise ValueError(f"`unet` has the options {unknown}, but NeMo's network takes {list(defaults)}.")
@@ -258,7 +258,7 @@ def _with_defaults(unet: Any, defaults: dict[str, Any]) -> dict[str, Any]:
 def _flag(key: str, value: Any) -> bool:
     """A switch; NeMo's files have 0 and 1, too."""
     if value not in (0, 1) or isinstance(value, float):
-        raise ValueError(f"`{key}` is {shown(value)}, but should be true or false.")
+        raise bad_argument(key, value, "true or false")
     return bool(value)
 
 
@@ -266,7 +266,7 @@ def _conditioning_width(model_config: dict[str, Any]) -> int:
     """The width of the text, where the network's own section does not say it."""
     conditioning = model_config.get("conditioning")
     if not isinstance(conditioning, dict) or "embed_dim" not in conditioning:
-        raise ValueError(f"`conditioning` is {shown(conditioning)}, but should be a section with an `embed_dim`.")
+        raise bad_argument("conditioning", conditioning, "a section with an `embed_dim`")
     check_integer("conditioning.embed_dim", conditioning["embed_dim"], *INTEGERS["text_embed_dim"])
     return conditioning["embed_dim"]
 
@@ -293,7 +293,7 @@ def _imagen_unet(unet: dict[str, Any], shared: dict[str, Any], is_super_resoluti
     """NeMo's `UNetModel`."""
     layers = unet["num_res_blocks"]
     # NeMo puts attention at the strides that these floor to, and ignores those that no level has
-    strides = {unet["image_size"] // side for side in unet["attention_resolutions"]}
+    strides = {unet["image_size"] // resolution for resolution in unet["attention_resolutions"]}
     strides &= {2**level for level in range(len(unet["channel_mult"]))}
     return ImagenUNetModel(
         layers_per_block=layers if isinstance(layers, int) else tuple(layers),
@@ -310,9 +310,7 @@ def _imagen_unet(unet: dict[str, Any], shared: dict[str, Any], is_super_resoluti
 def _efficient_unet(unet: dict[str, Any], shared: dict[str, Any]) -> EfficientUNetModel:
     """NeMo's `EfficientUNetModel`."""
     if unet["stride"] != 2:
-        raise ValueError(
-            f"`stride` is {shown(unet['stride'])}, but should be 2: NeMo's levels do not fit together otherwise."
-        )
+        raise bad_argument("stride", unet["stride"], "2: NeMo's levels do not fit together otherwise")
     return EfficientUNetModel(
         layers_per_block=tuple(unet["num_resblocks"]),
         attention_types=tuple(unet["attention_type"] if at else None for at in unet["atnn_enabled_at"]),

@@ -1,7 +1,7 @@
-"""Text states that NeMo's users pickled beforehand, read without running what a pickle may hold.
+"""Text embeddings that NeMo's users pickled beforehand, read without running what a pickle may hold.
 
 NeMo's Imagen kept them in the tar shards of its WebDatasets: beside each image a pickled dictionary, by encoder name
-(such as `t5_text`) a dictionary whose `encodings` are the states of the caption's tokens, `(tokens, E)`.
+(such as `t5_text`) a dictionary whose `encodings` are the embeddings of the caption's tokens, `(tokens, E)`.
 """
 
 import io
@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from ..text.source import MAX_CAPTION
+from ..utils.arguments import shown
 from .inert_pickle import Call, PickleMachine
 from .safe_tar import read_members
 
 
 SUFFIXES = {".txt": "caption", ".pickle": "pickle", ".pkl": "pickle"}
-CAPTION_BYTES = 2**20
 PICKLE_BYTES = 64 * 2**20  # 512 tokens of T5-XXL in float32 are 8 MiB
 MAX_ENCODERS = 16
 ZIP, ZIP_ENTRY = b"PK\x03\x04", b"PK\x01\x02"  # how torch.save's files begin, and each entry of their list
@@ -50,8 +51,8 @@ class WrongType(ValueError):
     """An array of whole numbers, objects or the like."""
 
 
-def unpickle_states(data: bytes, name: str = "the pickle") -> dict[str, torch.Tensor]:
-    """Text states `(tokens, E)` by encoder name, in the floating-point type that they were pickled in.
+def unpickle_embeddings(data: bytes, name: str = "the pickle") -> dict[str, torch.Tensor]:
+    """Text embeddings `(tokens, E)` by encoder name, in the floating-point type that they were pickled in.
 
     No function of the file is called: arrays and tensors are made here, of their bytes, once type, shape and number
     of bytes are found to fit.
@@ -61,7 +62,7 @@ def unpickle_states(data: bytes, name: str = "the pickle") -> dict[str, torch.Te
         name (`str`): Its name in errors.
 
     Raises:
-        ValueError: If it holds anything but states, or asks for code.
+        ValueError: If it holds anything but embeddings, or asks for code.
     """
     if len(data) > PICKLE_BYTES:
         raise ValueError(f"{name} cannot be read safely: it has {len(data)} bytes, more than {PICKLE_BYTES}")
@@ -74,29 +75,26 @@ def unpickle_states(data: bytes, name: str = "the pickle") -> dict[str, torch.Te
         raise ValueError(f"{name} holds {kind}, but should hold a dictionary by encoder name.")
     if len(content.value) > MAX_ENCODERS:
         raise ValueError(f"{name} has {len(content.value)} encoders, more than {MAX_ENCODERS}.")
-    states, total = {}, 0
+    embeds, total = {}, 0
     for key, value in content.value.items():
         value = value["encodings"] if type(value) is dict and "encodings" in value else value
         if not isinstance(value, Call) or value.kind not in BUILDERS:
-            raise ValueError(f"{name} has no states (tokens, width) at {shown(key)}.")
+            raise ValueError(f"{name} has no embeddings (tokens, width) at {shown(key)}.")
         try:
-            states[key] = BUILDERS[value.kind](value, content)
+            embeds[key] = BUILDERS[value.kind](value, content)
         except WrongType as error:
-            raise ValueError(f"{name} has {error} at {shown(key)}, but states are floating-point numbers.") from None
+            raise ValueError(
+                f"{name} has {error} at {shown(key)}, but embeddings are floating-point numbers."
+            ) from None
         except Exception as error:
             reason = error or type(error).__name__
             raise ValueError(f"{name} cannot be read safely: at {shown(key)}, {reason}") from error
-        if states[key].ndim != 2:
-            raise ValueError(f"{name} has no states (tokens, width) at {shown(key)}.")
-        total += states[key].nbytes
+        if embeds[key].ndim != 2:
+            raise ValueError(f"{name} has no embeddings (tokens, width) at {shown(key)}.")
+        total += embeds[key].nbytes
         if total > 4 * PICKLE_BYTES:  # one array under many names
-            raise ValueError(f"{name} cannot be read safely: its states need more than {4 * PICKLE_BYTES} bytes")
-    return states
-
-
-def shown(key: str) -> str:
-    """A key of a file in an error."""
-    return repr(key if len(key) <= 50 else f"{key[:50]}...")
+            raise ValueError(f"{name} cannot be read safely: its embeddings need more than {4 * PICKLE_BYTES} bytes")
+    return embeds
 
 
 def read_content(data: bytes) -> Content:
@@ -218,8 +216,8 @@ def build_tensor(call: Call, content: Content) -> torch.Tensor:
     size, stride = check_sizes(size), check_sizes(stride)
     (offset,) = check_sizes((offset,))
     if len(stride) != len(size):
-        raise ValueError("it has a tensor with more or less strides than sides")
-    count, last = math.prod(size), offset + sum((side - 1) * step for side, step in zip(size, stride))
+        raise ValueError("it has a tensor with more or less strides than sizes")
+    count, last = math.prod(size), offset + sum((length - 1) * step for length, step in zip(size, stride))
     if count > len(numbers) or (count and last >= len(numbers)):
         raise ValueError("it has a tensor with more numbers than its storage")
     if not count:
@@ -290,13 +288,13 @@ def read_dtype(dtype: Any) -> tuple[str, bool]:
 
 
 def check_sizes(sizes: Any) -> tuple[int, ...]:
-    """Up to three sides, strides or offsets."""
+    """Up to three sizes, strides or offsets."""
     if type(sizes) is Call and sizes.kind == "Size" and len(sizes.args) == 1:
         (sizes,) = sizes.args
     if type(sizes) is not tuple or len(sizes) > 3:
         raise ValueError("it has an array of more than three dimensions")
-    if any(type(side) is not int or not 0 <= side <= PICKLE_BYTES for side in sizes):
-        raise ValueError("it has an array with sides that are no sizes")
+    if any(type(size) is not int or not 0 <= size <= PICKLE_BYTES for size in sizes):
+        raise ValueError("it has an array with sizes that are none")
     return sizes
 
 
@@ -312,17 +310,17 @@ def as_numbers(storage: Storage) -> torch.Tensor:
 
 
 def read_tar(path: str | Path, key: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """Captions and states of a WebDataset shard: members of the same stem, `.txt` and `.pickle` or `.pkl`.
+    """Captions and embeddings of a WebDataset shard: members of the same stem, `.txt` and `.pickle` or `.pkl`.
 
     Args:
         path (`str` or `Path`): The tar file.
         key (`str`): The encoder's name.
 
     Raises:
-        ValueError: If the file is damaged or cut, a pickle has no caption beside it, or no states of that encoder.
+        ValueError: If the file is damaged or cut, a pickle has no caption beside it, or no embeddings of that encoder.
     """
     waiting: dict[str, dict[str, bytes]] = {}
-    for name, data in read_members(path, {".txt": CAPTION_BYTES, ".pickle": PICKLE_BYTES, ".pkl": PICKLE_BYTES}):
+    for name, data in read_members(path, {".txt": MAX_CAPTION, ".pickle": PICKLE_BYTES, ".pkl": PICKLE_BYTES}):
         stem, suffix = name.with_suffix("").as_posix(), name.suffix.lower()
         parts = waiting.setdefault(stem, {})
         if SUFFIXES[suffix] in parts:
@@ -331,15 +329,15 @@ def read_tar(path: str | Path, key: str) -> Iterator[tuple[str, torch.Tensor]]:
         if len(parts) < 2:
             continue
         del waiting[stem]
-        states = unpickle_states(parts["pickle"], f"{path}:{stem}")
-        if key not in states:
-            names = ", ".join(map(shown, sorted(states)))
-            raise ValueError(f"{path}:{stem} has states of [{names}], but not of {key!r}.")
+        embeds = unpickle_embeddings(parts["pickle"], f"{path}:{stem}")
+        if key not in embeds:
+            names = ", ".join(map(shown, sorted(embeds)))
+            raise ValueError(f"{path}:{stem} has embeddings of [{names}], but not of {key!r}.")
         try:
             caption = parts["caption"].decode()
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}:{stem} has a caption that is not UTF-8: {error}") from error
-        yield caption, states[key]
+        yield caption, embeds[key]
     alone = [stem for stem, parts in waiting.items() if "pickle" in parts]
     if alone:
         raise ValueError(f"{path}: {len(alone)} pickles have no caption (.txt) beside them, such as {alone[0]!r}.")

@@ -3,6 +3,8 @@
 import math
 from typing import Any, NamedTuple
 
+from ..utils.arguments import bad_argument
+
 
 class Entry(NamedTuple):
     """What an entry may be: a value of a type, for numbers within a range, both ends included."""
@@ -14,11 +16,7 @@ class Entry(NamedTuple):
     words: str = ""  # what it should be, where that is more than a type
 
     def read(self, name: str, value: Any) -> Any:
-        """The value, converted where YAML has another type for it, as text for `1e-8`, which has no point.
-
-        Raises:
-            ValueError: If it does not fit.
-        """
+        """The value, converted where YAML has another type for it, as text for `1e-8`, which has no point."""
         if self.is_list:
             if not isinstance(value, list):
                 self.refuse(name, value)
@@ -40,8 +38,7 @@ class Entry(NamedTuple):
         return converted
 
     def refuse(self, name: str, value: Any) -> None:
-        """Raises ValueError."""
-        raise ValueError(f"`{name}` is {shorten(value)}, but should be {self.describe()}.")
+        raise bad_argument(name, value, self.describe())
 
     def describe(self) -> str:
         """What it should be, in words."""
@@ -59,7 +56,7 @@ MANY = 10**9
 BELOW_ONE = math.nextafter(1, 0)
 SWITCH, TEXT, ANY = Entry(bool), Entry(str), Entry(object)
 COUNT, COUNT_OR_NONE, BATCH = Entry(int, 1, MANY), Entry(int, 0, MANY), Entry(int, 1, 2**20)
-SIDE = Entry(int, 1, 2**14)  # pixels
+RESOLUTION = Entry(int, 1, 2**14)  # pixels
 
 ENTRIES = {
     "allow_tf32": SWITCH,
@@ -97,13 +94,13 @@ ENTRIES = {
     "model.conditioning.drop_rate": Entry(float, 0, 1),
     "model.data.num_workers": Entry(int, 0, 1024),
     "model.data.synthetic_data": SWITCH,
-    "model.data.train.augmentations.resize_smallest_side": SIDE,
+    "model.data.train.augmentations.resize_smallest_side": RESOLUTION,
     "model.data.train.augmentations.center_crop_h_w": ANY,
     "model.data.train.augmentations.horizontal_flip": SWITCH,
     "model.data.train.filterings.resolution.method": TEXT,
-    "model.data.train.filterings.resolution.value": SIDE,
-    "model.data.train.target_resolutions": SIDE._replace(is_list=True),
-    "model.data.train.corruption_aug.target_resolution": SIDE._replace(is_list=True),
+    "model.data.train.filterings.resolution.value": RESOLUTION,
+    "model.data.train.target_resolutions": RESOLUTION._replace(is_list=True),
+    "model.data.train.corruption_aug.target_resolution": RESOLUTION._replace(is_list=True),
     "model.optim.name": TEXT,
     "model.optim.lr": Entry(float, 0, 1),
     "model.optim.betas": Entry(float, 0, BELOW_ONE, is_list=True),
@@ -117,12 +114,3 @@ ENTRIES = {
 }
 # what entries are in
 SECTIONS = {name.rsplit(".", depth)[0] for name in ENTRIES for depth in range(1, name.count(".") + 1)}
-
-
-def shorten(value: Any) -> str:
-    """A value as a message has it."""
-    try:
-        text = repr(value)
-    except ValueError:  # an integer of thousands of digits
-        text = f"a {type(value).__name__} too large to show"
-    return text if len(text) <= 100 else f"{text[:100]}..."

@@ -8,7 +8,8 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple, NoReturn
 
-from .nemo_entries import ENTRIES, SECTIONS, shorten
+from ..utils.arguments import bad_argument, shown
+from .nemo_entries import ENTRIES, SECTIONS
 
 
 PRECISIONS = {"bf16": "bf16", "bf16-mixed": "bf16", "16": "fp16", "16-mixed": "fp16", "32": "no", "32-true": "no"}
@@ -42,22 +43,14 @@ class Translation(NamedTuple):
 
 
 class Entries:
-    """The entries of a configuration by their dotted names, and which of them were read.
-
-    Raises:
-        ValueError: If a section is none, or one of `ENTRIES` is a section.
-    """
+    """The entries of a configuration by their dotted names, and which of them were read."""
 
     def __init__(self, config: dict[str, Any]):
         self.values = dict(flatten(config))
         self.seen: set[str] = set()
 
     def get(self, name: str, default: Any = None) -> Any:
-        """A value, of the kind that `ENTRIES` has for it; the default if it is missing or null.
-
-        Raises:
-            ValueError: If it is of another kind.
-        """
+        """A value, of the kind that `ENTRIES` has for it; the default if it is missing or null."""
         self.seen.add(name)
         value = self.resolve(self.values.get(name))
         return default if value is None else ENTRIES[name].read(name, value)
@@ -79,7 +72,7 @@ class Entries:
         return value
 
     def refuse(self, name: str, reason: str) -> NoReturn:
-        raise ValueError(f"`{name}` is {shorten(self.resolve(self.values.get(name)))}, {reason}")
+        raise ValueError(f"`{name}` is {shown(self.resolve(self.values.get(name)))}, {reason}")
 
 
 def flatten(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -92,7 +85,7 @@ def flatten(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from flatten(value, f"{name}.")
             continue
         if name in SECTIONS and value is not None:
-            raise ValueError(f"`{name}` is {shorten(value)}, but should be a section.")
+            raise bad_argument(name, value, "a section")
         yield name, value
 
 
@@ -287,7 +280,7 @@ def crop_resolution(nemo: Entries, name: str, resolution: int) -> int:
     value = nemo.get(name)
     if value is None:
         return resolution
-    text = value if isinstance(value, str) else shorten(value)
+    text = value if isinstance(value, str) else shown(value)
     size = re.fullmatch(r"[\[(]?\s*(\d{1,6})\s*(?:,\s*(\d{1,6})\s*)?[\])]?", text.strip())
     if size is None or size[2] not in (None, size[1]) or not 1 <= int(size[1]) <= resolution:
         nemo.refuse(name, f"but should be a square of up to {resolution}.")
@@ -297,8 +290,4 @@ def crop_resolution(nemo: Entries, name: str, resolution: int) -> int:
 def to_be_given(settings: dict[str, Any], network: str | None = None) -> list[str]:
     """What a run needs beside the settings."""
     needed = ["train_data_dir or dataset_name", "text_encoder or embedding_cache"]
-    return (
-        needed
-        if network is not None
-        else [*needed, "pretrained_model_name_or_path, preset or model_config_name_or_path"]
-    )
+    return needed + ["pretrained_model_name_or_path, preset or model_config_name_or_path"] * (network is None)

@@ -7,10 +7,12 @@ from pathlib import Path, PurePosixPath
 from tarfile import BLOCKSIZE
 from typing import IO, cast
 
+from ..utils.arguments import shown
+
 
 HEADER_BYTES = 2**14  # of one member, with what extends its header
 GZIP = b"\x1f\x8b"
-GZIP_RATIO = 50  # pixels and states hardly shrink; zeros shrink a thousandfold
+GZIP_RATIO = 50  # pixels and embeddings hardly shrink; zeros shrink a thousandfold
 
 
 class GuardedFile:
@@ -54,7 +56,9 @@ def read_members(path: str | Path, limits: dict[str, int]) -> Iterator[tuple[Pur
             if not member.isfile() or suffix not in limits:
                 continue
             if member.size > limits[suffix]:
-                raise ValueError(f"'{path}' has {shown(member)} of {member.size} bytes, more than {limits[suffix]}.")
+                raise ValueError(
+                    f"'{path}' has {shown(member.name)} of {member.size} bytes, more than {limits[suffix]}."
+                )
             yield name, read_data(path, file, member)
 
 
@@ -85,16 +89,16 @@ def check_member(path: Path, member: tarfile.TarInfo, limit: int, compressed: bo
     """Refuses what no shard has; returns the member's name."""
     name = PurePosixPath(member.name)
     if name.is_absolute() or ".." in name.parts:
-        raise ValueError(f"'{path}' has {shown(member)}, a name that leads out of a folder.")
+        raise ValueError(f"'{path}' has {shown(member.name)}, a name that leads out of a folder.")
     if not (member.isdir() or member.isfile()) or member.issparse():
         raise ValueError(
-            f"'{path}' has {shown(member)}, which is no plain file: links, devices and the like are not read."
+            f"'{path}' has {shown(member.name)}, which is no plain file: links, devices and the like are not read."
         )
     if member.size < 0:
-        raise ValueError(f"'{path}' has {shown(member)} of {member.size} bytes.")
+        raise ValueError(f"'{path}' has {shown(member.name)} of {member.size} bytes.")
     if member.offset_data + member.size > limit:
         what = f"more than {GZIP_RATIO} times what it is compressed to" if compressed else "beyond the end of the file"
-        raise ValueError(f"'{path}' has {shown(member)} of {member.size} bytes, {what}: it is cut or damaged.")
+        raise ValueError(f"'{path}' has {shown(member.name)} of {member.size} bytes, {what}: it is cut or damaged.")
     return name
 
 
@@ -104,12 +108,9 @@ def read_data(path: Path, file: IO[bytes], member: tarfile.TarInfo) -> bytes:
         file.seek(member.offset_data)
         data = file.read(member.size)
     except Exception as error:  # of gzip and zlib: their own kinds, EOFError, OSError
-        raise ValueError(f"'{path}' cannot be read at {shown(member)}: {error or type(error).__name__}") from error
+        raise ValueError(
+            f"'{path}' cannot be read at {shown(member.name)}: {error or type(error).__name__}"
+        ) from error
     if len(data) < member.size:
-        raise ValueError(f"'{path}' is cut within {shown(member)}.")
+        raise ValueError(f"'{path}' is cut within {shown(member.name)}.")
     return data
-
-
-def shown(member: tarfile.TarInfo) -> str:
-    """The name of a member in an error."""
-    return repr(member.name if len(member.name) <= 100 else f"{member.name[:100]}...")

@@ -13,17 +13,18 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME, LORA_WEIGHT_NAME_SAFE
 from diffusers.utils import logging
 
 from ..models.interface import StageNetwork
+from ..utils.arguments import bad_argument
 from ..utils.files import whole_file
 from .lora_adapters import AdaptersMixin, require_peft
 from .lora_conversion import ALPHA, BARE, Adapter, Update, check_finite, group_weights, make_adapter, plain_name
-from .lora_files import SOURCE, StateDict, read_source
+from .lora_files import HUB_OPTIONS, SOURCE, StateDict, read_source
 from .lora_networks import check_hotswap, describe_adapter, hotswap_adapter, restored_after_error
 
 
 logger = logging.get_logger(__name__)
 
-HUB_OPTIONS = ("subfolder", "revision", "token", "cache_dir", "force_download", "local_files_only", "proxies")
 FILE_OPTIONS = ("weight_name", "use_safetensors")
+PLACE_OPTIONS = ("subfolder", *HUB_OPTIONS)
 
 
 class ImagenLoraLoaderMixin(AdaptersMixin):
@@ -63,20 +64,20 @@ class ImagenLoraLoaderMixin(AdaptersMixin):
         Raises:
             ValueError: If there are no weights, or they are damaged.
         """
-        options = FILE_OPTIONS + HUB_OPTIONS
+        options = FILE_OPTIONS + PLACE_OPTIONS
         unknown = sorted(set(kwargs) - set(options))
         if unknown:
             raise ValueError(f"`{unknown[0]}` is not an option of loading LoRA weights; those are {options}.")
         source = pretrained_model_name_or_path_or_dict
         if not isinstance(source, (str, os.PathLike, dict)) or source == "":
-            raise ValueError(f"`{SOURCE}` is {source!r}, but should be a path, a name on the Hub or weights by key.")
+            raise bad_argument(SOURCE, source, "a path, a name on the Hub or weights by key")
         if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(key, str) for key in metadata)):
             raise ValueError(f"`metadata` is a {type(metadata).__name__}, but should be a dict with names as keys.")
         check_options(kwargs)
         if isinstance(source, dict):
             state_dict, found = dict(source), None
         else:
-            hub = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
+            hub = {name: kwargs[name] for name in PLACE_OPTIONS if kwargs.get(name) is not None}
             file = {name: kwargs.get(name) for name in FILE_OPTIONS}
             state_dict, found = read_source(os.fspath(source), **file, has_metadata=metadata is not None, **hub)
         metadata = found if metadata is None else metadata
@@ -115,7 +116,7 @@ class ImagenLoraLoaderMixin(AdaptersMixin):
         require_peft()
         present = self._lora_unets()
         if component is not None and component not in list(present):
-            raise ValueError(f"`component` is {component!r}, but should be one of {list(present)}.")
+            raise bad_argument("component", component, f"one of {list(present)}")
         check_adapter_name(adapter_name, present, hotswap)
         loaded = self.lora_state_dict(pretrained_model_name_or_path_or_dict, return_lora_metadata=True, **kwargs)
         state_dict, metadata = cast(tuple[StateDict, dict[str, Any] | None], loaded)
@@ -251,15 +252,9 @@ class ImagenLoraLoaderMixin(AdaptersMixin):
         if not state_dict:
             raise ValueError(f"`{SOURCE}` holds no weights.")
         updates = group_weights(state_dict, self._known_prefixes(state_dict, component))
-        places: dict[str, str] = {}
-        if component is not None:
-            if len(updates) != 1:
-                raise ValueError(
-                    f"`component` is {component!r}, but the LoRA weights are for several: {sorted(updates)}."
-                )
-            places = dict.fromkeys(updates, component)
-        else:
-            places = {place: self._place_of(place, updates) for place in updates}
+        if component is not None and len(updates) != 1:
+            raise ValueError(f"`component` is {component!r}, but the LoRA weights are for several: {sorted(updates)}.")
+        places = {place: component or self._place_of(place, updates) for place in updates}
         missing = [name for name in places.values() if name not in present]
         if missing:
             logger.warning(f"This pipeline has no {', '.join(missing)}: the LoRA weights for it are left out.")
@@ -305,16 +300,12 @@ class ImagenLoraLoaderMixin(AdaptersMixin):
 
 
 def check_options(options: dict[str, Any]) -> None:
-    """Checks where the file is said to be.
-
-    Raises:
-        ValueError: If that cannot be.
-    """
+    """Raises ValueError for places of a file that cannot be."""
     for name in ("weight_name", "subfolder", "revision", "cache_dir"):
         if not isinstance(options.get(name) or "", (str, os.PathLike)) or "\0" in str(options.get(name)):
-            raise ValueError(f"`{name}` is {str(options[name])[:80]!r}, but should be a string.")
+            raise bad_argument(name, str(options[name]), "a string")
     if options.get("use_safetensors") not in (None, True, False):
-        raise ValueError(f"`use_safetensors` is {str(options['use_safetensors'])[:80]!r}, but should be a bool.")
+        raise bad_argument("use_safetensors", options["use_safetensors"], "a bool")
 
 
 def config_of(metadata: dict[str, Any] | None, place: str) -> dict[str, Any]:
@@ -325,13 +316,9 @@ def config_of(metadata: dict[str, Any] | None, place: str) -> dict[str, Any]:
 
 
 def check_adapter_name(adapter_name: str | None, unets: dict[str, StageNetwork], hotswap: bool) -> None:
-    """Checks a name for an adapter, before its weights are looked for.
-
-    Raises:
-        ValueError: If it is no name, or, to hotswap, if there is nothing of that name to replace.
-    """
+    """Raises ValueError for what is no name, or, to hotswap, where nothing has it; before weights are looked for."""
     if adapter_name is not None and (not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name):
-        raise ValueError(f"`adapter_name` is {adapter_name!r}, but should be a name without dots.")
+        raise bad_argument("adapter_name", adapter_name, "a name without dots")
     if hotswap and not any(adapter_name in getattr(unet, "peft_config", {}) for unet in unets.values()):
         taken = {name: list(getattr(unet, "peft_config", {})) for name, unet in unets.items()}
         raise ValueError(f"`adapter_name` is {adapter_name!r}, which `hotswap` cannot replace: there is {taken}.")
@@ -340,8 +327,7 @@ def check_adapter_name(adapter_name: str | None, unets: dict[str, StageNetwork],
 def choose_adapter_name(adapter_name: str | None, unets: dict[str, StageNetwork], hotswap: bool) -> str:
     """The given name, or the first default that no network uses.
 
-    Raises:
-        ValueError: If the name is taken, or, to hotswap, if there is nothing of that name to replace.
+    Raises ValueError if the name is taken, or, to hotswap, if a network has nothing of that name to replace.
     """
     taken = {name: list(getattr(unet, "peft_config", {})) for name, unet in unets.items()}
     if hotswap and not all(adapter_name in names for names in taken.values()):
@@ -355,11 +341,7 @@ def choose_adapter_name(adapter_name: str | None, unets: dict[str, StageNetwork]
 
 
 def plain_weights(argument: str, layers: StateDict | torch.nn.Module) -> StateDict:
-    """Weights to save, under keys without what torch.compile puts into them.
-
-    Raises:
-        ValueError: If they are not weights, or not finite.
-    """
+    """Finite weights to save, under keys without what torch.compile puts into them."""
     layers = layers.state_dict() if isinstance(layers, torch.nn.Module) else layers
     if not isinstance(layers, dict) or not all(isinstance(value, torch.Tensor) for value in layers.values()):
         raise ValueError(f"`{argument}` is a {type(layers).__name__}, but should have tensors by key.")
@@ -375,15 +357,11 @@ def check_serialization(
     safe_serialization: bool,
     configs: dict[str, dict[str, Any] | None],
 ) -> None:
-    """Checks how weights are to be written.
-
-    Raises:
-        ValueError: If they cannot be written so.
-    """
+    """Raises ValueError for weights that cannot be written as is asked."""
     if not isinstance(save_directory, (str, os.PathLike)) or os.path.isfile(save_directory):
-        raise ValueError(f"`save_directory` is {save_directory!r}, but should be a folder.")
+        raise bad_argument("save_directory", save_directory, "a folder")
     if weight_name is not None and (not isinstance(weight_name, str) or Path(weight_name).name != weight_name):
-        raise ValueError(f"`weight_name` is {str(weight_name)[:80]!r}, but should be the name of a file.")
+        raise bad_argument("weight_name", weight_name, "the name of a file")
     if save_function is not None and not callable(save_function):
         raise ValueError(f"`save_function` is a {type(save_function).__name__}, but should be callable.")
     for name, config in configs.items():

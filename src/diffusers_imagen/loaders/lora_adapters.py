@@ -11,7 +11,7 @@ from diffusers.utils import is_peft_available
 from diffusers.utils.torch_utils import unwrap_module
 
 from ..models.interface import StageNetwork
-from .lora_conversion import is_number
+from ..utils.arguments import bad_argument, is_finite
 from .lora_networks import weights_by_layer
 
 
@@ -58,8 +58,8 @@ class AdaptersMixin(LoraBaseMixin):
             adapter_names (`list[str]`, *optional*): The adapters; those that are active if None.
         """
         components = self._checked_components(components)
-        if not is_number(lora_scale):
-            raise ValueError(f"`lora_scale` is {lora_scale!r}, but should be a number.")
+        if not is_finite(lora_scale):
+            raise bad_argument("lora_scale", lora_scale, "a number")
         adapter_names = None if adapter_names is None else self._checked_adapters(adapter_names)
         networks = self._networks()
         try:
@@ -126,8 +126,8 @@ class AdaptersMixin(LoraBaseMixin):
             ValueError: If there is anything else in it.
         """
         options = {} if cross_attention_kwargs is None else cross_attention_kwargs
-        if not isinstance(options, dict) or set(options) - {"scale"} or not is_number(options.get("scale", 1.0)):
-            raise ValueError(f"`cross_attention_kwargs` is {options!r}, but should be {{'scale': a number}}.")
+        if not isinstance(options, dict) or set(options) - {"scale"} or not is_finite(options.get("scale", 1.0)):
+            raise bad_argument("cross_attention_kwargs", options, "{'scale': a number}")
         with scaled_layers(self._lora_unets().values() if options else [], options.get("scale", 1.0)):
             yield
 
@@ -147,17 +147,17 @@ class AdaptersMixin(LoraBaseMixin):
         if components is None:
             return present
         if not isinstance(components, (list, tuple, set)):
-            raise ValueError(f"`components` is {components!r}, but should be a list among {present}.")
+            raise bad_argument("components", components, f"a list among {present}")
         found = [name for name in present if name in components]
         if not found or not all(name in self._lora_loadable_modules for name in components):
-            raise ValueError(f"`components` is {components}, but should be among {present}.")
+            raise bad_argument("components", components, f"among {present}")
         return found
 
     def _checked_adapters(self, adapter_names: list[str] | str) -> list[str]:
         """Names of adapters as a list."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         if not isinstance(names, (list, tuple)) or not names or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"`adapter_names` is {adapter_names!r}, but should be a name or a list of names.")
+            raise bad_argument("adapter_names", adapter_names, "a name or a list of names")
         present = {name for names in self.get_list_adapters().values() for name in names}
         unknown = [name for name in names if name not in present]
         if unknown:
@@ -167,7 +167,7 @@ class AdaptersMixin(LoraBaseMixin):
     def _expanded_weights(self, weights: Any) -> Any:
         """An adapter's weights as diffusers takes them: a number, or by component a number or numbers by layer."""
         if not isinstance(weights, dict):
-            if weights is not None and not is_number(weights):
+            if weights is not None and not is_finite(weights):
                 raise ValueError(f"`adapter_weights` has {weights!r}, but should have numbers.")
             return weights
         present = self._lora_unets()
@@ -187,7 +187,7 @@ class AdaptersMixin(LoraBaseMixin):
         for component, weight in weights.items():
             if isinstance(weight, dict):
                 weight = weights_by_layer(present[component], weight, component)
-            elif weight is not None and not is_number(weight):
+            elif weight is not None and not is_finite(weight):
                 raise ValueError(f"`adapter_weights` has {weight!r} for {component}, but should have a number.")
             expanded[component] = weight
         return expanded

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..utils.arguments import is_finite
+
 
 StateDict = dict[str, torch.Tensor]
 Layer = nn.Linear | nn.Conv2d  # what an adapter can change
@@ -79,11 +81,7 @@ def plain_name(name: str) -> str:
 
 
 def split_key(key: str, components: list[str]) -> tuple[str, str, str]:
-    """The component, the layer and the part that a key names; the component is `BARE` if it names none.
-
-    Raises:
-        ValueError: If the key is of another kind of adapter, or of none.
-    """
+    """The component, the layer and the part that a key names; the component is `BARE` if it names none."""
     name = plain_name(key).removeprefix("module.").removeprefix("base_model.model.")
     method = next((method for pattern, method in OTHER_METHODS.items() if re.search(pattern, name)), None)
     if method is not None:
@@ -99,26 +97,19 @@ def split_key(key: str, components: list[str]) -> tuple[str, str, str]:
     if old:
         layer = "to_out.0" if old["layer"] == "to_out" else old["layer"]
         return component, f"{old['block']}.{layer}", old["part"]
-    if match is None:
+    if match is None or (match["kind"] == "bias" and PARTS[match["part"]] != UP):
         raise ValueError(f"The weights have the key '{key}', which is of no LoRA adapter.")
-    part = BIAS if match["kind"] == "bias" and PARTS[match["part"]] == UP else PARTS[match["part"]]
-    if match["kind"] == "bias" and part != BIAS:
-        raise ValueError(f"The weights have the key '{key}', which is of no LoRA adapter.")
-    return component, match["layer"], part
+    return component, match["layer"], BIAS if match["kind"] == "bias" else PARTS[match["part"]]
 
 
 def group_weights(state_dict: StateDict, components: list[str]) -> dict[str, dict[str, Update]]:
-    """The updates by component and layer, as the keys name them.
-
-    Raises:
-        ValueError: If a key or a value is not of an adapter, or two keys say the same.
-    """
+    """The updates by component and layer, as the keys name them; refuses two keys that say the same."""
     updates: dict[str, dict[str, Update]] = {}
     for key, value in state_dict.items():
         if not isinstance(key, str):
             raise ValueError(f"The weights have the key {key!r}, but keys should be strings.")
         component, layer, part = split_key(key, components)
-        if part == ALPHA and is_number(value):
+        if part == ALPHA and is_finite(value):
             value = torch.tensor(float(value))
         if type(value) not in (torch.Tensor, nn.Parameter) or value.layout != torch.strided or value.is_meta:
             raise ValueError(f"The weights have a {describe_value(value)} under '{key}', but should have a tensor.")
@@ -216,14 +207,14 @@ def fit(layer: str, module: Layer, update: Update) -> StateDict:
     down, up = parts[DOWN], parts[UP]
     window: tuple[int, ...] = (1, 1)
     if isinstance(module, nn.Linear):
-        wide, side = module.in_features, module.out_features
+        width_in, width_out = module.in_features, module.out_features
     else:
-        wide, side, window = module.in_channels // module.groups, module.out_channels, module.kernel_size
+        width_in, width_out, window = module.in_channels // module.groups, module.out_channels, module.kernel_size
     for part, value in ((DOWN, down), (UP, up)):
         if value.ndim not in (2, 4) or 0 in value.shape:
             raise ValueError(f"The LoRA weights have the shape {tuple(value.shape)} under '{keys[part]}'.")
     window_of = lambda value: tuple(value.shape[2:]) or (1, 1)  # noqa: E731
-    for found, width in ((down.shape[1], wide), (up.shape[0], side)):
+    for found, width in ((down.shape[1], width_in), (up.shape[0], width_out)):
         if found != width:
             raise ValueError(f"The LoRA weights for {layer} have width {found}, but the layer has {width}.")
     if window_of(down) != window or window_of(up) != (1, 1):
@@ -235,15 +226,15 @@ def fit(layer: str, module: Layer, update: Update) -> StateDict:
         raise ValueError(f"The LoRA weights for {layer} have factors of ranks {down.shape[0]} and {up.shape[1]}.")
     if down.shape[0] > MAX_RANK:
         raise ValueError(f"The LoRA weights for {layer} have rank {down.shape[0]}, but it should be up to {MAX_RANK}.")
-    fitted = {"lora_A.weight": down.reshape(-1, wide, *window), "lora_B.weight": up.reshape(side, -1, 1, 1)}
+    fitted = {"lora_A.weight": down.reshape(-1, width_in, *window), "lora_B.weight": up.reshape(width_out, -1, 1, 1)}
     if isinstance(module, nn.Linear):
         fitted = {key: value.flatten(1) for key, value in fitted.items()}
     for part, key, shape in (
-        (BIAS, "lora_B.bias", (side,)),
-        (MAGNITUDE, "lora_magnitude_vector", (side,) if isinstance(module, nn.Linear) else (1, side, 1, 1)),
+        (BIAS, "lora_B.bias", (width_out,)),
+        (MAGNITUDE, "lora_magnitude_vector", (width_out,) if isinstance(module, nn.Linear) else (1, width_out, 1, 1)),
     ):
         if part in parts:
-            if parts[part].numel() != side or max(parts[part].shape, default=1) != side:
+            if parts[part].numel() != width_out or max(parts[part].shape, default=1) != width_out:
                 raise ValueError(
                     f"The LoRA weights have {tuple(parts[part].shape)} under '{keys[part]}', not {shape}."
                 )
@@ -266,11 +257,7 @@ def as_precise(key: str, value: torch.Tensor, module: Layer) -> torch.Tensor:
 
 
 def check_finite(key: str, value: torch.Tensor) -> None:
-    """Checks weights.
-
-    Raises:
-        ValueError: If there is NaN or infinity among them.
-    """
+    """Raises ValueError for NaN or infinity among weights."""
     if not torch.isfinite(value).all():
         kind = "NaN" if value.isnan().any() else "infinity"
         raise ValueError(f"The LoRA weights have {kind} under '{key}': the file is damaged, or its training diverged.")
@@ -289,11 +276,7 @@ class Settings:
 
     @classmethod
     def read(cls, config: dict[str, Any], component: str) -> "Settings":
-        """Reads peft's settings.
-
-        Raises:
-            ValueError: If one has a value that it cannot have, or one that other weights would be needed for.
-        """
+        """Reads peft's settings; refuses values that they cannot have, and those that need other weights."""
         kind = getattr(config.get("peft_type"), "value", config.get("peft_type"))
         if kind not in (None, "LORA"):
             raise ValueError(f"`peft_type` of the adapter for {component} is {kind!r}, but should be 'LORA'.")
@@ -352,16 +335,9 @@ def number(config: dict[str, Any], name: str, component: str) -> float | None:
     value = config.get(name)
     if value is None:
         return None
-    if not is_number(value):
+    if not is_finite(value):
         raise ValueError(f"`{name}` of the adapter for {component} is {str(value)[:80]!r}, but should be a number.")
     return value
-
-
-def is_number(value: Any) -> bool:
-    try:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:
-        return False
 
 
 def patterns(config: dict[str, Any], name: str, component: str) -> dict[str, float]:
@@ -369,7 +345,7 @@ def patterns(config: dict[str, Any], name: str, component: str) -> dict[str, flo
     found = config.get(name)
     if not found:
         return {}
-    if not isinstance(found, dict) or len(found) > MAX_PATTERNS or not all(map(is_number, found.values())):
+    if not isinstance(found, dict) or len(found) > MAX_PATTERNS or not all(map(is_finite, found.values())):
         raise ValueError(f"`{name}` of the adapter for {component} should have numbers by the names of layers.")
     for pattern in map(str, found):
         try:

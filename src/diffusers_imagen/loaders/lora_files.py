@@ -20,6 +20,8 @@ from ..utils.files import read_json_object
 StateDict = dict[str, torch.Tensor]
 Metadata = dict[str, Any] | None
 
+# of `from_pretrained` and `load_lora_weights`: where a file comes from
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 SOURCE = "pretrained_model_name_or_path_or_dict"
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PICKLED = (".bin", ".pt", ".pth")
@@ -29,11 +31,7 @@ NO_ADAPTER = ("scheduler", "optimizer", "checkpoint")  # in the names of files, 
 def read_source(
     source: str, weight_name: str | None, use_safetensors: bool | None, has_metadata: bool = False, **hub: Any
 ) -> tuple[StateDict, Metadata]:
-    """The weights, and the configuration that came with them: in the file, or beside it as peft writes it.
-
-    Raises:
-        ValueError: If there are none, or they are damaged.
-    """
+    """The weights, and the configuration that came with them: in the file, or beside it as peft writes it."""
     path = Path(source)
     if os.path.isfile(source):  # False for what is no path at all
         file, config = path, path.with_name(PEFT_CONFIG)
@@ -59,11 +57,7 @@ def read_source(
 
 
 def choose_name(names: list[str], use_safetensors: bool | None, place: str) -> str:
-    """The file among others that has an adapter's weights.
-
-    Raises:
-        ValueError: If there is none, or it is not clear which.
-    """
+    """The one file among others that has an adapter's weights."""
     allowed = (".safetensors",) if use_safetensors else PICKLED if use_safetensors is False else None
     for suffixes, known in (
         ((".safetensors",), (LORA_WEIGHT_NAME_SAFE, PEFT_WEIGHTS)),
@@ -119,11 +113,7 @@ def guess_name(source: str, use_safetensors: bool | None, hub: dict[str, Any]) -
 
 
 def read_safetensors(file: Path) -> tuple[StateDict, Metadata]:
-    """Weights and configuration of a safetensors file.
-
-    Raises:
-        ValueError: If it is damaged.
-    """
+    """Weights and configuration of a safetensors file; ValueError if it is damaged."""
     try:
         with safe_open(file, "pt") as opened:
             header = opened.metadata() or {}
@@ -142,11 +132,7 @@ def read_safetensors(file: Path) -> tuple[StateDict, Metadata]:
 
 
 def read_pickle(file: Path) -> tuple[StateDict, None]:
-    """Weights of a file that torch.save wrote, read by torch's unpickler of weights, which runs nothing of the file's.
-
-    Raises:
-        ValueError: If it is damaged, or holds anything else than weights.
-    """
+    """Weights of a file that torch.save wrote, read by torch's unpickler of weights, which runs nothing of the file's."""
     try:
         with zipfile.ZipFile(file) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):

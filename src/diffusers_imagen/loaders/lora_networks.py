@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..models.interface import StageNetwork
-from .lora_conversion import Adapter, configuration, is_number, matching, plain_name
+from ..utils.arguments import is_finite
+from .lora_conversion import Adapter, configuration, matching, plain_name
 
 
 if TYPE_CHECKING:
@@ -106,11 +107,7 @@ def describe_adapter(unet: StageNetwork, adapter_name: str) -> dict[str, Any]:
 
 
 def check_hotswap(component: str, unet: StageNetwork, adapter_name: str, adapter: Adapter) -> None:
-    """Checks that an adapter can take the place of one in a network.
-
-    Raises:
-        ValueError: If not.
-    """
+    """Raises ValueError unless an adapter can take the place of one in a network."""
     layers = adapted_layers(unet, adapter_name)
     config = unet.peft_config[adapter_name]
     missing = [name for name in adapter.config["target_modules"] if name not in layers]
@@ -178,7 +175,7 @@ def weights_by_layer(unet: StageNetwork, weights: dict[str, Any], component: str
         }
     names = [f"{name}." for name, _ in unet.named_modules()]
     for name, weight in flat.items():
-        if not is_number(weight):
+        if not is_finite(weight):
             raise ValueError(f"`adapter_weights` has {weight!r} for {component}.{name}, but should have a number.")
         if not any(name in layer for layer in names):
             raise ValueError(f"`adapter_weights` has {component}.{name}, but the network has no layer of that name.")

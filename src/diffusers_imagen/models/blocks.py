@@ -24,11 +24,6 @@ def overwrite_silu(x: torch.Tensor) -> torch.Tensor:
     return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
-def pool_downsample() -> nn.Module:
-    """Halves the image by averaging."""
-    return nn.AvgPool2d(2)
-
-
 def transposed_upsample(channels: int) -> nn.Module:
     """Doubles the image by a learned kernel."""
     return nn.ConvTranspose2d(channels, channels, kernel_size=4, stride=2, padding=1)
@@ -62,9 +57,10 @@ class ResBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
 
-        self.resample_branch = self.resample_shortcut = None
+        self.resample_branch: nn.Module | None = None
+        self.resample_shortcut: nn.Module | None = None
         if resample == "down":
-            self.resample_branch, self.resample_shortcut = pool_downsample(), pool_downsample()
+            self.resample_branch, self.resample_shortcut = nn.AvgPool2d(2), nn.AvgPool2d(2)
         elif resample == "up":
             self.resample_branch, self.resample_shortcut = (transposed_upsample(in_channels) for _ in range(2))
         project_shortcut = shortcut_scale is not None or in_channels != out_channels

@@ -4,13 +4,12 @@ A configuration comes from a file that may hold anything; a network is only buil
 that make one.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any, get_args
 
 import torch
 
-from ..utils.arguments import check_choice, shown
+from ..utils.arguments import bad_argument, check_choice
 from .attention import AttentionType
 from .blocks import ResampleType, TimeScaleShift
 from .embeddings import TextPooling
@@ -22,7 +21,7 @@ MAX_LEVELS = 12
 MAX_LAYERS = 128  # of a level
 MAX_CHANNELS = 16_384
 MAX_PARAMETERS = 10_000_000_000  # NeMo's largest has 2.2 billion
-INTEGERS = {
+RANGES = {
     "sample_size": (1, 65_536),
     "in_channels": (1, 1024),
     "out_channels": (1, 1024),
@@ -64,22 +63,24 @@ def check_config(config: dict[str, Any], min_layers: int) -> None:
     for name, choices in CHOICES.items():
         if name in config:
             check_choice(name, config[name], choices)
-    for name, (minimum, maximum) in INTEGERS.items():
+    for name, (minimum, maximum) in RANGES.items():
         if name in config and not (name in OPTIONAL and config[name] is None):
             check_integer(name, config[name], minimum, maximum)
     for name in FLAGS:
         if name in config and not isinstance(config[name], bool):
-            raise ValueError(f"`{name}` is {shown(config[name])}, but should be True or False.")
-    check_dropout(config["dropout"])
+            raise bad_argument(name, config[name], "True or False")
+    dropout = config["dropout"]
+    if not isinstance(dropout, (int, float)) or isinstance(dropout, bool) or not 0 <= dropout < 1:
+        raise bad_argument("dropout", dropout, "a number from 0 to below 1")
     channels = config["block_out_channels"]
     check_integers("block_out_channels", channels, 1, MAX_CHANNELS, (1, MAX_LEVELS))
     layers = per_level("layers_per_block", config["layers_per_block"], len(channels))
     check_integers("layers_per_block", layers, min_layers, MAX_LAYERS, (1, MAX_LEVELS))
 
     if config["conv_kernel_size"] % 2 == 0:
-        raise ValueError(f"`conv_kernel_size` is {config['conv_kernel_size']}, but should be odd.")
+        raise bad_argument("conv_kernel_size", config["conv_kernel_size"], "odd")
     if (config["learned_sinusoidal_dim"] or 0) % 2:
-        raise ValueError(f"`learned_sinusoidal_dim` is {config['learned_sinusoidal_dim']}, but should be even.")
+        raise bad_argument("learned_sinusoidal_dim", config["learned_sinusoidal_dim"], "even")
     check_groups("block_out_channels", channels, config["norm_num_groups"])
     stride = 2 ** (len(channels) - 1)
     if config["sample_size"] % stride:
@@ -117,7 +118,7 @@ def estimate_parameters(config: dict[str, Any], layers: Sequence[int]) -> int:
 def per_level(name: str, value: Any, num_levels: int) -> tuple:
     """One value a level: an int serves all levels, a list must have one entry for each."""
     if isinstance(value, bool) or not isinstance(value, (int, list, tuple)):
-        raise ValueError(f"`{name}` is {shown(value)}, but should be a list with one entry a level.")
+        raise bad_argument(name, value, "a list with one entry a level")
     values = (value,) * num_levels if isinstance(value, int) else tuple(value)
     if len(values) != num_levels:
         raise ValueError(f"`{name}` has {len(values)} entries, but `block_out_channels` has {num_levels}.")
@@ -125,30 +126,25 @@ def per_level(name: str, value: Any, num_levels: int) -> tuple:
 
 
 def check_integer(name: str, value: Any, minimum: int, maximum: int) -> None:
-    """Refuses what is no integer of a range, both ends included."""
-    if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= maximum:
-        raise ValueError(f"`{name}` is {shown(value)}, but should be an integer from {minimum} to {maximum}.")
+    """Refuses what is no integer of a range, both ends included; NumPy's are none, as JSON does not write them."""
+    if not is_within(value, minimum, maximum):
+        raise bad_argument(name, value, f"an integer from {minimum} to {maximum}")
+
+
+def is_within(value: Any, minimum: int, maximum: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and minimum <= value <= maximum
 
 
 def check_integers(name: str, values: Any, minimum: int, maximum: int, lengths: tuple[int, int]) -> None:
     """Refuses what is no list of such integers, or one shorter or longer than it may be."""
     if not isinstance(values, (list, tuple)):
-        raise ValueError(f"`{name}` is {shown(values)}, but should be a list of integers.")
+        raise bad_argument(name, values, "a list of integers")
     if not lengths[0] <= len(values) <= lengths[1]:
         raise ValueError(
             f"`{name}` has {len(values)} entries, but should have {lengths[0]} to {lengths[1]}, of one level each."
         )
-    if any(not isinstance(value, int) or isinstance(value, bool) for value in values) or not all(
-        minimum <= value <= maximum for value in values
-    ):
-        raise ValueError(f"`{name}` is {shown(values)}, but should be a list of integers from {minimum} to {maximum}.")
-
-
-def check_dropout(value: Any) -> None:
-    """Refuses what is no rate."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or not 0 <= value < 1:
-        raise ValueError(f"`dropout` is {shown(value)}, but should be a number from 0 to below 1.")
+    if not all(is_within(value, minimum, maximum) for value in values):
+        raise bad_argument(name, values, f"a list of integers from {minimum} to {maximum}")
 
 
 def check_image(name: str, image: Any, channels: int) -> None:
@@ -159,14 +155,10 @@ def check_image(name: str, image: Any, channels: int) -> None:
         raise ValueError(f"`{name}` has shape {tuple(image.shape)}, but should be (batch, {channels}, height, width).")
 
 
-def per_sample(name: str, value: torch.Tensor | float | int, sample: torch.Tensor) -> torch.Tensor:
-    """A conditioning value as `(B,)` in float32.
-
-    Raises:
-        ValueError: If it is neither one number nor one a sample.
-    """
+def as_timesteps(name: str, value: torch.Tensor | float | int, sample: torch.Tensor) -> torch.Tensor:
+    """A conditioning value as `(B,)` in float32; refuses what is neither one number nor one a sample."""
     if not isinstance(value, (torch.Tensor, float, int)):
-        raise ValueError(f"`{name}` is {shown(value)}, but should be a number, or a tensor of one a sample.")
+        raise bad_argument(name, value, "a number, or a tensor of one a sample")
     value = torch.as_tensor(value, dtype=torch.float32, device=sample.device)
     if value.numel() not in (1, len(sample)):
         raise ValueError(f"`{name}` has shape {tuple(value.shape)}, but should have one value, or {len(sample)}.")

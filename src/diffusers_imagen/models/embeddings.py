@@ -39,9 +39,9 @@ class TextConditioning(NamedTuple):
 
 
 class UnencodedText(NamedTuple):
-    """What `encode_text` gives where a network's weights are only at hand in its forward: the states as they came."""
+    """What `encode_text` gives where a network's weights are only at hand in its forward: the embeddings as they came."""
 
-    states: torch.Tensor  # (B, L, E)
+    embeds: torch.Tensor  # (B, L, E)
     mask: torch.Tensor | None  # (B, L)
 
 
@@ -98,7 +98,7 @@ class AttentionPooling(nn.Module):
 
 
 class TextEmbedding(nn.Module):
-    """Text states to the context of the attention layers and to a pooled vector for the time embedding.
+    """Text embeddings to the context of the attention layers and to a pooled vector for the time embedding.
 
     Takes `(B, L, E)` and an optional mask `(B, L)`; returns the context `(B, L', D)`, its mask, and `(B, T)`, where L'
     is L plus the null token, if there is one.

@@ -24,7 +24,7 @@ MINILM = {"encoder_hid_dim": 384, "time_embedding_dim": 256, "norm_num_groups": 
 
 # fmt: off
 IMAGEN_UNETS = {
-    #                  side  channels of each level      layers           attention at     text low-res             parameters
+    #                    px  channels of each level      layers           attention at     text low-res             parameters
     "500m_res_64":   (  64, (256,  512,  768, 1024),     3,               (32, 16, 8),  512, False, T5,       524_897_540),
     "2b_res_64":     (  64, (512, 1024, 1536, 2048),     3,               (32, 16, 8), 2048, False, T5,     2_171_162_116),
     "400m_res_256":  ( 256, (128, 256, 512, 768, 768),   (2, 2, 3, 4, 3), (32, 16),     512, True,  T5,       408_350_468),
@@ -35,7 +35,7 @@ IMAGEN_UNETS = {
 }
 
 EFFICIENT_UNETS = {
-    #                  side  channels of each level         layers           attention, last levels  noise         parameters
+    #                    px  channels of each level         layers           attention, last levels  noise         parameters
     "600m_res_256":  ( 256, (128, 256, 512, 1024, 1024), (2, 4, 8, 8, 8), ("fused", "fused"),     True,  T5,       646_023_428),
     "400m_res_1024": (1024, (128, 128, 256, 512, 1024),  (1, 2, 4, 8, 8), ("cross",),             False, T5,       287_789_828),
     "600m_res_1024": (1024, (128, 256, 512, 1024, 1024), (2, 4, 8, 8, 8), ("cross", "cross"),     True,  T5,       639_193_348),
@@ -44,9 +44,9 @@ EFFICIENT_UNETS = {
 # fmt: on
 
 
-def _imagen_unet(side, channels, layers, attention, text_width, low_res, text_encoder, num_parameters) -> Preset:
+def _imagen_unet(resolution, channels, layers, attention, text_width, low_res, text_encoder, num_parameters) -> Preset:
     config = {
-        "sample_size": side,
+        "sample_size": resolution,
         "block_out_channels": channels,
         "layers_per_block": layers,
         "attention_resolutions": attention,
@@ -57,9 +57,9 @@ def _imagen_unet(side, channels, layers, attention, text_width, low_res, text_en
     return Preset(ImagenUNetModel, {**config, **text_encoder}, num_parameters)
 
 
-def _efficient_unet(side, channels, layers, attention, noise, text_encoder, num_parameters) -> Preset:
+def _efficient_unet(resolution, channels, layers, attention, noise, text_encoder, num_parameters) -> Preset:
     config = {
-        "sample_size": side,
+        "sample_size": resolution,
         "block_out_channels": channels,
         "layers_per_block": layers,
         "attention_types": (None,) * (len(channels) - len(attention)) + attention,

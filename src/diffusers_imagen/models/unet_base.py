@@ -15,10 +15,10 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
-from ..utils.arguments import check_exactly_one
+from ..utils.arguments import bad_argument, check_exactly_one
 from .attention import AttendedText
 from .blocks import ImagenBlock, ResBlock
-from .config_checks import INTEGERS, check_image, check_integer, per_sample
+from .config_checks import RANGES, as_timesteps, check_image, check_integer
 from .embeddings import NoiseLevelEmbedding, TextConditioning, TextContext, TextEmbedding, UnencodedText
 from .interface import StageNetwork
 
@@ -40,8 +40,8 @@ class ConditionalUNet(
 ):
     """Base of this package's networks: turns noise level, text and low-resolution image into what the blocks take.
 
-    A subclass registers its configuration, calls `_init_conditioning`, builds its blocks, and names in `text_blocks`
-    those that read text, in the order in which its `forward` runs them.
+    A subclass registers its configuration, calls `_init_conditioning`, builds its blocks and `conv_out`, runs them in
+    `_run_levels`, and names in `text_blocks` those that read text, in the order in which they run.
     """
 
     _supports_gradient_checkpointing = True
@@ -55,12 +55,9 @@ class ConditionalUNet(
         if config.low_res_noise_conditioning and not config.low_res_conditioning:
             raise ValueError("`low_res_noise_conditioning` is True, but the network has no `low_res_conditioning`.")
         self.gradient_checkpointing = False
-        self.time_embedding = NoiseLevelEmbedding(time_embedding_dim, config.learned_sinusoidal_dim)
-        self.low_res_time_embedding = (
-            NoiseLevelEmbedding(time_embedding_dim, config.learned_sinusoidal_dim)
-            if config.low_res_noise_conditioning
-            else None
-        )
+        widths = time_embedding_dim, config.learned_sinusoidal_dim
+        self.time_embedding = NoiseLevelEmbedding(*widths)
+        self.low_res_time_embedding = NoiseLevelEmbedding(*widths) if config.low_res_noise_conditioning else None
         self.text_embedding = (
             TextEmbedding(
                 config.encoder_hid_dim, context_dim, time_embedding_dim, config.text_pooling, config.use_null_token
@@ -69,17 +66,49 @@ class ConditionalUNet(
             else None
         )
         self.act = nn.SiLU()
+        channels = config.in_channels * (2 if config.low_res_conditioning else 1)
         kernel_size = config.conv_kernel_size
-        self.conv_in = nn.Conv2d(
-            config.in_channels * (2 if config.low_res_conditioning else 1),
-            config.block_out_channels[0],
-            kernel_size,
-            padding=kernel_size // 2,
-        )
+        self.conv_in = nn.Conv2d(channels, config.block_out_channels[0], kernel_size, padding=kernel_size // 2)
 
     def text_blocks(self) -> list[ImagenBlock]:
-        """The blocks that read text, in the order in which `forward` runs them."""
+        """The blocks that read text, in the order in which they run."""
         raise NotImplementedError
+
+    def _run_levels(self, h: torch.Tensor, temb: torch.Tensor, texts: Iterator[AttendedText]) -> torch.Tensor:
+        """From the first convolution to the last: `(B, C or 2C, H, W)` and `(B, T)` to `(B, out_channels, H, W)`."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float | int,
+        encoder_hidden_states: torch.Tensor | TextConditioning | UnencodedText | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        low_res_sample: torch.Tensor | None = None,
+        low_res_timestep: torch.Tensor | float | int | None = None,
+        return_dict: bool = True,
+    ) -> ImagenUNetOutput | tuple[torch.Tensor]:
+        r"""
+        Args:
+            sample (`torch.Tensor` of shape `(batch_size, in_channels, height, width)`):
+                The noisy image, scaled by the scheduler's `scale_model_input`.
+            timestep (`torch.Tensor` of shape `(batch_size,)` or `()`, or a number):
+                The conditioning value that the scheduler publishes: c_noise or log-SNR.
+            encoder_hidden_states (`torch.Tensor` of shape `(batch_size, tokens, encoder_hid_dim)`, *optional*):
+                Text embeddings, zero at padded positions; or the result of `encode_text`.
+            encoder_attention_mask (`torch.Tensor` of shape `(batch_size, tokens)`, *optional*):
+                True or 1 where a token counts. A row without any gives zeros.
+            low_res_sample (`torch.Tensor` of shape `(batch_size, in_channels, h, w)`, *optional*):
+                The low-resolution image, at its own size or upsampled; never scaled by the scheduler.
+            low_res_timestep (`torch.Tensor` of shape `(batch_size,)` or `()`, or a number, *optional*):
+                Noise level of `low_res_sample`, as the augmentation publishes it.
+            return_dict (`bool`, defaults to `True`): Whether to return an `ImagenUNetOutput` or a tuple.
+        """
+        check_image("sample", sample, self.config.in_channels)
+        text = self._condition_on_text(encoder_hidden_states, encoder_attention_mask)
+        temb = self._embed_noise_levels(timestep, low_res_timestep, text.pooled, sample)  # (B, T)
+        out = self._run_levels(self._append_low_res(sample, low_res_sample), temb, iter(text.texts))
+        return ImagenUNetOutput(sample=out) if return_dict else (out,)
 
     @property
     def resolution(self) -> int:
@@ -105,9 +134,9 @@ class ConditionalUNet(
         return [module.conv2.weight for module in self.modules() if isinstance(module, ResBlock)]
 
     def at_resolution(self, resolution: int) -> "ConditionalUNet":
-        check_integer("resolution", resolution, *INTEGERS["sample_size"])
+        check_integer("resolution", resolution, *RANGES["sample_size"])
         if resolution % self.total_stride:
-            raise ValueError(f"`resolution` is {resolution}, but should be a multiple of {self.total_stride}.")
+            raise bad_argument("resolution", resolution, f"a multiple of {self.total_stride}")
         self.register_to_config(sample_size=resolution)
         return self
 
@@ -122,7 +151,7 @@ class ConditionalUNet(
 
         Args:
             encoder_hidden_states (`torch.Tensor` of shape `(batch_size, tokens, encoder_hid_dim)`):
-                States of the text encoder, zero at padded positions.
+                Text embeddings, zero at padded positions.
             encoder_attention_mask (`torch.Tensor` of shape `(batch_size, tokens)`, *optional*):
                 True or 1 where a token counts. Where all do, no mask is kept, so that flash kernels serve.
         """
@@ -186,12 +215,12 @@ class ConditionalUNet(
         pooled_text: torch.Tensor | None,
         sample: torch.Tensor,
     ) -> torch.Tensor:
-        """Sum of the embeddings of noise level, augmentation level and text, activated: `(B, T)`."""
-        temb = self.time_embedding(per_sample("timestep", timestep, sample))
+        """Sum of the embeddings of noise level, the low-resolution image's noise level and text, activated: `(B, T)`."""
+        temb = self.time_embedding(as_timesteps("timestep", timestep, sample))
         if self.low_res_time_embedding is not None:
             if low_res_timestep is None:
                 raise ValueError("`low_res_timestep` is None, but this network is conditioned on it.")
-            temb = temb + self.low_res_time_embedding(per_sample("low_res_timestep", low_res_timestep, sample))
+            temb = temb + self.low_res_time_embedding(as_timesteps("low_res_timestep", low_res_timestep, sample))
         elif low_res_timestep is not None:
             raise ValueError("`low_res_timestep` was given, but `low_res_noise_conditioning` is False.")
         if pooled_text is not None:

@@ -1,5 +1,6 @@
 """EfficientUNetModel: the Efficient U-Net of the super-resolution stages."""
 
+from collections.abc import Iterator
 from typing import get_args
 
 import torch
@@ -7,11 +8,11 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from ..utils.arguments import check_choice
-from .attention import AttentionType, make_attention
+from .attention import AttendedText, AttentionType, make_attention
 from .blocks import ImagenBlock, ResBlock, TimeScaleShift, transposed_upsample
-from .config_checks import check_config, check_groups, check_image, per_level
-from .embeddings import TextConditioning, TextPooling, UnencodedText
-from .unet_base import ConditionalUNet, ImagenUNetOutput, count_heads
+from .config_checks import check_config, check_groups, per_level
+from .embeddings import TextPooling
+from .unet_base import ConditionalUNet, count_heads
 
 
 class EfficientUNetModel(ConditionalUNet):
@@ -21,7 +22,7 @@ class EfficientUNetModel(ConditionalUNet):
     resolutions, and skip connections are added.
 
     Args:
-        sample_size (`int`, defaults to 256): Side of the images that it is trained for, in pixels.
+        sample_size (`int`, defaults to 256): Resolution of the images that it is trained for, in pixels.
         in_channels (`int`, defaults to 3): Channels of the noisy image.
         out_channels (`int`, defaults to 3): Channels of the output.
         block_out_channels (`tuple[int]`): Channels of each level; all but the last begin by halving the image.
@@ -31,7 +32,7 @@ class EfficientUNetModel(ConditionalUNet):
         attention_head_dim (`int`, *optional*, defaults to 64): Channels of a head.
         num_attention_heads (`int`, *optional*): Number of heads, in place of `attention_head_dim`.
         encoder_hid_dim (`int`, *optional*, defaults to 1024):
-            Width of the text encoder's states; None builds a network without text.
+            Width of the text encoder's embeddings; None builds a network without text.
         text_pooling (`"attention"` or `"mean"`): How the text becomes the vector added to the time embedding.
         use_null_token (`bool`): Whether a learned token is appended to every text.
         time_embedding_dim (`int`, *optional*): Width of the time embedding; 4 times the first level's channels.
@@ -75,7 +76,7 @@ class EfficientUNetModel(ConditionalUNet):
         attention_types = per_level("attention_types", attention_types, num_levels)
         for attention_type in attention_types:
             check_choice("attention_types", attention_type, (*get_args(AttentionType), None))
-        if encoder_hid_dim is not None and not {"cross", "stacked", "fused"}.isdisjoint(attention_types):
+        if encoder_hid_dim is not None and set(attention_types) - {"self", None}:
             check_groups("encoder_hid_dim", [encoder_hid_dim], norm_num_groups)
         num_layers = per_level("layers_per_block", layers_per_block, num_levels)
         time_embedding_dim = time_embedding_dim or 4 * block_out_channels[0]
@@ -121,23 +122,8 @@ class EfficientUNetModel(ConditionalUNet):
     def text_blocks(self) -> list[ImagenBlock]:
         return [block for block in [*self.down_blocks, *self.up_blocks] if block.reads_text]
 
-    def forward(
-        self,
-        sample: torch.Tensor,
-        timestep: torch.Tensor | float | int,
-        encoder_hidden_states: torch.Tensor | TextConditioning | UnencodedText | None = None,
-        encoder_attention_mask: torch.Tensor | None = None,
-        low_res_sample: torch.Tensor | None = None,
-        low_res_timestep: torch.Tensor | float | int | None = None,
-        return_dict: bool = True,
-    ) -> ImagenUNetOutput | tuple[torch.Tensor]:
-        r"""Takes and returns what [`ImagenUNetModel.forward`] does."""
-        check_image("sample", sample, self.config.in_channels)
-        text = self._condition_on_text(encoder_hidden_states, encoder_attention_mask)
-        temb = self._embed_noise_levels(timestep, low_res_timestep, text.pooled, sample)  # (B, T)
-        texts = iter(text.texts)
-
-        h = self.conv_in(self._append_low_res(sample, low_res_sample))  # (B, C_0, H, W)
+    def _run_levels(self, h: torch.Tensor, temb: torch.Tensor, texts: Iterator[AttendedText]) -> torch.Tensor:
+        h = self.conv_in(h)  # (B, C_0, H, W)
         skips = []
         for downsample, block in zip(self.downsamplers, self.down_blocks):
             h = self._run(block, downsample(h), temb, texts)  # (B, C_i, H / 2^(i+1), W / 2^(i+1))
@@ -150,5 +136,4 @@ class EfficientUNetModel(ConditionalUNet):
         for block, upsample in zip(self.up_blocks[1:], self.upsamplers):
             h = upsample(self._run(block, h + skips.pop(), temb, texts))
 
-        h = self.conv_out(h)  # (B, out_channels, H, W)
-        return ImagenUNetOutput(sample=h) if return_dict else (h,)
+        return self.conv_out(h)  # (B, out_channels, H, W)

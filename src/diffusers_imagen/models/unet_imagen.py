@@ -1,5 +1,6 @@
 """ImagenUNetModel: the U-Net of the base stage, which also serves as a super-resolution network."""
 
+from collections.abc import Iterator
 from itertools import islice
 from typing import Literal
 
@@ -7,19 +8,18 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from .attention import AttentionType, ImagenAttention, StackedAttention, make_attention
+from .attention import AttendedText, AttentionType, ImagenAttention, StackedAttention, make_attention
 from .blocks import (
     ImagenBlock,
     ResampleType,
     ResBlock,
     TimeScaleShift,
     overwrite_silu,
-    pool_downsample,
     transposed_upsample,
 )
-from .config_checks import check_config, check_groups, check_image, check_integers, per_level
-from .embeddings import TextConditioning, TextPooling, UnencodedText
-from .unet_base import ConditionalUNet, ImagenUNetOutput, count_heads
+from .config_checks import check_config, check_groups, check_integers, per_level
+from .embeddings import TextPooling
+from .unet_base import ConditionalUNet, count_heads
 
 
 class ImagenUNetModel(ConditionalUNet):
@@ -27,19 +27,19 @@ class ImagenUNetModel(ConditionalUNet):
 
     Args:
         sample_size (`int`, defaults to 64):
-            Side of the images that it is trained on, in pixels. Other sizes work: see `total_stride`.
+            Resolution of the images that it is trained on, in pixels. Other sizes work: see `total_stride`.
         in_channels (`int`, defaults to 3): Channels of the noisy image.
         out_channels (`int`, defaults to 3): Channels of the output.
         block_out_channels (`tuple[int]`): Channels of each level, from full resolution down; each level halves.
         layers_per_block (`int` or `tuple[int]`, defaults to 3): Residual blocks of each level.
         attention_resolutions (`tuple[int]`, defaults to `(32, 16, 8)`):
-            Sides, in pixels at `sample_size`, of the levels that have attention. The middle always has it.
+            Resolutions, in pixels at `sample_size`, of the levels that have attention. The middle always has it.
         attention_type (`"self"`, `"cross"`, `"stacked"` or `"fused"`): What image tokens attend to.
         attention_head_dim (`int`, *optional*, defaults to 64): Channels of a head.
         num_attention_heads (`int`, *optional*): Number of heads, in place of `attention_head_dim`.
         encoder_hid_dim (`int`, *optional*, defaults to 1024):
-            Width of the text encoder's states; None builds a network without text.
-        cross_attention_dim (`int`, defaults to 512): Width to which text states are projected.
+            Width of the text encoder's embeddings; None builds a network without text.
+        cross_attention_dim (`int`, defaults to 512): Width to which text embeddings are projected.
         text_pooling (`"attention"` or `"mean"`): How the text becomes the vector added to the time embedding.
         use_null_token (`bool`): Whether a learned token is appended to every text.
         time_embedding_dim (`int`, *optional*): Width of the time embedding; 4 times the first level's channels.
@@ -146,38 +146,8 @@ class ImagenUNetModel(ConditionalUNet):
     def text_blocks(self) -> list[ImagenBlock]:
         return [block for block in [*self.down_blocks, *self.mid_blocks, *self.up_blocks] if block.reads_text]
 
-    def forward(
-        self,
-        sample: torch.Tensor,
-        timestep: torch.Tensor | float | int,
-        encoder_hidden_states: torch.Tensor | TextConditioning | UnencodedText | None = None,
-        encoder_attention_mask: torch.Tensor | None = None,
-        low_res_sample: torch.Tensor | None = None,
-        low_res_timestep: torch.Tensor | float | int | None = None,
-        return_dict: bool = True,
-    ) -> ImagenUNetOutput | tuple[torch.Tensor]:
-        r"""
-        Args:
-            sample (`torch.Tensor` of shape `(batch_size, in_channels, height, width)`):
-                The noisy image, scaled by the scheduler's `scale_model_input`.
-            timestep (`torch.Tensor` of shape `(batch_size,)` or `()`, or a number):
-                The conditioning value that the scheduler publishes: c_noise or log-SNR.
-            encoder_hidden_states (`torch.Tensor` of shape `(batch_size, tokens, encoder_hid_dim)`, *optional*):
-                States of the text encoder, zero at padded positions; or the result of `encode_text`.
-            encoder_attention_mask (`torch.Tensor` of shape `(batch_size, tokens)`, *optional*):
-                True or 1 where a token counts. A row without any gives zeros.
-            low_res_sample (`torch.Tensor` of shape `(batch_size, in_channels, h, w)`, *optional*):
-                The low-resolution image, at its own size or upsampled; never scaled by the scheduler.
-            low_res_timestep (`torch.Tensor` of shape `(batch_size,)` or `()`, or a number, *optional*):
-                Noise level of `low_res_sample`, as the augmentation publishes it.
-            return_dict (`bool`, defaults to `True`): Whether to return an `ImagenUNetOutput` or a tuple.
-        """
-        check_image("sample", sample, self.config.in_channels)
-        text = self._condition_on_text(encoder_hidden_states, encoder_attention_mask)
-        temb = self._embed_noise_levels(timestep, low_res_timestep, text.pooled, sample)  # (B, T)
-        texts = iter(text.texts)
-
-        h = self.conv_in(self._append_low_res(sample, low_res_sample))  # (B, C_0, H, W)
+    def _run_levels(self, h: torch.Tensor, temb: torch.Tensor, texts: Iterator[AttendedText]) -> torch.Tensor:
+        h = self.conv_in(h)  # (B, C_0, H, W)
         skips = [h]
         blocks, downsamplers = iter(self.down_blocks), iter(self.downsamplers)
         for level, num_layers in enumerate(self.num_layers):
@@ -198,8 +168,7 @@ class ImagenUNetModel(ConditionalUNet):
             if level > 0:
                 h = resample(next(upsamplers), h, temb)
 
-        h = self.conv_out(overwrite_silu(self.norm_out(h)))  # (B, out_channels, H, W)
-        return ImagenUNetOutput(sample=h) if return_dict else (h,)
+        return self.conv_out(overwrite_silu(self.norm_out(h)))  # (B, out_channels, H, W)
 
 
 def resample(resampler: nn.Module, h: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
@@ -208,20 +177,22 @@ def resample(resampler: nn.Module, h: torch.Tensor, temb: torch.Tensor) -> torch
 
 
 def strides_of(attention_resolutions: tuple[int, ...], sample_size: int, num_levels: int) -> set[int]:
-    """The strides of the levels with these sides, in pixels at `sample_size`."""
+    """The strides of the levels with these resolutions, in pixels at `sample_size`."""
     check_integers("attention_resolutions", attention_resolutions, 1, sample_size, (0, num_levels))
-    sides = {sample_size // 2**level: 2**level for level in range(num_levels)}
-    for side in attention_resolutions:
-        if side not in sides:
-            raise ValueError(f"`attention_resolutions` has {side}, but the levels have sides {list(sides)}.")
-    return {sides[side] for side in attention_resolutions}
+    strides = {sample_size // 2**level: 2**level for level in range(num_levels)}
+    for resolution in attention_resolutions:
+        if resolution not in strides:
+            raise ValueError(
+                f"`attention_resolutions` has {resolution}, but the levels have resolutions {list(strides)}."
+            )
+    return {strides[resolution] for resolution in attention_resolutions}
 
 
 def make_downsampler(resample_type: ResampleType, channels: int, resnet) -> nn.Module:
     """Halves height and width."""
     if resample_type == "resnet":
         return resnet(channels, channels, resample="down")
-    return nn.Conv2d(channels, channels, 3, stride=2, padding=1) if resample_type == "conv" else pool_downsample()
+    return nn.Conv2d(channels, channels, 3, stride=2, padding=1) if resample_type == "conv" else nn.AvgPool2d(2)
 
 
 def make_upsampler(resample_type: ResampleType, channels: int, resnet) -> nn.Module:

@@ -16,8 +16,8 @@ from diffusers import SchedulerMixin
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..models.config_checks import shown
 from ..models.interface import StageNetwork
+from ..utils.arguments import shown
 from ..utils.errors import one_line
 from ..utils.files import read_json_object
 from ..utils.modules import first_names

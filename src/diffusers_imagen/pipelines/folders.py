@@ -15,13 +15,13 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoModelForTextEncoding, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..loaders.lora_files import HUB_OPTIONS
 from ..models.interface import StageNetwork
 from ..schedulers import EDMHeunScheduler
 from ..text.completeness import refuse_random_weights
 from ..utils.arguments import shown
 from ..utils.errors import is_out_of_memory, one_line
-from ..utils.modules import unwrapped
-from ..utils.quiet import quiet_transformers
+from ..utils.modules import quiet_transformers, unwrapped
 from .folder_checks import (
     CONFIGS,
     INDEX,
@@ -35,8 +35,6 @@ from .folder_checks import (
 from .stages import StageSource
 
 
-# of `from_pretrained`: where a file comes from; all other keyword arguments say how a network is loaded
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 DOWNLOAD_OPTIONS = ("variant", "use_safetensors")  # which of a repository's files are loaded
 SINGLE_STAGES = ("ImagenPipeline", "ImagenSuperResolutionPipeline")
 
@@ -45,7 +43,7 @@ SINGLE_STAGES = ("ImagenPipeline", "ImagenSuperResolutionPipeline")
 
 
 def split_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Keyword arguments of `from_pretrained` in two: those for every file of a repository, and those for networks.
+    """Keyword arguments of `from_pretrained` in two: where files come from, and how a network is loaded.
 
     Raises:
         ValueError: For an option that stages do not have.

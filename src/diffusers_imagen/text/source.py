@@ -16,6 +16,7 @@ logger = logging.get_logger(__name__)
 
 MEMORY_LIMIT = 2 * 2**30  # bytes of embeddings that are kept
 ENCODED_AT_ONCE = 256
+MAX_CAPTION = 2**20  # bytes of a caption in a file: what is above is something else
 
 
 class TextSource(ABC):

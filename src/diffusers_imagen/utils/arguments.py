@@ -52,6 +52,11 @@ def is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
+def is_finite(value: Any) -> bool:
+    """Whether a value is a number of `is_number`, and a finite one in floating point."""
+    return is_number(value) and math.isfinite(to_float(value))
+
+
 def as_integer(name: str, value: Any, minimum: int = 1, maximum: int | None = None) -> int:
     """A whole number as an `int`.
 
@@ -70,8 +75,7 @@ def as_number(name: str, value: Any, minimum: float = -math.inf, maximum: float 
     Raises:
         ValueError: If it is none, or not between the bounds; names the argument.
     """
-    # NaN lies between no bounds, and 1e309 of an integer in no float
-    if not is_number(value) or not minimum <= value <= maximum or not math.isfinite(to_float(value)):
+    if not is_finite(value) or not minimum <= value <= maximum:
         bounds = [f"of at least {minimum:g}"] * (minimum > -math.inf) + [f"at most {maximum:g}"] * (maximum < math.inf)
         raise bad_argument(name, value, f"a finite number{' ' * bool(bounds)}{' and '.join(bounds)}")
     return float(value)

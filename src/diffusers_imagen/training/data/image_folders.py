@@ -5,13 +5,13 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from ...text.source import MAX_CAPTION
 from ...utils.images import BadImage, check_regular, picture_extensions
 
 
 METADATA = {"metadata.jsonl": "json", "metadata.csv": "csv", "metadata.parquet": "parquet"}
 SHARDS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 CAPTIONS = (".txt", ".caption")
-MAX_CAPTION = 2**20  # bytes of a caption's file
 # the words of folders and shards that `datasets` takes for splits
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),

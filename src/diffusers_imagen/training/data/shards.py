@@ -20,9 +20,9 @@ from datasets import Features, Image, Value
 from datasets.packaged_modules.webdataset.webdataset import base_plus_ext
 from tqdm.auto import tqdm
 
+from ...text.source import MAX_CAPTION
 from ...utils.errors import one_line
 from ...utils.images import check_regular, picture_extensions
-from .image_folders import MAX_CAPTION
 
 
 COMPRESSIONS: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
