@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from diffusers_imagen.diffusion import continuous_ddpm, edm
+from diffusers_imagen.diffusion import continuous_ddpm, discrete_ddpm, edm
 
 
 # Computed with NVlabs/edm's `edm_sampler` in float64: a Gaussian mixture in the plane, 64 unit-noise latents, and what the
@@ -43,6 +43,12 @@ def variance_preserving_network(prediction_type):
         return {"epsilon": noise, "sample": x_0, "v_prediction": alpha * noise - sigma * x_0}[prediction_type]
 
     return network
+
+
+def discrete_network(prediction_type, log_snrs):
+    """An ideal network of DDPM with discrete betas, by the log-SNRs of its indices: it sees x_t and the index only."""
+    network = variance_preserving_network(prediction_type)
+    return lambda x_t, timestep: network(x_t, discrete_ddpm.index_to_log_snr(timestep.double(), log_snrs))
 
 
 def sample(scheduler, steps, network=edm_network, dtype=torch.float64, latents=LATENTS, **kwargs):

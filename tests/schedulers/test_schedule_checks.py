@@ -41,9 +41,10 @@ def test_numbers_of_numpy_are_saved_as_numbers(scheduler_class, tmp_path):
     assert loaded.config.num_train_timesteps == 100 and loaded.config.sigma_data == 0.25
 
 
+@pytest.mark.parametrize("config", [{}, {"preconditioning": "discrete"}])
 @pytest.mark.parametrize("scheduler_class", SCHEDULERS)
-def test_faults_of_a_schedule_are_named(scheduler_class):
-    scheduler = scheduler_class()
+def test_faults_of_a_schedule_are_named(scheduler_class, config):
+    scheduler = scheduler_class(**config)
     faults = {
         "num_inference_steps": NO_VALUES + [0, 0.5, True, 10**9, math.inf],
         "sigmas": NO_LEVELS + [[1e308, 1.0], [1.0, 80.0]],
@@ -75,10 +76,11 @@ def test_faults_of_a_step_are_named(scheduler_class):
             scheduler.set_begin_index(index)
 
 
+@pytest.mark.parametrize("config", [{}, {"preconditioning": "discrete"}])
 @pytest.mark.parametrize("scheduler_class", SCHEDULERS)
-def test_faults_of_noise_are_named(scheduler_class):
+def test_faults_of_noise_are_named(scheduler_class, config):
     given = {"original_samples": IMAGES, "noise": IMAGES, "timesteps": torch.tensor([0.5])}
     for name, values in {"original_samples": NO_IMAGES, "noise": NO_IMAGES, "timesteps": NO_TIMES}.items():
         for value in values:
             with pytest.raises(ValueError, match=f"`{name}"):
-                scheduler_class().add_noise(**{**given, name: value})
+                scheduler_class(**config).add_noise(**{**given, name: value})

@@ -212,8 +212,8 @@ def test_defaults_reach_other_schedulers(tmp_path):
 
 
 def test_from_config_of_diffusers_schedulers():
-    with pytest.raises(ValueError, match="beta_start=0.0001.*conditioned on an index"):
-        ContinuousDDPMScheduler.from_config(DDPMScheduler(beta_schedule="squaredcos_cap_v2").config)
+    scheduler = ContinuousDDPMScheduler.from_config(DDPMScheduler(beta_schedule="squaredcos_cap_v2").config)
+    assert scheduler.config.preconditioning == "discrete" and scheduler.config.beta_schedule == "squaredcos_cap_v2"
     scheduler = ContinuousDDPMScheduler.from_config(EDMEulerScheduler(sigma_data=0.6).config)
     assert scheduler.config.preconditioning == "edm" and scheduler.config.sigma_data == 0.6
     assert not scheduler.config.clip_sample

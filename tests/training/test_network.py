@@ -7,7 +7,7 @@ from diffusers.models import attention_dispatch
 from safetensors.torch import load_file, save_file
 from tiny_runs import are_equal, encode, exported, make_sr_unet, make_unet, weights_of
 
-from diffusers_imagen import EDMHeunScheduler, ImagenCascadePipeline
+from diffusers_imagen import EDMAdamsScheduler, EDMHeunScheduler, ImagenCascadePipeline, ImagenPipeline
 from diffusers_imagen.training import TrainingConfig, train
 from diffusers_imagen.training.compatibility import check_objective
 from diffusers_imagen.training.network import choose_attention, load_unet
@@ -49,6 +49,15 @@ def test_the_stage_of_a_cascade_is_that_of_the_resolutions(make_config, tmp_path
     )
     check_objective(own)
     assert are_equal(weights_of(make_network(own)), weights_of(sr))
+
+
+def test_a_stage_of_discrete_betas_is_not_trained_further(make_config, tmp_path):
+    ImagenPipeline(make_unet(), EDMAdamsScheduler(preconditioning="discrete")).save_pretrained(tmp_path)
+    config = make_config(preset=None, pretrained_model_name_or_path=str(tmp_path))
+    with pytest.raises(
+        ValueError, match="`pretrained_model_name_or_path` is .*, but should be .*'discrete' is sampled only"
+    ):
+        check_objective(config)
 
 
 def test_every_stage_of_a_cascade_of_other_sizes_is_trained_further(make_config, tmp_path, tokenizer, text_encoder):

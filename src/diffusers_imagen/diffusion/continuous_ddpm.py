@@ -21,6 +21,7 @@ from .edm import Scalings, per_sample
 
 NoiseSchedule = Literal["squaredcos_cap_v2", "linear"]
 PredictionType = Literal["epsilon", "sample", "v_prediction"]
+NOISE_SCHEDULES: tuple[str, ...] = get_args(NoiseSchedule)
 PREDICTION_TYPES: tuple[str, ...] = get_args(PredictionType)
 
 # Where the cosine schedule ends: its log-SNR at t = 1 is minus infinity, and this is what float32 arithmetic makes of

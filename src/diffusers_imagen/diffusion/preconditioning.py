@@ -7,16 +7,17 @@ With EDM noise levels `sigma` and images `x = x_0 + sigma * noise` (`edm.py`), e
 A further kind of network is a further class here with its entry in `PRECONDITIONINGS`; schedulers ask for nothing else.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
 import torch
 
-from . import continuous_ddpm, edm
+from . import continuous_ddpm, discrete_ddpm, edm
 
 
-NetworkPreconditioning = Literal["edm", "variance_preserving"]
+NetworkPreconditioning = Literal["edm", "variance_preserving", "discrete"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,16 @@ class Preconditioning:
     prediction_type: continuous_ddpm.PredictionType
 
     prediction_types: ClassVar[tuple[str, ...]]  # what such a network may predict
+    beta_schedules: ClassVar[tuple[str, ...]] = continuous_ddpm.NOISE_SCHEDULES  # that go with such a network
     takes_x_t: ClassVar[bool]  # whether `c_in * x` is the x_t of a variance-preserving process
+    takes_index: ClassVar[bool] = (
+        False  # whether the conditioning value is an index of training, so that integers are too
+    )
+
+    @property
+    def sigma_range(self) -> tuple[float, float]:
+        """The lowest and the highest noise level that the network can be told."""
+        return 0.0, math.inf
 
     def scalings(self, sigma: torch.Tensor) -> edm.Scalings:
         """`c_skip`, `c_out` and `c_in`, each of sigma's shape."""
@@ -79,10 +89,47 @@ class VariancePreservingPreconditioning(Preconditioning):
         return continuous_ddpm.log_snr_to_sigma(timestep)
 
 
+@dataclass(frozen=True)
+class DiscretePreconditioning(VariancePreservingPreconditioning):
+    """DDPM: the x_t of that noise level goes into the network, which is told its index among those of N betas.
+
+    Indices are fractional between the noise levels of training. The fields are diffusers' names of the betas.
+    """
+
+    num_train_timesteps: int
+    beta_schedule: discrete_ddpm.BetaSchedule
+    beta_start: float
+    beta_end: float
+    trained_betas: Sequence[float] | None
+
+    beta_schedules = discrete_ddpm.BETA_SCHEDULES
+    takes_index = True
+
+    @property
+    def log_snrs(self) -> torch.Tensor:
+        """The log-SNR of every index, `(N,)` in float64, decreasing."""
+        given = None if self.trained_betas is None else tuple(self.trained_betas)
+        return discrete_ddpm.trained_log_snrs(
+            self.num_train_timesteps, self.beta_schedule, self.beta_start, self.beta_end, given
+        )
+
+    @property
+    def sigma_range(self) -> tuple[float, float]:
+        first, last = continuous_ddpm.log_snr_to_sigma(self.log_snrs[[0, -1]]).tolist()
+        return first, last
+
+    def sigma_to_timestep(self, sigma: torch.Tensor) -> torch.Tensor:
+        return discrete_ddpm.log_snr_to_index(continuous_ddpm.sigma_to_log_snr(sigma), self.log_snrs)
+
+    def timestep_to_sigma(self, timestep: torch.Tensor) -> torch.Tensor:
+        return continuous_ddpm.log_snr_to_sigma(discrete_ddpm.index_to_log_snr(timestep, self.log_snrs))
+
+
 # every kind of network by its name in configurations
 PRECONDITIONINGS: dict[str, type[Preconditioning]] = {
     "edm": EDMPreconditioning,
     "variance_preserving": VariancePreservingPreconditioning,
+    "discrete": DiscretePreconditioning,
 }
 
 

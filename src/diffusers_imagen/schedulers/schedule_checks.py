@@ -9,6 +9,7 @@ from ..utils.arguments import bad_argument, check_exactly_one, is_integer, is_nu
 
 
 MIN_SIGMA, MAX_SIGMA = 1e-10, 1e10  # beyond, float32 overflows where noise levels are squared
+MIN_BETA, MAX_BETA = 1e-10, 0.99999  # at 0 a noise level equals the one before, at 1 no image is left
 # bounds far beyond use, and below what would run until it is killed
 MAX_STEPS = 10_000
 MAX_TRAIN_TIMESTEPS = 1_000_000
@@ -24,6 +25,16 @@ def check_config_number(name: str, value: Any, minimum: int | float, maximum: in
     if not is_kind or not minimum <= value <= maximum:
         raise bad_argument(name, value, f"{'an integer' if whole else 'a number'} in [{minimum:g}, {maximum:g}]")
     return int(value) if is_integer(value) else float(value)
+
+
+def check_betas(name: str, betas: Any, count: int) -> list[float]:
+    """The caller's own betas of a network, one for each of `count` timesteps, as a list that can be saved."""
+    values = as_values(name, betas)
+    if len(values) != count or not ((values >= MIN_BETA) & (values <= MAX_BETA)).all():
+        raise bad_argument(
+            name, betas, f"a list of `num_train_timesteps`, {count}, numbers in [{MIN_BETA:g}, {MAX_BETA:g}]"
+        )
+    return values.tolist()
 
 
 # ---- schedules

@@ -5,11 +5,12 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..diffusion import continuous_ddpm as ddpm
+from ..diffusion.discrete_ddpm import MAX_START_SIGMA, BetaSchedule
 from ..diffusion.edm import per_sample
 from ..diffusion.preconditioning import NetworkPreconditioning
 from ..utils.arguments import bad_argument
 from .schedule_checks import as_tensor, check_images, check_request, check_step_count
-from .scheduling_utils import Generators, ImagenScheduler
+from .scheduling_utils import DISCRETE_SCHEDULERS, Generators, ImagenScheduler
 
 
 class ContinuousDDPMScheduler(ImagenScheduler):
@@ -28,11 +29,18 @@ class ContinuousDDPMScheduler(ImagenScheduler):
     A network with the scalings of Karras et al. 2022 is sampled exactly as well (`preconditioning="edm"`): timesteps are
     then its `c_noise`.
 
+    So is a network trained with discrete betas (`preconditioning="discrete"`), by the configuration of diffusers' DDPM,
+    DDIM or DPM-Solver. Timesteps of both forms are then indices, fractional ones between the noise levels of training.
+    Index k of N is the time `(k + 1) / N`; a run starts at that of sigma 80, or of the last beta where this is below,
+    and ends without noise. The variance of a step is the posterior's (`variance_type="fixed_small"`), never a learned
+    one.
+
     Args:
         num_train_timesteps (`int`, defaults to 1000):
             The number of times that integer timesteps divide [0, 1] into.
         beta_schedule (`"squaredcos_cap_v2"` or `"linear"`, defaults to `"squaredcos_cap_v2"`):
-            The log-SNR as a function of time: the cosine schedule, or the continuous form of DDPM's linear betas.
+            The log-SNR as a function of time: the cosine schedule, or the continuous form of DDPM's linear betas. With
+            `"discrete"` the betas, as in diffusers: `"scaled_linear"` and `"sigmoid"` as well.
         prediction_type (`"epsilon"`, `"sample"` or `"v_prediction"`, defaults to `"epsilon"`):
             What the network predicts: the noise, the clean image, or v. With `preconditioning="edm"` as in diffusers'
             EDM schedulers: `"epsilon"` is the raw output F, `"v_prediction"` is -F.
@@ -48,20 +56,26 @@ class ContinuousDDPMScheduler(ImagenScheduler):
             The quantile of |x_0| that dynamic thresholding scales to 1.
         sample_max_value (`float`, *optional*):
             The highest value that this quantile is taken for; no bound if None.
-        preconditioning (`"variance_preserving"` or `"edm"`, defaults to `"variance_preserving"`):
+        preconditioning (`"variance_preserving"`, `"edm"` or `"discrete"`, defaults to `"variance_preserving"`):
             How the network was trained; see above.
         sigma_data (`float`, defaults to 0.5):
             The standard deviation of the images that a network with `preconditioning="edm"` assumes.
+        beta_start (`float`, defaults to 0.0001):
+            With `"discrete"`, the first beta, but for the cosine schedule.
+        beta_end (`float`, defaults to 0.02):
+            With `"discrete"`, the last beta, but for the cosine schedule.
+        trained_betas (`list[float]`, *optional*):
+            With `"discrete"`, all betas, instead of a schedule.
     """
 
-    _compatibles = ["EDMHeunScheduler", "EDMAdamsScheduler"]
+    _compatibles = ["EDMHeunScheduler", "EDMAdamsScheduler", *DISCRETE_SCHEDULERS]
     order = 1
 
     @register_to_config
     def __init__(
         self,
         num_train_timesteps: int = 1000,
-        beta_schedule: ddpm.NoiseSchedule = "squaredcos_cap_v2",
+        beta_schedule: ddpm.NoiseSchedule | BetaSchedule = "squaredcos_cap_v2",
         prediction_type: ddpm.PredictionType = "epsilon",
         eta: float = 1.0,
         clip_sample: bool = True,
@@ -71,17 +85,37 @@ class ContinuousDDPMScheduler(ImagenScheduler):
         sample_max_value: float | None = None,
         preconditioning: NetworkPreconditioning = "variance_preserving",
         sigma_data: float = 0.5,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        trained_betas: list[float] | None = None,
     ) -> None:
         self._check_config()
         self.init_noise_sigma = 1.0
-        num_train_timesteps = self.config.num_train_timesteps
-        log_snr = self._log_snr_at(torch.arange(num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps)
+        integers = torch.arange(self.config.num_train_timesteps + 1, dtype=torch.float64)
+        log_snr = self._log_snr_at(integers / self.config.num_train_timesteps)
         # entry k is that of integer timestep k, for diffusers' `compute_snr`
-        self.alphas_cumprod = log_snr[:-1].sigmoid().to(torch.float32)
+        self.alphas_cumprod = self._log_snr(integers[:-1].long(), torch.float64).sigmoid().to(torch.float32)
         self._publish(ddpm.log_snr_to_sigma(log_snr.flip(0)))
 
     def _log_snr_at(self, t: torch.Tensor) -> torch.Tensor:
-        return ddpm.log_snr(t, self.config.beta_schedule)
+        """The log-SNR at times in [0, 1]: of N discrete betas, index k is the time (k + 1) / N, and 0 has no noise."""
+        if not self._preconditioning.takes_index:
+            return ddpm.log_snr(t, self.config.beta_schedule)
+        count = self.config.num_train_timesteps
+        return self._log_snr((t * count - 1).clamp(0, count - 1)).masked_fill(t == 0, torch.inf)
+
+    def _times(self, num_steps: int) -> torch.Tensor:
+        """The N + 1 times between the steps of a run, evenly spaced down to 0."""
+        start = 1.0
+        if self._preconditioning.takes_index:
+            count = self.config.num_train_timesteps
+            sigma = min(self._preconditioning.sigma_range[1], MAX_START_SIGMA)
+            indices = self.precondition_noise(torch.tensor(sigma, dtype=torch.float64)).item() + 1
+            if num_steps > indices + 1e-6:  # rounding
+                expected = f"at most {int(indices + 1e-6)}, the number of indices up to sigma {sigma:g}"
+                raise bad_argument("num_inference_steps", num_steps, expected)
+            start = indices / count
+        return torch.linspace(start, 0, num_steps + 1, dtype=torch.float64)
 
     def set_timesteps(
         self,
@@ -112,8 +146,7 @@ class ContinuousDDPMScheduler(ImagenScheduler):
         check_request(num_inference_steps, sigmas, timesteps, device)
         end = self._log_snr_at(torch.zeros(1, dtype=torch.float64))
         if num_inference_steps is not None:
-            times = torch.linspace(1, 0, check_step_count(num_inference_steps) + 1, dtype=torch.float64)
-            log_snr = self._log_snr_at(times[:-1])
+            log_snr = self._log_snr_at(self._times(check_step_count(num_inference_steps))[:-1])
         else:
             given = self._given_sigmas(sigmas, timesteps)
             log_snr = ddpm.sigma_to_log_snr(given)
@@ -163,6 +196,8 @@ class ContinuousDDPMScheduler(ImagenScheduler):
     def _log_snr(self, timesteps: float | torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The log-SNR of timesteps of either form, in their dtype if they are floats, in `dtype` if integers."""
         timesteps = as_tensor("timesteps", timesteps)
+        if self._preconditioning.takes_index and not timesteps.is_floating_point():
+            timesteps = timesteps.to(dtype)
         if timesteps.is_floating_point():
             return ddpm.sigma_to_log_snr(self.timestep_to_sigma(timesteps))
         last = self.config.num_train_timesteps
@@ -172,7 +207,7 @@ class ContinuousDDPMScheduler(ImagenScheduler):
         return self._log_snr_at(timesteps.to(dtype) / last)
 
     def conditioning(self, timesteps: float | torch.Tensor) -> torch.Tensor:
-        """What the network is conditioned on at these timesteps, of either form: the log-SNR (or `c_noise`)."""
+        """What the network is conditioned on at these timesteps, of either form: log-SNR, `c_noise` or index."""
         return self.precondition_noise(ddpm.log_snr_to_sigma(self._log_snr(timesteps)))
 
     def _mix(self, x_0: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:

@@ -7,9 +7,10 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..diffusion import edm
-from ..diffusion.continuous_ddpm import PredictionType
+from ..diffusion.continuous_ddpm import NoiseSchedule, PredictionType
+from ..diffusion.discrete_ddpm import BetaSchedule
 from ..diffusion.preconditioning import NetworkPreconditioning
-from .scheduling_utils import EDMScheduler, Generators
+from .scheduling_utils import DISCRETE_SCHEDULERS, EDMScheduler, Generators
 
 
 class EDMHeunScheduler(EDMScheduler):
@@ -29,11 +30,17 @@ class EDMHeunScheduler(EDMScheduler):
     `EDMHeunScheduler.from_config`, says `preconditioning="variance_preserving"`. `sigma_min` should then not lie below
     the lowest noise level that it was trained at, `exp(-log_snr(0) / 2)`, which is 0.0125 for the cosine schedule.
 
+    So is a network trained with discrete betas, by the configuration of diffusers' DDPM, DDIM or DPM-Solver, which then
+    says `preconditioning="discrete"`. It is told indices, fractional between the noise levels of training. `sigma_min`
+    and `sigma_max` are narrowed to those levels. The steps are of the ODE: only what the network predicts for noise,
+    image or v goes in, without a learned variance.
+
     [1] https://huggingface.co/papers/2206.00364
 
     Args:
         num_train_timesteps (`int`, defaults to 1000):
-            The number of noise levels in `timesteps` and `sigmas` before `set_timesteps` is called.
+            The number of noise levels in `timesteps` and `sigmas` before `set_timesteps` is called; with `"discrete"`
+            the number of betas.
         sigma_min (`float`, defaults to 0.002):
             The lowest noise level above 0, in units of the image, whose values lie in [-1, 1].
         sigma_max (`float`, defaults to 80.0):
@@ -43,19 +50,20 @@ class EDMHeunScheduler(EDMScheduler):
         rho (`float`, defaults to 7.0):
             How the noise levels crowd at the low end (eq. 5).
         s_churn (`float`, defaults to 0.0):
-            The amount of noise that the whole run adds (Algorithm 2). 0 is deterministic.
+            The amount of noise that the whole run adds (Algorithm 2). 0 is deterministic. No noise level is raised above
+            the highest one of discrete betas.
         s_min (`float`, defaults to 0.0):
             The lowest noise level that is churned.
         s_max (`float`, *optional*):
             The highest noise level that is churned; no bound if None.
         s_noise (`float`, defaults to 1.0):
             The standard deviation of the noise that churn adds.
-        preconditioning (`"edm"` or `"variance_preserving"`, defaults to `"edm"`):
-            How the network was trained: with the scalings of [1] and c_noise as its conditioning value, or in continuous
-            DDPM with the log-SNR.
+        preconditioning (`"edm"`, `"variance_preserving"` or `"discrete"`, defaults to `"edm"`):
+            How the network was trained: with the scalings of [1] and c_noise as its conditioning value, in continuous
+            DDPM with the log-SNR, or in DDPM with discrete betas and their index.
         prediction_type (`str`, defaults to `"epsilon"`):
             With `"edm"`, as in diffusers' EDM schedulers: `"epsilon"` is the output F of [1], `"v_prediction"` is -F.
-            With `"variance_preserving"`: `"epsilon"`, `"sample"` or `"v_prediction"`.
+            With the others: `"epsilon"`, `"sample"` or `"v_prediction"`.
         thresholding (`bool`, defaults to `False`):
             Dynamic thresholding of every denoised image (Imagen, section 2.3); goes before `clip_sample`.
         dynamic_thresholding_ratio (`float`, defaults to 0.995):
@@ -66,6 +74,15 @@ class EDMHeunScheduler(EDMScheduler):
             Static thresholding: clamps every denoised image.
         clip_sample_range (`float`, defaults to 1.0):
             The limit of static thresholding.
+        beta_schedule (`str`, defaults to `"squaredcos_cap_v2"`):
+            With `"discrete"`, as in diffusers: `"linear"`, `"scaled_linear"`, `"squaredcos_cap_v2"` or `"sigmoid"`. With
+            `"variance_preserving"` that of `ContinuousDDPMScheduler`, and with `"edm"` none, kept for other schedulers.
+        beta_start (`float`, defaults to 0.0001):
+            With `"discrete"`, the first beta, but for the cosine schedule.
+        beta_end (`float`, defaults to 0.02):
+            With `"discrete"`, the last beta, but for the cosine schedule.
+        trained_betas (`list[float]`, *optional*):
+            With `"discrete"`, all betas, instead of a schedule.
     """
 
     _compatibles = [
@@ -73,6 +90,7 @@ class EDMHeunScheduler(EDMScheduler):
         "ContinuousDDPMScheduler",
         "EDMEulerScheduler",
         "EDMDPMSolverMultistepScheduler",
+        *DISCRETE_SCHEDULERS,
     ]
     order = 2
 
@@ -95,6 +113,10 @@ class EDMHeunScheduler(EDMScheduler):
         sample_max_value: float | None = None,
         clip_sample: bool = False,
         clip_sample_range: float = 1.0,
+        beta_schedule: NoiseSchedule | BetaSchedule = "squaredcos_cap_v2",
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        trained_betas: list[float] | None = None,
     ) -> None:
         if isinstance(s_max, float) and s_max == math.inf:
             self.register_to_config(s_max=None)  # JSON has no infinity
@@ -108,6 +130,7 @@ class EDMHeunScheduler(EDMScheduler):
         """Each step calls the network at its raised noise level, and at the one where it ends."""
         config = self.config
         raised = edm.churned_sigmas(sigmas, config.s_churn, config.s_min, config.s_max)  # (N,)
+        raised = torch.maximum(sigmas, raised.clamp(max=self._preconditioning.sigma_range[1]))
         churn = config.s_noise * (raised**2 - sigmas**2).clamp(min=0).sqrt()
         following = torch.cat([sigmas[1:], sigmas.new_zeros(1)])
         calls = torch.stack([raised, following], dim=1).flatten()  # (2 N,)

@@ -5,20 +5,24 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, FrozenDict
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
 from diffusers.utils import BaseOutput
 
 from ..diffusion import edm
 from ..diffusion.preconditioning import PRECONDITIONINGS, Preconditioning, make_preconditioning
 from ..diffusion.thresholding import dynamic_threshold, static_threshold
 from ..utils.arguments import bad_argument, check_choice, is_integer, is_number
+from .foreign_configs import NO_BETAS, read_config
 from .schedule_checks import (
+    MAX_BETA,
     MAX_SIGMA,
     MAX_TRAIN_TIMESTEPS,
+    MIN_BETA,
     MIN_SIGMA,
     as_sigmas,
     as_tensor,
     as_values,
+    check_betas,
     check_config_number,
     check_generator,
     check_images,
@@ -28,12 +32,13 @@ from .schedule_checks import (
 
 
 Generators = torch.Generator | list[torch.Generator] | None
-NO_BETAS = "none: EDM noise levels"
+DISCRETE_SCHEDULERS = tuple(scheduler.name for scheduler in KarrasDiffusionSchedulers)  # whose configurations fit
 # the lowest and the highest value of every number of a configuration: beyond, float64 overflows, or memory ends
 NUMBERS = {
     "num_train_timesteps": (1, MAX_TRAIN_TIMESTEPS),
     **dict.fromkeys(("sigma_min", "sigma_max", "sigma_data"), (MIN_SIGMA, MAX_SIGMA)),
     **dict.fromkeys(("s_churn", "s_min", "s_max", "s_noise", "clip_sample_range"), (0, MAX_SIGMA)),
+    **dict.fromkeys(("beta_start", "beta_end"), (MIN_BETA, MAX_BETA)),
     "rho": (1e-3, 1e3),
     "eta": (0, 1),
     "dynamic_thresholding_ratio": (1e-10, 1),
@@ -106,43 +111,44 @@ class ImagenScheduler(SchedulerMixin, ConfigMixin):
             prediction_types,
             f" with `preconditioning` {config.preconditioning!r}",
         )
+        self._check_beta_config()
         if config.clip_sample and not config.clip_sample_range > 0:
             raise bad_argument("clip_sample_range", config.clip_sample_range, "above 0")
+
+    def _check_beta_config(self) -> None:
+        """Raises ValueError for betas that no network has, or that do not go with its preconditioning."""
+        config = self.config
+        kind, when = PRECONDITIONINGS[config.preconditioning], f" with `preconditioning` {config.preconditioning!r}"
+        if config.trained_betas is not None:
+            if not kind.takes_index:
+                raise bad_argument("trained_betas", config.trained_betas, f"None{when}")
+            betas = check_betas("trained_betas", config.trained_betas, config.num_train_timesteps)
+            self.register_to_config(trained_betas=betas)
+        if kind.takes_index and config.num_train_timesteps < 2:
+            raise bad_argument("num_train_timesteps", config.num_train_timesteps, f"at least 2{when}")
+        choices = (*kind.beta_schedules, *((NO_BETAS,) if config.preconditioning == "edm" else ()))
+        check_choice("beta_schedule", config.beta_schedule, choices, when)
 
     @classmethod
     def from_config(cls, config=None, return_unused_kwargs=False, **kwargs):
         """
         As diffusers' `from_config`, with every value of the other scheduler's configuration kept, its defaults too.
 
+        The configuration of a scheduler with discrete betas (DDPM, DDIM, DPM-Solver and their kin) becomes one of
+        `preconditioning="discrete"`. Its `variance_type` is dropped: a learned variance is not used here.
+
         Raises:
-            ValueError: for a configuration whose meaning this class cannot keep: discrete betas (those networks are
-                conditioned on an index), or sigmas other than the ones of Karras et al. that end in zero.
+            ValueError: for a configuration whose meaning this class cannot keep: betas rescaled to a final SNR of zero,
+                sigmas of flow matching, or sigmas other than the ones of Karras et al. that end in zero.
         """
         if not isinstance(config, dict):
             return super().from_config(config, return_unused_kwargs, **kwargs)
-        cls._refuse_other_meanings(config)
         live = "_use_default_values" in config
-        config = {key: value for key, value in config.items() if key != "_use_default_values"}
-        if config.get("beta_schedule") == NO_BETAS:
-            del config["beta_schedule"]
-        if "sigma_schedule" in config:  # diffusers' EDM schedulers, which have no word for these
-            config = {"preconditioning": "edm", "clip_sample": False, **config}
+        config = read_config(config, cls.__name__)
         scheduler, unused = super().from_config(config, return_unused_kwargs=True, **kwargs)
         if live:  # diffusers' tests compare the key as well
             scheduler.register_to_config(_use_default_values=[])
         return (scheduler, unused) if return_unused_kwargs else scheduler
-
-    @classmethod
-    def _refuse_other_meanings(cls, config: dict) -> None:
-        source = config.get("_class_name", "a scheduler")
-        if "beta_start" in config and "preconditioning" not in config:
-            raise ValueError(
-                f"`config` is that of {source} with `beta_start={config['beta_start']}`, but should be of a network "
-                "conditioned on a log-SNR or c_noise: those trained with discrete betas are conditioned on an index."
-            )
-        for key, expected in (("sigma_schedule", "karras"), ("final_sigmas_type", "zero")):
-            if config.get(key, expected) != expected:
-                raise bad_argument(key, config[key], f"{expected!r} in a configuration for {cls.__name__}")
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
@@ -154,7 +160,7 @@ class ImagenScheduler(SchedulerMixin, ConfigMixin):
         return make_preconditioning(self.config.preconditioning, self.config)
 
     def precondition_noise(self, sigma: float | torch.Tensor) -> torch.Tensor:
-        """The conditioning value of EDM noise levels: `c_noise`, or the log-SNR of a variance-preserving network."""
+        """The conditioning value of EDM noise levels: `c_noise`, or a variance-preserving network's log-SNR or index."""
         return self._preconditioning.sigma_to_timestep(as_tensor("sigma", sigma))
 
     def timestep_to_sigma(self, timestep: float | torch.Tensor) -> torch.Tensor:
@@ -162,15 +168,25 @@ class ImagenScheduler(SchedulerMixin, ConfigMixin):
         The EDM noise level that a conditioning value, as published in `timesteps`, stands for.
 
         Raises:
-            ValueError: for integers, which are indices and no noise levels, and for half precision, which has lost
-                the noise level.
+            ValueError: for integers, unless the network is told an index, for indices beyond those of training, and for
+                half precision, which has lost the noise level.
         """
         timestep = as_tensor("timestep", timestep)
+        if self._preconditioning.takes_index:
+            timestep = self._check_index("timestep", timestep)
         if timestep.dtype not in (torch.float32, torch.float64):
             raise ValueError(
                 f"`timestep` is of {timestep.dtype}, but should be of float32 or float64, as published in `timesteps`."
             )
         return self._preconditioning.timestep_to_sigma(timestep)
+
+    def _check_index(self, name: str, index: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Indices of training, fractional ones as they are, integers in `dtype`."""
+        last = self.config.num_train_timesteps - 1
+        # on an accelerator the check would have to wait for it
+        if index.device.type == "cpu" and not ((index >= 0) & (index <= last)).all():
+            raise bad_argument(name, index.tolist(), f"in [0, {last}], the indices that the network was trained with")
+        return index if index.is_floating_point() else index.to(dtype)
 
     def add_noise(
         self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: float | torch.Tensor
@@ -186,7 +202,7 @@ class ImagenScheduler(SchedulerMixin, ConfigMixin):
                 Unit noise.
             timesteps (`float` or `torch.Tensor`, one or `(B,)`):
                 Conditioning values as in `timesteps`; each is taken for the noise level it names. Of
-                `ContinuousDDPMScheduler`, integers of training as well.
+                `ContinuousDDPMScheduler` and of discrete betas, integers of training as well.
 
         Returns:
             `torch.Tensor`: the noisy images in `original_samples`' dtype.
@@ -196,7 +212,10 @@ class ImagenScheduler(SchedulerMixin, ConfigMixin):
                 and noise of different shapes.
         """
         check_images(original_samples=original_samples, noise=noise)
-        return self._mix(original_samples, noise, as_tensor("timesteps", timesteps, original_samples))
+        timesteps = as_tensor("timesteps", timesteps, original_samples)
+        if self._preconditioning.takes_index:
+            timesteps = self._check_index("timesteps", timesteps)
+        return self._mix(original_samples, noise, timesteps)
 
     def _mix(self, x_0: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """The noisy images `(B, ...)` of `add_noise`, at one timestep or `(B,)`."""
@@ -236,9 +255,17 @@ class ImagenScheduler(SchedulerMixin, ConfigMixin):
 
     def _given_sigmas(self, sigmas: Any, timesteps: Any) -> torch.Tensor:
         """The caller's own noise levels or conditioning values, as `(N,)` noise levels in float64."""
-        if timesteps is None:
-            return as_sigmas("sigmas", as_values("sigmas", sigmas), sigmas)
-        return as_sigmas("timesteps", self._timesteps_to_sigmas(as_values("timesteps", timesteps)), timesteps)
+        if timesteps is not None:
+            values = as_values("timesteps", timesteps)
+            if self._preconditioning.takes_index:
+                values = self._check_index("timesteps", values, torch.float64)
+            return as_sigmas("timesteps", self._timesteps_to_sigmas(values), timesteps)
+        given = as_sigmas("sigmas", as_values("sigmas", sigmas), sigmas)
+        low, high = self._preconditioning.sigma_range
+        # published ones have been rounded to float32
+        if given.min() < low * (1 - 1e-6) or given.max() > high * (1 + 1e-6):
+            raise bad_argument("sigmas", sigmas, f"a list of noise levels of training, in [{low:g}, {high:g}]")
+        return given
 
     def _timesteps_to_sigmas(self, timesteps: torch.Tensor) -> torch.Tensor:
         return self.timestep_to_sigma(timesteps)
@@ -345,6 +372,11 @@ class EDMScheduler(ImagenScheduler):
     def _set_up(self) -> None:
         """What `__init__` does once the configuration is registered."""
         self._check_config()
+        low, high = self._preconditioning.sigma_range
+        if low > self.config.sigma_min or high < self.config.sigma_max:
+            self.register_to_config(
+                sigma_min=max(low, self.config.sigma_min), sigma_max=min(high, self.config.sigma_max)
+            )
         if not self._preconditioning.takes_x_t:
             # makes diffusers' discrete schedulers refuse this configuration: without a word on betas they would take
             # their own defaults, and sample noise
@@ -386,11 +418,11 @@ class EDMScheduler(ImagenScheduler):
             sigmas (`list[float]` or `torch.Tensor`, *optional*):
                 The caller's N noise levels instead, strictly decreasing; taken as they are. A final 0 may be there.
             timesteps (`list[float]` or `torch.Tensor`, *optional*):
-                The same as N conditioning values, `c_noise` or log-SNR, one for each step.
+                The same as N conditioning values, `c_noise`, log-SNR or indices, one for each step.
 
         Raises:
             ValueError: unless exactly one of the three is given, and for fewer than one step, noise levels that do not
-                decrease, or integer timesteps.
+                decrease or that a network of discrete betas was not trained at, or integer timesteps of other networks.
         """
         check_request(num_inference_steps, sigmas, timesteps, device)
         if num_inference_steps is None:

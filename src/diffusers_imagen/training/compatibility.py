@@ -8,7 +8,8 @@ from accelerate import Accelerator
 from ..diffusion.preconditioning import PRECONDITIONINGS
 from ..models.interface import StageNetwork
 from ..schedulers import EDMHeunScheduler
-from ..schedulers.scheduling_utils import NO_BETAS
+from ..schedulers.foreign_configs import NO_BETAS
+from ..utils.arguments import bad_argument
 from ..utils.files import read_json_object
 from .config import TrainingConfig
 from .devices import is_spread
@@ -105,6 +106,9 @@ def check_objective(config: TrainingConfig) -> None:
     trained = saved.get("preconditioning")
     if trained not in PRECONDITIONINGS:  # a scheduler that is not of this package
         return
+    if trained == "discrete":
+        trainable = "a stage whose `preconditioning` is 'edm' or 'variance_preserving': 'discrete' is sampled only"
+        raise bad_argument("pretrained_model_name_or_path", name, trainable)
     keys = ("sigma_data",) if trained == "edm" else ("sigma_data", "prediction_type", "beta_schedule")
     expected = {"preconditioning": trained, **{key: saved[key] for key in keys if key in saved}}
     if expected.get("beta_schedule") == NO_BETAS:  # a fast sampler, which needs none

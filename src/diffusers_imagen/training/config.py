@@ -10,7 +10,6 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..diffusion.augmentation import MIN_AUGMENTATION_SIGMA
 from ..diffusion.continuous_ddpm import NoiseSchedule, PredictionType
-from ..diffusion.preconditioning import NetworkPreconditioning
 from ..utils.arguments import check_exactly_one
 from .data.data_config import DataConfig, arg
 
@@ -51,7 +50,7 @@ class TrainingConfig(DataConfig):
     )
     text_encoder: str | None = arg(None, "Folder with text_encoder/ and tokenizer/; None trains without text.")
 
-    preconditioning: NetworkPreconditioning = arg(
+    preconditioning: Literal["edm", "variance_preserving"] = arg(  # networks of discrete betas are sampled only
         "edm",
         "How the network is trained: edm of Karras et al. 2022, or variance_preserving as DDPM, in continuous time.",
     )

@@ -1,0 +1,57 @@
+"""Configurations of diffusers' schedulers, read as ones of this package."""
+
+import inspect
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import diffusers
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+from ..utils.arguments import bad_argument
+
+
+NO_BETAS = "none: EDM noise levels"  # the `beta_schedule` of EDM networks, at which discrete schedulers stop
+
+# what a configuration has to say where it says anything, because this package has no other meaning for it
+EDM_MEANINGS = {"sigma_schedule": "karras", "final_sigmas_type": "zero"}
+DISCRETE_MEANINGS = {"rescale_betas_zero_snr": False, "use_flow_sigmas": False, "timestep_type": "discrete"}
+
+
+def read_config(config: Mapping[str, Any], reader: str) -> dict[str, Any]:
+    """A configuration of ours or of diffusers' schedulers, in terms of ours; `reader` is the class that it is for.
+
+    What a network is belongs to it and is kept; how another scheduler samples is kept for the way back. `variance_type`
+    is dropped, lest it be taken for a promise: no scheduler of this package draws noise of a learned variance.
+
+    Raises:
+        ValueError: for a value that would have another meaning here, as `EDM_MEANINGS` and `DISCRETE_MEANINGS` say.
+    """
+    config = {key: value for key, value in config.items() if key != "_use_default_values"}
+    if "preconditioning" not in config:  # it is not ours
+        config = {**_default_values(config.get("_class_name")), **config}
+    if config.get("beta_schedule") == NO_BETAS:
+        del config["beta_schedule"]
+    discrete = "beta_start" in config and "preconditioning" not in config
+    for key, expected in {**EDM_MEANINGS, **(DISCRETE_MEANINGS if discrete else {})}.items():
+        if config.get(key, expected) != expected:
+            raise bad_argument(key, config[key], f"{expected!r} in a configuration for {reader}")
+    if discrete:
+        config = {"preconditioning": "discrete", "clip_sample": False, **config}
+        # None is diffusers' word for "those of the betas"
+        without = {"variance_type", *(key for key in ("sigma_min", "sigma_max") if config.get(key) is None)}
+        if config.get("lambda_min_clipped") == -math.inf:  # its default, and JSON has no infinity
+            without.add("lambda_min_clipped")
+        return {key: value for key, value in config.items() if key not in without}
+    if "sigma_schedule" in config:  # diffusers' EDM schedulers, which have no word for these
+        return {"preconditioning": "edm", "clip_sample": False, **config}
+    return config
+
+
+def _default_values(class_name: Any) -> dict[str, Any]:
+    """Those of a scheduler of diffusers', which a saved configuration of an earlier version may lack."""
+    source = getattr(diffusers, class_name, None) if isinstance(class_name, str) else None
+    if not (isinstance(source, type) and issubclass(source, SchedulerMixin)):
+        return {}
+    parameters = inspect.signature(source).parameters.values()
+    return {parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty}
