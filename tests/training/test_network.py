@@ -2,7 +2,7 @@
 
 import pytest
 import tiny_runs
-from diffusers import UNet2DModel
+from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.models import attention_dispatch
 from safetensors.torch import load_file, save_file
 from tiny_runs import are_equal, encode, exported, make_sr_unet, make_unet, weights_of
@@ -51,8 +51,9 @@ def test_the_stage_of_a_cascade_is_that_of_the_resolutions(make_config, tmp_path
     assert are_equal(weights_of(make_network(own)), weights_of(sr))
 
 
-def test_a_stage_of_discrete_betas_is_not_trained_further(make_config, tmp_path):
-    ImagenPipeline(make_unet(), EDMAdamsScheduler(preconditioning="discrete")).save_pretrained(tmp_path)
+@pytest.mark.parametrize("scheduler", [EDMAdamsScheduler(preconditioning="discrete"), DDPMScheduler()])
+def test_a_stage_of_discrete_betas_is_not_trained_further(make_config, tmp_path, scheduler):
+    ImagenPipeline(make_unet(), scheduler).save_pretrained(tmp_path)
     config = make_config(preset=None, pretrained_model_name_or_path=str(tmp_path))
     with pytest.raises(
         ValueError, match="`pretrained_model_name_or_path` is .*, but should be .*'discrete' is sampled only"

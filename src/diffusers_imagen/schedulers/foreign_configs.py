@@ -32,7 +32,7 @@ def read_config(config: Mapping[str, Any], reader: str) -> dict[str, Any]:
         config = {**_default_values(config.get("_class_name")), **config}
     if config.get("beta_schedule") == NO_BETAS:
         del config["beta_schedule"]
-    discrete = "beta_start" in config and "preconditioning" not in config
+    discrete = "preconditioning" not in config and is_discrete(config)
     for key, expected in {**EDM_MEANINGS, **(DISCRETE_MEANINGS if discrete else {})}.items():
         if config.get(key, expected) != expected:
             raise bad_argument(key, config[key], f"{expected!r} in a configuration for {reader}")
@@ -46,6 +46,11 @@ def read_config(config: Mapping[str, Any], reader: str) -> dict[str, Any]:
     if "sigma_schedule" in config:  # diffusers' EDM schedulers, which have no word for these
         return {"preconditioning": "edm", "clip_sample": False, **config}
     return config
+
+
+def is_discrete(config: Mapping[str, Any]) -> bool:
+    """Whether a configuration is that of a network with discrete betas, in terms of ours or of diffusers'."""
+    return config.get("preconditioning", "discrete" if "beta_start" in config else None) == "discrete"
 
 
 def _default_values(class_name: Any) -> dict[str, Any]:

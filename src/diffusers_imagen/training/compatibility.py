@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from ..diffusion.preconditioning import PRECONDITIONINGS
 from ..models.interface import StageNetwork
 from ..schedulers import EDMHeunScheduler
-from ..schedulers.foreign_configs import NO_BETAS
+from ..schedulers.foreign_configs import NO_BETAS, is_discrete
 from ..utils.arguments import bad_argument
 from ..utils.files import read_json_object
 from .config import TrainingConfig
@@ -103,12 +103,12 @@ def check_objective(config: TrainingConfig) -> None:
             saved = EDMHeunScheduler.load_config(place, subfolder=part)  # reads what any scheduler saved
         except OSError:
             return
+    if is_discrete(saved):
+        trainable = "a stage whose `preconditioning` is 'edm' or 'variance_preserving': 'discrete' is sampled only"
+        raise bad_argument("pretrained_model_name_or_path", name, trainable)
     trained = saved.get("preconditioning")
     if trained not in PRECONDITIONINGS:  # a scheduler that is not of this package
         return
-    if trained == "discrete":
-        trainable = "a stage whose `preconditioning` is 'edm' or 'variance_preserving': 'discrete' is sampled only"
-        raise bad_argument("pretrained_model_name_or_path", name, trainable)
     keys = ("sigma_data",) if trained == "edm" else ("sigma_data", "prediction_type", "beta_schedule")
     expected = {"preconditioning": trained, **{key: saved[key] for key in keys if key in saved}}
     if expected.get("beta_schedule") == NO_BETAS:  # a fast sampler, which needs none
