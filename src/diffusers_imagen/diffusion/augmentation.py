@@ -1,11 +1,11 @@
-"""Noise conditioning augmentation of a super-resolution model's input, in the EDM form.
+"""Noise conditioning augmentation of a super-resolution model's input, in the EDM form and in that of discrete DDPM.
 
 Ho et al. 2021 (arXiv 2106.15282), section 4.2, and Saharia et al. 2022 (Imagen, arXiv 2205.11487), section 2.4.
 """
 
 import torch
 
-from . import edm
+from . import continuous_ddpm, discrete_ddpm, edm
 
 
 MIN_AUGMENTATION_SIGMA = 0.002  # NeMo's at inference; the conditioning value of 0 would be infinite
@@ -44,3 +44,33 @@ def augment_low_res(
     sigma = sigma.to(torch.promote_types(sigma.dtype, torch.float32))
     augmented = (low_res + sigma * noise) * edm.scalings(sigma, sigma_data).c_in
     return augmented.to(low_res.dtype), edm.c_noise(sigma.flatten()).expand(low_res.shape[0])
+
+
+def augment_upsampled(
+    upsampled: torch.Tensor, sigma: float | torch.Tensor, noise: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `augment_low_res`, of the upsampled image and in the form of discrete DDPM, as in DeepFloyd IF.
+
+    The image is diffused as one of DDPM's 1000 noise levels with cosine betas, variance-preserving.
+
+    Args:
+        upsampled: `(B, C, H, W)`, values in [-1, 1], any floating dtype, of the size of the result.
+        sigma: the EDM noise level, above 0: one for all, or `(B,)`.
+        noise: unit noise of `upsampled`'s shape.
+
+    Returns:
+        The augmented image in `upsampled`'s shape and dtype, and the index of the noise level, `(B,)` in float32, from 0
+        to 999 and fractional between two noise levels.
+
+    Raises:
+        ValueError: if a `sigma` given as a number is not above 0.
+    """
+    if not isinstance(sigma, torch.Tensor):
+        edm.check_positive(sigma=sigma)
+        sigma = torch.tensor(sigma, dtype=torch.float64)
+    log_snr = continuous_ddpm.sigma_to_log_snr(sigma.to(torch.float64))
+    index = discrete_ddpm.log_snr_to_index(
+        log_snr, discrete_ddpm.trained_log_snrs(1000, "squaredcos_cap_v2", 0.0, 0.0)
+    )
+    augmented = continuous_ddpm.q_sample(upsampled, noise, log_snr.to(upsampled.device))
+    return augmented, index.flatten().to(upsampled.device, torch.float32).expand(len(upsampled))

@@ -41,6 +41,11 @@ class StageNetwork(nn.Module):
         raise NotImplementedError
 
     @property
+    def out_channels(self) -> int:
+        """Channels of the prediction: those of the images, and as many more where a variance is predicted too."""
+        return self.in_channels
+
+    @property
     def total_stride(self) -> int:
         """Height and width of an input must be multiples of this, in pixels."""
         raise NotImplementedError

@@ -125,6 +125,10 @@ class ConditionalUNet(
         return self.config.in_channels
 
     @property
+    def out_channels(self) -> int:
+        return self.config.out_channels
+
+    @property
     def text_width(self) -> int | None:
         return self.config.encoder_hid_dim
 

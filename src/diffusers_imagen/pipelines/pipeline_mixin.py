@@ -138,8 +138,8 @@ class ImagenPipelineMixin(ModelCardMixin):
         r"""
         Encodes prompts, unless embeddings are given, and repeats everything for the images of each prompt.
 
-        Without a negative prompt the negative embeddings are zeros under the prompt's mask: what the networks saw of
-        dropped captions in training. To free the text encoder before the networks run, call this first, and then the
+        Without a negative prompt the negative embeddings are what the networks saw of dropped captions in training: zeros
+        under the prompt's mask, or for networks that attend to padding the embeddings of the empty text. To free the text encoder before the networks run, call this first, and then the
         pipeline with what it returns (docs/memory.md).
 
         Returns:
@@ -164,7 +164,8 @@ class ImagenPipelineMixin(ModelCardMixin):
     def encode_prompts(self, prompts: Prompts, num_images_per_prompt: int) -> PromptEmbeds:
         """The text of all images of a call; see `encode_prompt`."""
         number = inputs.as_images_per_prompt(num_images_per_prompt, prompts.number)
-        encoder = TextEncoder(self.tokenizer, self.text_encoder)
+        keeps_padding = any(stage.unet.attends_padding for stage in self.stages)
+        encoder = TextEncoder(self.tokenizer, self.text_encoder, keeps_padding=keeps_padding)
         return prompts.encode(encoder, self.slice_size, number, self._execution_device)
 
     @property

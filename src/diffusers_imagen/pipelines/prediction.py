@@ -11,6 +11,7 @@ from ..models.interface import StageNetwork
 from .finite import FiniteWatch
 from .planning import StagePlan
 from .prompts import Branch, PromptEmbeds
+from .schedules import reads_variance
 from .tiling import Tile, blend, make_tiles
 
 
@@ -23,15 +24,17 @@ class Latents(NamedTuple):
 
 
 class GuidedPrediction:
-    """The guided output of a stage's network, `(B, C, H, W)` in float32.
+    """The guided output of a stage's network, `(B, C, H, W)` in float32, or `(B, 2 C, H, W)` with a predicted variance.
 
-    The guidance scale is read from the pipeline at every call, because a callback may change it.
+    Guidance is of the prediction; the variance, for schedulers that read it, is that of the prompt's branch. The guidance
+    scale is read from the pipeline at every call, because a callback may change it.
     """
 
     def __init__(
         self, pipe: DiffusionPipeline, plan: StagePlan, text: PromptEmbeds, latents: Latents, watch: FiniteWatch
     ):
         self.pipe, self.rescale, self.watch = pipe, plan.settings.guidance_rescale, watch
+        self.channels, self.keeps_variance = plan.stage.unet.in_channels, reads_variance(plan.scheduler)
         tiles = None
         if pipe.tiling is not None and latents.low_res is not None:
             tiles = make_tiles(*plan.size, pipe.tiling, latents.sample.device)
@@ -50,15 +53,20 @@ class GuidedPrediction:
             unconditional, conditional = self.network(model_input, timestep, "both")
             self.watch.see("unet", unconditional)
         self.watch.see("unet", conditional)
+        conditional, variance = conditional[:, : self.channels], conditional[:, self.channels :]
         if not guided:
-            return conditional
+            return self.with_variance(conditional, variance)
         if self.guide is not None:
             (unconditional,) = self.guide(model_input, timestep, self.guide_branch)
             self.watch.see("guidance_unet", unconditional)
-        output = classifier_free_guidance(conditional, unconditional, scale)
+        output = classifier_free_guidance(conditional, unconditional[:, : self.channels], scale)
         output = rescale_guidance(output, conditional, self.rescale) if self.rescale > 0 else output
         self.watch.see(f"guidance with the scale {scale:g} and the rescale {self.rescale:g} overflows", output)
-        return output
+        return self.with_variance(output, variance)
+
+    def with_variance(self, prediction: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
+        """What the scheduler's step takes."""
+        return torch.cat([prediction, variance], dim=1) if self.keeps_variance else prediction
 
 
 class BoundInputs(NamedTuple):

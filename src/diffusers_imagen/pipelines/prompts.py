@@ -7,7 +7,7 @@ import torch
 
 from ..models.interface import StageNetwork
 from ..text.encoder import TextEncoder
-from ..text.text_embeddings import TextEmbeddings, without_text
+from ..text.text_embeddings import TextEmbeddings, without_text, zero_padding
 from ..utils.arguments import check_exactly_one, shown
 from ..utils.tensors import FLOATS, INTEGERS, check_tensor
 from .stages import Stage
@@ -29,6 +29,7 @@ class PromptEmbeds:
     negative_prompt_embeds: torch.Tensor | None
     negative_prompt_attention_mask: torch.Tensor | None
     negative_given: bool = False  # whether there is more to guide away from than the absence of text
+    keeps_padding: bool = False  # whether embeddings at padded positions are the encoder's, and not zero
     version: int = 0  # how often a callback has changed it
 
     def tensors(self) -> dict[str, torch.Tensor | None]:
@@ -47,7 +48,10 @@ class PromptEmbeds:
         if unet.text_width is None:
             return None
         parts = [tensor[images] for tensor in self.tensors().values() if tensor is not None]
-        prompt, negative = parts[:2], parts[2:]
+        prompt, negative = TextEmbeddings(*parts[:2]), TextEmbeddings(*parts[2:])
+        if self.keeps_padding and not unet.attends_padding:  # beside a network that does
+            prompt = zero_padding(*prompt)
+            negative = zero_padding(*negative) if self.negative_given else without_text(prompt)
         if branch == "both":
             return unet.encode_text(*(torch.cat(pair) for pair in zip(negative, prompt)))
         return unet.encode_text(*(prompt if branch == "conditional" else negative))
@@ -105,6 +109,14 @@ class Prompts:
                 check_embeds(name, embeds, mask, stages or [])
             elif mask is not None:
                 raise ValueError(f"`{name}_attention_mask` was given without `{name}_embeds`.")
+        if stages and any(stage.unet.attends_padding for stage in stages) and not self.negative_given:
+            if max_length is None:
+                raise ValueError(
+                    "`negative_prompt_embeds` is None, but should be the embeddings of the empty text, which stands for "
+                    "no text in networks that attend to padding: there is no text encoder to make them."
+                )
+            if self.prompt_embeds is not None and self.prompt_embeds.shape[1] != max_length:
+                raise ValueError(f"Prompts have {self.prompt_embeds.shape[1]} tokens and no text {max_length}.")
         self._check_negatives(max_length)
 
     def _check_negatives(self, max_length: int | None) -> None:
@@ -136,6 +148,9 @@ class Prompts:
             if isinstance(self.negative_prompt, str):
                 negative_embeds = negative_embeds.expand(len(embeds), -1, -1)
                 negative_mask = negative_mask.expand(len(embeds), -1)
+        elif negative_embeds is None and encoder.keeps_padding:
+            empty, empty_mask = encoder.encode_prompts([""])
+            negative_embeds, negative_mask = empty.expand(len(embeds), -1, -1), empty_mask.expand(len(embeds), -1)
         elif negative_embeds is None:
             negative_embeds, negative_mask = without_text(TextEmbeddings(embeds, mask))
         assert negative_mask is not None
@@ -143,7 +158,7 @@ class Prompts:
         embeds, mask, negative_embeds, negative_mask = (
             tensor.repeat_interleave(num_images_per_prompt, dim=0).to(device) for tensor in tensors
         )
-        return PromptEmbeds(embeds, mask, negative_embeds, negative_mask, self.negative_given)
+        return PromptEmbeds(embeds, mask, negative_embeds, negative_mask, self.negative_given, encoder.keeps_padding)
 
 
 def as_list(prompt: str | list[str]) -> list[str]:

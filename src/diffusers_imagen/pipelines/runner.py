@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..diffusion.augmentation import augment_low_res
+from ..diffusion.augmentation import augment_low_res, augment_upsampled
 from ..utils.arguments import as_integer, as_number, check_choice
 from . import inputs
 from .call_arguments import CallArguments
@@ -216,15 +216,7 @@ class StageRunner:
     def prepare_latents(self, image: torch.Tensor | None) -> Latents:
         """What the stage starts from: noise, and the low-resolution image `(B, C, h, w)` with noise of its own."""
         plan, request, unet = self.plan, self.request, self.plan.stage.unet
-        low_res = low_res_timestep = None
-        if image is not None:
-            if unet.takes_low_res_noise_level:
-                # drawn once, before the loop: both branches of guidance see the same image at every step
-                noise = randn_tensor(image.shape, self.generators, self.device, image.dtype)
-                sigma_data = getattr(plan.scheduler.config, "sigma_data", 0.5)
-                image, low_res_timestep = augment_low_res(image, plan.settings.low_res_noise_level, noise, sigma_data)
-            # the network would do this at every step
-            low_res = F.interpolate(image, plan.size, mode="bicubic")
+        low_res, low_res_timestep = (None, None) if image is None else self.prepare_low_res(image)
         noise = request.noise if plan is request.plans[0] else None
         if noise is None:
             shape = (request.num_images, unet.in_channels, *plan.size)
@@ -236,6 +228,25 @@ class StageRunner:
             given = request.given.resized(plan.size, request.num_images, self.device)
             sample = start.signal * given + start.noise * noise
         return Latents(sample, low_res, low_res_timestep)
+
+    def prepare_low_res(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The low-resolution image `(B, C, h, w)` as the network reads it, upsampled, and how it is told of its noise.
+
+        The noise is drawn once, before the loop: both branches of guidance see the same image at every step.
+        """
+        plan, unet, timestep = self.plan, self.plan.stage.unet, None
+        sigma, discrete = plan.settings.low_res_noise_level, unet.low_res_augmentation == "discrete"
+        if discrete:
+            image = F.interpolate(image, plan.size, mode="bilinear", align_corners=True)
+        if unet.takes_low_res_noise_level:
+            noise = randn_tensor(image.shape, self.generators, self.device, image.dtype)
+            if discrete:
+                image, timestep = augment_upsampled(image, sigma, noise)
+            else:
+                sigma_data = getattr(plan.scheduler.config, "sigma_data", 0.5)
+                image, timestep = augment_low_res(image, sigma, noise, sigma_data)
+        # the network would do this at every step
+        return image if discrete else F.interpolate(image, plan.size, mode="bicubic"), timestep
 
     def prepare_known(self) -> "KnownPixels | None":
         """The pixels that the stage keeps: at its own resolution, if the caller's images have as many."""

@@ -93,7 +93,7 @@ def check_drives(scheduler: SchedulerMixin, stage: Stage, settings: StageSetting
             set_schedule(walk, stage.name, settings, torch.device("cpu"))
             if not noise_levels_of_steps(walk):
                 raise ValueError("its schedule is empty")
-            _walk_through(walk, stage.unet.in_channels)
+            _walk_through(walk, stage)
     except Exception as error:
         if isinstance(error, ValueError) and stage.name in str(error):
             raise
@@ -102,12 +102,25 @@ def check_drives(scheduler: SchedulerMixin, stage: Stage, settings: StageSetting
         ) from error
 
 
-def _walk_through(scheduler: SchedulerMixin, channels: int) -> None:
+def reads_variance(scheduler: SchedulerMixin) -> bool:
+    """Whether a scheduler's steps take, behind the prediction, the variance that the network predicts too."""
+    # one that was made of another's configuration carries entries along that are not its own
+    has_variance = "variance_type" in inspect.signature(type(scheduler).__init__).parameters
+    return has_variance and scheduler.config.get("variance_type") in ("learned", "learned_range")
+
+
+def _walk_through(scheduler: SchedulerMixin, stage: Stage) -> None:
     """The loop of a stage on a tiny image, for a network that predicts zeros."""
+    channels = stage.unet.in_channels
+    if reads_variance(scheduler) and stage.unet.out_channels != 2 * channels:
+        raise ValueError(
+            f"its `variance_type` is {scheduler.config['variance_type']!r}, but the network predicts none"
+        )
     begin_at(scheduler, 0)
     sample = torch.zeros(1, channels, 8, 8) * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps:
-        output = torch.zeros_like(scheduler.scale_model_input(sample, timestep))
+        x = scheduler.scale_model_input(sample, timestep)
+        output = torch.zeros(1, (2 if reads_variance(scheduler) else 1) * channels, *x.shape[2:])
         sample = scheduler.step(output, timestep, sample, return_dict=False)[0]
     if not isinstance(sample, torch.Tensor) or sample.shape != (1, channels, 8, 8):
         raise ValueError(f"its steps lead to {shown(sample)}")

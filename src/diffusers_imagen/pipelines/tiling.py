@@ -46,8 +46,11 @@ def _intervals(length: int, tiling: Tiling) -> Iterator[tuple[slice, torch.Tenso
 
 
 def blend(outputs: Iterator[torch.Tensor], tiles: list[Tile], like: torch.Tensor) -> torch.Tensor:
-    """The sum of the tiles' outputs `(B, C, h, w)` by weight: `(B, C, H, W)` in float32, in the form of `like`."""
-    blended = torch.zeros(like.shape, dtype=torch.float32, device=like.device)
+    """The sum of the tiles' outputs `(B, C', h, w)` by weight: `(B, C', H, W)` in float32, of the size of `like`."""
+    blended = None
     for output, tile in zip(outputs, tiles):
+        if blended is None:
+            blended = torch.zeros((*output.shape[:2], *like.shape[2:]), dtype=torch.float32, device=like.device)
         blended[..., tile.rows, tile.columns] += output.float() * tile.weight
+    assert blended is not None
     return blended

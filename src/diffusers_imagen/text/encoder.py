@@ -28,6 +28,7 @@ class TextEncoder(TextSource):
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its `model_max_length` is what texts are cut or padded to.
         model ([`~transformers.PreTrainedModel`], *optional*): The network, of which an encoder-decoder's encoder is used.
         load (`Callable`, *optional*): Makes the network in place of `model` when it is first needed, and after `release`.
+        keeps_padding (`bool`): Whether embeddings at padded positions stay the network's, and are not set to zero.
     """
 
     def __init__(
@@ -35,8 +36,10 @@ class TextEncoder(TextSource):
         tokenizer: PreTrainedTokenizerBase,
         model: PreTrainedModel | None = None,
         load: Callable[[], PreTrainedModel] | None = None,
+        keeps_padding: bool = False,
     ):
         self.tokenizer, self._model, self._load = tokenizer, model, load
+        self.keeps_padding = keeps_padding
         self._identity: dict[str, Any] | None = None
 
     @classmethod
@@ -126,7 +129,7 @@ class TextEncoder(TextSource):
             raise ValueError(
                 f"`text_encoder` cannot take the {ids.shape[1]} tokens that `tokenizer` makes: {one_line(error)}"
             ) from error
-        text = zero_padding(embeds, mask)
+        text = TextEmbeddings(embeds, mask.bool()) if self.keeps_padding else zero_padding(embeds, mask)
         if not text.embeds.isfinite().all():
             weight = find_not_finite(self.model)
             raise ValueError(
