@@ -1,11 +1,14 @@
 """Single faults in every argument of the pipelines: a ValueError that names it, before any network runs."""
 
 import decimal
+import io
 import math
+import threading
 
 import numpy as np
 import pytest
 import torch
+from tqdm.auto import tqdm
 
 
 HUGE = 10**400  # beyond floating point
@@ -156,4 +159,8 @@ def test_sizes_of_tiles_and_slices_are_whole_numbers(base_pipeline, cascade):
 def test_a_progress_bar_is_refused_before_a_call(cascade, arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):
         cascade.set_progress_bar_config(**arguments)
+    other = threading.Thread(target=lambda: next(iter(tqdm([1], file=io.StringIO()))), daemon=True)
+    other.start()
+    other.join(30)
+    assert not other.is_alive()  # the refused bar has left the lock of all bars free
     cascade.set_progress_bar_config(disable=True, leave=False)

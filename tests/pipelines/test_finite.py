@@ -68,7 +68,7 @@ def test_what_a_callback_spoils_is_its_own(cascade, run):
     def text(pipe, step, timestep, tensors):
         return {"prompt_embeds": tensors["prompt_embeds"] * math.nan}
 
-    with pytest.raises(FloatingPointError, match="in call 2 of 3: `prompt_embeds`, the states of the text"):
+    with pytest.raises(FloatingPointError, match="in call 2 of 3: `prompt_embeds`, the embeddings of the text"):
         run(cascade, callback_on_step_end=text, callback_on_step_end_tensor_inputs=["prompt_embeds"])
 
 

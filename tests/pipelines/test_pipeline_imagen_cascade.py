@@ -364,7 +364,7 @@ def test_image_to_image_goes_through_all_stages(cascade):
 def test_an_encoder_of_another_width_is_refused(cascade):
     config = cascade.text_encoder.config
     config.hidden_size = 24
-    with pytest.raises(ValueError, match="states of width 24, but a network of the stage `base` reads width 16"):
+    with pytest.raises(ValueError, match="embeddings of width 24, but a network of the stage `base` reads width 16"):
         run(cascade)
 
 

@@ -273,11 +273,11 @@ BAD_SETTINGS = {
     "buckets": ({"aspect_ratio_buckets": "64x32"}, "`aspect_ratio_buckets` is '64x32', but should be 'auto'"),
     "bucket off the grid": (
         {"aspect_ratio_buckets": "36,32", "low_resolution": 4},
-        "`aspect_ratio_buckets` has 36x32, but sides should be multiples of 8",
+        "`aspect_ratio_buckets` has 36x32, but height and width should be multiples of 8",
     ),
     "bucket below the crop": (
         {"aspect_ratio_buckets": "64,16", "low_resolution": 8, "crop_size": 32},
-        "`aspect_ratio_buckets` has 64x16, but sides should be multiples of 4, at least 32",
+        "`aspect_ratio_buckets` has 64x16, but height and width should be multiples of 4, at least 32",
     ),
     "blur of nothing": ({"degradation_blur_sigma": [0, 1]}, "`degradation_blur_sigma` is .* only super-resolution"),
     "quality": (

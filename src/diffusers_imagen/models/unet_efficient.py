@@ -75,7 +75,7 @@ class EfficientUNetModel(ConditionalUNet):
         attention_types = per_level("attention_types", attention_types, num_levels)
         for attention_type in attention_types:
             check_choice("attention_types", attention_type, (*get_args(AttentionType), None))
-        if encoder_hid_dim is not None and not {"cross", "stacked", "fused"}.isdisjoint(attention_types):
+        if encoder_hid_dim is not None and set(attention_types) - {"self", None}:
             check_groups("encoder_hid_dim", [encoder_hid_dim], norm_num_groups)
         num_layers = per_level("layers_per_block", layers_per_block, num_levels)
         time_embedding_dim = time_embedding_dim or 4 * block_out_channels[0]

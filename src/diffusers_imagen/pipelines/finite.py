@@ -2,7 +2,7 @@
 
 import torch
 
-from ..utils.tensors import find_not_finite
+from ..utils.modules import find_not_finite
 from .planning import StagePlan
 from .prompts import PromptEmbeds
 
@@ -48,6 +48,6 @@ class FiniteWatch:
         for name in ("prompt_embeds", "negative_prompt_embeds"):
             states = getattr(text, name)
             if states is not None and not states.isfinite().all():
-                return f"`{name}`, the states of the text, are not finite."
+                return f"`{name}`, the embeddings of the text, are not finite."
         narrow = "" if unet.dtype == torch.float32 else ": load it in torch.bfloat16 or torch.float32"
         return f"activations of its network `{source}`, whose weights are finite, overflow in {unet.dtype}{narrow}."

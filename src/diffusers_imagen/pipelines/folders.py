@@ -21,8 +21,7 @@ from ..schedulers import EDMHeunScheduler
 from ..text.completeness import refuse_random_weights
 from ..utils.arguments import shown
 from ..utils.errors import is_out_of_memory, one_line
-from ..utils.modules import unwrapped
-from ..utils.quiet import quiet_transformers
+from ..utils.modules import quiet_transformers, unwrapped
 from .folder_checks import (
     CONFIGS,
     INDEX,

@@ -9,7 +9,7 @@ import torch
 
 from ..diffusion.augmentation import MIN_AUGMENTATION_SIGMA
 from ..schedulers.schedule_checks import MAX_STEPS, as_values
-from ..utils.arguments import as_integer, as_number, check_choice, is_number, shown, to_float
+from ..utils.arguments import as_integer, as_number, is_number, shown, to_float
 from ..utils.tensors import check_tensor
 from .call_arguments import CallArguments, PerStage
 from .prompts import MAX_PROMPTS
@@ -146,11 +146,6 @@ def check_flag(name: str, value: Any) -> None:
     """True or False."""
     if not isinstance(value, (bool, np.bool_)):
         raise ValueError(f"`{name}` is {shown(value)}, but should be True or False.")
-
-
-def check_output_type(output_type: Any) -> None:
-    """A form of images that there is."""
-    check_choice("output_type", output_type, OUTPUT_TYPES)
 
 
 def as_images_per_prompt(value: Any, num_prompts: int) -> int:

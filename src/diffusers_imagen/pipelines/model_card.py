@@ -170,7 +170,7 @@ class ModelCardMixin:
         )
 
     def model_card_call(self) -> str:
-        """The arguments of the snippet: a prompt, or where there is no text encoder, text states; an image to enlarge."""
+        """The arguments of the snippet: a prompt, or where there is no text encoder, embeddings; an image to enlarge."""
         unet = self.stages[0].unet
         width = unet.text_width
         arguments = []

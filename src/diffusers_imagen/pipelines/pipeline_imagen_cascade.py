@@ -234,7 +234,7 @@ class ImagenCascadePipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLo
                 it, so that an image depends on the seed and its place and not on the size of the batch.
             latents (`torch.Tensor`, *optional*): Unit noise `(images, 3, height, width)` of the first stage that runs.
             prompt_embeds, negative_prompt_embeds (`torch.Tensor` of shape `(prompts, tokens, width)`, *optional*):
-                Text states in place of the texts, zero at padded positions.
+                Text embeddings in place of the texts, zero at padded positions.
             prompt_attention_mask, negative_prompt_attention_mask (`torch.Tensor` of shape `(prompts, tokens)`):
                 Which tokens of the embeddings count.
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"`.

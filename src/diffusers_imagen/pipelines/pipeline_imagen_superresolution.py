@@ -129,7 +129,7 @@ class ImagenSuperResolutionPipeline(ImagenPipelineMixin, DiffusionPipeline, Imag
                 Source of all noise: one, from which each image gets its own, or one an image.
             latents (`torch.Tensor`, *optional*): Unit noise `(images, 3, height, width)`, of the result's size.
             prompt_embeds, negative_prompt_embeds (`torch.Tensor` of shape `(prompts, tokens, width)`, *optional*):
-                Text states in place of the texts, zero at padded positions.
+                Text embeddings in place of the texts, zero at padded positions.
             prompt_attention_mask, negative_prompt_attention_mask (`torch.Tensor` of shape `(prompts, tokens)`):
                 Which tokens of the embeddings count.
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"`.

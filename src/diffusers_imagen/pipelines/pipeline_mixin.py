@@ -1,6 +1,7 @@
 """What the pipelines share besides the runner of a call: memory, progress bars, the text of a prompt."""
 
 import io
+import threading
 
 import torch
 from tqdm.auto import tqdm
@@ -13,6 +14,10 @@ from .prompts import PROMPT_EMBEDS, PromptEmbeds, Prompts
 from .stage_table import NETWORKS
 from .stages import check_components
 from .tiling import Tiling
+
+
+class _TrialBar(tqdm):
+    _lock = threading.RLock()  # its own: tqdm keeps the one of all bars where a bar cannot be shown
 
 
 class ImagenPipelineMixin(ModelCardMixin):
@@ -111,7 +116,7 @@ class ImagenPipelineMixin(ModelCardMixin):
         if own:
             raise ValueError(f"A progress bar's {sorted(own)} are the pipeline's to say.")
         try:
-            with tqdm(**{"file": io.StringIO(), **kwargs, "disable": False, "total": 1}) as bar:
+            with _TrialBar(**{"file": io.StringIO(), **kwargs, "disable": False, "total": 1}) as bar:
                 bar.set_description("base 64 px")
                 bar.update()
         except Exception as error:

@@ -84,15 +84,10 @@ class Prompts:
         Raises:
             ValueError: If not.
         """
-        texts = (
-            ("prompt", self.prompt, self.prompt_embeds, self.prompt_attention_mask),
-            (
-                "negative_prompt",
-                self.negative_prompt,
-                self.negative_prompt_embeds,
-                self.negative_prompt_attention_mask,
-            ),
-        )
+        texts = [
+            (name, getattr(self, name), getattr(self, f"{name}_embeds"), getattr(self, f"{name}_attention_mask"))
+            for name in ("prompt", "negative_prompt")
+        ]
         if stages is not None and not any(stage.reads_text for stage in stages):
             for name, *values in texts:
                 if any(value is not None for value in values):
@@ -120,10 +115,8 @@ class Prompts:
             negatives = count_prompts(self.negative_prompt, self.negative_prompt_embeds)
             if negatives != self.number:
                 raise ValueError(f"There are {negatives} negative prompts, but {self.number} prompts.")
-        lengths = [
-            max_length if embeds is None else embeds.shape[1]
-            for embeds in (self.prompt_embeds, self.negative_prompt_embeds)
-        ]
+        given = (self.prompt_embeds, self.negative_prompt_embeds)
+        lengths = [max_length if embeds is None else embeds.shape[1] for embeds in given]
         if lengths[0] != lengths[1]:
             raise ValueError(f"Prompts have {lengths[0]} tokens and negative prompts {lengths[1]}: pad both alike.")
 

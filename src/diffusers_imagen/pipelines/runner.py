@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..diffusion.augmentation import augment_low_res
-from ..utils.arguments import as_integer, as_number
+from ..utils.arguments import as_integer, as_number, check_choice
 from . import inputs
 from .call_arguments import CallArguments
 from .callbacks import StepCallback, check_callback
@@ -79,7 +79,7 @@ class Runner:
         """Check the arguments, and lay out every network call."""
         arguments, pipe, stages = self.arguments, self.pipe, self.stages
         settings = inputs.stage_settings(arguments, stages)
-        inputs.check_output_type(arguments.output_type)
+        check_choice("output_type", arguments.output_type, inputs.OUTPUT_TYPES)
         inputs.check_flag("return_dict", arguments.return_dict)
         times = as_integer("num_resample_times", arguments.num_resample_times, 1, inputs.MAX_RESAMPLE_TIMES)
         callback = check_callback(

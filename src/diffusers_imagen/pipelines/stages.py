@@ -88,14 +88,14 @@ def check_stages(stages: list[Stage], text_encoder: PreTrainedModel | None) -> N
 
 
 def check_text_width(stage: Stage, text_encoder: PreTrainedModel | None) -> None:
-    """Raises ValueError unless the network reads states as wide as the text encoder's."""
+    """Raises ValueError unless the network reads embeddings as wide as the text encoder's."""
     width = getattr(getattr(text_encoder, "config", None), "hidden_size", None)
     for unet in stage.unets:
         expected = unet.text_width
         if width is not None and expected not in (None, width):
             raise ValueError(
-                f"The text encoder, a {type(unwrapped(text_encoder)).__name__}, has states of width {width}, but a network of "
-                f"the stage `{stage.name}` reads width {expected}: use the encoder that it was trained with."
+                f"The text encoder, a {type(unwrapped(text_encoder)).__name__}, has embeddings of width {width}, but a network "
+                f"of the stage `{stage.name}` reads width {expected}: use the encoder that it was trained with."
             )
 
 

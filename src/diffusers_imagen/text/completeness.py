@@ -7,8 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from ..utils.modules import first_names, is_offloaded
-from ..utils.quiet import quiet_transformers
+from ..utils.modules import first_names, is_offloaded, quiet_transformers
 
 
 # weights of a text encoder that its embeddings do not depend on: what a checkpoint lacks of them is no loss

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..utils.arguments import shown
 from ..utils.errors import is_out_of_memory, one_line
-from ..utils.tensors import find_not_finite
+from ..utils.modules import find_not_finite
 from .identity import describe_encoder, encoder_width
 from .pretrained import NO_LIMIT, load_encoder, load_tokenizer
 from .source import TextSource

@@ -6,8 +6,7 @@ import torch
 from transformers import AutoModel, AutoModelForTextEncoding, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..utils.errors import describe_fault
-from ..utils.quiet import quiet_transformers
-from ..utils.tensors import find_not_finite
+from ..utils.modules import find_not_finite, quiet_transformers
 from .completeness import refuse_random_weights
 
 

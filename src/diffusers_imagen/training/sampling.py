@@ -63,8 +63,8 @@ def read_low_res(path: str, config: TrainingConfig) -> torch.Tensor:
         image = read_image(path, "", config.background)
     except BadImage as error:
         raise ValueError(f"`validation_images` has {path!r}, which cannot be used: {error}") from error
-    side = config.low_resolution or config.resolution
-    return to_float(torch.from_numpy(fit_image(image, side, side).copy()).permute(2, 0, 1))
+    resolution = config.low_resolution or config.resolution
+    return to_float(torch.from_numpy(fit_image(image, resolution, resolution).copy()).permute(2, 0, 1))
 
 
 def stage_pipeline(

@@ -30,19 +30,19 @@ class Bounds(NamedTuple):
         return f"{low} {self.low:.17g} and {high} {self.high:.17g}"
 
 
-SIDE = Bounds(1, 2**14)  # pixels
+RESOLUTION = Bounds(1, 2**14)  # pixels
 COUNT, STEPS = Bounds(1, 2**20), Bounds(1, 10**9)
 SHARE = Bounds(0, 1)
 
 # of every number among the settings of a run, of its data, of an adapter and of DreamBooth; of lists, for each entry
 BOUNDS = {
-    **dict.fromkeys(("resolution", "min_resolution", "bucket_step", "low_resolution"), SIDE),
+    **dict.fromkeys(("resolution", "min_resolution", "bucket_step", "low_resolution"), RESOLUTION),
     "max_train_samples": Bounds(1, 10**12),
     "shuffle_buffer_size": Bounds(1, 10**7),
     "caption_probabilities": Bounds(0, 10**6),
     "degradation_blur_sigma": Bounds(0, 1000),
     "degradation_jpeg_quality": Bounds(0, 100),  # of this and of crop_size, 0 is refused with more to say
-    "crop_size": Bounds(0, SIDE.high),
+    "crop_size": Bounds(0, RESOLUTION.high),
     **dict.fromkeys(("tokenizer_max_length", "train_batch_size", "gradient_accumulation_steps"), COUNT),
     "dataloader_num_workers": Bounds(0, 1024),
     "seed": Bounds(0, 2**32 - 1),  # what Python, NumPy and torch take alike

@@ -1,9 +1,12 @@
-"""Networks as they are held: compiled, offloaded, with weights that are not finite."""
+"""Networks as they are loaded and held: without reports, compiled, offloaded, with weights that are not finite."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import is_compiled_module
+from transformers.utils import logging as transformers_logging
 
 
 def unwrapped(module: Any) -> Any:
@@ -19,3 +22,25 @@ def is_offloaded(module: torch.nn.Module) -> bool:
 def first_names(names: list[str]) -> str:
     """A few of many names."""
     return ", ".join(names[:3]) + (" and others" if len(names) > 3 else "")
+
+
+def find_not_finite(module: torch.nn.Module) -> str | None:
+    """The name of the first weight or buffer that holds NaN or infinity, of those that are not offloaded elsewhere."""
+    for name, tensor in [*unwrapped(module).named_parameters(), *unwrapped(module).named_buffers()]:
+        if tensor.is_floating_point() and not tensor.is_meta and not tensor.float().isfinite().all():
+            return name
+    return None
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' reports and progress bars of loading: what is missing is refused in one line."""
+    verbosity, has_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if has_bars:
+            transformers_logging.enable_progress_bar()

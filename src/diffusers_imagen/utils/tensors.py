@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from diffusers.utils.torch_utils import unwrap_module
 
 from .arguments import shown
 
@@ -26,12 +25,3 @@ def check_tensor(name: str, value: Any, form: str, dtypes: tuple[torch.dtype, ..
         )
     if value.is_floating_point() and not value.isfinite().all():
         raise ValueError(f"`{name}` has values that are not finite (NaN or infinite).")
-
-
-def find_not_finite(module: torch.nn.Module) -> str | None:
-    """The name of the first weight or buffer that holds NaN or infinity, of those that are not offloaded elsewhere."""
-    module = unwrap_module(module)
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        if tensor.is_floating_point() and not tensor.is_meta and not tensor.float().isfinite().all():
-            return name
-    return None

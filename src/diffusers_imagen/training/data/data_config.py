@@ -22,7 +22,7 @@ def arg(default: Any, help: str) -> Any:
 
 @dataclass
 class DataConfig:
-    """Where images and captions come from, and what is done to them. Sides are in pixels."""
+    """Where images and captions come from, and what is done to them. Sizes are in pixels."""
 
     train_data_dir: str | None = arg(
         None,
@@ -55,18 +55,18 @@ class DataConfig:
         None, "Keep all images as pixels in memory; without it, small sets of centre crops are kept."
     )
 
-    resolution: int = arg(64, "Side of the images.")
+    resolution: int = arg(64, "Resolution of the images: their height and width.")
     center_crop: bool = arg(True, "Crop images that are not square at the centre; else at random.")
     random_flip: bool = arg(False, "Mirror every second image, except where its caption speaks of left or right.")
     background: str = arg("white", "Colour behind transparent images.")
-    min_resolution: int | None = arg(None, "Skip images whose shorter side is below this.")
+    min_resolution: int | None = arg(None, "Skip images whose height or width is below this.")
     aspect_ratio_buckets: str | None = arg(
         None, "Shapes of batches: 'height,width;...', or 'auto' for areas about resolution^2; without it, squares."
     )
     bucket_step: int = arg(16, "Height and width of automatic buckets are multiples of this.")
 
-    low_resolution: int | None = arg(None, "Side of the conditioning image of a super-resolution stage.")
-    crop_size: int | None = arg(None, "Side of the aligned random crops that super-resolution trains on.")
+    low_resolution: int | None = arg(None, "Resolution of the conditioning image of a super-resolution stage.")
+    crop_size: int | None = arg(None, "Height and width of the aligned random crops that super-resolution trains on.")
     degradation_blur_sigma: list[float] | None = field(
         default=None,
         metadata={"help": "Lowest and highest sigma of a blur of the low-resolution image, in its pixels."},
@@ -156,7 +156,7 @@ class DataConfig:
         """Height and width of every bucket, or None for squares.
 
         Raises:
-            ValueError: If a side is no multiple of the super-resolution factor, or smaller than the crops.
+            ValueError: If a height or width is no multiple of the super-resolution factor, or smaller than the crops.
         """
         if self.aspect_ratio_buckets is None:
             return None
@@ -173,7 +173,7 @@ class DataConfig:
         for shape in shapes:
             if shape[0] % self.factor or shape[1] % self.factor or min(shape) < (self.crop_size or 1):
                 raise ValueError(
-                    f"`aspect_ratio_buckets` has {shape[0]}x{shape[1]}, but sides should be multiples of "
+                    f"`aspect_ratio_buckets` has {shape[0]}x{shape[1]}, but height and width should be multiples of "
                     f"{self.factor}, at least {self.crop_size or self.factor}."
                 )
         return shapes

@@ -105,6 +105,6 @@ def fit_image(image: Image.Image, height: int, width: int, top: float = 0.5, lef
 
 
 def check_size(image: Image.Image, min_resolution: int | None) -> None:
-    """Refuses an image whose shorter side is too small."""
+    """Refuses an image whose height or width is too small."""
     if min_resolution is not None and min(image.size) < min_resolution:
         raise BadImage(f"{image.width}x{image.height} is below `min_resolution` {min_resolution}")

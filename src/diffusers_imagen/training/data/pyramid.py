@@ -32,14 +32,14 @@ def crop_both(pixels: torch.Tensor, factor: int, top: int, left: int, size: int)
         pixels (`torch.Tensor`): `(3, H, W)` uint8.
         factor (`int`): H over the height of the reduction.
         top (`int`), left (`int`): The corner on the grid of the reduction.
-        size (`int`): Side of the crop, in pixels of the image.
+        size (`int`): Height and width of the crop, in pixels of the image.
 
     Returns:
         `(3, size, size)` uint8, and `(3, size / factor, size / factor)` in [-1, 1].
     """
     small = size // factor
     first = [max(0, corner - SUPPORT) for corner in (top, left)]
-    last = [min(side // factor, corner + small + SUPPORT) for side, corner in zip(pixels.shape[-2:], (top, left))]
+    last = [min(length // factor, corner + small + SUPPORT) for length, corner in zip(pixels.shape[-2:], (top, left))]
     window = pixels[:, first[0] * factor : last[0] * factor, first[1] * factor : last[1] * factor]
     low_res = crop(reduce(to_float(window)[None], factor)[0], top - first[0], left - first[1], small)
     return crop(pixels, factor * top, factor * left, size), low_res

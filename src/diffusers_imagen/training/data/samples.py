@@ -93,7 +93,7 @@ class SampleMaker:
     def corner(self, pixels: torch.Tensor, draws: np.ndarray) -> tuple[int, int]:
         """Top and left of the slot's crop, on the grid of the reduction."""
         size, factor = self.config.crop_size or 0, self.config.factor
-        height, width = ((side - size) // factor for side in pixels.shape[-2:])
+        height, width = ((length - size) // factor for length in pixels.shape[-2:])
         return int(whole(draws[CROP_TOP], height + 1)), int(whole(draws[CROP_LEFT], width + 1))
 
     def finish(
