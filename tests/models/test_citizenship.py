@@ -61,7 +61,7 @@ def test_a_saved_lora_adapter_gives_the_same_output(one_of_each_class, tmp_path)
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("name", ["unet-fused", "unet-stacked-resnet", "efficient-cross"])
+@pytest.mark.parametrize("name", ["unet-fused", "unet-stacked-resnet", "unet-class-token", "efficient-cross"])
 def test_a_compiled_network_is_one_graph_for_all_timesteps(name):
     unet = make(name)
     inputs = inputs_for(unet)

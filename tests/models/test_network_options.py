@@ -107,6 +107,20 @@ def test_all_fused_attention_of_a_network_has_the_shared_norm():
         assert attentions and all((attention.norm_kv is None) == shared for attention in attentions)
 
 
+@torch.no_grad()
+def test_a_middle_without_attention_is_two_residual_blocks():
+    unet, attending = build(mid_block_add_attention=False), build()
+    assert not [name for name in unet.state_dict() if name.startswith("mid_blocks") and "attention" in name]
+    attending.load_state_dict({**attending.state_dict(), **unet.state_dict()})
+    for parameter in attending.mid_blocks[0].attention.to_out.parameters():
+        parameter.zero_()  # a residual branch that adds nothing
+    inputs = inputs_for(unet)
+    assert torch.equal(run(unet, inputs), run(attending, inputs))
+    assert len(unet.text_blocks()) == len(attending.text_blocks()) - 1
+    without = build(mid_block_add_attention=False, attention_resolutions=(), encoder_hid_dim=None)
+    assert not [module for module in without.modules() if isinstance(module, ImagenAttention)]
+
+
 # Embeddings
 
 
@@ -199,6 +213,7 @@ NEW_OPTIONS = {
     "shared_attention_norm": False,
     "sinusoidal_dim": None,
     "text_pooling_num_heads": None,
+    "mid_block_add_attention": True,
     "attends_padding": False,
     "low_res_augmentation": "edm",
 }

@@ -5,8 +5,7 @@ IF's U-Net and `ImagenUNetModel` both follow Nichol and Dhariwal 2021 (arXiv 210
 a configuration of another kind is refused.
 """
 
-import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,41 +13,36 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from ..models import ImagenUNetModel
-from ..models.config_checks import (
-    MAX_CHANNELS,
-    MAX_LAYERS,
-    MAX_LEVELS,
-    RANGES,
-    check_integer,
-    check_integers,
-    per_level,
+from ..models.config_checks import RANGES, check_integer
+from ..utils.arguments import bad_argument, check_choice
+from .diffusers_unet import (
+    DOWN_BLOCKS,
+    MODULES,
+    UP_BLOCKS,
+    as_tuple,
+    check_fixed,
+    check_levels,
+    complete_config,
+    defaults_of,
+    level_modules,
+    renamed,
+    take_weights,
 )
-from ..utils.arguments import bad_argument, check_choice, shown
 
 
-# Modules of diffusers' network and their places in ours; those of the blocks are counted in `block_names`.
-MODULES = {
-    "conv_in": "conv_in",
-    "time_embedding": "time_embedding.mlp",
+# Modules that only IF's networks have, and their places in ours.
+TEXT_MODULES = {
     "class_embedding": "low_res_time_embedding.mlp",
     "encoder_hid_proj": "text_embedding.proj",
     "add_embedding.norm1": "text_embedding.pooling.norm1",
     "add_embedding.pool": "text_embedding.pooling",
     "add_embedding.proj": "text_embedding.pooling.proj",
     "add_embedding.norm2": "text_embedding.pooling.norm2",
-    "mid_block.resnets.0": "mid_blocks.0.resnets.0",
     "mid_block.attentions.0": "mid_blocks.0.attention",
-    "mid_block.resnets.1": "mid_blocks.1.resnets.0",
-    "conv_norm_out": "norm_out",
-    "conv_out": "conv_out",
 }
 # Layers of attention with other names; those of residual blocks, of embeddings and of pooling have the same ones.
 ATTENTION_LAYERS = {"group_norm": "norm", "norm_cross": "norm_context"}
 CROSS_ATTENTION_LAYERS = {**ATTENTION_LAYERS, "add_k_proj": "to_k", "add_v_proj": "to_v"}
-
-# The blocks that a level may have, and whether they have attention.
-DOWN_BLOCKS = {"ResnetDownsampleBlock2D": False, "SimpleCrossAttnDownBlock2D": True}
-UP_BLOCKS = {"ResnetUpsampleBlock2D": False, "SimpleCrossAttnUpBlock2D": True}
 
 # Entries of diffusers' configuration in which IF's networks differ; `check_kind` and `ImagenUNetModel` check them.
 FREE = {
@@ -77,11 +71,7 @@ STAGES: dict[str | None, dict[str, Any]] = {
         "mid_block_scale_factor": 1 / 0.7071,
     },
 }
-DEFAULTS = {
-    name: parameter.default
-    for name, parameter in inspect.signature(UNet2DConditionModel.__init__).parameters.items()
-    if name != "self"
-}
+DEFAULTS = defaults_of(UNet2DConditionModel)
 
 
 def config_from_deepfloyd(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,8 +149,7 @@ def config_to_deepfloyd(config: Mapping[str, Any]) -> dict[str, Any]:
         "cross_attention_dim": config["cross_attention_dim"],
         "addition_embed_type_num_heads": config["text_pooling_num_heads"] or DEFAULTS["addition_embed_type_num_heads"],
     }
-    parameters = inspect.signature(ImagenUNetModel.__init__).parameters
-    expected = {name: parameter.default for name, parameter in parameters.items()} | config_from_deepfloyd(theirs)
+    expected = {**defaults_of(ImagenUNetModel), **config_from_deepfloyd(theirs)}
     for name, value in config.items():
         if name in expected and as_tuple(value) != as_tuple(expected[name]):
             raise bad_argument(name, value, f"{expected[name]!r} in a network of DeepFloyd IF")
@@ -207,106 +196,39 @@ def unet_to_deepfloyd(unet: ImagenUNetModel) -> UNet2DConditionModel:
 
 def check_kind(config: Mapping[str, Any] | None) -> dict[str, Any]:
     """A configuration of `UNet2DConditionModel` with every entry, if it is of IF's kind; ValueError otherwise."""
-    if not isinstance(config, Mapping):
-        raise bad_argument("config", config, "a configuration of UNet2DConditionModel")
-    name = config.get("_class_name", "UNet2DConditionModel")
-    if name != "UNet2DConditionModel":
-        raise bad_argument("_class_name", name, "'UNet2DConditionModel'")
-    config = {**DEFAULTS, **{name: value for name, value in config.items() if not name.startswith("_")}}
+    config = complete_config(config, UNet2DConditionModel)
     if config["encoder_hid_dim_type"] is None:  # diffusers fills these in where they are None
         config["encoder_hid_dim_type"] = "text_proj"
     if config["mid_block_only_cross_attention"] is None:
         config["mid_block_only_cross_attention"] = config["only_cross_attention"]
     stage = config["class_embed_type"]
     check_choice("class_embed_type", stage, tuple(STAGES))
-    fixed = {**DEFAULTS, **COMMON, **STAGES[stage]}
-    for name, value in config.items():
-        if name not in fixed:
-            raise ValueError(f"`{name}` is {shown(value)}, but no network of DeepFloyd IF has it.")
-        if name not in FREE and value != fixed[name]:
-            raise bad_argument(name, value, f"{fixed[name]!r} in a network of DeepFloyd IF")
+    check_fixed(config, {**DEFAULTS, **COMMON, **STAGES[stage]}, FREE, "DeepFloyd IF")
     check_levels(config)
+    check_text(config)
     return config
 
 
-def check_levels(config: dict[str, Any]) -> None:
-    """Checks what may differ between IF's networks, as far as `ImagenUNetModel` does not know it by that name."""
+def check_text(config: dict[str, Any]) -> None:
+    """Checks what else may differ between IF's networks, as far as `ImagenUNetModel` does not know it by that name."""
     for name in ("sample_size", "encoder_hid_dim", "cross_attention_dim", "attention_head_dim"):
         check_integer(name, config[name], *RANGES[name])
-    channels, heads, width = (
-        config[name] for name in ("block_out_channels", "addition_embed_type_num_heads", "encoder_hid_dim")
+    heads, width, cross = (
+        config[name] for name in ("addition_embed_type_num_heads", "encoder_hid_dim", "only_cross_attention")
     )
-    check_integers("block_out_channels", channels, 1, MAX_CHANNELS, (1, MAX_LEVELS))
-    layers = per_level("layers_per_block", config["layers_per_block"], len(channels))
-    check_integers("layers_per_block", layers, 1, MAX_LAYERS, (1, MAX_LEVELS))
     check_integer("addition_embed_type_num_heads", heads, *RANGES["text_pooling_num_heads"])
     if width % heads:
         raise bad_argument("addition_embed_type_num_heads", heads, f"a divisor of `encoder_hid_dim`, which is {width}")
-    if not isinstance(config["only_cross_attention"], bool):
-        raise bad_argument("only_cross_attention", config["only_cross_attention"], "True or False")
-    if config["mid_block_only_cross_attention"] != config["only_cross_attention"]:
+    if not isinstance(cross, bool):
+        raise bad_argument("only_cross_attention", cross, "True or False")
+    if config["mid_block_only_cross_attention"] != cross:
         value = config["mid_block_only_cross_attention"]
         raise bad_argument("mid_block_only_cross_attention", value, "None, or as `only_cross_attention`")
-    down, up = config["down_block_types"], config["up_block_types"]
-    for name, kinds, blocks in (("down_block_types", down, DOWN_BLOCKS), ("up_block_types", up, UP_BLOCKS)):
-        if not isinstance(kinds, (list, tuple)) or len(kinds) != len(channels):
-            raise bad_argument(name, kinds, f"a list of {len(channels)}, one for each of `block_out_channels`")
-        for kind in kinds:
-            check_choice(name, kind, tuple(blocks))
-    if [UP_BLOCKS[kind] for kind in up[::-1]] != [DOWN_BLOCKS[kind] for kind in down]:
-        raise bad_argument("up_block_types", up, "with attention at the levels at which `down_block_types` has it")
 
 
 def weight_names(config: dict[str, Any]) -> dict[str, str]:
     """The weights of diffusers' network by name, each with its name in ours; `config` is diffusers'."""
-    layers = per_level("layers_per_block", config["layers_per_block"], len(config["block_out_channels"]))
-    modules = MODULES | block_names("down", layers) | block_names("up", [count + 1 for count in layers[::-1]])
-    attention = CROSS_ATTENTION_LAYERS if config["only_cross_attention"] else ATTENTION_LAYERS
     with torch.device("meta"):
         weights = UNet2DConditionModel(**config).state_dict()
-    names = {}
-    for name in weights:
-        module = max((module for module in modules if name.startswith(f"{module}.")), key=len)
-        layer, _, rest = name.removeprefix(f"{module}.").partition(".")
-        layer = attention.get(layer, layer) if ".attentions." in module else layer
-        names[name] = ".".join(filter(None, (modules[module], layer, rest)))
-    return names
-
-
-def block_names(way: str, layers: Sequence[int]) -> dict[str, str]:
-    """The modules of the way "down" or "up": diffusers counts the layers of each level, we count all blocks."""
-    names, block = {}, 0
-    for level, count in enumerate(layers):
-        for layer in range(count):
-            names[f"{way}_blocks.{level}.resnets.{layer}"] = f"{way}_blocks.{block}.resnets.0"
-            names[f"{way}_blocks.{level}.attentions.{layer}"] = f"{way}_blocks.{block}.attention"
-            block += 1
-        names[f"{way}_blocks.{level}.{way}samplers.0"] = f"{way}samplers.{level}"
-    return names
-
-
-def take_weights(network: Any, source: nn.Module | Mapping[str, torch.Tensor], names: Mapping[str, str]) -> Any:
-    """Gives a network on the meta device the weights of another, without a copy: `names` leads from those to its own.
-
-    Raises:
-        ValueError: For a weight that is missing, of another shape or not of the network; names it as the source does.
-    """
-    weights = source.state_dict() if isinstance(source, nn.Module) else source
-    for name in [*names, *weights]:
-        if name not in weights:
-            raise ValueError(f"The weights have no `{name}`, which a network of this configuration has.")
-        if name not in names:
-            raise ValueError(f"The weights have `{name}`, which no network of this configuration has.")
-    shapes = {name: tuple(weight.shape) for name, weight in network.state_dict().items()}
-    for name, new_name in names.items():
-        if tuple(weights[name].shape) != shapes[new_name]:
-            raise ValueError(
-                f"`{name}` has shape {tuple(weights[name].shape)}, but should have {shapes[new_name]} by the configuration."
-            )
-    network.load_state_dict({names[name]: weight for name, weight in weights.items()}, assign=True)
-    return network.train(source.training if isinstance(source, nn.Module) else False)
-
-
-def as_tuple(value: Any) -> Any:
-    """A list of a configuration that was read from a file as the tuple that it was."""
-    return tuple(value) if isinstance(value, list) else value
+    attention = CROSS_ATTENTION_LAYERS if config["only_cross_attention"] else ATTENTION_LAYERS
+    return renamed(list(weights), {**MODULES, **TEXT_MODULES, **level_modules(config)}, attention)

@@ -52,6 +52,7 @@ FLAGS = (
     "low_res_conditioning",
     "low_res_noise_conditioning",
     "shared_attention_norm",
+    "mid_block_add_attention",
     "attends_padding",
 )
 CHOICES = {

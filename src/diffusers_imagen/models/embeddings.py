@@ -59,7 +59,7 @@ class LearnedTimesteps(nn.Module):
 
 
 class NoiseLevelEmbedding(nn.Module):
-    """Conditioning value of a noise level (c_noise or log-SNR) to a vector: `(B,)` to `(B, T)`.
+    """Conditioning value of a noise level (c_noise, log-SNR or index) to a vector: `(B,)` to `(B, T)`.
 
     The sinusoids are computed in float32 whatever the model's dtype: half precision keeps about half of the values
     apart that 1000 training steps need. Fixed ones are `sinusoidal_dim` wide, or a quarter of the embedding.

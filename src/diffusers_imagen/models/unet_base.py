@@ -96,7 +96,7 @@ class ConditionalUNet(
             sample (`torch.Tensor` of shape `(batch_size, in_channels, height, width)`):
                 The noisy image, scaled by the scheduler's `scale_model_input`.
             timestep (`torch.Tensor` of shape `(batch_size,)` or `()`, or a number):
-                The conditioning value that the scheduler publishes: c_noise or log-SNR.
+                The conditioning value that the scheduler publishes: c_noise, log-SNR, or the index of a noise level.
             encoder_hidden_states (`torch.Tensor` of shape `(batch_size, tokens, encoder_hid_dim)`, *optional*):
                 Text embeddings, zero at padded positions unless the network `attends_padding`; or the result of
                 `encode_text`.

@@ -35,7 +35,7 @@ class ImagenUNetModel(ConditionalUNet):
         block_out_channels (`tuple[int]`): Channels of each level, from full resolution down; each level halves.
         layers_per_block (`int` or `tuple[int]`, defaults to 3): Residual blocks of each level.
         attention_resolutions (`tuple[int]`, defaults to `(32, 16, 8)`):
-            Resolutions, in pixels at `sample_size`, of the levels that have attention. The middle always has it.
+            Resolutions, in pixels at `sample_size`, of the levels that have attention.
         attention_type (`"self"`, `"cross"`, `"stacked"` or `"fused"`): What image tokens attend to.
         attention_head_dim (`int`, *optional*, defaults to 64): Channels of a head.
         num_attention_heads (`int`, *optional*): Number of heads, in place of `attention_head_dim`.
@@ -66,6 +66,7 @@ class ImagenUNetModel(ConditionalUNet):
         sinusoidal_dim (`int`, *optional*):
             Width of the fixed sinusoids of the noise level; a quarter of the time embedding.
         text_pooling_num_heads (`int`, *optional*): Number of heads, for `text_pooling="class_token"` alone.
+        mid_block_add_attention (`bool`, defaults to True): Whether the middle has attention.
         attends_padding (`bool`):
             Whether the text is read at padded positions too, whatever the mask says: see `StageNetwork`.
         low_res_augmentation (`"edm"` or `"discrete"`):
@@ -102,6 +103,7 @@ class ImagenUNetModel(ConditionalUNet):
         shared_attention_norm: bool = False,
         sinusoidal_dim: int | None = None,
         text_pooling_num_heads: int | None = None,
+        mid_block_add_attention: bool = True,
         attends_padding: bool = False,
         low_res_augmentation: LowResAugmentation = "edm",
     ):
@@ -141,7 +143,7 @@ class ImagenUNetModel(ConditionalUNet):
                 channels = level_channels
                 skip_channels.append(channels)
 
-        self.mid_blocks = nn.ModuleList([block(channels, channels, True), block(channels, channels, False)])
+        self.mid_blocks = nn.ModuleList(block(channels, channels, has) for has in (mid_block_add_attention, False))
 
         self.up_blocks, self.upsamplers = nn.ModuleList(), nn.ModuleList()
         for level, level_channels in reversed(list(enumerate(block_out_channels))):

@@ -67,6 +67,7 @@ LATER_OPTIONS = {
     "unet act_fn": "silu",
     "unet resnet_out_scale_factor": 1.0,
     "unet shared_attention_norm": False,
+    "unet mid_block_add_attention": True,
     "unet attends_padding": False,
     "unet low_res_augmentation": "edm",
 }
