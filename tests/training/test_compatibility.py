@@ -43,3 +43,19 @@ def test_misfits_of_a_super_resolution_network():
     with pytest.raises(ValueError, match="is given, but this network was built without text"):
         check_network(config_of(), textless, True)
     check_network(config_of(), textless, False)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            {"attends_padding": True},
+            "`attends_padding` of the network is True, but should be False to be trained here",
+        ),
+        ({"out_channels": 6}, "`out_channels` of the network is 6, but should be 3 to be trained here"),
+    ],
+)
+def test_what_training_does_not_make_is_refused(options, message):
+    unet = create_unet("emoji_base_64", attention_resolutions=(16,), **TINY, **options)
+    with pytest.raises(ValueError, match=message):
+        check_network(config_of(), unet, True)

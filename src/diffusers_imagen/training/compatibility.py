@@ -27,6 +27,7 @@ def check_network(config: TrainingConfig, unet: StageNetwork, with_text: bool) -
     Raises:
         ValueError: If the network cannot be trained on such batches.
     """
+    check_conditioning(unet)
     resolution = config.crop_size or config.resolution
     name = "crop_size" if config.crop_size else "resolution"
     shapes = [(resolution, resolution)]
@@ -55,6 +56,21 @@ def check_network(config: TrainingConfig, unet: StageNetwork, with_text: bool) -
         raise ValueError("`text_encoder` or `embedding_cache` is given, but this network was built without text.")
     if not with_text and unet.text_width is not None:
         raise ValueError("This network reads text: give `text_encoder` or `embedding_cache`.")
+
+
+def check_conditioning(unet: StageNetwork) -> None:
+    """Checks that training makes what the network reads and predicts.
+
+    Raises:
+        ValueError: If it is conditioned as DeepFloyd IF's networks are, or predicts a variance.
+    """
+    for name, value, expected in (
+        ("attends_padding", unet.attends_padding, False),
+        ("low_res_augmentation", unet.low_res_augmentation, "edm"),
+        ("out_channels", unet.out_channels, unet.in_channels),
+    ):
+        if value != expected:
+            raise ValueError(f"`{name}` of the network is {value!r}, but should be {expected!r} to be trained here.")
 
 
 def check_modules(config: TrainingConfig, accelerator: Accelerator, modules: list[torch.nn.Module]) -> None:
