@@ -34,7 +34,7 @@ class CallArguments:
     callback_on_step_end: Callable | None
     callback_on_step_end_tensor_inputs: list[str]
     cross_attention_kwargs: dict[str, float] | None
-    prompts: Prompts
+    text: Prompts
     image: ImageInput | None = None
     mask_image: ImageInput | None = None
     strength: float | None = None
@@ -46,5 +46,5 @@ class CallArguments:
     def of(cls, arguments: dict[str, Any]) -> "CallArguments":
         """Those that are in the local variables at the beginning of `__call__`."""
         arguments = {name: value for name, value in arguments.items() if name != "self"}
-        prompts = Prompts(**{name: arguments.pop(name) for name in Prompts.__dataclass_fields__})
-        return cls(prompts=prompts, **arguments)
+        text = Prompts(**{name: arguments.pop(name) for name in Prompts.__dataclass_fields__})
+        return cls(text=text, **arguments)

@@ -7,6 +7,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..text.encoder import TextEncoder, keep_in_fp32
+from ..text.source import TextSource
 from ..utils.arguments import as_integer, shown
 from . import inputs
 from .model_card import ModelCardMixin
@@ -158,19 +159,21 @@ class ImagenPipelineMixin(ModelCardMixin):
             negative_prompt_attention_mask,
         )
         if any(value is not None for value in vars(prompts).values()):  # networks without text need none
-            prompts.check(self.max_text_length)
+            prompts.check(self.text_source)
         return tuple(self.encode_prompts(prompts, num_images_per_prompt).tensors().values())
 
     def encode_prompts(self, prompts: Prompts, num_images_per_prompt: int) -> PromptEmbeds:
         """The text of all images of a call; see `encode_prompt`."""
         number = inputs.as_images_per_prompt(num_images_per_prompt, prompts.number)
-        keeps_padding = any(stage.unet.attends_padding for stage in self.stages)
-        encoder = TextEncoder(self.tokenizer, self.text_encoder, keeps_padding=keeps_padding)
-        return prompts.encode(encoder, self.slice_size, number, self._execution_device)
+        return prompts.encode(self.text_source, self.slice_size, number, self._execution_device)
 
     @property
-    def max_text_length(self) -> int | None:
-        """Tokens of an encoded prompt; None without a text encoder or its tokenizer."""
+    def text_source(self) -> TextSource | None:
+        """What encodes prompts, made of the components; None without a text encoder or its tokenizer.
+
+        A pipeline with other encoders overrides this, and names them among its components.
+        """
         if self.text_encoder is None or self.tokenizer is None:
             return None
-        return self.tokenizer.model_max_length
+        keeps_padding = any(stage.unet.attends_padding for stage in self.stages)
+        return TextEncoder(self.tokenizer, self.text_encoder, keeps_padding=keeps_padding)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 
 from ..models.interface import StageNetwork
-from ..text.encoder import TextEncoder
+from ..text.source import TextSource
 from ..text.text_embeddings import TextEmbeddings, without_text, zero_padding
 from ..utils.arguments import check_exactly_one, shown
 from ..utils.tensors import FLOATS, INTEGERS, check_tensor
@@ -78,11 +78,11 @@ class Prompts:
         """Whether there are negative prompts or their embeddings."""
         return self.negative_prompt is not None or self.negative_prompt_embeds is not None
 
-    def check(self, max_length: int | None, stages: list[Stage] | None = None) -> None:
+    def check(self, source: TextSource | None, stages: list[Stage] | None = None) -> None:
         """Check that there is one description of each prompt, and that the networks can read it.
 
         Args:
-            max_length: Tokens of an encoded text; None without text encoder.
+            source: What encodes texts; None without text encoder.
             stages: Those that read it; None where text is encoded apart from any network.
 
         Raises:
@@ -103,23 +103,23 @@ class Prompts:
         for name, text, embeds, mask in texts:
             if text is not None:
                 check_prompt(name, text)
-                if max_length is None:
+                if source is None:
                     raise ValueError(f"`{name}` needs a text encoder and a tokenizer; give `{name}_embeds` instead.")
             if embeds is not None:
                 check_embeds(name, embeds, mask, stages or [])
             elif mask is not None:
                 raise ValueError(f"`{name}_attention_mask` was given without `{name}_embeds`.")
         if stages and any(stage.unet.attends_padding for stage in stages) and not self.negative_given:
-            if max_length is None:
+            if source is None:
                 raise ValueError(
                     "`negative_prompt_embeds` is None, but should be the embeddings of the empty text, which stands for "
                     "no text in networks that attend to padding: there is no text encoder to make them."
                 )
-            if self.prompt_embeds is not None and self.prompt_embeds.shape[1] != max_length:
-                raise ValueError(f"Prompts have {self.prompt_embeds.shape[1]} tokens and no text {max_length}.")
-        self._check_negatives(max_length)
+            if self.prompt_embeds is not None and self.prompt_embeds.shape[1] != source.max_length:
+                raise ValueError(f"Prompts have {self.prompt_embeds.shape[1]} tokens and no text {source.max_length}.")
+        self._check_negatives(source)
 
-    def _check_negatives(self, max_length: int | None) -> None:
+    def _check_negatives(self, source: TextSource | None) -> None:
         """As many negative prompts as prompts, or a single one, of as many tokens."""
         if not self.negative_given:
             return
@@ -128,37 +128,33 @@ class Prompts:
             if negatives != self.number:
                 raise ValueError(f"There are {negatives} negative prompts, but {self.number} prompts.")
         given = (self.prompt_embeds, self.negative_prompt_embeds)
-        lengths = [max_length if embeds is None else embeds.shape[1] for embeds in given]
+        lengths = [embeds.shape[1] if embeds is not None else source and source.max_length for embeds in given]
         if lengths[0] != lengths[1]:
             raise ValueError(f"Prompts have {lengths[0]} tokens and negative prompts {lengths[1]}: pad both alike.")
 
     def encode(
-        self, encoder: TextEncoder, slice_size: int | None, num_images_per_prompt: int, device: torch.device
+        self, source: TextSource | None, slice_size: int | None, num_images_per_prompt: int, device: torch.device
     ) -> PromptEmbeds:
         """The embeddings of all images, on a device; `slice_size` texts are encoded at once."""
         embeds, mask = self.prompt_embeds, self.prompt_attention_mask
         if embeds is None:
             if self.prompt is None:
                 return PromptEmbeds(None, None, None, None)
-            embeds, mask = encoder.encode_prompts(as_list(self.prompt), slice_size)
-        assert mask is not None  # as `check` sees to
-        negative_embeds, negative_mask = self.negative_prompt_embeds, self.negative_prompt_attention_mask
-        if negative_embeds is None and self.negative_prompt is not None:
-            negative_embeds, negative_mask = encoder.encode_prompts(as_list(self.negative_prompt), slice_size)
+            assert source is not None  # as `check` sees to
+            embeds, mask = source.encode_prompts(as_list(self.prompt), slice_size)
+        assert mask is not None
+        text, negative_mask = TextEmbeddings(embeds, mask.bool()), self.negative_prompt_attention_mask
+        if self.negative_prompt_embeds is not None and negative_mask is not None:
+            negative = TextEmbeddings(self.negative_prompt_embeds, negative_mask.bool())
+        elif self.negative_prompt is not None:
+            assert source is not None
+            negative = source.encode_prompts(as_list(self.negative_prompt), slice_size)
             if isinstance(self.negative_prompt, str):
-                negative_embeds = negative_embeds.expand(len(embeds), -1, -1)
-                negative_mask = negative_mask.expand(len(embeds), -1)
-        elif negative_embeds is None and encoder.keeps_padding:
-            empty, empty_mask = encoder.encode_prompts([""])
-            negative_embeds, negative_mask = empty.expand(len(embeds), -1, -1), empty_mask.expand(len(embeds), -1)
-        elif negative_embeds is None:
-            negative_embeds, negative_mask = without_text(TextEmbeddings(embeds, mask))
-        assert negative_mask is not None
-        tensors = (embeds, mask.bool(), negative_embeds, negative_mask.bool())
-        embeds, mask, negative_embeds, negative_mask = (
-            tensor.repeat_interleave(num_images_per_prompt, dim=0).to(device) for tensor in tensors
-        )
-        return PromptEmbeds(embeds, mask, negative_embeds, negative_mask, self.negative_given, encoder.keeps_padding)
+                negative = TextEmbeddings(*(tensor.expand(len(embeds), *tensor.shape[1:]) for tensor in negative))
+        else:
+            negative = without_text(text) if source is None else source.no_text(text)
+        a, b, c, d = (x.repeat_interleave(num_images_per_prompt, dim=0).to(device) for x in (*text, *negative))
+        return PromptEmbeds(a, b, c, d, self.negative_given, source is not None and source.keeps_padding)
 
 
 def as_list(prompt: str | list[str]) -> list[str]:

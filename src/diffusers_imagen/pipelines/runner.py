@@ -61,7 +61,7 @@ class Runner:
             request = self.plan()
 
             # 2. Encode the prompt, once for all stages and images
-            text = pipe.encode_prompts(arguments.prompts, arguments.num_images_per_prompt)
+            text = pipe.encode_prompts(arguments.text, arguments.num_images_per_prompt)
 
             # 3. Base stage, then each super-resolution stage on what the one before it made: (B, 3, 64, 64), ...
             images = self.run_stages(request, text)
@@ -85,9 +85,9 @@ class Runner:
         callback = check_callback(
             arguments.callback_on_step_end, arguments.callback_on_step_end_tensor_inputs, pipe._callback_tensor_inputs
         )
-        arguments.prompts.check(pipe.max_text_length, stages)
+        arguments.text.check(pipe.text_source, stages)
         check_stages(stages, pipe.text_encoder)
-        num_prompts = arguments.prompts.number
+        num_prompts = arguments.text.number
         num_images = num_prompts * inputs.as_images_per_prompt(arguments.num_images_per_prompt, num_prompts)
         inputs.check_generator(arguments.generator, num_images, pipe._execution_device)
         inputs.check_latents(arguments.latents, num_images, stages[0])

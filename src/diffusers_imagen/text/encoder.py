@@ -71,7 +71,7 @@ class TextEncoder(TextSource):
         return self._model
 
     @property
-    def max_length(self) -> int:
+    def max_length(self) -> int:  # type: ignore[override]  # of the tokenizer, which may change
         """Tokens that texts are cut or padded to.
 
         Raises:
@@ -103,6 +103,7 @@ class TextEncoder(TextSource):
             self._model = None
             free_memory()
 
+    @torch.no_grad()
     def encode(self, texts: list[str], padding: str = "max_length") -> TextEmbeddings:
         """Embeddings of the encoder's last layer, of texts cut or padded to `max_length`; `padding` is the tokenizer's.
 
@@ -138,18 +139,15 @@ class TextEncoder(TextSource):
             )
         return text
 
-    def encode_prompts(self, prompts: list[str], slice_size: int | None = None) -> TextEmbeddings:
-        """As `encode`, `slice_size` prompts at once, with a warning of each that does not fit."""
+    def encode_prompts(self, texts: list[str], slice_size: int | None = None) -> TextEmbeddings:
+        """As `encode`, `slice_size` texts at once, with a warning of each that does not fit."""
         room = self.max_length - self.tokenizer.num_special_tokens_to_add()
-        for prompt, ids in zip(prompts, self.tokenizer(prompts, add_special_tokens=False).input_ids):
+        for text, ids in zip(texts, self.tokenizer(texts, add_special_tokens=False).input_ids):
             if len(ids) > room:
                 lost = shown(self.tokenizer.decode(ids[room:]))
-                logger.warning(f"The prompt {shown(prompt)} is cut to {self.max_length} tokens: {lost} is lost.")
-        size = slice_size or len(prompts)
-        parts = [self.encode(prompts[i : i + size]) for i in range(0, len(prompts), size)]
-        return TextEmbeddings(*(torch.cat(tensors) for tensors in zip(*parts)))
+                logger.warning(f"The prompt {shown(text)} is cut to {self.max_length} tokens: {lost} is lost.")
+        return super().encode_prompts(texts, slice_size)
 
-    @torch.no_grad()
     def unpadded(self, texts: list[str]) -> list[torch.Tensor]:
         """Embeddings of each text's own tokens, `(tokens, E)`, on the CPU.
 

@@ -1,4 +1,4 @@
-"""What training asks of text, whether an encoder, a cache or both answer."""
+"""Where text embeddings come from, for pipelines and training: an encoder, a cache, or several encoders."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ import torch
 from diffusers.utils import logging
 from tqdm.auto import tqdm
 
-from .text_embeddings import TextEmbeddings
+from .text_embeddings import TextEmbeddings, without_text
 
 
 logger = logging.get_logger(__name__)
@@ -20,20 +20,37 @@ MAX_CAPTION = 2**20  # bytes of a caption in a file: what is above is something 
 
 
 class TextSource(ABC):
-    """Where the embeddings of texts come from. Another encoder is another subclass, with `encode` and `width`.
+    """Where the embeddings of texts come from. Another encoder is another subclass: `encode`, `width`, `max_length`.
 
     Attributes:
         width (`int`): E, the width of the embeddings.
+        max_length (`int`): L, their number of tokens.
+        keeps_padding (`bool`): Whether embeddings at padded positions are the encoder's, for networks that attend to
+            them, and not zero.
         needs_encoder (`bool`): Whether an encoder works at each call of `encode`; it is then called where the batches
             are used, and not by the processes that read images ahead.
     """
 
     width: int
+    max_length: int
+    keeps_padding = False
     needs_encoder = True
 
     @abstractmethod
     def encode(self, texts: list[str]) -> TextEmbeddings:
         """Embeddings of texts, all of the same length L."""
+
+    def encode_prompts(self, texts: list[str], slice_size: int | None = None) -> TextEmbeddings:
+        """As `encode`, `slice_size` texts at once."""
+        size = slice_size or len(texts)
+        parts = [self.encode(texts[i : i + size]) for i in range(0, len(texts), size)]
+        return TextEmbeddings(*(torch.cat(tensors) for tensors in zip(*parts)))
+
+    def no_text(self, text: TextEmbeddings) -> TextEmbeddings:
+        """What stands for the absence of text beside `text`: zeros, or the empty text where padding is attended to."""
+        if not self.keeps_padding:
+            return without_text(text)
+        return TextEmbeddings(*(tensor.expand(len(text.embeds), *tensor.shape[1:]) for tensor in self.encode([""])))
 
     def __contains__(self, text: str) -> bool:
         """Whether `encode` takes this text."""
@@ -54,7 +71,9 @@ class TextSource(ABC):
         if captions is None:
             return self
         captions = iter(captions)
-        first = next(captions)
+        first = next(captions, None)
+        if first is None:
+            raise ValueError("There are no captions to encode.")
         limit = MEMORY_LIMIT // (2 * self.encode([first]).embeds[0].numel())
         distinct = distinct_captions(chain([first], captions), limit)
         if distinct is not None:
@@ -64,6 +83,40 @@ class TextSource(ABC):
             "`diffusers-imagen cache-embeddings` writes them to disk once."
         )
         return self
+
+
+class ConcatenatedText(TextSource):
+    """Several encoders side by side: `(B, L, E_1 + E_2 + ...)`, under the mask of the first.
+
+    Args:
+        sources (`TextSource`): The encoders, which must have the same number of tokens.
+
+    Raises:
+        ValueError: If they have not.
+    """
+
+    def __init__(self, *sources: TextSource):
+        lengths = [source.max_length for source in sources]
+        if len(set(lengths)) != 1:
+            raise ValueError(f"`sources` have {lengths} tokens, but should all have the same number.")
+        self.sources, self.max_length = sources, lengths[0]
+        self.width = sum(source.width for source in sources)
+        self.keeps_padding = all(source.keeps_padding for source in sources)
+        self.needs_encoder = any(source.needs_encoder for source in sources)
+
+    def encode(self, texts: list[str]) -> TextEmbeddings:
+        parts = [source.encode(texts) for source in self.sources]
+        return TextEmbeddings(torch.cat([part.embeds for part in parts], dim=-1), parts[0].mask)
+
+    def __contains__(self, text: str) -> bool:
+        return all(text in source for source in self.sources)
+
+    def identity(self) -> dict[str, Any] | None:
+        return {str(i): source.identity() for i, source in enumerate(self.sources)}
+
+    def release(self) -> None:
+        for source in self.sources:
+            source.release()
 
 
 class EncodedCaptions(TextSource):
@@ -77,7 +130,7 @@ class EncodedCaptions(TextSource):
         parts = (source.encode(captions[start : start + ENCODED_AT_ONCE]) for start in starts)
         embeds, masks = zip(*((part.embeds.half().cpu(), part.mask.bool().cpu()) for part in parts))
         self.text = TextEmbeddings(torch.cat(embeds), torch.cat(masks))  # (captions, L, E), (captions, L)
-        self.width = self.text.embeds.shape[-1]
+        self.max_length, self.width = self.text.embeds.shape[1:]
         self.index = {caption: i for i, caption in enumerate(captions)}
 
     def __contains__(self, text: str) -> bool:
