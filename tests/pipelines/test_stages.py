@@ -1,5 +1,6 @@
 """Stages alone, in folders, composed, and shared between pipelines."""
 
+import inspect
 import json
 
 import pytest
@@ -21,6 +22,7 @@ from diffusers_imagen import (
     ImagenSuperResolutionPipeline,
     ImagenUNetModel,
 )
+from diffusers_imagen.pipelines.stage_table import BASE, STAGES
 from diffusers_imagen.pipelines.stages import missing_weights
 from diffusers_imagen.text.encoder import keep_in_fp32
 
@@ -230,3 +232,20 @@ def test_compiled_networks_are_networks(cascade, base_unet, run, tmp_path):
     base_unet.conv_out.to("meta")
     with pytest.raises(ValueError, match="the stage `base`, loaded from 'somewhere', lacks weights: conv_out.weight"):
         run(pipe)
+
+
+def test_stages_are_composed_by_what_they_were_trained_for(base_pipeline, sr_pipeline):
+    assert sr_pipeline.config.scale_factor == 2
+    other = ImagenSuperResolutionPipeline(sr_pipeline.unet, sr_pipeline.scheduler, scale_factor=4)
+    with pytest.raises(ValueError, match="`sr256` was trained to enlarge images of 8 px, but those of `base`.* 16 px"):
+        ImagenCascadePipeline.from_stages(base_pipeline, other)
+    with pytest.raises(ValueError, match="`sr256` is given by name, but `upscalers` has it too"):
+        ImagenCascadePipeline.from_stages(base_pipeline, sr_pipeline, sr256=sr_pipeline)
+    with pytest.raises(ValueError, match="`upscalers` has 3 stages, but should have at most 2"):
+        ImagenCascadePipeline.from_stages(base_pipeline, sr_pipeline, sr_pipeline, sr_pipeline)
+
+
+def test_the_constructor_has_the_components_of_every_stage():
+    names = set(inspect.signature(ImagenCascadePipeline).parameters)
+    assert {name for kind in STAGES for name in (kind.unet, kind.scheduler)} <= names
+    assert set(ImagenCascadePipeline._optional_components) == names - {BASE.unet, BASE.scheduler}

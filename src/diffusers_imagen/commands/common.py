@@ -168,7 +168,7 @@ def load_pipeline(model: str, dtype: torch.dtype = torch.float32) -> ImagenCasca
     check_source("model", model)
     with loading("model", model):
         pipe = load_pipeline_folder(ImagenCascadePipeline, model, ("ImagenCascadePipeline",), dtype=dtype)
-        check_stages(pipe.stages, pipe.text_encoder)
+        check_stages(pipe.stages, pipe.text_width)
     refuse_untrained(pipe.stages)
     return pipe
 

@@ -258,11 +258,14 @@ def examine_weights(unet: StageNetwork) -> Finding:
         return Finding(True, f"{len(broken)} weights are not finite, such as {broken[0]}: training diverged")
     if unet.is_untrained():
         return Finding(True, "all residual branches end in zeros, as in a new network: this network was never trained")
-    return Finding(False, f"{type(unet).__name__}: {count:,} weights, finite and trained")
+    trained = " and trained" if unet.zero_initialized() else ""
+    return Finding(False, f"{type(unet).__name__}: {count:,} weights, finite{trained}")
 
 
 def examine_width(width: int | None, text_encoder: str) -> Finding:
     """Whether the network reads embeddings as wide as the encoder makes them."""
+    if width is None:
+        return Finding(False, "the network reads no text")
     subfolder = "text_encoder" if (Path(text_encoder) / "text_encoder").is_dir() else ""
     actual = encoder_width(AutoConfig.from_pretrained(text_encoder, subfolder=subfolder, trust_remote_code=False))
     wrong = width != actual

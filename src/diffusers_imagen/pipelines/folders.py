@@ -140,7 +140,7 @@ def given(hub: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_stage(name: str, source: StageSource, **kwargs) -> dict[str, Any]:
-    """The components of a stage: `unet`, `scheduler`, and of a folder or pipeline that has them the text parts.
+    """The components of a stage: `unet`, `scheduler`, and of a folder or pipeline its `scale_factor` and text parts.
 
     Args:
         name: The argument that named it, for the message.
@@ -153,11 +153,16 @@ def load_stage(name: str, source: StageSource, **kwargs) -> dict[str, Any]:
     """
     check_stage_source(name, source)
     if isinstance(source, DiffusionPipeline):
-        return source.components
+        return parts_of(source)
     if isinstance(source, (str, os.PathLike)):
         with loading(name, source):
             return load_folder(str(source), **kwargs)
     return {"unet": source[0], "scheduler": source[1]}
+
+
+def parts_of(pipe: DiffusionPipeline) -> dict[str, Any]:
+    """The components of a single-stage pipeline, and by how much it enlarges images."""
+    return {**pipe.components, "scale_factor": pipe.config.get("scale_factor")}
 
 
 def check_stage_source(name: str, source: Any) -> None:
@@ -192,7 +197,7 @@ def load_folder(source: str, **kwargs) -> dict[str, Any]:
     """The components in a folder or Hub repository: of its pipeline, or else of `unet/` and `scheduler/`."""
     hub, networks = split_options(kwargs)
     if has_index(source, hub):
-        return load_pipeline_folder(DiffusionPipeline, source, SINGLE_STAGES, **kwargs).components
+        return parts_of(load_pipeline_folder(DiffusionPipeline, source, SINGLE_STAGES, **kwargs))
     for name in ("text_encoder", "tokenizer"):  # which only a pipeline has
         networks.pop(name, None)
     if os.path.isdir(source):

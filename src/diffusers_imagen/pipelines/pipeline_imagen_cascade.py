@@ -18,8 +18,8 @@ from .image_inputs import ImageInput
 from .pipeline_mixin import ImagenPipelineMixin
 from .pipeline_output import ImagenPipelineOutput
 from .runner import Runner
-from .stage_table import BASE, DEFAULT_GUIDANCE, DEFAULT_STEPS, STAGES
-from .stages import Stage, StageSource, UNet, check_stages, refuse_untrained
+from .stage_table import BASE, DEFAULT_GUIDANCE, DEFAULT_STEPS, STAGES, StageKind
+from .stages import Stage, StageSource, UNet, check_factors, check_stages, refuse_untrained
 
 
 EXAMPLE_DOC_STRING = """
@@ -122,18 +122,23 @@ class ImagenCascadePipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLo
         if len(upscalers) >= len(STAGES):
             raise ValueError(f"`upscalers` has {len(upscalers)} stages, but should have at most {len(STAGES) - 1}.")
         sources = dict(zip(STAGES, (base, *upscalers)))
-        sources |= {kind: kwargs.pop(kind.name) for kind in STAGES[1:] if kind.name in kwargs}
+        named = {kind: kwargs.pop(kind.name) for kind in STAGES[1:] if kind.name in kwargs}
+        for kind in named.keys() & sources.keys():
+            raise ValueError(f"`{kind.name}` is given by name, but `upscalers` has it too.")
+        sources |= named
         sources = {kind: source for kind, source in sources.items() if kind is BASE or source is not None}
         split_options(kwargs)
         for kind, source in sources.items():  # before the first is loaded
             check_stage_source(kind.name, source)
         check_text_parts(text_encoder, tokenizer)
         components: dict[str, Any] = {}
+        factors: dict[StageKind, int | None] = {}
         for kind, source in sources.items():
             # all stages read the text of one encoder, that of the base stage if no other is given
             own_text = {} if kind is BASE else {"text_encoder": None, "tokenizer": None}
             parts = load_stage(kind.name, source, **own_text, **kwargs)
             components |= {kind.unet: parts["unet"], kind.scheduler: parts["scheduler"]}
+            factors[kind] = parts.get("scale_factor")
             if kind is BASE:
                 components |= {name: parts.get(name) for name in ("text_encoder", "tokenizer")}
                 components[GUIDE] = parts.get("guidance_unet")
@@ -144,7 +149,8 @@ class ImagenCascadePipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLo
         if tokenizer is not None:
             components["tokenizer"] = tokenizer
         pipe = cls(**components)
-        check_stages(pipe.stages, pipe.text_encoder)
+        check_stages(pipe.stages, pipe.text_width)
+        check_factors(pipe.stages, factors)
         refuse_untrained(pipe.stages)
         return pipe
 

@@ -7,6 +7,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..text.encoder import TextEncoder, keep_in_fp32
+from ..text.identity import encoder_width
 from ..text.source import TextSource
 from ..utils.arguments import as_integer, shown
 from . import inputs
@@ -166,6 +167,13 @@ class ImagenPipelineMixin(ModelCardMixin):
         """The text of all images of a call; see `encode_prompt`."""
         number = inputs.as_images_per_prompt(num_images_per_prompt, prompts.number)
         return prompts.encode(self.text_source, self.slice_size, number, self._execution_device)
+
+    @property
+    def text_width(self) -> int | None:
+        """Width of the text's embeddings; None without a text encoder."""
+        if self.text_encoder is None:
+            return None
+        return encoder_width(self.text_encoder.config) if self.text_source is None else self.text_source.width
 
     @property
     def text_source(self) -> TextSource | None:

@@ -92,7 +92,8 @@ class BoundNetwork:
         num_images = len(latents.sample)
         size = slice_size or num_images
         self.slices = [slice(start, start + size) for start in range(0, num_images, size)]
-        self.bound: dict[tuple[int, Branch, int], BoundInputs] = {}
+        self.bound: dict[tuple[int, Branch], BoundInputs] = {}
+        self.version = text.version
 
     def __call__(self, model_input: torch.Tensor, timestep: torch.Tensor, branch: Branch) -> list[torch.Tensor]:
         """The outputs `(B, C, H, W)` in float32 of one branch, or of the unconditional and then the conditional one."""
@@ -107,7 +108,9 @@ class BoundNetwork:
 
     def bind(self, images: slice, branch: Branch) -> BoundInputs:
         """What is constant over the steps, made at the first one."""
-        key = (images.start, branch, self.text.version)
+        if self.version != self.text.version:  # a callback has changed the text
+            self.bound, self.version = {}, self.text.version
+        key = (images.start, branch)
         if key not in self.bound:
             low_res, timestep = self.latents.low_res, self.latents.low_res_timestep
             low_res = None if low_res is None else low_res[images].to(self.unet.dtype)

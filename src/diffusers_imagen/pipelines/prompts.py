@@ -153,8 +153,18 @@ class Prompts:
                 negative = TextEmbeddings(*(tensor.expand(len(embeds), *tensor.shape[1:]) for tensor in negative))
         else:
             negative = without_text(text) if source is None else source.no_text(text)
-        a, b, c, d = (x.repeat_interleave(num_images_per_prompt, dim=0).to(device) for x in (*text, *negative))
-        return PromptEmbeds(a, b, c, d, self.negative_given, source is not None and source.keeps_padding)
+
+        def for_images(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.repeat_interleave(num_images_per_prompt, dim=0).to(device)
+
+        return PromptEmbeds(
+            for_images(text.embeds),
+            for_images(text.mask),
+            for_images(negative.embeds),
+            for_images(negative.mask),
+            negative_given=self.negative_given,
+            keeps_padding=source is not None and source.keeps_padding,
+        )
 
 
 def as_list(prompt: str | list[str]) -> list[str]:

@@ -86,7 +86,7 @@ class Runner:
             arguments.callback_on_step_end, arguments.callback_on_step_end_tensor_inputs, pipe._callback_tensor_inputs
         )
         arguments.text.check(pipe.text_source, stages)
-        check_stages(stages, pipe.text_encoder)
+        check_stages(stages, pipe.text_width)
         num_prompts = arguments.text.number
         num_images = num_prompts * inputs.as_images_per_prompt(arguments.num_images_per_prompt, num_prompts)
         inputs.check_generator(arguments.generator, num_images, pipe._execution_device)

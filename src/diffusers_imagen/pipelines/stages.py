@@ -64,8 +64,8 @@ class Stage(NamedTuple):
 # ---- checks
 
 
-def check_stages(stages: list[Stage], text_encoder: PreTrainedModel | None) -> None:
-    """Raises ValueError for stages that do not fit together, or loaded networks that lack weights."""
+def check_stages(stages: list[Stage], text_width: int | None) -> None:
+    """Raises ValueError for stages that do not fit together or the text, or loaded networks that lack weights."""
     for stage in stages:
         if stage.scheduler is None:
             raise ValueError(f"The stage `{stage.name}` has a network, but no scheduler.")
@@ -74,7 +74,7 @@ def check_stages(stages: list[Stage], text_encoder: PreTrainedModel | None) -> N
                 f"The network of the stage `{stage.name}` has `low_res_conditioning={not stage.is_base}`: it is one for "
                 + ("a base stage." if stage.is_base else "super-resolution.")
             )
-        check_text_width(stage, text_encoder)
+        check_text_width(stage, text_width)
         for unet in stage.unets:
             check_loaded(stage.name, unet)
         if stage.guidance_unet is not None and stage.guidance_unet.takes_low_res == stage.is_base:
@@ -87,15 +87,24 @@ def check_stages(stages: list[Stage], text_encoder: PreTrainedModel | None) -> N
             )
 
 
-def check_text_width(stage: Stage, text_encoder: PreTrainedModel | None) -> None:
-    """Raises ValueError unless the network reads embeddings as wide as the text encoder's."""
-    width = getattr(getattr(text_encoder, "config", None), "hidden_size", None)
-    for unet in stage.unets:
-        expected = unet.text_width
-        if width is not None and expected not in (None, width):
+def check_factors(stages: list[Stage], factors: dict[StageKind, int | None]) -> None:
+    """Raises ValueError for a stage that was trained to enlarge images of another size than the stage before it makes."""
+    for below, stage in zip(stages, stages[1:]):
+        factor = factors.get(stage.kind)
+        if factor is not None and stage.resolution != factor * below.resolution:
             raise ValueError(
-                f"The text encoder, a {type(unwrapped(text_encoder)).__name__}, has embeddings of width {width}, but a network "
-                f"of the stage `{stage.name}` reads width {expected}: use the encoder that it was trained with."
+                f"The stage `{stage.name}` was trained to enlarge images of {stage.resolution // factor} px, but those of "
+                f"`{below.name}`, the stage before it, have {below.resolution} px."
+            )
+
+
+def check_text_width(stage: Stage, width: int | None) -> None:
+    """Raises ValueError unless the network reads embeddings of this width; None is not known."""
+    for unet in stage.unets:
+        if width is not None and unet.text_width not in (None, width):
+            raise ValueError(
+                f"The text encoder has embeddings of width {width}, but a network of the stage `{stage.name}` reads width "
+                f"{unet.text_width}: use the encoder that it was trained with."
             )
 
 
