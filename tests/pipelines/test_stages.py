@@ -249,3 +249,42 @@ def test_the_constructor_has_the_components_of_every_stage():
     names = set(inspect.signature(ImagenCascadePipeline).parameters)
     assert {name for kind in STAGES for name in (kind.unet, kind.scheduler)} <= names
     assert set(ImagenCascadePipeline._optional_components) == names - {BASE.unet, BASE.scheduler}
+
+
+def test_an_overridden_encode_prompt_is_what_a_call_uses(base_pipeline, run):
+    class Halved(ImagenPipeline):
+        def encode_prompt(self, *args, **kwargs):
+            embeds, *others = super().encode_prompt(*args, **kwargs)
+            return embeds / 2, *others
+
+    embeds, mask, negative, negative_mask = base_pipeline.encode_prompt("a red apple")
+    given = {"prompt_embeds": embeds / 2, "prompt_attention_mask": mask}
+    expected = run(base_pipeline, prompt=None, **given).images
+    halved = quiet(Halved(**base_pipeline.components))
+    assert torch.equal(run(halved).images, expected)
+    assert not torch.equal(run(base_pipeline).images, expected)
+
+
+def test_a_cascade_without_its_base_stage_says_so(cascade, run):
+    cascade.base_unet = None
+    with pytest.raises(
+        ValueError, match="The first stage is `sr256`, which enlarges images, but there is no base stage"
+    ):
+        run(cascade)
+
+
+def test_networks_in_the_wrong_place_are_named_first(base_unet, sr_unet, tokenizer, text_encoder, run, picture):
+    wrong = ImagenPipeline(sr_unet, EDMHeunScheduler(), tokenizer, text_encoder)
+    with pytest.raises(
+        ValueError, match="stage `base` has `low_res_conditioning=True`: it is one for super-resolution"
+    ):
+        run(wrong)
+    wrong = ImagenSuperResolutionPipeline(base_unet, EDMHeunScheduler(), tokenizer, text_encoder, scale_factor=2)
+    with pytest.raises(ValueError, match="stage `sr256` has `low_res_conditioning=False`: it is one for a base"):
+        run(wrong, image=picture, low_res_noise_level=[0.1])
+
+
+def test_latents_say_the_size(base_pipeline, run):
+    latents = torch.randn(1, 3, 16, 16)
+    expected = run(base_pipeline, latents=latents).images
+    assert torch.equal(run(base_pipeline, latents=latents, height=16.0).images, expected)

@@ -173,9 +173,10 @@ def check_stage_source(name: str, source: Any) -> None:
         if folder.is_dir() and not (folder / INDEX).is_file() and not (folder / "unet" / "config.json").is_file():
             raise ValueError(f"`{name}` is '{source}', a folder with neither a {INDEX} nor a network in unet/.")
         return
+    pair = source
     if isinstance(source, DiffusionPipeline):
-        source = source.components.get("unet"), source.components.get("scheduler")
-    unet, scheduler = source if isinstance(source, (tuple, list)) and len(source) == 2 else (None, None)
+        pair = source.components.get("unet"), source.components.get("scheduler")
+    unet, scheduler = pair if isinstance(pair, (tuple, list)) and len(pair) == 2 else (None, None)
     if not isinstance(unwrapped(unet), StageNetwork) or not isinstance(scheduler, SchedulerMixin):
         raise ValueError(
             f"`{name}` is {shown(source)}, but should be a folder, a Hub id, a single-stage pipeline, or a network and "

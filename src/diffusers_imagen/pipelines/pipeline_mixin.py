@@ -12,7 +12,7 @@ from ..text.source import TextSource
 from ..utils.arguments import as_integer, shown
 from . import inputs
 from .model_card import ModelCardMixin
-from .prompts import PROMPT_EMBEDS, PromptEmbeds, Prompts
+from .prompts import PROMPT_EMBEDS, Prompts
 from .stage_table import NETWORKS
 from .stages import check_components
 from .tiling import Tiling
@@ -161,12 +161,9 @@ class ImagenPipelineMixin(ModelCardMixin):
         )
         if any(value is not None for value in vars(prompts).values()):  # networks without text need none
             prompts.check(self.text_source)
-        return tuple(self.encode_prompts(prompts, num_images_per_prompt).tensors().values())
-
-    def encode_prompts(self, prompts: Prompts, num_images_per_prompt: int) -> PromptEmbeds:
-        """The text of all images of a call; see `encode_prompt`."""
         number = inputs.as_images_per_prompt(num_images_per_prompt, prompts.number)
-        return prompts.encode(self.text_source, self.slice_size, number, self._execution_device)
+        text = prompts.encode(self.text_source, self.slice_size, number, self._execution_device)
+        return tuple(text.tensors().values())
 
     @property
     def text_width(self) -> int | None:

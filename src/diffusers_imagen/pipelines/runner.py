@@ -21,7 +21,7 @@ from .planning import Generators, NoiseLevel, Request, Size, StagePlan, plan_siz
 from .prediction import GuidedPrediction, Latents
 from .prompts import PromptEmbeds
 from .schedules import begin_at
-from .stages import Stage, check_stages
+from .stages import Stage, check_kinds, check_stages
 
 
 class Runner:
@@ -61,7 +61,7 @@ class Runner:
             request = self.plan()
 
             # 2. Encode the prompt, once for all stages and images
-            text = pipe.encode_prompts(arguments.text, arguments.num_images_per_prompt)
+            text = self.encode_text()
 
             # 3. Base stage, then each super-resolution stage on what the one before it made: (B, 3, 64, 64), ...
             images = self.run_stages(request, text)
@@ -73,11 +73,22 @@ class Runner:
         last = processed[max(processed)]
         return ImagenPipelineOutput(last, processed) if arguments.return_dict else (last, processed)
 
+    def encode_text(self) -> PromptEmbeds:
+        """The text of all images, by the pipeline's `encode_prompt`."""
+        text, source = self.arguments.text, self.pipe.text_source
+        number = self.arguments.num_images_per_prompt
+        embeds, mask, negative_embeds, negative_mask = self.pipe.encode_prompt(
+            **vars(text), num_images_per_prompt=number
+        )
+        keeps_padding = source is not None and source.keeps_padding
+        return PromptEmbeds(embeds, mask, negative_embeds, negative_mask, text.negative_given, keeps_padding)
+
     # ---- 1. checks and plans
 
     def plan(self) -> Request:
         """Check the arguments, and lay out every network call."""
         arguments, pipe, stages = self.arguments, self.pipe, self.stages
+        check_kinds(stages, starts_from_noise=self.low_resolution is None)
         settings = inputs.stage_settings(arguments, stages)
         check_choice("output_type", arguments.output_type, inputs.OUTPUT_TYPES)
         inputs.check_flag("return_dict", arguments.return_dict)
@@ -125,12 +136,15 @@ class Runner:
             for (name, pixels), own in zip(asked.items(), implied):
                 if pixels not in (None, own):
                     raise ValueError(f"`{name}` is {pixels}, but `latents` {shape} lead to {own}.")
+            asked = {}
         elif self.scale_factor is not None and given is not None:
             found = {tuple(image.shape[-2:]) for image in given.pixels}
             if len(found) > 1 and None in asked.values():
                 raise ValueError(f"`image` has images of the sizes {sorted(found)}: give `height` and `width`.")
             implied = [pixels * self.scale_factor for pixels in found.pop()]
-        height, width = (own if pixels is None else pixels for pixels, own in zip(asked.values(), implied))
+        height, width = (
+            own if asked.get(name) is None else asked[name] for name, own in zip(("height", "width"), implied)
+        )
         return plan_sizes(self.stages, self.low_resolution, height, width)
 
     # ---- 3. stages

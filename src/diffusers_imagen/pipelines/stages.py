@@ -64,16 +64,24 @@ class Stage(NamedTuple):
 # ---- checks
 
 
-def check_stages(stages: list[Stage], text_width: int | None) -> None:
-    """Raises ValueError for stages that do not fit together or the text, or loaded networks that lack weights."""
+def check_kinds(stages: list[Stage], starts_from_noise: bool) -> None:
+    """Raises ValueError for networks of another kind than their place needs."""
     for stage in stages:
-        if stage.scheduler is None:
-            raise ValueError(f"The stage `{stage.name}` has a network, but no scheduler.")
         if stage.is_base == stage.kind.takes_low_res:
             raise ValueError(
                 f"The network of the stage `{stage.name}` has `low_res_conditioning={not stage.is_base}`: it is one for "
                 + ("a base stage." if stage.is_base else "super-resolution.")
             )
+    if starts_from_noise and not stages[0].is_base:
+        raise ValueError(f"The first stage is `{stages[0].name}`, which enlarges images, but there is no base stage.")
+
+
+def check_stages(stages: list[Stage], text_width: int | None) -> None:
+    """Raises ValueError for stages that do not fit together or the text, or loaded networks that lack weights."""
+    check_kinds(stages, starts_from_noise=False)
+    for stage in stages:
+        if stage.scheduler is None:
+            raise ValueError(f"The stage `{stage.name}` has a network, but no scheduler.")
         check_text_width(stage, text_width)
         for unet in stage.unets:
             check_loaded(stage.name, unet)
