@@ -1,20 +1,23 @@
 """The code of docs/extending.md does what the page says."""
 
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 
+import pytest
 import torch
 
-from diffusers_imagen import EDMAdamsScheduler, ImagenPipeline
+from diffusers_imagen import EDMAdamsScheduler, ImagenPipeline, training
 from diffusers_imagen.text.encoder import TextEncoder
 
 
 PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
 
 
-def run_block(name: str) -> dict:
+def run_block(start: str) -> dict:
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    (code,) = [block for block in blocks if f"class {name}(" in block]
+    (code,) = [block for block in blocks if start in block]
     names: dict = {"__name__": "extending"}
     exec(compile(code, PAGE.name, "exec"), names)
     return names
@@ -22,7 +25,7 @@ def run_block(name: str) -> dict:
 
 def test_two_encoders_are_one_source(tokenizer, text_encoder):
     encoder = TextEncoder(tokenizer, text_encoder)
-    both = run_block("TwoEncoders")["TwoEncoders"](encoder, encoder)
+    both = run_block("class TwoEncoders(")["TwoEncoders"](encoder, encoder)
     embeds, mask = encoder.encode(["a red apple"])
     text = both.encode(["a red apple"])
     assert both.width == text.embeds.shape[-1] == 2 * encoder.width
@@ -31,7 +34,7 @@ def test_two_encoders_are_one_source(tokenizer, text_encoder):
 
 def test_a_network_of_another_architecture_draws(tokenizer, text_encoder):
     torch.manual_seed(0)
-    unet = run_block("TextUNet")["TextUNet"](16, text_encoder.config.hidden_size).eval()
+    unet = run_block("class TextUNet(")["TextUNet"](16, text_encoder.config.hidden_size).eval()
     pipe = ImagenPipeline(unet, EDMAdamsScheduler(clip_sample=True), tokenizer, text_encoder)
     pipe.set_progress_bar_config(disable=True)
     arguments = {"num_inference_steps": 2, "output_type": "pt"}
@@ -40,3 +43,24 @@ def test_a_network_of_another_architecture_draws(tokenizer, text_encoder):
     ]
     assert images[0].shape == (1, 3, 16, 16) and torch.equal(images[0], images[1])
     assert not torch.equal(images[0], images[2])
+
+
+@pytest.mark.parametrize("saved", ["model_config_name_or_path", "pretrained_model_name_or_path"])
+def test_a_script_of_ones_own_trains_it(monkeypatch, tmp_path, saved):
+    network_class, runs = run_block("class TextUNet(")["TextUNet"], []
+
+    class Run:
+        def __init__(self, config, unet):
+            runs.append(unet)
+
+        def train(self):
+            pass
+
+    unet = network_class(64, 8)
+    (unet.save_config if saved.startswith("model") else unet.save_pretrained)(tmp_path)
+    monkeypatch.setitem(sys.modules, "my_networks", ModuleType("my_networks"))
+    monkeypatch.setattr(training, "Trainer", Run)
+    monkeypatch.setattr(sys, "argv", ["my_train.py", f"--{saved}", str(tmp_path), "--train_data_dir", str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        run_block("import my_networks")
+    assert stopped.value.code == 0 and type(runs[0]) is network_class and runs[0].text_width == 8

@@ -4,7 +4,9 @@ import subprocess
 import sys
 
 import diffusers
+import pytest
 from diffusers import AutoModel
+from foreign_network import ConditionedUNet2D
 
 import diffusers_imagen
 
@@ -46,3 +48,20 @@ assert dict(os.environ) == before
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.split("MARK\n")[-1] == result.stderr.split("MARK\n")[-1] == ""
+
+
+def test_a_network_may_be_defined_again(monkeypatch):
+    def define(qualname: str) -> type:
+        class Network(ConditionedUNet2D):
+            pass
+
+        Network.__qualname__ = qualname
+        return Network
+
+    first, again, other = define("Network"), define("Network"), define("elsewhere.Network")
+    monkeypatch.setattr(diffusers, "Network", first, raising=False)
+    diffusers_imagen.register_network(again)
+    assert diffusers.Network is again
+    with pytest.raises(ValueError, match="`network_class` is Network, but diffusers has another class of that name"):
+        diffusers_imagen.register_network(other)
+    assert diffusers.Network is again

@@ -49,6 +49,8 @@ def register(package: ModuleType) -> None:
 def register_network(network_class: type[StageNetwork]) -> None:
     """Make the loaders find a network of another family by the name that its configuration file says.
 
+    A class that is defined again, as in a notebook, takes the place of the one of the same module and name.
+
     Args:
         network_class: A subclass of `models.interface.StageNetwork` and diffusers' `ModelMixin`.
 
@@ -62,7 +64,8 @@ def register_network(network_class: type[StageNetwork]) -> None:
             f"`network_class` is {network_class!r}, but should be a class of StageNetwork and ModelMixin."
         )
     name = network_class.__name__
-    if getattr(diffusers, name, network_class) is not network_class:
+    known = getattr(diffusers, name, network_class)
+    if any(getattr(known, part, None) != getattr(network_class, part) for part in ("__module__", "__qualname__")):
         raise ValueError(f"`network_class` is {name}, but diffusers has another class of that name.")
     setattr(diffusers, name, network_class)
 

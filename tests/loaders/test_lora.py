@@ -5,12 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from foreign_network import ConditionedUNet2D
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from diffusers_imagen import ImagenCascadePipeline
+from diffusers_imagen import EDMHeunScheduler, ImagenCascadePipeline, ImagenPipeline
 
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj"]
@@ -351,3 +352,50 @@ def test_fusing_what_diffusers_names_fuses_what_is_there(cascade):
     assert cascade.fused_loras == {"style"}
     cascade.unfuse_lora(components=cascade._lora_loadable_modules)
     assert cascade.fused_loras == set()
+
+
+def test_a_network_that_can_have_no_adapters_is_refused_by_name():
+    pipe = ImagenPipeline(ConditionedUNet2D(), EDMHeunScheduler(), None, None)
+    assert pipe.get_list_adapters() == {} and pipe.get_active_adapters() == []
+    for call in (
+        lambda: pipe.load_lora_weights({"unet.to_q.lora_A.weight": torch.zeros(2, 2)}),
+        lambda: pipe.set_adapters("style"),
+        lambda: pipe.delete_adapters("style"),
+        pipe.fuse_lora,
+        pipe.unfuse_lora,
+        pipe.unload_lora_weights,
+        pipe.disable_lora,
+        pipe.enable_lora,
+    ):
+        with pytest.raises(ValueError, match="`unet` is of ConditionedUNet2D, but should be .*PeftAdapterMixin"):
+            call()
+
+
+def test_beside_a_network_that_can_have_no_adapters_the_others_keep_theirs(cascade, saved):
+    _, folder = saved
+    width = cascade.text_encoder.config.hidden_size
+    resolution = cascade.sr256_unet.resolution
+    of_base = {key: value for key, value in load_file(f"{folder}/{FILE}").items() if key.startswith("base_unet")}
+    cascade.register_modules(sr256_unet=ConditionedUNet2D(resolution, text_width=width, takes_low_res=True).eval())
+    plain = draw(cascade)
+    cascade.load_lora_weights(of_base, "style")
+    cascade.set_adapters("style", {"base_unet": 1.0})
+    adapted = draw(cascade)
+    assert cascade.get_list_adapters() == {"base_unet": ["style"]} and cascade.get_active_adapters() == ["style"]
+    assert np.abs(adapted - plain).max() > 0.03
+    cascade.disable_lora()
+    np.testing.assert_array_equal(draw(cascade), plain)
+    cascade.enable_lora()
+    cascade.fuse_lora()
+    np.testing.assert_allclose(draw(cascade), adapted, atol=3e-3)
+    cascade.unfuse_lora()
+    for call in (
+        lambda: cascade.load_lora_weights(folder),
+        lambda: cascade.load_lora_weights(of_base, component="sr256_unet"),
+        lambda: cascade.set_adapters("style", {"sr256_unet": 0.5}),
+        lambda: cascade.fuse_lora(["sr256_unet"]),
+    ):
+        with pytest.raises(ValueError, match="`sr256_unet` is of ConditionedUNet2D"):
+            call()
+    cascade.unload_lora_weights()
+    np.testing.assert_allclose(draw(cascade), plain, atol=3e-3)

@@ -1,17 +1,24 @@
 import math
+from typing import get_args
 
 import pytest
 import torch
 from diffusers.models import attention_dispatch
-from networks import TEXT_WIDTH, TOKENS, inputs_for, make, randomize, relative_error, run
+from networks import NETWORKS, TEXT_WIDTH, TOKENS, inputs_for, make, randomize, relative_error, run
 
 from diffusers_imagen.models.attention import (
+    ATTENTION_TYPES,
+    AttentionBlock,
+    AttentionKind,
+    AttentionType,
     ImagenAttention,
     ImagenAttnProcessor,
     StableImagenAttnProcessor,
     image_to_tokens,
+    make_attention,
     tokens_to_image,
 )
+from diffusers_imagen.models.config_checks import CHOICES
 from diffusers_imagen.models.embeddings import TextContext, TextKeyValue
 
 
@@ -237,3 +244,38 @@ def test_a_block_may_make_keys_and_values_itself(attention):
     if attention.reads_text:
         text = TextContext(context, mask)
         assert torch.equal(attention(image, text), attention(image, attention.project_text(text)))
+
+
+class NoAttention(AttentionBlock):
+    """Adds nothing; reads text in name."""
+
+    reads_text = True
+
+    def project_text(self, text):
+        return TextKeyValue(text.tokens, text.tokens, text.mask)
+
+    def forward(self, hidden_states, text=None):
+        return hidden_states
+
+
+@pytest.mark.parametrize("name", ["unet-fused", "efficient-stacked"])
+def test_one_entry_adds_a_type(name, monkeypatch):
+    network_class, config = NETWORKS[name]
+    option, value = ("attention_type", "none") if name == "unet-fused" else ("attention_types", (None, "none"))
+    config = {**config, option: value}
+    with pytest.raises(ValueError, match=f"`{option}` is 'none'"):
+        network_class(**config)
+    monkeypatch.setitem(ATTENTION_TYPES, "none", AttentionKind(lambda *sizes: NoAttention(), reads_text=True))
+    monkeypatch.setitem(CHOICES, "attention_type", tuple(ATTENTION_TYPES))  # made when the module is imported
+    unet = network_class(**config)
+    assert {type(block.attention) for block in unet.text_blocks()} == {NoAttention}
+    text, sample = torch.randn(1, 3, TEXT_WIDTH), torch.randn(1, 3, 16, 16)
+    assert torch.equal(*(unet(sample, 0.5, read).sample for read in (text, unet.encode_text(text))))
+
+
+def test_every_type_has_an_entry():
+    assert tuple(ATTENTION_TYPES) == get_args(AttentionType)
+    for name, kind in ATTENTION_TYPES.items():
+        for context_dim in (TEXT_WIDTH, None):
+            reads = make_attention(name, 8, 2, context_dim, 4).reads_text
+            assert reads == (kind.reads_text and context_dim is not None)

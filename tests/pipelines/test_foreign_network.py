@@ -1,7 +1,10 @@
 """A network of another family is a stage like this package's own: sampled, saved and composed."""
 
+import inspect
+
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from foreign_network import ConditionedUNet2D
 
 import diffusers_imagen
@@ -12,6 +15,8 @@ from diffusers_imagen import (
     ImagenPipeline,
     ImagenSuperResolutionPipeline,
 )
+from diffusers_imagen.models.interface import StageNetwork
+from diffusers_imagen.models.unet_base import ConditionalUNet
 
 
 @pytest.fixture(autouse=True)
@@ -66,3 +71,45 @@ def test_it_is_not_taken_for_an_untrained_one():
     for parameter in unet.parameters():
         parameter.data.zero_()
     assert not unet.is_untrained()  # nothing tells
+
+
+def test_its_text_is_encoded_under_the_hook_of_offloading_once():
+    calls = []
+
+    class Further(ConditionedUNet2D):  # inherits the method
+        pass
+
+    class Mixin:
+        def encode_text(self, encoder_hidden_states, encoder_attention_mask=None):
+            return encoder_hidden_states, encoder_attention_mask
+
+    class Mixed(Mixin, ConditionedUNet2D):
+        pass
+
+    class Counting(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            calls.append(type(module))
+            return args, kwargs
+
+    for network_class in (ConditionedUNet2D, Further, Mixed):
+        unet = network_class()
+        add_hook_to_module(unet, Counting())
+        unet.encode_text(torch.zeros(1, 2, 16))
+    assert calls == [ConditionedUNet2D, Further, Mixed]
+
+
+def test_it_has_one_resolution_unless_it_says_otherwise():
+    class Fixed(ConditionedUNet2D):
+        at_resolution = StageNetwork.at_resolution
+
+    unet = Fixed(resolution=16)
+    assert unet.at_resolution(16) is unet
+    with pytest.raises(ValueError, match="`resolution` is 32, but should be 16, the only one of this Fixed"):
+        unet.at_resolution(32)
+
+
+def test_the_interface_has_the_signature_of_forward():
+    names = [list(inspect.signature(one.forward).parameters) for one in (StageNetwork, ConditionalUNet)]
+    assert names[0] == names[1]
+    with pytest.raises(NotImplementedError):
+        StageNetwork()(torch.zeros(1, 3, 8, 8), 0)

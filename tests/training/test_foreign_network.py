@@ -5,8 +5,10 @@ import torch
 from foreign_network import ConditionedUNet2D
 
 import diffusers_imagen
-from diffusers_imagen import ImagenPipeline, ImagenSuperResolutionPipeline
-from diffusers_imagen.training import train
+from diffusers_imagen import EDMHeunScheduler, ImagenPipeline, ImagenSuperResolutionPipeline
+from diffusers_imagen.pipelines.folder_checks import describe_network
+from diffusers_imagen.training import TrainingConfig, train
+from diffusers_imagen.training.network import make_unet
 
 
 @pytest.mark.parametrize("low_resolution", [None, 16])
@@ -31,3 +33,22 @@ def test_it_is_trained_and_exported(make_config, encode, low_resolution, tmp_pat
     loaded = pipeline_class.from_pretrained(tmp_path / "run").unet
     assert type(loaded) is ConditionedUNet2D
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), unet.parameters()))
+
+
+def test_the_message_about_a_class_that_is_not_registered_says_how_to(tmp_path):
+    class Unregistered(ConditionedUNet2D):
+        pass
+
+    ImagenPipeline(Unregistered(), EDMHeunScheduler(), None, None).save_pretrained(tmp_path)
+    for argument, place in (
+        ("model_config_name_or_path", tmp_path),
+        ("pretrained_model_name_or_path", tmp_path),
+        ("pretrained_model_name_or_path", tmp_path / "unet"),
+    ):
+        with pytest.raises(
+            ValueError, match="is of Unregistered, .* class that was given to `register_network`"
+        ) as caught:
+            make_unet(TrainingConfig(resolution=16, **{argument: str(place)}))
+        assert "trust_remote_code" not in str(caught.value)
+    with pytest.raises(ValueError, match="'Unregistered'.* class that was given to `register_network`"):
+        describe_network({"_class_name": "Unregistered"})

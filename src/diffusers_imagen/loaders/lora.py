@@ -115,6 +115,7 @@ class ImagenLoraLoaderMixin(AdaptersMixin):
         """
         require_peft()
         present = self._lora_unets()
+        self._check_adaptable(None if component is None else [component])
         if component is not None and component not in list(present):
             raise bad_argument("component", component, f"one of {list(present)}")
         check_adapter_name(adapter_name, present, hotswap)
@@ -252,6 +253,7 @@ class ImagenLoraLoaderMixin(AdaptersMixin):
         if not state_dict:
             raise ValueError(f"`{SOURCE}` holds no weights.")
         updates = group_weights(state_dict, self._known_prefixes(state_dict, component))
+        self._check_adaptable(updates)
         if component is not None and len(updates) != 1:
             raise ValueError(f"`component` is {component!r}, but the LoRA weights are for several: {sorted(updates)}.")
         places = {place: component or self._place_of(place, updates) for place in updates}

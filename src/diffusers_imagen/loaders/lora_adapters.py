@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers.loaders import lora_base
+from diffusers.loaders import PeftAdapterMixin, lora_base
 from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.utils import is_peft_available
 from diffusers.utils.torch_utils import unwrap_module
@@ -104,7 +104,8 @@ class AdaptersMixin(LoraBaseMixin):
 
     def get_list_adapters(self) -> dict[str, list[str]]:
         """The names of all adapters by component."""
-        return self._networks().get_list_adapters()
+        require_peft()
+        return LoraNetworks(self._lora_unets(), self._merged_adapters).get_list_adapters()
 
     def set_lora_device(self, adapter_names: list[str] | str, device: torch.device | str | int) -> None:
         """Moves adapters to a device, as to the CPU while they are not active."""
@@ -131,14 +132,27 @@ class AdaptersMixin(LoraBaseMixin):
         with scaled_layers(self._lora_unets().values() if options else [], options.get("scale", 1.0)):
             yield
 
-    def _lora_unets(self) -> dict[str, StageNetwork]:
+    def _all_unets(self) -> dict[str, StageNetwork]:
         """The networks that this pipeline has, by component, without torch.compile's wrapper."""
         unets = {name: getattr(self, name, None) for name in self._lora_loadable_modules}
         return {name: unwrap_module(unet) for name, unet in unets.items() if unet is not None}
 
+    def _lora_unets(self) -> dict[str, StageNetwork]:
+        """Those of the networks that can have adapters."""
+        return {name: unet for name, unet in self._all_unets().items() if isinstance(unet, PeftAdapterMixin)}
+
+    def _check_adaptable(self, components: Iterable[str] | None = None) -> None:
+        """Raises ValueError if one of these components can have no adapters; if None, if no network can."""
+        if components is None:
+            components = [] if self._lora_unets() else self._lora_loadable_modules
+        for name, unet in self._all_unets().items():
+            if name in components:
+                check_adaptable(name, unet)
+
     def _networks(self) -> "LoraNetworks":
         """The networks for the methods of diffusers."""
         require_peft()
+        self._check_adaptable()
         return LoraNetworks(self._lora_unets(), self._merged_adapters)
 
     def _checked_components(self, components: list[str] | None) -> list[str]:
@@ -148,6 +162,7 @@ class AdaptersMixin(LoraBaseMixin):
             return present
         if not isinstance(components, (list, tuple, set)):
             raise bad_argument("components", components, f"a list among {present}")
+        self._check_adaptable(components)
         found = [name for name in present if name in components]
         if not found or not all(name in self._lora_loadable_modules for name in components):
             raise bad_argument("components", components, f"among {present}")
@@ -158,6 +173,7 @@ class AdaptersMixin(LoraBaseMixin):
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         if not isinstance(names, (list, tuple)) or not names or not all(isinstance(name, str) for name in names):
             raise bad_argument("adapter_names", adapter_names, "a name or a list of names")
+        self._check_adaptable()
         present = {name for names in self.get_list_adapters().values() for name in names}
         unknown = [name for name in names if name not in present]
         if unknown:
@@ -178,6 +194,7 @@ class AdaptersMixin(LoraBaseMixin):
                 "ignored."
             )
             weights = {name: weight for name, weight in weights.items() if name not in strangers}
+        self._check_adaptable(weights)
         unknown = sorted(set(weights) - set(present))
         if unknown:
             raise ValueError(
@@ -222,3 +239,12 @@ def require_peft() -> None:
     """Says how to get what adapters need."""
     if not is_peft_available():
         raise ValueError("LoRA adapters need peft: pip install peft")
+
+
+def check_adaptable(name: str, unet: StageNetwork) -> None:
+    """Raises ValueError for a network without the methods of adapters, which diffusers' `PeftAdapterMixin` has."""
+    if not isinstance(unet, PeftAdapterMixin):
+        raise ValueError(
+            f"`{name}` is of {type(unet).__name__}, but should be of a class of diffusers' PeftAdapterMixin to have LoRA "
+            "adapters."
+        )

@@ -4,7 +4,7 @@ Shapes: B batch, C channels, N = H * W image tokens, L text tokens, D width of t
 """
 
 from collections.abc import Callable
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from diffusers.models.attention import AttentionModuleMixin, FeedForward
@@ -14,7 +14,7 @@ from torch import nn
 from .embeddings import TextContext, TextKeyValue
 
 
-AttentionType = Literal["self", "cross", "stacked", "fused"]
+AttentionType = Literal["self", "cross", "stacked", "fused"]  # each has its entry in ATTENTION_TYPES
 AttendedText = TextKeyValue | TextContext
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -87,7 +87,20 @@ class _StableAttention(torch.autograd.Function):
         return grad_scores @ key * scale, grad_scores.transpose(-1, -2) @ query * scale, grad_value, None
 
 
-class ImagenAttention(nn.Module, AttentionModuleMixin):
+class AttentionBlock(nn.Module):
+    """Base class of the attention of a level: a module `(B, C, H, W)` to `(B, C, H, W)`.
+
+    `forward(hidden_states, text)` takes what `project_text` returned, or the text context itself; None without text.
+    """
+
+    reads_text: bool
+
+    def project_text(self, text: TextContext) -> TextKeyValue:
+        """What the block reads of the text context `(B, L, D)`, which is the same at every noise level."""
+        raise NotImplementedError
+
+
+class ImagenAttention(AttentionBlock, AttentionModuleMixin):
     """Residual attention block `(B, C, H, W)` to `(B, C, H, W)`.
 
     `self` attends to the image, `cross` to the text, `fused` to both at once (keys and values side by side in one
@@ -174,7 +187,7 @@ class ImagenAttention(nn.Module, AttentionModuleMixin):
         return self.processor(self, hidden_states, text)
 
 
-class StackedAttention(nn.Module):
+class StackedAttention(AttentionBlock):
     """Self-attention, cross-attention and a gated feed-forward in a residual branch of their own: `(B, C, H, W)`."""
 
     reads_text = True
@@ -201,6 +214,39 @@ class StackedAttention(nn.Module):
         return hidden_states + self.proj_out(h)
 
 
+class AttentionKind(NamedTuple):
+    """An entry of `ATTENTION_TYPES`.
+
+    Args:
+        make: Makes the block of channels, heads, width of the text context, groups of the norms, and `shared_norm`.
+        reads_text: Whether the block reads text; `norm_num_groups` then has to divide the width of the context.
+    """
+
+    make: Callable[[int, int, int, int, bool], AttentionBlock]
+    reads_text: bool
+
+
+def single_layer(attention_type: Literal["self", "cross", "fused"]) -> AttentionKind:
+    """The kind of an `ImagenAttention`."""
+
+    def make(channels: int, heads: int, context_dim: int, groups: int, shared_norm: bool) -> AttentionBlock:
+        return ImagenAttention(channels, heads, attention_type, context_dim, groups, shared_norm)
+
+    return AttentionKind(make, reads_text=attention_type != "self")
+
+
+def make_stacked(channels: int, heads: int, context_dim: int, groups: int, shared_norm: bool) -> AttentionBlock:
+    return StackedAttention(channels, heads, context_dim, groups)
+
+
+ATTENTION_TYPES: dict[AttentionType, AttentionKind] = {
+    "self": single_layer("self"),
+    "cross": single_layer("cross"),
+    "stacked": AttentionKind(make_stacked, reads_text=True),
+    "fused": single_layer("fused"),
+}
+
+
 def make_attention(
     attention_type: AttentionType,
     channels: int,
@@ -208,13 +254,12 @@ def make_attention(
     context_dim: int | None,
     norm_num_groups: int,
     shared_norm: bool = False,
-) -> ImagenAttention | StackedAttention:
-    """The attention block of a level. Without text (`context_dim` None) every type is self-attention."""
-    if context_dim is None:
-        return ImagenAttention(channels, heads, "self", norm_num_groups=norm_num_groups)
-    if attention_type == "stacked":
-        return StackedAttention(channels, heads, context_dim, norm_num_groups)
-    return ImagenAttention(channels, heads, attention_type, context_dim, norm_num_groups, shared_norm)
+) -> AttentionBlock:
+    """The attention block of a level. Without text (`context_dim` None) a type that reads text is self-attention."""
+    kind = ATTENTION_TYPES[attention_type]
+    if context_dim is None and kind.reads_text:
+        kind = ATTENTION_TYPES["self"]
+    return kind.make(channels, heads, context_dim or 0, norm_num_groups, shared_norm)
 
 
 def zero_init(module: Layer) -> Layer:

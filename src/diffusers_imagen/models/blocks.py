@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .attention import AttendedText, ImagenAttention, StackedAttention, zero_init
+from .attention import AttendedText, AttentionBlock, zero_init
 
 
 TimeScaleShift = Literal["default", "scale_shift"]
@@ -113,7 +113,7 @@ class ResBlock(nn.Module):
 class ImagenBlock(nn.Module):
     """Residual blocks, then attention where the level has it: the unit that is checkpointed and compiled."""
 
-    def __init__(self, resnets: list[ResBlock], attention: ImagenAttention | StackedAttention | None = None):
+    def __init__(self, resnets: list[ResBlock], attention: AttentionBlock | None = None):
         super().__init__()
         self.resnets = nn.ModuleList(resnets)
         self.attention = attention

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import torch
 
 from ..utils.arguments import bad_argument, check_choice, is_finite
-from .attention import AttentionType
+from .attention import ATTENTION_TYPES
 from .blocks import ActivationType, ResampleType, TimeScaleShift
 from .embeddings import TextPooling
 from .interface import LowResAugmentation
@@ -57,7 +57,7 @@ FLAGS = (
 )
 CHOICES = {
     "act_fn": get_args(ActivationType),
-    "attention_type": get_args(AttentionType),
+    "attention_type": tuple(ATTENTION_TYPES),
     "low_res_augmentation": get_args(LowResAugmentation),
     "resample_type": get_args(ResampleType),
     "text_pooling": get_args(TextPooling),

@@ -4,7 +4,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
+
+from ..utils.arguments import bad_argument
 
 
 LowResAugmentation = Literal["edm", "discrete"]
@@ -14,21 +17,55 @@ class StageNetwork(nn.Module):
     """
     Base class of the networks of a stage, to be put before diffusers' `ModelMixin`.
 
-    A network of another architecture that implements these properties and `forward` is sampled by every pipeline,
-    trained by every script, and saved and loaded as this package's own networks are.
+    A network of another architecture that implements these properties, `encode_text` and `forward` is sampled by every
+    pipeline, trained by every trainer, and saved and loaded as this package's own networks are.
 
-    `forward(sample, timestep, encoder_hidden_states=None, encoder_attention_mask=None, low_res_sample=None,
-    low_res_timestep=None, return_dict=True)` takes the noisy images `(B, in_channels, H, W)`, the conditioning value of
-    their noise level `(B,)` or `()`, the text embeddings `(B, L, text_width)` and their mask `(B, L)`, or in the place
-    of the embeddings what `encode_text` returned, the low-resolution images `(B, in_channels, h, w)`, and the
-    conditioning value of the noise in these `(B,)`. It returns the prediction `(B, out_channels, H, W)`, in a tuple
-    with `return_dict=False`. It draws no random numbers.
+    Of `ModelMixin` and `ConfigMixin`, pipelines and training also use: `config`, `from_config`, `from_pretrained`,
+    `save_pretrained`, `dtype`, `device`, `num_parameters`, and for settings that ask for them
+    `enable_gradient_checkpointing` and `set_attention_backend`. LoRA adapters need diffusers' `PeftAdapterMixin`.
     """
 
     if TYPE_CHECKING:  # `config`, and all that diffusers and peft add to a network
         from_config: Callable[..., Any]
 
         def __getattr__(self, name: str) -> Any: ...
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Makes `encode_text` bring the weights to the device under offloading, as `forward` does."""
+        super().__init_subclass__(**kwargs)
+        owner = next(base for base in cls.__mro__ if "encode_text" in vars(base))
+        if owner is cls or not issubclass(owner, StageNetwork):  # of a mixin; any other has it already
+            cls.encode_text = apply_forward_hook(cls.encode_text)  # type: ignore[method-assign]
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float | int,
+        encoder_hidden_states: Any = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        low_res_sample: torch.Tensor | None = None,
+        low_res_timestep: torch.Tensor | float | int | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """Predict from noisy images; draw no random numbers.
+
+        Args:
+            sample (`torch.Tensor` of shape `(batch_size, in_channels, height, width)`): The noisy images.
+            timestep (`torch.Tensor` of shape `(batch_size,)` or `()`, or a number):
+                The conditioning value of their noise level.
+            encoder_hidden_states (`torch.Tensor` of shape `(batch_size, tokens, text_width)`, *optional*):
+                Text embeddings, or what `encode_text` returned.
+            encoder_attention_mask (`torch.Tensor` of shape `(batch_size, tokens)`, *optional*): True where a token counts.
+            low_res_sample (`torch.Tensor` of shape `(batch_size, in_channels, h, w)`, *optional*):
+                The low-resolution images.
+            low_res_timestep (`torch.Tensor` of shape `(batch_size,)` or `()`, or a number, *optional*):
+                The conditioning value of the noise in these.
+            return_dict (`bool`, defaults to `True`): Whether to return an output with a `sample`, or a tuple.
+
+        Returns:
+            The prediction `(batch_size, out_channels, height, width)`, as `.sample` or in a tuple.
+        """
+        raise NotImplementedError
 
     @property
     def resolution(self) -> int:
@@ -102,10 +139,16 @@ class StageNetwork(nn.Module):
     def at_resolution(self, resolution: int) -> "StageNetwork":
         """Record another resolution in the configuration, to train the network further at it; returns the network.
 
+        By default a network has its own resolution and no other.
+
         Raises:
             ValueError: If the network cannot have it.
         """
-        raise NotImplementedError
+        if resolution != self.resolution:
+            raise bad_argument(
+                "resolution", resolution, f"{self.resolution}, the only one of this {type(self).__name__}"
+            )
+        return self
 
     def zero_initialized(self) -> list[torch.Tensor]:
         """The weights that are zero in a new network and not in a trained one; empty if there are none to tell by."""

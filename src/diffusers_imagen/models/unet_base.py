@@ -13,7 +13,6 @@ from diffusers.models.attention import AttentionMixin
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
-from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 from ..utils.arguments import bad_argument, check_exactly_one
@@ -158,7 +157,6 @@ class ConditionalUNet(
         self.register_to_config(sample_size=resolution)
         return self
 
-    @apply_forward_hook
     def encode_text(
         self, encoder_hidden_states: torch.Tensor, encoder_attention_mask: torch.Tensor | None = None
     ) -> TextConditioning | UnencodedText:

@@ -1,14 +1,14 @@
 """EfficientUNetModel: the Efficient U-Net of the super-resolution stages."""
 
 from collections.abc import Iterator
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from ..utils.arguments import check_choice
-from .attention import AttendedText, AttentionType, make_attention
+from .attention import ATTENTION_TYPES, AttendedText, AttentionType, make_attention
 from .blocks import ImagenBlock, ResBlock, ResBlockOptions, TimeScaleShift, transposed_upsample
 from .config_checks import check_config, check_groups, per_level
 from .unet_base import ConditionalUNet, count_heads
@@ -26,8 +26,9 @@ class EfficientUNetModel(ConditionalUNet):
         out_channels (`int`, defaults to 3): Channels of the output.
         block_out_channels (`tuple[int]`): Channels of each level; all but the last begin by halving the image.
         layers_per_block (`int` or `tuple[int]`): Residual blocks of each level.
-        attention_types (`tuple` of `"self"`, `"cross"`, `"stacked"`, `"fused"` or `None`):
-            What image tokens attend to at each level; None for a level without attention.
+        attention_types (`tuple` of `AttentionType` or `None`):
+            What image tokens attend to at each level, of `attention.ATTENTION_TYPES`; None for a level without
+            attention.
         attention_head_dim (`int`, *optional*, defaults to 64): Channels of a head.
         num_attention_heads (`int`, *optional*): Number of heads, in place of `attention_head_dim`.
         encoder_hid_dim (`int`, *optional*, defaults to 1024):
@@ -74,8 +75,8 @@ class EfficientUNetModel(ConditionalUNet):
         num_levels = len(block_out_channels)
         attention_types = per_level("attention_types", attention_types, num_levels)
         for attention_type in attention_types:
-            check_choice("attention_types", attention_type, (*get_args(AttentionType), None))
-        if encoder_hid_dim is not None and set(attention_types) - {"self", None}:
+            check_choice("attention_types", attention_type, (*ATTENTION_TYPES, None))
+        if encoder_hid_dim is not None and any(ATTENTION_TYPES[kind].reads_text for kind in attention_types if kind):
             check_groups("encoder_hid_dim", [encoder_hid_dim], norm_num_groups)
         num_layers = per_level("layers_per_block", layers_per_block, num_levels)
         time_embedding_dim = time_embedding_dim or 4 * block_out_channels[0]

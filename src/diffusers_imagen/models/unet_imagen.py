@@ -7,7 +7,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from .attention import AttendedText, AttentionType, ImagenAttention, StackedAttention, make_attention
+from .attention import ATTENTION_TYPES, AttendedText, AttentionBlock, AttentionType, make_attention
 from .blocks import (
     ActivationType,
     ImagenBlock,
@@ -36,7 +36,7 @@ class ImagenUNetModel(ConditionalUNet):
         layers_per_block (`int` or `tuple[int]`, defaults to 3): Residual blocks of each level.
         attention_resolutions (`tuple[int]`, defaults to `(32, 16, 8)`):
             Resolutions, in pixels at `sample_size`, of the levels that have attention.
-        attention_type (`"self"`, `"cross"`, `"stacked"` or `"fused"`): What image tokens attend to.
+        attention_type (`AttentionType`): What image tokens attend to, of `attention.ATTENTION_TYPES`.
         attention_head_dim (`int`, *optional*, defaults to 64): Channels of a head.
         num_attention_heads (`int`, *optional*): Number of heads, in place of `attention_head_dim`.
         encoder_hid_dim (`int`, *optional*, defaults to 1024):
@@ -110,7 +110,7 @@ class ImagenUNetModel(ConditionalUNet):
         super().__init__()
         check_config(self.config, min_layers=0)
         check_options(self.config)
-        if encoder_hid_dim is not None and attention_type != "self":
+        if encoder_hid_dim is not None and ATTENTION_TYPES[attention_type].reads_text:
             check_groups("cross_attention_dim", [cross_attention_dim], norm_num_groups)
         self.num_layers = per_level("layers_per_block", layers_per_block, len(block_out_channels))
         time_embedding_dim = time_embedding_dim or 4 * block_out_channels[0]
@@ -121,7 +121,7 @@ class ImagenUNetModel(ConditionalUNet):
             time_embedding_dim, time_scale_shift, dropout, norm_num_groups, act_fn, resnet_out_scale_factor
         )
 
-        def attention(channels: int) -> ImagenAttention | StackedAttention:
+        def attention(channels: int) -> AttentionBlock:
             heads = count_heads(channels, num_attention_heads, attention_head_dim)
             return make_attention(attention_type, channels, heads, context_dim, norm_num_groups, shared_attention_norm)
 

@@ -99,8 +99,10 @@ def find_class(name: str, entry: Any, kind: type) -> Any:
         entry[0] in LIBRARIES or entry[0] == found.__module__
     )  # `register_network`
     if not is_known or not issubclass(found, kind):
+        registered = ", or a class that was given to `register_network`" if kind is StageNetwork else ""
         raise ValueError(
-            f"its {INDEX} has {shown(entry)} for `{name}`, but should have a library and its {kind.__name__} there."
+            f"its {INDEX} has {shown(entry)} for `{name}`, but should have a library and its {kind.__name__} "
+            f"there{registered}."
         )
     return found
 

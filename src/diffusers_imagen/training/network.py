@@ -25,7 +25,7 @@ from .config import TrainingConfig
 
 
 OF_A_CASCADE = [kind.unet for kind in STAGES]
-NETWORK_CLASSES = "ImagenUNetModel or EfficientUNetModel"
+NETWORK_CLASSES = "ImagenUNetModel, EfficientUNetModel or a class that was given to `register_network`"
 DROPOUT_SEED = 33  # a word after the run's seed, unlike those of its data and steps
 
 
@@ -125,13 +125,22 @@ def fresh_unet(argument: str, name: str, subfolder: str | None) -> StageNetwork:
         raise ValueError(f"{what}which has no config.json: {describe_fault(error)}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{what}whose config.json holds no object.")
-    network_class = getattr(diffusers, str(found.get("_class_name")), None)
-    if not (isinstance(network_class, type) and issubclass(network_class, StageNetwork)):
-        raise ValueError(f"{what}which is of {found.get('_class_name')}, but should be of {NETWORK_CLASSES}.")
     try:
-        return network_class.from_config(found)
+        return find_network_class(what, found).from_config(found)
     except (TypeError, KeyError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"{what}of which no network can be made: {describe_fault(error)}") from error
+
+
+def find_network_class(what: str, config: dict[str, Any]) -> type[StageNetwork]:
+    """The class that a config.json names.
+
+    Raises:
+        ValueError: If there is none; begins with `what`.
+    """
+    network_class = getattr(diffusers, str(config.get("_class_name")), None)
+    if not (isinstance(network_class, type) and issubclass(network_class, StageNetwork)):
+        raise ValueError(f"{what}which is of {config.get('_class_name')}, but should be of {NETWORK_CLASSES}.")
+    return network_class
 
 
 def load_unet(name: str, subfolder: str | None = "unet") -> StageNetwork:
@@ -145,6 +154,12 @@ def load_unet(name: str, subfolder: str | None = "unet") -> StageNetwork:
         raise ValueError(
             f"{what}which has no {subfolder or '.'}/config.json: give a stage, a cascade or the folder of a network."
         )
+    try:
+        config = ConditionalUNet.load_config(name, subfolder=subfolder)
+    except Exception as error:
+        raise ValueError(f"{what}which has no network that can be loaded: {describe_fault(error)}") from error
+    if isinstance(config, dict) and "_class_name" in config:
+        find_network_class(what, config)
     try:
         unet = AutoModel.from_pretrained(name, subfolder=subfolder)  # knows our classes: they are registered
     except Exception as error:  # whatever is in its files

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import tiny_runs
 import torch
+from foreign_network import ConditionedUNet2D
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_runs import are_equal, encode, losses, weights_of
@@ -261,3 +262,9 @@ def test_names_of_no_layer_are_refused(targets):
         ValueError, match=f"`lora_target_modules` has .*'{targets[-1]}'.*, but no layer of the network"
     ):
         check_targets(tiny_runs.make_unet(), targets)
+
+
+def test_a_network_that_can_have_no_adapter_is_refused_by_name(make_lora_config):
+    unet = ConditionedUNet2D(resolution=16, text_width=1)
+    with pytest.raises(ValueError, match="`unet` is of ConditionedUNet2D, but should be .*PeftAdapterMixin"):
+        LoraTrainer(make_lora_config(), unet, encode)

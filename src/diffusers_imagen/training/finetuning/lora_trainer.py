@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ...loaders.lora import require_peft
+from ...loaders.lora_adapters import check_adaptable, require_peft
 from ...models.interface import StageNetwork
 from ...pipelines import ImagenPipeline
 from ..compatibility import check_objective
@@ -40,6 +40,7 @@ class LoraTrainer(Trainer):
 
     def adapt(self, unet: StageNetwork) -> None:
         require_peft()
+        check_adaptable("unet", unet)
         from peft import LoraConfig
 
         config, accelerator = self.config, self.accelerator
