@@ -171,6 +171,7 @@ class Trainer:
 
         unet = prepare_network(self.unet, config, accelerator.distributed_type)
         self.unet, self.optimizer, *self.objective.trained_modules = accelerator.prepare(unet, optimizer, *modules)
+        self.objective.weighting.to(accelerator.device)  # one that is not trained was not moved
         self.parameters = trainable(self.unet)
         self.averages = WeightAverages(config, self.parameters)
         self.monitor, self.clock = Monitor(accelerator.device), ComputeClock(accelerator.device)
@@ -215,6 +216,8 @@ class Trainer:
             checkpoints.shared |= states
         for number, module in enumerate(self.objective.trained_modules, start=1):
             checkpoints.shared[f"model_{number}"] = NetworkState(inner_network(self.accelerator, module))
+        if not self.objective.trained_modules and self.objective.weighting.state_dict():
+            checkpoints.own["weighting"] = NetworkState(self.objective.weighting)  # each process saw its own losses
 
     @property
     def modules(self) -> list[torch.nn.Module]:

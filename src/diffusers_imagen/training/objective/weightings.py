@@ -24,7 +24,7 @@ class LossWeighting(torch.nn.Module):
         return torch.ones_like(log_snr)
 
     def forward(self, losses: torch.Tensor, log_snr: torch.Tensor) -> torch.Tensor:
-        """What a step minimizes of losses `(B,)` with that factor: the same, unless something is learned here."""
+        """What a step minimizes of losses `(B,)` with that factor: by default the same. Called in every step."""
         return losses
 
 
