@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from diffusers_imagen.training import DreamBoothTrainingConfig, LoraTrainingConfig, TrainingConfig
+from diffusers_imagen.training.config import OF_CHOICES
 from diffusers_imagen.training.settings import BOUNDS, hints_of
 
 
@@ -101,6 +102,21 @@ def test_the_error_says_value_and_bounds():
         TrainingConfig(preset="a", max_train_steps="abc")
     with pytest.raises(ValueError, match="^`max_train_steps` is a int, but should be at least 1"):
         TrainingConfig(preset="a", max_train_steps=10**5000)  # which Python does not print
+
+
+@pytest.mark.parametrize("setting", OF_CHOICES)
+def test_a_setting_of_one_choice_is_refused_with_another(setting):
+    """The help of such a setting begins with the choices that it is for."""
+    choices = get_args(hints_of(TrainingConfig)[setting])
+    assert set(OF_CHOICES[setting]) <= set(choices)
+    said = {choice: set() for choice in choices}
+    for field in fields(TrainingConfig):
+        for choice in field.metadata["help"].partition(":")[0].split(", "):
+            said.get(choice, set()).add(field.name)
+    listed = {choice: set(OF_CHOICES[setting].get(choice, ())) for choice in choices}
+    for choice in choices:
+        assert said[choice] <= listed[choice], f"OF_CHOICES lacks {said[choice] - listed[choice]} of {choice!r}"
+        assert listed[choice] <= set().union(*said.values()) | {"snr_gamma"}, "help should begin with the choice"
 
 
 def test_what_json_cannot_hold_becomes_plain():

@@ -1,7 +1,7 @@
 """What a training run is told. Field names are those of diffusers' training scripts where they have one."""
 
 import importlib.util
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +12,7 @@ from ..diffusion.augmentation import MIN_AUGMENTATION_SIGMA
 from ..diffusion.continuous_ddpm import NoiseSchedule, PredictionType
 from ..utils.arguments import check_exactly_one
 from .data.data_config import DataConfig, arg
+from .objective.weightings import WEIGHTINGS
 
 
 POLYNOMIAL_END = 1e-7  # learning rate at the end of diffusers' polynomial schedule
@@ -23,7 +24,7 @@ OF_CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
         "edm": ("p_mean", "p_std"),
         "variance_preserving": ("prediction_type", "beta_schedule", "snr_gamma"),
     },
-    "loss_weighting": {"min_snr": ("snr_gamma",)},
+    "loss_weighting": {name: weighting.settings for name, weighting in WEIGHTINGS.items()},
 }
 
 
@@ -159,15 +160,18 @@ class TrainingConfig(DataConfig):
         return []
 
     def _check_objective(self) -> None:
-        defaults = {f.name: f.default for f in fields(TrainingConfig)}
+        defaults = {
+            f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(TrainingConfig)
+        }
         for setting, of_values in OF_CHOICES.items():
             chosen = getattr(self, setting)
-            for name in (name for value, names in of_values.items() if value != chosen for name in names):
-                if getattr(self, name) != defaults[name]:
+            for name in (name for names in of_values.values() for name in names):
+                if name not in of_values.get(chosen, ()) and getattr(self, name) != defaults[name]:
                     raise ValueError(f"`{name}` is {getattr(self, name)!r}, but `{setting}` {chosen!r} has none.")
-        if self.loss_weighting == "min_snr" and self.preconditioning != "variance_preserving":
+        if self.preconditioning not in WEIGHTINGS[self.loss_weighting].preconditionings:
             raise ValueError(
-                f"`loss_weighting` is 'min_snr', but should be another with `preconditioning` {self.preconditioning!r}."
+                f"`loss_weighting` is {self.loss_weighting!r}, but should be another with `preconditioning` "
+                f"{self.preconditioning!r}."
             )
         if not (
             self.noise_conditioning_augmentation == 0 or self.noise_conditioning_augmentation > MIN_AUGMENTATION_SIGMA
