@@ -77,15 +77,12 @@ class Trainer:
     """
 
     def __init__(self, config: TrainingConfig, unet: StageNetwork, text: TextSource | None = None):
-        self.config, self.unet = config, unet
-        if text is None:
-            text = open_text(config.text_encoder, config.embedding_cache, config.tokenizer_max_length)
-        self.text = text
+        self.config, self.unet, self.text = config, unet, text  # `read_data` opens the text that the settings name
         self.accelerator = make_accelerator(config)
         self.objective = make_objective(config)
         self.folder = OutputFolder(config)
         self.losses = Losses(loss=math.nan)
-        check_network(config, unet, with_text=text is not None)
+        check_network(config, unet, text is not None or bool(config.text_encoder) or config.embedding_cache is not None)
         check_modules(config, self.accelerator, self.objective.trained_modules)
         choose_attention(unet, config)
         self.adapt(unet)
@@ -186,7 +183,10 @@ class Trainer:
 
     def read_data(self) -> None:
         """Opens what is trained and validated on; the text encoder leaves memory where it is not needed any more."""
-        config, text = self.config, self.text
+        config = self.config
+        if self.text is None:
+            self.text = open_text(config.text_encoder, config.embedding_cache, config.tokenizer_max_length)
+        text = self.text
         check_width(self.unet, None if text is None else text.width)
         self.prompts = read_prompts(config, text)
         self.batches = self.make_batches()
