@@ -1,6 +1,7 @@
 """Settings that no run can have, by the error that names them."""
 
 import math
+import re
 import types
 from dataclasses import fields
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from diffusers_imagen.training import DreamBoothTrainingConfig, LoraTrainingConfig, TrainingConfig
 from diffusers_imagen.training.config import OF_CHOICES
+from diffusers_imagen.training.export import public_settings
 from diffusers_imagen.training.settings import BOUNDS, hints_of
 
 
@@ -117,6 +119,40 @@ def test_a_setting_of_one_choice_is_refused_with_another(setting):
     for choice in choices:
         assert said[choice] <= listed[choice], f"OF_CHOICES lacks {said[choice] - listed[choice]} of {choice!r}"
         assert listed[choice] <= set().union(*said.values()) | {"snr_gamma"}, "help should begin with the choice"
+
+
+SPEAKS_OF_PLACES = re.compile(r"\b(folder|directory|path|Hub id)\b", re.IGNORECASE)
+NAME_OF_A_PLACE = re.compile(r"(^|_)(dir|folder|file|path|cache|images)($|_)")
+NO_PLACES = {"hub_model_id", "image_column"}  # `file_name` is a column
+
+
+def test_a_setting_that_can_be_a_place_is_marked_as_one():
+    """What is not marked is published as it is, with the names of a user's folders."""
+    for field in fields(DreamBoothTrainingConfig):
+        config, kind, _ = FIELDS[field.name]
+        is_place = SPEAKS_OF_PLACES.search(field.metadata["help"]) or NAME_OF_A_PLACE.search(field.name)
+        marked = field.metadata.get("place") in ("local", "local_or_hub")
+        if kind is str and field.name not in NO_PLACES:
+            assert marked == bool(is_place), (
+                f"`{field.name}` should say `place` in `arg`, or its help not speak of one"
+            )
+
+
+@pytest.mark.parametrize(
+    "name", [f.name for f in fields(DreamBoothTrainingConfig) if "place" in f.metadata and f.name != "train_data_dir"]
+)
+def test_no_more_than_the_last_name_of_a_place_is_published(name, tmp_path):
+    secret = str(tmp_path / "mine")
+    options = {**CLASSES[DreamBoothTrainingConfig], name: secret}
+    if name == "dataset_name":
+        options["instance_data_dir"] = None
+    if name == "model_config_name_or_path":
+        options = {name: secret}
+    if name == "validation_images":
+        options |= {name: [secret], "validation_prompts": ["a"], "low_resolution": 8}
+    config = (TrainingConfig if name == "model_config_name_or_path" else DreamBoothTrainingConfig)(**options)
+    settings = public_settings(config)
+    assert str(tmp_path) not in str(settings) and settings[name] in ("mine", ["mine"])
 
 
 def test_what_json_cannot_hold_becomes_plain():

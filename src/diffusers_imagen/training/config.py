@@ -32,7 +32,7 @@ OF_CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
 class TrainingConfig(DataConfig):
     """Settings of one run, which trains one stage."""
 
-    output_dir: str = arg("imagen-stage", "Where checkpoints and the trained stage are written.")
+    output_dir: str = arg("imagen-stage", "Where checkpoints and the trained stage are written.", place="local")
     overwrite_output_dir: bool = arg(
         False, "Set aside what another run left in output_dir, in output_dir/set-aside-1, instead of refusing it."
     )
@@ -40,6 +40,7 @@ class TrainingConfig(DataConfig):
         None,
         "Stage whose weights are trained further, or a cascade, of which the resolutions name the stage: a folder or a "
         "Hub id.",
+        place="local_or_hub",
     )
     grow: bool = arg(False, "Put a finer level around the pretrained network, for images of twice the resolution.")
     layers_per_block: list[int] | None = field(
@@ -47,9 +48,11 @@ class TrainingConfig(DataConfig):
     )
     preset: str | None = arg(None, "Name of a network in diffusers_imagen.models.presets, trained from scratch.")
     model_config_name_or_path: str | None = arg(
-        None, "Network, by its config.json in a folder or on the Hub, trained from scratch."
+        None, "Network, by its config.json in a folder or on the Hub, trained from scratch.", place="local_or_hub"
     )
-    text_encoder: str | None = arg(None, "Folder with text_encoder/ and tokenizer/; None trains without text.")
+    text_encoder: str | None = arg(
+        None, "Folder with text_encoder/ and tokenizer/; None trains without text.", place="local_or_hub"
+    )
 
     preconditioning: Literal["edm", "variance_preserving"] = arg(  # networks of discrete betas are sampled only
         "edm",
@@ -115,18 +118,18 @@ class TrainingConfig(DataConfig):
 
     checkpointing_steps: int = arg(500, "Steps between checkpoints, from which a run is resumed.")
     checkpoints_total_limit: int = arg(2, "Checkpoints kept.")
-    resume_from_checkpoint: str | None = arg(None, "A checkpoint folder, or `latest`.")
+    resume_from_checkpoint: str | None = arg(None, "A checkpoint folder, or `latest`.", place="local_or_hub")
     validation_steps: int | None = arg(
         None, "Steps between validation losses and sample grids; without it, checkpointing_steps."
     )
     validation_prompts: list[str] | None = field(
         default=None, metadata={"help": "Prompts that samples are drawn for."}
     )
-    validation_images: list[str] | None = field(
-        default=None, metadata={"help": "For a super-resolution stage: the image of each prompt, to be enlarged."}
+    validation_images: list[str] | None = arg(
+        None, "For a super-resolution stage: the image of each prompt, to be enlarged.", place="local"
     )
     report_to: Literal["tensorboard", "wandb"] | None = arg(None, "Where the losses are shown; it must be installed.")
-    logging_dir: str = arg("logs", "Folder of those logs inside output_dir.")
+    logging_dir: str = arg("logs", "Folder of those logs inside output_dir.", place="local")
     logging_steps: int = arg(10, "Steps between looks at the losses, each of which waits for the device.")
     push_to_hub: bool = arg(False, "Upload the trained stage.")
     hub_model_id: str | None = arg(None, "Repository to upload to; without it, the name of output_dir.")

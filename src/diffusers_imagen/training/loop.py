@@ -82,7 +82,8 @@ class Trainer:
         self.objective = make_objective(config)
         self.folder = OutputFolder(config)
         self.losses = Losses(loss=math.nan)
-        check_network(config, unet, text is not None or bool(config.text_encoder) or config.embedding_cache is not None)
+        names_text = bool(config.text_encoder) or config.embedding_cache is not None
+        check_network(config, unet, with_text=names_text or text is not None)
         check_modules(config, self.accelerator, self.objective.trained_modules)
         choose_attention(unet, config)
         self.adapt(unet)
