@@ -378,7 +378,9 @@ def test_the_running_loss_is_an_average_of_a_hundred_steps():
         monitor.end_step(torch.tensor(1.0))
         expected = value if expected is None else expected + 0.01 * (value - expected)
     assert monitor.values[3].item() == pytest.approx(expected, rel=1e-5)
-    assert monitor.levels.means(monitor.levels.sums) == pytest.approx({"sigma_0_to_0.1": 10.0, "sigma_1_to_3": 11.0})
+    means = monitor.noise_levels.means(monitor.noise_levels.sums)
+    assert means == pytest.approx({"sigma_0_to_0.1": 10.0, "sigma_1_to_3": 11.0})
+    assert monitor.state_dict().keys() == {"values", "levels"}  # as checkpoints have them
 
 
 def test_the_run_says_how_much_time_was_lost():
