@@ -59,7 +59,7 @@ def construct(config: type, name: str, value):
 
 
 def test_every_number_has_bounds_within_which_its_default_is():
-    assert set(NUMBERS) == set(BOUNDS)
+    assert set(NUMBERS) == set(BOUNDS), "each number has a line in BOUNDS of training/settings.py"
     for config in CLASSES:
         for field in fields(config):
             default = getattr(config(**CLASSES[config]), field.name)
@@ -70,6 +70,7 @@ def test_every_number_has_bounds_within_which_its_default_is():
 @pytest.mark.parametrize("name", NUMBERS)
 def test_a_number_out_of_bounds_or_of_another_kind_is_refused_by_name(name):
     config, is_list = NUMBERS[name]
+    assert name in BOUNDS, f"`{name}` has no line in BOUNDS of training/settings.py"
     bounds, kind = BOUNDS[name], FIELDS[name][1]
     wrong = [bounds.low - 1, bounds.high * 2 + 1, 10**400, -(10**30), "abc", "1", True, [[1]], {}, b"1", object(), 1j]
     wrong += [math.nan, math.inf, -math.inf] + [1.5] * (kind is int)
