@@ -57,7 +57,11 @@ def show_default(field: Field) -> str:
 
 def describe(field: Field, hint: Any) -> str:
     """A line of the table."""
-    kept = next(word for name, (word, _) in ON_RESUME.items() if field.name in getattr(run_identity, name))
+    kept = next((word for name, (word, _) in ON_RESUME.items() if field.name in getattr(run_identity, name)), None)
+    if kept is None:
+        raise ValueError(
+            f"`{field.name}` is in no class of training/run_identity.py, but should be in one of {', '.join(ON_RESUME)}."
+        )
     meaning = field.metadata["help"].replace("|", "\\|")
     return f"| `{field.name}` | {show_type(hint)} | {show_default(field)} | {meaning} | {kept} |"
 

@@ -1,13 +1,15 @@
 """Every setting of a training run is told to its users: a new one has to be listed."""
 
 import importlib.util
-from dataclasses import fields
+from dataclasses import fields, make_dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from diffusers_imagen.training import DreamBoothTrainingConfig, LoraTrainingConfig, TrainingConfig
 from diffusers_imagen.training.data import DataConfig
+from diffusers_imagen.training.data.data_config import arg
 
 
 ROOT = Path(__file__).parents[1]
@@ -17,6 +19,15 @@ SETTINGS = (DataConfig, TrainingConfig, LoraTrainingConfig, DreamBoothTrainingCo
 @pytest.fixture(scope="module")
 def page() -> str:
     return (ROOT / "docs" / "training_flags.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def writer() -> ModuleType:
+    path = ROOT / "scripts" / "write_training_flags.py"
+    spec = importlib.util.spec_from_file_location("write_training_flags", path)
+    writer = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(writer)
+    return writer
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
@@ -29,10 +40,12 @@ def test_every_setting_says_what_it_does(settings):
     assert [field.name for field in fields(settings) if not field.metadata.get("help", "").endswith(".")] == []
 
 
-def test_the_table_is_up_to_date(page):
+def test_the_table_is_up_to_date(page, writer):
     """Types, defaults, meanings, and what a resumed run may change, of which test_run_identity.py holds the list."""
-    path = ROOT / "scripts" / "write_training_flags.py"
-    spec = importlib.util.spec_from_file_location("write_training_flags", path)
-    writer = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(writer)
     assert writer.write_page() == page, "docs/training_flags.md is not up to date: run `make docs`"
+
+
+def test_a_setting_that_nobody_classified_is_named(writer):
+    new = make_dataclass("Settings", [("sharpness", float, arg(1.0, "Of a test."))])
+    with pytest.raises(ValueError, match="`sharpness` is in no class of training/run_identity.py, but should be in"):
+        writer.describe(fields(new)[0], float)

@@ -149,6 +149,17 @@ def test_a_variance_preserving_network_is_exported_with_its_scheduler(make_confi
     assert index["scheduler"] == ["diffusers_imagen", "ContinuousDDPMScheduler"]
 
 
+@pytest.mark.parametrize("setting", ["text_encoder", "embedding_cache"])
+def test_a_run_opens_its_text_when_it_is_prepared(make_config, tmp_path, setting):
+    config = make_config(**{setting: str(tmp_path / "nowhere")})
+    trainer = Trainer(config, make_unet())
+    with pytest.raises(ValueError, match=f"`{setting}`.*nowhere"):
+        trainer.prepare()
+    textless = ImagenUNetModel.from_config({**make_unet().config, "encoder_hid_dim": None})
+    with pytest.raises(ValueError, match="is given, but this network was built without text"):
+        Trainer(config, textless)
+
+
 def test_the_learned_weighting_is_kept_with_the_run_and_not_with_the_stage(make_config, tmp_path):
     config = make_config(loss_weighting="uncertainty", max_train_steps=4, lr_warmup_steps=0)
     train(config, make_unet(), encode)
@@ -367,7 +378,9 @@ def test_the_running_loss_is_an_average_of_a_hundred_steps():
         monitor.end_step(torch.tensor(1.0))
         expected = value if expected is None else expected + 0.01 * (value - expected)
     assert monitor.values[3].item() == pytest.approx(expected, rel=1e-5)
-    assert monitor.levels.means(monitor.levels.sums) == pytest.approx({"sigma_0_to_0.1": 10.0, "sigma_1_to_3": 11.0})
+    means = monitor.noise_levels.means(monitor.noise_levels.sums)
+    assert means == pytest.approx({"sigma_0_to_0.1": 10.0, "sigma_1_to_3": 11.0})
+    assert monitor.state_dict().keys() == {"values", "levels"}  # as checkpoints have them
 
 
 def test_the_run_says_how_much_time_was_lost():

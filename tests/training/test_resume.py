@@ -22,6 +22,7 @@ from tiny_runs import (
 
 from diffusers_imagen.training import Trainer, TrainingInterrupted, checkpoints, train
 from diffusers_imagen.training.checkpoints import list_checkpoints
+from diffusers_imagen.training.objective.weightings import WEIGHTINGS, LossWeighting
 
 
 def wait_for(path: Path, lines: int) -> None:
@@ -53,6 +54,35 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(make_config, whole, tmp_p
     assert are_equal(weights_of(resumed), whole[1])
     assert are_equal(exported(config.output_dir), exported(whole[0]))
     assert not are_equal(exported(config.output_dir), after_two)
+
+
+class RunningMean(LossWeighting):
+    """Divides losses by a running mean of them: a buffer, and nothing that is learned."""
+
+    def __init__(self, config=None):
+        super().__init__()
+        self.mean = torch.nn.Buffer(torch.ones(()))
+
+    def forward(self, losses: torch.Tensor, log_snr: torch.Tensor) -> torch.Tensor:
+        self.mean.lerp_(losses.detach().mean(), 0.5)
+        return losses / self.mean
+
+
+def test_a_weighting_with_buffers_alone_is_used_and_resumed(make_config, tmp_path, monkeypatch):
+    plain, unet = make_config(output_dir=tmp_path / "plain"), make_unet()
+    train(plain, unet, encode)
+    monkeypatch.setitem(WEIGHTINGS, "uniform", RunningMean)
+    whole, weighted = make_config(output_dir=tmp_path / "other"), make_unet()
+    train(whole, weighted, encode)
+    assert not are_equal(weights_of(weighted), weights_of(unet))
+    config = make_config(resume_from_checkpoint="latest")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="gone"):
+        interrupt_at(patch, step=2)
+        train(config, make_unet(), encode)
+    resumed = make_unet(seed=1)
+    train(config, resumed, encode)
+    assert are_equal(weights_of(resumed), weights_of(weighted))
+    assert losses(config.output_dir) == losses(whole.output_dir)
 
 
 @pytest.mark.parametrize(

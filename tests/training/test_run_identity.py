@@ -28,9 +28,11 @@ def test_every_setting_belongs_to_one_class():
     """A new setting has to say whether a resumed run may change it."""
     classes = {name: getattr(run_identity, name) for name in CLASSES}
     found = sorted(name for settings in classes.values() for name in settings)
-    assert found == sorted(
-        f.name for f in fields(DreamBoothTrainingConfig)
-    )  # which has those of LoRA and the data too
+    names = sorted(f.name for f in fields(DreamBoothTrainingConfig))  # which has those of LoRA and the data too
+    assert set(names) - set(found) == set(), (
+        f"each should be in one of {', '.join(CLASSES)} of training/run_identity.py"
+    )
+    assert found == names
 
 
 CHANGES = [

@@ -1,6 +1,7 @@
 """Settings that no run can have, by the error that names them."""
 
 import math
+import re
 import types
 from dataclasses import fields
 from pathlib import Path
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 
 from diffusers_imagen.training import DreamBoothTrainingConfig, LoraTrainingConfig, TrainingConfig
+from diffusers_imagen.training.config import OF_CHOICES
+from diffusers_imagen.training.export import public_settings
 from diffusers_imagen.training.settings import BOUNDS, hints_of
 
 
@@ -56,7 +59,7 @@ def construct(config: type, name: str, value):
 
 
 def test_every_number_has_bounds_within_which_its_default_is():
-    assert set(NUMBERS) == set(BOUNDS)
+    assert set(NUMBERS) == set(BOUNDS), "each number has a line in BOUNDS of training/settings.py"
     for config in CLASSES:
         for field in fields(config):
             default = getattr(config(**CLASSES[config]), field.name)
@@ -67,6 +70,7 @@ def test_every_number_has_bounds_within_which_its_default_is():
 @pytest.mark.parametrize("name", NUMBERS)
 def test_a_number_out_of_bounds_or_of_another_kind_is_refused_by_name(name):
     config, is_list = NUMBERS[name]
+    assert name in BOUNDS, f"`{name}` has no line in BOUNDS of training/settings.py"
     bounds, kind = BOUNDS[name], FIELDS[name][1]
     wrong = [bounds.low - 1, bounds.high * 2 + 1, 10**400, -(10**30), "abc", "1", True, [[1]], {}, b"1", object(), 1j]
     wrong += [math.nan, math.inf, -math.inf] + [1.5] * (kind is int)
@@ -101,6 +105,55 @@ def test_the_error_says_value_and_bounds():
         TrainingConfig(preset="a", max_train_steps="abc")
     with pytest.raises(ValueError, match="^`max_train_steps` is a int, but should be at least 1"):
         TrainingConfig(preset="a", max_train_steps=10**5000)  # which Python does not print
+
+
+@pytest.mark.parametrize("setting", OF_CHOICES)
+def test_a_setting_of_one_choice_is_refused_with_another(setting):
+    """The help of such a setting begins with the choices that it is for."""
+    choices = get_args(hints_of(TrainingConfig)[setting])
+    assert set(OF_CHOICES[setting]) <= set(choices)
+    said = {choice: set() for choice in choices}
+    for field in fields(TrainingConfig):
+        for choice in field.metadata["help"].partition(":")[0].split(", "):
+            said.get(choice, set()).add(field.name)
+    listed = {choice: set(OF_CHOICES[setting].get(choice, ())) for choice in choices}
+    for choice in choices:
+        assert said[choice] <= listed[choice], f"OF_CHOICES lacks {said[choice] - listed[choice]} of {choice!r}"
+        assert listed[choice] <= set().union(*said.values()) | {"snr_gamma"}, "help should begin with the choice"
+
+
+SPEAKS_OF_PLACES = re.compile(r"\b(folder|directory|path|Hub id)\b", re.IGNORECASE)
+NAME_OF_A_PLACE = re.compile(r"(^|_)(dir|folder|file|path|cache|images)($|_)")
+NO_PLACES = {"hub_model_id", "image_column"}  # `file_name` is a column
+
+
+def test_a_setting_that_can_be_a_place_is_marked_as_one():
+    """What is not marked is published as it is, with the names of a user's folders."""
+    for field in fields(DreamBoothTrainingConfig):
+        config, kind, _ = FIELDS[field.name]
+        is_place = SPEAKS_OF_PLACES.search(field.metadata["help"]) or NAME_OF_A_PLACE.search(field.name)
+        marked = field.metadata.get("place") in ("local", "local_or_hub")
+        if kind is str and field.name not in NO_PLACES:
+            assert marked == bool(is_place), (
+                f"`{field.name}` should say `place` in `arg`, or its help not speak of one"
+            )
+
+
+@pytest.mark.parametrize(
+    "name", [f.name for f in fields(DreamBoothTrainingConfig) if "place" in f.metadata and f.name != "train_data_dir"]
+)
+def test_no_more_than_the_last_name_of_a_place_is_published(name, tmp_path):
+    secret = str(tmp_path / "mine")
+    options = {**CLASSES[DreamBoothTrainingConfig], name: secret}
+    if name == "dataset_name":
+        options["instance_data_dir"] = None
+    if name == "model_config_name_or_path":
+        options = {name: secret}
+    if name == "validation_images":
+        options |= {name: [secret], "validation_prompts": ["a"], "low_resolution": 8}
+    config = (TrainingConfig if name == "model_config_name_or_path" else DreamBoothTrainingConfig)(**options)
+    settings = public_settings(config)
+    assert str(tmp_path) not in str(settings) and settings[name] in ("mine", ["mine"])
 
 
 def test_what_json_cannot_hold_becomes_plain():

@@ -1,7 +1,7 @@
 """What a training run is told. Field names are those of diffusers' training scripts where they have one."""
 
 import importlib.util
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +12,7 @@ from ..diffusion.augmentation import MIN_AUGMENTATION_SIGMA
 from ..diffusion.continuous_ddpm import NoiseSchedule, PredictionType
 from ..utils.arguments import check_exactly_one
 from .data.data_config import DataConfig, arg
+from .objective.weightings import WEIGHTINGS
 
 
 POLYNOMIAL_END = 1e-7  # learning rate at the end of diffusers' polynomial schedule
@@ -23,7 +24,7 @@ OF_CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
         "edm": ("p_mean", "p_std"),
         "variance_preserving": ("prediction_type", "beta_schedule", "snr_gamma"),
     },
-    "loss_weighting": {"min_snr": ("snr_gamma",)},
+    "loss_weighting": {name: weighting.settings for name, weighting in WEIGHTINGS.items()},
 }
 
 
@@ -31,7 +32,7 @@ OF_CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
 class TrainingConfig(DataConfig):
     """Settings of one run, which trains one stage."""
 
-    output_dir: str = arg("imagen-stage", "Where checkpoints and the trained stage are written.")
+    output_dir: str = arg("imagen-stage", "Where checkpoints and the trained stage are written.", place="local")
     overwrite_output_dir: bool = arg(
         False, "Set aside what another run left in output_dir, in output_dir/set-aside-1, instead of refusing it."
     )
@@ -39,6 +40,7 @@ class TrainingConfig(DataConfig):
         None,
         "Stage whose weights are trained further, or a cascade, of which the resolutions name the stage: a folder or a "
         "Hub id.",
+        place="local_or_hub",
     )
     grow: bool = arg(False, "Put a finer level around the pretrained network, for images of twice the resolution.")
     layers_per_block: list[int] | None = field(
@@ -46,9 +48,11 @@ class TrainingConfig(DataConfig):
     )
     preset: str | None = arg(None, "Name of a network in diffusers_imagen.models.presets, trained from scratch.")
     model_config_name_or_path: str | None = arg(
-        None, "Network, by its config.json in a folder or on the Hub, trained from scratch."
+        None, "Network, by its config.json in a folder or on the Hub, trained from scratch.", place="local_or_hub"
     )
-    text_encoder: str | None = arg(None, "Folder with text_encoder/ and tokenizer/; None trains without text.")
+    text_encoder: str | None = arg(
+        None, "Folder with text_encoder/ and tokenizer/; None trains without text.", place="local_or_hub"
+    )
 
     preconditioning: Literal["edm", "variance_preserving"] = arg(  # networks of discrete betas are sampled only
         "edm",
@@ -114,18 +118,18 @@ class TrainingConfig(DataConfig):
 
     checkpointing_steps: int = arg(500, "Steps between checkpoints, from which a run is resumed.")
     checkpoints_total_limit: int = arg(2, "Checkpoints kept.")
-    resume_from_checkpoint: str | None = arg(None, "A checkpoint folder, or `latest`.")
+    resume_from_checkpoint: str | None = arg(None, "A checkpoint folder, or `latest`.", place="local_or_hub")
     validation_steps: int | None = arg(
         None, "Steps between validation losses and sample grids; without it, checkpointing_steps."
     )
     validation_prompts: list[str] | None = field(
         default=None, metadata={"help": "Prompts that samples are drawn for."}
     )
-    validation_images: list[str] | None = field(
-        default=None, metadata={"help": "For a super-resolution stage: the image of each prompt, to be enlarged."}
+    validation_images: list[str] | None = arg(
+        None, "For a super-resolution stage: the image of each prompt, to be enlarged.", place="local"
     )
     report_to: Literal["tensorboard", "wandb"] | None = arg(None, "Where the losses are shown; it must be installed.")
-    logging_dir: str = arg("logs", "Folder of those logs inside output_dir.")
+    logging_dir: str = arg("logs", "Folder of those logs inside output_dir.", place="local")
     logging_steps: int = arg(10, "Steps between looks at the losses, each of which waits for the device.")
     push_to_hub: bool = arg(False, "Upload the trained stage.")
     hub_model_id: str | None = arg(None, "Repository to upload to; without it, the name of output_dir.")
@@ -159,15 +163,18 @@ class TrainingConfig(DataConfig):
         return []
 
     def _check_objective(self) -> None:
-        defaults = {f.name: f.default for f in fields(TrainingConfig)}
+        defaults = {
+            f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(TrainingConfig)
+        }
         for setting, of_values in OF_CHOICES.items():
             chosen = getattr(self, setting)
-            for name in (name for value, names in of_values.items() if value != chosen for name in names):
-                if getattr(self, name) != defaults[name]:
+            for name in (name for names in of_values.values() for name in names):
+                if name not in of_values.get(chosen, ()) and getattr(self, name) != defaults[name]:
                     raise ValueError(f"`{name}` is {getattr(self, name)!r}, but `{setting}` {chosen!r} has none.")
-        if self.loss_weighting == "min_snr" and self.preconditioning != "variance_preserving":
+        if self.preconditioning not in WEIGHTINGS[self.loss_weighting].preconditionings:
             raise ValueError(
-                f"`loss_weighting` is 'min_snr', but should be another with `preconditioning` {self.preconditioning!r}."
+                f"`loss_weighting` is {self.loss_weighting!r}, but should be another with `preconditioning` "
+                f"{self.preconditioning!r}."
             )
         if not (
             self.noise_conditioning_augmentation == 0 or self.noise_conditioning_augmentation > MIN_AUGMENTATION_SIGMA

@@ -29,14 +29,6 @@ UPLOADED = (
 )
 SECRET = ("hub_token",)
 OF_THIS_START = ("resume_from_checkpoint", "overwrite_output_dir")  # not of the run
-OF_THIS_MACHINE = (
-    *("train_data_dir", "instance_data_dir", "class_data_dir", "cache_dir", "embedding_cache"),
-    *("output_dir", "logging_dir", "validation_images"),
-)
-# a Hub id or a place on this machine
-NAMES = (
-    *("pretrained_model_name_or_path", "model_config_name_or_path", "text_encoder", "dataset_name", "class_model"),
-)
 
 CARD = """---
 library_name: diffusers
@@ -146,11 +138,16 @@ def write_record(folder: Path, config: TrainingConfig, step: int, results: dict[
 def public_settings(config: TrainingConfig) -> dict[str, Any]:
     """The settings without secrets, and without places on this machine: of those their last name."""
     settings = {name: value for name, value in asdict(config).items() if name not in SECRET}
-    for name in settings.keys() & {*OF_THIS_MACHINE, *OF_THIS_START, *NAMES}:
-        reduce = last_name if name in OF_THIS_MACHINE else public_name
+    for name, place in places(config).items():
+        reduce = last_name if place == "local" else public_name
         value = settings[name]
         settings[name] = [reduce(part) for part in value] if isinstance(value, list) else reduce(value)
     return settings
+
+
+def places(config: TrainingConfig) -> dict[str, str]:
+    """The settings that can be places on this machine, with what `arg` says of each."""
+    return {f.name: f.metadata["place"] for f in fields(config) if "place" in f.metadata}
 
 
 def last_name(path: Any) -> Any:
@@ -187,7 +184,7 @@ def model_card(
     losses = {name: value for name, value in results.items() if "loss" in name}
     sample = shown_sample(config, step)
     defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(config)}
-    hidden = OF_THIS_MACHINE + OF_THIS_START
+    hidden = {*OF_THIS_START, *(name for name, place in places(config).items() if place == "local")}
     settings = {name: value for name, value in public_settings(config).items() if name not in hidden}
     shown = {name: value for name, value in settings.items() if value != defaults[name]}
     name = config.hub_model_id or last_name(config.output_dir)

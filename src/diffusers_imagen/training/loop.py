@@ -77,15 +77,13 @@ class Trainer:
     """
 
     def __init__(self, config: TrainingConfig, unet: StageNetwork, text: TextSource | None = None):
-        self.config, self.unet = config, unet
-        if text is None:
-            text = open_text(config.text_encoder, config.embedding_cache, config.tokenizer_max_length)
-        self.text = text
+        self.config, self.unet, self.text = config, unet, text  # `read_data` opens the text that the settings name
         self.accelerator = make_accelerator(config)
         self.objective = make_objective(config)
         self.folder = OutputFolder(config)
         self.losses = Losses(loss=math.nan)
-        check_network(config, unet, with_text=text is not None)
+        names_text = bool(config.text_encoder) or config.embedding_cache is not None
+        check_network(config, unet, with_text=names_text or text is not None)
         check_modules(config, self.accelerator, self.objective.trained_modules)
         choose_attention(unet, config)
         self.adapt(unet)
@@ -171,6 +169,7 @@ class Trainer:
 
         unet = prepare_network(self.unet, config, accelerator.distributed_type)
         self.unet, self.optimizer, *self.objective.trained_modules = accelerator.prepare(unet, optimizer, *modules)
+        self.objective.weighting.to(accelerator.device)  # one that is not trained was not moved
         self.parameters = trainable(self.unet)
         self.averages = WeightAverages(config, self.parameters)
         self.monitor, self.clock = Monitor(accelerator.device), ComputeClock(accelerator.device)
@@ -185,7 +184,10 @@ class Trainer:
 
     def read_data(self) -> None:
         """Opens what is trained and validated on; the text encoder leaves memory where it is not needed any more."""
-        config, text = self.config, self.text
+        config = self.config
+        if self.text is None:
+            self.text = open_text(config.text_encoder, config.embedding_cache, config.tokenizer_max_length)
+        text = self.text
         check_width(self.unet, None if text is None else text.width)
         self.prompts = read_prompts(config, text)
         self.batches = self.make_batches()
@@ -215,6 +217,8 @@ class Trainer:
             checkpoints.shared |= states
         for number, module in enumerate(self.objective.trained_modules, start=1):
             checkpoints.shared[f"model_{number}"] = NetworkState(inner_network(self.accelerator, module))
+        if not self.objective.trained_modules and self.objective.weighting.state_dict():
+            checkpoints.own["weighting"] = NetworkState(self.objective.weighting)  # each process saw its own losses
 
     @property
     def modules(self) -> list[torch.nn.Module]:

@@ -34,14 +34,14 @@ class NoiseLevelMeans:
         self.sums = torch.zeros(2, len(BUCKETS), device=device)  # of losses, and of ones
 
     def add(self, losses: torch.Tensor, sigma: torch.Tensor) -> None:
-        """Takes in losses `(B,)` at levels `(B,)`; those that are not finite do not count."""
+        """Takes in losses `(B,)` at noise levels `(B,)`; those that are not finite do not count."""
         finite = losses.isfinite()
         values = torch.stack([losses.where(finite, 0), finite.to(losses.dtype)])
         self.sums.index_add_(1, torch.bucketize(sigma, self.edges), values)
 
     @staticmethod
     def means(sums: torch.Tensor) -> dict[str, float]:
-        """The means of levels that there were, from `sums` `(2, levels)` on the CPU."""
+        """The means of noise levels that there were, from `sums` `(2, len(BUCKETS))` on the CPU."""
         return {name: total / count for name, total, count in zip(BUCKETS, *sums.tolist()) if count}
 
 
@@ -61,14 +61,14 @@ class Monitor:
     """Losses and norms of the steps since they were last fetched, and a running average of the loss."""
 
     def __init__(self, device: torch.device | str = "cpu"):
-        self.levels = NoiseLevelMeans(device)
+        self.noise_levels = NoiseLevelMeans(device)
         self.step_loss = torch.zeros((), device=device)  # of the step that runs
         # sum of losses, steps, gradient norm, running loss, skipped steps, skipped in a row
         self.values = torch.tensor([0, 0, 0, torch.nan, 0, 0], device=device)
 
     def add(self, losses: torch.Tensor, sigma: torch.Tensor, share: float) -> None:
         """Takes in a micro-batch, which is a share of its step."""
-        self.levels.add(losses, sigma)
+        self.noise_levels.add(losses, sigma)
         self.step_loss += share * losses.mean()
 
     def end_step(self, grad_norm: torch.Tensor) -> None:
@@ -95,12 +95,12 @@ class Monitor:
         Raises:
             FloatingPointError: After many skipped steps in a row.
         """
-        numbers = torch.cat([self.values, self.levels.sums.flatten()])
+        numbers = torch.cat([self.values, self.noise_levels.sums.flatten()])
         numbers = accelerator.reduce(numbers, "mean").cpu()
         total, steps, norm, running, skipped, in_row = numbers[:6].tolist()
         self.values[:2] = 0
-        levels = NoiseLevelMeans.means(numbers[6:].view(2, -1))
-        self.levels.sums.zero_()
+        means = NoiseLevelMeans.means(numbers[6:].view(2, -1))
+        self.noise_levels.sums.zero_()
         if in_row >= MAX_SKIPPED_IN_ROW:
             raise FloatingPointError(
                 f"The gradient was not finite in {in_row:.0f} steps in a row: lower `learning_rate`, or look at the "
@@ -110,7 +110,7 @@ class Monitor:
         return {
             **record,
             "loss_average": running,
-            **{f"loss/{name}": mean for name, mean in levels.items()},
+            **{f"loss/{name}": mean for name, mean in means.items()},
             "grad_norm": norm,
             "skipped_steps": skipped,
         }
@@ -120,11 +120,11 @@ class Monitor:
         return accelerator.reduce(self.values[3], "mean").item()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"values": self.values.cpu(), "levels": self.levels.sums.cpu()}
+        return {"values": self.values.cpu(), "levels": self.noise_levels.sums.cpu()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         copy_into(self.values, state["values"], "values of the monitor")
-        copy_into(self.levels.sums, state["levels"], "levels of the monitor")
+        copy_into(self.noise_levels.sums, state["levels"], "noise levels of the monitor")
 
 
 class ComputeClock:

@@ -25,6 +25,10 @@ class OneLineErrors(argparse.ArgumentParser):
 class OptionParser(OneLineErrors, HfArgumentParser):
     """A parser of a dataclass's fields."""
 
+    def add_argument(self, *names: Any, place: str | None = None, **kwargs: Any) -> argparse.Action:
+        """As argparse, without what `arg` says of places: HfArgumentParser hands on all metadata of a field."""
+        return super().add_argument(*names, **kwargs)
+
 
 def parse_args(
     argv: list[str] | None = None,

@@ -320,11 +320,37 @@ def test_every_weighting_is_a_choice_of_the_configuration():
     choices = get_args(get_type_hints(TrainingConfig)["loss_weighting"])
     assert set(choices) == set(WEIGHTINGS)
     for name in choices:
-        config = make_config(preconditioning="variance_preserving", loss_weighting=name)
+        config = make_config(preconditioning=WEIGHTINGS[name].preconditionings[-1], loss_weighting=name)
         objective = make_objective(config)
         losses, log_snr = torch.rand(5, generator=seeded()), torch.linspace(-8, 8, 5)
         assert objective.weighting.weight(log_snr).shape == objective.minimized(losses, log_snr).shape == (5,)
         assert len(objective.trained_modules) == (name == "uncertainty")
+
+
+@pytest.mark.parametrize("name", WEIGHTINGS)
+def test_a_weighting_names_the_settings_that_it_reads(name):
+    """Those that other things read too aside: what only it reads has to be refused with another weighting."""
+    read = set()
+
+    class Reading:
+        def __getattr__(self, field: str):
+            read.add(field)
+            return getattr(config, field)
+
+    config = make_config(preconditioning=WEIGHTINGS[name].preconditionings[0], loss_weighting=name)
+    WEIGHTINGS[name].from_config(Reading())
+    shared = {"seed", "sigma_data", "preconditioning", "p_mean", "p_std", "prediction_type", "beta_schedule"}
+    assert read - shared == set(WEIGHTINGS[name].settings)
+
+
+@pytest.mark.parametrize("name", WEIGHTINGS)
+def test_a_weighting_is_for_the_preconditionings_that_it_names(name):
+    for preconditioning in get_args(get_type_hints(TrainingConfig)["preconditioning"]):
+        if preconditioning in WEIGHTINGS[name].preconditionings:
+            make_config(preconditioning=preconditioning, loss_weighting=name)
+        else:
+            with pytest.raises(ValueError, match=f"`loss_weighting` is '{name}', but should be another with"):
+                make_config(preconditioning=preconditioning, loss_weighting=name)
 
 
 @pytest.mark.parametrize("preconditioning", ["edm", "variance_preserving"])

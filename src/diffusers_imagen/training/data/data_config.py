@@ -1,7 +1,7 @@
 """What a training run is told about its data. Field names are those of diffusers' training scripts where they exist."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from diffusers.training_utils import parse_buckets_string
 from PIL import ImageColor
@@ -13,11 +13,19 @@ from ..settings import check_settings
 ASPECT_RATIOS = (2.0, 16 / 9, 3 / 2, 4 / 3, 5 / 4, 1.0, 4 / 5, 3 / 4, 2 / 3, 9 / 16, 1 / 2)
 
 
-def arg(default: Any, help: str) -> Any:
-    """A field with its help; a list is copied for each instance."""
+def arg(default: Any, help: str, place: Literal["local", "local_or_hub"] | None = None) -> Any:
+    """A field with its help; a list is copied for each instance.
+
+    Args:
+        default: Its value if it is not given.
+        help (`str`): What it means, a sentence.
+        place (`str`, *optional*): "local" for a path, or "local_or_hub" for a path or a Hub id: what is published has no
+            more of a path than its last name.
+    """
+    metadata = {"help": help} if place is None else {"help": help, "place": place}
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -28,10 +36,13 @@ class DataConfig:
         None,
         "Folder of images, with a metadata.jsonl, .csv or .parquet or a .txt beside each, of Parquet files, or of "
         "WebDataset tar shards.",
+        place="local",
     )
-    dataset_name: str | None = arg(None, "Data set on the Hub, or a folder that `datasets` wrote.")
+    dataset_name: str | None = arg(
+        None, "Data set on the Hub, or a folder that `datasets` wrote.", place="local_or_hub"
+    )
     dataset_config_name: str | None = arg(None, "Configuration of that data set.")
-    cache_dir: str | None = arg(None, "Where `datasets` keeps what it downloads.")
+    cache_dir: str | None = arg(None, "Where `datasets` keeps what it downloads.", place="local")
     streaming: bool = arg(False, "Read the data set in order, without writing it to disk first.")
     shuffle_buffer_size: int = arg(1000, "Rows that a streaming run shuffles at a time.")
     image_column: str = arg(
@@ -75,7 +86,7 @@ class DataConfig:
         default=None, metadata={"help": "Lowest and highest JPEG quality of the low-resolution image, 1 to 100."}
     )
 
-    embedding_cache: str | None = arg(None, "Folder that `diffusers-imagen cache-embeddings` wrote.")
+    embedding_cache: str | None = arg(None, "Folder that `diffusers-imagen cache-embeddings` wrote.", place="local")
     tokenizer_max_length: int | None = arg(None, "Tokens of a caption; the tokenizer's own limit if not given.")
     train_batch_size: int = arg(16, "Images a device and a step.")
     gradient_accumulation_steps: int = arg(1, "Batches before an optimizer step.")

@@ -55,15 +55,21 @@ def check_adapter(config: "LoraTrainingConfig") -> None:
 class DreamBoothTrainingConfig(LoraTrainingConfig):
     """Settings of a run that teaches a stage a subject."""
 
-    instance_data_dir: str | None = arg(None, "Folder with the images of the subject, or give `dataset_name`.")
+    instance_data_dir: str | None = arg(
+        None, "Folder with the images of the subject, or give `dataset_name`.", place="local"
+    )
     instance_prompt: str | None = arg(None, 'Caption of those images, such as "a photo of sks dog".')
     with_prior_preservation: bool = arg(
         False, "Train on images of the subject's class too, as many as of the subject."
     )
-    class_data_dir: str | None = arg(None, "Folder with the images of the class; what it lacks is drawn.")
+    class_data_dir: str | None = arg(
+        None, "Folder with the images of the class; what it lacks is drawn.", place="local"
+    )
     class_prompt: str | None = arg(None, 'Caption of the class images, such as "a photo of a dog".')
     class_model: str | None = arg(
-        None, "Pipeline that draws class images, a folder or a Hub id; without it, the stage that is trained does."
+        None,
+        "Pipeline that draws class images, a folder or a Hub id; without it, the stage that is trained does.",
+        place="local_or_hub",
     )
     num_class_images: int = arg(100, "Class images there should be.")
     prior_loss_weight: float = arg(1.0, "Weight of the loss of the class images.")

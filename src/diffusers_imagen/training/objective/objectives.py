@@ -25,8 +25,8 @@ class Objective(ABC):
         weighting (`LossWeighting`, *optional*): Uniform by default.
 
     Attributes:
-        trained_modules (`list[torch.nn.Module]`): What of the weighting is learned along with the network: the weighting
-            or nothing. Who wraps these modules puts the wrapped ones in their place.
+        trained_modules (`list[torch.nn.Module]`): The weighting if it has parameters to be learned along with the
+            network, else empty. Who wraps these modules puts the wrapped ones in their place.
         sampling (`dict[str, Any]`): Arguments of a pipeline that draws with a network trained so.
     """
 
@@ -35,7 +35,8 @@ class Objective(ABC):
     def __init__(self, sigma_data: float, weighting: LossWeighting | None = None):
         self.sigma_data = sigma_data
         self.weighting = LossWeighting() if weighting is None else weighting
-        self.trained_modules: list[torch.nn.Module] = [self.weighting] if list(self.weighting.parameters()) else []
+        learns = any(parameter.requires_grad for parameter in self.weighting.parameters())
+        self.trained_modules: list[torch.nn.Module] = [self.weighting] if learns else []
 
     @abstractmethod
     def draw_log_snr(self, count: int, generator: torch.Generator, stratified: bool = False) -> torch.Tensor:
@@ -51,9 +52,8 @@ class Objective(ABC):
 
     def minimized(self, losses: torch.Tensor, log_snr: torch.Tensor) -> torch.Tensor:
         """The numbers `(B,)` whose mean a step minimizes, of the losses `(B,)` that are reported."""
-        for module in self.trained_modules:
-            losses = module(losses, log_snr)
-        return losses
+        (weighting,) = self.trained_modules or [self.weighting]
+        return weighting(losses, log_snr)
 
 
 class EDMObjective(Objective):

@@ -1,15 +1,15 @@
 """Weightings of the loss: functions of the log-SNR.
 
-To add one, write it here, name it in `WEIGHTINGS`, and among the choices of `TrainingConfig.loss_weighting`.
+To add one, write it here, name it in `WEIGHTINGS`, and among the choices of `TrainingConfig.loss_weighting`;
+docs/extending.md has the rest.
 """
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from ...diffusion import continuous_ddpm, edm
 from ...diffusion.training_examples import min_snr_weight, uncertainty_weighted
-from ..config import TrainingConfig
 
 
 class LossWeighting(torch.nn.Module):
@@ -17,23 +17,43 @@ class LossWeighting(torch.nn.Module):
 
     A loss is of the network's output, with the weight that belongs to its preconditioning: `lambda(sigma) c_out^2` of
     EDM, which is 1, and 1 of variance-preserving networks. So noise levels count alike here.
+
+    Attributes:
+        preconditionings (`tuple[str, ...]`): The values of `TrainingConfig.preconditioning` that it is for.
+        settings (`tuple[str, ...]`): The fields of `TrainingConfig` that are of this weighting alone; other weightings
+            refuse them.
     """
+
+    preconditionings: tuple[str, ...] = ("edm", "variance_preserving")
+    settings: tuple[str, ...] = ()
+
+    @classmethod
+    def from_config(cls, config: Any) -> "LossWeighting":
+        """The weighting of a run with these settings, a `TrainingConfig`."""
+        return cls()
 
     def weight(self, log_snr: torch.Tensor) -> torch.Tensor:
         """The factor of losses at noise levels `(B,)`, known beforehand: part of the loss that is reported."""
         return torch.ones_like(log_snr)
 
     def forward(self, losses: torch.Tensor, log_snr: torch.Tensor) -> torch.Tensor:
-        """What a step minimizes of losses `(B,)` with that factor: the same, unless something is learned here."""
+        """What a step minimizes of losses `(B,)` with that factor: by default the same. Called in every step."""
         return losses
 
 
 class MinSNRWeighting(LossWeighting):
     """`min(SNR, gamma)` of the image's loss (Hang et al. 2023), for a variance-preserving network."""
 
+    preconditionings = ("variance_preserving",)
+    settings = ("snr_gamma",)
+
     def __init__(self, prediction_type: continuous_ddpm.PredictionType, snr_gamma: float):
         super().__init__()
         self.prediction_type, self.snr_gamma = prediction_type, snr_gamma
+
+    @classmethod
+    def from_config(cls, config: Any) -> "MinSNRWeighting":
+        return cls(config.prediction_type, config.snr_gamma or 5.0)
 
     def weight(self, log_snr: torch.Tensor) -> torch.Tensor:
         return min_snr_weight(log_snr, self.prediction_type, self.snr_gamma)
@@ -58,19 +78,23 @@ class UncertaintyWeighting(LossWeighting):
         self.linear = torch.nn.utils.skip_init(torch.nn.Linear, features, 1, bias=False)  # draws nothing
         torch.nn.init.zeros_(self.linear.weight)
 
+    @classmethod
+    def from_config(cls, config: Any) -> "UncertaintyWeighting":
+        return cls(config.seed)
+
     def forward(self, losses: torch.Tensor, log_snr: torch.Tensor) -> torch.Tensor:
         c_noise = edm.c_noise(continuous_ddpm.log_snr_to_sigma(log_snr))
         features = (2 * torch.pi * (c_noise[:, None] * self.frequencies + self.phases)).cos() * 2**0.5  # (B, features)
         return uncertainty_weighted(losses, self.linear(features).flatten().float())
 
 
-WEIGHTINGS: dict[str, Callable[[TrainingConfig], LossWeighting]] = {
-    "uniform": lambda config: LossWeighting(),
-    "min_snr": lambda config: MinSNRWeighting(config.prediction_type, config.snr_gamma or 5.0),
-    "uncertainty": lambda config: UncertaintyWeighting(config.seed),
+WEIGHTINGS: dict[str, type[LossWeighting]] = {
+    "uniform": LossWeighting,
+    "min_snr": MinSNRWeighting,
+    "uncertainty": UncertaintyWeighting,
 }
 
 
-def make_weighting(config: TrainingConfig) -> LossWeighting:
-    """The weighting that a configuration names."""
-    return WEIGHTINGS[config.loss_weighting](config)
+def make_weighting(config: Any) -> LossWeighting:
+    """The weighting that a `TrainingConfig` names."""
+    return WEIGHTINGS[config.loss_weighting].from_config(config)
