@@ -1,5 +1,6 @@
 """The code of docs/extending.md does what the page says."""
 
+import copy
 import re
 import sys
 from pathlib import Path
@@ -7,8 +8,9 @@ from types import ModuleType
 
 import pytest
 import torch
+from networks import UNET, randomize
 
-from diffusers_imagen import EDMAdamsScheduler, ImagenPipeline, training
+from diffusers_imagen import EDMAdamsScheduler, ImagenPipeline, ImagenUNetModel, training
 from diffusers_imagen.text.encoder import TextEncoder
 
 
@@ -23,13 +25,23 @@ def run_block(start: str) -> dict:
     return names
 
 
-def test_two_encoders_are_one_source(tokenizer, text_encoder):
-    encoder = TextEncoder(tokenizer, text_encoder)
-    both = run_block("class TwoEncoders(")["TwoEncoders"](encoder, encoder)
-    embeds, mask = encoder.encode(["a red apple"])
-    text = both.encode(["a red apple"])
-    assert both.width == text.embeds.shape[-1] == 2 * encoder.width
-    assert torch.equal(text.embeds, torch.cat([embeds, embeds], dim=-1)) and torch.equal(text.mask, mask)
+def test_a_pipeline_reads_two_encoders(tokenizer, text_encoder):
+    pipeline_class = run_block("TwoEncoderPipeline")["TwoEncoderPipeline"]
+    width = text_encoder.config.hidden_size
+    other = copy.deepcopy(text_encoder)
+    for parameter in other.parameters():
+        parameter.data *= 1.5
+    torch.manual_seed(0)
+    unet = randomize(ImagenUNetModel(**{**UNET, "encoder_hid_dim": 2 * width})).eval()
+    pipe = pipeline_class(unet, EDMAdamsScheduler(clip_sample=True), tokenizer, text_encoder, tokenizer, other)
+    pipe.set_progress_bar_config(disable=True)
+    first, second = (TextEncoder(tokenizer, encoder).encode(["a red apple"]) for encoder in (text_encoder, other))
+    embeds, mask, *_ = pipe.encode_prompt("a red apple")
+    assert torch.equal(embeds, torch.cat([first.embeds, second.embeds], dim=-1)) and torch.equal(mask, first.mask)
+    arguments = {"num_inference_steps": 2, "output_type": "pt"}
+    given = {"prompt_embeds": embeds, "prompt_attention_mask": mask}
+    images = pipe("a red apple", generator=torch.Generator().manual_seed(0), **arguments).images
+    assert torch.equal(images, pipe(**given, generator=torch.Generator().manual_seed(0), **arguments).images)
 
 
 def test_a_network_of_another_architecture_draws(tokenizer, text_encoder):

@@ -1,12 +1,14 @@
 """What training asks of text: padding, the absence of text, an encoder beside a cache, and two encoders at once."""
 
+import copy
+
 import pytest
 import torch
 from tiny_runs import make_unet
 
 from diffusers_imagen.text.cache import CachedTextEncoder, CacheWriter, EmbeddingCache, open_text, write_cache
 from diffusers_imagen.text.encoder import TextEncoder
-from diffusers_imagen.text.source import TextSource
+from diffusers_imagen.text.source import ConcatenatedText, TextSource
 from diffusers_imagen.text.text_embeddings import (
     TextEmbeddings,
     drop_text,
@@ -100,3 +102,17 @@ def test_a_second_encoder_is_another_source(make_config, folder):
     text = Pair(TextEncoder.from_pretrained(folder), TextEncoder.from_pretrained(folder))
     config = make_config(max_train_steps=1, validation_prompts=["a red apple"])
     assert train(config, make_unet(text_width=text.width), text)["loss"] > 0
+
+
+def test_several_encoders_are_one_source(tokenizer, text_encoder):
+    encoder = TextEncoder(tokenizer, text_encoder)
+    both = ConcatenatedText(encoder, encoder)
+    embeds, mask = encoder.encode(["a red apple", "a cat"])
+    text = both.encode(["a red apple", "a cat"])
+    assert both.width == 2 * encoder.width and both.max_length == encoder.max_length
+    assert torch.equal(text.embeds, torch.cat([embeds, embeds], dim=-1)) and torch.equal(text.mask, mask)
+    assert both.identity() == {"0": encoder.identity(), "1": encoder.identity()}
+    other = copy.copy(tokenizer)
+    other.model_max_length = 5
+    with pytest.raises(ValueError, match=r"`sources` have \[8, 5\] tokens, but should all have the same number"):
+        ConcatenatedText(encoder, TextEncoder(other, text_encoder))
