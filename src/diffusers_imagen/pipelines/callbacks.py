@@ -4,11 +4,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from ..utils.arguments import is_number, shown
-from .prompts import PromptEmbeds
 
 
 class Callback(NamedTuple):
@@ -46,46 +44,30 @@ def check_callback(function: Any, tensor_inputs: Any, known: list[str]) -> Callb
     return Callback(function, list(dict.fromkeys(tensor_inputs)))
 
 
-class StepCallback:
-    """Calls the user's function after every network call of every stage, counted through.
+def read_changes(returned: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """What a callback returned, in place of the tensors of the same names.
 
     Raises:
-        ValueError: If the function returns what cannot take the place of what it was given.
+        ValueError: If it cannot take their place.
     """
+    if returned is None:
+        return {}
+    if not isinstance(returned, Mapping):
+        raise ValueError(f"`callback_on_step_end` returned {shown(returned)}, but should return a dict of tensors.")
+    return {name: _in_place_of(given[name], name, tensor) for name, tensor in returned.items() if name in given}
 
-    def __init__(self, pipe: DiffusionPipeline, callback: Callback):
-        self.pipe, self.function, self.tensor_inputs = pipe, callback.function, callback.tensor_inputs
-        self.step = 0
 
-    def __call__(self, timestep: Any, latents: torch.Tensor, text: PromptEmbeds) -> torch.Tensor:
-        """Returns the sample, and changes the text and the guidance, as the function says."""
-        if self.function is not None:
-            given = {"latents": latents, **text.tensors()}
-            tensors = {name: given[name] for name in self.tensor_inputs}
-            changed = self._read(self.function(self.pipe, self.step, timestep, tensors), given)
-            latents = changed.pop("latents", latents)
-            text.update(changed)
-            self._read_guidance()
-        self.step += 1
-        return latents
+def read_scale(scale: Any, function: Callable) -> float:
+    """The guidance scale that a callback may have set.
 
-    def _read(self, returned: Any, given: dict[str, Any]) -> dict[str, Any]:
-        """What the function returned, in place of the tensors of the same names."""
-        if returned is None:
-            return {}
-        if not isinstance(returned, Mapping):
-            raise ValueError(
-                f"`callback_on_step_end` returned {shown(returned)}, but should return a dict of tensors."
-            )
-        return {name: _in_place_of(given[name], name, tensor) for name, tensor in returned.items() if name in given}
-
-    def _read_guidance(self) -> None:
-        """The scale that the function may have set."""
-        scale = self.pipe._guidance_scale
-        if not is_number(scale):
-            raise ValueError(f"`callback_on_step_end` set `_guidance_scale` to {shown(scale)}, which is no number.")
-        if scale == 0 and isinstance(self.function, (PipelineCallback, MultiPipelineCallbacks)):
-            self.pipe._guidance_scale = 1.0  # with 0 diffusers' callbacks turn guidance off, which here is 1
+    Raises:
+        ValueError: If it is no number.
+    """
+    if not is_number(scale):
+        raise ValueError(f"`callback_on_step_end` set `_guidance_scale` to {shown(scale)}, which is no number.")
+    if scale == 0 and isinstance(function, (PipelineCallback, MultiPipelineCallbacks)):
+        return 1.0  # with 0 diffusers' callbacks turn guidance off, which here is 1
+    return scale
 
 
 def _in_place_of(given: torch.Tensor | None, name: str, tensor: Any) -> torch.Tensor | None:

@@ -4,7 +4,6 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import DiffusionPipeline
 
 from ..diffusion.guidance import classifier_free_guidance, rescale_guidance
 from ..models.interface import StageNetwork
@@ -12,7 +11,7 @@ from .finite import FiniteWatch
 from .planning import StagePlan
 from .prompts import Branch, PromptEmbeds
 from .schedules import reads_variance
-from .tiling import Tile, blend, make_tiles
+from .tiling import Tile, Tiling, blend, make_tiles
 
 
 class Latents(NamedTuple):
@@ -26,27 +25,32 @@ class Latents(NamedTuple):
 class GuidedPrediction:
     """The guided output of a stage's network, `(B, C, H, W)` in float32, or `(B, 2 C, H, W)` with a predicted variance.
 
-    Guidance is of the prediction; the variance, for schedulers that read it, is that of the prompt's branch. The guidance
-    scale is read from the pipeline at every call, because a callback may change it.
+    Guidance is of the prediction; the variance, for schedulers that read it, is that of the prompt's branch.
     """
 
     def __init__(
-        self, pipe: DiffusionPipeline, plan: StagePlan, text: PromptEmbeds, latents: Latents, watch: FiniteWatch
+        self,
+        plan: StagePlan,
+        text: PromptEmbeds,
+        latents: Latents,
+        watch: FiniteWatch,
+        tiling: Tiling | None,
+        slice_size: int | None,
     ):
-        self.pipe, self.rescale, self.watch = pipe, plan.settings.guidance_rescale, watch
+        self.rescale, self.watch = plan.settings.guidance_rescale, watch
         self.channels, self.keeps_variance = plan.stage.unet.in_channels, reads_variance(plan.scheduler)
         tiles = None
-        if pipe.tiling is not None and latents.low_res is not None:
-            tiles = make_tiles(*plan.size, pipe.tiling, latents.sample.device)
-        bind = functools.partial(BoundNetwork, text=text, latents=latents, slice_size=pipe.slice_size, tiles=tiles)
+        if tiling is not None and latents.low_res is not None:
+            tiles = make_tiles(*plan.size, tiling, latents.sample.device)
+        bind = functools.partial(BoundNetwork, text=text, latents=latents, slice_size=slice_size, tiles=tiles)
         self.network = bind(plan.stage.unet)
         # in place of the unconditional branch, a weaker network: Karras et al. 2024, arXiv 2406.02507
         self.guide = bind(plan.stage.guidance_unet) if plan.stage.guidance_unet is not None else None
         self.guide_branch: Branch = "unconditional" if text.negative_given else "conditional"
 
-    def __call__(self, model_input: torch.Tensor, timestep: torch.Tensor, guided: bool) -> torch.Tensor:
-        scale = self.pipe.guidance_scale
-        guided = guided and scale != 1.0
+    def __call__(self, model_input: torch.Tensor, timestep: torch.Tensor, scale: float) -> torch.Tensor:
+        """The prediction at a noise level, guided unless the guidance scale is 1."""
+        guided = scale != 1.0
         if not guided or self.guide is not None:
             (conditional,) = self.network(model_input, timestep, "conditional")
         else:

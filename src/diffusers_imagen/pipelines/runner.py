@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from ..diffusion.augmentation import augment_low_res, augment_upsampled
 from ..utils.arguments import as_integer, as_number, check_choice
 from . import inputs
 from .call_arguments import CallArguments
-from .callbacks import StepCallback, check_callback
+from .callbacks import Callback, check_callback, read_changes, read_scale
 from .finite import FiniteWatch
 from .image_inputs import GivenImages, read_given, warn_of_stretching
 from .pipeline_output import ImagenPipelineOutput
@@ -47,6 +47,7 @@ class Runner:
     ):
         self.pipe, self.arguments, self.stages = pipe, arguments, stages
         self.low_resolution, self.scale_factor = low_resolution, scale_factor
+        self.calls = 0  # of networks so far, as a callback counts them
 
     def run(self) -> ImagenPipelineOutput | tuple:
         """Make the images.
@@ -152,7 +153,6 @@ class Runner:
     def run_stages(self, request: Request, text: PromptEmbeds) -> dict[int, torch.Tensor]:
         """The stages one after the other, each on what the one before it made: images in [-1, 1] by resolution."""
         pipe, plans = self.pipe, request.plans
-        callback = StepCallback(pipe, request.callback)
         pipe._interrupt = False
         pipe._num_timesteps = sum(len(plan.calls) for plan in plans)
         image, added = None, 0.0
@@ -164,30 +164,42 @@ class Runner:
                 break
             # a callback changes the guidance of the stage that runs, and no other's
             pipe._guidance_scale = asked = plan.settings.guidance_scale
-            image = StageRunner(pipe, plan, request, text).run(image, callback)
+            image = StageRunner(self, plan, request, text).run(image)
             images[plan.stage.resolution] = image
             added += pipe._guidance_scale - asked
             if pipe._guidance_scale != asked:  # for after the call: what was added, step by step, in all stages
                 pipe._guidance_scale = asked + added
         return images
 
+    def call_back(self, callback: Callback, timestep: Any, sample: torch.Tensor, text: PromptEmbeds) -> torch.Tensor:
+        """Call the caller's function after a network call; take over the sample, the text and the guidance as it says."""
+        function, given = callback.function, {"latents": sample, **text.tensors()}
+        if function is None:
+            return sample
+        tensors = {name: given[name] for name in callback.tensor_inputs}
+        changed = read_changes(function(self.pipe, self.calls, timestep, tensors), given)
+        text.update(changed)
+        self.pipe._guidance_scale = read_scale(self.pipe._guidance_scale, function)
+        self.calls += 1
+        return changed.get("latents", sample)
+
 
 class StageRunner:
     """The reverse process of one stage of a call: from noise to images, with guidance and kept pixels."""
 
-    def __init__(self, pipe: DiffusionPipeline, plan: StagePlan, request: Request, text: PromptEmbeds):
-        self.pipe, self.plan, self.request, self.text = pipe, plan, request, text
-        self.device, self.generators = pipe._execution_device, request.generators
+    def __init__(self, runner: Runner, plan: StagePlan, request: Request, text: PromptEmbeds):
+        self.runner, self.plan, self.request, self.text = runner, plan, request, text
+        self.pipe, self.generators = runner.pipe, request.generators
+        self.device = self.pipe._execution_device
         self.watch = FiniteWatch(plan)
 
-    def run(self, image: torch.Tensor | None, callback: StepCallback) -> torch.Tensor:
+    def run(self, image: torch.Tensor | None) -> torch.Tensor:
         """Images `(B, C, H, W)` in [-1, 1].
 
         The sample stays in float32 whatever the network's dtype: bf16 cannot hold a low noise level beside an image.
 
         Args:
             image: `(B, C, h, w)` in [-1, 1], the low-resolution image of a super-resolution stage; None for a base stage.
-            callback: Called after every network call.
 
         Raises:
             FloatingPointError: If the network, its guidance, the scheduler or a callback made values that are not finite.
@@ -196,7 +208,7 @@ class StageRunner:
         latents, known = self.prepare_latents(image), self.prepare_known()
         untouched = copy.deepcopy(scheduler) if any(call.back_to is not None for call in plan.calls) else None
         begin_at(scheduler, plan.begins)
-        predict = GuidedPrediction(self.pipe, plan, self.text, latents, watch)
+        predict = GuidedPrediction(plan, self.text, latents, watch, self.pipe.tiling, self.pipe.slice_size)
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         step_kwargs = {"generator": self.generators} if takes_generator else {}
         sample = latents.sample
@@ -210,7 +222,8 @@ class StageRunner:
                     break
                 watch.call += 1
                 timestep = scheduler.timesteps[call.index]
-                output = predict(scheduler.scale_model_input(sample, timestep), timestep, call.guided)
+                scale = self.pipe.guidance_scale if call.guided else 1.0  # which a callback may have changed
+                output = predict(scheduler.scale_model_input(sample, timestep), timestep, scale)
                 sample = scheduler.step(output, timestep, sample, **step_kwargs, return_dict=False)[0]
                 if known is not None and call.noise_level_after is not None:
                     sample = known.put_into(sample, call.noise_level_after, self.generators)
@@ -220,8 +233,8 @@ class StageRunner:
                     scheduler = copy.deepcopy(untouched)  # without the history of the step that is done again
                     begin_at(scheduler, call.back_to)
                 watch.see(f"the step of its {type(scheduler).__name__} overflows", sample)
-                if callback.function is not None:
-                    sample = callback(timestep, sample, self.text)
+                if self.request.callback.function is not None:
+                    sample = self.runner.call_back(self.request.callback, timestep, sample, self.text)
                     watch.see("`callback_on_step_end` returned such `latents`", sample)
                 progress.update()
         watch.raise_unless_finite(self.text)  # before the clamp, which makes finite numbers of infinite ones
