@@ -1,4 +1,4 @@
-"""Train and sample a small text-to-image model, from "red circle" to "orange triangle": a minute on a CPU.
+"""Train and sample a small text-to-image model, from "red circle" to "orange triangle": a minute or two on a CPU.
 
 python examples/minimal.py minimal.png
 """
