@@ -175,3 +175,20 @@ def test_ddim_of_diffusers_runs_unchanged(text, masks):
     expected = theirs(**text, **settings, height=16, width=16, generator=per_image_generators(seeded(), 1)).images
     images = ours(**text, **masks, **settings, generator=seeded()).images
     torch.testing.assert_close((images * 2 - 1).clamp(-1, 1), expected.clamp(-1, 1), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("output_resolution", [16, 32])
+def test_embeddings_alone_serve_stages_of_both_kinds(base_unet, tokenizer, text_encoder, run, output_resolution):
+    """Without an encoder too, networks that mask padding read zeros there."""
+    width = text_encoder.config.hidden_size
+    upscaler = unet_from_deepfloyd(network({**STAGE_2, "encoder_hid_dim": width}, 1))
+    scheduler = EDMAdamsScheduler.from_config(schedule().config)
+    mixed = quiet(ImagenCascadePipeline(base_unet, EDMAdamsScheduler(), tokenizer, text_encoder, upscaler, scheduler))
+    names = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
+    given = dict(zip(names, mixed.encode_prompt("a red apple", "a cat")))
+    options = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_resolution": output_resolution}
+    expected = run(mixed, "a red apple", negative_prompt="a cat", **options).stage_images
+    mixed.text_encoder = mixed.tokenizer = None
+    images = run(mixed, prompt=None, **given, **options).stage_images
+    assert images.keys() == expected.keys()
+    assert all(torch.equal(images[resolution], expected[resolution]) for resolution in images)

@@ -116,3 +116,7 @@ def test_several_encoders_are_one_source(tokenizer, text_encoder):
     other.model_max_length = 5
     with pytest.raises(ValueError, match=r"`sources` have \[8, 5\] tokens, but should all have the same number"):
         ConcatenatedText(encoder, TextEncoder(other, text_encoder))
+    with pytest.raises(
+        ValueError, match=r"`sources` have `keeps_padding` \[False, True\], but should all have the same"
+    ):
+        ConcatenatedText(encoder, TextEncoder(tokenizer, text_encoder, keeps_padding=True))

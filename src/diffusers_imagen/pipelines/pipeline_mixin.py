@@ -162,8 +162,7 @@ class ImagenPipelineMixin(ModelCardMixin):
         if any(value is not None for value in vars(prompts).values()):  # networks without text need none
             prompts.check(self.text_source)
         number = inputs.as_images_per_prompt(num_images_per_prompt, prompts.number)
-        text = prompts.encode(self.text_source, self.slice_size, number, self._execution_device)
-        return tuple(text.tensors().values())
+        return prompts.encode(self.text_source, self.slice_size, number, self._execution_device)
 
     @property
     def text_width(self) -> int | None:
@@ -180,5 +179,9 @@ class ImagenPipelineMixin(ModelCardMixin):
         """
         if self.text_encoder is None or self.tokenizer is None:
             return None
-        keeps_padding = any(stage.unet.attends_padding for stage in self.stages)
-        return TextEncoder(self.tokenizer, self.text_encoder, keeps_padding=keeps_padding)
+        return TextEncoder(self.tokenizer, self.text_encoder, keeps_padding=self.keeps_padding)
+
+    @property
+    def keeps_padding(self) -> bool:
+        """Whether embeddings are kept as they are at padded positions, because some network attends to them."""
+        return any(stage.unet.attends_padding for stage in self.stages)

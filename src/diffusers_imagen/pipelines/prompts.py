@@ -134,12 +134,12 @@ class Prompts:
 
     def encode(
         self, source: TextSource | None, slice_size: int | None, num_images_per_prompt: int, device: torch.device
-    ) -> PromptEmbeds:
-        """The embeddings of all images, on a device; `slice_size` texts are encoded at once."""
+    ) -> tuple[torch.Tensor | None, ...]:
+        """The tensors of `PROMPT_EMBEDS` for all images, on a device; `slice_size` texts are encoded at once."""
         embeds, mask = self.prompt_embeds, self.prompt_attention_mask
         if embeds is None:
             if self.prompt is None:
-                return PromptEmbeds(None, None, None, None)
+                return (None,) * len(PROMPT_EMBEDS)
             assert source is not None  # as `check` sees to
             embeds, mask = source.encode_prompts(as_list(self.prompt), slice_size)
         assert mask is not None
@@ -153,18 +153,8 @@ class Prompts:
                 negative = TextEmbeddings(*(tensor.expand(len(embeds), *tensor.shape[1:]) for tensor in negative))
         else:
             negative = without_text(text) if source is None else source.no_text(text)
-
-        def for_images(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.repeat_interleave(num_images_per_prompt, dim=0).to(device)
-
-        return PromptEmbeds(
-            for_images(text.embeds),
-            for_images(text.mask),
-            for_images(negative.embeds),
-            for_images(negative.mask),
-            negative_given=self.negative_given,
-            keeps_padding=source is not None and source.keeps_padding,
-        )
+        tensors = (*text, *negative)
+        return tuple(tensor.repeat_interleave(num_images_per_prompt, dim=0).to(device) for tensor in tensors)
 
 
 def as_list(prompt: str | list[str]) -> list[str]:
@@ -189,7 +179,7 @@ def check_prompt(name: str, prompt: Any) -> None:
 
 
 def check_embeds(name: str, embeds: Any, mask: Any, stages: list[Stage]) -> None:
-    """Finite states `(prompts, tokens, width)` of the width that every network reads, and a mask of their shape."""
+    """Finite embeddings `(prompts, tokens, width)` of the width that every network reads, and a mask of their shape."""
     check_tensor(f"{name}_embeds", embeds, "of shape (prompts, tokens, width)")
     if embeds.ndim != 3 or 0 in embeds.shape:
         raise ValueError(f"`{name}_embeds` has shape {tuple(embeds.shape)}, but should be (prompts, tokens, width).")

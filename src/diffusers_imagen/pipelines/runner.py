@@ -76,12 +76,12 @@ class Runner:
 
     def encode_text(self) -> PromptEmbeds:
         """The text of all images, by the pipeline's `encode_prompt`."""
-        text, source = self.arguments.text, self.pipe.text_source
+        text = self.arguments.text
         number = self.arguments.num_images_per_prompt
         embeds, mask, negative_embeds, negative_mask = self.pipe.encode_prompt(
             **vars(text), num_images_per_prompt=number
         )
-        keeps_padding = source is not None and source.keeps_padding
+        keeps_padding = self.pipe.keeps_padding
         return PromptEmbeds(embeds, mask, negative_embeds, negative_mask, text.negative_given, keeps_padding)
 
     # ---- 1. checks and plans

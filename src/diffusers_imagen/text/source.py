@@ -89,7 +89,7 @@ class ConcatenatedText(TextSource):
     """Several encoders side by side: `(B, L, E_1 + E_2 + ...)`, under the mask of the first.
 
     Args:
-        sources (`TextSource`): The encoders, which must have the same number of tokens.
+        sources (`TextSource`): The encoders, which must have the same number of tokens and keep padding alike.
 
     Raises:
         ValueError: If they have not.
@@ -99,9 +99,11 @@ class ConcatenatedText(TextSource):
         lengths = [source.max_length for source in sources]
         if len(set(lengths)) != 1:
             raise ValueError(f"`sources` have {lengths} tokens, but should all have the same number.")
-        self.sources, self.max_length = sources, lengths[0]
+        keeps = [source.keeps_padding for source in sources]
+        if len(set(keeps)) != 1:
+            raise ValueError(f"`sources` have `keeps_padding` {keeps}, but should all have the same.")
+        self.sources, self.max_length, self.keeps_padding = sources, lengths[0], keeps[0]
         self.width = sum(source.width for source in sources)
-        self.keeps_padding = all(source.keeps_padding for source in sources)
         self.needs_encoder = any(source.needs_encoder for source in sources)
 
     def encode(self, texts: list[str]) -> TextEmbeddings:
