@@ -46,8 +46,8 @@ class FiniteWatch:
         if weight is not None:
             return f"the weight `{weight}` of its network `{source}` is not finite. Load or train it again."
         for name in ("prompt_embeds", "negative_prompt_embeds"):
-            states = getattr(text, name)
-            if states is not None and not states.isfinite().all():
+            embeds = getattr(text, name)
+            if embeds is not None and not embeds.isfinite().all():
                 return f"`{name}`, the embeddings of the text, are not finite."
         narrow = "" if unet.dtype == torch.float32 else ": load it in torch.bfloat16 or torch.float32"
         return f"activations of its network `{source}`, whose weights are finite, overflow in {unet.dtype}{narrow}."
