@@ -13,7 +13,7 @@ from PIL import Image
 
 from ..pipelines import ImagenCascadePipeline
 from ..pipelines.folders import check_source, load_pipeline_folder, loading
-from ..pipelines.stage_table import DEFAULT_GUIDANCE, DEFAULT_STEPS, STAGES
+from ..pipelines.stage_table import STAGES
 from ..pipelines.stages import check_stages, refuse_untrained
 from ..schedulers.schedule_checks import MAX_STEPS
 from ..utils.files import check_writable, whole_file
@@ -60,11 +60,9 @@ def add_sampling_arguments(command: Parser) -> None:
     command.add_number("--height", int, 1, MAX_SIZE, help="of the image in pixels; default: the resolution")
     command.add_number("--width", int, 1, MAX_SIZE, help="of the image in pixels; default: the resolution")
     command.add_number("--seed", int, 0, MAX_SEED, default=0, help="default: %(default)s")
-    per_stage = "for all stages, or one value a stage; default: %(default)s"
-    command.add_number(
-        "--steps", int, 1, MAX_STEPS, "num_inference_steps", nargs="+", default=DEFAULT_STEPS, help=per_stage
-    )
-    command.add_number("--guidance-scale", float, 0, MAX_GUIDANCE, nargs="+", default=DEFAULT_GUIDANCE, help=per_stage)
+    per_stage = "for all stages, or one value a stage; default: what the model says"
+    command.add_number("--steps", int, 1, MAX_STEPS, "num_inference_steps", nargs="+", help=per_stage)
+    command.add_number("--guidance-scale", float, 0, MAX_GUIDANCE, nargs="+", help=per_stage)
     command.add_number(
         "--guidance-interval",
         float,
@@ -224,6 +222,6 @@ def save_image(image: Image.Image, path: Path) -> None:
         image.save(partial, format=FORMATS[path.suffix.lower()])
 
 
-def scalar_or_list(values: list | dict):
+def scalar_or_list(values: list | None):
     """A single value serves all stages; several are one a stage."""
     return values[0] if isinstance(values, list) and len(values) == 1 else values

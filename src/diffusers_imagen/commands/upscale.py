@@ -25,8 +25,7 @@ def add_parser(commands) -> None:
         MIN_AUGMENTATION_SIGMA,
         80,
         "low_res_noise_level",
-        default=0.1,
-        help="noise in the small image; default: %(default)s",
+        help="noise in the small image; default: what the model says",
     )
     command.add_number(
         "--tile-size", int, 1, MAX_SIZE, help="work in tiles of this resolution, for images larger than trained for"

@@ -188,11 +188,11 @@ def build(pipe: ImagenCascadePipeline, model: str) -> gr.Blocks:
 
 def stage_settings(stage) -> tuple[gr.Slider, gr.Slider]:
     """Steps and guidance of one stage."""
-    name, kind = f"{stage.resolution} px", stage.kind
+    name, defaults = f"{stage.resolution} px", stage.defaults
     with gr.Row():
         return (
-            gr.Slider(1, MAX_STEPS, label=f"{name} steps", step=1, value=kind.num_inference_steps),
-            gr.Slider(1, MAX_GUIDANCE, label=f"{name} guidance", step=0.5, value=kind.guidance_scale),
+            gr.Slider(1, MAX_STEPS, label=f"{name} steps", step=1, value=defaults.num_inference_steps),
+            gr.Slider(1, MAX_GUIDANCE, label=f"{name} guidance", step=0.5, value=defaults.guidance_scale),
         )
 
 

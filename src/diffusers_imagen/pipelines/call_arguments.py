@@ -1,7 +1,7 @@
 """The arguments of a call as one object."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -18,10 +18,10 @@ PerStage: TypeAlias = T | list[T] | dict[str, T]
 class CallArguments:
     """What a pipeline's `__call__` was given, see there; what a pipeline has no argument for is left at its default."""
 
-    num_inference_steps: PerStage[int]
+    num_inference_steps: PerStage[int] | None
     sigmas: list[float] | dict[str, list[float]] | None
     timesteps: list[float] | dict[str, list[float]] | None
-    guidance_scale: PerStage[float]
+    guidance_scale: PerStage[float] | None
     guidance_interval: PerStage[tuple[float, float]] | None
     guidance_rescale: PerStage[float]
     height: int | None
@@ -39,7 +39,7 @@ class CallArguments:
     mask_image: ImageInput | None = None
     strength: float | None = None
     num_resample_times: int = 1
-    low_res_noise_level: PerStage[float] = field(default_factory=list)
+    low_res_noise_level: PerStage[float] | None = None
     output_resolution: int | None = None
 
     @classmethod

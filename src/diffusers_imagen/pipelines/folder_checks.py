@@ -39,6 +39,7 @@ KINDS = {
     "text_encoder": PreTrainedModel,
     "tokenizer": PreTrainedTokenizerBase,
 }
+SETTINGS = ("scale_factor", "call_defaults", "clean_caption", "origin")  # of a pipeline, beside its components
 REQUIRED = {
     "ImagenCascadePipeline": (BASE.unet, BASE.scheduler),
     "ImagenPipeline": ("unet", "scheduler"),
@@ -79,7 +80,7 @@ def check_index(index: dict[str, Any], class_names: tuple[str, ...]) -> dict[str
         )
     classes = {}
     for name, entry in index.items():
-        if name.startswith("_") or name == "scale_factor" or entry == [None, None]:
+        if name.startswith("_") or name in SETTINGS or entry == [None, None]:
             continue
         kind = next((kind for end, kind in KINDS.items() if name.endswith(end)), None)
         if kind is None:

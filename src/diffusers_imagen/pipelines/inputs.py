@@ -14,15 +14,13 @@ from ..utils.tensors import check_tensor
 from .call_arguments import CallArguments, PerStage
 from .prompts import MAX_PROMPTS
 from .schedules import StageSettings
-from .stage_table import STAGES
+from .stage_table import MAX_GUIDANCE, MAX_NOISE_LEVEL, check_stage_names
 from .stages import Stage
 from .tiling import Tiling
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 # Bounds of what one call may ask for: far beyond use, and below what would run until it is killed.
-MAX_NOISE_LEVEL = 1e6
-MAX_GUIDANCE = 1e6
 MAX_IMAGES = MAX_PROMPTS
 MAX_PIXELS = 2**30  # of all images of a call: 1024 images of 1024 px, or one of 32768 px
 MAX_RESAMPLE_TIMES = 100
@@ -44,10 +42,7 @@ def per_stage(
         missing = [stage for stage in names if stage not in value]
         if missing:
             raise ValueError(f"`{name}` is {shown(value)}, which lacks the stages {missing}.")
-        known = [kind.name for kind in STAGES]
-        unknown = [key for key in value if key not in known]
-        if unknown:
-            raise ValueError(f"`{name}` has {shown(unknown)}, but stages are named {', '.join(known)}.")
+        check_stage_names(name, value)
         return [value[stage] for stage in names]
     if not isinstance(value, (list, tuple)) or is_single(value):
         return [value] * len(stages)
@@ -56,6 +51,11 @@ def per_stage(
             f"`{name}` has {len(value)} entries, {shown(list(value))}, but {len(names)} stages run: {names}."
         )
     return list(value)
+
+
+def per_stage_or_default(name: str, value: PerStage | None, stages: list[Stage]) -> list:
+    """As `per_stage`, or without a value what each stage has by default."""
+    return [getattr(stage.defaults, name) for stage in stages] if value is None else per_stage(name, value, stages)
 
 
 def optional_per_stage(name: str, value: Any, stages: list[Stage], **kwargs) -> list:
@@ -87,8 +87,9 @@ def as_schedule(name: str, values: Any) -> list[float] | torch.Tensor:
 def stage_settings(arguments: CallArguments, stages: list[Stage]) -> list[StageSettings]:
     """What is asked of each stage, checked."""
     name = "num_inference_steps"
-    steps = [as_integer(name, value, 1, MAX_STEPS) for value in per_stage(name, arguments.num_inference_steps, stages)]
-    scales = per_stage("guidance_scale", arguments.guidance_scale, stages)
+    steps = per_stage_or_default(name, arguments.num_inference_steps, stages)
+    steps = [as_integer(name, value, 1, MAX_STEPS) for value in steps]
+    scales = per_stage_or_default("guidance_scale", arguments.guidance_scale, stages)
     scales = [as_guidance(stage, scale) for stage, scale in zip(stages, scales)]
     intervals = optional_per_stage("guidance_interval", arguments.guidance_interval, stages, is_single=_is_pair)
     intervals = [as_interval(interval) for interval in intervals]
@@ -96,7 +97,7 @@ def stage_settings(arguments: CallArguments, stages: list[Stage]) -> list[StageS
     rescales = [as_number(name, value, 0.0, 1.0) for value in per_stage(name, arguments.guidance_rescale, stages)]
     upscaling = [stage for stage in stages if not stage.is_base]
     name = "low_res_noise_level"
-    noise_levels = per_stage(name, arguments.low_res_noise_level, upscaling)
+    noise_levels = per_stage_or_default(name, arguments.low_res_noise_level, upscaling)
     noise_levels = [as_number(name, value, MIN_AUGMENTATION_SIGMA, MAX_NOISE_LEVEL) for value in noise_levels]
     noise_levels = [0.0] * (len(stages) - len(upscaling)) + noise_levels
     own_sigmas = schedules_per_stage("sigmas", arguments.sigmas, stages)

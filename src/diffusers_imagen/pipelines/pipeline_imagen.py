@@ -43,6 +43,12 @@ class ImagenPipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLoaderMix
         text_encoder ([`~transformers.PreTrainedModel`], *optional*): Frozen text encoder.
         guidance_unet ([`ImagenUNetModel`] or [`EfficientUNetModel`], *optional*):
             A weaker network for autoguidance, see [`ImagenCascadePipeline`].
+        call_defaults (`dict[str, float]`, *optional*):
+            What a call has for `num_inference_steps`, `guidance_scale` and `low_res_noise_level` where it does not say.
+        clean_caption (`bool`, defaults to `False`):
+            Whether prompts are cleaned up as DeepFloyd IF's captions were, before they are encoded.
+        origin (`dict[str, str]`, *optional*):
+            Where the weights are from, for the model card: `base_model`, a Hub id, and `license`.
     """
 
     model_cpu_offload_seq = "text_encoder->guidance_unet->unet"
@@ -55,17 +61,22 @@ class ImagenPipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLoaderMix
         tokenizer: PreTrainedTokenizerBase | None = None,
         text_encoder: PreTrainedModel | None = None,
         guidance_unet: UNet | None = None,
+        call_defaults: dict[str, float] | None = None,
+        clean_caption: bool = False,
+        origin: dict[str, str] | None = None,
     ):
         super().__init__()
         self.register_modules(
             unet=unet, scheduler=scheduler, tokenizer=tokenizer, text_encoder=text_encoder, guidance_unet=guidance_unet
         )
+        self.register_settings(call_defaults, clean_caption, origin)
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
 
     @property
     def stages(self) -> list[Stage]:
         """The one stage."""
-        return [Stage(BASE, self.unet, self.scheduler, self.guidance_unet)]
+        defaults = BASE.defaults.updated("call_defaults", self.config.call_defaults)
+        return [Stage(BASE, self.unet, self.scheduler, self.guidance_unet, defaults)]
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
@@ -78,10 +89,10 @@ class ImagenPipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLoaderMix
         strength: float | None = None,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = BASE.num_inference_steps,
+        num_inference_steps: int | None = None,
         sigmas: list[float] | None = None,
         timesteps: list[float] | None = None,
-        guidance_scale: float = BASE.guidance_scale,
+        guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
         guidance_rescale: float = 0.0,
         num_resample_times: int = 4,
@@ -108,10 +119,11 @@ class ImagenPipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLoaderMix
             strength (`float`, *optional*, defaults to 0.7, and to 1 with `mask_image`):
                 The share of the steps that run from `image`; 1 starts from noise alone.
             height, width (`int`, *optional*): Of the images, in pixels; the network's `sample_size` if None.
-            num_inference_steps (`int`, defaults to 18): Steps.
+            num_inference_steps (`int`, *optional*): Steps; 18, or as `call_defaults` says.
             sigmas, timesteps (`list[float]`, *optional*):
                 The scheduler's noise levels or conditioning values in place of a number of steps.
-            guidance_scale (`float`, defaults to 4): Weight of classifier-free guidance; 1 turns it off.
+            guidance_scale (`float`, *optional*):
+                Weight of classifier-free guidance; 1 turns it off. 4, or as `call_defaults` says.
             guidance_interval (`tuple[float, float]`, *optional*):
                 Lowest and highest noise level (EDM's sigma) with guidance.
             guidance_rescale (`float`, defaults to 0):

@@ -18,7 +18,7 @@ from .image_inputs import ImageInput
 from .pipeline_mixin import ImagenPipelineMixin
 from .pipeline_output import ImagenPipelineOutput
 from .runner import Runner
-from .stage_table import BASE, DEFAULT_GUIDANCE, DEFAULT_STEPS, STAGES, StageKind
+from .stage_table import BASE, STAGES, StageKind, check_stage_names
 from .stages import Stage, StageSource, UNet, check_factors, check_stages, refuse_untrained
 
 
@@ -57,6 +57,13 @@ class ImagenCascadePipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLo
         base_guidance_unet ([`ImagenUNetModel`] or [`EfficientUNetModel`], *optional*):
             A weaker network, less trained or smaller, that the base stage is guided away from in place of its own
             prediction without text: autoguidance (arXiv 2406.02507).
+        call_defaults (`dict[str, dict[str, float]]`, *optional*):
+            By stage name, what a call has for `num_inference_steps`, `guidance_scale` and `low_res_noise_level` where it
+            does not say.
+        clean_caption (`bool`, defaults to `False`):
+            Whether prompts are cleaned up as DeepFloyd IF's captions were, before they are encoded.
+        origin (`dict[str, dict[str, str]]`, *optional*):
+            By stage name, where the weights are from, for the model card: `base_model`, a Hub id, and `license`.
     """
 
     model_cpu_offload_seq = "->".join(["text_encoder", GUIDE, *(kind.unet for kind in STAGES)])
@@ -76,6 +83,9 @@ class ImagenCascadePipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLo
         sr1024_unet: UNet | None = None,
         sr1024_scheduler: SchedulerMixin | None = None,
         base_guidance_unet: UNet | None = None,
+        call_defaults: dict[str, dict[str, float]] | None = None,
+        clean_caption: bool = False,
+        origin: dict[str, dict[str, str]] | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -89,6 +99,7 @@ class ImagenCascadePipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLo
             sr1024_scheduler=sr1024_scheduler,
             base_guidance_unet=base_guidance_unet,
         )
+        self.register_settings(call_defaults, clean_caption, origin)
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
 
     @classmethod
@@ -154,12 +165,23 @@ class ImagenCascadePipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLo
         refuse_untrained(pipe.stages)
         return pipe
 
+    def check_call_defaults(self, call_defaults: Any) -> None:
+        check_stage_names("call_defaults", call_defaults)
+        for name, given in (call_defaults or {}).items():
+            BASE.defaults.updated(f"call_defaults of {name}", given)
+
     @property
     def stages(self) -> list[Stage]:
         """The stages that are present, in the order in which they run."""
         parts = ((kind, getattr(self, kind.unet), getattr(self, kind.scheduler)) for kind in STAGES)
-        guides = {BASE: self.base_guidance_unet}
-        return [Stage(kind, unet, scheduler, guides.get(kind)) for kind, unet, scheduler in parts if unet is not None]
+        guides, given = {BASE: self.base_guidance_unet}, self.config.call_defaults or {}
+        return [
+            Stage(
+                kind, unet, scheduler, guides.get(kind), kind.defaults.updated("call_defaults", given.get(kind.name))
+            )
+            for kind, unet, scheduler in parts
+            if unet is not None
+        ]
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
@@ -173,13 +195,13 @@ class ImagenCascadePipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLo
         output_resolution: int | None = None,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: PerStage[int] = DEFAULT_STEPS,
+        num_inference_steps: PerStage[int] | None = None,
         sigmas: list[float] | dict[str, list[float]] | None = None,
         timesteps: list[float] | dict[str, list[float]] | None = None,
-        guidance_scale: PerStage[float] = DEFAULT_GUIDANCE,
+        guidance_scale: PerStage[float] | None = None,
         guidance_interval: PerStage[tuple[float, float]] | None = None,
         guidance_rescale: PerStage[float] = 0.0,
-        low_res_noise_level: PerStage[float] = 0.1,
+        low_res_noise_level: PerStage[float] | None = None,
         num_resample_times: int = 4,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -217,20 +239,21 @@ class ImagenCascadePipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLo
             output_resolution (`int`, *optional*): Resolution of the stage to stop after; the last stage's if None.
             height, width (`int`, *optional*):
                 Of the last image in pixels; earlier stages have that in proportion. Its `output_resolution` if None.
-            num_inference_steps (`int`, `list[int]` or `dict[str, int]`, defaults to 18 and then 8): Steps.
+            num_inference_steps (`int`, `list[int]` or `dict[str, int]`, *optional*):
+                Steps. Each stage has defaults of its own, `call_defaults`; 18 and then 8 unless these say otherwise.
             sigmas, timesteps (`list[float]` or `dict[str, list[float]]`, *optional*):
                 The scheduler's noise levels or conditioning values in place of a number of steps; a dict by stage
                 name if several stages run.
-            guidance_scale (`float`, `list[float]` or `dict[str, float]`, defaults to 4 and then 1):
-                Weight of classifier-free guidance; 1 turns it off.
+            guidance_scale (`float`, `list[float]` or `dict[str, float]`, *optional*):
+                Weight of classifier-free guidance; 1 turns it off. By default 4 and then 1, or as `call_defaults` says.
             guidance_interval (`tuple[float, float]`, `list` or `dict` of them, *optional*):
                 Lowest and highest noise level (EDM's sigma) with guidance; outside, only the prompt's branch runs
                 (arXiv 2404.07724).
             guidance_rescale (`float`, `list[float]` or `dict[str, float]`, defaults to 0):
                 Share of the guided prediction that is brought back to the contrast without (arXiv 2305.08891).
-            low_res_noise_level (`float`, `list[float]` or `dict[str, float]`, defaults to 0.1):
+            low_res_noise_level (`float`, `list[float]` or `dict[str, float]`, *optional*):
                 Sigma of the noise in the low-resolution image; a list has it for each super-resolution stage. Stages
-                without noise conditioning take none.
+                without noise conditioning take none. By default 0.1, or as `call_defaults` says.
             num_resample_times (`int`, defaults to 4):
                 With `mask_image`, how often the base stage does each step, to bring new and known pixels into harmony
                 (RePaint, arXiv 2201.09865).

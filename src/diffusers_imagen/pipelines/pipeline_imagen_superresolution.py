@@ -15,7 +15,7 @@ from .image_inputs import ImageInput
 from .pipeline_mixin import ImagenPipelineMixin
 from .pipeline_output import ImagenPipelineOutput
 from .runner import Runner
-from .stage_table import FIRST_UPSCALER, upscaler_of
+from .stage_table import upscaler_of
 from .stages import Stage, UNet
 
 
@@ -43,6 +43,12 @@ class ImagenSuperResolutionPipeline(ImagenPipelineMixin, DiffusionPipeline, Imag
             Its `model_max_length` is the number of tokens that the network was trained with.
         text_encoder ([`~transformers.PreTrainedModel`], *optional*): Frozen text encoder.
         scale_factor (`int`, defaults to 4): How many times larger the network was trained to make images.
+        call_defaults (`dict[str, float]`, *optional*):
+            What a call has for `num_inference_steps`, `guidance_scale` and `low_res_noise_level` where it does not say.
+        clean_caption (`bool`, defaults to `False`):
+            Whether prompts are cleaned up as DeepFloyd IF's captions were, before they are encoded.
+        origin (`dict[str, str]`, *optional*):
+            Where the weights are from, for the model card: `base_model`, a Hub id, and `license`.
     """
 
     model_cpu_offload_seq = "text_encoder->unet"
@@ -55,10 +61,14 @@ class ImagenSuperResolutionPipeline(ImagenPipelineMixin, DiffusionPipeline, Imag
         tokenizer: PreTrainedTokenizerBase | None = None,
         text_encoder: PreTrainedModel | None = None,
         scale_factor: int = 4,
+        call_defaults: dict[str, float] | None = None,
+        clean_caption: bool = False,
+        origin: dict[str, str] | None = None,
     ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, tokenizer=tokenizer, text_encoder=text_encoder)
         self.register_to_config(scale_factor=scale_factor)
+        self.register_settings(call_defaults, clean_caption, origin)
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
 
     @property
@@ -73,7 +83,9 @@ class ImagenSuperResolutionPipeline(ImagenPipelineMixin, DiffusionPipeline, Imag
     @property
     def stages(self) -> list[Stage]:
         """The one stage, under the name of those that a cascade has."""
-        return [Stage(upscaler_of(self.unet.resolution), self.unet, self.scheduler)]
+        kind = upscaler_of(self.unet.resolution)
+        defaults = kind.defaults.updated("call_defaults", self.config.call_defaults)
+        return [Stage(kind, self.unet, self.scheduler, given_defaults=defaults)]
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
@@ -84,13 +96,13 @@ class ImagenSuperResolutionPipeline(ImagenPipelineMixin, DiffusionPipeline, Imag
         image: ImageInput | None = None,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = FIRST_UPSCALER.num_inference_steps,
+        num_inference_steps: int | None = None,
         sigmas: list[float] | None = None,
         timesteps: list[float] | None = None,
-        guidance_scale: float = FIRST_UPSCALER.guidance_scale,
+        guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
         guidance_rescale: float = 0.0,
-        low_res_noise_level: float = 0.1,
+        low_res_noise_level: float | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
@@ -114,16 +126,18 @@ class ImagenSuperResolutionPipeline(ImagenPipelineMixin, DiffusionPipeline, Imag
             height, width (`int`, *optional*):
                 Of the result, in pixels; the image is brought to `1 / scale_factor` of that. `scale_factor` times the
                 image's own if None.
-            num_inference_steps (`int`, defaults to 8): Steps.
+            num_inference_steps (`int`, *optional*): Steps; 8, or as `call_defaults` says.
             sigmas, timesteps (`list[float]`, *optional*):
                 The scheduler's noise levels or conditioning values in place of a number of steps.
-            guidance_scale (`float`, defaults to 1): Weight of classifier-free guidance; 1 turns it off.
+            guidance_scale (`float`, *optional*):
+                Weight of classifier-free guidance; 1 turns it off. 1, or as `call_defaults` says.
             guidance_interval (`tuple[float, float]`, *optional*):
                 Lowest and highest noise level (EDM's sigma) with guidance.
             guidance_rescale (`float`, defaults to 0):
                 Share of the guided prediction that is brought back to the contrast without.
-            low_res_noise_level (`float`, defaults to 0.1):
-                Sigma of the noise in the low-resolution image, if the network is conditioned on it.
+            low_res_noise_level (`float`, *optional*):
+                Sigma of the noise in the low-resolution image, if the network is conditioned on it. 0.1, or as
+                `call_defaults` says.
             num_images_per_prompt (`int`, defaults to 1): Images of each prompt.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 Source of all noise: one, from which each image gets its own, or one an image.

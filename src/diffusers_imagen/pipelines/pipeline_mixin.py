@@ -2,6 +2,7 @@
 
 import io
 import threading
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -13,7 +14,7 @@ from ..utils.arguments import as_integer, shown
 from . import inputs
 from .model_card import ModelCardMixin
 from .prompts import PROMPT_EMBEDS, Prompts
-from .stage_table import NETWORKS
+from .stage_table import BASE, NETWORKS
 from .stages import check_components
 from .tiling import Tiling
 
@@ -41,6 +42,23 @@ class ImagenPipelineMixin(ModelCardMixin):
         """As diffusers' `register_modules`, which gets every component; refuses those that lack weights."""
         check_components(components)
         super().register_modules(**components)  # type: ignore[misc]  # of DiffusionPipeline
+
+    def register_settings(
+        self, call_defaults: dict[str, Any] | None, clean_caption: bool, origin: dict[str, Any] | None
+    ) -> None:
+        """Puts what is no component into the configuration, which is saved with the components.
+
+        Raises:
+            ValueError: If a value is none that it can be.
+        """
+        inputs.check_flag("clean_caption", clean_caption)
+        self.check_call_defaults(call_defaults)
+        settings = {"call_defaults": call_defaults, "clean_caption": clean_caption, "origin": origin}
+        self.register_to_config(**settings)  # type: ignore[attr-defined]  # of ConfigMixin
+
+    def check_call_defaults(self, call_defaults: Any) -> None:
+        """Raises ValueError unless these are settings of a call by name; a cascade has them by stage."""
+        BASE.defaults.updated("call_defaults", call_defaults)
 
     @property
     def num_timesteps(self) -> int:

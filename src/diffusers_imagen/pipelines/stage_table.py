@@ -1,6 +1,43 @@
 """The table of stages: all that pipelines, commands and the web demo know of a stage by its name."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from ..diffusion.augmentation import MIN_AUGMENTATION_SIGMA
+from ..schedulers.schedule_checks import MAX_STEPS
+from ..utils.arguments import as_integer, as_number, bad_argument, check_choice, shown
+
+
+# Bounds of what one call may ask for: far beyond use, and below what would run until it is killed.
+MAX_NOISE_LEVEL = 1e6
+MAX_GUIDANCE = 1e6
+
+
+class CallDefaults(NamedTuple):
+    """What a stage is called with where a call does not say; see the pipelines' arguments of the same names."""
+
+    num_inference_steps: int
+    guidance_scale: float
+    low_res_noise_level: float = 0.1
+
+    def updated(self, name: str, given: Mapping[str, Any] | None) -> "CallDefaults":
+        """These with those that a configuration gives, under the argument `name`.
+
+        Raises:
+            ValueError: If it gives something else, or a value out of its range.
+        """
+        if given is None:
+            return self
+        if not isinstance(given, Mapping):
+            raise bad_argument(name, given, f"a dict of values by name, of {', '.join(self._fields)}")
+        for key in given:
+            check_choice(f"key of {name}", key, self._fields)
+        values = {**self._asdict(), **given}
+        return CallDefaults(
+            as_integer("num_inference_steps", values["num_inference_steps"], 1, MAX_STEPS),
+            as_number("guidance_scale", values["guidance_scale"], 0.0, MAX_GUIDANCE),
+            as_number("low_res_noise_level", values["low_res_noise_level"], MIN_AUGMENTATION_SIGMA, MAX_NOISE_LEVEL),
+        )
 
 
 class StageKind(NamedTuple):
@@ -10,8 +47,7 @@ class StageKind(NamedTuple):
     title: str
     resolution: int  # of the published network, in pixels; a pipeline asks its own network
     takes_low_res: bool  # whether a network in this place enlarges the images of the stage before
-    num_inference_steps: int
-    guidance_scale: float
+    defaults: CallDefaults  # of a stage whose pipeline has no others in its configuration
 
     @property
     def unet(self) -> str:
@@ -25,16 +61,25 @@ class StageKind(NamedTuple):
 
 
 # the low-resolution image leaves little to decide: super-resolution needs few steps and no guidance
+UPSCALING = CallDefaults(num_inference_steps=8, guidance_scale=1.0)
 STAGES = (
-    StageKind("base", "Base", 64, False, num_inference_steps=18, guidance_scale=4.0),
-    StageKind("sr256", "Super-resolution", 256, True, num_inference_steps=8, guidance_scale=1.0),
-    StageKind("sr1024", "Super-resolution", 1024, True, num_inference_steps=8, guidance_scale=1.0),
+    StageKind("base", "Base", 64, False, CallDefaults(num_inference_steps=18, guidance_scale=4.0)),
+    StageKind("sr256", "Super-resolution", 256, True, UPSCALING),
+    StageKind("sr1024", "Super-resolution", 1024, True, UPSCALING),
 )
-BASE, FIRST_UPSCALER = STAGES[0], STAGES[1]
-DEFAULT_STEPS = {kind.name: kind.num_inference_steps for kind in STAGES}
-DEFAULT_GUIDANCE = {kind.name: kind.guidance_scale for kind in STAGES}
+BASE = STAGES[0]
 # the networks of the pipelines of a single stage, and of a cascade
 NETWORKS = ("unet", *(kind.unet for kind in STAGES))
+
+
+def check_stage_names(name: str, value: Any) -> None:
+    """Raises ValueError unless `value` of the argument `name` is None, or a dict by names of stages."""
+    known = [kind.name for kind in STAGES]
+    if value is not None and not isinstance(value, Mapping):
+        raise bad_argument(name, value, f"a dict by stage name, of {', '.join(known)}")
+    unknown = [key for key in value or () if key not in known]
+    if unknown:
+        raise ValueError(f"`{name}` has {shown(unknown)}, but stages are named {', '.join(known)}.")
 
 
 def upscaler_of(resolution: int) -> StageKind:

@@ -11,7 +11,7 @@ from ..models import EfficientUNetModel, ImagenUNetModel
 from ..models.interface import StageNetwork
 from ..text.completeness import random_weights, refuse_random_weights
 from ..utils.modules import first_names, is_offloaded, unwrapped
-from .stage_table import StageKind
+from .stage_table import CallDefaults, StageKind
 
 
 # the hint of a network in the pipelines' constructors: diffusers hands components of these very classes on to another
@@ -34,6 +34,14 @@ class Stage(NamedTuple):
     unet: StageNetwork
     scheduler: SchedulerMixin
     guidance_unet: StageNetwork | None = None
+    given_defaults: CallDefaults | None = None
+
+    @property
+    def defaults(self) -> CallDefaults:
+        """What it is called with where a call does not say."""
+        defaults = self.kind.defaults if self.given_defaults is None else self.given_defaults
+        can_be_guided = self.reads_text or self.guidance_unet is not None
+        return defaults if can_be_guided else defaults._replace(guidance_scale=1.0)
 
     @property
     def name(self) -> str:
