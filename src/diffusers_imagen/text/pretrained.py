@@ -38,9 +38,7 @@ def load_tokenizer(name: str, max_length: int | None = None, **hub: Any) -> tupl
                 # AutoTokenizer looks for more than there is, and offline takes that for an error
                 given = {key: value for key, value in hub.items() if key != "proxies"}
                 source, options = snapshot_download(name, allow_patterns=f"{subfolder}/*", **given), {}
-            tokenizer = AutoTokenizer.from_pretrained(
-                source, subfolder=subfolder, trust_remote_code=False, **options
-            )
+            tokenizer = AutoTokenizer.from_pretrained(source, subfolder=subfolder, trust_remote_code=False, **options)
         except Exception as error:  # tokenizers raises plain ones for what is in a file
             reason = describe_fault(error)
             continue
