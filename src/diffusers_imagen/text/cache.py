@@ -202,9 +202,19 @@ class CachedTextEncoder(TextSource):
         return self.cache.for_captions(captions)
 
 
-def open_text(text_encoder: str | None, embedding_cache: str | None, max_length: int | None) -> TextSource | None:
+def open_text(
+    text_encoder: str | None,
+    embedding_cache: str | None,
+    max_length: int | None,
+    keeps_padding: bool = False,
+    cleans_captions: bool = False,
+) -> TextSource | None:
     """What makes the embeddings of a run whose settings are these; None if neither encoder nor cache is given."""
-    encoder = TextEncoder.from_pretrained(text_encoder, max_length) if text_encoder else None
+    encoder = None
+    if text_encoder:
+        encoder = TextEncoder.from_pretrained(
+            text_encoder, max_length, keeps_padding=keeps_padding, cleans_captions=cleans_captions
+        )
     if embedding_cache is None:
         return encoder
     cache = EmbeddingCache(embedding_cache)

@@ -29,6 +29,7 @@ class TextEncoder(TextSource):
         model ([`~transformers.PreTrainedModel`], *optional*): The network, of which an encoder-decoder's encoder is used.
         load (`Callable`, *optional*): Makes the network in place of `model` when it is first needed, and after `release`.
         keeps_padding (`bool`): Whether embeddings at padded positions stay the network's, and are not set to zero.
+        cleans_captions (`bool`): Whether texts are in lower case, without space around them.
     """
 
     def __init__(
@@ -37,9 +38,10 @@ class TextEncoder(TextSource):
         model: PreTrainedModel | None = None,
         load: Callable[[], PreTrainedModel] | None = None,
         keeps_padding: bool = False,
+        cleans_captions: bool = False,
     ):
         self.tokenizer, self._model, self._load = tokenizer, model, load
-        self.keeps_padding = keeps_padding
+        self.keeps_padding, self.cleans_captions = keeps_padding, cleans_captions
         self._identity: dict[str, Any] | None = None
 
     @classmethod
@@ -49,6 +51,8 @@ class TextEncoder(TextSource):
         max_length: int | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        keeps_padding: bool = False,
+        cleans_captions: bool = False,
     ) -> "TextEncoder":
         """An encoder that is in memory only while it is used.
 
@@ -56,12 +60,14 @@ class TextEncoder(TextSource):
             name (`str`): Folder or Hub id, with `text_encoder/` and `tokenizer/` or with the model itself.
             max_length (`int`, *optional*): Tokens of a text; the tokenizer's own limit without.
             device (`str` or `torch.device`), dtype (`torch.dtype`): Of the network.
+            keeps_padding (`bool`), cleans_captions (`bool`): As of the class.
 
         Raises:
             ValueError: If there is no such tokenizer or no limit of tokens; once it is used, if the network is damaged.
         """
         tokenizer, subfolder = load_tokenizer(name, max_length)
-        return cls(tokenizer, load=functools.partial(load_encoder, name, subfolder, tokenizer, device, dtype))
+        load = functools.partial(load_encoder, name, subfolder, tokenizer, device, dtype)
+        return cls(tokenizer, load=load, keeps_padding=keeps_padding, cleans_captions=cleans_captions)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -113,6 +119,8 @@ class TextEncoder(TextSource):
         """
         options = {"padding": padding, "max_length": self.max_length, "truncation": True, "return_tensors": "pt"}
         keep_in_fp32(self.model)
+        if self.cleans_captions:
+            texts = [text.lower().strip() for text in texts]
         tokens = self.tokenizer(texts, **options)
         encoder = self.model.get_encoder() if self.model.config.is_encoder_decoder else self.model
         known = encoder.get_input_embeddings().num_embeddings

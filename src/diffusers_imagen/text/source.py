@@ -133,6 +133,7 @@ class EncodedCaptions(TextSource):
         embeds, masks = zip(*((part.embeds.half().cpu(), part.mask.bool().cpu()) for part in parts))
         self.text = TextEmbeddings(torch.cat(embeds), torch.cat(masks))  # (captions, L, E), (captions, L)
         self.max_length, self.width = self.text.embeds.shape[1:]
+        self.keeps_padding = source.keeps_padding
         self.index = {caption: i for i, caption in enumerate(captions)}
 
     def __contains__(self, text: str) -> bool:
