@@ -70,7 +70,6 @@ LATER_OPTIONS = {
     "unet mid_block_add_attention": True,
     "unet attends_padding": False,
     "unet low_res_augmentation": "edm",
-    "unet trained_beta_schedule": None,
 }
 
 
