@@ -59,8 +59,7 @@ def read_prompts(config: TrainingConfig, source: TextSource | None) -> Prompts |
 def prompt_arguments(source: TextSource, texts: list[str]) -> dict[str, torch.Tensor]:
     """Embeddings of texts as arguments of a pipeline without text encoder, with those of no text where it needs them."""
     text = source.encode(texts)
-    negative = source.no_text(text).for_pipeline("negative_prompt") if source.keeps_padding else {}
-    return {**text.for_pipeline(), **negative}
+    return text.for_pipeline(source.no_text(text) if source.keeps_padding else None)
 
 
 def read_low_res(path: str, config: TrainingConfig) -> torch.Tensor:
