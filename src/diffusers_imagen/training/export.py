@@ -8,14 +8,13 @@ from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
-from diffusers import SchedulerMixin
 from huggingface_hub import create_repo, upload_folder
 
 from ..models.interface import StageNetwork
 from ..utils.errors import NETWORK, one_line
 from ..utils.files import read_json_object, remove, sha256, whole_folder, write_json
 from .config import TrainingConfig
-from .sampling import SAMPLES, sample_name, sample_step, stage_pipeline
+from .sampling import SAMPLES, StagePipeline, sample_name, sample_step
 
 
 UPCOMING, REPLACED = ".stage.new", ".stage.replaced"
@@ -109,15 +108,14 @@ def digest_stage(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): sha256(path) for path in files}
 
 
-def save_stage(
-    unet: StageNetwork, scheduler: SchedulerMixin, config: TrainingConfig, step: int, results: dict[str, float]
-) -> None:
+def save_stage(pipe: StagePipeline, config: TrainingConfig, step: int, results: dict[str, float]) -> None:
     """Writes the stage to `config.output_dir`: all of it beside its place first, then part by part into it."""
+    unet = pipe.unet
     with parts_of(config) as partial:
         unet.save_pretrained(partial / "unet")
         hide_place(partial / "unet" / "config.json")
-        scheduler.save_pretrained(partial / "scheduler")
-        stage_pipeline(unet, scheduler, config).save_config(partial)
+        pipe.scheduler.save_pretrained(partial / "scheduler")
+        pipe.save_config(partial)
         write_record(partial, config, step, results)
         (partial / CARD_FILE).write_text(model_card(unet, config, step, results), encoding="utf-8")
 
