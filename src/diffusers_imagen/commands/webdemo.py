@@ -108,7 +108,7 @@ def draw(pipe: ImagenCascadePipeline, prompt: str, **arguments: Any) -> Generato
     events: queue.Queue = queue.Queue()
     stopped = threading.Event()
     made: dict[int, torch.Tensor] = {}  # by the stages that have finished, in [-1, 1]
-    finished: dict[int, list[Image.Image]] = {}
+    finished: dict[int, Any] = {}
     last: torch.Tensor | None = None
 
     def on_step_end(pipe, step, timestep, tensors):
@@ -116,7 +116,8 @@ def draw(pipe: ImagenCascadePipeline, prompt: str, **arguments: Any) -> Generato
         latents = tensors["latents"]  # (B, C, H, W) of the stage that runs
         if last is not None and last.shape[-1] != latents.shape[-1]:
             made[last.shape[-1]] = last.clamp(-1, 1)
-            finished.update(finish_images(pipe, made, "pil").images)  # all: what one stage shows is black in the others
+            # all of them again: an image that is flagged at one stage is black at the others too
+            finished.update(finish_images(pipe, made, "pil").images)
         last = latents
         if stopped.is_set():
             pipe._interrupt = True

@@ -5,7 +5,6 @@ import threading
 from typing import Any
 
 import torch
-from diffusers.utils import logging
 from tqdm.auto import tqdm
 
 from ..text.encoder import TextEncoder, keep_in_fp32
@@ -15,14 +14,11 @@ from ..utils.arguments import as_integer, shown
 from . import inputs
 from .content_filter import check_filter
 from .model_card import ModelCardMixin
-from .origin import check_origin, list_origins, unfiltered_warning
+from .origin import check_origin, list_origins, warn_of_missing_filter
 from .prompts import PROMPT_EMBEDS, Prompts
 from .stage_table import BASE, NETWORKS, SAFETY_PARTS
 from .stages import check_components
 from .tiling import Tiling
-
-
-logger = logging.get_logger(__name__)
 
 
 class _TrialBar(tqdm):
@@ -66,7 +62,7 @@ class ImagenPipelineMixin(ModelCardMixin):
         self.register_to_config(**settings)  # type: ignore[attr-defined]  # of ConfigMixin
         keys = {part.get("license") for part in list_origins(origin)}
         if "deepfloyd" in keys and self.safety_checker is None:
-            logger.warning(unfiltered_warning(type(self).__name__))
+            warn_of_missing_filter(type(self).__name__)
 
     def check_call_defaults(self, call_defaults: Any) -> None:
         """Raises ValueError unless these are settings of a call by name; a cascade has them by stage."""

@@ -9,6 +9,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..models.unet_base import ConditionalUNet
+from ..pipelines.origin import check_origin
 from ..pipelines.stage_table import BASE
 from ..schedulers import EDMHeunScheduler
 from ..schedulers.foreign_configs import is_discrete
@@ -146,8 +147,7 @@ def read_settings(index: Mapping[str, Any], stage: str) -> tuple[Any, bool, Any]
         found.append(value.get(stage) if value is not None and by_stage else value)
     call_defaults, origin = found
     BASE.defaults.updated("call_defaults", call_defaults)
-    if origin is not None and not all(isinstance(entry, str) for entry in origin.values()):
-        raise bad_argument("origin", origin, "an object of strings")
+    check_origin("origin", origin)
     clean_caption = index.get("clean_caption", False)
     if not isinstance(clean_caption, bool):
         raise bad_argument("clean_caption", clean_caption, "true or false")
