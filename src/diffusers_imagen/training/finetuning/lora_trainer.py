@@ -9,6 +9,7 @@ import torch
 from ...loaders.lora_adapters import check_adaptable, require_peft
 from ...models.interface import StageNetwork
 from ...pipelines import ImagenPipeline
+from ...pipelines.origin import list_origins
 from ..compatibility import check_objective
 from ..devices import inner_network, is_spread
 from ..export import CARD_FILE, model_card, parts_of, write_record
@@ -76,7 +77,8 @@ class LoraTrainer(Trainer):
                 unet_lora_adapter_metadata=unet.peft_config[ADAPTER].to_dict(),
             )
             write_record(partial, self.config, done, results)
-            card = model_card(unet, self.config, done, results, usage, adapter_of=Path(stage).name)
+            origins = list_origins(self.pretrained.origin)
+            card = model_card(unet, self.config, done, results, origins, usage, adapter_of=Path(stage).name)
             (partial / CARD_FILE).write_text(card, encoding="utf-8")
 
 
