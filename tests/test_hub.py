@@ -195,9 +195,9 @@ from diffusers_imagen import ImagenCascadePipeline
 
 options = {"token": TOKEN, "revision": "first", "cache_dir": "cache"}
 for number, source in enumerate(("user/folder", "user/pipeline")):
-    text_encoder = "user/folder" if number == 0 else None
+    text = {"text_encoder": "user/folder"} if number == 0 else {}
     for more in ({}, {"local_files_only": True}):
-        pipe = ImagenCascadePipeline.from_stages(source, text_encoder=text_encoder, **options, **more)
+        pipe = ImagenCascadePipeline.from_stages(source, **text, **options, **more)
     generator = torch.Generator().manual_seed(0)
     numpy.save(str(number), pipe("a red apple", num_inference_steps=2, generator=generator, output_type="np").images)
 try:
