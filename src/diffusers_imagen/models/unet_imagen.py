@@ -20,7 +20,7 @@ from .blocks import (
 )
 from .config_checks import check_config, check_groups, check_integers, check_options, per_level
 from .embeddings import TextPooling
-from .interface import LowResAugmentation
+from .interface import LowResAugmentation, LowResUpsampling
 from .unet_base import ConditionalUNet, count_heads
 
 
@@ -71,6 +71,8 @@ class ImagenUNetModel(ConditionalUNet):
             Whether the text is read at padded positions too, whatever the mask says: see `StageNetwork`.
         low_res_augmentation (`"edm"` or `"discrete"`):
             How noise comes into the low-resolution image, and how the network is told of it: see `StageNetwork`.
+        low_res_upsampling (`"bicubic"` or `"bicubic_antialias"`):
+            How the low-resolution image comes to the size of the sample: see `StageNetwork`.
     """
 
     @register_to_config
@@ -106,6 +108,7 @@ class ImagenUNetModel(ConditionalUNet):
         mid_block_add_attention: bool = True,
         attends_padding: bool = False,
         low_res_augmentation: LowResAugmentation = "edm",
+        low_res_upsampling: LowResUpsampling = "bicubic",
     ):
         super().__init__()
         check_config(self.config, min_layers=0)
