@@ -63,6 +63,7 @@ def config_from_karlo(config: Mapping[str, Any]) -> dict[str, Any]:
         "resample_type": "resnet_nearest",
         "dropout": config["dropout"],
         "low_res_conditioning": True,
+        "low_res_upsampling": "bicubic_antialias",
     }
 
 
