@@ -7,6 +7,7 @@ import torch
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
+from ..diffusion.discrete_ddpm import BetaSchedule
 from ..utils.arguments import bad_argument
 
 
@@ -120,6 +121,15 @@ class StageNetwork(nn.Module):
         ("squaredcos_cap_v2"), and `low_res_timestep` is the index of that level, 0 to 999, fractional ones included.
         """
         return "edm"
+
+    @property
+    def trained_beta_schedule(self) -> BetaSchedule | None:
+        """The 1000 discrete noise levels that the network was trained with, by diffusers' name of their betas.
+
+        "linear", "scaled_linear" and "sigmoid" are those from 0.0001 to 0.02. Pipelines refuse schedulers of other noise
+        levels. None where nothing is declared, as by networks of continuous noise levels: any scheduler is taken.
+        """
+        return None
 
     def encode_text(
         self, encoder_hidden_states: torch.Tensor, encoder_attention_mask: torch.Tensor | None = None
