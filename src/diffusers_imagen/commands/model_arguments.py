@@ -29,6 +29,7 @@ from .parser import Parser
 SHIPPED_MODEL = Path(__file__).resolve().parents[3] / "checkpoints" / "imagen-emoji"
 UPSCALERS = tuple(kind.name for kind in STAGES if kind.takes_low_res)
 CASCADE = "ImagenCascadePipeline"
+DTYPES = ("float32", "bfloat16", "float16")
 SUPER_RESOLUTION = (
     "SuperResolutionPipeline"  # ends the names of this package's class, and of diffusers' for DeepFloyd IF
 )
@@ -40,7 +41,11 @@ MOST_STEPS = {"adams": (31, 18), "heun": (18, 9)}
 
 def add_model_arguments(command: Parser) -> None:
     """Which model, where and in which precision."""
-    add_stage_arguments(command)
+    add_stage_arguments(
+        command,
+        "folder or Hub id of a cascade, or of a base stage, such as DeepFloyd/IF-I-M-v1.0; default: the shipped cascade",
+    )
+    command.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights; default: %(default)s")
     command.add_argument(
         "--scheduler",
         choices=("model", *SCHEDULERS),
@@ -57,12 +62,9 @@ def add_model_arguments(command: Parser) -> None:
     )
 
 
-def add_stage_arguments(command: Parser) -> None:
-    """Which stages and which text encoder, and in which precision."""
-    command.add_argument(
-        "--model",
-        help="folder or Hub id of a cascade, or of a base stage, such as DeepFloyd/IF-I-M-v1.0; default: the shipped cascade",
-    )
+def add_stage_arguments(command: Parser, model_help: str) -> None:
+    """Which stages and which text encoder, and which of their files."""
+    command.add_argument("--model", help=model_help)
     for kind in STAGES:
         if kind.takes_low_res:
             command.add_argument(
@@ -73,7 +75,6 @@ def add_stage_arguments(command: Parser) -> None:
         "--text-encoder", help="folder or Hub id with text_encoder/ and tokenizer/; default: the one of the model"
     )
     command.add_argument("--variant", help="of the files of weights, such as fp16")
-    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
 
 
 def check_model(args: argparse.Namespace, upscaler_alone: bool = False) -> None:
@@ -85,9 +86,13 @@ def check_model(args: argparse.Namespace, upscaler_alone: bool = False) -> None:
     """
     if args.offload is not None and torch.device(args.device).type == "cpu":
         raise ValueError(
-            f"`offload` is {args.offload!r}, but `device` is {args.device!r}: there is nothing to offload from."
+            f"`offload` is {args.offload!r}, but `device` is {args.device!r}, where there is nothing to make room on."
         )
-    given = sources_of(args)
+    check_sources(sources_of(args), upscaler_alone)
+
+
+def check_sources(given: dict[str, str], upscaler_alone: bool) -> None:
+    """Raises ValueError for what is no folder of a stage and no Hub id, and for upscalers without what they enlarge."""
     if "model" not in given and len(given) > upscaler_alone:
         name = next(iter(given))
         one = ", or one such stage alone" if upscaler_alone else ""
@@ -115,17 +120,21 @@ def load_pipeline(args: argparse.Namespace) -> ImagenCascadePipeline | ImagenSup
 
 def load_stages(args: argparse.Namespace) -> ImagenCascadePipeline | ImagenSuperResolutionPipeline:
     """The model in CPU memory, as it was saved."""
-    given, options = sources_of(args), {"dtype": getattr(torch, args.dtype), "variant": args.variant}
-    is_cascade = check_places(given)
-    if is_cascade:
-        parts = {} if args.text_encoder is None else load_text_parts(args.text_encoder, **options)
-        return load_cascade(given["model"], **parts, **options)
-    if args.text_encoder is not None:
-        options["text_encoder"] = args.text_encoder
+    given, options = sources_of(args), load_options(args)
+    if check_places(given):
+        if "text_encoder" in options:
+            options |= load_text_parts(options.pop("text_encoder"), **options)
+        return load_cascade(given["model"], **options)
     if "model" in given:
         return ImagenCascadePipeline.from_stages(given.pop("model"), **given, **options)
     (source,) = given.values()
     return ImagenSuperResolutionPipeline.from_stage(source, **options)
+
+
+def load_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What loading is told beside the stages."""
+    options = {"dtype": getattr(torch, args.dtype), "variant": args.variant}
+    return options if args.text_encoder is None else {**options, "text_encoder": args.text_encoder}
 
 
 def load_cascade(model: str, **options: Any) -> ImagenCascadePipeline:
