@@ -205,7 +205,8 @@ def read_headers(folder: Path, variant: str | None = None) -> dict[str, tuple[st
 
 def check_encoder(folder: Path, config: dict[str, Any]) -> None:
     """Raises ValueError for more layers than anybody waits for, which transformers makes one by one, or for integers."""
-    for name, value in config.items():
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]  # CLIP has one of each tower
+    for name, value in (entry for part in parts for entry in part.items()):
         if "layers" in name and isinstance(value, (int, float)) and value > MAX_ENCODER_LAYERS:
             raise ValueError(f"'{folder}' has `{name}` {shown(value)}, but {MAX_ENCODER_LAYERS} layers are the most.")
     if "quantization_config" in config:

@@ -44,8 +44,10 @@ class ImagenPipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLoaderMix
         text_encoder ([`~transformers.PreTrainedModel`], *optional*): Frozen text encoder.
         guidance_unet ([`ImagenUNetModel`] or [`EfficientUNetModel`], *optional*):
             A weaker network for autoguidance, see [`ImagenCascadePipeline`].
-        safety_checker ([`IFSafetyChecker`]), feature_extractor ([`CLIPImageProcessor`]), watermarker ([`IFWatermarker`]):
-            *Optional*, those of DeepFloyd IF.
+        safety_checker ([`IFSafetyChecker`], *optional*):
+            Of DeepFloyd IF: images that it flags are black, see [`ImagenPipelineOutput`].
+        feature_extractor ([`CLIPImageProcessor`], *optional*): What it reads images by; it cannot do without.
+        watermarker ([`IFWatermarker`], *optional*): Puts IF's watermark on pictures (`output_type="pil"`).
         call_defaults (`dict[str, float]`, *optional*):
             What a call has for `num_inference_steps`, `guidance_scale` and `low_res_noise_level` where it does not say.
         clean_caption (`bool`, defaults to `False`):
@@ -54,7 +56,8 @@ class ImagenPipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLoaderMix
             Where the weights are from, for the model card: `base_model`, a Hub id, and `license`.
     """
 
-    model_cpu_offload_seq = "text_encoder->guidance_unet->unet"
+    model_cpu_offload_seq = "text_encoder->guidance_unet->unet->safety_checker"
+    _exclude_from_cpu_offload = ["watermarker"]
     _optional_components = ["tokenizer", "text_encoder", "guidance_unet", *SAFETY_PARTS]
 
     def __init__(

@@ -58,8 +58,10 @@ class ImagenCascadePipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLo
         base_guidance_unet ([`ImagenUNetModel`] or [`EfficientUNetModel`], *optional*):
             A weaker network, less trained or smaller, that the base stage is guided away from in place of its own
             prediction without text: autoguidance (arXiv 2406.02507).
-        safety_checker ([`IFSafetyChecker`]), feature_extractor ([`CLIPImageProcessor`]), watermarker ([`IFWatermarker`]):
-            *Optional*, those of DeepFloyd IF.
+        safety_checker ([`IFSafetyChecker`], *optional*):
+            Of DeepFloyd IF: images that it flags are black, see [`ImagenPipelineOutput`].
+        feature_extractor ([`CLIPImageProcessor`], *optional*): What it reads images by; it cannot do without.
+        watermarker ([`IFWatermarker`], *optional*): Puts IF's watermark on pictures (`output_type="pil"`).
         call_defaults (`dict[str, dict[str, float]]`, *optional*):
             By stage name, what a call has for `num_inference_steps`, `guidance_scale` and `low_res_noise_level` where it
             does not say.
@@ -69,7 +71,8 @@ class ImagenCascadePipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLo
             By stage name, where the weights are from, for the model card: `base_model`, a Hub id, and `license`.
     """
 
-    model_cpu_offload_seq = "->".join(["text_encoder", GUIDE, *(kind.unet for kind in STAGES)])
+    model_cpu_offload_seq = "->".join(["text_encoder", GUIDE, *(kind.unet for kind in STAGES), "safety_checker"])
+    _exclude_from_cpu_offload = ["watermarker"]
     _optional_components = [
         *("tokenizer", "text_encoder", GUIDE, *SAFETY_PARTS),
         *(part for kind in STAGES[1:] for part in (kind.unet, kind.scheduler)),

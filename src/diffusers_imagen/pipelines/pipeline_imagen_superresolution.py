@@ -44,8 +44,10 @@ class ImagenSuperResolutionPipeline(ImagenPipelineMixin, DiffusionPipeline, Imag
             Its `model_max_length` is the number of tokens that the network was trained with.
         text_encoder ([`~transformers.PreTrainedModel`], *optional*): Frozen text encoder.
         scale_factor (`int`, defaults to 4): How many times larger the network was trained to make images.
-        safety_checker ([`IFSafetyChecker`]), feature_extractor ([`CLIPImageProcessor`]), watermarker ([`IFWatermarker`]):
-            *Optional*, those of DeepFloyd IF.
+        safety_checker ([`IFSafetyChecker`], *optional*):
+            Of DeepFloyd IF: images that it flags are black, see [`ImagenPipelineOutput`].
+        feature_extractor ([`CLIPImageProcessor`], *optional*): What it reads images by; it cannot do without.
+        watermarker ([`IFWatermarker`], *optional*): Puts IF's watermark on pictures (`output_type="pil"`).
         call_defaults (`dict[str, float]`, *optional*):
             What a call has for `num_inference_steps`, `guidance_scale` and `low_res_noise_level` where it does not say.
         clean_caption (`bool`, defaults to `False`):
@@ -54,7 +56,8 @@ class ImagenSuperResolutionPipeline(ImagenPipelineMixin, DiffusionPipeline, Imag
             Where the weights are from, for the model card: `base_model`, a Hub id, and `license`.
     """
 
-    model_cpu_offload_seq = "text_encoder->unet"
+    model_cpu_offload_seq = "text_encoder->unet->safety_checker"
+    _exclude_from_cpu_offload = ["watermarker"]
     _optional_components = ["tokenizer", "text_encoder", *SAFETY_PARTS]
 
     def __init__(
