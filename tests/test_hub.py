@@ -146,6 +146,34 @@ def test_a_card_that_is_there_is_completed_and_kept(hub, client, tmp_path):
     }
 
 
+def test_the_license_of_weights_is_added_to_the_card_of_the_repository(hub, client, tmp_path):
+    folder = tmp_path / "carded"
+    folder.mkdir()
+    (folder / "README.md").write_text(CARD.replace("license: cc0-1.0\n", ""))
+    origin = {"base": {"base_model": "DeepFloyd/IF-I-M-v1.0", "license": "deepfloyd"}}
+    client.run(
+        PUSH + 'pipe.save_pretrained("carded", push_to_hub=True)\n'
+        f'pipe = ImagenCascadePipeline.from_pretrained("model", origin={origin})\n'
+        'pipe.push_to_hub("carded")\npipe.push_to_hub("carded", subfolder="copy")'
+    )
+    _, first, second, third = hub.repos["user/carded"]
+    assert set(second) == set(first) and set(third) == {*second, *(f"copy/{path}" for path in second)}
+    _, header, body = second["README.md"].decode().split("---\n", 2)
+    assert body.startswith(CARD.split("---\n", 2)[2] + "\n## License\n")
+    assert yaml.safe_load(header) == {
+        "base_model": "DeepFloyd/IF-I-M-v1.0",
+        "license": "other",
+        "license_name": "deepfloyd-if-license",
+        "license_link": "https://huggingface.co/spaces/DeepFloyd/deepfloyd-if-license",
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "tags": ["emoji", "diffusers", "text-to-image", "diffusers-imagen"],
+    }
+    notice = "Copyright (c) Stability AI Ltd. All Rights Reserved."
+    assert notice in body and notice in third["copy/README.md"].decode()
+    assert third["README.md"] == second["README.md"]
+
+
 def test_the_card_of_a_cascade_without_text_encoder_gives_text_states(cascade):
     cascade.register_modules(tokenizer=None, text_encoder=None)
     snippet = "pipe(prompt_embeds=torch.zeros(1, 1, 16), prompt_attention_mask=torch.ones(1, 1), generator"

@@ -16,6 +16,7 @@ from ..utils.arguments import is_integer, shown
 from .call_arguments import CallArguments, PerStage
 from .folders import check_stage_source, check_text_parts, load_stage, load_text_parts, split_options
 from .image_inputs import ImageInput
+from .origin import check_origins
 from .pipeline_mixin import ImagenPipelineMixin
 from .pipeline_output import ImagenPipelineOutput
 from .runner import Runner
@@ -181,6 +182,9 @@ class ImagenCascadePipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLo
         check_stage_names("call_defaults", call_defaults)
         for name, given in (call_defaults or {}).items():
             BASE.defaults.updated(f"call_defaults of {name}", given)
+
+    def check_origin(self, origin: Any) -> None:
+        check_origins("origin", origin)
 
     @property
     def stages(self) -> list[Stage]:

@@ -5,6 +5,7 @@ import threading
 from typing import Any
 
 import torch
+from diffusers.utils import logging
 from tqdm.auto import tqdm
 
 from ..text.encoder import TextEncoder, keep_in_fp32
@@ -14,10 +15,14 @@ from ..utils.arguments import as_integer, shown
 from . import inputs
 from .content_filter import check_filter
 from .model_card import ModelCardMixin
+from .origin import check_origin, list_origins, unfiltered_warning
 from .prompts import PROMPT_EMBEDS, Prompts
 from .stage_table import BASE, NETWORKS, SAFETY_PARTS
 from .stages import check_components
 from .tiling import Tiling
+
+
+logger = logging.get_logger(__name__)
 
 
 class _TrialBar(tqdm):
@@ -31,6 +36,7 @@ class ImagenPipelineMixin(ModelCardMixin):
     """
 
     _execution_device: torch.device
+    safety_checker: Any
     _callback_tensor_inputs = ["latents", *PROMPT_EMBEDS]
     _lora_loadable_modules = list(NETWORKS)
     tiling: Tiling | None = None
@@ -55,12 +61,20 @@ class ImagenPipelineMixin(ModelCardMixin):
         """
         inputs.check_flag("clean_caption", clean_caption)
         self.check_call_defaults(call_defaults)
+        self.check_origin(origin)
         settings = {"call_defaults": call_defaults, "clean_caption": clean_caption, "origin": origin}
         self.register_to_config(**settings)  # type: ignore[attr-defined]  # of ConfigMixin
+        keys = {part.get("license") for part in list_origins(origin)}
+        if "deepfloyd" in keys and self.safety_checker is None:
+            logger.warning(unfiltered_warning(type(self).__name__))
 
     def check_call_defaults(self, call_defaults: Any) -> None:
         """Raises ValueError unless these are settings of a call by name; a cascade has them by stage."""
         BASE.defaults.updated("call_defaults", call_defaults)
+
+    def check_origin(self, origin: Any) -> None:
+        """Raises ValueError unless this says where the weights are from; a cascade has it by stage."""
+        check_origin("origin", origin)
 
     @property
     def num_timesteps(self) -> int:
