@@ -85,7 +85,7 @@ def test_a_converted_cascade_is_the_same(run, folder, repositories, cascade_opti
     assert run("generate", "a red apple", "--model", "new/if", *STEPS)[0] == 0
     np.testing.assert_array_equal(pixels(), expected)
     card = (folder / "new/if/README.md").read_text()
-    assert "# if\n" in card and 'from_pretrained("if")' in card and "library_name: diffusers" in card
+    assert "# if\n" in card and 'from_pretrained("if")' in card and "license_name: deepfloyd-if-license" in card
     assert (folder / "new/if/NOTICE").read_text() == "of base" and (
         folder / "new/if/NOTICE-sr256"
     ).read_text() == "of sr"
@@ -113,6 +113,8 @@ def test_the_way_back_gives_the_same_weights(run, folder, repositories, cascade_
     code, out, _ = run("export-if", "if", "--stage", stage, "--output", "back")
     assert code == 0 and f"back: {theirs.__name__}, " in out and "LICENSE.md" in out
     assert type(theirs.from_pretrained("back")) is theirs
+    card = (folder / "back/README.md").read_text()
+    assert f"`{theirs.__name__}` of diffusers" in card and "license_name: deepfloyd-if-license" in card
     expected, found = weights(f"{source}/unet"), weights("back/unet")
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 

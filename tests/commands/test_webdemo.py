@@ -242,6 +242,9 @@ def test_the_page_names_the_stages_and_suits_them(cascade, tmp_path):
     (folder / "README.md").write_text("# x\n\n## Limits\n\nDraws emoji.\n\n## More\n")
     line = webdemo.describe(cascade, ("someone/base", str(folder)))
     assert line.startswith("Model **someone/base + imagen-emoji**: Base 16 px") and line.endswith("Draws emoji.")
+    cascade.register_to_config(origin={"sr256": {"base_model": "DeepFloyd/IF-II-M-v1.0", "license": "deepfloyd"}})
+    notice = "DeepFloyd is licensed under the DeepFloyd License, Copyright (c) Stability AI Ltd. All Rights Reserved."
+    assert webdemo.describe(cascade, ("someone/base",)).count(notice) == 1 and notice not in line
     assert webdemo.examples_for((str(folder),)) == webdemo.EMOJI_EXAMPLES
     assert webdemo.examples_for(("DeepFloyd/IF-I-M-v1.0", "someone/sr")) == webdemo.EXAMPLES
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 from ..pipelines import ImagenCascadePipeline, ImagenPipeline, ImagenSuperResolutionPipeline
+from ..pipelines.model_card import new_card
 from ..utils.files import check_folder, whole_folder
 from .model_arguments import (
     DTYPES,
@@ -63,9 +64,9 @@ def convert_if(args: argparse.Namespace) -> None:
     pipe = read_stages(args, given)
     print(f"writing {args.output} ...", flush=True)
     with whole_folder(args.output) as partial:
-        pipe.save_pretrained(partial)
         licences = copy_licences(given, partial)
-        write_card(pipe, partial, args.output.resolve().name)
+        pipe.write_card(new_card(pipe.describe(args.output.resolve().name)), partial / "README.md")
+        pipe.save_pretrained(partial)
     report(args.output, pipe, licences)
 
 
@@ -117,12 +118,6 @@ def copy_licences(given: dict[str, str], folder: Path) -> list[str]:
             shutil.copyfile(path, target)
             names.append(target.name)
     return sorted(set(names))
-
-
-def write_card(pipe, folder: Path, name: str) -> None:
-    """Writes the model card of a folder that is no repository yet."""
-    (folder / "README.md").write_text(pipe.describe(name), encoding="utf-8")
-    pipe.save_model_card(folder, name)
 
 
 def report(folder: Path, pipe, licences: list[str]) -> None:

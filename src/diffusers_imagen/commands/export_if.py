@@ -4,12 +4,22 @@ import argparse
 
 import torch
 from diffusers import DiffusionPipeline
+from huggingface_hub import ModelCard
 
 from ..pipelines.deepfloyd_export import pipeline_to_deepfloyd
 from ..pipelines.folders import SINGLE_STAGES, check_source, load_pipeline_folder, loading
+from ..pipelines.model_card import PACKAGE, add_license, new_card
+from ..pipelines.origin import list_origins
 from ..utils.files import whole_folder
 from .convert_if import add_output_argument, check_output_folder, copy_licences, report
 from .model_arguments import CASCADE, DTYPES
+
+
+CARD = """\
+# {name}
+
+A stage of DeepFloyd IF for `{class_name}` of diffusers, written by [diffusers-imagen]({package}).
+"""
 
 
 def add_parser(commands) -> None:
@@ -41,7 +51,17 @@ def export_if(args: argparse.Namespace) -> None:
             variant=args.variant,
         )
     theirs = pipeline_to_deepfloyd(pipe, args.stage)
+    origin = pipe.config.origin or {}
+    card = make_card(args.output.resolve().name, type(theirs).__name__, list_origins(origin.get(args.stage, origin)))
     with whole_folder(args.output) as partial:
-        theirs.save_pretrained(partial, variant=args.variant)
         licences = copy_licences({"model": args.model}, partial)
+        card.save(partial / "README.md")
+        theirs.save_pretrained(partial, variant=args.variant)
     report(args.output, theirs, licences)
+
+
+def make_card(name: str, class_name: str, origins: list[dict[str, str]]) -> ModelCard:
+    """A card with the license that copies and derivatives carry."""
+    card = new_card(CARD.format(name=name, class_name=class_name, package=PACKAGE))
+    add_license(card, origins)
+    return card

@@ -22,6 +22,7 @@ from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
 from ..pipelines import ImagenCascadePipeline
+from ..pipelines.origin import licenses_of
 from ..utils.arguments import is_finite
 from .model_arguments import SHIPPED_MODEL
 
@@ -237,7 +238,7 @@ def examples_for(sources: tuple[str, ...]) -> list[str]:
 
 
 def describe(pipe: ImagenCascadePipeline, sources: tuple[str, ...]) -> str:
-    """Which model draws, how large it is, where it runs, and what its card says of its limits."""
+    """Which model draws, how large it is, where it runs, what its card says of its limits, and its licenses."""
     parts = ", ".join(
         f"{title(stage)} ({stage.unet.num_parameters() / 1e6:,.1f} M parameters)" for stage in pipe.stages
     )
@@ -246,6 +247,8 @@ def describe(pipe: ImagenCascadePipeline, sources: tuple[str, ...]) -> str:
     for card in (Path(source, "README.md") for source in sources):
         if card.is_file() and (limits := re.search(r"^## Limits\n+(.+?)(?:\n\n|\Z)", card.read_text(), re.M | re.S)):
             lines.append(limits.group(1).replace("\n", " "))
+    for license in licenses_of(pipe.origins):
+        lines.append(f"{license.notice} [{license.title}]({license.link})")
     return "\n\n".join(lines)
 
 
