@@ -13,12 +13,12 @@ from ..pipelines import ImagenCascadePipeline, ImagenSuperResolutionPipeline
 from ..pipelines.folder_checks import INDEX, read_config
 from ..pipelines.folders import (
     check_source,
-    check_stage_source,
     download_index,
     load_pipeline_folder,
     load_text_parts,
     loading,
 )
+from ..pipelines.stage_loading import check_stage_source
 from ..pipelines.stage_table import STAGES
 from ..pipelines.stages import check_stages, refuse_untrained
 from ..schedulers import EDMAdamsScheduler, EDMHeunScheduler
