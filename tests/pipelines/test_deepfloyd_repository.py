@@ -1,25 +1,29 @@
 """Stages of DeepFloyd IF from folders and loaded pipelines of diffusers, beside diffusers' own two calls."""
 
+import json
 import shutil
 from pathlib import Path
 
+import deepfloyd_repository
 import pytest
 import torch
 from deepfloyd_repository import stage_1, stage_2, write_repository
 from diffusers import (
+    DDPMScheduler,
     DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    IFImg2ImgPipeline,
     IFPipeline,
     IFSuperResolutionPipeline,
 )
 from diffusers.pipelines.deepfloyd_if import pipeline_if_superresolution
+from diffusers.quantizers import PipelineQuantizationConfig
 from diffusers.utils.torch_utils import randn_tensor
-<<<<<<< HEAD
-=======
 from safetensors.torch import save_file
 from transformers import BitsAndBytesConfig, T5EncoderModel
->>>>>>> load
 
-from diffusers_imagen import ImagenCascadePipeline
+from diffusers_imagen import ImagenCascadePipeline, ImagenPipeline, ImagenSuperResolutionPipeline
+from diffusers_imagen.pipelines import deepfloyd_repository as repository
 from diffusers_imagen.pipelines.inputs import per_image_generators
 
 
