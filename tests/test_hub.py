@@ -207,7 +207,7 @@ TRAIN = """
 import torch
 from diffusers_imagen.training import TrainingConfig
 from diffusers_imagen.training.network import make_unet
-from diffusers_imagen.training.pretrained import find_pretrained
+from diffusers_imagen.training.pretrained_stage import find_pretrained
 
 sizes = {"resolution": 32, "low_resolution": 16}
 config = TrainingConfig(pretrained_model_name_or_path="user/if-ii", preconditioning="discrete", **sizes)

@@ -39,7 +39,7 @@ from diffusers_imagen.training.network import make_unet
 from diffusers_imagen.training.objective.losses import Conditioning, denoising_loss, to_device
 from diffusers_imagen.training.objective.objectives import make_objective
 from diffusers_imagen.training.objective.step_draws import StepDraws
-from diffusers_imagen.training.pretrained import find_pretrained
+from diffusers_imagen.training.pretrained_stage import find_pretrained
 
 
 DISCRETE = {"preconditioning": "discrete"}
