@@ -14,10 +14,10 @@ from diffusers.utils import logging
 
 from ..models.interface import StageNetwork
 from ..utils.arguments import bad_argument
-from ..utils.files import whole_file
+from ..utils.files import HUB_OPTIONS, whole_file
 from .lora_adapters import AdaptersMixin, require_peft
 from .lora_conversion import ALPHA, BARE, Adapter, Update, check_finite, group_weights, make_adapter, plain_name
-from .lora_files import HUB_OPTIONS, SOURCE, StateDict, read_source
+from .lora_files import SOURCE, StateDict, read_source
 from .lora_networks import check_hotswap, describe_adapter, hotswap_adapter, restored_after_error
 
 

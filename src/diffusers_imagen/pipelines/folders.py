@@ -15,12 +15,12 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoModelForTextEncoding, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..loaders.lora_files import HUB_OPTIONS
 from ..models.interface import StageNetwork
 from ..schedulers import EDMHeunScheduler
 from ..text.completeness import refuse_random_weights
 from ..utils.arguments import shown
 from ..utils.errors import is_out_of_memory, one_line
+from ..utils.files import HUB_OPTIONS
 from ..utils.modules import quiet_transformers, unwrapped
 from .folder_checks import (
     CONFIGS,

@@ -158,9 +158,12 @@ class ImagenPipelineMixin(ModelCardMixin):
         r"""
         Encodes prompts, unless embeddings are given, and repeats everything for the images of each prompt.
 
+        With `clean_caption` in the pipeline's configuration, prompts and negative prompts are cleaned first, as DeepFloyd
+        IF's captions were in training; without beautifulsoup4 and ftfy they are put in lower case and stripped.
+
         Without a negative prompt the negative embeddings are what the networks saw of dropped captions in training: zeros
-        under the prompt's mask, or for networks that attend to padding the embeddings of the empty text. To free the text encoder before the networks run, call this first, and then the
-        pipeline with what it returns (docs/memory.md).
+        under the prompt's mask, or for networks that attend to padding the embeddings of the empty text. To free the text
+        encoder before the networks run, call this first, and then the pipeline with what it returns (docs/memory.md).
 
         Returns:
             `prompt_embeds` `(images, tokens, width)`, `prompt_attention_mask` `(images, tokens)`,
@@ -197,7 +200,12 @@ class ImagenPipelineMixin(ModelCardMixin):
         """
         if self.text_encoder is None or self.tokenizer is None:
             return None
-        return TextEncoder(self.tokenizer, self.text_encoder, keeps_padding=self.keeps_padding)
+        return TextEncoder(
+            self.tokenizer,
+            self.text_encoder,
+            keeps_padding=self.keeps_padding,
+            cleans_captions=self.config.clean_caption,  # type: ignore[attr-defined]  # of ConfigMixin
+        )
 
     @property
     def keeps_padding(self) -> bool:
