@@ -14,9 +14,17 @@ from diffusers import DDPMScheduler, IFPipeline, UNet2DConditionModel
 from tiny_runs import are_equal, losses, weights_of
 from torch.nn import functional
 
-from diffusers_imagen import EDMAdamsScheduler, ImagenPipeline, ImagenSuperResolutionPipeline, ImagenUNetModel
+from diffusers_imagen import (
+    EDMAdamsScheduler,
+    ImagenCascadePipeline,
+    ImagenPipeline,
+    ImagenSuperResolutionPipeline,
+    ImagenUNetModel,
+)
 from diffusers_imagen.conversion.deepfloyd import unet_from_deepfloyd, unet_to_deepfloyd, weight_names
 from diffusers_imagen.pipelines.inputs import per_image_generators
+from diffusers_imagen.text.cache import CacheWriter, write_cache
+from diffusers_imagen.text.encoder import TextEncoder
 from diffusers_imagen.training import (
     DreamBoothTrainingConfig,
     LoraTrainer,
@@ -31,10 +39,11 @@ from diffusers_imagen.training.network import make_unet
 from diffusers_imagen.training.objective.losses import Conditioning, denoising_loss, to_device
 from diffusers_imagen.training.objective.objectives import make_objective
 from diffusers_imagen.training.objective.step_draws import StepDraws
-from diffusers_imagen.training.pretrained import find_pretrained
+from diffusers_imagen.training.pretrained_stage import find_pretrained
 
 
 DISCRETE = {"preconditioning": "discrete"}
+LINEAR = DDPMScheduler(beta_schedule="linear")
 COSINE = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
 FEW = {"num_inference_steps": 2, "guidance_scale": 3.0}  # of calls in tests
 
@@ -337,14 +346,10 @@ def test_dreambooth_draws_the_class_with_the_stage(monkeypatch, converted, image
 
 
 def test_a_call_of_a_variance_preserving_stage_has_its_steps(make_config, tmp_path):
-    tiny_runs.run(vars_of(make_config(preconditioning="variance_preserving", max_train_steps=1)))
+    tiny_runs.run(dict(vars(make_config(preconditioning="variance_preserving", max_train_steps=1))))
     assert ImagenPipeline.from_pretrained(tmp_path / "stage").config.call_defaults == {"num_inference_steps": 100}
-    tiny_runs.run(vars_of(make_config(max_train_steps=1, output_dir=tmp_path / "edm")))
+    tiny_runs.run(dict(vars(make_config(max_train_steps=1, output_dir=tmp_path / "edm"))))
     assert ImagenPipeline.from_pretrained(tmp_path / "edm").config.call_defaults is None
-
-
-def vars_of(config: TrainingConfig) -> dict:
-    return dict(vars(config))
 
 
 def test_settings_of_another_objective_do_not_go_on():
@@ -353,6 +358,47 @@ def test_settings_of_another_objective_do_not_go_on():
     )
     assert stage.settings("edm", {})["call_defaults"] == {"num_inference_steps": 7}
     assert stage.settings("discrete", {})["call_defaults"] is None
+
+
+def test_captions_of_a_cache_are_trained_on_alone(settings_of, repositories, tmp_path):
+    """The cache has the states at padded positions, and the empty text, which dropped captions become."""
+    kind = {"keeps_padding": True, "cleans_captions": True}
+    encoder = TextEncoder.from_pretrained(str(repositories["stage 1"]), 77, **kind)
+    cache = str(tmp_path / "cache-77")
+    with CacheWriter(cache, encoder.identity(), "float16") as writer:
+        write_cache(writer, [f"text {i}" for i in range(8)], encoder)
+    given = settings_of("stage 1", text_drop_rate=0.5, output_dir=tmp_path / "cached")
+    cached = trained({**given, "text_encoder": None, "embedding_cache": cache})
+    torch.testing.assert_close(cached.conditioning.no_text, encoder.encode([""]).embeds, atol=2e-3, rtol=0)
+    trained({**given, "output_dir": str(tmp_path / "encoded")})
+    assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "encoded"), rel=1e-3)
+
+
+def test_the_settings_of_a_stage_of_a_cascade_are_found(repositories, settings_of, tmp_path):
+    parts = {}
+    for name, place in zip(("base", "sr256"), repositories.values()):
+        unet = UNet2DConditionModel.from_pretrained(place, subfolder="unet")
+        parts |= {f"{name}_unet": unet_from_deepfloyd(unet), f"{name}_scheduler": schedule(1.5)}
+    origin = {"base": {"license": "deepfloyd"}, "sr256": {"license": "openrail++"}}
+    settings = {"call_defaults": {"sr256": FEW}, "clean_caption": True, "origin": origin}
+    ImagenCascadePipeline(**parts, **settings).save_pretrained(tmp_path / "cascade")
+    base, upscaler = (
+        find_pretrained(TrainingConfig(**settings_of(name, str(tmp_path / "cascade")))) for name in repositories
+    )
+    assert (base.call_defaults, base.origin, base.clean_caption) == (None, origin["base"], True)
+    assert (upscaler.call_defaults, upscaler.origin, upscaler.clean_caption) == (FEW, origin["sr256"], True)
+
+
+def test_a_new_network_is_trained_for_discrete_betas(make_config, tmp_path):
+    config = make_config(
+        preconditioning="discrete", beta_schedule="linear", max_train_steps=1, loss_weighting="min_snr"
+    )
+    tiny_runs.run(dict(vars(config)))
+    scheduler = ImagenPipeline.from_pretrained(tmp_path / "stage").scheduler
+    assert (scheduler.config.preconditioning, scheduler.config.beta_schedule) == ("discrete", "linear")
+    assert scheduler.timestep_to_sigma(torch.tensor([999])).item() == pytest.approx(
+        ((1 - LINEAR.alphas_cumprod[999]) / LINEAR.alphas_cumprod[999]).sqrt().item(), rel=1e-4
+    )
 
 
 # ---- bad input

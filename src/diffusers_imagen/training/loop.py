@@ -32,7 +32,7 @@ from .objective.objectives import make_objective
 from .objective.step_draws import StepDraws
 from .optimization import clip_gradients, learning_rates, make_optimizer, step_if_finite, trainable
 from .output_folder import OutputFolder
-from .pretrained import find_pretrained
+from .pretrained_stage import find_pretrained
 from .run_identity import TEXT_ENCODER, describe_run, in_json
 from .sampling import StagePipeline, draw_samples, read_prompts, show_samples, stage_pipeline
 from .states import NetworkState, OptimizerState
