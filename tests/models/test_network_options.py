@@ -216,6 +216,16 @@ def test_networks_of_other_kinds_mask_padding_and_have_edm_augmentation():
     for network in (StageNetwork(), make("efficient-cross"), make("unet-fused")):
         assert network.attends_padding is False and network.low_res_augmentation == "edm"
         assert network.low_res_upsampling == "bicubic"
+        assert network.trained_beta_schedule is None
+
+
+def test_a_network_declares_the_noise_levels_that_it_was_trained_with():
+    unet, other = build(trained_beta_schedule="squaredcos_cap_v2"), build()
+    other.load_state_dict(unet.state_dict())
+    assert unet.trained_beta_schedule == "squaredcos_cap_v2" and other.trained_beta_schedule is None
+    assert torch.equal(run(unet, inputs_for(unet)), run(other, inputs_for(unet)))
+    with pytest.raises(ValueError, match="`trained_beta_schedule` is 'cosine', but should be one of None, 'linear'"):
+        build(trained_beta_schedule="cosine")
 
 
 # Configurations
@@ -231,6 +241,7 @@ NEW_OPTIONS = {
     "attends_padding": False,
     "low_res_augmentation": "edm",
     "low_res_upsampling": "bicubic",
+    "trained_beta_schedule": None,
 }
 
 

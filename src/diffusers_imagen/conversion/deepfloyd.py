@@ -112,6 +112,7 @@ def config_from_deepfloyd(config: Mapping[str, Any]) -> dict[str, Any]:
         "resnet_out_scale_factor": config["resnet_out_scale_factor"],
         "shared_attention_norm": not cross,
         "attends_padding": True,
+        "trained_beta_schedule": "squaredcos_cap_v2",
     }
 
 
@@ -150,6 +151,8 @@ def config_to_deepfloyd(config: Mapping[str, Any]) -> dict[str, Any]:
         "addition_embed_type_num_heads": config["text_pooling_num_heads"] or DEFAULTS["addition_embed_type_num_heads"],
     }
     expected = {**defaults_of(ImagenUNetModel), **config_from_deepfloyd(theirs)}
+    if config.get("trained_beta_schedule") is None:  # not declared, as by networks of before this option
+        del expected["trained_beta_schedule"]
     for name, value in config.items():
         if name in expected and as_tuple(value) != as_tuple(expected[name]):
             raise bad_argument(name, value, f"{expected[name]!r} in a network of DeepFloyd IF")

@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 import torch
 
+from ..diffusion.discrete_ddpm import BETA_SCHEDULES
 from ..utils.arguments import bad_argument, check_choice, is_finite
 from .attention import ATTENTION_TYPES
 from .blocks import ActivationType, ResampleType, TimeScaleShift
@@ -63,6 +64,7 @@ CHOICES = {
     "resample_type": get_args(ResampleType),
     "text_pooling": get_args(TextPooling),
     "time_scale_shift": get_args(TimeScaleShift),
+    "trained_beta_schedule": (None, *BETA_SCHEDULES),
 }
 
 

@@ -7,6 +7,7 @@ import torch
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
+from ..diffusion.discrete_ddpm import BetaSchedule
 from ..utils.arguments import bad_argument
 
 
@@ -131,6 +132,15 @@ class StageNetwork(nn.Module):
         this once a call; `forward` has to do the same with an image of another size, as training gives it.
         """
         return "bicubic"
+
+    @property
+    def trained_beta_schedule(self) -> BetaSchedule | None:
+        """The 1000 discrete noise levels that the network was trained with, by diffusers' name of their betas.
+
+        "linear", "scaled_linear" and "sigmoid" are those from 0.0001 to 0.02. Pipelines refuse schedulers of other noise
+        levels. None where nothing is declared, as by networks of continuous noise levels: any scheduler is taken.
+        """
+        return None
 
     def encode_text(
         self, encoder_hidden_states: torch.Tensor, encoder_attention_mask: torch.Tensor | None = None

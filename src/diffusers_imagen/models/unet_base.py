@@ -15,6 +15,7 @@ from diffusers.utils import BaseOutput
 from torch import nn
 
 from ..diffusion.augmentation import upsample_low_res
+from ..diffusion.discrete_ddpm import BetaSchedule
 from ..utils.arguments import bad_argument, check_exactly_one
 from .attention import AttendedText
 from .blocks import ImagenBlock, ResBlock
@@ -150,6 +151,10 @@ class ConditionalUNet(
     @property
     def low_res_upsampling(self) -> LowResUpsampling:
         return self.config.get("low_res_upsampling", "bicubic")
+
+    @property
+    def trained_beta_schedule(self) -> BetaSchedule | None:
+        return self.config.get("trained_beta_schedule")
 
     def zero_initialized(self) -> list[torch.Tensor]:
         return [module.conv2.weight for module in self.modules() if isinstance(module, ResBlock)]

@@ -7,6 +7,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
+from ..diffusion.discrete_ddpm import BetaSchedule
 from .attention import ATTENTION_TYPES, AttendedText, AttentionBlock, AttentionType, make_attention
 from .blocks import (
     ActivationType,
@@ -73,6 +74,9 @@ class ImagenUNetModel(ConditionalUNet):
             How noise comes into the low-resolution image, and how the network is told of it: see `StageNetwork`.
         low_res_upsampling (`"bicubic"` or `"bicubic_antialias"`):
             How the low-resolution image comes to the size of the sample: see `StageNetwork`.
+        trained_beta_schedule (`str`, *optional*):
+            The discrete noise levels that the network was trained with: see `StageNetwork`. Pipelines take no scheduler of
+            others.
     """
 
     @register_to_config
@@ -109,6 +113,7 @@ class ImagenUNetModel(ConditionalUNet):
         attends_padding: bool = False,
         low_res_augmentation: LowResAugmentation = "edm",
         low_res_upsampling: LowResUpsampling = "bicubic",
+        trained_beta_schedule: BetaSchedule | None = None,
     ):
         super().__init__()
         check_config(self.config, min_layers=0)

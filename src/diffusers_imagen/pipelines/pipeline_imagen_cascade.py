@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.deepfloyd_if import IFSafetyChecker, IFWatermarker
 from diffusers.utils import replace_example_docstring
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..loaders import ImagenLoraLoaderMixin
 from ..utils.arguments import is_integer, shown
@@ -18,7 +19,7 @@ from .image_inputs import ImageInput
 from .pipeline_mixin import ImagenPipelineMixin
 from .pipeline_output import ImagenPipelineOutput
 from .runner import Runner
-from .stage_table import BASE, STAGES, StageKind, check_stage_names
+from .stage_table import BASE, SAFETY_PARTS, STAGES, StageKind, check_stage_names
 from .stages import Stage, StageSource, UNet, check_factors, check_stages, refuse_untrained
 
 
@@ -57,6 +58,10 @@ class ImagenCascadePipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLo
         base_guidance_unet ([`ImagenUNetModel`] or [`EfficientUNetModel`], *optional*):
             A weaker network, less trained or smaller, that the base stage is guided away from in place of its own
             prediction without text: autoguidance (arXiv 2406.02507).
+        safety_checker ([`IFSafetyChecker`], *optional*):
+            Of DeepFloyd IF: images that it flags are black, see [`ImagenPipelineOutput`].
+        feature_extractor ([`CLIPImageProcessor`], *optional*): What it reads images by; it cannot do without.
+        watermarker ([`IFWatermarker`], *optional*): Puts IF's watermark on pictures (`output_type="pil"`).
         call_defaults (`dict[str, dict[str, float]]`, *optional*):
             By stage name, what a call has for `num_inference_steps`, `guidance_scale` and `low_res_noise_level` where it
             does not say.
@@ -66,9 +71,10 @@ class ImagenCascadePipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLo
             By stage name, where the weights are from, for the model card: `base_model`, a Hub id, and `license`.
     """
 
-    model_cpu_offload_seq = "->".join(["text_encoder", GUIDE, *(kind.unet for kind in STAGES)])
+    model_cpu_offload_seq = "->".join(["text_encoder", GUIDE, *(kind.unet for kind in STAGES), "safety_checker"])
+    _exclude_from_cpu_offload = ["watermarker"]
     _optional_components = [
-        *("tokenizer", "text_encoder", GUIDE),
+        *("tokenizer", "text_encoder", GUIDE, *SAFETY_PARTS),
         *(part for kind in STAGES[1:] for part in (kind.unet, kind.scheduler)),
     ]
 
@@ -83,6 +89,9 @@ class ImagenCascadePipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLo
         sr1024_unet: UNet | None = None,
         sr1024_scheduler: SchedulerMixin | None = None,
         base_guidance_unet: UNet | None = None,
+        safety_checker: IFSafetyChecker | None = None,
+        feature_extractor: BaseImageProcessor | None = None,
+        watermarker: IFWatermarker | None = None,
         call_defaults: dict[str, dict[str, float]] | None = None,
         clean_caption: bool = False,
         origin: dict[str, dict[str, str]] | None = None,
@@ -98,6 +107,9 @@ class ImagenCascadePipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLo
             sr1024_unet=sr1024_unet,
             sr1024_scheduler=sr1024_scheduler,
             base_guidance_unet=base_guidance_unet,
+            safety_checker=safety_checker,
+            feature_extractor=feature_extractor,
+            watermarker=watermarker,
         )
         self.register_settings(call_defaults, clean_caption, origin)
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)

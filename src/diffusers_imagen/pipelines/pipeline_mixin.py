@@ -12,9 +12,10 @@ from ..text.identity import encoder_width
 from ..text.source import TextSource
 from ..utils.arguments import as_integer, shown
 from . import inputs
+from .content_filter import check_filter
 from .model_card import ModelCardMixin
 from .prompts import PROMPT_EMBEDS, Prompts
-from .stage_table import BASE, NETWORKS
+from .stage_table import BASE, NETWORKS, SAFETY_PARTS
 from .stages import check_components
 from .tiling import Tiling
 
@@ -39,8 +40,9 @@ class ImagenPipelineMixin(ModelCardMixin):
     _interrupt = False
 
     def register_modules(self, **components) -> None:
-        """As diffusers' `register_modules`, which gets every component; refuses those that lack weights."""
+        """As diffusers' `register_modules`, which gets every component; refuses those that lack weights or others."""
         check_components(components)
+        check_filter({name: components.get(name, getattr(self, name, None)) for name in SAFETY_PARTS})
         super().register_modules(**components)  # type: ignore[misc]  # of DiffusionPipeline
 
     def register_settings(

@@ -14,6 +14,7 @@ from ..utils.arguments import as_integer, as_number, check_choice
 from . import inputs
 from .call_arguments import CallArguments
 from .callbacks import Callback, check_callback, read_changes, read_scale
+from .content_filter import check_filter, finish_images
 from .finite import FiniteWatch
 from .image_inputs import GivenImages, read_given, warn_of_stretching
 from .pipeline_output import ImagenPipelineOutput
@@ -67,12 +68,12 @@ class Runner:
             # 3. Base stage, then each super-resolution stage on what the one before it made: (B, 3, 64, 64), ...
             images = self.run_stages(request, text)
 
-        # 4. Pixels in [-1, 1] to what was asked for
-        process = pipe.image_processor.postprocess
-        processed = {resolution: process(x, output_type=arguments.output_type) for resolution, x in images.items()}
+        # 4. Pixels in [-1, 1] to what was asked for, past the safety checker and the watermarker
+        finished = finish_images(pipe, images, arguments.output_type)
         pipe.maybe_free_model_hooks()
-        last = processed[max(processed)]
-        return ImagenPipelineOutput(last, processed) if arguments.return_dict else (last, processed)
+        last = finished.images[max(finished.images)]
+        output = ImagenPipelineOutput(last, *finished)
+        return output if arguments.return_dict else output.to_tuple()
 
     def encode_text(self) -> PromptEmbeds:
         """The text of all images, by the pipeline's `encode_prompt`."""
@@ -92,6 +93,7 @@ class Runner:
         check_kinds(stages, starts_from_noise=self.low_resolution is None)
         settings = inputs.stage_settings(arguments, stages)
         check_choice("output_type", arguments.output_type, inputs.OUTPUT_TYPES)
+        check_filter(pipe.components)
         inputs.check_flag("return_dict", arguments.return_dict)
         times = as_integer("num_resample_times", arguments.num_resample_times, 1, inputs.MAX_RESAMPLE_TIMES)
         callback = check_callback(

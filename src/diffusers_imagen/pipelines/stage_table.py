@@ -70,6 +70,8 @@ STAGES = (
 BASE = STAGES[0]
 # the networks of the pipelines of a single stage, and of a cascade
 NETWORKS = ("unet", *(kind.unet for kind in STAGES))
+# components of all pipelines that look at finished images, which come with DeepFloyd IF's weights
+SAFETY_PARTS = ("safety_checker", "feature_extractor", "watermarker")
 
 
 def check_stage_names(name: str, value: Any) -> None:

@@ -71,6 +71,7 @@ LATER_OPTIONS = {
     "unet attends_padding": False,
     "unet low_res_augmentation": "edm",
     "unet low_res_upsampling": "bicubic",
+    "unet trained_beta_schedule": None,
 }
 
 
