@@ -468,3 +468,28 @@ def test_an_index_with_other_settings_is_one_line(monkeypatch, capfd, converted,
     file = Path(converted["stage 1"]) / "model_index.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
     refuse(monkeypatch, capfd, settings_of("stage 1", converted["stage 1"]), message)
+
+
+@pytest.mark.parametrize("name, targets", [("stage 1", None), ("stage 2", ["add_k_proj", "to_q"])])
+def test_diffusers_loads_the_adapter_that_is_trained(settings_of, repositories, name, targets):
+    more = {} if targets is None else {"lora_target_modules": targets}
+    settings = settings_of(name, rank=2, lora_alpha=6, use_ema=False, learning_rate=1e-2, **more)
+    ours = trained(settings, LoraTrainer, LoraTrainingConfig).unet.eval()
+    theirs = UNet2DConditionModel.from_pretrained(repositories[name], subfolder="unet")
+    second, generator = ours.takes_low_res, torch.Generator().manual_seed(0)
+    sample, low_res = torch.randn(2, 1, 3, ours.resolution, ours.resolution, generator=generator)
+    text, level = torch.randn(1, TOKENS, ours.text_width, generator=generator), torch.tensor([400.0])
+
+    @torch.no_grad()
+    def call() -> torch.Tensor:
+        both = torch.cat([sample, low_res], dim=1) if second else sample
+        return theirs(both, level, text, class_labels=level if second else None).sample
+
+    low = {"low_res_sample": low_res, "low_res_timestep": level} if second else {}
+    with torch.no_grad():
+        expected = ours(sample, level, text, **low).sample
+    assert (expected - call()).abs().max() > 1e-3
+    parts = dict.fromkeys(("tokenizer", "text_encoder", "safety_checker", "feature_extractor", "watermarker"))
+    pipe = IFPipeline(unet=theirs, scheduler=COSINE, **parts, requires_safety_checker=False)
+    pipe.load_lora_weights(settings["output_dir"])
+    torch.testing.assert_close(call(), expected, atol=2e-5, rtol=1e-5)
