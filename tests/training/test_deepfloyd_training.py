@@ -59,9 +59,10 @@ def repositories(tmp_path_factory) -> dict[str, Path]:
     }
 
 
-@pytest.fixture
-def converted(repositories, tmp_path) -> dict[str, str]:
+@pytest.fixture(scope="session")
+def converted(repositories, tmp_path_factory) -> dict[str, str]:
     """The same in this package's format, called with few steps."""
+    place = tmp_path_factory.mktemp("converted")
     settings = {
         "call_defaults": FEW,
         "clean_caption": True,
@@ -73,8 +74,8 @@ def converted(repositories, tmp_path) -> dict[str, str]:
     ):
         unet = UNet2DConditionModel.from_pretrained(repositories[name], subfolder="unet")
         scheduler = DDPMScheduler.from_pretrained(repositories[name], subfolder="scheduler")
-        kind(unet_from_deepfloyd(unet), scheduler, **more, **settings).save_pretrained(tmp_path / name)
-    return {name: str(tmp_path / name) for name in repositories}
+        kind(unet_from_deepfloyd(unet), scheduler, **more, **settings).save_pretrained(place / name)
+    return {name: str(place / name) for name in repositories}
 
 
 @pytest.fixture
@@ -230,7 +231,7 @@ def test_stage_1_by_the_script_opens_here_and_in_diffusers(monkeypatch, reposito
     settings = settings_of("stage 1")
     assert run_script(monkeypatch, settings) == 0
     pipe = ImagenPipeline.from_pretrained(settings["output_dir"])
-    assert pipe.config.call_defaults == {"num_inference_steps": 100, "guidance_scale": 7.0}
+    assert pipe.config.call_defaults == {"num_inference_steps": 31, "guidance_scale": 7.0}
     assert pipe.config.clean_caption and pipe.config.origin == {"license": "deepfloyd"}
     assert isinstance(pipe.scheduler, EDMAdamsScheduler) and pipe.scheduler.config.thresholding
     assert (pipe.scheduler.config.dynamic_thresholding_ratio, pipe.scheduler.config.sample_max_value) == (0.95, 1.5)
@@ -464,10 +465,13 @@ def test_a_repository_of_another_kind_is_one_line(
         ({"clean_caption": "yes"}, "`clean_caption` is 'yes', but should be true or false"),
     ],
 )
-def test_an_index_with_other_settings_is_one_line(monkeypatch, capfd, converted, settings_of, settings, message):
-    file = Path(converted["stage 1"]) / "model_index.json"
+def test_an_index_with_other_settings_is_one_line(
+    monkeypatch, capfd, converted, settings_of, tmp_path, settings, message
+):
+    place = shutil.copytree(converted["stage 1"], tmp_path / "other")
+    file = place / "model_index.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
-    refuse(monkeypatch, capfd, settings_of("stage 1", converted["stage 1"]), message)
+    refuse(monkeypatch, capfd, settings_of("stage 1", str(place)), message)
 
 
 @pytest.mark.parametrize("name, targets", [("stage 1", None), ("stage 2", ["add_k_proj", "to_q"])])

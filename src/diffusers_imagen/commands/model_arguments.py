@@ -19,7 +19,7 @@ from ..pipelines.folders import (
     loading,
 )
 from ..pipelines.stage_loading import check_stage_source
-from ..pipelines.stage_table import STAGES
+from ..pipelines.stage_table import MOST_STEPS, STAGES
 from ..pipelines.stages import check_stages, refuse_untrained
 from ..schedulers import EDMAdamsScheduler, EDMHeunScheduler
 from .parser import Parser
@@ -34,9 +34,6 @@ SUPER_RESOLUTION = (
     "SuperResolutionPipeline"  # ends the names of this package's class, and of diffusers' for DeepFloyd IF
 )
 SCHEDULERS = {"adams": EDMAdamsScheduler, "heun": EDMHeunScheduler}
-# The most steps by default with a scheduler that replaces the saved one: of a base stage and of an upscaler. Adams calls
-# the network once a step, Heun twice. Figures in docs/deepfloyd.md.
-MOST_STEPS = {"adams": (31, 18), "heun": (18, 9)}
 
 
 def add_model_arguments(command: Parser) -> None:
@@ -206,13 +203,13 @@ def use_scheduler(pipe: DiffusionPipeline, name: str) -> None:
     Raises:
         ValueError: If the configuration of a scheduler has a meaning that the other one does not know.
     """
-    scheduler_class, (of_base, of_upscaler) = SCHEDULERS[name], MOST_STEPS[name]
+    scheduler_class, most = SCHEDULERS[name], MOST_STEPS[name]
     by_stage = {}
     for stage in pipe.stages:
         component = stage.kind.scheduler if isinstance(pipe, ImagenCascadePipeline) else "scheduler"
         with loading("scheduler", name):
             setattr(pipe, component, scheduler_class.from_config(stage.scheduler.config))
-        steps = min(stage.defaults.num_inference_steps, of_base if stage.is_base else of_upscaler)
+        steps = min(stage.defaults.num_inference_steps, most[not stage.is_base])
         by_stage[stage.name] = {**stage.defaults._asdict(), "num_inference_steps": steps}
     is_cascade = isinstance(pipe, ImagenCascadePipeline)
     pipe.register_to_config(call_defaults=by_stage if is_cascade else by_stage[stage.name])
