@@ -139,6 +139,8 @@ class Quantized(torch.Tensor):
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         if function in (torch.Tensor.float, torch.Tensor.isfinite):
             raise NotImplementedError
+        if function is torch.Tensor.detach:  # which a parameter asks to keep the kind
+            return super().__torch_function__(function, types, args, kwargs or {})
         with torch._C.DisableTorchFunctionSubclass():
             return function(*args, **(kwargs or {}))
 

@@ -205,7 +205,7 @@ class ImagenPipelineMixin(ModelCardMixin):
             self.tokenizer,
             self.text_encoder,
             keeps_padding=self.keeps_padding,
-            cleans_captions=self.config.clean_caption,  # type: ignore[attr-defined]  # of ConfigMixin
+            cleans_captions=self.config.clean_caption,
         )
 
     @property
