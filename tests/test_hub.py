@@ -14,8 +14,10 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from tiny_t5 import save_text_parts, tiny_t5, tiny_tokenizer
 
 from diffusers_imagen import ImagenPipeline
+from diffusers_imagen.text import TextEncoder
 
 
 PUSH = """
@@ -42,6 +44,23 @@ assert type(unet) is diffusers_imagen.ImagenUNetModel
 torch.save(unet.state_dict(), "unet.pt")
 info = model_info("user/cascade")
 print(json.dumps([list_repo_files("user/cascade"), info.library_name, info.pipeline_tag, info.tags]))
+"""
+
+ENCODE = """
+import os
+del os.environ["HF_TOKEN"]
+import torch
+from diffusers_imagen.text import TextEncoder
+
+hub = {"token": TOKEN, "revision": "first"}
+for name in ("pipeline", "encoder"):
+    for where in ({}, {"local_files_only": True}):
+        text = TextEncoder.from_pretrained(f"user/{name}", 77, keeps_padding=True, **hub, **where)
+        torch.save(text.encode(["a red apple"]).embeds, f"{name}-{len(where)}.pt")
+try:
+    TextEncoder.from_pretrained("user/other", 77)
+except ValueError as error:
+    print(error)
 """
 
 
@@ -199,3 +218,19 @@ def test_a_stage_is_read_with_the_token_and_of_the_revision_that_were_given(hub,
     commits = {hub_server.commit_sha(f"user/{name}", 0) for name in ("pipeline", "folder")}
     assert {path.partition("/")[0] for path in resolved} - {"main"} <= {"first", *commits}
     assert {path for path in resolved if path.startswith("main")} <= {"main/model_index.json"}  # refused: no token
+
+
+def test_a_text_encoder_is_read_alone_and_again_offline(hub, client, tmp_path):
+    """Of a repository of DeepFloyd IF's layout, and of one with the encoder alone, as T5's are."""
+    save_text_parts(tmp_path / "if")
+    files = files_below(tmp_path / "if")
+    alone = {path.partition("/")[2]: data for path, data in files.items()}
+    for name, commit in (("pipeline", files), ("encoder", alone)):
+        hub.fill(f"user/{name}", commit, dict.fromkeys(commit, b"[]"))
+    hub.private = True
+    message = client.run(ENCODE.replace("TOKEN,", f"{hub_server.TOKEN!r},"))
+    assert "`text_encoder` is 'user/other', which has no tokenizer that can be loaded" in message
+    assert message.count("\n") == 1
+    expected = TextEncoder(tiny_tokenizer(), tiny_t5(), keeps_padding=True).encode(["a red apple"]).embeds
+    for name in ("pipeline-0", "pipeline-1", "encoder-0", "encoder-1"):
+        torch.testing.assert_close(torch.load(tmp_path / f"{name}.pt"), expected, atol=1e-6, rtol=0)
