@@ -73,6 +73,16 @@ def without_text(text: TextEmbeddings) -> TextEmbeddings:
     return TextEmbeddings(torch.zeros_like(text.embeds), text.mask)
 
 
-def drop_text(embeds: torch.Tensor | None, dropped: torch.Tensor) -> torch.Tensor | None:
-    """Embeddings `(B, L, E)`, those of dropped texts `(B,)` zero; the masks stay: see `without_text`."""
-    return None if embeds is None else embeds * ~dropped[:, None, None]
+def drop_text(
+    embeds: torch.Tensor | None, dropped: torch.Tensor, no_text: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """Embeddings `(B, L, E)`, those of dropped texts `(B,)` zero, or `no_text` `(1, L, E)`; the masks stay.
+
+    What stands for no text is the same when sampling: zeros under the prompt's mask (`without_text`), and for networks
+    that attend to padding, and so see no mask, the embeddings of the empty text (`TextSource.no_text`).
+    """
+    if embeds is None:
+        return None
+    if no_text is None:
+        return embeds * ~dropped[:, None, None]
+    return torch.where(dropped[:, None, None], no_text.to(embeds), embeds)
