@@ -13,9 +13,11 @@ import yaml
 from deepfloyd_repository import stage_2, write_repository
 from hub_client import Client
 from PIL import Image
+from tiny_t5 import save_text_parts, tiny_t5, tiny_tokenizer
 
 from diffusers_imagen import ImagenPipeline
 from diffusers_imagen.conversion.deepfloyd import unet_from_deepfloyd
+from diffusers_imagen.text import TextEncoder
 
 
 PUSH = """
@@ -42,6 +44,23 @@ assert type(unet) is diffusers_imagen.ImagenUNetModel
 torch.save(unet.state_dict(), "unet.pt")
 info = model_info("user/cascade")
 print(json.dumps([list_repo_files("user/cascade"), info.library_name, info.pipeline_tag, info.tags]))
+"""
+
+ENCODE = """
+import os
+del os.environ["HF_TOKEN"]
+import torch
+from diffusers_imagen.text import TextEncoder
+
+hub = {"token": TOKEN, "revision": "first"}
+for name in ("pipeline", "encoder"):
+    for where in ({}, {"local_files_only": True}):
+        text = TextEncoder.from_pretrained(f"user/{name}", 77, keeps_padding=True, **hub, **where)
+        torch.save(text.encode(["a red apple"]).embeds, f"{name}-{len(where)}.pt")
+try:
+    TextEncoder.from_pretrained("user/other", 77)
+except ValueError as error:
+    print(error)
 """
 
 
@@ -229,3 +248,19 @@ def test_a_repository_of_deepfloyd_if_is_trained_further(hub, client, tmp_path):
     found = torch.load(tmp_path / "unet.pt")
     assert found.keys() == ours.keys() and all(torch.equal(found[name], ours[name]) for name in ours)
     assert not any("text_encoder" in request for request in hub.requests)
+
+
+def test_a_text_encoder_is_read_alone_and_again_offline(hub, client, tmp_path):
+    """Of a repository of DeepFloyd IF's layout, and of one with the encoder alone, as T5's are."""
+    save_text_parts(tmp_path / "if")
+    files = files_below(tmp_path / "if")
+    alone = {path.partition("/")[2]: data for path, data in files.items()}
+    for name, commit in (("pipeline", files), ("encoder", alone)):
+        hub.fill(f"user/{name}", commit, dict.fromkeys(commit, b"[]"))
+    hub.private = True
+    message = client.run(ENCODE.replace("TOKEN,", f"{hub_server.TOKEN!r},"))
+    assert "`text_encoder` is 'user/other', which has no tokenizer that can be loaded" in message
+    assert message.count("\n") == 1
+    expected = TextEncoder(tiny_tokenizer(), tiny_t5(), keeps_padding=True).encode(["a red apple"]).embeds
+    for name in ("pipeline-0", "pipeline-1", "encoder-0", "encoder-1"):
+        torch.testing.assert_close(torch.load(tmp_path / f"{name}.pt"), expected, atol=1e-6, rtol=0)

@@ -83,6 +83,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.info(f"{user}/{name}", revision)
             case ["GET", "api", "models", user, name, "tree", revision]:
                 self.tree(f"{user}/{name}", revision)
+            case ["GET", "api", "models", user, name, "tree", revision, *folder]:
+                self.tree(f"{user}/{name}", revision, "/".join(folder) + "/")
             case ["POST", "api", "models", user, name, "preupload", revision]:
                 self.preupload(f"{user}/{name}", revision)
             case ["POST", user, name, "info", "lfs", "objects", "batch"]:
@@ -128,9 +130,12 @@ class Handler(BaseHTTPRequestHandler):
             },
         )
 
-    def tree(self, repo: str, revision: str) -> None:
+    def tree(self, repo: str, revision: str, folder: str = "") -> None:
+        files = {path: content for path, content in self.files(repo, revision).items() if path.startswith(folder)}
+        if folder and not files:
+            raise Problem(404, "EntryNotFound")
         entries = []
-        for path, content in self.files(repo, revision).items():
+        for path, content in files.items():
             entry = {"type": "file", "path": path, "size": len(content), "oid": git_oid(content)}
             if path.endswith(LARGE):
                 entry["lfs"] = {"oid": sha256(content), "size": len(content), "pointerSize": 134}

@@ -13,6 +13,7 @@ from ..text.encoder import TextEncoder, keep_in_fp32
 from ..text.identity import encoder_width
 from ..text.source import TextSource
 from ..utils.arguments import as_integer, shown
+from ..utils.modules import memory_of
 from . import inputs
 from .content_filter import check_filter
 from .deepfloyd_repository import find_pipeline
@@ -175,7 +176,7 @@ class ImagenPipelineMixin(ModelCardMixin):
             if not isinstance(module, torch.nn.Module):
                 continue
             parameters = list(module.parameters())
-            size = sum(parameter.numel() * parameter.element_size() for parameter in parameters) / 2**20
+            size = sum(map(memory_of, parameters)) / 2**20
             count = sum(parameter.numel() for parameter in parameters) / 1e6
             lines.append(f"{name:<20}{count:>10.1f} M{size:>12.1f} MiB  {module.dtype}  {module.device}")
             total += size

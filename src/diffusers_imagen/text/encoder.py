@@ -135,7 +135,9 @@ class TextEncoder(TextSource):
                 f"`tokenizer` makes the token {tokens.input_ids.max()}, but `text_encoder` knows {known}: they do not "
                 "belong together."
             )
-        ids, mask = tokens.input_ids.to(encoder.device), tokens.attention_mask.to(encoder.device)  # (B, L)
+        ids, mask = tokens.input_ids, tokens.attention_mask  # (B, L)
+        if encoder.device.type != "meta":  # where weights are offloaded, hooks move what they need
+            ids, mask = ids.to(encoder.device), mask.to(encoder.device)
         try:
             embeds = encoder(input_ids=ids, attention_mask=mask).last_hidden_state  # (B, L, E)
         except (IndexError, RuntimeError) as error:  # of an encoder with fewer positions
@@ -144,6 +146,7 @@ class TextEncoder(TextSource):
             raise ValueError(
                 f"`text_encoder` cannot take the {ids.shape[1]} tokens that `tokenizer` makes: {one_line(error)}"
             ) from error
+        mask = mask.to(embeds.device)  # which offloading may have changed
         text = TextEmbeddings(embeds, mask.bool()) if self.keeps_padding else zero_padding(embeds, mask)
         if not text.embeds.isfinite().all():
             weight = find_not_finite(self.model)
