@@ -48,6 +48,7 @@ DEEPFLOYD = "IF-I-M"
 # As DeepFloyd/IF-I-M-v1.0 has it, 371,605,830 parameters; what diffusers' script for IF's checkpoints writes.
 DEEPFLOYD_CONFIG = {
     "sample_size": 64,
+    "in_channels": 3,
     "out_channels": 6,
     "block_out_channels": (192, 384, 576, 768),
     "layers_per_block": 3,
