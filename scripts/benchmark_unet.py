@@ -13,6 +13,10 @@ Three contenders make the same guided prediction (a conditional and an unconditi
   in one batch.
 
 They take turns within one run, so that a ratio compares times of the same minutes; the table has medians.
+
+`--preset IF-I-M` has a network of the size of DeepFloyd IF's medium stage I, with random weights. The contenders are then
+`ours`, `ours, text every call`, which encodes the text anew in each, and `diffusers`, the UNet2DConditionModel that ours
+was converted from: the same network, whose prediction is checked against ours.
 """
 
 import argparse
@@ -32,6 +36,7 @@ from tqdm.auto import tqdm
 from diffusers_imagen import ImagenUNetModel
 from diffusers_imagen.commands.common import check_device
 from diffusers_imagen.commands.parser import Parser, check_numbers
+from diffusers_imagen.conversion import unet_from_deepfloyd
 from diffusers_imagen.models.blocks import ResBlock
 from diffusers_imagen.models.presets import PRESETS, create_unet
 from diffusers_imagen.models.unet_base import ConditionalUNet
@@ -39,6 +44,25 @@ from diffusers_imagen.utils.errors import run_to_exit_code
 
 
 GUIDANCE = 4.0
+DEEPFLOYD = "IF-I-M"
+# As DeepFloyd/IF-I-M-v1.0 has it, 371,605,830 parameters; what diffusers' script for IF's checkpoints writes.
+DEEPFLOYD_CONFIG = {
+    "sample_size": 64,
+    "in_channels": 3,
+    "out_channels": 6,
+    "block_out_channels": (192, 384, 576, 768),
+    "layers_per_block": 3,
+    "down_block_types": ("ResnetDownsampleBlock2D",) + ("SimpleCrossAttnDownBlock2D",) * 3,
+    "up_block_types": ("SimpleCrossAttnUpBlock2D",) * 3 + ("ResnetUpsampleBlock2D",),
+    "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+    "act_fn": "gelu",
+    "attention_head_dim": 64,
+    "encoder_hid_dim": 4096,
+    "cross_attention_dim": 768,
+    "cross_attention_norm": "group_norm",
+    "resnet_time_scale_shift": "scale_shift",
+    "addition_embed_type": "text",
+}
 
 
 class EinsumAttnProcessor:
@@ -102,6 +126,16 @@ class Ours(Contender):
         return unconditional + GUIDANCE * (conditional - unconditional)
 
 
+class TextEveryCall(Ours):
+    """Ours, given embeddings in place of what `encode_text` makes of them."""
+
+    def __init__(self, unet: ConditionalUNet, inputs: dict[str, torch.Tensor], compiled: bool):
+        super().__init__(unet, inputs, compiled)
+        text, mask = inputs["encoder_hidden_states"], inputs["encoder_attention_mask"]
+        self.doubled["encoder_hidden_states"] = torch.cat([torch.zeros_like(text), text])
+        self.doubled["encoder_attention_mask"] = torch.cat([mask, mask])
+
+
 class Plain(Contender):
     def __init__(self, unet: ConditionalUNet, inputs: dict[str, torch.Tensor]):
         unet.set_attn_processor(EinsumAttnProcessor())
@@ -126,6 +160,17 @@ class Diffusers(Contender):
     def predict(self) -> torch.Tensor:
         unconditional, conditional = self.unet(**self.doubled, return_dict=False)[0].chunk(2)
         return unconditional + GUIDANCE * (conditional - unconditional)
+
+
+class SameInDiffusers(Diffusers):
+    """DeepFloyd IF's network in diffusers, which gets no mask."""
+
+    def __init__(self, unet: UNet2DConditionModel, inputs: dict[str, torch.Tensor]):
+        super().__init__(unet, inputs)
+        for given in (self.inputs, self.doubled):
+            del given["encoder_attention_mask"]
+        text = self.inputs["encoder_hidden_states"]
+        self.doubled["encoder_hidden_states"] = torch.cat([torch.zeros_like(text), text])
 
 
 def make_inputs(unet: ConditionalUNet, batch_size: int, tokens: int) -> dict[str, torch.Tensor]:
@@ -205,22 +250,21 @@ def peak_memory(call: Callable, device: torch.device) -> float:
     return peak / 2**20
 
 
-def measure(calls: dict[str, Callable], device: torch.device, repeats: int) -> dict[str, float]:
-    """Median seconds of each call; they take turns, and the first round does not count."""
+def measure(calls: dict[str, Callable], device: torch.device, repeats: int, clock: Callable) -> dict[str, float]:
+    """Median seconds of each call by the clock; they take turns, and the first round does not count."""
     times = {name: [] for name in calls}
     for _ in tqdm(range(repeats + 1), leave=False, disable=None):
         for name, call in calls.items():
-            start = time.perf_counter()
+            start = clock()
             call()
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     return {name: torch.tensor(values[1:]).median().item() for name, values in times.items()}
 
 
-def report(kind: str, batch_size: int, calls: dict[str, Callable], device: torch.device, repeats: int) -> None:
+def report(kind: str, batch_size: int, calls: dict[str, Callable], seconds: dict[str, float], device) -> None:
     """Prints a row for each contender; ratios are its time over that of `ours`."""
-    seconds = measure(calls, device, repeats)
     for name, call in calls.items():
         ratio = seconds[name] / seconds["ours"]
         memory = peak_memory(call, device)
@@ -229,32 +273,71 @@ def report(kind: str, batch_size: int, calls: dict[str, Callable], device: torch
         )
 
 
+def make_networks(preset: str, tokens: int) -> dict[str, torch.nn.Module]:
+    """The networks of all contenders, ours first; prints how much they compute."""
+    torch.manual_seed(0)
+    if preset == DEEPFLOYD:
+        theirs = UNet2DConditionModel(**DEEPFLOYD_CONFIG)
+        unet = unet_from_deepfloyd(theirs)
+        print(f"{preset}: {sum(p.numel() for p in unet.parameters()):,} parameters")
+        return {"ours": unet, "diffusers": theirs}
+    unet, plain = create_unet(preset), create_unet(preset)
+    plain.load_state_dict(unet.state_dict())
+    inputs = make_inputs(unet, 1, tokens)
+    with torch.device("meta"):
+        flops = count_flops(create_unet(preset), inputs)
+    other = diffusers_unet(unet, flops, inputs)
+    other_flops = count_flops(UNet2DConditionModel.from_config(other.config), Diffusers(other, inputs).inputs)
+    print(f"{preset}: {flops / 1e9:.2f} GFLOP a prediction; UNet2DConditionModel: {other_flops / 1e9:.2f} GFLOP")
+    return {"ours": unet, "plain": plain, "diffusers": other}
+
+
+def make_contenders(
+    networks: dict[str, torch.nn.Module], inputs: dict[str, torch.Tensor], compiled: bool
+) -> dict[str, Contender]:
+    ours = Ours(networks["ours"], inputs, compiled)
+    if "plain" in networks:
+        plain = Plain(networks["plain"], inputs)
+        return {"ours": ours, "plain": plain, "diffusers": Diffusers(networks["diffusers"], inputs)}
+    every_call = TextEveryCall(networks["ours"], inputs, compiled)
+    same = SameInDiffusers(networks["diffusers"], inputs)
+    return {"ours": ours, "ours, text every call": every_call, "diffusers": same}
+
+
+def check_equal(contenders: dict[str, Contender]) -> None:
+    """Raises AssertionError if another contender with the weights of ours predicts something else."""
+    expected = contenders["ours"].predict()
+    for contender in contenders.values():
+        if not (isinstance(contender, Diffusers) and not isinstance(contender, SameInDiffusers)):
+            torch.testing.assert_close(contender.predict(), expected, atol=1e-3, rtol=1e-3)
+
+
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="emoji_base_64")
+    parser.add_argument("--preset", choices=[*PRESETS, DEEPFLOYD], default="emoji_base_64")
     parser.add_number("--batch_size", int, 1, 4096, nargs="+", default=[1, 4])
     parser.add_number("--tokens", int, 1, 4096, default=128, help="text tokens; default: %(default)s")
     parser.add_number("--repeats", int, 1, 10**6, default=10, help="rounds that count; default: %(default)s")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="compile our network")
+    parser.add_argument("--no_training", action="store_true", help="leave the training step out")
+    parser.add_argument(
+        "--cpu_time", action="store_true", help="time of the processor, not of the wall, on a CPU that others use too"
+    )
     args = parser.parse_args()
     check_numbers(args)
     check_device(args.device)
     logging.set_verbosity_error()
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    if args.cpu_time and device.type != "cpu":
+        raise ValueError(f"`cpu_time` is given with `device` '{device}', which works while the processor does not.")
+    clock = time.process_time if args.cpu_time else time.perf_counter
 
-    torch.manual_seed(0)
-    unet, plain = create_unet(args.preset), create_unet(args.preset)
-    plain.load_state_dict(unet.state_dict())
-    inputs = make_inputs(unet, 1, args.tokens)
-    with torch.device("meta"):
-        flops = count_flops(create_unet(args.preset), inputs)
-    other = diffusers_unet(unet, flops, inputs)
-    other_flops = count_flops(UNet2DConditionModel.from_config(other.config), Diffusers(other, inputs).inputs)
-    for network in (unet, plain, other):
+    networks = make_networks(args.preset, args.tokens)
+    for network in networks.values():
         network.to(device, dtype)
-    print(f"{args.preset}: {flops / 1e9:.2f} GFLOP a prediction; UNet2DConditionModel: {other_flops / 1e9:.2f} GFLOP")
+    unet = networks["ours"]
     print(f"{device}, {args.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
     print("| | batch | network | ms | time / ours | peak MiB |\n|---|---|---|---|---|---|")
 
@@ -263,20 +346,17 @@ def main() -> None:
             name: value.to(device, dtype) if name.endswith(("sample", "states")) else value.to(device)
             for name, value in make_inputs(unet, batch_size, args.tokens).items()
         }
-        contenders = {
-            "ours": Ours(unet, inputs, args.compile),
-            "plain": Plain(plain, inputs),
-            "diffusers": Diffusers(other, inputs),
-        }
+        contenders = make_contenders(networks, inputs, args.compile)
         with torch.no_grad():
             if dtype == torch.float32:
-                torch.testing.assert_close(
-                    contenders["ours"].predict(), contenders["plain"].predict(), atol=1e-3, rtol=1e-3
-                )
+                check_equal(contenders)
             predictions = {name: contender.predict for name, contender in contenders.items()}
-            report("guided prediction", batch_size, predictions, device, args.repeats)
-        training = {name: contender.train for name, contender in contenders.items()}
-        report("training step", batch_size, training, device, args.repeats)
+            seconds = measure(predictions, device, args.repeats, clock)
+            report("guided prediction", batch_size, predictions, seconds, device)
+        if not args.no_training:
+            training = {name: contender.train for name, contender in contenders.items()}
+            seconds = measure(training, device, args.repeats, clock)
+            report("training step", batch_size, training, seconds, device)
 
 
 if __name__ == "__main__":

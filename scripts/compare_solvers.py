@@ -1,8 +1,9 @@
 #!/usr/bin/env python
-"""Measures sampling error against evaluations of the network, and writes docs/solvers.md and docs/solvers.png.
+"""Measures sampling error against evaluations of the network, and writes docs/solvers.md and its plots.
 
 The networks are mixtures of Gaussians, whose denoised image is known in closed form: the reference mixture, and others
-drawn from seeds. The error is the mean absolute distance to the exact trajectory's end, from the same noise.
+drawn from seeds. The error is the mean absolute distance to the exact trajectory's end, from the same noise. Then those
+of `deepfloyd_solvers.py`, small networks of DeepFloyd IF's kind, which are trained first.
 """
 
 import math
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from deepfloyd_solvers import DEEPFLOYD_CALLS, compare_deepfloyd
 from diffusers import EDMDPMSolverMultistepScheduler, EDMEulerScheduler
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file
@@ -34,7 +36,32 @@ SCHEDULERS = {
     "diffusers EDMDPMSolver 2": lambda: EDMDPMSolverMultistepScheduler(solver_order=2),
     "diffusers EDMDPMSolver 3": lambda: EDMDPMSolverMultistepScheduler(solver_order=3),
 }
-COLOURS = ("#d62728", "#1f77b4", "#7f7f7f", "#2ca02c", "#9467bd", "#ff7f0e")
+COLOURS = ("#d62728", "#1f77b4", "#7f7f7f", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")
+Results = dict[str, dict[str, list[float]]]  # errors by network and scheduler, one for each number of calls
+
+MIXTURES = """# Error against evaluations of the network
+
+Written by `scripts/compare_solvers.py`.
+
+## Mixtures of Gaussians
+
+The mean absolute distance to the exact end of the trajectory, from the same noise.
+
+![error against evaluations](solvers.png)
+
+"""
+DEEPFLOYD = """## Networks of DeepFloyd IF's kind
+
+{networks} They have discrete betas and six output channels, thresholding as IF's repositories, and one set of weights for all solvers. They say how solvers do on a trained network of that kind, nothing of pictures that IF draws.
+
+The error is the relative L2 distance, over {num_images} images, to 600 steps of `EDMHeunScheduler` from index 990 of the betas, where IF's 100 steps begin (sigma 71.3), and from the same noise. Every solver begins there. Those of diffusers, configured by the repositories' scheduler, step over evenly spaced indices down to 0, ours over their own noise levels. `EDMHeun` makes an odd number of calls, one less than an even number at the top.
+
+- `diffusers DDIM` is what `IFPipeline` runs: it goes on from the noise that the network predicts, although the image beside it was thresholded. That is another differential equation wherever thresholding acts, so that more steps do not bring it to this reference. `clipped` is DDIM with `use_clipped_model_output=True`, which takes the noise from the thresholded image, as all others do; `ContinuousDDPMScheduler` with `eta=0` makes the same steps.
+- `diffusers DDPM`, the repositories' own, draws noise at every step, here of the posterior's variance. It makes another picture of the same captions, and its distance is that between two such pictures: no error of the solver, and no number to go below.
+
+![error against evaluations](solvers_deepfloyd.png)
+
+"""
 
 
 class Mixture(NamedTuple):
@@ -100,7 +127,7 @@ def measure(mixture: Mixture, make: Callable, calls: int, noise: torch.Tensor, e
     return (sample(scheduler, steps, mixture, noise) - exact).abs().mean().item()
 
 
-def compare(num_points: int) -> dict[str, dict[str, list[float]]]:
+def compare(num_points: int) -> Results:
     """Errors by mixture and scheduler, one for each of CALLS."""
     results = {}
     for mixture in mixtures():
@@ -113,14 +140,14 @@ def compare(num_points: int) -> dict[str, dict[str, list[float]]]:
     return results
 
 
-def table(results: dict[str, dict[str, list[float]]]) -> str:
+def table(results: Results, calls: tuple[int, ...]) -> str:
     lines = []
     for mixture, rows in results.items():
         lines += [
             f"### {mixture}",
             "",
-            f"| evaluations | {' | '.join(map(str, CALLS))} |",
-            "|---" * (len(CALLS) + 1) + "|",
+            f"| evaluations | {' | '.join(map(str, calls))} |",
+            "|---" * (len(calls) + 1) + "|",
         ]
         best = [min(error for error in errors if error == error) for errors in zip(*rows.values())]
         for name, errors in rows.items():
@@ -133,37 +160,43 @@ def table(results: dict[str, dict[str, list[float]]]) -> str:
 
 
 def plot(
-    results: dict[str, dict[str, list[float]]], columns: int = 3, resolution: int = 420, margin: int = 62
+    results: Results,
+    calls: tuple[int, ...],
+    columns: int,
+    powers: tuple[float, float],
+    resolution: int = 420,
+    margin: int = 62,
 ) -> Image.Image:
-    """One panel a mixture, both axes logarithmic."""
+    """One panel a network, both axes logarithmic; errors are shown between two powers of ten."""
     font = ImageFont.load_default(15)
-    rows = math.ceil(len(results) / columns)
-    image = Image.new("RGB", (columns * resolution, rows * resolution + 70), "white")
+    rows, names = math.ceil(len(results) / columns), list(next(iter(results.values())))
+    legend = 14 + 28 * math.ceil(len(names) / columns)
+    image = Image.new("RGB", (columns * resolution, rows * resolution + legend), "white")
     draw = ImageDraw.Draw(image)
-    low, high = -4.5, 0.0  # powers of ten
+    low, high = powers
     for panel, (mixture, errors) in enumerate(results.items()):
         left, top = panel % columns * resolution + margin, panel // columns * resolution + 34
         width, height = resolution - margin - 14, resolution - 34 - 40
 
-        def place(calls, error):
-            x = math.log(calls / CALLS[0]) / math.log(CALLS[-1] / CALLS[0])
+        def place(count, error):
+            x = math.log(count / calls[0]) / math.log(calls[-1] / calls[0])
             y = (high - math.log10(max(error, 10**low))) / (high - low)
             return left + x * width, top + min(max(y, 0), 1) * height
 
         draw.text((left, top - 24), mixture, "black", font)
-        for power in range(-4, 1):
-            y = place(CALLS[0], 10.0**power)[1]
+        for power in range(math.ceil(low), math.floor(high) + 1):
+            y = place(calls[0], 10.0**power)[1]
             draw.line([(left, y), (left + width, y)], "#dddddd")
             draw.text((left - 6, y), f"{10.0**power:g}", "black", font, anchor="rm")
-        for calls in CALLS:
-            draw.text((place(calls, 1)[0], top + height + 6), str(calls), "black", font, anchor="ma")
+        for count in calls:
+            draw.text((place(count, 1)[0], top + height + 6), str(count), "black", font, anchor="ma")
         for colour, values in reversed(list(zip(COLOURS, errors.values()))):
-            points = [place(calls, error) for calls, error in zip(CALLS, values) if error == error]
+            points = [place(count, error) for count, error in zip(calls, values) if error == error]
             draw.line(points, colour, 3, joint="curve")
             for x, y in points:
                 draw.ellipse([x - 4, y - 4, x + 4, y + 4], colour)
-    for index, (colour, name) in enumerate(zip(COLOURS, SCHEDULERS)):
-        x, y = 30 + index % 3 * resolution, rows * resolution + 10 + index // 3 * 28
+    for index, (colour, name) in enumerate(zip(COLOURS, names)):
+        x, y = 30 + index % columns * resolution, rows * resolution + 10 + index // columns * 28
         draw.line([(x, y + 9), (x + 30, y + 9)], colour, 4)
         draw.text((x + 38, y), name, "black", font)
     return image
@@ -173,18 +206,25 @@ def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, default=ROOT / "docs")
     parser.add_number("--num_points", int, 1, 10**5, default=64, help="trajectories of each mixture")
+    parser.add_number("--num_images", int, 1, 10**4, default=6, help="of each network of DeepFloyd IF's kind")
+    parser.add_number("--train_steps", int, 1, 10**6, default=700, help="of each network of DeepFloyd IF's kind")
     args = parser.parse_args()
     check_numbers(args)
-    for name in ("solvers.md", "solvers.png"):
+    for name in ("solvers.md", "solvers.png", "solvers_deepfloyd.png"):
         check_writable(args.output_dir / name, "output_dir")
-    results = compare(args.num_points)
+    mixed = compare(args.num_points)
+    networks, trained = compare_deepfloyd(args.train_steps, args.num_images)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    heading = "# Error against evaluations of the network\n\nWritten by `scripts/compare_solvers.py`.\n\n"
-    with whole_file(args.output_dir / "solvers.png") as partial:
-        plot(results).save(partial, format="PNG", optimize=True)
-    write_text(
-        args.output_dir / "solvers.md", heading + "![error against evaluations](solvers.png)\n\n" + table(results)
-    )
+    plots = {
+        "solvers.png": plot(mixed, CALLS, 3, (-4.5, 0.0)),
+        "solvers_deepfloyd.png": plot(trained, DEEPFLOYD_CALLS, 2, (-3.5, 0.3)),
+    }
+    for name, picture in plots.items():
+        with whole_file(args.output_dir / name) as partial:
+            picture.save(partial, format="PNG", optimize=True)
+    deepfloyd = DEEPFLOYD.format(networks=networks, num_images=args.num_images)
+    page = MIXTURES + table(mixed, CALLS) + "\n" + deepfloyd + table(trained, DEEPFLOYD_CALLS)
+    write_text(args.output_dir / "solvers.md", page)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,286 @@
+#!/usr/bin/env python
+"""Computes what DeepFloyd IF's cascade needs of memory: weights, and what a guided call holds beside them.
+
+    python scripts/measure_memory.py --check I-M
+
+Weights are counted from configurations. A call is run on tensors without data, which have the shapes, dtypes and
+lifetimes of a call on a CPU; its peak is that of all tensors alive at once. What kernels and libraries hold within an
+operation, and what an allocator keeps, is not counted. `--check` runs a network with data as well, in float32 and
+bfloat16, and compares with the profiler's record of PyTorch's CPU allocator.
+"""
+
+import argparse
+import sys
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from diffusers.utils import logging
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import T5Config, T5EncoderModel
+from transformers.quantizers.base import get_keys_to_not_convert
+
+from diffusers_imagen import ImagenUNetModel
+from diffusers_imagen.commands.parser import Parser
+from diffusers_imagen.utils.errors import run_to_exit_code
+
+
+TEXT_WIDTH, TOKENS = 4096, 77
+T5_XXL = {
+    "d_model": TEXT_WIDTH,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+    "vocab_size": 32128,
+}
+KIND = {
+    "out_channels": 6,
+    "encoder_hid_dim": TEXT_WIDTH,
+    "text_pooling": "class_token",
+    "text_pooling_num_heads": 64,
+    "resample_type": "resnet_nearest",
+    "act_fn": "gelu",
+    "attends_padding": True,
+}
+
+
+class Network(NamedTuple):
+    """A network of IF: its place in the cascade, widths of its levels, and their source."""
+
+    name: str
+    stage: int
+    widths: tuple[int, ...]
+    source: str
+
+    @property
+    def config(self) -> dict:
+        """That of an `ImagenUNetModel`."""
+        kind = {**KIND, "block_out_channels": self.widths, "sinusoidal_dim": self.widths[0]}
+        if self.stage == 1:
+            levels = {"sample_size": 64, "layers_per_block": 3, "attention_resolutions": (32, 16, 8)}
+            return {**kind, **levels, "cross_attention_dim": self.widths[-1], "shared_attention_norm": True}
+        return {
+            **kind,
+            "sample_size": 256,
+            "layers_per_block": (2, 2, 3, 5, 5),
+            "attention_resolutions": (32, 16),
+            "attention_type": "cross",
+            "cross_attention_dim": self.widths[-1],
+            "resnet_out_scale_factor": 1 / 0.7071,
+            "low_res_conditioning": True,
+            "low_res_noise_conditioning": True,
+            "low_res_augmentation": "discrete",
+        }
+
+
+NETWORKS = (
+    Network("I-M", 1, (192, 384, 576, 768), "published"),
+    Network("I-L", 1, (320, 640, 960, 1280), "published"),
+    Network("I-XL", 1, (704, 1408, 2112, 2816), "published"),
+    Network("II-M", 2, (128, 256, 384, 640, 768), "assumed"),
+    Network("II-L", 2, (192, 384, 640, 1024, 1280), "assumed"),
+)
+CASCADES = (("I-M", "II-M"), ("I-L", "II-M"), ("I-XL", "II-L"))
+
+
+# ---- weights
+
+
+def count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def make_text_encoder() -> T5EncoderModel:
+    with torch.device("meta"):
+        return T5EncoderModel(T5Config(**T5_XXL))
+
+
+def text_encoder_bytes(model: T5EncoderModel) -> dict[str, float]:
+    """Bytes of the weights by format, as transformers and bitsandbytes lay them out.
+
+    In float16, `wo` stays in float32, and no quantization touches it. Quantized are the other linear layers: to a byte
+    a weight and a float32 for each row, or to half a byte and a float32 for each 64 weights. The rest is in float16.
+    """
+    kept = [*get_keys_to_not_convert(model), *model._keep_in_fp32_modules]
+    total = count(model)
+    wide = sum(module.weight.numel() for name, module in model.named_modules() if name.endswith(".wo"))
+    linear = [
+        module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and not any(part in kept for part in (name, name.split(".")[-1]))
+    ]
+    quantized = sum(weight.numel() for weight in linear)
+    rest = 2 * (total - wide - quantized) + 4 * wide
+    return {
+        "float32": 4 * total,
+        "bfloat16": 2 * total,
+        "float16": 2 * (total - wide) + 4 * wide,
+        "8-bit": rest + quantized + 4 * sum(weight.shape[0] for weight in linear),
+        "4-bit": rest + quantized / 2 + 4 * quantized / 64,
+    }
+
+
+# ---- calls
+
+
+class LiveMemory(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations make, as long as they live; what was there before is free."""
+
+    def __init__(self):
+        super().__init__()
+        self.held = self.peak = 0
+        self.known: dict[int, weakref.finalize] = {}  # by the address of a storage
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for tensor in _tensors((args, kwargs)):
+            self.see(tensor.untyped_storage(), made=False)
+        results = func(*args, **(kwargs or {}))
+        for tensor in _tensors(results):
+            self.see(tensor.untyped_storage(), made=True)
+        return results
+
+    def see(self, storage: torch.UntypedStorage, made: bool) -> None:
+        if id(storage) in self.known:
+            return
+        size = storage.nbytes() if made else 0
+        self.known[id(storage)] = weakref.finalize(storage, self.drop, id(storage), size)
+        self.held += size
+        self.peak = max(self.peak, self.held)
+
+    def drop(self, key: int, size: int) -> None:
+        del self.known[key]
+        self.held -= size
+
+
+def _tensors(values) -> Iterator[torch.Tensor]:
+    return (value for value in tree_leaves(values) if isinstance(value, torch.Tensor))
+
+
+class Call:
+    """A guided call for one image, the text encoded beforehand."""
+
+    def __init__(self, config: dict, dtype: torch.dtype):
+        standard = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)  # tensors without data cannot be cast in place
+        try:
+            self.unet = ImagenUNetModel(**config).eval().requires_grad_(False)
+        finally:
+            torch.set_default_dtype(standard)
+        side = config["sample_size"]
+        self.embeds = torch.randn(2, TOKENS, TEXT_WIDTH, dtype=dtype)
+        self.sample = torch.randn(2, 3, side, side, dtype=dtype)
+        low_res = self.unet.takes_low_res
+        self.options = {"low_res_sample": self.sample, "low_res_timestep": torch.full((2,), 250.0)} if low_res else {}
+        self.timestep = torch.full((2,), 500.0)
+
+    def encode(self) -> None:
+        self.text = self.unet.encode_text(self.embeds)
+
+    def __call__(self) -> torch.Tensor:
+        unconditional, conditional = self.unet(self.sample, self.timestep, self.text, **self.options).sample.chunk(2)
+        return unconditional + 7 * (conditional - unconditional)
+
+
+@torch.no_grad()
+def count_call(config: dict, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes of what `encode_text` makes, held over all steps, and the peak of a call beside it."""
+    with FakeTensorMode():
+        call = Call(config, dtype)
+        with LiveMemory() as text:
+            call.encode()
+        with LiveMemory() as memory:
+            call()
+    return text.held, memory.peak
+
+
+@torch.no_grad()
+def profile_call(config: dict, dtype: torch.dtype) -> int:
+    """The peak of a call in the CPU's allocator, in bytes."""
+    call = Call(config, dtype)
+    call.encode()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    held = peak = 0
+    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+@contextmanager
+def table(*headings: str) -> Iterator:
+    """Prints rows of a table in Markdown; ends with an empty line."""
+    print(f"| {' | '.join(headings)} |\n{'|---' * len(headings)}|")
+    yield lambda *cells: print(f"| {' | '.join(map(str, cells))} |", flush=True)
+    print()
+
+
+def in_gib(size: float) -> str:
+    return f"{size / 2**30:.2f}"
+
+
+def in_mib(size: float) -> str:
+    return f"{size / 2**20:.0f}"
+
+
+def print_tables() -> None:
+    encoder = make_text_encoder()
+    text = text_encoder_bytes(encoder)
+    parameters = {}
+    with table("weights, GiB", "parameters", *text) as row:
+        row("T5-XXL's encoder", f"{count(encoder):,}", *map(in_gib, text.values()))
+        for network in NETWORKS:
+            with torch.device("meta"):
+                parameters[network.name] = size = count(ImagenUNetModel(**network.config))
+            halves = [in_gib(size * width) for width in (4, 2, 2)]
+            row(f"{network.name}, {network.widths} {network.source}", f"{size:,}", *halves, "–", "–")
+
+    calls = {}
+    with table("a guided call, batch 1, MiB", "pixels", "float32", "float16", "text encoded, float16") as row:
+        for network in NETWORKS:
+            wide, (held, peak) = (count_call(network.config, dtype) for dtype in (torch.float32, torch.float16))
+            calls[network.name] = held + peak
+            row(network.name, network.config["sample_size"], *map(in_mib, (wide[1], peak, held)))
+
+    together = [2 * sum(parameters[n] for n in names) + max(calls[n] for n in names) for names in CASCADES]
+    alone = [max(2 * parameters[n] + calls[n] for n in names) for names in CASCADES]
+    with table("peak by recipe, float16, GiB", "T5-XXL", *(f"{i}, {ii}" for i, ii in CASCADES)) as row:
+        for name, size in text.items():
+            if name in ("float16", "8-bit", "4-bit"):
+                row("everything on the GPU", name, *(in_gib(size + networks) for networks in together))
+        for recipe, networks in (("text first, then both networks", together), ("offload by stage", alone)):
+            row(recipe, "float16", *(in_gib(max(text["float16"], size)) for size in networks))
+            row(f"{recipe}: once the text is encoded", "–", *map(in_gib, networks))
+
+
+def print_check(name: str) -> None:
+    """Prints the counted peak of a network beside the allocator's."""
+    config = next(network for network in NETWORKS if network.name == name).config
+    with table(f"a guided call of {name}, MiB", "counted", "CPU allocator") as row:
+        for dtype in (torch.float32, torch.bfloat16):
+            row(
+                str(dtype).removeprefix("torch."),
+                *(f"{size / 2**20:.1f}" for size in (count_call(config, dtype)[1], profile_call(config, dtype))),
+            )
+
+
+def main() -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", choices=[network.name for network in NETWORKS], help="a network to run with data")
+    args = parser.parse_args()
+    logging.set_verbosity_error()
+    print_tables()
+    if args.check is not None:
+        print_check(args.check)
+
+
+if __name__ == "__main__":
+    sys.exit(run_to_exit_code(main, "measure_memory.py"))
