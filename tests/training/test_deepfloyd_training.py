@@ -414,7 +414,7 @@ def test_a_repository_of_another_kind_is_one_line(
     [
         ({"call_defaults": 7}, "`call_defaults` is 7, but should be an object"),
         ({"call_defaults": {"steps": 7}}, "`key of call_defaults` is 'steps'"),
-        ({"origin": {"license": 7}}, "`origin` is {'license': 7}, but should be an object of strings"),
+        ({"origin": {"license": 7}}, "`license of origin` is 7, but should be one of 'deepfloyd', 'karlo'"),
         ({"clean_caption": "yes"}, "`clean_caption` is 'yes', but should be true or false"),
     ],
 )
