@@ -2,10 +2,7 @@
 of the Hub once, when it is imported, and a reader begins with an empty cache."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import hub_server
@@ -13,9 +10,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from deepfloyd_repository import stage_2, write_repository
+from hub_client import Client
 from PIL import Image
 
 from diffusers_imagen import ImagenPipeline
+from diffusers_imagen.conversion.deepfloyd import unet_from_deepfloyd
 
 
 PUSH = """
@@ -43,30 +43,6 @@ torch.save(unet.state_dict(), "unet.pt")
 info = model_info("user/cascade")
 print(json.dumps([list_repo_files("user/cascade"), info.library_name, info.pipeline_tag, info.tags]))
 """
-
-
-class Client:
-    """Runs Python with an empty cache of its own, in a folder of its own."""
-
-    def __init__(self, url: str, folder: Path):
-        self.url, self.folder, self.runs = url, folder, 0
-
-    def run(self, code: str) -> str:
-        self.runs += 1
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-        environment |= {
-            "HF_ENDPOINT": self.url,
-            "HF_HOME": str(self.folder / f"home-{self.runs}"),
-            "HF_TOKEN": hub_server.TOKEN,
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "PYTHONPATH": os.pathsep.join(sys.path),
-        }
-        result = subprocess.run(
-            [sys.executable, "-c", code], cwd=self.folder, env=environment, capture_output=True, text=True
-        )
-        assert result.returncode == 0, result.stderr
-        return result.stdout
 
 
 @pytest.fixture
@@ -195,9 +171,9 @@ from diffusers_imagen import ImagenCascadePipeline
 
 options = {"token": TOKEN, "revision": "first", "cache_dir": "cache"}
 for number, source in enumerate(("user/folder", "user/pipeline")):
-    text_encoder = "user/folder" if number == 0 else None
+    text = {"text_encoder": "user/folder"} if number == 0 else {}
     for more in ({}, {"local_files_only": True}):
-        pipe = ImagenCascadePipeline.from_stages(source, text_encoder=text_encoder, **options, **more)
+        pipe = ImagenCascadePipeline.from_stages(source, **text, **options, **more)
     generator = torch.Generator().manual_seed(0)
     numpy.save(str(number), pipe("a red apple", num_inference_steps=2, generator=generator, output_type="np").images)
 try:
@@ -227,3 +203,29 @@ def test_a_stage_is_read_with_the_token_and_of_the_revision_that_were_given(hub,
     commits = {hub_server.commit_sha(f"user/{name}", 0) for name in ("pipeline", "folder")}
     assert {path.partition("/")[0] for path in resolved} - {"main"} <= {"first", *commits}
     assert {path for path in resolved if path.startswith("main")} <= {"main/model_index.json"}  # refused: no token
+
+
+TRAIN = """
+import torch
+from diffusers_imagen.training import TrainingConfig
+from diffusers_imagen.training.network import make_unet
+from diffusers_imagen.training.pretrained_stage import find_pretrained
+
+sizes = {"resolution": 32, "low_resolution": 16}
+config = TrainingConfig(pretrained_model_name_or_path="user/if-ii", preconditioning="discrete", **sizes)
+stage = find_pretrained(config)
+assert stage.origin == {"base_model": "user/if-ii", "license": "deepfloyd"}, stage
+assert stage.scheduler["sample_max_value"] == 1.0 and stage.max_length == 77
+torch.save(make_unet(config).state_dict(), "unet.pt")
+"""
+
+
+def test_a_repository_of_deepfloyd_if_is_trained_further(hub, client, tmp_path):
+    """Nothing is downloaded but the network and small files."""
+    pipe = stage_2(safety_checker=None, feature_extractor=None, watermarker=None)
+    hub.fill("user/if-ii", files_below(write_repository(pipe, tmp_path / "if-ii")))
+    client.run(TRAIN)
+    ours = unet_from_deepfloyd(pipe.unet).state_dict()
+    found = torch.load(tmp_path / "unet.pt")
+    assert found.keys() == ours.keys() and all(torch.equal(found[name], ours[name]) for name in ours)
+    assert not any("text_encoder" in request for request in hub.requests)

@@ -14,9 +14,17 @@ from diffusers import DDPMScheduler, IFPipeline, UNet2DConditionModel
 from tiny_runs import are_equal, losses, weights_of
 from torch.nn import functional
 
-from diffusers_imagen import EDMAdamsScheduler, ImagenPipeline, ImagenSuperResolutionPipeline, ImagenUNetModel
+from diffusers_imagen import (
+    EDMAdamsScheduler,
+    ImagenCascadePipeline,
+    ImagenPipeline,
+    ImagenSuperResolutionPipeline,
+    ImagenUNetModel,
+)
 from diffusers_imagen.conversion.deepfloyd import unet_from_deepfloyd, unet_to_deepfloyd, weight_names
 from diffusers_imagen.pipelines.inputs import per_image_generators
+from diffusers_imagen.text.cache import CacheWriter, write_cache
+from diffusers_imagen.text.encoder import TextEncoder
 from diffusers_imagen.training import (
     DreamBoothTrainingConfig,
     LoraTrainer,
@@ -31,10 +39,11 @@ from diffusers_imagen.training.network import make_unet
 from diffusers_imagen.training.objective.losses import Conditioning, denoising_loss, to_device
 from diffusers_imagen.training.objective.objectives import make_objective
 from diffusers_imagen.training.objective.step_draws import StepDraws
-from diffusers_imagen.training.pretrained import find_pretrained
+from diffusers_imagen.training.pretrained_stage import find_pretrained
 
 
 DISCRETE = {"preconditioning": "discrete"}
+LINEAR = DDPMScheduler(beta_schedule="linear")
 COSINE = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
 FEW = {"num_inference_steps": 2, "guidance_scale": 3.0}  # of calls in tests
 
@@ -50,9 +59,10 @@ def repositories(tmp_path_factory) -> dict[str, Path]:
     }
 
 
-@pytest.fixture
-def converted(repositories, tmp_path) -> dict[str, str]:
+@pytest.fixture(scope="session")
+def converted(repositories, tmp_path_factory) -> dict[str, str]:
     """The same in this package's format, called with few steps."""
+    place = tmp_path_factory.mktemp("converted")
     settings = {
         "call_defaults": FEW,
         "clean_caption": True,
@@ -64,8 +74,8 @@ def converted(repositories, tmp_path) -> dict[str, str]:
     ):
         unet = UNet2DConditionModel.from_pretrained(repositories[name], subfolder="unet")
         scheduler = DDPMScheduler.from_pretrained(repositories[name], subfolder="scheduler")
-        kind(unet_from_deepfloyd(unet), scheduler, **more, **settings).save_pretrained(tmp_path / name)
-    return {name: str(tmp_path / name) for name in repositories}
+        kind(unet_from_deepfloyd(unet), scheduler, **more, **settings).save_pretrained(place / name)
+    return {name: str(place / name) for name in repositories}
 
 
 @pytest.fixture
@@ -221,7 +231,7 @@ def test_stage_1_by_the_script_opens_here_and_in_diffusers(monkeypatch, reposito
     settings = settings_of("stage 1")
     assert run_script(monkeypatch, settings) == 0
     pipe = ImagenPipeline.from_pretrained(settings["output_dir"])
-    assert pipe.config.call_defaults == {"num_inference_steps": 100, "guidance_scale": 7.0}
+    assert pipe.config.call_defaults == {"num_inference_steps": 31, "guidance_scale": 7.0}
     assert pipe.config.clean_caption and pipe.config.origin == {"license": "deepfloyd"}
     assert isinstance(pipe.scheduler, EDMAdamsScheduler) and pipe.scheduler.config.thresholding
     assert (pipe.scheduler.config.dynamic_thresholding_ratio, pipe.scheduler.config.sample_max_value) == (0.95, 1.5)
@@ -337,14 +347,10 @@ def test_dreambooth_draws_the_class_with_the_stage(monkeypatch, converted, image
 
 
 def test_a_call_of_a_variance_preserving_stage_has_its_steps(make_config, tmp_path):
-    tiny_runs.run(vars_of(make_config(preconditioning="variance_preserving", max_train_steps=1)))
+    tiny_runs.run(dict(vars(make_config(preconditioning="variance_preserving", max_train_steps=1))))
     assert ImagenPipeline.from_pretrained(tmp_path / "stage").config.call_defaults == {"num_inference_steps": 100}
-    tiny_runs.run(vars_of(make_config(max_train_steps=1, output_dir=tmp_path / "edm")))
+    tiny_runs.run(dict(vars(make_config(max_train_steps=1, output_dir=tmp_path / "edm"))))
     assert ImagenPipeline.from_pretrained(tmp_path / "edm").config.call_defaults is None
-
-
-def vars_of(config: TrainingConfig) -> dict:
-    return dict(vars(config))
 
 
 def test_settings_of_another_objective_do_not_go_on():
@@ -353,6 +359,47 @@ def test_settings_of_another_objective_do_not_go_on():
     )
     assert stage.settings("edm", {})["call_defaults"] == {"num_inference_steps": 7}
     assert stage.settings("discrete", {})["call_defaults"] is None
+
+
+def test_captions_of_a_cache_are_trained_on_alone(settings_of, repositories, tmp_path):
+    """The cache has the states at padded positions, and the empty text, which dropped captions become."""
+    kind = {"keeps_padding": True, "cleans_captions": True}
+    encoder = TextEncoder.from_pretrained(str(repositories["stage 1"]), 77, **kind)
+    cache = str(tmp_path / "cache-77")
+    with CacheWriter(cache, encoder.identity(), "float16") as writer:
+        write_cache(writer, [f"text {i}" for i in range(8)], encoder)
+    given = settings_of("stage 1", text_drop_rate=0.5, output_dir=tmp_path / "cached")
+    cached = trained({**given, "text_encoder": None, "embedding_cache": cache})
+    torch.testing.assert_close(cached.conditioning.no_text, encoder.encode([""]).embeds, atol=2e-3, rtol=0)
+    trained({**given, "output_dir": str(tmp_path / "encoded")})
+    assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "encoded"), rel=1e-3)
+
+
+def test_the_settings_of_a_stage_of_a_cascade_are_found(repositories, settings_of, tmp_path):
+    parts = {}
+    for name, place in zip(("base", "sr256"), repositories.values()):
+        unet = UNet2DConditionModel.from_pretrained(place, subfolder="unet")
+        parts |= {f"{name}_unet": unet_from_deepfloyd(unet), f"{name}_scheduler": schedule(1.5)}
+    origin = {"base": {"license": "deepfloyd"}, "sr256": {"license": "openrail++"}}
+    settings = {"call_defaults": {"sr256": FEW}, "clean_caption": True, "origin": origin}
+    ImagenCascadePipeline(**parts, **settings).save_pretrained(tmp_path / "cascade")
+    base, upscaler = (
+        find_pretrained(TrainingConfig(**settings_of(name, str(tmp_path / "cascade")))) for name in repositories
+    )
+    assert (base.call_defaults, base.origin, base.clean_caption) == (None, origin["base"], True)
+    assert (upscaler.call_defaults, upscaler.origin, upscaler.clean_caption) == (FEW, origin["sr256"], True)
+
+
+def test_a_new_network_is_trained_for_discrete_betas(make_config, tmp_path):
+    config = make_config(
+        preconditioning="discrete", beta_schedule="linear", max_train_steps=1, loss_weighting="min_snr"
+    )
+    tiny_runs.run(dict(vars(config)))
+    scheduler = ImagenPipeline.from_pretrained(tmp_path / "stage").scheduler
+    assert (scheduler.config.preconditioning, scheduler.config.beta_schedule) == ("discrete", "linear")
+    assert scheduler.timestep_to_sigma(torch.tensor([999])).item() == pytest.approx(
+        ((1 - LINEAR.alphas_cumprod[999]) / LINEAR.alphas_cumprod[999]).sqrt().item(), rel=1e-4
+    )
 
 
 # ---- bad input
@@ -418,7 +465,35 @@ def test_a_repository_of_another_kind_is_one_line(
         ({"clean_caption": "yes"}, "`clean_caption` is 'yes', but should be true or false"),
     ],
 )
-def test_an_index_with_other_settings_is_one_line(monkeypatch, capfd, converted, settings_of, settings, message):
-    file = Path(converted["stage 1"]) / "model_index.json"
+def test_an_index_with_other_settings_is_one_line(
+    monkeypatch, capfd, converted, settings_of, tmp_path, settings, message
+):
+    place = shutil.copytree(converted["stage 1"], tmp_path / "other")
+    file = place / "model_index.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
-    refuse(monkeypatch, capfd, settings_of("stage 1", converted["stage 1"]), message)
+    refuse(monkeypatch, capfd, settings_of("stage 1", str(place)), message)
+
+
+@pytest.mark.parametrize("name, targets", [("stage 1", None), ("stage 2", ["add_k_proj", "to_q"])])
+def test_diffusers_loads_the_adapter_that_is_trained(settings_of, repositories, name, targets):
+    more = {} if targets is None else {"lora_target_modules": targets}
+    settings = settings_of(name, rank=2, lora_alpha=6, use_ema=False, learning_rate=1e-2, **more)
+    ours = trained(settings, LoraTrainer, LoraTrainingConfig).unet.eval()
+    theirs = UNet2DConditionModel.from_pretrained(repositories[name], subfolder="unet")
+    second, generator = ours.takes_low_res, torch.Generator().manual_seed(0)
+    sample, low_res = torch.randn(2, 1, 3, ours.resolution, ours.resolution, generator=generator)
+    text, level = torch.randn(1, TOKENS, ours.text_width, generator=generator), torch.tensor([400.0])
+
+    @torch.no_grad()
+    def call() -> torch.Tensor:
+        both = torch.cat([sample, low_res], dim=1) if second else sample
+        return theirs(both, level, text, class_labels=level if second else None).sample
+
+    low = {"low_res_sample": low_res, "low_res_timestep": level} if second else {}
+    with torch.no_grad():
+        expected = ours(sample, level, text, **low).sample
+    assert (expected - call()).abs().max() > 1e-3
+    parts = dict.fromkeys(("tokenizer", "text_encoder", "safety_checker", "feature_extractor", "watermarker"))
+    pipe = IFPipeline(unet=theirs, scheduler=COSINE, **parts, requires_safety_checker=False)
+    pipe.load_lora_weights(settings["output_dir"])
+    torch.testing.assert_close(call(), expected, atol=2e-5, rtol=1e-5)

@@ -1,15 +1,34 @@
-"""Noise conditioning augmentation of a super-resolution model's input, in the EDM form and in that of discrete DDPM.
+"""A super-resolution model's low-resolution image: its upsampling, and noise in it in the EDM and the discrete form.
 
 Ho et al. 2021 (arXiv 2106.15282), section 4.2, and Saharia et al. 2022 (Imagen, arXiv 2205.11487), section 2.4.
 """
 
 import torch
+import torch.nn.functional as F
 
 from . import continuous_ddpm, discrete_ddpm, edm
 
 
 MIN_AUGMENTATION_SIGMA = 0.002  # NeMo's at inference; the conditioning value of 0 would be infinite
 AUGMENTATION_LEVELS = 1000  # of the form of discrete DDPM, with cosine betas
+
+
+def upsample_low_res(low_res: torch.Tensor, size: tuple[int, int], antialias: bool = False) -> torch.Tensor:
+    """The low-resolution image at the size of the sample, by bicubic interpolation; values may overshoot.
+
+    Args:
+        low_res: `(B, C, h, w)`, any floating dtype.
+        size: height and width of the result, in pixels.
+        antialias: whether the kernel is that of `torch.nn.functional.interpolate` with `antialias`, which has the
+            coefficient -0.5, as Pillow's, and not -0.75 even where nothing is reduced.
+
+    Returns:
+        `(B, C, *size)`, in `low_res`'s dtype.
+    """
+    if not antialias:
+        return F.interpolate(low_res, size, mode="bicubic")
+    precise = low_res.to(torch.promote_types(low_res.dtype, torch.float32))  # it has no half precision on a CPU
+    return F.interpolate(precise, size, mode="bicubic", antialias=True).to(low_res.dtype)
 
 
 def augment_low_res(

@@ -14,7 +14,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError, safe_open
 
 from ..utils.errors import describe_fault
-from ..utils.files import HUB_OPTIONS, read_json_object
+from ..utils.files import read_json_object
 
 
 StateDict = dict[str, torch.Tensor]

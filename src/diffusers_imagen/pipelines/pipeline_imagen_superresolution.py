@@ -70,9 +70,9 @@ class ImagenSuperResolutionPipeline(ImagenPipelineMixin, DiffusionPipeline, Imag
         safety_checker: IFSafetyChecker | None = None,
         feature_extractor: BaseImageProcessor | None = None,
         watermarker: IFWatermarker | None = None,
-        call_defaults: dict[str, float] | None = None,
+        call_defaults: dict | None = None,
         clean_caption: bool = False,
-        origin: dict[str, str] | None = None,
+        origin: dict | None = None,
     ):
         super().__init__()
         self.register_modules(

@@ -258,14 +258,15 @@ def open_text(
     Raises:
         ValueError: If they cannot be opened, or the cache has embeddings of another kind.
     """
-    kind = {"keeps_padding": keeps_padding, "cleans_captions": cleans_captions}
-    cache = None
-    if embedding_cache is not None:
-        cache = EmbeddingCache(embedding_cache)
-        cache.check_kind(**kind)
-    encoder = TextEncoder.from_pretrained(text_encoder, max_length, **kind) if text_encoder else None
-    if cache is None:
+    encoder = None
+    if text_encoder:
+        encoder = TextEncoder.from_pretrained(
+            text_encoder, max_length, keeps_padding=keeps_padding, cleans_captions=cleans_captions
+        )
+    if embedding_cache is None:
         return encoder
+    cache = EmbeddingCache(embedding_cache)
+    cache.check_kind(keeps_padding, cleans_captions)
     return cache if encoder is None else CachedTextEncoder(encoder, cache)
 
 

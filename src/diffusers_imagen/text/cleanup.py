@@ -1,24 +1,29 @@
 """Texts as DeepFloyd IF's networks were trained on: without markup, addresses, file names and other refuse of the web."""
 
 import functools
+import re
 import warnings
 
+from diffusers import IFPipeline
 from diffusers.utils import is_bs4_available, is_ftfy_available, logging
 
 
 logger = logging.get_logger(__name__)
 
-# diffusers' expressions take time that grows with the third power of a text's length, at worst: seconds for this one.
-# IF reads 77 tokens, so that what is beyond is read only where nearly all that comes before it is removed.
+CLEANER = object.__new__(IFPipeline)  # without components, for its method
+
+# The time of diffusers' expressions grows with the square of a text's length, and with the third power of a number's. IF
+# reads 77 tokens: what is beyond this length is read only where nearly all that comes before it is removed.
 MAX_CLEANED = 2000
+LONG_NUMBER = re.compile(r"[\d.]{200}")
 
 
 def clean_captions(texts: list[str]) -> list[str]:
     """Texts as diffusers' `IFPipeline` encodes them with `clean_caption=True`; its own method does the work.
 
     That needs the packages beautifulsoup4 and ftfy. Without them, texts are in lower case and stripped, as in
-    `IFPipeline`; so is a text whose markup beautifulsoup4 rejects, which is an error there. The first 2000 characters of
-    a text are cleaned, the rest is dropped.
+    `IFPipeline`; so is a text whose markup beautifulsoup4 rejects, which is an error there, or with a number of 200 digits,
+    which takes minutes there. The first 2000 characters of a text are cleaned, the rest is dropped.
     """
     if not (is_bs4_available() and is_ftfy_available()):
         warn_of_missing_packages()
@@ -31,8 +36,10 @@ def clean_captions(texts: list[str]) -> list[str]:
 def clean_caption(text: str) -> str:
     """A single text, cleaned."""
     text = text[:MAX_CLEANED]
+    if LONG_NUMBER.search(text):
+        return plain_caption(text)
     try:
-        return preprocessor()([text], clean_caption=True)[0]
+        return CLEANER._text_preprocessing([text], clean_caption=True)[0]
     except Exception:  # of several kinds, for markup such as "<!["
         return plain_caption(text)
 
@@ -40,14 +47,6 @@ def clean_caption(text: str) -> str:
 def plain_caption(text: str) -> str:
     """The form of a text that needs no packages."""
     return text.lower().strip()
-
-
-@functools.cache
-def preprocessor():
-    """The method of diffusers that cleans texts, of a pipeline without components."""
-    from diffusers import IFPipeline  # here, because it takes a while to import
-
-    return object.__new__(IFPipeline)._text_preprocessing
 
 
 @functools.cache

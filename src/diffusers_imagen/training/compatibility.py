@@ -14,7 +14,7 @@ from ..utils.arguments import shown
 from ..utils.errors import one_line
 from .config import TrainingConfig
 from .devices import is_spread
-from .pretrained import read_scheduler
+from .pretrained_stage import read_scheduler
 
 
 def check_network(config: TrainingConfig, unet: StageNetwork, with_text: bool) -> None:

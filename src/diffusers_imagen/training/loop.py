@@ -32,7 +32,7 @@ from .objective.objectives import make_objective
 from .objective.step_draws import StepDraws
 from .optimization import clip_gradients, learning_rates, make_optimizer, step_if_finite, trainable
 from .output_folder import OutputFolder
-from .pretrained import find_pretrained
+from .pretrained_stage import find_pretrained
 from .run_identity import TEXT_ENCODER, describe_run, in_json
 from .sampling import StagePipeline, draw_samples, read_prompts, show_samples, stage_pipeline
 from .states import NetworkState, OptimizerState
@@ -416,7 +416,9 @@ class Trainer:
 
     def pipeline(self, unet: StageNetwork) -> StagePipeline:
         """What draws with the network, as the exported stage does."""
-        settings = self.pretrained.settings(self.config.preconditioning, self.objective.sampling)
+        settings = self.pretrained.settings(
+            self.config.preconditioning, self.objective.sampling, self.unet.takes_low_res
+        )
         return stage_pipeline(unet, self.objective.scheduler(), self.config, settings)
 
     def save_snapshots(self, done: int) -> None:

@@ -9,25 +9,15 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..models.unet_base import ConditionalUNet
+from ..pipelines import deepfloyd_repository
 from ..pipelines.origin import check_origin
-from ..pipelines.stage_table import BASE
+from ..pipelines.stage_table import BASE, MOST_STEPS
 from ..schedulers import EDMHeunScheduler
 from ..schedulers.foreign_configs import is_discrete
 from ..utils.arguments import bad_argument
 from ..utils.files import read_json_object
 from .config import TrainingConfig
 from .network import THEIR_NETWORK, find_network, load_index
-
-
-# What diffusers' pipelines of DeepFloyd IF are called with where a call does not say, by `class_embed_type` of the
-# network: stage I, and stage II, whose image is diffused at index 250, a sigma of 0.4268. Captions are cleaned up, and
-# cut or padded to so many tokens.
-IF_DEFAULTS: dict[str | None, dict[str, float]] = {
-    None: {"num_inference_steps": 100, "guidance_scale": 7.0},
-    "timestep": {"num_inference_steps": 50, "guidance_scale": 4.0, "low_res_noise_level": 0.4268},
-}
-IF_TOKENS = 77
-IF_LICENSE = "deepfloyd"
 
 
 class PretrainedStage(NamedTuple):
@@ -50,13 +40,17 @@ class PretrainedStage(NamedTuple):
         """The scheduler's configuration, if the network is trained further for the same discrete noise levels."""
         return self.scheduler if self.preconditioning == preconditioning == "discrete" else None
 
-    def settings(self, preconditioning: str, sampling: dict[str, Any]) -> dict[str, Any]:
+    def settings(self, preconditioning: str, sampling: dict[str, Any], upscales: bool) -> dict[str, Any]:
         """The settings of a pipeline with what is trained of this stage; `sampling` is the objective's.
 
-        A network that is trained for something else is called otherwise.
+        A network that is trained for something else is called otherwise, and one of discrete noise levels with the solver
+        that takes the place of its ancestral sampler.
         """
         own = self.call_defaults if self.preconditioning == preconditioning else None
         call_defaults = {**sampling, **(own or {})} or None
+        if call_defaults is not None and "num_inference_steps" in call_defaults and preconditioning == "discrete":
+            most = MOST_STEPS["adams"][upscales]
+            call_defaults["num_inference_steps"] = min(call_defaults["num_inference_steps"], most)
         return {"call_defaults": call_defaults, "clean_caption": self.clean_caption, "origin": self.origin}
 
 
@@ -72,9 +66,9 @@ def find_pretrained(config: TrainingConfig) -> PretrainedStage:
     scheduler, index = read_scheduler(config), load_index(place)
     network = load_network_config(place, subfolder)
     if network.get("_class_name") == THEIR_NETWORK:
-        origin = {"license": IF_LICENSE, **base_model(place, index)}
-        defaults = IF_DEFAULTS.get(network.get("class_embed_type"))
-        return PretrainedStage(scheduler, defaults, True, origin, IF_TOKENS)
+        origin = {"license": deepfloyd_repository.LICENSE, **base_model(place, index)}
+        defaults = deepfloyd_repository.call_defaults(network.get("class_embed_type") is not None)
+        return PretrainedStage(scheduler, defaults, True, origin, deepfloyd_repository.MAX_TOKENS)
     try:
         return PretrainedStage(scheduler, *read_settings(index, subfolder.removesuffix("_unet")))
     except ValueError as error:
