@@ -19,7 +19,7 @@ from diffusers_imagen.conversion.deepfloyd import unet_from_deepfloyd
 from diffusers_imagen.diffusion.continuous_ddpm import log_snr_to_sigma
 from diffusers_imagen.diffusion.discrete_ddpm import trained_log_snrs
 from diffusers_imagen.pipelines.content_filter import finish_images
-from diffusers_imagen.pipelines.folder_checks import check_pipeline_folder
+from diffusers_imagen.pipelines.folder_checks import check_encoder, check_pipeline_folder
 from diffusers_imagen.pipelines.inputs import per_image_generators
 
 
@@ -200,9 +200,10 @@ def test_the_watermark_has_the_size_of_the_stage(ours, tensors, drawn):
         marked = ours.watermarker.apply_watermark([picture.copy() for picture in pictures], resolution)
         assert np.array_equal(pixels(finished.images[resolution]), pixels(marked))
         assert not np.array_equal(pixels(pictures), pixels(marked))
-    larger = {16: tensors[64]}  # drawn by a network of 16 px
-    marked = ours.watermarker.apply_watermark([picture.copy() for picture in drawn[64]], 16)
-    assert np.array_equal(pixels(finish_images(ours, larger, "pil").images[16]), pixels(marked))
+    for resolution, size in ((16, 64), (64, 32)):  # pictures of another size than the network's
+        marked = ours.watermarker.apply_watermark([picture.copy() for picture in drawn[size]], resolution)
+        found = finish_images(ours, {resolution: tensors[size]}, "pil").images[resolution]
+        assert np.array_equal(pixels(found), pixels(marked))
 
 
 def test_no_watermark_where_it_is_below_a_pixel(base_pipeline, run):
@@ -273,6 +274,15 @@ def test_round_trip(ours, tensors, tmp_path):
     assert left_out.safety_checker is None and left_out.watermarker is None
     assert finish_images(left_out, tensors, "pil")[1:] == (None, None)
     assert check_pipeline_folder(tmp_path, ("ImagenCascadePipeline",))["watermarker"] is IFWatermarker
+
+
+def test_a_folder_with_more_layers_than_anybody_waits_for_is_refused(tmp_path):
+    ours = filter_parts()["safety_checker"]
+    config = json.loads(ours.config.to_json_string(use_diff=False))
+    check_encoder(tmp_path, config)
+    config["vision_config"]["num_hidden_layers"] = 10**6
+    with pytest.raises(ValueError, match="has `num_hidden_layers` 1000000, but 1000 layers are the most"):
+        check_encoder(tmp_path, config)
 
 
 BAD = {
