@@ -2,10 +2,7 @@
 of the Hub once, when it is imported, and a reader begins with an empty cache."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import hub_server
@@ -13,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from hub_client import Client
 from PIL import Image
 
 from diffusers_imagen import ImagenPipeline
@@ -43,30 +41,6 @@ torch.save(unet.state_dict(), "unet.pt")
 info = model_info("user/cascade")
 print(json.dumps([list_repo_files("user/cascade"), info.library_name, info.pipeline_tag, info.tags]))
 """
-
-
-class Client:
-    """Runs Python with an empty cache of its own, in a folder of its own."""
-
-    def __init__(self, url: str, folder: Path):
-        self.url, self.folder, self.runs = url, folder, 0
-
-    def run(self, code: str) -> str:
-        self.runs += 1
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-        environment |= {
-            "HF_ENDPOINT": self.url,
-            "HF_HOME": str(self.folder / f"home-{self.runs}"),
-            "HF_TOKEN": hub_server.TOKEN,
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "PYTHONPATH": os.pathsep.join(sys.path),
-        }
-        result = subprocess.run(
-            [sys.executable, "-c", code], cwd=self.folder, env=environment, capture_output=True, text=True
-        )
-        assert result.returncode == 0, result.stderr
-        return result.stdout
 
 
 @pytest.fixture
@@ -195,9 +169,9 @@ from diffusers_imagen import ImagenCascadePipeline
 
 options = {"token": TOKEN, "revision": "first", "cache_dir": "cache"}
 for number, source in enumerate(("user/folder", "user/pipeline")):
-    text_encoder = "user/folder" if number == 0 else None
+    text = {"text_encoder": "user/folder"} if number == 0 else {}
     for more in ({}, {"local_files_only": True}):
-        pipe = ImagenCascadePipeline.from_stages(source, text_encoder=text_encoder, **options, **more)
+        pipe = ImagenCascadePipeline.from_stages(source, **text, **options, **more)
     generator = torch.Generator().manual_seed(0)
     numpy.save(str(number), pipe("a red apple", num_inference_steps=2, generator=generator, output_type="np").images)
 try:

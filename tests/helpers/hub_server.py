@@ -31,6 +31,7 @@ class Hub(ThreadingHTTPServer):
         self.large: dict[str, bytes] = {}  # by SHA-256
         self.unknown: list[str] = []
         self.private = False  # whether reading needs the token, too
+        self.gated: set[str] = set()  # repositories whose files need the token, while their list is for everybody
         self.requests: list[str] = []
 
     def fill(self, repo: str, *commits: dict[str, bytes]) -> None:
@@ -192,6 +193,8 @@ class Handler(BaseHTTPRequestHandler):
     def resolve(self, repo: str, revision: str, path: str) -> None:
         files = self.files(repo, revision)
         headers = {"X-Repo-Commit": self.sha(repo, revision)}
+        if repo in self.server.gated and self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            raise Problem(403 if self.headers.get("Authorization") else 401, "GatedRepo")
         if path not in files:
             raise Problem(404, "EntryNotFound")
         content = files[path]

@@ -6,6 +6,7 @@ more than small files and the headers of large ones are read.
 
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -217,9 +218,12 @@ def check_encoder(folder: Path, config: dict[str, Any]) -> None:
 
 
 def check_pipeline_folder(
-    folder: str | os.PathLike, class_names: tuple[str, ...], variant: str | None = None
+    folder: str | os.PathLike,
+    class_names: tuple[str, ...],
+    variant: str | None = None,
+    left_out: Collection[str] = (),
 ) -> dict[str, Any]:
-    """The classes of a pipeline's components, by name.
+    """The classes of a pipeline's components, by name, without those that are left out.
 
     Raises:
         ValueError: For a folder that holds no pipeline of these classes, or whose files do not fit together, as far as
@@ -229,6 +233,7 @@ def check_pipeline_folder(
     if not (folder / INDEX).is_file():
         raise ValueError(f"a folder without a {INDEX}: it holds no pipeline.")
     classes = check_index(read_config(folder / INDEX), class_names)
+    classes = {name: component_class for name, component_class in classes.items() if name not in left_out}
     for name, component_class in classes.items():
         check_component(folder, name, component_class, variant)
     return classes

@@ -9,30 +9,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from diffusers import AutoModel, DiffusionPipeline, SchedulerMixin
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from diffusers import DiffusionPipeline
+from huggingface_hub import constants, hf_hub_download, snapshot_download
+from huggingface_hub.errors import GatedRepoError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers import AutoModelForTextEncoding, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForTextEncoding, AutoTokenizer
 
 from ..loaders.lora_files import HUB_OPTIONS
-from ..models.interface import StageNetwork
-from ..schedulers import EDMHeunScheduler
 from ..text.completeness import refuse_random_weights
 from ..utils.arguments import shown
 from ..utils.errors import is_out_of_memory, one_line
-from ..utils.modules import quiet_transformers, unwrapped
+from ..utils.modules import quiet_transformers
 from .folder_checks import (
-    CONFIGS,
     INDEX,
-    check_component,
+    KINDS,
     check_encoder,
     check_index,
     check_pipeline_folder,
-    find_class,
     read_config,
 )
-from .stages import StageSource
 
 
 DOWNLOAD_OPTIONS = ("variant", "use_safetensors")  # which of a repository's files are loaded
@@ -72,7 +67,7 @@ def loading(name: str, source: str | os.PathLike) -> Iterator[None]:
             raise
         if isinstance(error, ValueError) and str(error).startswith(f"`{name}` is "):
             raise
-        reason = one_line(error)
+        reason = refusal_of_hub(error, str(source)) or one_line(error)
         if not isinstance(error, (ValueError, OSError)):
             reason = f"{type(error).__name__}: {reason}"
         if len(reason) > 400:
@@ -80,19 +75,41 @@ def loading(name: str, source: str | os.PathLike) -> Iterator[None]:
         raise ValueError(f"`{name}` is '{source}', which cannot be loaded: {reason}") from error
 
 
+def refusal_of_hub(error: BaseException, source: str) -> str | None:
+    """What to do where the Hub gives a repository to nobody who has no access; None for any other error."""
+    cause: BaseException | None = error
+    while cause is not None:
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        page = f"{constants.ENDPOINT}/{source}"
+        if isinstance(cause, GatedRepoError):
+            return (
+                f"the repository is gated ({status}): accept its licence on {page}, and log in with `hf auth login` or "
+                "give `token`."
+            )
+        if status in (401, 403):
+            return (
+                f"the Hub refuses it ({status}): if {page} exists, accept its licence there, and log in with `hf auth "
+                "login` or give `token`."
+            )
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
 def check_source(name: str, source: str | os.PathLike) -> None:
     """Raises ValueError for what is neither a folder nor the id of a repository, before anything is asked of the Hub."""
-    if os.path.isdir(source):
-        return
-    try:
-        is_id = isinstance(source, str) and source.count("/") == 1
-        validate_repo_id(str(source))
-    except HFValidationError:
-        is_id = False
-    if not is_id:
+    if not os.path.isdir(source) and not is_hub_id(source):
         raise ValueError(
             f"`{name}` is {shown(str(source))}, which is neither a folder nor a Hub id like 'name/repository'."
         )
+
+
+def is_hub_id(source: Any) -> bool:
+    """Whether a value may be the id of a repository, and is nothing that exists in the file system."""
+    try:
+        validate_repo_id(str(source))
+    except HFValidationError:
+        return False
+    return isinstance(source, str) and source.count("/") == 1 and not os.path.exists(source)
 
 
 def load_pipeline_folder(
@@ -110,11 +127,12 @@ def load_pipeline_folder(
         ValueError: If it holds no such pipeline, or a component cannot be loaded; names the component.
     """
     hub, networks = split_options(kwargs)
+    left_out = [name for name, value in networks.items() if name in KINDS and value is None]  # not downloaded
     if not os.path.isdir(source):
         check_index(read_config(download_index(source, hub)), class_names)
         chosen = {name: networks[name] for name in DOWNLOAD_OPTIONS if name in networks}
-        source = DiffusionPipeline.download(source, **hub, **chosen)
-    classes = check_pipeline_folder(source, class_names, networks.get("variant"))
+        source = DiffusionPipeline.download(source, **hub, **chosen, **dict.fromkeys(left_out))
+    classes = check_pipeline_folder(source, class_names, networks.get("variant"), left_out)
     try:
         with quiet_transformers():
             return pipeline_class.from_pretrained(source, **networks)
@@ -131,101 +149,19 @@ def download_index(source: str, hub: dict[str, Any]) -> str:
     return hf_hub_download(source, INDEX, **given(hub))
 
 
+def small_files(source: str, hub: dict[str, Any]) -> Path:
+    """A folder with all JSON files of a folder or repository, of which those are downloaded and no weights."""
+    if os.path.isdir(source):
+        return Path(source)
+    return Path(snapshot_download(source, allow_patterns="*.json", **given(hub)))
+
+
 def given(hub: dict[str, Any]) -> dict[str, Any]:
     """The options that huggingface_hub takes: it has no proxies but those of the environment."""
     return {name: value for name, value in hub.items() if name != "proxies" and value is not None}
 
 
-# ---- loading
-
-
-def load_stage(name: str, source: StageSource, **kwargs) -> dict[str, Any]:
-    """The components of a stage: `unet`, `scheduler`, and of a folder or pipeline its `scale_factor` and text parts.
-
-    Args:
-        name: The argument that named it, for the message.
-        source: A single-stage pipeline, the pair of its network and scheduler, or the folder or Hub id of either a
-            single-stage pipeline or of `unet/` and `scheduler/` alone.
-        kwargs: For diffusers' `from_pretrained`, such as `dtype`, `variant`, `token` or `revision`.
-
-    Raises:
-        ValueError: If it is none of these.
-    """
-    check_stage_source(name, source)
-    if isinstance(source, DiffusionPipeline):
-        return parts_of(source)
-    if isinstance(source, (str, os.PathLike)):
-        with loading(name, source):
-            return load_folder(str(source), **kwargs)
-    return {"unet": source[0], "scheduler": source[1]}
-
-
-def parts_of(pipe: DiffusionPipeline) -> dict[str, Any]:
-    """The components of a single-stage pipeline, and by how much it enlarges images."""
-    return {**pipe.components, "scale_factor": pipe.config.get("scale_factor")}
-
-
-def check_stage_source(name: str, source: Any) -> None:
-    """Raises ValueError for what is no stage, as far as can be said before anything is loaded."""
-    if isinstance(source, (str, os.PathLike)):
-        check_source(name, source)
-        folder = Path(source)
-        if folder.is_dir() and not (folder / INDEX).is_file() and not (folder / "unet" / "config.json").is_file():
-            raise ValueError(f"`{name}` is '{source}', a folder with neither a {INDEX} nor a network in unet/.")
-        return
-    pair = source
-    if isinstance(source, DiffusionPipeline):
-        pair = source.components.get("unet"), source.components.get("scheduler")
-    unet, scheduler = pair if isinstance(pair, (tuple, list)) and len(pair) == 2 else (None, None)
-    if not isinstance(unwrapped(unet), StageNetwork) or not isinstance(scheduler, SchedulerMixin):
-        raise ValueError(
-            f"`{name}` is {shown(source)}, but should be a folder, a Hub id, a single-stage pipeline, or a network and "
-            "its scheduler."
-        )
-
-
-def check_text_parts(text_encoder: Any, tokenizer: Any) -> None:
-    """Raises ValueError for what is no text encoder or no tokenizer, before anything is loaded."""
-    if isinstance(text_encoder, (str, os.PathLike)):
-        check_source("text_encoder", text_encoder)
-    elif text_encoder is not None and not isinstance(unwrapped(text_encoder), PreTrainedModel):
-        raise ValueError(f"`text_encoder` is {shown(text_encoder)}, but should be a model, a folder or a Hub id.")
-    if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise ValueError(f"`tokenizer` is {shown(tokenizer)}, but should be a tokenizer of transformers.")
-
-
-def load_folder(source: str, **kwargs) -> dict[str, Any]:
-    """The components in a folder or Hub repository: of its pipeline, or else of `unet/` and `scheduler/`."""
-    hub, networks = split_options(kwargs)
-    if has_index(source, hub):
-        return parts_of(load_pipeline_folder(DiffusionPipeline, source, SINGLE_STAGES, **kwargs))
-    for name in ("text_encoder", "tokenizer"):  # which only a pipeline has
-        networks.pop(name, None)
-    if os.path.isdir(source):
-        config = read_config(Path(source, "scheduler", CONFIGS["scheduler"]))
-    else:
-        config = EDMHeunScheduler.load_config(source, subfolder="scheduler", **hub)  # of any scheduler
-    scheduler_class = find_class("scheduler", ["diffusers", config.get("_class_name")], SchedulerMixin)
-    if os.path.isdir(source):
-        config = read_config(Path(source, "unet", "config.json"))
-        unet_class = find_class("unet", ["diffusers", config.get("_class_name")], StageNetwork)
-        check_component(Path(source), "unet", unet_class, networks.get("variant"))
-    parts = {
-        "unet": AutoModel.from_pretrained(source, subfolder="unet", trust_remote_code=False, **hub, **networks),
-        "scheduler": scheduler_class.from_pretrained(source, subfolder="scheduler", **hub),
-    }
-    check_stage_source("stage", tuple(parts.values()))
-    return parts
-
-
-def has_index(source: str, hub: dict[str, Any]) -> bool:
-    """Whether a folder or repository is of a whole pipeline."""
-    if os.path.isdir(source):
-        return os.path.isfile(os.path.join(source, INDEX))
-    try:
-        return bool(download_index(source, hub))
-    except EntryNotFoundError:
-        return False
+# ---- text
 
 
 def load_text_parts(source: str, **kwargs) -> dict[str, Any]:
@@ -236,6 +172,9 @@ def load_text_parts(source: str, **kwargs) -> dict[str, Any]:
     """
     check_source("text_encoder", source)
     hub, networks = split_options(kwargs)
+    quantization = networks.pop("quantization_config", None)
+    if quantization is not None:  # of a pipeline
+        networks["quantization_config"] = quantization._resolve_quant_config(False, "text_encoder")
     with loading("text_encoder", source), quiet_transformers():
         if os.path.isdir(source):
             folder = Path(source, "text_encoder")

@@ -1,6 +1,5 @@
 """ImagenCascadePipeline: from a prompt to a picture. `runner.py` does what a call says; read it next, from its top."""
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -14,13 +13,13 @@ from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenize
 from ..loaders import ImagenLoraLoaderMixin
 from ..utils.arguments import is_integer, shown
 from .call_arguments import CallArguments, PerStage
-from .folders import check_stage_source, check_text_parts, load_stage, load_text_parts, split_options
 from .image_inputs import ImageInput
 from .origin import check_origins
 from .pipeline_mixin import ImagenPipelineMixin
 from .pipeline_output import ImagenPipelineOutput
 from .runner import Runner
-from .stage_table import BASE, SAFETY_PARTS, STAGES, StageKind, check_stage_names
+from .stage_loading import load_stages
+from .stage_table import BASE, SAFETY_PARTS, STAGES, check_stage_names
 from .stages import Stage, StageSource, UNet, check_factors, check_stages, refuse_untrained
 
 
@@ -120,8 +119,6 @@ class ImagenCascadePipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLo
         cls,
         base: StageSource,
         *upscalers: StageSource | None,
-        text_encoder: PreTrainedModel | str | os.PathLike | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ) -> "ImagenCascadePipeline":
         r"""
@@ -129,14 +126,19 @@ class ImagenCascadePipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLo
 
         Args:
             base (`str`, [`DiffusionPipeline`] or `tuple`):
-                The base stage: the folder that training wrote, a Hub id, an [`ImagenPipeline`], or the pair of a
-                network and its scheduler.
+                The base stage: the folder that training wrote, a Hub id, an [`ImagenPipeline`], the pair of a network and
+                its scheduler, or one of DeepFloyd IF: its folder, Hub id or loaded `IFPipeline`.
             upscalers (the same, *optional*):
                 The super-resolution stages, in order; or by name: `sr256`, `sr1024`.
             text_encoder ([`~transformers.PreTrainedModel`], `str` or `os.PathLike`, *optional*):
-                The text encoder, or a folder or Hub id with `text_encoder/` and `tokenizer/`; by default that of
-                `base`, if it has one.
+                The text encoder, or a folder or Hub id with `text_encoder/` and `tokenizer/`. If not given, that of
+                `base`; None leaves it out, and the tokenizer with it.
             tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Its tokenizer.
+            safety_checker, feature_extractor, watermarker (*optional*):
+                What looks at finished images. If not given, those of the first stage that has them; None leaves one
+                out. What is left out is not downloaded.
+            quantization_config (`PipelineQuantizationConfig` or a configuration of transformers', *optional*):
+                Of the text encoder, which alone is quantized.
             kwargs: For `from_pretrained` of what is loaded: `dtype`, `variant` and the like for networks, and
                 `token`, `revision`, `cache_dir`, `local_files_only` and `force_download` for every file.
 
@@ -151,27 +153,21 @@ class ImagenCascadePipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLo
             raise ValueError(f"`{kind.name}` is given by name, but `upscalers` has it too.")
         sources |= named
         sources = {kind: source for kind, source in sources.items() if kind is BASE or source is not None}
-        split_options(kwargs)
-        for kind, source in sources.items():  # before the first is loaded
-            check_stage_source(kind.name, source)
-        check_text_parts(text_encoder, tokenizer)
-        components: dict[str, Any] = {}
-        factors: dict[StageKind, int | None] = {}
-        for kind, source in sources.items():
-            # all stages read the text of one encoder, that of the base stage if no other is given
-            own_text = {} if kind is BASE else {"text_encoder": None, "tokenizer": None}
-            parts = load_stage(kind.name, source, **own_text, **kwargs)
-            components |= {kind.unet: parts["unet"], kind.scheduler: parts["scheduler"]}
-            factors[kind] = parts.get("scale_factor")
-            if kind is BASE:
-                components |= {name: parts.get(name) for name in ("text_encoder", "tokenizer")}
-                components[GUIDE] = parts.get("guidance_unet")
-        if isinstance(text_encoder, (str, os.PathLike)):
-            components |= load_text_parts(str(text_encoder), **kwargs)
-        elif text_encoder is not None:
-            components["text_encoder"] = text_encoder
-        if tokenizer is not None:
-            components["tokenizer"] = tokenizer
+        parts, components = load_stages(
+            {kind.name: source for kind, source in sources.items()},
+            {kind.name: kind.takes_low_res for kind in sources},
+            kwargs,
+        )
+        for kind in sources:
+            components |= {kind.unet: parts[kind.name]["unet"], kind.scheduler: parts[kind.name]["scheduler"]}
+        for setting in ("call_defaults", "origin"):
+            values = {name: of_stage[setting] for name, of_stage in parts.items() if of_stage.get(setting) is not None}
+            components[setting] = values or None
+        components[GUIDE] = parts[BASE.name].get("guidance_unet")
+        components["clean_caption"] = bool(
+            parts[BASE.name].get("clean_caption")
+        )  # as the text encoder is that of base
+        factors = {kind: parts[kind.name].get("scale_factor") for kind in sources}
         pipe = cls(**components)
         check_stages(pipe.stages, pipe.text_width)
         check_factors(pipe.stages, factors)

@@ -1,6 +1,8 @@
 """What the pipelines share besides the runner of a call: memory, progress bars, the text of a prompt."""
 
+import inspect
 import io
+import os
 import threading
 from typing import Any
 
@@ -14,11 +16,14 @@ from ..text.source import TextSource
 from ..utils.arguments import as_integer, shown
 from . import inputs
 from .content_filter import check_filter
+from .deepfloyd_repository import find_pipeline
+from .folder_checks import SETTINGS
 from .model_card import ModelCardMixin
 from .origin import check_origin, list_origins, unfiltered_warning
 from .prompts import PROMPT_EMBEDS, Prompts
-from .stage_table import BASE, NETWORKS, SAFETY_PARTS
-from .stages import check_components
+from .stage_loading import load_stages
+from .stage_table import BASE, NETWORKS, SAFETY_PARTS, TEXT_PARTS
+from .stages import StageSource, check_components, check_stages, refuse_untrained
 from .tiling import Tiling
 
 
@@ -44,6 +49,46 @@ class ImagenPipelineMixin(ModelCardMixin):
     _num_timesteps = 0
     _guidance_scale = 1.0
     _interrupt = False
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+        """
+        As diffusers' `from_pretrained`; opens the folder or repository of a pipeline of DeepFloyd IF too, as `from_stage`
+        does.
+        """
+        source, options = find_pipeline(pretrained_model_name_or_path, kwargs)
+        if source is not None:
+            return cls.from_stage(source, **options)
+        return super().from_pretrained(pretrained_model_name_or_path, **options)  # type: ignore[misc]  # DiffusionPipeline
+
+    @classmethod
+    def from_stage(cls, source: StageSource, **kwargs: Any) -> Any:
+        r"""
+        Opens one stage, from wherever it is.
+
+        Args:
+            source (`str`, [`DiffusionPipeline`] or `tuple`):
+                The folder that training wrote, a Hub id, a single-stage pipeline, the pair of a network and its scheduler,
+                or a stage of DeepFloyd IF: its folder, Hub id or loaded pipeline of diffusers.
+            kwargs:
+                As [`ImagenCascadePipeline.from_stages`] has them: `text_encoder`, `tokenizer`, `safety_checker`,
+                `feature_extractor`, `watermarker`, `quantization_config`, `dtype`, `variant`, `token`, `revision` and the
+                like; and settings of the pipeline itself, such as `scale_factor`.
+
+        Raises:
+            ValueError: If the source is no stage of the pipeline's kind, was never trained or lacks weights.
+        """
+        names = inspect.signature(cls.__init__).parameters
+        if "unet" not in names:
+            raise ValueError(f"`source` is {shown(source)}, one stage; {cls.__name__}.from_stages composes them.")
+        settings = {name: kwargs.pop(name) for name in SETTINGS if name in names and name in kwargs}
+        upscales = "scale_factor" in names
+        parts, shared = load_stages({"source": source}, {"source": upscales}, kwargs)
+        own = {name: value for name, value in parts["source"].items() if name in names and value is not None}
+        pipe = cls(**{**own, **dict.fromkeys(TEXT_PARTS + SAFETY_PARTS), **shared, **settings})
+        check_stages(pipe.stages, pipe.text_width)
+        refuse_untrained(pipe.stages)
+        return pipe
 
     def register_modules(self, **components) -> None:
         """As diffusers' `register_modules`, which gets every component; refuses those that lack weights or others."""

@@ -70,6 +70,7 @@ STAGES = (
 BASE = STAGES[0]
 # the networks of the pipelines of a single stage, and of a cascade
 NETWORKS = ("unet", *(kind.unet for kind in STAGES))
+TEXT_PARTS = ("tokenizer", "text_encoder")  # components of all pipelines that read texts
 # components of all pipelines that look at finished images, which come with DeepFloyd IF's weights
 SAFETY_PARTS = ("safety_checker", "feature_extractor", "watermarker")
 
