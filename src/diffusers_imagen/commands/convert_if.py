@@ -37,7 +37,7 @@ def add_parser(commands) -> None:
         "--model of the other commands, for from_pretrained, and to train further. All weights of the result are in "
         "memory at once. For repositories that need a login, run `hf auth login` first.",
     )
-    add_stage_arguments(command, "folder or Hub id of the base stage, such as DeepFloyd/IF-I-M-v1.0")
+    add_stage_arguments(command, "folder or Hub id of the base stage, such as DeepFloyd/IF-I-M-v1.0", ", or none")
     command.add_argument(
         "--dtype",
         choices=DTYPES,

@@ -58,7 +58,7 @@ def add_model_arguments(command: Parser) -> None:
     )
 
 
-def add_stage_arguments(command: Parser, model_help: str) -> None:
+def add_stage_arguments(command: Parser, model_help: str, or_none: str = "") -> None:
     """Which stages and which text encoder, and which of their files."""
     command.add_argument("--model", help=model_help)
     for kind in STAGES:
@@ -68,7 +68,8 @@ def add_stage_arguments(command: Parser, model_help: str) -> None:
                 help=f"folder or Hub id of the stage to {kind.resolution} px, where --model is a stage",
             )
     command.add_argument(
-        "--text-encoder", help="folder or Hub id with text_encoder/ and tokenizer/; default: the one of the model"
+        "--text-encoder",
+        help=f"folder or Hub id with text_encoder/ and tokenizer/{or_none}; default: the one of the model",
     )
     command.add_argument("--variant", help="of the files of weights, such as fp16")
 
