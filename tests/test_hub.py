@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from deepfloyd_repository import stage_2, write_repository
 from hub_client import Client
 from PIL import Image
 
 from diffusers_imagen import ImagenPipeline
+from diffusers_imagen.conversion.deepfloyd import unet_from_deepfloyd
 
 
 PUSH = """
@@ -201,3 +203,29 @@ def test_a_stage_is_read_with_the_token_and_of_the_revision_that_were_given(hub,
     commits = {hub_server.commit_sha(f"user/{name}", 0) for name in ("pipeline", "folder")}
     assert {path.partition("/")[0] for path in resolved} - {"main"} <= {"first", *commits}
     assert {path for path in resolved if path.startswith("main")} <= {"main/model_index.json"}  # refused: no token
+
+
+TRAIN = """
+import torch
+from diffusers_imagen.training import TrainingConfig
+from diffusers_imagen.training.network import make_unet
+from diffusers_imagen.training.pretrained_stage import find_pretrained
+
+sizes = {"resolution": 32, "low_resolution": 16}
+config = TrainingConfig(pretrained_model_name_or_path="user/if-ii", preconditioning="discrete", **sizes)
+stage = find_pretrained(config)
+assert stage.origin == {"base_model": "user/if-ii", "license": "deepfloyd"}, stage
+assert stage.scheduler["sample_max_value"] == 1.0 and stage.max_length == 77
+torch.save(make_unet(config).state_dict(), "unet.pt")
+"""
+
+
+def test_a_repository_of_deepfloyd_if_is_trained_further(hub, client, tmp_path):
+    """Nothing is downloaded but the network and small files."""
+    pipe = stage_2(safety_checker=None, feature_extractor=None, watermarker=None)
+    hub.fill("user/if-ii", files_below(write_repository(pipe, tmp_path / "if-ii")))
+    client.run(TRAIN)
+    ours = unet_from_deepfloyd(pipe.unet).state_dict()
+    found = torch.load(tmp_path / "unet.pt")
+    assert found.keys() == ours.keys() and all(torch.equal(found[name], ours[name]) for name in ours)
+    assert not any("text_encoder" in request for request in hub.requests)

@@ -32,7 +32,8 @@ for command in commands:
 def commands_of_the_page() -> list[list[str]]:
     """Its lines for the command line, each as a list of arguments; pictures with few steps."""
     blocks = re.findall(r"^```bash\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.M | re.S)
-    lines = [shlex.split(line, comments=True)[1:] for block in blocks for line in block.splitlines() if line]
+    lines = [line for block in blocks for line in block.splitlines() if line.startswith("diffusers-imagen ")]
+    lines = [shlex.split(line, comments=True)[1:] for line in lines]
     commands = [line for line in lines if line[0] in ("generate", "upscale", "convert-if", "export-if")]
     return [line + ["--steps", "2"] * (line[0] in ("generate", "upscale")) for line in commands]
 

@@ -10,6 +10,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from filter_parts import filter_parts, flag_above
 from PIL import Image
 
 
@@ -47,6 +48,21 @@ def test_each_stage_appears_with_the_first_call_of_the_next(cascade):
     for resolution in (16, 32):
         assert_same(progress[-1].stage_images[resolution], images[resolution])
     assert_same(progress[-2].stage_images[16], images[16])
+
+
+def test_earlier_stages_are_filtered_too(cascade):
+    arguments = {"num_inference_steps": [2, 1], "num_images_per_prompt": 2}
+    plain = expected(cascade, **arguments)
+    cascade.register_modules(**filter_parts())
+    flag_above(cascade, plain[16], "p_head", 1)
+    flag_above(cascade, plain[16], "w_head", 0)
+    generator = torch.Generator().manual_seed(3)
+    progress = list(webdemo.draw(cascade, "a red apple", generator=generator, **arguments))
+    shown = [np.asarray(image) for image in progress[-2].stage_images[16]]
+    assert list(progress[-2].stage_images) == [16]
+    assert sorted(bool(image.any()) for image in shown) == [False, True]
+    for image, other in zip(shown, plain[16]):
+        assert not image.any() or np.array_equal(image, np.asarray(other))
 
 
 def test_closing_the_iterator_stops_the_pipeline(cascade):

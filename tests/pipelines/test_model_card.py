@@ -8,7 +8,7 @@ from filter_parts import filter_parts
 from huggingface_hub import ModelCard
 
 from diffusers_imagen import EDMHeunScheduler, ImagenCascadePipeline, ImagenPipeline
-from diffusers_imagen.pipelines import model_card, pipeline_mixin
+from diffusers_imagen.pipelines import model_card, origin
 from diffusers_imagen.pipelines.model_card import add_license
 from diffusers_imagen.pipelines.origin import LICENSES, card_metadata, license_section, list_origins
 
@@ -30,7 +30,8 @@ def split(card: str) -> tuple[dict, str]:
 def messages(monkeypatch) -> list[str]:
     """What the loggers of pipelines warn of."""
     found = []
-    for module in (pipeline_mixin, model_card):
+    origin.warn_of_missing_filter.cache_clear()
+    for module in (origin, model_card):
         monkeypatch.setattr(module.logger, "warning", found.append)
     return found
 
@@ -67,9 +68,9 @@ def test_a_card_that_is_there_stays_and_weights_of_our_own_get_none(base_unet, t
 
 def test_a_card_of_several_licenses_names_the_strictest_and_lists_all(base_unet, sr_unet, tmp_path):
     schedulers = EDMHeunScheduler(), EDMHeunScheduler()
-    origin = {"base": IF_1, "sr256": KARLO, "sr1024": IF_1}
+    origins = {"base": IF_1, "sr256": KARLO, "sr1024": IF_1}
     pipe = ImagenCascadePipeline(
-        base_unet, schedulers[0], sr256_unet=sr_unet, sr256_scheduler=schedulers[1], origin=origin
+        base_unet, schedulers[0], sr256_unet=sr_unet, sr256_scheduler=schedulers[1], origin=origins
     )
     pipe.save_pretrained(tmp_path)
     header, body = split((tmp_path / "README.md").read_text())
@@ -130,6 +131,7 @@ def test_weights_of_if_without_their_checker_are_told_of_once(base_unet, message
     ImagenPipeline.from_pretrained(tmp_path)
     assert messages == []
     ImagenPipeline.from_pretrained(tmp_path, safety_checker=None)
+    ImagenPipeline(*parts, origin=IF_2)
     ImagenCascadePipeline(*parts, origin={"base": {"license": "deepfloyd"}})
     assert [LINK in message and "no `safety_checker`" in message for message in messages] == [True, True]
 
@@ -146,20 +148,20 @@ BAD = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("origin, message", BAD.values(), ids=BAD)
-def test_bad_origins(base_unet, origin, message):
+@pytest.mark.parametrize("given, message", BAD.values(), ids=BAD)
+def test_bad_origins(base_unet, given, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        ImagenPipeline(base_unet, EDMHeunScheduler(), origin=origin)
+        ImagenPipeline(base_unet, EDMHeunScheduler(), origin=given)
 
 
 def test_bad_origins_of_a_cascade(base_unet):
-    for origin, message in (
+    for given, message in (
         (IF_1, "`origin` has ['base_model', 'license'], but stages are named base, sr256, sr1024"),
         ({"base": {"license": "gpl"}}, "`license of origin of base` is 'gpl'"),
         ({"base": None}, "`origin of base` is None, but should be a dict"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
-            ImagenCascadePipeline(base_unet, EDMHeunScheduler(), origin=origin)
+            ImagenCascadePipeline(base_unet, EDMHeunScheduler(), origin=given)
 
 
 def test_origins_are_listed_by_stage_or_alone():

@@ -22,6 +22,7 @@ from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
 from ..pipelines import ImagenCascadePipeline
+from ..pipelines.content_filter import finish_images
 from ..pipelines.origin import licenses_of
 from ..utils.arguments import is_finite
 from .model_arguments import SHIPPED_MODEL
@@ -117,14 +118,17 @@ def draw(pipe: ImagenCascadePipeline, prompt: str, **arguments: Any) -> Generato
     """
     events: queue.Queue = queue.Queue()
     stopped = threading.Event()
-    finished: dict[int, list[Image.Image]] = {}
+    made: dict[int, torch.Tensor] = {}  # by the stages that have finished, in [-1, 1]
+    finished: dict[int, Any] = {}
     last: torch.Tensor | None = None
 
     def on_step_end(pipe, step, timestep, tensors):
         nonlocal last
         latents = tensors["latents"]  # (B, C, H, W) of the stage that runs
         if last is not None and last.shape[-1] != latents.shape[-1]:
-            finished[last.shape[-1]] = pipe.image_processor.postprocess(last.clamp(-1, 1), output_type="pil")
+            made[last.shape[-1]] = last.clamp(-1, 1)
+            # all of them again: an image that is flagged at one stage is black at the others too
+            finished.update(finish_images(pipe, made, "pil").images)
         last = latents
         if stopped.is_set():
             pipe._interrupt = True

@@ -229,6 +229,19 @@ def check_text(config: dict[str, Any]) -> None:
         raise bad_argument("mid_block_only_cross_attention", value, "None, or as `only_cross_attention`")
 
 
+def layer_names(config: Mapping[str, Any]) -> dict[str, str]:
+    """The modules of diffusers' network that have weights, by name, each with its name in ours.
+
+    Args:
+        config: That of an `ImagenUNetModel`.
+
+    Raises:
+        ValueError: If it is none of DeepFloyd IF's; names the entry.
+    """
+    names = weight_names(config_to_deepfloyd(config))
+    return {name.rpartition(".")[0]: ours.rpartition(".")[0] for name, ours in names.items()}
+
+
 def weight_names(config: dict[str, Any]) -> dict[str, str]:
     """The weights of diffusers' network by name, each with its name in ours; `config` is diffusers'."""
     with torch.device("meta"):

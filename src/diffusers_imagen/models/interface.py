@@ -12,6 +12,7 @@ from ..utils.arguments import bad_argument
 
 
 LowResAugmentation = Literal["edm", "discrete"]
+LowResUpsampling = Literal["bicubic", "bicubic_antialias"]
 
 
 class StageNetwork(nn.Module):
@@ -130,6 +131,16 @@ class StageNetwork(nn.Module):
         levels. None where nothing is declared, as by networks of continuous noise levels: any scheduler is taken.
         """
         return None
+
+    @property
+    def low_res_upsampling(self) -> LowResUpsampling:
+        """How the low-resolution image comes to the size of `sample`, but for "discrete" `low_res_augmentation`.
+
+        "bicubic" has the kernel of `torch.nn.functional.interpolate`, "bicubic_antialias" that with `antialias=True`,
+        which is another one in upsampling too: see `diffusion.augmentation.upsample_low_res`. A pipeline upsamples by
+        this once a call; `forward` has to do the same with an image of another size, as training gives it.
+        """
+        return "bicubic"
 
     def encode_text(
         self, encoder_hidden_states: torch.Tensor, encoder_attention_mask: torch.Tensor | None = None

@@ -21,7 +21,7 @@ from .blocks import (
 )
 from .config_checks import check_config, check_groups, check_integers, check_options, per_level
 from .embeddings import TextPooling
-from .interface import LowResAugmentation
+from .interface import LowResAugmentation, LowResUpsampling
 from .unet_base import ConditionalUNet, count_heads
 
 
@@ -75,6 +75,8 @@ class ImagenUNetModel(ConditionalUNet):
         trained_beta_schedule (`str`, *optional*):
             The discrete noise levels that the network was trained with: see `StageNetwork`. Pipelines take no scheduler of
             others.
+        low_res_upsampling (`"bicubic"` or `"bicubic_antialias"`):
+            How the low-resolution image comes to the size of the sample: see `StageNetwork`.
     """
 
     @register_to_config
@@ -111,6 +113,7 @@ class ImagenUNetModel(ConditionalUNet):
         attends_padding: bool = False,
         low_res_augmentation: LowResAugmentation = "edm",
         trained_beta_schedule: BetaSchedule | None = None,
+        low_res_upsampling: LowResUpsampling = "bicubic",
     ):
         super().__init__()
         check_config(self.config, min_layers=0)

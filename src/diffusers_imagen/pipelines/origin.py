@@ -4,12 +4,18 @@ A pipeline has its `origin` in its configuration: a dict of `base_model`, a Hub 
 a cascade one by stage name. Copies and fine-tuned weights keep it.
 """
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from diffusers.utils import logging
+
 from ..utils.arguments import bad_argument, check_choice
 from .stage_table import check_stage_names
+
+
+logger = logging.get_logger(__name__)
 
 
 class License(NamedTuple):
@@ -106,9 +112,10 @@ def license_section(origins: list[dict[str, str]]) -> str:
     return "\n".join([lines[0], "", *lines[1:]]) + "\n"
 
 
-def unfiltered_warning(pipeline: str) -> str:
-    """What the log says of a pipeline of DeepFloyd IF's weights that has no safety checker."""
-    return (
+@functools.cache
+def warn_of_missing_filter(pipeline: str) -> None:
+    """Says in the log, once for each class of pipelines, that one of DeepFloyd IF's weights has no safety checker."""
+    logger.warning(
         f"This {pipeline} has weights of DeepFloyd IF, but no `safety_checker`: its images are not checked. IF's license "
         f"({DEEPFLOYD_LINK}) permits research alone and forbids to circumvent the filters: give the safety checker, the "
         "feature extractor and the watermarker of IF's repositories to whatever others see the images of."

@@ -7,7 +7,6 @@ import threading
 from typing import Any
 
 import torch
-from diffusers.utils import logging
 from tqdm.auto import tqdm
 
 from ..text.encoder import TextEncoder, keep_in_fp32
@@ -19,15 +18,12 @@ from .content_filter import check_filter
 from .deepfloyd_repository import find_pipeline
 from .folder_checks import SETTINGS
 from .model_card import ModelCardMixin
-from .origin import check_origin, list_origins, unfiltered_warning
+from .origin import check_origin, list_origins, warn_of_missing_filter
 from .prompts import PROMPT_EMBEDS, Prompts
 from .stage_loading import load_stages
 from .stage_table import BASE, NETWORKS, SAFETY_PARTS, TEXT_PARTS
 from .stages import StageSource, check_components, check_stages, refuse_untrained
 from .tiling import Tiling
-
-
-logger = logging.get_logger(__name__)
 
 
 class _TrialBar(tqdm):
@@ -111,7 +107,7 @@ class ImagenPipelineMixin(ModelCardMixin):
         self.register_to_config(**settings)  # type: ignore[attr-defined]  # of ConfigMixin
         keys = {part.get("license") for part in list_origins(origin)}
         if "deepfloyd" in keys and self.safety_checker is None:
-            logger.warning(unfiltered_warning(type(self).__name__))
+            warn_of_missing_filter(type(self).__name__)
 
     def check_call_defaults(self, call_defaults: Any) -> None:
         """Raises ValueError unless these are settings of a call by name; a cascade has them by stage."""
@@ -219,9 +215,12 @@ class ImagenPipelineMixin(ModelCardMixin):
         r"""
         Encodes prompts, unless embeddings are given, and repeats everything for the images of each prompt.
 
+        With `clean_caption` in the pipeline's configuration, prompts and negative prompts are cleaned first, as DeepFloyd
+        IF's captions were in training; without beautifulsoup4 and ftfy they are put in lower case and stripped.
+
         Without a negative prompt the negative embeddings are what the networks saw of dropped captions in training: zeros
-        under the prompt's mask, or for networks that attend to padding the embeddings of the empty text. To free the text encoder before the networks run, call this first, and then the
-        pipeline with what it returns (docs/memory.md).
+        under the prompt's mask, or for networks that attend to padding the embeddings of the empty text. To free the text
+        encoder before the networks run, call this first, and then the pipeline with what it returns (docs/memory.md).
 
         Returns:
             `prompt_embeds` `(images, tokens, width)`, `prompt_attention_mask` `(images, tokens)`,
@@ -258,7 +257,12 @@ class ImagenPipelineMixin(ModelCardMixin):
         """
         if self.text_encoder is None or self.tokenizer is None:
             return None
-        return TextEncoder(self.tokenizer, self.text_encoder, keeps_padding=self.keeps_padding)
+        return TextEncoder(
+            self.tokenizer,
+            self.text_encoder,
+            keeps_padding=self.keeps_padding,
+            cleans_captions=self.config.clean_caption,
+        )
 
     @property
     def keeps_padding(self) -> bool:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..diffusion.augmentation import augment_low_res, augment_upsampled
+from ..diffusion.augmentation import augment_low_res, augment_upsampled, upsample_low_res
 from ..utils.arguments import as_integer, as_number, check_choice
 from . import inputs
 from .call_arguments import CallArguments
@@ -274,8 +274,9 @@ class StageRunner:
             else:
                 sigma_data = getattr(plan.scheduler.config, "sigma_data", 0.5)
                 image, timestep = augment_low_res(image, sigma, noise, sigma_data)
-        # the network would do this at every step
-        return image if discrete else F.interpolate(image, plan.size, mode="bicubic"), timestep
+        if not discrete:  # the network would do this at every step
+            image = upsample_low_res(image, plan.size, unet.low_res_upsampling == "bicubic_antialias")
+        return image, timestep
 
     def prepare_known(self) -> "KnownPixels | None":
         """The pixels that the stage keeps: at its own resolution, if the caller's images have as many."""

@@ -93,6 +93,11 @@ def check_drives(scheduler: SchedulerMixin, stage: Stage, settings: StageSetting
     if isinstance(scheduler, ImagenScheduler):
         return
     try:
+        if "prev_timestep" in inspect.signature(scheduler.step).parameters:
+            raise ValueError(
+                "its steps have to be told the timestep after theirs, as UnCLIPPipeline does; take DDIMScheduler or "
+                "EDMAdamsScheduler by `from_config` of its configuration"
+            )
         walk = copy.deepcopy(scheduler)
         with torch.random.fork_rng(devices=[]):  # some draw noise
             set_schedule(walk, stage.name, settings, torch.device("cpu"))

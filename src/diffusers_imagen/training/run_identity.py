@@ -71,6 +71,7 @@ LATER_OPTIONS = {
     "unet attends_padding": False,
     "unet low_res_augmentation": "edm",
     "unet trained_beta_schedule": None,
+    "unet low_res_upsampling": "bicubic",
 }
 
 

@@ -19,6 +19,11 @@ def is_offloaded(module: torch.nn.Module) -> bool:
     return any(hasattr(part, "_hf_hook") for part in module.modules())
 
 
+def is_quantized(module: torch.nn.Module) -> bool:
+    """Whether a library holds weights in its own form, as bitsandbytes and torchao do, and not as floating-point numbers."""
+    return getattr(module, "hf_quantizer", None) is not None
+
+
 def first_names(names: list[str]) -> str:
     """A few of many names."""
     return ", ".join(names[:3]) + (" and others" if len(names) > 3 else "")
