@@ -134,18 +134,25 @@ def test_what_cannot_be_used_is_refused_before_its_weights_are_downloaded(filled
 
 LOAD_TWICE = """
 from diffusers import DiffusionPipeline
-from diffusers_imagen import ImagenPipeline
+from diffusers_imagen import ImagenCascadePipeline, ImagenPipeline
 DiffusionPipeline.from_pretrained("user/one")
 ImagenPipeline.from_pretrained("user/two")
+ImagenCascadePipeline.from_stages("user/three", text_encoder=None)
 """
 
 
 def test_from_pretrained_of_our_repositories_asks_no_more_than_diffusers_does(
     hub, client, base_unet, cascade, tmp_path
 ):
-    ImagenPipeline(base_unet, cascade.base_scheduler).save_pretrained(tmp_path / "stage")
-    for repo in ("user/one", "user/two"):
+    pipe = ImagenPipeline(base_unet, cascade.base_scheduler, cascade.tokenizer, cascade.text_encoder)
+    pipe.save_pretrained(tmp_path / "stage")
+    for repo in ("user/one", "user/two", "user/three"):
         hub.fill(repo, files_below(tmp_path / "stage"))
     client.run(LOAD_TWICE)
     one, two = (sum(repo in request for request in hub.requests) for repo in ("user/one", "user/two"))
     assert 0 < two <= one
+    assert loaded_files(hub, "user/two") == {
+        "unet/diffusion_pytorch_model.safetensors",
+        "text_encoder/model.safetensors",
+    }
+    assert loaded_files(hub, "user/three") == {"unet/diffusion_pytorch_model.safetensors"}

@@ -97,7 +97,7 @@ def test_one_stage_is_converted_alone(run, folder, repositories):
         ("--model", repositories["base"], ImagenPipeline),
         ("--sr256", repositories["sr"], ImagenSuperResolutionPipeline),
     ):
-        options = ("--text-encoder", "none", "--variant", "fp16", "--dtype", "bfloat16")
+        options = ("--text-encoder", "none", "--dtype", "bfloat16")
         code, out, _ = run("convert-if", option, source, "--output", option.strip("-"), *options)
         assert code == 0 and "bfloat16" in out
         pipe = pipeline_class.from_pretrained(option.strip("-"))

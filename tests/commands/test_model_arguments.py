@@ -11,11 +11,11 @@ from PIL import Image
 from diffusers_imagen import (
     EDMAdamsScheduler,
     EDMHeunScheduler,
-    ImagenCascadePipeline,
     ImagenPipeline,
     ImagenSuperResolutionPipeline,
 )
 from diffusers_imagen.commands import model_arguments
+from diffusers_imagen.pipelines import stage_loading
 
 
 @pytest.fixture
@@ -130,19 +130,19 @@ BAD = {
     ),
     "an upscaler as the base": (
         ["generate", "a", "--model", "{sr}"],
-        "`model` is '{sr}', which is a super-resolution",
+        "`model` is '{sr}', which enlarges images and is no base",
     ),
     "a base as upscaler": (
         ["generate", "a", "--model", "{base}", "--sr256", "{base}"],
-        "`sr256` is '{base}', which is a base stage, but should be a super-resolution stage",
+        "`sr256` is '{base}', a base stage, which enlarges no images",
     ),
     "a base to upscale with": (
         ["upscale", "picture.png", "--sr256", "{base}"],
-        "`sr256` is '{base}', which is a base",
+        "`sr256` is '{base}', a base stage",
     ),
     "a cascade as upscaler": (
         ["generate", "a", "--model", "{base}", "--sr256", "{cascade}"],
-        "`sr256` is '{cascade}', which is a whole cascade",
+        "`sr256` is '{cascade}', which cannot be loaded: its model_index.json is of 'ImagenCascadePipeline'",
     ),
     "a stage beside a cascade": (
         ["generate", "a", "--model", "{cascade}", "--sr256", "{sr}"],
@@ -162,9 +162,8 @@ BAD = {
 
 @pytest.mark.parametrize("arguments, message", BAD.values(), ids=BAD)
 def test_what_does_not_go_together_is_refused_before_anything_loads(run, stages, monkeypatch, arguments, message):
-    for pipeline_class in (ImagenCascadePipeline, ImagenSuperResolutionPipeline):
-        monkeypatch.setattr(pipeline_class, "from_pretrained", None)
-    monkeypatch.setattr(ImagenCascadePipeline, "from_stages", None)
+    monkeypatch.setattr(model_arguments, "load_pipeline_folder", None)
+    monkeypatch.setattr(stage_loading, "load_described", None)
     message, *arguments = (text.format(**stages) for text in (message, *arguments))
     code, out, error = run(*arguments, "--output", "x.png")
     assert code == 2 and out == "" and len(error) == 1 and message in error[0], error

@@ -223,7 +223,15 @@ def test_given_parts_take_the_place_of_the_repositories(folders):
     assert pipe.text_encoder is encoder and pipe.safety_checker is checker
     assert pipe.tokenizer.model_max_length == 77 and pipe.feature_extractor is not None
     cascade = ImagenCascadePipeline.from_stages(folders["I"], text_encoder=folders["II"])
-    assert Path(cascade.text_encoder.name_or_path) == folders["II"]
+    assert Path(cascade.text_encoder.name_or_path) == folders["II"] and cascade.tokenizer.model_max_length == 77
+
+
+def test_options_of_loading_arrive(folders):
+    pipe = ImagenCascadePipeline.from_stages(folders["I"], folders["II"], dtype=torch.bfloat16)
+    models = (pipe.base_unet, pipe.sr256_unet, pipe.text_encoder, pipe.safety_checker)
+    assert {model.dtype for model in models} == {torch.bfloat16}
+    with pytest.raises(ValueError, match="`device_map` is 'balanced', but should be None for DeepFloyd IF"):
+        ImagenPipeline.from_stage(folders["I"], device_map="balanced")
 
 
 def test_quantization_is_the_text_encoders(folders, monkeypatch):

@@ -8,22 +8,22 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 from ..pipelines import ImagenCascadePipeline, ImagenPipeline, ImagenSuperResolutionPipeline
+from ..pipelines.deepfloyd_repository import is_deepfloyd
 from ..pipelines.model_card import new_card
 from ..utils.files import check_folder, whole_folder
 from .model_arguments import (
     DTYPES,
     UPSCALERS,
     add_stage_arguments,
-    check_places,
     check_sources,
     class_of,
     load_options,
+    naming,
     sources_of,
 )
 from .parser import Parser
 
 
-IF_CLASS = "IF"  # begins the names of diffusers' pipelines for it
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*")  # files of a repository that go along with its weights
 NONE = "none"
 
@@ -37,7 +37,7 @@ def add_parser(commands) -> None:
         "--model of the other commands, for from_pretrained, and to train further. All weights of the result are in "
         "memory at once. For repositories that need a login, run `hf auth login` first.",
     )
-    add_stage_arguments(command, "folder or Hub id of the base stage, such as DeepFloyd/IF-I-M-v1.0")
+    add_stage_arguments(command, "folder or Hub id of the base stage, such as DeepFloyd/IF-I-M-v1.0", ", or none")
     command.add_argument(
         "--dtype",
         choices=DTYPES,
@@ -78,14 +78,13 @@ def check_output_folder(folder: Path) -> None:
 
 
 def check_if(given: dict[str, str]) -> None:
-    """Refuses what is no stage of DeepFloyd IF, or one in another's place."""
+    """Refuses what is no stage of DeepFloyd IF."""
     for name, source in given.items():
         found = class_of(name, source)
-        if not str(found).startswith(IF_CLASS):
+        if not is_deepfloyd(found):
             raise ValueError(
                 f"`{name}` is '{source}', which is of {found}, but should be of IFPipeline or IFSuperResolutionPipeline."
             )
-    check_places(given)
 
 
 def read_stages(args: argparse.Namespace, given: dict[str, str]):
@@ -95,10 +94,13 @@ def read_stages(args: argparse.Namespace, given: dict[str, str]):
         options |= {"text_encoder": None, "tokenizer": None}
     print(f"reading {', '.join(given.values())} ...", flush=True)
     if len(given) > 1:
-        return ImagenCascadePipeline.from_stages(given.pop("model"), **given, **options)
+        upscalers = {name: source for name, source in given.items() if name != "model"}
+        with naming("base", "model"):
+            return ImagenCascadePipeline.from_stages(given["model"], **upscalers, **options)
     ((name, source),) = given.items()
     pipeline_class = ImagenPipeline if name == "model" else ImagenSuperResolutionPipeline
-    return pipeline_class.from_stage(source, **options)
+    with naming("source", name):
+        return pipeline_class.from_stage(source, **options)
 
 
 def copy_licences(given: dict[str, str], folder: Path) -> list[str]:

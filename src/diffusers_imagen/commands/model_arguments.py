@@ -2,6 +2,8 @@
 
 import argparse
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from ..pipelines import ImagenCascadePipeline, ImagenSuperResolutionPipeline
 from ..pipelines.folder_checks import INDEX, read_config
-from ..pipelines.folders import (
-    check_source,
-    download_index,
-    load_pipeline_folder,
-    load_text_parts,
-    loading,
-)
+from ..pipelines.folders import check_source, download_index, load_pipeline_folder, load_text_parts, loading
 from ..pipelines.stage_loading import check_stage_source
 from ..pipelines.stage_table import MOST_STEPS, STAGES
 from ..pipelines.stages import check_stages, refuse_untrained
@@ -59,7 +55,7 @@ def add_model_arguments(command: Parser) -> None:
     )
 
 
-def add_stage_arguments(command: Parser, model_help: str) -> None:
+def add_stage_arguments(command: Parser, model_help: str, or_none: str = "") -> None:
     """Which stages and which text encoder, and which of their files."""
     command.add_argument("--model", help=model_help)
     for kind in STAGES:
@@ -69,7 +65,8 @@ def add_stage_arguments(command: Parser, model_help: str) -> None:
                 help=f"folder or Hub id of the stage to {kind.resolution} px, where --model is a stage",
             )
     command.add_argument(
-        "--text-encoder", help="folder or Hub id with text_encoder/ and tokenizer/; default: the one of the model"
+        "--text-encoder",
+        help=f"folder or Hub id with text_encoder/ and tokenizer/{or_none}; default: the one of the model",
     )
     command.add_argument("--variant", help="of the files of weights, such as fp16")
 
@@ -118,14 +115,16 @@ def load_pipeline(args: argparse.Namespace) -> ImagenCascadePipeline | ImagenSup
 def load_stages(args: argparse.Namespace) -> ImagenCascadePipeline | ImagenSuperResolutionPipeline:
     """The model in CPU memory, as it was saved."""
     given, options = sources_of(args), load_options(args)
-    if check_places(given):
+    if is_cascade(given):
         if "text_encoder" in options:
             options |= load_text_parts(options.pop("text_encoder"), **options)
         return load_cascade(given["model"], **options)
-    if "model" in given:
+    if "model" not in given:
+        ((name, source),) = given.items()
+        with naming("source", name):
+            return ImagenSuperResolutionPipeline.from_stage(source, **options)
+    with naming("base", "model"):
         return ImagenCascadePipeline.from_stages(given.pop("model"), **given, **options)
-    (source,) = given.values()
-    return ImagenSuperResolutionPipeline.from_stage(source, **options)
 
 
 def load_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -144,30 +143,19 @@ def load_cascade(model: str, **options: Any) -> ImagenCascadePipeline:
     return pipe
 
 
-def check_places(given: dict[str, str]) -> bool:
-    """Whether the model is a whole cascade; one small file of each source is read, or downloaded.
+def is_cascade(given: dict[str, str]) -> bool:
+    """Whether the model is a whole cascade and no base stage; one small file is read, or downloaded.
 
     Raises:
-        ValueError: For a stage in another's place, or one beside a cascade.
+        ValueError: For stages beside a cascade.
     """
-    classes = {name: class_of(name, source) for name, source in given.items()}
-    for name, source in given.items():
-        upscales = str(classes[name]).endswith(SUPER_RESOLUTION)
-        if name == "model" and upscales:
-            raise ValueError(
-                f"`model` is '{source}', which is a super-resolution stage: give it as --{UPSCALERS[0]}, and as --model the "
-                "base stage whose images it enlarges."
-            )
-        if name != "model" and classes[name] is not None and not upscales:
-            kind = "a whole cascade" if classes[name] == CASCADE else "a base stage"
-            raise ValueError(f"`{name}` is '{source}', which is {kind}, but should be a super-resolution stage.")
-    is_cascade = classes.get("model") == CASCADE
-    if is_cascade and len(given) > 1:
-        name = next(name for name in given if name != "model")
+    if "model" not in given or class_of("model", given["model"]) != CASCADE:
+        return False
+    for name in given.keys() - {"model"}:
         raise ValueError(
             f"`{name}` is '{given[name]}', but `model` '{given['model']}' is a whole cascade: give its base stage as --model."
         )
-    return is_cascade
+    return True
 
 
 def class_of(name: str, source: str) -> str | None:
@@ -182,6 +170,18 @@ def class_of(name: str, source: str) -> str | None:
             raise
         except EntryNotFoundError:
             return None
+
+
+@contextmanager
+def naming(argument: str, option: str) -> Iterator[None]:
+    """Inside, a ValueError about an argument of Python is one about the option that it came from."""
+    try:
+        yield
+    except ValueError as error:
+        rest = str(error).removeprefix(f"`{argument}` is ")
+        if rest == str(error):
+            raise
+        raise ValueError(f"`{option}` is {rest}") from error
 
 
 def place(pipe: DiffusionPipeline, args: argparse.Namespace) -> Any:

@@ -84,7 +84,7 @@ def find_pipeline(source: str | os.PathLike, options: dict[str, Any]) -> tuple[s
     except Exception as error:
         reason = refusal_of_hub(error, str(source))
         if reason is not None:
-            raise ValueError(f"`{source}` cannot be loaded: {reason}") from error
+            raise ValueError(f"`source` is '{source}', which cannot be loaded: {reason}") from error
         return None, options  # which diffusers says in its own words
     if is_deepfloyd(class_name):
         return str(source), options

@@ -18,7 +18,7 @@ from ..models.interface import StageNetwork
 from ..text.identity import encoder_width
 from ..utils.arguments import bad_argument, shown
 from ..utils.modules import unwrapped
-from .deepfloyd_repository import is_deepfloyd, load_deepfloyd, parts_of_deepfloyd, read_deepfloyd
+from .deepfloyd_repository import MAX_TOKENS, is_deepfloyd, load_deepfloyd, parts_of_deepfloyd, read_deepfloyd
 from .folder_checks import (
     CONFIGS,
     INDEX,
@@ -108,7 +108,10 @@ def load_stages(
     shared = {part: parts[name].get(part) for part, name in providers.items()}
     if isinstance(given.get("text_encoder"), (str, os.PathLike)):
         own = {} if quantization is None else {"quantization_config": quantization}
-        given = {**load_text_parts(str(given.pop("text_encoder")), **options, **own), **given}
+        text = load_text_parts(str(given.pop("text_encoder")), **options, **own)
+        if is_deepfloyd(described[0].class_name):  # whatever its own limit
+            text["tokenizer"].model_max_length = MAX_TOKENS
+        given = {**text, **given}
     return parts, {**shared, **given}
 
 

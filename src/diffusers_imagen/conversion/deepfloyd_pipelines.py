@@ -1,16 +1,16 @@
 """A stage of DeepFloyd IF, trained further or not, as the pipeline of diffusers that it came from."""
 
+from typing import Any
+
 from diffusers import DDPMScheduler, DiffusionPipeline, IFPipeline, IFSuperResolutionPipeline, SchedulerMixin
 
-from ..conversion import unet_to_deepfloyd
 from ..schedulers.foreign_configs import is_discrete
 from ..utils.arguments import bad_argument, check_choice
 from ..utils.modules import unwrapped
-from .stage_table import SAFETY_PARTS
-from .stages import Stage
+from .deepfloyd import unet_to_deepfloyd
 
 
-PARTS = ("tokenizer", "text_encoder", *SAFETY_PARTS)
+PARTS = ("tokenizer", "text_encoder", "safety_checker", "feature_extractor", "watermarker")  # beside the stage's own
 
 
 def pipeline_to_deepfloyd(pipe: DiffusionPipeline, stage: str | None = None) -> IFPipeline | IFSuperResolutionPipeline:
@@ -40,7 +40,7 @@ def pipeline_to_deepfloyd(pipe: DiffusionPipeline, stage: str | None = None) -> 
     return IFSuperResolutionPipeline(**parts, image_noising_scheduler=noising)
 
 
-def find_stage(pipe: DiffusionPipeline, name: str | None) -> Stage:
+def find_stage(pipe: DiffusionPipeline, name: str | None) -> Any:
     """The stage of this name; without one the only stage, ValueError if there are several."""
     stages = {stage.name: stage for stage in pipe.stages}
     if name is None and len(stages) > 1:

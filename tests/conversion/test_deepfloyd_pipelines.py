@@ -8,8 +8,8 @@ from deepfloyd_repository import stage_1, stage_2
 from diffusers import DDPMScheduler, DiffusionPipeline, IFPipeline, IFSuperResolutionPipeline
 
 from diffusers_imagen import EDMAdamsScheduler, ImagenCascadePipeline, ImagenPipeline, ImagenSuperResolutionPipeline
-from diffusers_imagen.conversion import unet_from_deepfloyd
-from diffusers_imagen.pipelines.deepfloyd_export import PARTS, pipeline_to_deepfloyd
+from diffusers_imagen.conversion import pipeline_to_deepfloyd, unet_from_deepfloyd
+from diffusers_imagen.conversion.deepfloyd_pipelines import PARTS
 
 
 def parts_of(theirs: DiffusionPipeline) -> dict:
