@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import diffusers
 from diffusers import DiffusionPipeline
 from huggingface_hub import constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError
@@ -129,9 +130,13 @@ def load_pipeline_folder(
     hub, networks = split_options(kwargs)
     left_out = [name for name, value in networks.items() if name in KINDS and value is None]  # not downloaded
     if not os.path.isdir(source):
-        check_index(read_config(download_index(source, hub)), class_names)
+        index = read_config(download_index(source, hub))
+        check_index(index, class_names)
         chosen = {name: networks[name] for name in DOWNLOAD_OPTIONS if name in networks}
-        source = DiffusionPipeline.download(source, **hub, **chosen, **dict.fromkeys(left_out))
+        owner = getattr(
+            diffusers, index["_class_name"]
+        )  # whose optional components diffusers would download otherwise
+        source = owner.download(source, **hub, **chosen, **dict.fromkeys(left_out))
     classes = check_pipeline_folder(source, class_names, networks.get("variant"), left_out)
     try:
         with quiet_transformers():
