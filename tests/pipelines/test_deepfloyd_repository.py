@@ -207,6 +207,13 @@ def test_what_is_given_as_none_is_left_out(folders, monkeypatch):
     assert pipe.config.clean_caption is True
 
 
+def test_a_saved_stage_is_loaded_without_the_text_encoder_that_is_left_out(folders, tmp_path, monkeypatch):
+    ImagenPipeline.from_stage(folders["I"]).save_pretrained(tmp_path)
+    monkeypatch.setattr(T5EncoderModel, "from_pretrained", None)
+    pipe = ImagenCascadePipeline.from_stages(tmp_path, text_encoder=None)
+    assert pipe.text_encoder is None and pipe.base_unet is not None
+
+
 def test_safety_parts_are_those_of_the_first_stage_that_has_them(folders, base_unet):
     theirs = [DiffusionPipeline.from_pretrained(folders[name]) for name in ("I", "II")]
     pipe = ImagenCascadePipeline.from_stages(*theirs)

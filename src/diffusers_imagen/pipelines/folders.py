@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import diffusers
 from diffusers import DiffusionPipeline
 from huggingface_hub import constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError
@@ -118,7 +119,7 @@ def load_pipeline_folder(
     """A pipeline of a folder, or of a repository that is downloaded, which are checked first.
 
     Args:
-        pipeline_class: Whose `from_pretrained` loads it.
+        pipeline_class: Whose `from_pretrained` loads it; of DiffusionPipeline, that of the class in the index.
         source: The folder or Hub id.
         class_names: The pipelines that it may be of.
         kwargs: For `from_pretrained`.
@@ -128,20 +129,28 @@ def load_pipeline_folder(
     """
     hub, networks = split_options(kwargs)
     left_out = [name for name, value in networks.items() if name in KINDS and value is None]  # not downloaded
+    index = os.path.join(source, INDEX) if os.path.isdir(source) else download_index(source, hub)
     if not os.path.isdir(source):
-        check_index(read_config(download_index(source, hub)), class_names)
+        check_index(read_config(index), class_names)
         chosen = {name: networks[name] for name in DOWNLOAD_OPTIONS if name in networks}
-        source = DiffusionPipeline.download(source, **hub, **chosen, **dict.fromkeys(left_out))
+        source = owner_of(pipeline_class, index).download(source, **hub, **chosen, **dict.fromkeys(left_out))
     classes = check_pipeline_folder(source, class_names, networks.get("variant"), left_out)
     try:
         with quiet_transformers():
-            return pipeline_class.from_pretrained(source, **networks)
+            return owner_of(pipeline_class, index).from_pretrained(source, **networks)
     except Exception:
         for name, component_class in classes.items():  # which one is it?
             if name not in networks:
                 with loading(name, Path(source, name)), quiet_transformers():
                     component_class.from_pretrained(Path(source, name))
         raise
+
+
+def owner_of(pipeline_class: type[DiffusionPipeline], index: str) -> type[DiffusionPipeline]:
+    """The pipeline that loads: DiffusionPipeline itself would load optional components that are given as None too."""
+    if pipeline_class is not DiffusionPipeline:
+        return pipeline_class
+    return getattr(diffusers, read_config(index)["_class_name"])
 
 
 def download_index(source: str, hub: dict[str, Any]) -> str:
