@@ -1,6 +1,7 @@
 """YAML files of plain values, read within bounds."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,21 @@ def read_yaml(path: str | os.PathLike, name: str) -> Any:
             a tag (`!!python/object`), or is longer, deeper or, with its aliases followed, larger than a configuration
             is. Names argument and file.
     """
+    return parse_yaml(lambda: read_bytes(Path(path)), f"`{name}` is '{path}', which")
+
+
+def parse_yaml(read: Callable[[], bytes], what: str) -> Any:
+    """As `read_yaml`, of the bytes that `read` gives; `what` begins the message, such as "'base.nemo' has a file that"."""
     try:
-        return load(read_bytes(Path(path)))
+        content = read()
+        if len(content) > MAX_BYTES:
+            raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
+        return load(content)
     except yaml.MarkedYAMLError as error:
         reason = f"{error.problem or error.context}{of_line(error.problem_mark or error.context_mark)}"
     except (OSError, ValueError, ArithmeticError, RecursionError, yaml.YAMLError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
-    raise ValueError(f"`{name}` is '{path}', which cannot be read: {' '.join(reason.split())}")
+    raise ValueError(f"{what} cannot be read: {' '.join(reason.split())}")
 
 
 def read_bytes(path: Path) -> bytes:
@@ -42,10 +51,7 @@ def read_bytes(path: Path) -> bytes:
     if not path.is_file():  # reading a FIFO or a device may have no end
         raise ValueError("it is no regular file")
     with open(path, "rb") as file:
-        content = file.read(MAX_BYTES + 1)
-    if len(content) > MAX_BYTES:
-        raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
-    return content
+        return file.read(MAX_BYTES + 1)
 
 
 def load(content: bytes) -> Any:
