@@ -18,7 +18,7 @@ MAX_NAMES = 20  # in a message
 PREFIX = "model.model.unet."  # of a network's weights in what NeMo wrote
 # what stands before the name of a weight: Lightning's and Megatron's modules, and torch.compile's
 WRAPPERS = re.compile(r"(state_dict\.)?((model|module|unet|_orig_mod)\.)*")
-# NeMo registers the first convolution of its U-Net twice
+# NeMo registers the first convolution of its U-Net twice, and loads it from the second
 TWIN, FIRST_CONVOLUTION = "init_conv.0.", "input_blocks.0.0."
 # of what else is among the weights, why it has no place in a network
 OTHERS = {
