@@ -5,7 +5,18 @@ import sys
 from importlib.metadata import version
 
 from ..utils.errors import run_to_exit_code
-from . import cache_embeddings, convert_config, demo, doctor, generate, inpaint, reconstruct_ema, upscale
+from . import (
+    cache_embeddings,
+    convert_config,
+    convert_nemo,
+    demo,
+    doctor,
+    export_nemo,
+    generate,
+    inpaint,
+    reconstruct_ema,
+    upscale,
+)
 from .parser import Parser, check_numbers
 
 
@@ -32,7 +43,8 @@ def make_parser() -> Parser:
     parser = Parser(prog="diffusers-imagen", description="Imagen for diffusers.")
     parser.add_argument("--version", action="version", version=version("diffusers-imagen"))
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (generate, upscale, inpaint, demo, cache_embeddings, convert_config, doctor, reconstruct_ema):
+    training = (cache_embeddings, convert_config, doctor, reconstruct_ema)
+    for command in (generate, upscale, inpaint, demo, *training, convert_nemo, export_nemo):
         command.add_parser(commands)
     return parser
 

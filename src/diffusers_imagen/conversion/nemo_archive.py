@@ -55,10 +55,8 @@ def open_nemo(
     Raises:
         ValueError: If there is no such checkpoint, it is damaged or asks for code, or has no configuration.
     """
-    path = averaged(Path(source), name) if ema else Path(source)
+    path = find_source(source, ema, name)
     what = f"`{name}` is '{path}', which"
-    if not path.exists():
-        raise ValueError(f"{what} is not there.")
     given = None if config is None else read_config(config, f"{name}_config")
     if path.is_dir():
         yield describe(path, path, given, what)
@@ -68,6 +66,16 @@ def open_nemo(
         with tempfile.TemporaryDirectory(dir=scratch, prefix=".nemo-") as folder:
             extract_members(path, Path(folder), is_needed)
             yield describe(path, Path(folder), given, what)
+
+
+def find_source(source: str | os.PathLike, ema: bool, name: str) -> Path:
+    """The file or folder that is opened; ValueError if it is not there."""
+    if not isinstance(source, (str, os.PathLike)) or "\0" in os.fspath(source):
+        raise bad_argument(name, source, "a file or folder of NeMo's")
+    path = averaged(Path(source), name) if ema else Path(source)
+    if not path.exists():
+        raise ValueError(f"`{name}` is '{path}', which is not there.")
+    return path
 
 
 def averaged(path: Path, name: str) -> Path:

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,7 +50,6 @@ class StageParts(NamedTuple):
     scale_factor: int | None  # of a super-resolution stage
     token_length: int | None
     call_defaults: dict[str, float]
-    origin: dict[str, str]
 
 
 class NemoStage(NamedTuple):
@@ -146,13 +145,21 @@ def verify_nemo_stage(
     return found
 
 
+def cascade_components(stages: Mapping[str, StageParts]) -> dict[str, Any]:
+    """The arguments of a cascade's constructor for stages by name."""
+    components: dict[str, Any] = {"call_defaults": {name: parts.call_defaults for name, parts in stages.items()}}
+    for name, parts in stages.items():
+        components |= {f"{name}_unet": parts.unet, f"{name}_scheduler": parts.scheduler}
+    return components
+
+
 def plan_stage(checkpoint: NemoCheckpoint) -> tuple[StageParts, KeyPlan]:
     """The stage that a checkpoint's configuration describes, without weights, and the places of its weights."""
-    parts = describe_stage(checkpoint.config, checkpoint.name)
+    parts = describe_stage(checkpoint.config)
     return parts, plan_keys({key: found.shape for key, found in checkpoint.weights.tensors.items()}, parts.unet)
 
 
-def describe_stage(config: dict[str, Any], source: str = "NeMo") -> StageParts:
+def describe_stage(config: dict[str, Any]) -> StageParts:
     """The stage that a `model:` section describes, its network on the meta device.
 
     Raises:
@@ -185,7 +192,6 @@ def describe_stage(config: dict[str, Any], source: str = "NeMo") -> StageParts:
         scale_factor(config) if unet.takes_low_res else None,
         nemo.get("model.conditioning.token_length"),
         defaults,
-        {"format": "NVIDIA NeMo", "source": source},
     )
 
 

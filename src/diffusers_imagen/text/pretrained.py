@@ -1,6 +1,7 @@
 """Tokenizers and text encoders from a folder or the Hub, refused in one line if they are damaged or incomplete."""
 
 import os
+from typing import Any
 
 import torch
 from transformers import AutoModel, AutoModelForTextEncoding, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -85,3 +86,15 @@ def load_encoder(
             )
         return model.eval().requires_grad_(False).to(device)
     raise ValueError(f"{what}, which has no encoder that can be loaded: {reason}")
+
+
+def load_text(name: str, max_length: int | None = None) -> dict[str, Any]:
+    """A pipeline's `text_encoder`, in the type that its weights have, and `tokenizer`; ValueError as above.
+
+    Args:
+        name (`str`): Folder or Hub id, of a pipeline or of a model.
+        max_length (`int`, *optional*): Tokens that texts are to be cut or padded to; the tokenizer's own limit without.
+    """
+    tokenizer, subfolder = load_tokenizer(name, max_length)
+    encoder = load_encoder(name, subfolder, tokenizer, "cpu", "auto")  # type: ignore[arg-type]  # a type for transformers
+    return {"text_encoder": encoder, "tokenizer": tokenizer}
