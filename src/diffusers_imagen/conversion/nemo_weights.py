@@ -175,7 +175,18 @@ def refusing_fault(what: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, MemoryError) or is_out_of_memory(error):
             raise
-        raise ValueError(f"{what} cannot be read as weights: {describe_fault(error)}") from error
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if asked:
+            raise unknown_name(what, asked[1]) from error
+        reason = re.search(r"WeightsUnpickler error: (.{1,200})", str(error))  # after much that does not help here
+        raise ValueError(
+            f"{what} cannot be read as weights: {reason[1] if reason else describe_fault(error)}"
+        ) from error
+
+
+def unknown_name(what: str, name: str) -> ValueError:
+    """The error of a file that names a class or function which no checkpoint of NeMo's needs."""
+    return ValueError(f"{what} asks for {shown(name)}, which no weights need: nothing of it was run.")
 
 
 def check_file(path: Path, what: str) -> bool:
@@ -216,7 +227,7 @@ def inert_names(path: Path, what: str) -> list[str]:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     for name in names:
         if not INERT_NAMES.fullmatch(name):
-            raise ValueError(f"{what} asks for {shown(name)}, which no weights need: nothing of it was run.")
+            raise unknown_name(what, name)
     return names
 
 
