@@ -16,6 +16,7 @@ from diffusers_imagen import ContinuousDDPMScheduler, EDMHeunScheduler
 from diffusers_imagen.conversion import load_nemo_stage, load_nemo_unet
 from diffusers_imagen.conversion.nemo_archive import open_nemo
 from diffusers_imagen.conversion.nemo_export import export_nemo, nemo_config
+from diffusers_imagen.conversion.nemo_keys import nemo_names
 from diffusers_imagen.conversion.nemo_stage import (
     WEIGHTS_FILE,
     describe_stage,
@@ -169,6 +170,60 @@ def test_a_configuration_may_be_given(wrap, tmp_path):
         assert load_nemo_stage(path, config=source).report.config == model_section(config)
     with pytest.raises(ValueError, match="`source_config` is {'unet_type': 'sr'}, but should be a configuration"):
         load_nemo_stage(path, config={"unet_type": "sr"})
+
+
+# What NeMo published: `unet_type`, `noise_cond_aug`, `unet:` but for what all have, and the parameters that NeMo's own
+# classes have (shared/reference/README.md).
+SHARED = {"channels": 3, "feature_pooling_type": "attention", "learned_sinu_pos_emb_dim": 0, "per_head_channels": 64}
+BASE = {
+    "image_size": 64,
+    "num_res_blocks": 3,
+    "channel_mult": [1, 2, 3, 4],
+    "attention_type": "fused",
+    "dropout": False,
+}
+SR = {"image_size": 256, "embed_dim": 128, "num_res_blocks": [2, 2, 3, 4, 3], "channel_mult": [1, 2, 4, 6, 6]}
+SR |= {"attention_resolutions": [32, 16], "low_res_cond": True, "resblock_updown": False, "resample_with_conv": True}
+EFFICIENT = {"embed_dim": 128, "channel_mult": [1, 2, 4, 8, 8], "num_resblocks": [2, 4, 8, 8, 8], "stride": 2}
+EFFICIENT |= {"atnn_enabled_at": [0, 0, 0, 1, 1], "skip_connection_scaling": True, "image_size": 256}
+PUBLISHED = {
+    "base64-500m": ("base", False, {**BASE, "embed_dim": 256, "cond_dim": 512}, 524_897_540),
+    "base64-2b": ("base", False, {**BASE, "embed_dim": 512, "cond_dim": 2048}, 2_171_162_116),
+    "sr256-400m": ("sr-unet", True, {**SR, "attention_type": "fused"}, 408_350_468),
+    "sr256-400m-edm": ("sr-unet", False, {**SR, "attention_type": "fused"}, 408_021_764),
+    "sr256-450m-edm": ("sr-unet", False, {**SR, "attention_type": "stacked"}, 568_675_844),
+    "sr256-600m": ("sr", True, {**EFFICIENT, "attention_type": "fused"}, 646_023_428),
+    "sr256-600m-edm": ("sr", False, {**EFFICIENT, "attention_type": "stacked"}, 700_281_604),
+    "sr256-600m-edm-noise": ("sr", True, {**EFFICIENT, "attention_type": "stacked"}, 700_610_308),
+    "sr1024-600m": ("sr", True, {**EFFICIENT, "attention_type": "cross", "image_size": 1024}, 639_193_348),
+}
+
+
+@pytest.mark.parametrize("unet_type, noise, unet, parameters", PUBLISHED.values(), ids=PUBLISHED)
+def test_published_configurations_have_the_parameters_that_nemo_counts(unet_type, noise, unet, parameters):
+    config = {
+        "unet_type": unet_type,
+        "noise_cond_aug": noise,
+        "unet": {**SHARED, **unet},
+        "preconditioning_type": "EDM",
+    }
+    config |= {"preconditioning": {"loss_type": "l2"}, "conditioning": {"embed_dim": 1024, "token_length": 128}}
+    parts = describe_stage(config)
+    assert parts.unet.num_parameters() == parameters and parts.token_length == 128
+    assert parts.unet.takes_low_res == (unet_type != "base") and parts.unet.takes_low_res_noise_level == noise
+    # and every weight has a place among NeMo's, and the way back leads to the same network
+    assert len({ours for group in nemo_names(parts.unet).values() for ours in group}) == len(parts.unet.state_dict())
+    assert nemo_config(parts.unet, parts.scheduler)["unet"]["embed_dim"] == unet["embed_dim"]
+
+
+def test_configurations_have_numbers_for_keys(tmp_path):
+    """`kernel_radius_dict` of sr256-450m-edm.yaml."""
+    config, weights, _ = read_case(SMALL)
+    config["data"] = {
+        "train": {"corruption_aug": {"kernel_radius_dict": {8: 1, 16: 2}, "target_resolution": [64, 256]}}
+    }
+    stage = load_nemo_stage(write_form("tar", tmp_path, config, weights))
+    assert stage.report.config["data"]["train"]["corruption_aug"]["kernel_radius_dict"] == {"8": 1, "16": 2}
 
 
 # Written folders

@@ -149,10 +149,10 @@ def find_config(
     beside = [path.parent / HPARAMS, path.parent.parent / HPARAMS]
     found = model_section(next((part for part in settings if part), None))
     if places:
-        found = model_section(read_yaml(places[0], "model_config.yaml"))
+        found = model_section(read_yaml(places[0], CONFIG, number_keys=True))
     elif found is None:
         files = [place for place in beside if place.is_file()]
-        found = model_section(read_yaml(files[0], HPARAMS)) if files else None
+        found = model_section(read_yaml(files[0], HPARAMS, number_keys=True)) if files else None
     if found is None:
         raise ValueError(
             f"{what} has no configuration with a section `unet`: give NeMo's YAML, or Lightning's {HPARAMS}, beside it."
@@ -163,7 +163,7 @@ def find_config(
 def read_config(config: Config, name: str) -> dict[str, Any]:
     """The `model:` section of a configuration that was given."""
     is_file = isinstance(config, (str, os.PathLike))
-    found = model_section(read_yaml(config, name) if is_file else config)  # type: ignore[arg-type]
+    found = model_section(read_yaml(config, name, number_keys=True) if is_file else config)  # type: ignore[arg-type]
     if found is None:
         raise bad_argument(name, config, "a configuration of NeMo's, with a section `unet`")
     return found

@@ -1,7 +1,6 @@
 """YAML files of plain values, read within bounds."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,36 +11,29 @@ MAX_BYTES = 2**18  # PyYAML reads some 50 KB/s
 MAX_DEPTH = 32
 MAX_VALUES = 20_000  # aliases counted as often as they are named
 MERGE = "tag:yaml.org,2002:merge"  # of the key `<<`
-STRING = "tag:yaml.org,2002:str"
+STRING, INTEGER = "tag:yaml.org,2002:str", "tag:yaml.org,2002:int"
 
 
-def read_yaml(path: str | os.PathLike, name: str) -> Any:
+def read_yaml(path: str | os.PathLike, name: str, number_keys: bool = False) -> Any:
     """The content of a YAML file: dicts with strings as keys, lists, strings, numbers, booleans, dates and None.
 
     Args:
         path (`str` or `os.PathLike`): The file.
         name (`str`): The argument that named it, for the message.
+        number_keys (`bool`): Whether keys may be whole numbers, which become strings, and are not refused.
 
     Raises:
         ValueError: If it is no regular file, cannot be read, is not YAML, has a key twice, a key that is no string or
             a tag (`!!python/object`), or is longer, deeper or, with its aliases followed, larger than a configuration
             is. Names argument and file.
     """
-    return parse_yaml(lambda: read_bytes(Path(path)), f"`{name}` is '{path}', which")
-
-
-def parse_yaml(read: Callable[[], bytes], what: str) -> Any:
-    """As `read_yaml`, of the bytes that `read` gives; `what` begins the message, such as "'base.nemo' has a file that"."""
     try:
-        content = read()
-        if len(content) > MAX_BYTES:
-            raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
-        return load(content)
+        return load(read_bytes(Path(path)), number_keys)
     except yaml.MarkedYAMLError as error:
         reason = f"{error.problem or error.context}{of_line(error.problem_mark or error.context_mark)}"
     except (OSError, ValueError, ArithmeticError, RecursionError, yaml.YAMLError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
-    raise ValueError(f"{what} cannot be read: {' '.join(reason.split())}")
+    raise ValueError(f"`{name}` is '{path}', which cannot be read: {' '.join(reason.split())}")
 
 
 def read_bytes(path: Path) -> bytes:
@@ -51,12 +43,16 @@ def read_bytes(path: Path) -> bytes:
     if not path.is_file():  # reading a FIFO or a device may have no end
         raise ValueError("it is no regular file")
     with open(path, "rb") as file:
-        return file.read(MAX_BYTES + 1)
+        content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
+    return content
 
 
-def load(content: bytes) -> Any:
+def load(content: bytes, number_keys: bool = False) -> Any:
     """The value of a YAML document."""
     loader = BoundedLoader(content)
+    loader.number_keys = number_keys
     try:
         root = loader.get_single_node()
         if root is None:
@@ -71,6 +67,7 @@ class BoundedLoader(yaml.SafeLoader):
     """A SafeLoader of nodes that are not too deep and have no tags, keys that are strings, and each once."""
 
     depth = 0
+    number_keys = False
 
     def compose_node(self, parent, index):
         event = self.peek_event()
@@ -87,6 +84,8 @@ class BoundedLoader(yaml.SafeLoader):
         node = super().compose_mapping_node(anchor)
         seen = set()
         for key, _ in node.value:
+            if self.number_keys and key.tag == INTEGER:
+                key.tag = STRING
             if key.tag not in (STRING, MERGE) or not isinstance(key, yaml.ScalarNode):
                 raise refusal("a key is no string (quote it)", key.start_mark)
             if key.value in seen:
