@@ -12,7 +12,7 @@ from nemo_archives import CASES, FORMS, PREFIX, model_section, pack, read_case, 
 from networks import relative_error
 from safetensors.torch import load_file
 
-from diffusers_imagen import ContinuousDDPMScheduler, EDMHeunScheduler
+from diffusers_imagen import ContinuousDDPMScheduler, EDMHeunScheduler, ImagenCascadePipeline
 from diffusers_imagen.conversion import load_nemo_stage, load_nemo_unet
 from diffusers_imagen.conversion.nemo_archive import open_nemo
 from diffusers_imagen.conversion.nemo_export import export_nemo, nemo_config
@@ -96,6 +96,42 @@ def test_ddpm_stages(objective, prediction):
     assert describe_stage(config).call_defaults == {"num_inference_steps": 250, "guidance_scale": 7.5}
     with pytest.raises(ValueError, match="`noise_cond_aug` is True, but should be false with DDPM"):
         describe_stage({**read_case("srunet_noiseaug")[0], "preconditioning_type": "DDPM", "preconditioning": {}})
+
+
+def test_a_converted_cascade_samples_like_nemo_without_being_told_how(tmp_path):
+    """NeMo v2.3.0's own sampler: 6 steps, guidance 2, dynamic thresholding."""
+    config, weights, vectors = read_case("base_default_small")
+    pipe = ImagenCascadePipeline.from_nemo(write_form("tar", tmp_path, config, weights))
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(
+        prompt_embeds=vectors["text_embed"],
+        prompt_attention_mask=vectors["text_mask"],
+        latents=vectors["edm_noise"],
+        num_inference_steps=6,
+        guidance_scale=2.0,
+        output_type="latent",
+    ).images
+    # the pipeline clamps what a stage hands on; NeMo does not
+    expected = vectors["edm_sample_6steps_cfg2_dynamic"].clamp(-1, 1)
+    torch.testing.assert_close(images, expected, atol=1e-4, rtol=0)
+
+
+def test_a_ddpm_network_predicts_what_nemo_predicts(tmp_path):
+    config, weights, vectors = read_case("base_default_small")
+    config |= {"preconditioning_type": "DDPM", "preconditioning": {"loss_type": "l2", "pred_objective": "noise"}}
+    parts = load_nemo_stage(write_form("gzip", tmp_path, config, weights)).parts
+    timesteps = parts.scheduler.conditioning((vectors["ddpm_t"] * 1000).round().long())
+    with torch.no_grad():
+        out = parts.unet(vectors["x"], timesteps, vectors["text_embed"], vectors["text_mask"]).sample
+    assert relative_error(out, vectors["ddpm_pred"]) < 1e-5
+
+
+def test_files_of_torch_before_its_zip_format(tmp_path):
+    config, weights, _ = read_case(SMALL)
+    path = tmp_path / "x.ckpt"
+    torch.save({"state_dict": weights}, path, _use_new_zipfile_serialization=False)
+    stage = load_nemo_stage(path, config=model_section(config))
+    assert torch.equal(stage.parts.unet.conv_in.weight, weights[f"{PREFIX}init_conv.weight"])
 
 
 PREFIXES = [

@@ -51,7 +51,7 @@ def nemo_config(
         conditioning["token_length"] = token_length
     section = {**(recorded or {}), **described, "conditioning": conditioning}
     if recorded is not None:
-        section["preconditioning"] = {**recorded.get("preconditioning", {}), **described["preconditioning"]}
+        section["preconditioning"] = {**(recorded.get("preconditioning") or {}), **described["preconditioning"]}
         if differing_entries(unet, section) == []:
             return section
     section["unet"] = efficient_section(unet) if isinstance(unet, EfficientUNetModel) else unet_section(unet)

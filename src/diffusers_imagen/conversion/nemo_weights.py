@@ -90,8 +90,8 @@ class TorchFile:
         for key, value in self.select(content).items():
             if not isinstance(key, str) or not isinstance(value, torch.Tensor):
                 raise ValueError(f"{what} has {shown(value)[:60]} under {shown(key)}, but should have a tensor.")
-            if value.layout != torch.strided or value.is_quantized or value.is_meta:
-                raise ValueError(f"{what} has a sparse, quantized or empty tensor under {shown(key)}.")
+            if value.is_nested or value.layout != torch.strided or value.is_quantized or value.is_meta:
+                raise ValueError(f"{what} has a nested, sparse, quantized or empty tensor under {shown(key)}.")
             self.tensors[key] = Described(tuple(value.shape), value.dtype)
 
     def load(self) -> dict[Any, Any]:
