@@ -9,9 +9,11 @@ from . import (
     cache_embeddings,
     convert_config,
     convert_if,
+    convert_nemo,
     demo,
     doctor,
     export_if,
+    export_nemo,
     generate,
     inpaint,
     reconstruct_ema,
@@ -44,7 +46,8 @@ def make_parser() -> Parser:
     parser.add_argument("--version", action="version", version=version("diffusers-imagen"))
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     drawing, data = (generate, upscale, inpaint, demo), (cache_embeddings, doctor)
-    for command in (*drawing, *data, convert_if, export_if, convert_config, reconstruct_ema):
+    weights = (convert_if, export_if, convert_nemo, export_nemo)
+    for command in (*drawing, *data, *weights, convert_config, reconstruct_ema):
         command.add_parser(commands)
     return parser
 

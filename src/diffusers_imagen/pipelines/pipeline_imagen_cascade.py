@@ -1,6 +1,7 @@
 """ImagenCascadePipeline: from a prompt to a picture. `runner.py` does what a call says; read it next, from its top."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +11,10 @@ from diffusers.pipelines.deepfloyd_if import IFSafetyChecker, IFWatermarker
 from diffusers.utils import replace_example_docstring
 from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..conversion.nemo_archive import Config, find_source
+from ..conversion.nemo_stage import cascade_components, load_nemo_stage
 from ..loaders import ImagenLoraLoaderMixin
+from ..text.pretrained import load_text
 from ..utils.arguments import is_integer, shown
 from .call_arguments import CallArguments, PerStage
 from .image_inputs import ImageInput
@@ -172,6 +176,51 @@ class ImagenCascadePipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLo
         check_stages(pipe.stages, pipe.text_width)
         check_factors(pipe.stages, factors)
         refuse_untrained(pipe.stages)
+        return pipe
+
+    @classmethod
+    def from_nemo(
+        cls,
+        base: str | os.PathLike,
+        sr256: str | os.PathLike | None = None,
+        sr1024: str | os.PathLike | None = None,
+        text_encoder: str | os.PathLike | None = None,
+        configs: Mapping[str, Config] | None = None,
+        ema: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> "ImagenCascadePipeline":
+        r"""
+        Loads a cascade of NVIDIA NeMo's checkpoints. `diffusers-imagen convert-nemo` writes one to a folder.
+
+        Args:
+            base, sr256, sr1024 (`str` or `os.PathLike`):
+                The stages: `.nemo` archives, folders that they were unpacked to, or `.ckpt` files of Lightning.
+            text_encoder (`str` or `os.PathLike`, *optional*):
+                Folder or Hub id of the encoder that they were trained with, T5-11B for NeMo's own; texts are cut and
+                padded to the base stage's `token_length`. Without one, calls take embeddings.
+            configs (`dict[str, str or dict]`, *optional*):
+                By stage name, NeMo's configuration of a checkpoint that has none.
+            ema (`bool`, defaults to `False`): Whether to take the averages, of `NAME-EMA.ckpt` beside `NAME.ckpt`.
+            dtype (`torch.dtype`, *optional*): Type of the weights; as in each checkpoint if None.
+
+        Raises:
+            ValueError: If a source is no such checkpoint, is damaged, or the stages do not fit together.
+        """
+        sources = {kind: source for kind, source in zip(STAGES, (base, sr256, sr1024)) if source is not None}
+        check_stage_names("configs", configs)
+        configs = configs or {}
+        for kind, source in sources.items():  # before the first is loaded
+            find_source(source, ema, kind.name)
+        stages = {
+            kind: load_nemo_stage(source, configs.get(kind.name), ema, dtype, kind.name).parts
+            for kind, source in sources.items()
+        }
+        text = {}
+        if text_encoder is not None:
+            text = load_text(str(text_encoder), stages[BASE].token_length)
+        pipe = cls(**text, **cascade_components({kind.name: parts for kind, parts in stages.items()}))
+        check_stages(pipe.stages, pipe.text_width)
+        check_factors(pipe.stages, {kind: parts.scale_factor for kind, parts in stages.items()})
         return pipe
 
     def check_call_defaults(self, call_defaults: Any) -> None:

@@ -104,3 +104,15 @@ def load_encoder(
         model = model.eval().requires_grad_(False)
         return model if is_quantized(model) else model.to(device)
     raise ValueError(f"{what}, which has no encoder that can be loaded: {reason}")
+
+
+def load_text(name: str, max_length: int | None = None) -> dict[str, Any]:
+    """A pipeline's `text_encoder`, in the type that its weights have, and `tokenizer`; ValueError as above.
+
+    Args:
+        name (`str`): Folder or Hub id, of a pipeline or of a model.
+        max_length (`int`, *optional*): Tokens that texts are to be cut or padded to; the tokenizer's own limit without.
+    """
+    tokenizer, subfolder = load_tokenizer(name, max_length)
+    encoder = load_encoder(name, subfolder, tokenizer, "cpu", "auto")  # type: ignore[arg-type]  # a type for transformers
+    return {"text_encoder": encoder, "tokenizer": tokenizer}
