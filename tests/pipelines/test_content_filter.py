@@ -19,8 +19,8 @@ from diffusers_imagen.conversion.deepfloyd import unet_from_deepfloyd
 from diffusers_imagen.diffusion.continuous_ddpm import log_snr_to_sigma
 from diffusers_imagen.diffusion.discrete_ddpm import trained_log_snrs
 from diffusers_imagen.pipelines.content_filter import finish_images
-from diffusers_imagen.pipelines.folder_checks import check_encoder, check_pipeline_folder
 from diffusers_imagen.pipelines.inputs import per_image_generators
+from diffusers_imagen.pipelines.loading.folder_checks import check_encoder, check_pipeline_folder
 
 
 NUMBER = 4  # of images

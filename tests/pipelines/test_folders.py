@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from diffusers_imagen import ImagenCascadePipeline, ImagenPipeline
 from diffusers_imagen.commands.model_arguments import load_cascade
-from diffusers_imagen.pipelines.folders import load_text_parts, split_options
+from diffusers_imagen.pipelines.loading.folders import load_text_parts, split_options
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +175,7 @@ def test_a_fifo_is_no_configuration(folder):
 
 @pytest.mark.parametrize("name", ["", "nowhere", "a/b/c", "user/name/", "../up", "http://host/x", "a b/c"])
 def test_a_name_that_no_repository_has_is_refused_before_the_hub_is_asked(name, monkeypatch):
-    monkeypatch.setattr("diffusers_imagen.pipelines.folders.hf_hub_download", None)
+    monkeypatch.setattr("diffusers_imagen.pipelines.loading.folders.hf_hub_download", None)
     with pytest.raises(ValueError, match="`model` is .*, which is neither a folder nor a Hub id"):
         load_cascade(name)
     for argument in ("base", "text_encoder"):

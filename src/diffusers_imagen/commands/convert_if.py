@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 from ..pipelines import ImagenCascadePipeline, ImagenPipeline, ImagenSuperResolutionPipeline
-from ..pipelines.deepfloyd_repository import is_deepfloyd
+from ..pipelines.loading.deepfloyd_repository import is_deepfloyd
 from ..pipelines.model_card import new_card
 from ..utils.files import check_folder, whole_folder
 from .model_arguments import (

@@ -7,7 +7,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 
 from ..conversion import pipeline_to_deepfloyd
-from ..pipelines.folders import SINGLE_STAGES, check_source, load_pipeline_folder, loading
+from ..pipelines.loading.folders import SINGLE_STAGES, check_source, load_pipeline_folder, loading
 from ..pipelines.model_card import PACKAGE, add_license, new_card
 from ..pipelines.origin import list_origins
 from ..utils.files import whole_folder

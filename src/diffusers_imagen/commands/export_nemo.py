@@ -46,7 +46,7 @@ def read_network(folder: Path) -> tuple[Any, dict[str, Any]]:
     from safetensors import safe_open
 
     from ..models import EfficientUNetModel, ImagenUNetModel
-    from ..pipelines.folder_checks import check_component, describe_network, read_config
+    from ..pipelines.loading.folder_checks import check_component, describe_network, read_config
 
     config = read_config(folder / "config.json")
     unet = describe_network(config)
@@ -67,7 +67,7 @@ def read_scheduler(folder: Path) -> Any:
     """The scheduler of a folder."""
     from diffusers import SchedulerMixin
 
-    from ..pipelines.folder_checks import CONFIGS, find_class, read_config
+    from ..pipelines.loading.folder_checks import CONFIGS, find_class, read_config
 
     config = read_config(folder / CONFIGS["scheduler"])
     return find_class("scheduler", ["diffusers", config.get("_class_name")], SchedulerMixin).from_config(config)

@@ -12,9 +12,9 @@ from diffusers import DiffusionPipeline
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from ..pipelines import ImagenCascadePipeline, ImagenSuperResolutionPipeline
-from ..pipelines.folder_checks import INDEX, read_config
-from ..pipelines.folders import check_source, download_index, load_pipeline_folder, load_text_parts, loading
-from ..pipelines.stage_loading import check_stage_source
+from ..pipelines.loading.folder_checks import INDEX, read_config
+from ..pipelines.loading.folders import check_source, download_index, load_pipeline_folder, load_text_parts, loading
+from ..pipelines.loading.stage_loading import check_stage_source
 from ..pipelines.stage_table import MOST_STEPS, STAGES
 from ..pipelines.stages import check_stages, refuse_untrained
 from ..schedulers import EDMAdamsScheduler, EDMHeunScheduler

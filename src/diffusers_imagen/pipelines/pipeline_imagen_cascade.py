@@ -18,11 +18,11 @@ from ..text.pretrained import load_text
 from ..utils.arguments import is_integer, shown
 from .call_arguments import CallArguments, PerStage
 from .image_inputs import ImageInput
+from .loading.stage_loading import load_stages
 from .origin import check_origins
 from .pipeline_mixin import ImagenPipelineMixin
 from .pipeline_output import ImagenPipelineOutput
 from .runner import Runner
-from .stage_loading import load_stages
 from .stage_table import BASE, SAFETY_PARTS, STAGES, check_stage_names
 from .stages import Stage, StageSource, UNet, check_factors, check_stages, refuse_untrained
 

@@ -16,12 +16,12 @@ from ..utils.arguments import as_integer, shown
 from ..utils.modules import memory_of
 from . import inputs
 from .content_filter import check_filter
-from .deepfloyd_repository import find_pipeline
-from .folder_checks import SETTINGS
+from .loading.deepfloyd_repository import find_pipeline
+from .loading.folder_checks import SETTINGS
+from .loading.stage_loading import load_stages
 from .model_card import ModelCardMixin
 from .origin import check_origin, list_origins, warn_of_missing_filter
 from .prompts import PROMPT_EMBEDS, Prompts
-from .stage_loading import load_stages
 from .stage_table import BASE, NETWORKS, SAFETY_PARTS, TEXT_PARTS
 from .stages import StageSource, check_components, check_stages, refuse_untrained
 from .tiling import Tiling

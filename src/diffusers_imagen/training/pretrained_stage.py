@@ -9,7 +9,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..models.unet_base import ConditionalUNet
-from ..pipelines import deepfloyd_repository
+from ..pipelines.loading import deepfloyd_repository
 from ..pipelines.origin import check_origin
 from ..pipelines.stage_table import BASE, MOST_STEPS
 from ..schedulers import EDMHeunScheduler

@@ -15,16 +15,16 @@ import diffusers
 from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
 from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
-from ..conversion.deepfloyd import config_from_deepfloyd, unet_from_deepfloyd
-from ..diffusion.continuous_ddpm import log_snr_to_sigma
-from ..diffusion.discrete_ddpm import BetaSchedule, declared_log_snrs
-from ..utils.arguments import bad_argument, shown
-from ..utils.files import HUB_OPTIONS
-from ..utils.modules import quiet_transformers, unwrapped
+from ...conversion.deepfloyd import config_from_deepfloyd, unet_from_deepfloyd
+from ...diffusion.continuous_ddpm import log_snr_to_sigma
+from ...diffusion.discrete_ddpm import BetaSchedule, declared_log_snrs
+from ...utils.arguments import bad_argument, shown
+from ...utils.files import HUB_OPTIONS
+from ...utils.modules import quiet_transformers, unwrapped
+from ..schedules import has_levels
+from ..stage_table import SAFETY_PARTS, TEXT_PARTS
 from .folder_checks import CONFIGS, INDEX, KINDS, check_component, find_class, read_config
 from .folders import DOWNLOAD_OPTIONS, download_index, is_hub_id, refusal_of_hub
-from .schedules import has_levels
-from .stage_table import SAFETY_PARTS, TEXT_PARTS
 
 
 # diffusers' pipelines of IF, the variants of which have the same parts, and whether they enlarge images

@@ -16,11 +16,11 @@ from huggingface_hub.errors import GatedRepoError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoModelForTextEncoding, AutoTokenizer
 
-from ..text.completeness import refuse_random_weights
-from ..utils.arguments import shown
-from ..utils.errors import is_out_of_memory, one_line
-from ..utils.files import HUB_OPTIONS
-from ..utils.modules import quiet_transformers
+from ...text.completeness import refuse_random_weights
+from ...utils.arguments import shown
+from ...utils.errors import is_out_of_memory, one_line
+from ...utils.files import HUB_OPTIONS
+from ...utils.modules import quiet_transformers
 from .folder_checks import (
     INDEX,
     KINDS,

@@ -19,12 +19,12 @@ from diffusers.pipelines.deepfloyd_if import IFSafetyChecker, IFWatermarker
 from safetensors import SafetensorError, safe_open
 from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..models.interface import StageNetwork
-from ..utils.arguments import shown
-from ..utils.errors import one_line
-from ..utils.files import read_json_object
-from ..utils.modules import first_names
-from .stage_table import BASE
+from ...models.interface import StageNetwork
+from ...utils.arguments import shown
+from ...utils.errors import one_line
+from ...utils.files import read_json_object
+from ...utils.modules import first_names
+from ..stage_table import BASE
 
 
 INDEX = "model_index.json"

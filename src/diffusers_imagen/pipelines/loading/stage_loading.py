@@ -13,11 +13,13 @@ from diffusers.quantizers import PipelineQuantizationConfig
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..conversion.deepfloyd import config_from_deepfloyd
-from ..models.interface import StageNetwork
-from ..text.identity import encoder_width
-from ..utils.arguments import bad_argument, shown
-from ..utils.modules import unwrapped
+from ...conversion.deepfloyd import config_from_deepfloyd
+from ...models.interface import StageNetwork
+from ...text.identity import encoder_width
+from ...utils.arguments import bad_argument, shown
+from ...utils.modules import unwrapped
+from ..stage_table import SAFETY_PARTS, TEXT_PARTS
+from ..stages import StageSource
 from .deepfloyd_repository import MAX_TOKENS, is_deepfloyd, load_deepfloyd, parts_of_deepfloyd, read_deepfloyd
 from .folder_checks import (
     CONFIGS,
@@ -38,8 +40,6 @@ from .folders import (
     small_files,
     split_options,
 )
-from .stage_table import SAFETY_PARTS, TEXT_PARTS
-from .stages import StageSource
 
 
 SHARED_PARTS = (*TEXT_PARTS, *SAFETY_PARTS)  # of which a pipeline has one, whatever its stages
