@@ -15,7 +15,7 @@ from diffusers_imagen import (
     ImagenSuperResolutionPipeline,
 )
 from diffusers_imagen.commands import model_arguments
-from diffusers_imagen.pipelines import stage_loading
+from diffusers_imagen.pipelines.loading import stage_loading
 
 
 @pytest.fixture

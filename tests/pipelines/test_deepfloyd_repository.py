@@ -23,8 +23,8 @@ from safetensors.torch import save_file
 from transformers import BitsAndBytesConfig, T5EncoderModel
 
 from diffusers_imagen import ImagenCascadePipeline, ImagenPipeline, ImagenSuperResolutionPipeline
-from diffusers_imagen.pipelines import deepfloyd_repository as repository
 from diffusers_imagen.pipelines.inputs import per_image_generators
+from diffusers_imagen.pipelines.loading import deepfloyd_repository as repository
 
 
 STEPS, PROMPT = 5, "a red apple"
