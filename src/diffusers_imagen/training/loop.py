@@ -416,9 +416,7 @@ class Trainer:
 
     def pipeline(self, unet: StageNetwork) -> StagePipeline:
         """What draws with the network, as the exported stage does."""
-        settings = self.pretrained.settings(
-            self.config.preconditioning, self.objective.sampling, self.unet.takes_low_res
-        )
+        settings = self.pretrained.settings(self.config.preconditioning, self.objective.sampling, unet.takes_low_res)
         return stage_pipeline(unet, self.objective.scheduler(), self.config, settings)
 
     def save_snapshots(self, done: int) -> None:
