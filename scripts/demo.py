@@ -14,13 +14,11 @@ from diffusers_imagen.commands.common import (
     MAX_GUIDANCE,
     MAX_SEED,
     MAX_STEPS,
-    SHIPPED_MODEL,
-    load_pipeline,
     save_image,
     slug_of,
 )
+from diffusers_imagen.commands.model_arguments import SHIPPED_MODEL, load_cascade
 from diffusers_imagen.commands.parser import Parser, check_numbers, check_prompt, refuse_empty
-from diffusers_imagen.pipelines.stage_table import DEFAULT_GUIDANCE, DEFAULT_STEPS
 from diffusers_imagen.utils.errors import run_to_exit_code
 from diffusers_imagen.utils.files import check_writable
 from diffusers_imagen.utils.grid import captioned_grid
@@ -41,9 +39,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--prompt", action="append", help="your own prompt; may be given several times")
     parser.add_argument("--model", default=str(SHIPPED_MODEL), help="folder or Hub id; default: the shipped cascade")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs"))
-    per_stage = {"nargs": "+", "help": "one value a stage"}
-    parser.add_number("--num_inference_steps", int, 1, MAX_STEPS, default=DEFAULT_STEPS, **per_stage)
-    parser.add_number("--guidance_scale", float, 0, MAX_GUIDANCE, default=DEFAULT_GUIDANCE, **per_stage)
+    per_stage = {"nargs": "+", "help": "one value a stage; default: each stage's own"}
+    parser.add_number("--num_inference_steps", int, 1, MAX_STEPS, **per_stage)
+    parser.add_number("--guidance_scale", float, 0, MAX_GUIDANCE, **per_stage)
     parser.add_number("--seed", int, 0, MAX_SEED, default=0)
     args = parser.parse_args()
     check_numbers(args)
@@ -57,7 +55,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     prompts = args.prompt or PROMPTS
-    pipe = load_pipeline(args.model)
+    pipe = load_cascade(args.model)
     out = pipe(
         prompts,
         num_inference_steps=args.num_inference_steps,

@@ -2,10 +2,7 @@
 of the Hub once, when it is imported, and a reader begins with an empty cache."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import hub_server
@@ -13,9 +10,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from deepfloyd_repository import stage_2, write_repository
+from hub_client import Client
 from PIL import Image
+from tiny_t5 import save_text_parts, tiny_t5, tiny_tokenizer
 
 from diffusers_imagen import ImagenPipeline
+from diffusers_imagen.conversion.deepfloyd import unet_from_deepfloyd
+from diffusers_imagen.text import TextEncoder
 
 
 PUSH = """
@@ -44,29 +46,22 @@ info = model_info("user/cascade")
 print(json.dumps([list_repo_files("user/cascade"), info.library_name, info.pipeline_tag, info.tags]))
 """
 
+ENCODE = """
+import os
+del os.environ["HF_TOKEN"]
+import torch
+from diffusers_imagen.text import TextEncoder
 
-class Client:
-    """Runs Python with an empty cache of its own, in a folder of its own."""
-
-    def __init__(self, url: str, folder: Path):
-        self.url, self.folder, self.runs = url, folder, 0
-
-    def run(self, code: str) -> str:
-        self.runs += 1
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-        environment |= {
-            "HF_ENDPOINT": self.url,
-            "HF_HOME": str(self.folder / f"home-{self.runs}"),
-            "HF_TOKEN": hub_server.TOKEN,
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "PYTHONPATH": os.pathsep.join(sys.path),
-        }
-        result = subprocess.run(
-            [sys.executable, "-c", code], cwd=self.folder, env=environment, capture_output=True, text=True
-        )
-        assert result.returncode == 0, result.stderr
-        return result.stdout
+hub = {"token": TOKEN, "revision": "first"}
+for name in ("pipeline", "encoder"):
+    for where in ({}, {"local_files_only": True}):
+        text = TextEncoder.from_pretrained(f"user/{name}", 77, keeps_padding=True, **hub, **where)
+        torch.save(text.encode(["a red apple"]).embeds, f"{name}-{len(where)}.pt")
+try:
+    TextEncoder.from_pretrained("user/other", 77)
+except ValueError as error:
+    print(error)
+"""
 
 
 @pytest.fixture
@@ -146,6 +141,34 @@ def test_a_card_that_is_there_is_completed_and_kept(hub, client, tmp_path):
     }
 
 
+def test_the_license_of_weights_is_added_to_the_card_of_the_repository(hub, client, tmp_path):
+    folder = tmp_path / "carded"
+    folder.mkdir()
+    (folder / "README.md").write_text(CARD.replace("license: cc0-1.0\n", ""))
+    origin = {"base": {"base_model": "DeepFloyd/IF-I-M-v1.0", "license": "deepfloyd"}}
+    client.run(
+        PUSH + 'pipe.save_pretrained("carded", push_to_hub=True)\n'
+        f'pipe = ImagenCascadePipeline.from_pretrained("model", origin={origin})\n'
+        'pipe.push_to_hub("carded")\npipe.push_to_hub("carded", subfolder="copy")'
+    )
+    _, first, second, third = hub.repos["user/carded"]
+    assert set(second) == set(first) and set(third) == {*second, *(f"copy/{path}" for path in second)}
+    _, header, body = second["README.md"].decode().split("---\n", 2)
+    assert body.startswith(CARD.split("---\n", 2)[2] + "\n## License\n")
+    assert yaml.safe_load(header) == {
+        "base_model": "DeepFloyd/IF-I-M-v1.0",
+        "license": "other",
+        "license_name": "deepfloyd-if-license",
+        "license_link": "https://huggingface.co/spaces/DeepFloyd/deepfloyd-if-license",
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "tags": ["emoji", "diffusers", "text-to-image", "diffusers-imagen"],
+    }
+    notice = "Copyright (c) Stability AI Ltd. All Rights Reserved."
+    assert notice in body and notice in third["copy/README.md"].decode()
+    assert third["README.md"] == second["README.md"]
+
+
 def test_the_card_of_a_cascade_without_text_encoder_gives_text_states(cascade):
     cascade.register_modules(tokenizer=None, text_encoder=None)
     snippet = "pipe(prompt_embeds=torch.zeros(1, 1, 16), prompt_attention_mask=torch.ones(1, 1), generator"
@@ -167,9 +190,9 @@ from diffusers_imagen import ImagenCascadePipeline
 
 options = {"token": TOKEN, "revision": "first", "cache_dir": "cache"}
 for number, source in enumerate(("user/folder", "user/pipeline")):
-    text_encoder = "user/folder" if number == 0 else None
+    text = {"text_encoder": "user/folder"} if number == 0 else {}
     for more in ({}, {"local_files_only": True}):
-        pipe = ImagenCascadePipeline.from_stages(source, text_encoder=text_encoder, **options, **more)
+        pipe = ImagenCascadePipeline.from_stages(source, **text, **options, **more)
     generator = torch.Generator().manual_seed(0)
     numpy.save(str(number), pipe("a red apple", num_inference_steps=2, generator=generator, output_type="np").images)
 try:
@@ -199,3 +222,45 @@ def test_a_stage_is_read_with_the_token_and_of_the_revision_that_were_given(hub,
     commits = {hub_server.commit_sha(f"user/{name}", 0) for name in ("pipeline", "folder")}
     assert {path.partition("/")[0] for path in resolved} - {"main"} <= {"first", *commits}
     assert {path for path in resolved if path.startswith("main")} <= {"main/model_index.json"}  # refused: no token
+
+
+TRAIN = """
+import torch
+from diffusers_imagen.training import TrainingConfig
+from diffusers_imagen.training.network import make_unet
+from diffusers_imagen.training.pretrained_stage import find_pretrained
+
+sizes = {"resolution": 32, "low_resolution": 16}
+config = TrainingConfig(pretrained_model_name_or_path="user/if-ii", preconditioning="discrete", **sizes)
+stage = find_pretrained(config)
+assert stage.origin == {"base_model": "user/if-ii", "license": "deepfloyd"}, stage
+assert stage.scheduler["sample_max_value"] == 1.0 and stage.max_length == 77
+torch.save(make_unet(config).state_dict(), "unet.pt")
+"""
+
+
+def test_a_repository_of_deepfloyd_if_is_trained_further(hub, client, tmp_path):
+    """Nothing is downloaded but the network and small files."""
+    pipe = stage_2(safety_checker=None, feature_extractor=None, watermarker=None)
+    hub.fill("user/if-ii", files_below(write_repository(pipe, tmp_path / "if-ii")))
+    client.run(TRAIN)
+    ours = unet_from_deepfloyd(pipe.unet).state_dict()
+    found = torch.load(tmp_path / "unet.pt")
+    assert found.keys() == ours.keys() and all(torch.equal(found[name], ours[name]) for name in ours)
+    assert not any("text_encoder" in request for request in hub.requests)
+
+
+def test_a_text_encoder_is_read_alone_and_again_offline(hub, client, tmp_path):
+    """Of a repository of DeepFloyd IF's layout, and of one with the encoder alone, as T5's are."""
+    save_text_parts(tmp_path / "if")
+    files = files_below(tmp_path / "if")
+    alone = {path.partition("/")[2]: data for path, data in files.items()}
+    for name, commit in (("pipeline", files), ("encoder", alone)):
+        hub.fill(f"user/{name}", commit, dict.fromkeys(commit, b"[]"))
+    hub.private = True
+    message = client.run(ENCODE.replace("TOKEN,", f"{hub_server.TOKEN!r},"))
+    assert "`text_encoder` is 'user/other', which has no tokenizer that can be loaded" in message
+    assert message.count("\n") == 1
+    expected = TextEncoder(tiny_tokenizer(), tiny_t5(), keeps_padding=True).encode(["a red apple"]).embeds
+    for name in ("pipeline-0", "pipeline-1", "encoder-0", "encoder-1"):
+        torch.testing.assert_close(torch.load(tmp_path / f"{name}.pt"), expected, atol=1e-6, rtol=0)

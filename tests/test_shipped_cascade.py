@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from diffusers_imagen import EfficientUNetModel, ImagenCascadePipeline, ImagenUNetModel
-from diffusers_imagen.commands.common import SHIPPED_MODEL
+from diffusers_imagen.commands.model_arguments import SHIPPED_MODEL
 
 
 ROOT = Path(__file__).parents[1]

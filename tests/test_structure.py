@@ -30,9 +30,11 @@ PUBLIC_SIGNATURES = {
     "schedulers/scheduling_edm_adams.py:EDMAdamsScheduler.__init__",
     "schedulers/scheduling_edm_heun.py:EDMHeunScheduler.__init__",
     "pipelines/pipeline_imagen.py:ImagenPipeline.__call__",
+    "pipelines/pipeline_imagen.py:ImagenPipeline.__init__",
     "pipelines/pipeline_imagen_cascade.py:ImagenCascadePipeline.__call__",
     "pipelines/pipeline_imagen_cascade.py:ImagenCascadePipeline.__init__",
     "pipelines/pipeline_imagen_superresolution.py:ImagenSuperResolutionPipeline.__call__",
+    "pipelines/pipeline_imagen_superresolution.py:ImagenSuperResolutionPipeline.__init__",
 }
 
 

@@ -10,6 +10,7 @@ from types import ModuleType
 import diffusers
 from diffusers import ModelMixin, SchedulerMixin, pipelines
 from diffusers.pipelines import auto_pipeline, pipeline_loading_utils
+from diffusers.pipelines.deepfloyd_if import IFSafetyChecker
 
 from .models.interface import StageNetwork
 
@@ -35,6 +36,9 @@ def register(package: ModuleType) -> None:
     for name in COMPONENTS + PIPELINES:
         if not hasattr(diffusers, name):
             setattr(diffusers, name, getattr(package, name))
+    # transformers 5 asks every model that it loads which weights are tied; diffusers' checker, which has none, does not say
+    if not hasattr(IFSafetyChecker, "all_tied_weights_keys"):
+        IFSafetyChecker.all_tied_weights_keys = {}
     for name in PIPELINES:
         setattr(pipelines, name, getattr(package, name))
     for mapping in (

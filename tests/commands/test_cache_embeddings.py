@@ -4,9 +4,12 @@ import json
 import os
 
 import pytest
+import torch
+from tiny_t5 import save_text_parts
 
 from diffusers_imagen.commands import main as cli
-from diffusers_imagen.text.cache import EmbeddingCache
+from diffusers_imagen.text import TextEncoder
+from diffusers_imagen.text.cache import EmbeddingCache, open_text
 from diffusers_imagen.text.cache_files import hold_cache
 from diffusers_imagen.utils.errors import describe
 
@@ -121,3 +124,19 @@ def test_an_error_of_a_worker_is_one_line_without_its_traceback():
         "  File \"a.py\", line 1, in f\nValueError: `embedding_cache` 'c': shard-00000.safetensors has: that.\n"
     )
     assert describe(ValueError(text)) == "`embedding_cache` 'c': shard-00000.safetensors has: that."
+
+
+def test_a_cache_for_deepfloyd_if(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("diffusers_imagen.text.cleanup.is_bs4_available", lambda: False)
+    folder = save_text_parts(tmp_path / "if", max_length=512)
+    arguments = [tmp_path / "c", "--text_encoder", folder, "--train_data_dir", data, "--device", "cpu"]
+    arguments += ["--tokenizer_max_length", 77, "--keep_padding", "--clean_captions", "--dtype", "float16"]
+    assert run(*arguments) == 0 and "4 captions" in capsys.readouterr().out  # the empty one among them
+    cache = open_text(folder, str(tmp_path / "c"), 77, keeps_padding=True, cleans_captions=True).for_captions(["blue"])
+    encoder = TextEncoder.from_pretrained(folder, 77, keeps_padding=True)
+    torch.testing.assert_close(cache.encode(["blue"]), encoder.encode(["blue"]), atol=2e-3, rtol=2e-3)
+    assert run(tmp_path / "c", "--verify") == 0
+    assert run(*arguments[:-3]) == 2 and "(cleans_captions True, not False)" in capsys.readouterr().err
+    tars = [tmp_path / "d", "--nemo_tars", tmp_path / "a.tar", "--tokenizer_max_length", 77]
+    assert run(*tars, "--keep_padding") == 2
+    assert "`nemo_tars` and `keep_padding` are both given" in capsys.readouterr().err

@@ -41,7 +41,7 @@ def test_the_seed_decides(model, tmp_path):
 
 BAD_ARGUMENTS = {
     "no folder": (["--model", "/nowhere/at all"], "`model` is '/nowhere/at all', which is neither"),
-    "no pipeline": (["--model", "{tmp}"], "without a model_index.json"),
+    "no pipeline": (["--model", "{tmp}"], "`model` is '{tmp}', a folder with neither a model_index.json"),
     "unreachable resolution": (["--resolution", "1024"], "`output_resolution` is 1024, but the stages"),
     "no steps": (["--steps", "0"], "`num_inference_steps` is 0"),
     "steps of three stages": (["--steps", "1", "2", "3"], "`num_inference_steps` has 3 entries"),
@@ -52,7 +52,7 @@ BAD_ARGUMENTS = {
 
 @pytest.mark.parametrize("arguments, message", BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS)
 def test_bad_arguments_give_one_line_and_exit_code_2(model, tmp_path, capfd, arguments, message):
-    arguments = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
+    message, *arguments = (text.replace("{tmp}", str(tmp_path)) for text in (message, *arguments))
     assert generate("a red apple", "--model", model, "--output", tmp_path / "x.png", *arguments) == 2
     error = capfd.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("diffusers-imagen: error: ") and message in error

@@ -10,6 +10,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from filter_parts import filter_parts, flag_above
 from PIL import Image
 
 
@@ -47,6 +48,21 @@ def test_each_stage_appears_with_the_first_call_of_the_next(cascade):
     for resolution in (16, 32):
         assert_same(progress[-1].stage_images[resolution], images[resolution])
     assert_same(progress[-2].stage_images[16], images[16])
+
+
+def test_earlier_stages_are_filtered_too(cascade):
+    arguments = {"num_inference_steps": [2, 1], "num_images_per_prompt": 2}
+    plain = expected(cascade, **arguments)
+    cascade.register_modules(**filter_parts())
+    flag_above(cascade, plain[16], "p_head", 1)
+    flag_above(cascade, plain[16], "w_head", 0)
+    generator = torch.Generator().manual_seed(3)
+    progress = list(webdemo.draw(cascade, "a red apple", generator=generator, **arguments))
+    shown = [np.asarray(image) for image in progress[-2].stage_images[16]]
+    assert list(progress[-2].stage_images) == [16]
+    assert sorted(bool(image.any()) for image in shown) == [False, True]
+    for image, other in zip(shown, plain[16]):
+        assert not image.any() or np.array_equal(image, np.asarray(other))
 
 
 def test_closing_the_iterator_stops_the_pipeline(cascade):
@@ -216,6 +232,37 @@ def test_pictures_are_deleted(cascade, tmp_path, monkeypatch):
     assert list(tmp_path.glob("*/*.png")) == pictures
     delete_files_created_by_app(page, -1)
     assert list(tmp_path.glob("*/*.png")) == []
+
+
+def test_the_sliders_reach_the_defaults_of_every_stage(cascade):
+    own = {"base": {"num_inference_steps": 100, "guidance_scale": 12.0}, "sr256": {"num_inference_steps": 20}}
+    cascade.register_to_config(call_defaults=own)
+    blocks = webdemo.build(cascade, "someone/tiny").blocks.values()
+    sliders = {block.label: block for block in blocks if isinstance(block, gr.Slider)}
+    assert [(sliders[f"{name} steps"].value, sliders[f"{name} steps"].maximum) for name in ("16 px", "32 px")] == [
+        (100, 100),
+        (20, 50),
+    ]
+    assert (sliders["16 px guidance"].value, sliders["16 px guidance"].maximum) == (12, 12)
+    request = webdemo.read_request(cascade.stages, "a", "", 0, 1, (100, 12.0, 50, 1.0))
+    assert request["num_inference_steps"] == [100, 50] and request["guidance_scale"] == [12.0, 1.0]
+    with pytest.raises(gr.Error, match="from 1 to 100"):
+        webdemo.read_request(cascade.stages, "a", "", 0, 1, (101, 12.0, 50, 1.0))
+    with pytest.raises(gr.Error, match="from 1 to 50"):
+        webdemo.read_request(cascade.stages, "a", "", 0, 1, (100, 12.0, 100, 1.0))
+
+
+def test_the_page_names_the_stages_and_suits_them(cascade, tmp_path):
+    folder = tmp_path / "imagen-emoji"
+    folder.mkdir()
+    (folder / "README.md").write_text("# x\n\n## Limits\n\nDraws emoji.\n\n## More\n")
+    line = webdemo.describe(cascade, ("someone/base", str(folder)))
+    assert line.startswith("Model **someone/base + imagen-emoji**: Base 16 px") and line.endswith("Draws emoji.")
+    cascade.register_to_config(origin={"sr256": {"base_model": "DeepFloyd/IF-II-M-v1.0", "license": "deepfloyd"}})
+    notice = "DeepFloyd is licensed under the DeepFloyd License, Copyright (c) Stability AI Ltd. All Rights Reserved."
+    assert webdemo.describe(cascade, ("someone/base",)).count(notice) == 1 and notice not in line
+    assert webdemo.examples_for((str(folder),)) == webdemo.EMOJI_EXAMPLES
+    assert webdemo.examples_for(("DeepFloyd/IF-I-M-v1.0", "someone/sr")) == webdemo.EXAMPLES
 
 
 def test_in_a_browser(cascade, url, tmp_path):

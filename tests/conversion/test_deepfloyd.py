@@ -238,11 +238,19 @@ def test_networks_of_another_kind_do_not_go_back():
                 unet = ImagenUNetModel(**config)
             unet_to_deepfloyd(unet)
     ours = config_from_deepfloyd(STAGE_1)
-    for name, value in (("use_null_token", True), ("act_fn", "silu"), ("attends_padding", False)):
+    for name, value in (
+        *(("use_null_token", True), ("act_fn", "silu"), ("attends_padding", False)),
+        ("trained_beta_schedule", "linear"),
+    ):
         with torch.device("meta"):
             unet = ImagenUNetModel(**{**ours, name: value})
         with pytest.raises(ValueError, match=f"`{name}` is {value!r}, but should be"):
             unet_to_deepfloyd(unet)
+    with torch.device("meta"):
+        undeclared = ImagenUNetModel(
+            **{**ours, "trained_beta_schedule": None}
+        )  # converted before there was the option
+    assert unet_to_deepfloyd(undeclared).config.sample_size == 16
     with pytest.raises(ValueError, match="`unet` is a EfficientUNetModel, but should be an ImagenUNetModel"):
         unet_to_deepfloyd(make("efficient-cross"))
     with pytest.raises(ValueError, match="`unet` is a UNet2DModel, but should be a UNet2DCond"):

@@ -6,13 +6,12 @@ on a CPU. Further cases put there are tested as well.
 """
 
 import copy
-import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from nemo_archives import CASES, PREFIX, read_case
+from networks import relative_error
 
 from diffusers_imagen import EfficientUNetModel, ImagenUNetModel
 from diffusers_imagen.conversion import load_nemo_unet
@@ -27,19 +26,6 @@ from diffusers_imagen.conversion.nemo import (
 from diffusers_imagen.models.attention import ImagenAttnProcessor, StableImagenAttnProcessor
 
 
-FOLDER = Path(__file__).parents[1] / "fixtures" / "nemo"
-CASES = sorted(path.stem for path in FOLDER.glob("*.json"))
-PREFIX = "model.model.unet."
-
-
-def read_case(name: str) -> tuple[dict, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Configuration, weights, and NeMo's inputs and outputs."""
-    config = json.loads((FOLDER / f"{name}.json").read_text())
-    weights = load_file(FOLDER / f"{name}.nemo_weights.safetensors")
-    weights = {key: value.float() for key, value in weights.items()}
-    return config, weights, load_file(FOLDER / f"{name}.io.safetensors")
-
-
 def network_inputs(vectors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     names = {
         "x": "sample",
@@ -50,10 +36,6 @@ def network_inputs(vectors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         "time_low_res": "low_res_timestep",
     }
     return {ours: vectors[nemo] for nemo, ours in names.items() if nemo in vectors}
-
-
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((actual - expected).norm() / expected.norm()).item()
 
 
 def test_the_cases_cover_both_networks_and_noise_augmentation():

@@ -31,6 +31,7 @@ class Hub(ThreadingHTTPServer):
         self.large: dict[str, bytes] = {}  # by SHA-256
         self.unknown: list[str] = []
         self.private = False  # whether reading needs the token, too
+        self.gated: set[str] = set()  # repositories whose files need the token, while their list is for everybody
         self.requests: list[str] = []
 
     def fill(self, repo: str, *commits: dict[str, bytes]) -> None:
@@ -82,6 +83,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.info(f"{user}/{name}", revision)
             case ["GET", "api", "models", user, name, "tree", revision]:
                 self.tree(f"{user}/{name}", revision)
+            case ["GET", "api", "models", user, name, "tree", revision, *folder]:
+                self.tree(f"{user}/{name}", revision, "/".join(folder) + "/")
             case ["POST", "api", "models", user, name, "preupload", revision]:
                 self.preupload(f"{user}/{name}", revision)
             case ["POST", user, name, "info", "lfs", "objects", "batch"]:
@@ -127,9 +130,12 @@ class Handler(BaseHTTPRequestHandler):
             },
         )
 
-    def tree(self, repo: str, revision: str) -> None:
+    def tree(self, repo: str, revision: str, folder: str = "") -> None:
+        files = {path: content for path, content in self.files(repo, revision).items() if path.startswith(folder)}
+        if folder and not files:
+            raise Problem(404, "EntryNotFound")
         entries = []
-        for path, content in self.files(repo, revision).items():
+        for path, content in files.items():
             entry = {"type": "file", "path": path, "size": len(content), "oid": git_oid(content)}
             if path.endswith(LARGE):
                 entry["lfs"] = {"oid": sha256(content), "size": len(content), "pointerSize": 134}
@@ -192,6 +198,8 @@ class Handler(BaseHTTPRequestHandler):
     def resolve(self, repo: str, revision: str, path: str) -> None:
         files = self.files(repo, revision)
         headers = {"X-Repo-Commit": self.sha(repo, revision)}
+        if repo in self.server.gated and self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            raise Problem(403 if self.headers.get("Authorization") else 401, "GatedRepo")
         if path not in files:
             raise Problem(404, "EntryNotFound")
         content = files[path]

@@ -14,6 +14,7 @@ from text_sources import FunctionSource
 
 from diffusers_imagen import EfficientUNetModel, ImagenUNetModel
 from diffusers_imagen.training import LoraTrainer, LoraTrainingConfig, Trainer, TrainingConfig
+from diffusers_imagen.training.network import make_unet as make_pretrained
 
 
 TINY = {"block_out_channels": (8, 16), "layers_per_block": 1, "attention_head_dim": 8, "norm_num_groups": 4}
@@ -76,7 +77,10 @@ def reset_accelerate() -> None:
 
 
 def run(settings: dict, seed: int = 0, environment: dict[str, str] | None = None) -> None:
-    """A whole run, with a `rank` of an adapter, for a process of its own; leaves its weights in `weights.pt`."""
+    """A whole run, with a `rank` of an adapter, for a process of its own; leaves its weights in `weights.pt`.
+
+    The network is a tiny one, or that of a pretrained stage, which has its text encoder.
+    """
     reset_accelerate()
     os.environ.update(environment or {})
     torch.set_num_threads(1)
@@ -87,8 +91,9 @@ def run(settings: dict, seed: int = 0, environment: dict[str, str] | None = None
         (LoraTrainer, LoraTrainingConfig) if "rank" in settings else (Trainer, TrainingConfig)
     )
     config = config_class(**settings)
-    unet = make_unet(seed)
-    trainer = trainer_class(config, unet, encode)
+    pretrained = config.pretrained_model_name_or_path is not None and config.text_encoder is not None
+    unet, text = (make_pretrained(config), None) if pretrained else (make_unet(seed), encode)
+    trainer = trainer_class(config, unet, text)
     trainer.train()
     if trainer.accelerator.is_main_process and "ACCELERATE_USE_FSDP" not in os.environ:
         torch.save(unet.state_dict(), Path(config.output_dir) / "weights.pt")

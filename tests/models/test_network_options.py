@@ -199,9 +199,33 @@ def test_a_network_of_discrete_augmentation_takes_the_low_resolution_image_upsam
     assert torch.equal(run(unet, inputs), run(other, inputs))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_low_resolution_image_is_upsampled_as_the_network_declares(dtype):
+    unet = build(**LOW_RES, low_res_upsampling="bicubic_antialias").to(dtype)
+    plain = build(**LOW_RES).to(dtype)
+    assert (unet.low_res_upsampling, plain.low_res_upsampling) == ("bicubic_antialias", "bicubic")
+    inputs = inputs_for(unet)
+    low_res = inputs["low_res_sample"] = inputs["low_res_sample"].to(dtype)
+    upsampled = F.interpolate(low_res.float(), (SIZE, SIZE), mode="bicubic", antialias=True).to(dtype)
+    inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+    assert torch.equal(run(unet, inputs), run(plain, inputs, low_res_sample=upsampled))
+    assert not torch.equal(run(unet, inputs), run(plain, inputs))
+
+
 def test_networks_of_other_kinds_mask_padding_and_have_edm_augmentation():
     for network in (StageNetwork(), make("efficient-cross"), make("unet-fused")):
         assert network.attends_padding is False and network.low_res_augmentation == "edm"
+        assert network.trained_beta_schedule is None
+        assert network.low_res_upsampling == "bicubic"
+
+
+def test_a_network_declares_the_noise_levels_that_it_was_trained_with():
+    unet, other = build(trained_beta_schedule="squaredcos_cap_v2"), build()
+    other.load_state_dict(unet.state_dict())
+    assert unet.trained_beta_schedule == "squaredcos_cap_v2" and other.trained_beta_schedule is None
+    assert torch.equal(run(unet, inputs_for(unet)), run(other, inputs_for(unet)))
+    with pytest.raises(ValueError, match="`trained_beta_schedule` is 'cosine', but should be one of None, 'linear'"):
+        build(trained_beta_schedule="cosine")
 
 
 # Configurations
@@ -216,6 +240,8 @@ NEW_OPTIONS = {
     "mid_block_add_attention": True,
     "attends_padding": False,
     "low_res_augmentation": "edm",
+    "trained_beta_schedule": None,
+    "low_res_upsampling": "bicubic",
 }
 
 
@@ -260,6 +286,14 @@ UNUSED = {
     "augmentation of nothing": (
         {"low_res_augmentation": "discrete", "low_res_conditioning": True},
         "`low_res_augmentation` is 'discrete', but should be 'edm' where `low_res_noise_conditioning` is False",
+    ),
+    "upsampling of nothing": (
+        {"low_res_upsampling": "bicubic_antialias"},
+        "`low_res_upsampling` is 'bicubic_antialias', but should be 'bicubic' but with `low_res_conditioning`",
+    ),
+    "upsampling that is another one": (
+        {**LOW_RES, "low_res_augmentation": "discrete", "low_res_upsampling": "bicubic_antialias"},
+        "`low_res_upsampling` is 'bicubic_antialias', but should be 'bicubic' but with",
     ),
 }
 

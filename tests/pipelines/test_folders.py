@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diffusers_imagen import ImagenCascadePipeline, ImagenPipeline
-from diffusers_imagen.commands.common import load_pipeline
-from diffusers_imagen.pipelines.folders import load_text_parts, split_options
+from diffusers_imagen.commands.model_arguments import load_cascade
+from diffusers_imagen.pipelines.loading.folders import load_text_parts, split_options
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ HOSTILE = {
 def test_a_folder_that_makes_no_pipeline_is_refused_in_one_line(change, message, folder, trap):
     change(folder, trap)
     with pytest.raises(ValueError) as error:
-        load_pipeline(str(folder))
+        load_cascade(str(folder))
     line = str(error.value)
     assert line.startswith(f"`model` is '{folder}'") and message in line
     assert len(line.splitlines()) == 1 and len(line) < 1000
@@ -159,25 +159,25 @@ def test_a_folder_that_makes_no_pipeline_is_refused_in_one_line(change, message,
 
 def test_scripts_in_a_folder_are_not_run(folder, trap, cascade, run):
     scripts()(folder, trap)
-    assert torch.equal(run(load_pipeline(str(folder))).images, run(cascade).images)
+    assert torch.equal(run(load_cascade(str(folder))).images, run(cascade).images)
     assert not trap.exists()
     (folder / "base_unet" / "diffusers_imagen.py").write_text("raise SystemExit")  # as diffusers' custom components
     with pytest.raises(ValueError, match="has a diffusers_imagen.py, which would be run"):
-        load_pipeline(str(folder))
+        load_cascade(str(folder))
 
 
 def test_a_fifo_is_no_configuration(folder):
     os.unlink(folder / UNET)
     os.mkfifo(folder / UNET)
     with pytest.raises(ValueError, match="config.json' is no file"):
-        load_pipeline(str(folder))
+        load_cascade(str(folder))
 
 
 @pytest.mark.parametrize("name", ["", "nowhere", "a/b/c", "user/name/", "../up", "http://host/x", "a b/c"])
 def test_a_name_that_no_repository_has_is_refused_before_the_hub_is_asked(name, monkeypatch):
-    monkeypatch.setattr("diffusers_imagen.pipelines.folders.hf_hub_download", None)
+    monkeypatch.setattr("diffusers_imagen.pipelines.loading.folders.hf_hub_download", None)
     with pytest.raises(ValueError, match="`model` is .*, which is neither a folder nor a Hub id"):
-        load_pipeline(name)
+        load_cascade(name)
     for argument in ("base", "text_encoder"):
         sources = {"base": (torch.nn.Identity(), None), argument: name}
         with pytest.raises(ValueError, match=f"`{argument}` is .*, which is neither|`base` is "):

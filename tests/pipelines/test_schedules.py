@@ -5,7 +5,9 @@ import pytest
 import torch
 from diffusers.schedulers import KarrasDiffusionSchedulers
 
-from diffusers_imagen.pipelines.schedules import StageSettings, check_drives
+from diffusers_imagen import EDMAdamsScheduler, EDMHeunScheduler
+from diffusers_imagen.diffusion.discrete_ddpm import cosine_betas
+from diffusers_imagen.pipelines.schedules import StageSettings, check_drives, has_levels
 from diffusers_imagen.pipelines.stage_table import BASE
 from diffusers_imagen.pipelines.stages import Stage
 
@@ -67,3 +69,43 @@ def test_resampling_needs_no_begin_index(base_pipeline, run, picture, name):
     small = picture[..., ::2, ::2]
     out = run(base_pipeline, image=small, mask_image=torch.ones(1, 1, 16, 16), num_resample_times=2)
     assert out.images.isfinite().all()
+
+
+COSINE = "squaredcos_cap_v2"
+OTHER_LEVELS = {
+    "other betas": (diffusers.DDPMScheduler(), "DDPMScheduler with `beta_schedule` 'linear'"),
+    "fewer": (diffusers.DDIMScheduler(100, beta_schedule=COSINE), "DDIMScheduler with `beta_schedule`"),
+    "an SNR of zero": (diffusers.DDIMScheduler(beta_schedule=COSINE, rescale_betas_zero_snr=True), "DDIMScheduler with"),
+    "none, ours": (EDMAdamsScheduler(), "EDMAdamsScheduler with `preconditioning` 'edm'"),
+    "none, of diffusers": (diffusers.EDMEulerScheduler(), "EDMEulerScheduler with no `beta_schedule`"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("scheduler, named", OTHER_LEVELS.values(), ids=OTHER_LEVELS)
+def test_other_noise_levels_than_the_networks_own_are_refused(base_pipeline, run, count_calls, scheduler, named):
+    base_pipeline.unet.register_to_config(trained_beta_schedule=COSINE)
+    base_pipeline.scheduler = scheduler
+    calls = count_calls(base_pipeline.unet)
+    with pytest.raises(ValueError) as error:
+        run(base_pipeline)
+    assert f"is {named}" in str(error.value) and "make one by" in str(error.value) and "\n" not in str(error.value)
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    "scheduler_class",
+    [EDMAdamsScheduler, EDMHeunScheduler, diffusers.DDIMScheduler, diffusers.UniPCMultistepScheduler],
+)
+def test_the_way_that_is_named_leads_to_a_scheduler_of_these_levels(base_pipeline, run, scheduler_class):
+    base_pipeline.unet.register_to_config(trained_beta_schedule=COSINE)
+    loaded = diffusers.DDPMScheduler(beta_schedule=COSINE)
+    base_pipeline.scheduler = scheduler_class.from_config(loaded.config)
+    assert run(base_pipeline).images.isfinite().all()
+
+
+def test_betas_are_compared_by_what_they_are():
+    betas = cosine_betas(1000).float()
+    for trained in (betas.tolist(), betas.numpy()):
+        assert has_levels(diffusers.DDPMScheduler(trained_betas=trained).config, COSINE)
+    assert not has_levels(diffusers.DDPMScheduler(trained_betas=(betas * 0.9).tolist()).config, COSINE)
+    assert has_levels(diffusers.DDPMScheduler().config, "linear")

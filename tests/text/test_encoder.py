@@ -4,7 +4,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import BertTokenizerFast
 
-from diffusers_imagen.pipelines.folders import load_text_parts
+from diffusers_imagen.pipelines.loading.folders import load_text_parts
 from diffusers_imagen.text.encoder import TextEncoder
 
 

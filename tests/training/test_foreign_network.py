@@ -6,7 +6,7 @@ from foreign_network import ConditionedUNet2D
 
 import diffusers_imagen
 from diffusers_imagen import EDMHeunScheduler, ImagenPipeline, ImagenSuperResolutionPipeline
-from diffusers_imagen.pipelines.folder_checks import describe_network
+from diffusers_imagen.pipelines.loading.folder_checks import describe_network
 from diffusers_imagen.training import TrainingConfig, train
 from diffusers_imagen.training.network import make_unet
 

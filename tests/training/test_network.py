@@ -14,6 +14,9 @@ from diffusers_imagen.training.network import choose_attention, load_unet
 from diffusers_imagen.training.network import make_unet as make_network
 
 
+COSINE = "squaredcos_cap_v2"
+
+
 def test_a_network_without_all_its_weights_is_refused(tmp_path):
     unet = make_unet()
     unet.save_pretrained(tmp_path / "unet")
@@ -51,14 +54,39 @@ def test_the_stage_of_a_cascade_is_that_of_the_resolutions(make_config, tmp_path
     assert are_equal(weights_of(make_network(own)), weights_of(sr))
 
 
-@pytest.mark.parametrize("scheduler", [EDMAdamsScheduler(preconditioning="discrete"), DDPMScheduler()])
-def test_a_stage_of_discrete_betas_is_not_trained_further(make_config, tmp_path, scheduler):
+@pytest.mark.parametrize(
+    "scheduler", [EDMAdamsScheduler(preconditioning="discrete"), DDPMScheduler(beta_schedule=COSINE)]
+)
+def test_a_stage_of_discrete_betas_is_trained_further_for_them(make_config, tmp_path, scheduler):
     ImagenPipeline(make_unet(), scheduler).save_pretrained(tmp_path)
-    config = make_config(preset=None, pretrained_model_name_or_path=str(tmp_path))
+    of_stage = {"preset": None, "pretrained_model_name_or_path": str(tmp_path)}
+    check_objective(make_config(**of_stage, preconditioning="discrete"))
     with pytest.raises(
-        ValueError, match="`pretrained_model_name_or_path` is .*, but should be .*'discrete' is sampled only"
+        ValueError, match="`preconditioning` is 'edm', but .* was trained with 'discrete': set it to that"
     ):
+        check_objective(make_config(**of_stage))
+    with pytest.raises(
+        ValueError, match="`beta_schedule` is 'linear', but .* with 'squaredcos_cap_v2': set it to that"
+    ):
+        check_objective(make_config(**of_stage, preconditioning="discrete", beta_schedule="linear"))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"num_train_timesteps": 500}, "`num_train_timesteps` of .* is 500, but should be 1000 to be trained further"),
+        ({"prediction_type": "v_prediction"}, "`prediction_type` of .* is 'v_prediction', but should be 'epsilon'"),
+        ({"trained_betas": [0.01] * 1000}, "`trained_betas` of .*, but should be None"),
+        ({"beta_schedule": "linear", "beta_end": 0.05}, "`beta_end` of .* is 0.05, but should be 0.02"),
+        ({"rescale_betas_zero_snr": True}, "whose scheduler cannot be read: `rescale_betas_zero_snr` is True"),
+    ],
+)
+def test_other_discrete_betas_are_refused_by_name(make_config, tmp_path, options, message):
+    ImagenPipeline(make_unet(), DDPMScheduler(**{"beta_schedule": COSINE, **options})).save_pretrained(tmp_path)
+    config = make_config(preset=None, pretrained_model_name_or_path=str(tmp_path), preconditioning="discrete")
+    with pytest.raises(ValueError, match=message) as caught:
         check_objective(config)
+    assert "\n" not in str(caught.value)
 
 
 def test_every_stage_of_a_cascade_of_other_sizes_is_trained_further(make_config, tmp_path, tokenizer, text_encoder):

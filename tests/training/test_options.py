@@ -106,8 +106,12 @@ def test_a_wrong_flag_is_one_line(flags, message):
         ({"loss_weighting": "min_snr"}, "`loss_weighting` is 'min_snr', but should be another with `preconditioning`"),
         ({"preconditioning": "vp"}, "`preconditioning` is 'vp', but should be one of 'edm', 'variance_preserving'"),
         (
-            {"preconditioning": "discrete"},
-            "`preconditioning` is 'discrete', but should be one of 'edm', 'variance_preserving'",
+            {"preconditioning": "variance_preserving", "beta_schedule": "sigmoid"},
+            "`beta_schedule` is 'sigmoid', but should be one of 'squaredcos_cap_v2', 'linear' with `preconditioning`",
+        ),
+        (
+            {"preconditioning": "discrete", "prediction_type": "v_prediction"},
+            "`prediction_type` is 'v_prediction', but `preconditioning` 'discrete' has none",
         ),
         ({"loss": "l3"}, "`loss` is 'l3', but should be one of 'l2', 'l1', 'huber'"),
         ({"mixed_precision": "fp8"}, "`mixed_precision` is 'fp8', but should be one of 'no', 'fp16', 'bf16'"),

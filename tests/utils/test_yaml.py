@@ -75,3 +75,13 @@ def test_what_is_no_regular_file_is_not_opened(tmp_path):
             read_yaml(path, "config")
     with pytest.raises(ValueError, match="`config` is '.*', which cannot be read: there is no such file"):
         read_yaml(tmp_path / "nowhere.yaml", "config")
+
+
+def test_keys_may_be_numbers_where_that_is_asked_for(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text("radius: {8: 1, a: 2}")
+    assert read_yaml(path, "x", number_keys=True) == {"radius": {"8": 1, "a": 2}}
+    for text, message in (("{8: 1, '8': 2}", "it has the key '8' twice"), ("{1.5: 1}", "a key is no string")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_yaml(path, "x", number_keys=True)

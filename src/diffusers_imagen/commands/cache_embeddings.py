@@ -26,6 +26,15 @@ def add_parser(commands) -> None:
     parser.add_number(
         "--tokenizer_max_length", int, 1, MANY, help="tokens of a caption; default: the tokenizer's limit"
     )
+    parser.add_argument("--variant", help="of the text encoder's files, such as fp16")
+    parser.add_argument(
+        "--keep_padding",
+        action="store_true",
+        help="keep the encoder's embeddings at padded positions, for networks that attend to them, as DeepFloyd IF's",
+    )
+    parser.add_argument(
+        "--clean_captions", action="store_true", help="clean captions before they are encoded, as DeepFloyd IF's"
+    )
     parser.add_argument("--train_data_dir", help="folder with the data set")
     parser.add_argument("--dataset_name", help="data set on the Hub")
     parser.add_argument("--dataset_config_name", help="configuration of that data set")
@@ -69,8 +78,9 @@ def check_sources(args: argparse.Namespace) -> None:
         if args.device is not None:
             check_device(args.device)
         return
-    if data or args.text_encoder is not None:
-        name = data[0] if data else "text_encoder"
+    others = [name for name in ("text_encoder", "variant", "keep_padding", "clean_captions") if getattr(args, name)]
+    if data or others:
+        name = [*data, *others][0]
         raise ValueError(
             f"`nemo_tars` and `{name}` are both given, but NeMo's tar files have captions and embeddings."
         )
@@ -130,7 +140,15 @@ def encode_dataset(args: argparse.Namespace) -> int:
         captions = read_captions(args)
         device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16  # T5 overflows in float16
-        encoder = TextEncoder.from_pretrained(args.text_encoder, args.tokenizer_max_length, device, dtype)
+        encoder = TextEncoder.from_pretrained(
+            args.text_encoder,
+            args.tokenizer_max_length,
+            device,
+            dtype,
+            keeps_padding=args.keep_padding,
+            cleans_captions=args.clean_captions,
+            variant=args.variant,
+        )
         writer = CacheWriter(args.output_dir, encoder.identity(), args.dtype, args.shard_bytes, hold)
         return write_cache(stack.enter_context(writer), captions, encoder, args.batch_size)
 

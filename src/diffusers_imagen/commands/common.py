@@ -1,4 +1,4 @@
-"""What several commands need: the model, and image files that are whole or absent."""
+"""What several commands need: the settings of a call, and image files that are whole or absent."""
 
 import argparse
 import math
@@ -8,22 +8,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.utils import make_image_grid
 from PIL import Image
 
-from ..pipelines import ImagenCascadePipeline
-from ..pipelines.folders import check_source, load_pipeline_folder, loading
+from ..pipelines import ImagenSuperResolutionPipeline
 from ..pipelines.stage_table import STAGES
-from ..pipelines.stages import check_stages, refuse_untrained
 from ..schedulers.schedule_checks import MAX_STEPS
 from ..utils.files import check_writable, whole_file
 from ..utils.images import BadImage
 from ..utils.images import read_image as read_picture
+from .model_arguments import check_model, load_pipeline
 from .parser import Parser, check_prompt
 
 
-# an editable install finds the cascade that the repository ships
-SHIPPED_MODEL = Path(__file__).resolve().parents[3] / "checkpoints" / "imagen-emoji"
 DEFAULT_OUTPUT = Path("output.png")
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 MAX_SIZES = {"JPEG": 65500, "WEBP": 16383}  # height and width in pixels
@@ -34,15 +32,6 @@ MAX_SIZE = 8192  # height and width in pixels
 MAX_SEED = 2**63 - 1
 MAX_GUIDANCE = 1000
 MAX_IMAGES = 1000
-
-
-def add_model_arguments(command: Parser) -> None:
-    """Which model, where and in which precision."""
-    command.add_argument("--model", default=str(SHIPPED_MODEL), help="folder or Hub id; default: the shipped cascade")
-    command.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s"
-    )
-    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
 
 
 def add_sampling_arguments(command: Parser) -> None:
@@ -60,7 +49,7 @@ def add_sampling_arguments(command: Parser) -> None:
     command.add_number("--height", int, 1, MAX_SIZE, help="of the image in pixels; default: the resolution")
     command.add_number("--width", int, 1, MAX_SIZE, help="of the image in pixels; default: the resolution")
     command.add_number("--seed", int, 0, MAX_SEED, default=0, help="default: %(default)s")
-    per_stage = "for all stages, or one value a stage; default: what the model says"
+    per_stage = "for all stages, or one value a stage; default: each stage's own"
     command.add_number("--steps", int, 1, MAX_STEPS, "num_inference_steps", nargs="+", help=per_stage)
     command.add_number("--guidance-scale", float, 0, MAX_GUIDANCE, nargs="+", help=per_stage)
     command.add_number(
@@ -92,13 +81,11 @@ def add_sampling_arguments(command: Parser) -> None:
     command.add_argument("--grid", action="store_true", help="write all images into one file, side by side")
 
 
-def sampling_arguments(args: argparse.Namespace) -> dict:
-    """What a pipeline is told of them, but for the number of images and the source of noise."""
+def sampling_arguments(args: argparse.Namespace, pipe: DiffusionPipeline) -> dict:
+    """What the pipeline is told of them, but for the number of images and the source of noise."""
     return {
         "negative_prompt": args.negative_prompt,
-        "output_resolution": args.resolution,
-        "height": args.height,
-        "width": args.width,
+        **size_arguments(args, pipe),
         "num_inference_steps": scalar_or_list(args.steps),
         "guidance_scale": scalar_or_list(args.guidance_scale),
         "guidance_interval": None if args.guidance_interval is None else tuple(args.guidance_interval),
@@ -106,10 +93,26 @@ def sampling_arguments(args: argparse.Namespace) -> dict:
     }
 
 
-def check_sampling(args: argparse.Namespace) -> None:
-    """Refuses what can be refused before pictures are read and a model loads: output, device and texts."""
+def size_arguments(args: argparse.Namespace, pipe: DiffusionPipeline) -> dict[str, int | None]:
+    """The size of the result: of a cascade the stage to stop after, of an upscaler alone, by default its own resolution.
+
+    Raises:
+        ValueError: If a stage alone has another resolution than was asked for.
+    """
+    sizes = {"height": args.height, "width": args.width}
+    if not isinstance(pipe, ImagenSuperResolutionPipeline):
+        return {"output_resolution": args.resolution, **sizes}
+    resolution = pipe.stages[0].resolution
+    if args.resolution not in (None, resolution):
+        raise ValueError(f"`output_resolution` is {args.resolution}, but the one stage ends at {resolution}.")
+    return {name: pixels or resolution for name, pixels in sizes.items()}
+
+
+def check_sampling(args: argparse.Namespace, upscaler_alone: bool = False) -> None:
+    """Refuses what can be refused before pictures are read and a model loads: output, device, model and texts."""
     check_output(args)
     check_device(args.device)
+    check_model(args, upscaler_alone)
     for name in ("prompt", "negative_prompt"):
         check_prompt(name, getattr(args, name))
     if args.guidance_interval is not None and args.guidance_interval[0] > args.guidance_interval[1]:
@@ -120,13 +123,13 @@ def check_sampling(args: argparse.Namespace) -> None:
 
 def make_images(args: argparse.Namespace, prepare: Callable = lambda pipe: None, **inputs) -> None:
     """Makes the pictures of one call of the pipeline, and writes them; after `check_sampling`."""
-    pipe = load_pipeline(args.model, getattr(torch, args.dtype)).to(args.device)
+    pipe = load_pipeline(args)
     prepare(pipe)
     check_picture_size(args, pipe)
     images = pipe(
         num_images_per_prompt=args.num_images,
         generator=torch.Generator().manual_seed(args.seed),
-        **sampling_arguments(args),
+        **sampling_arguments(args, pipe),
         **inputs,
     ).images
     if args.grid:
@@ -161,16 +164,6 @@ def read_image(name: str, path: Path) -> Image.Image:
         raise ValueError(f"`{name}` is '{path}', which cannot be read: {error}") from error
 
 
-def load_pipeline(model: str, dtype: torch.dtype = torch.float32) -> ImagenCascadePipeline:
-    """A cascade from a folder or from the Hub; ValueError if there is none, or one that was never trained."""
-    check_source("model", model)
-    with loading("model", model):
-        pipe = load_pipeline_folder(ImagenCascadePipeline, model, ("ImagenCascadePipeline",), dtype=dtype)
-        check_stages(pipe.stages, pipe.text_width)
-    refuse_untrained(pipe.stages)
-    return pipe
-
-
 def check_output(args: argparse.Namespace) -> None:
     """Checks that the images can be written, before it takes minutes to make them."""
     output = args.output or DEFAULT_OUTPUT
@@ -184,7 +177,7 @@ def check_output(args: argparse.Namespace) -> None:
                 raise ValueError(f"`output` is '{path}', which is the `{name}`: name another file.")
 
 
-def check_picture_size(args: argparse.Namespace, pipe: ImagenCascadePipeline) -> None:
+def check_picture_size(args: argparse.Namespace, pipe: DiffusionPipeline) -> None:
     """Checks that the format of the output takes images of this size."""
     output = args.output or DEFAULT_OUTPUT
     format = FORMATS[output.suffix.lower()]

@@ -31,7 +31,7 @@ def convert_config(args: argparse.Namespace) -> None:
     from ..utils.yaml import read_yaml
 
     check_outputs(args)
-    config = read_yaml(args.nemo, "NEMO.yaml")
+    config = read_yaml(args.nemo, "NEMO.yaml", number_keys=True)
     settings, differences, left_out = translate_training(config)
     if args.network is not None:
         settings["pretrained_model_name_or_path"] = str(args.network)

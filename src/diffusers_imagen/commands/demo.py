@@ -10,10 +10,9 @@ import socket
 import sys
 import tempfile
 
-import torch
-
 from ..utils.arguments import bad_argument
-from .common import add_model_arguments, check_device, load_pipeline
+from .common import check_device
+from .model_arguments import add_model_arguments, check_model, load_pipeline, sources_of
 
 
 def add_parser(commands) -> None:
@@ -33,6 +32,7 @@ def demo(args: argparse.Namespace) -> None:
     if importlib.util.find_spec("gradio") is None:
         raise ValueError("the demo needs gradio: pip install 'diffusers-imagen[demo]'")
     check_device(args.device)
+    check_model(args)
     port = find_port(args.host, args.port)
     # gradio would report its use to its makers, from the moment of its import
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -49,8 +49,7 @@ def serve(args: argparse.Namespace, port: int) -> None:
     """Loads the model and serves the page until interrupted."""
     from . import webdemo
 
-    pipe = load_pipeline(args.model, getattr(torch, args.dtype)).to(args.device)
-    page = webdemo.build(pipe, args.model)
+    page = webdemo.build(load_pipeline(args), *sources_of(args).values())
     try:
         _, url, _ = page.launch(
             server_name=args.host,

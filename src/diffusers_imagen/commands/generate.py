@@ -13,17 +13,16 @@ from ..pipelines.pipeline_imagen import DEFAULT_STRENGTH
 from ..utils.files import LOCK, FolderHold, check_writable
 from .common import (
     MAX_STEPS,
-    add_model_arguments,
     add_sampling_arguments,
     check_device,
     check_sampling,
-    load_pipeline,
     make_images,
     read_image,
     sampling_arguments,
     save_image,
     slug_of,
 )
+from .model_arguments import add_model_arguments, check_model, load_pipeline
 from .parser import check_prompt, refuse_empty
 
 
@@ -107,6 +106,7 @@ def generate_many(args: argparse.Namespace) -> None:
     check_prompt("negative_prompt", args.negative_prompt)
     items = list_items(args.prompts_file, folder, args.seed, args.num_images)
     check_writable(max((item.path for item in items), key=lambda path: len(path.name.encode())), "output-dir")
+    check_model(args)
     if not to_do(items):
         print(f"{folder}: all {len(items)} images exist")
         return
@@ -140,9 +140,9 @@ def to_do(items: list[Item]) -> list[Item]:
 def draw_items(args: argparse.Namespace, items: list[Item], todo: list[Item]) -> list[str]:
     """Makes images in batches and writes them; returns what went wrong, by line of the file."""
     batch_size = 4 if args.batch_size is None else args.batch_size
-    pipe = load_pipeline(args.model, getattr(torch, args.dtype)).to(args.device)
+    pipe = load_pipeline(args)
     pipe.set_progress_bar_config(disable=True)
-    arguments, failed = sampling_arguments(args), []
+    arguments, failed = sampling_arguments(args, pipe), []
     with tqdm(total=len(items), initial=len(items) - len(todo), unit="image") as progress:
         for start in range(0, len(todo), batch_size):
             batch = todo[start : start + batch_size]

@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from .common import MAX_STEPS, add_model_arguments, add_sampling_arguments, check_sampling, make_images, read_image
+from .common import MAX_STEPS, add_sampling_arguments, check_sampling, make_images, read_image
+from .model_arguments import add_model_arguments
 from .parser import refuse_empty
 
 

@@ -5,7 +5,20 @@ import sys
 from importlib.metadata import version
 
 from ..utils.errors import run_to_exit_code
-from . import cache_embeddings, convert_config, demo, doctor, generate, inpaint, reconstruct_ema, upscale
+from . import (
+    cache_embeddings,
+    convert_config,
+    convert_if,
+    convert_nemo,
+    demo,
+    doctor,
+    export_if,
+    export_nemo,
+    generate,
+    inpaint,
+    reconstruct_ema,
+    upscale,
+)
 from .parser import Parser, check_numbers
 
 
@@ -32,7 +45,9 @@ def make_parser() -> Parser:
     parser = Parser(prog="diffusers-imagen", description="Imagen for diffusers.")
     parser.add_argument("--version", action="version", version=version("diffusers-imagen"))
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (generate, upscale, inpaint, demo, cache_embeddings, convert_config, doctor, reconstruct_ema):
+    drawing, data = (generate, upscale, inpaint, demo), (cache_embeddings, doctor)
+    weights = (convert_if, export_if, convert_nemo, export_nemo)
+    for command in (*drawing, *data, *weights, convert_config, reconstruct_ema):
         command.add_parser(commands)
     return parser
 

@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 
 from ..diffusion.augmentation import MIN_AUGMENTATION_SIGMA
-from .common import MAX_SIZE, add_model_arguments, add_sampling_arguments, check_sampling, make_images, read_image
+from .common import MAX_SIZE, add_sampling_arguments, check_sampling, make_images, read_image
+from .model_arguments import add_model_arguments
 
 
 def add_parser(commands) -> None:
@@ -13,7 +14,8 @@ def add_parser(commands) -> None:
         "upscale",
         help="make a picture larger",
         description="Runs the super-resolution stages on a picture, which is first brought to the base resolution in "
-        "the proportions of --height and --width.",
+        "the proportions of --height and --width. A super-resolution stage alone, --sr256 or --sr1024 without --model, "
+        "does for one step.",
     )
     command.add_argument("image", type=Path, help="image file")
     command.add_argument("--prompt", default="", help="what is on it; default: nothing is said")
@@ -25,7 +27,7 @@ def add_parser(commands) -> None:
         MIN_AUGMENTATION_SIGMA,
         80,
         "low_res_noise_level",
-        help="noise in the small image; default: what the model says",
+        help="sigma of the noise in the small image; default: the stage's own",
     )
     command.add_number(
         "--tile-size", int, 1, MAX_SIZE, help="work in tiles of this resolution, for images larger than trained for"
@@ -38,7 +40,7 @@ def add_parser(commands) -> None:
 
 def upscale(args: argparse.Namespace) -> None:
     """Makes a picture larger and writes it."""
-    check_sampling(args)
+    check_sampling(args, upscaler_alone=True)
     if args.tile_overlap is not None and args.tile_size is None:
         raise ValueError(f"`tile-overlap` is {args.tile_overlap}, but there is no `tile-size`.")
     if args.tile_overlap is not None and args.tile_overlap >= args.tile_size:

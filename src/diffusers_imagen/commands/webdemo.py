@@ -22,18 +22,30 @@ from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
 from ..pipelines import ImagenCascadePipeline
+from ..pipelines.content_filter import finish_images
+from ..pipelines.origin import licenses_of
 from ..utils.arguments import is_finite
+from .model_arguments import SHIPPED_MODEL
 
 
-EXAMPLES = [
+# what the shipped cascade draws, and what models draw that were trained on pictures of all kinds
+EMOJI_EXAMPLES = [
     "a 3d render of a tiger face",
     "a noto emoji of a red apple",
     "a 3d render of a grinning face",
     "a 3d render of a green heart",
     "a flat illustration of a blue fish",
 ]
+EXAMPLES = [
+    "a photo of a red fox in the snow",
+    "a watercolor of a lighthouse at dusk",
+    "a glass teapot on a wooden table, soft light",
+    "an oil painting of a sailing ship in a storm",
+    'a wooden sign that says "hello"',
+]
 MAX_SEED = 2**31 - 1
-MAX_IMAGES, MAX_STEPS, MAX_GUIDANCE = 8, 50, 10
+MAX_IMAGES = 8
+MAX_STEPS, MAX_GUIDANCE = 50, 10  # or the default of a stage that has more
 MAX_PROMPT_LENGTH = 1000  # in characters
 MAX_WAITING = 16  # drawings; who comes then is told that the queue is full
 MAX_BODY_BYTES = 2**16  # of a request: twice two texts of four bytes a character, and numbers
@@ -106,14 +118,17 @@ def draw(pipe: ImagenCascadePipeline, prompt: str, **arguments: Any) -> Generato
     """
     events: queue.Queue = queue.Queue()
     stopped = threading.Event()
-    finished: dict[int, list[Image.Image]] = {}
+    made: dict[int, torch.Tensor] = {}  # by the stages that have finished, in [-1, 1]
+    finished: dict[int, Any] = {}
     last: torch.Tensor | None = None
 
     def on_step_end(pipe, step, timestep, tensors):
         nonlocal last
         latents = tensors["latents"]  # (B, C, H, W) of the stage that runs
         if last is not None and last.shape[-1] != latents.shape[-1]:
-            finished[last.shape[-1]] = pipe.image_processor.postprocess(last.clamp(-1, 1), output_type="pil")
+            made[last.shape[-1]] = last.clamp(-1, 1)
+            # all of them again: an image that is flagged at one stage is black at the others too
+            finished.update(finish_images(pipe, made, "pil").images)
         last = latents
         if stopped.is_set():
             pipe._interrupt = True
@@ -140,25 +155,25 @@ def draw(pipe: ImagenCascadePipeline, prompt: str, **arguments: Any) -> Generato
         thread.join()
 
 
-def build(pipe: ImagenCascadePipeline, model: str) -> gr.Blocks:
+def build(pipe: ImagenCascadePipeline, *sources: str) -> gr.Blocks:
     """The page.
 
     Args:
         pipe ([`ImagenCascadePipeline`]): What draws.
-        model (`str`): Folder or Hub id that it comes from, which the page names.
+        sources (`str`): Folders or Hub ids that it comes from, which the page names.
     """
-    stages = pipe.stages
+    stages, examples = pipe.stages, examples_for(sources)
     with gr.Blocks(title="diffusers-imagen", delete_cache=(60, SECONDS_TO_LIVE)) as page:
-        gr.Markdown(f"# diffusers-imagen\n{describe(pipe, model)}")
+        gr.Markdown(f"# diffusers-imagen\n{describe(pipe, sources)}")
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
                 limit = {"max_length": MAX_PROMPT_LENGTH}  # of the browser; `read_request` asks again
-                prompt = gr.Textbox(label="Prompt", value=EXAMPLES[0], autofocus=True, **limit)
+                prompt = gr.Textbox(label="Prompt", value=examples[0], autofocus=True, **limit)
                 negative_prompt = gr.Textbox(label="Negative prompt", placeholder="what to guide away from", **limit)
                 with gr.Row():
                     stop = gr.Button("Stop")
                     start = gr.Button("Draw", variant="primary")
-                gr.Examples(EXAMPLES, inputs=prompt, label="Try")
+                gr.Examples(examples, inputs=prompt, label="Try")
                 num_images = gr.Slider(1, MAX_IMAGES, label="Images", step=1, value=4)
                 settings = [setting for stage in stages for setting in stage_settings(stage)]
                 with gr.Row():
@@ -188,12 +203,17 @@ def build(pipe: ImagenCascadePipeline, model: str) -> gr.Blocks:
 
 def stage_settings(stage) -> tuple[gr.Slider, gr.Slider]:
     """Steps and guidance of one stage."""
-    name, defaults = f"{stage.resolution} px", stage.defaults
+    name, defaults, (steps, guidance) = f"{stage.resolution} px", stage.defaults, limits_of(stage)
     with gr.Row():
         return (
-            gr.Slider(1, MAX_STEPS, label=f"{name} steps", step=1, value=defaults.num_inference_steps),
-            gr.Slider(1, MAX_GUIDANCE, label=f"{name} guidance", step=0.5, value=defaults.guidance_scale),
+            gr.Slider(1, steps, label=f"{name} steps", step=1, value=defaults.num_inference_steps),
+            gr.Slider(1, guidance, label=f"{name} guidance", step=0.5, value=defaults.guidance_scale),
         )
+
+
+def limits_of(stage) -> tuple[int, float]:
+    """The most steps and the strongest guidance that a visitor can ask a stage for: at least its defaults."""
+    return max(MAX_STEPS, stage.defaults.num_inference_steps), max(MAX_GUIDANCE, stage.defaults.guidance_scale)
 
 
 def stage_gallery(stage) -> gr.Gallery:
@@ -215,16 +235,24 @@ def title(stage) -> str:
     return f"{stage.kind.title} {stage.resolution} px"
 
 
-def describe(pipe: ImagenCascadePipeline, model: str) -> str:
-    """Which model draws, how large it is, where it runs, and what its card says of its limits."""
+def examples_for(sources: tuple[str, ...]) -> list[str]:
+    """Prompts to try: of what the model was trained on."""
+    is_emoji = any(Path(source).name == SHIPPED_MODEL.name for source in sources)
+    return EMOJI_EXAMPLES if is_emoji else EXAMPLES
+
+
+def describe(pipe: ImagenCascadePipeline, sources: tuple[str, ...]) -> str:
+    """Which model draws, how large it is, where it runs, what its card says of its limits, and its licenses."""
     parts = ", ".join(
         f"{title(stage)} ({stage.unet.num_parameters() / 1e6:,.1f} M parameters)" for stage in pipe.stages
     )
-    name = Path(model).name if Path(model).is_dir() else model
-    lines = [f"Model **{name}**: {parts}; {pipe.device}, {str(pipe.dtype).removeprefix('torch.')}."]
-    card = Path(model, "README.md")
-    if card.is_file() and (limits := re.search(r"^## Limits\n+(.+?)(?:\n\n|\Z)", card.read_text(), re.M | re.S)):
-        lines.append(limits.group(1).replace("\n", " "))
+    names = " + ".join(Path(source).name if Path(source).is_dir() else source for source in sources)
+    lines = [f"Model **{names}**: {parts}; {pipe._execution_device}, {str(pipe.dtype).removeprefix('torch.')}."]
+    for card in (Path(source, "README.md") for source in sources):
+        if card.is_file() and (limits := re.search(r"^## Limits\n+(.+?)(?:\n\n|\Z)", card.read_text(), re.M | re.S)):
+            lines.append(limits.group(1).replace("\n", " "))
+    for license in licenses_of(pipe.origins):
+        lines.append(f"{license.notice} [{license.title}]({license.link})")
     return "\n\n".join(lines)
 
 
@@ -290,8 +318,12 @@ def read_request(stages, prompt, negative_prompt, seed, num_images, settings) ->
         "negative_prompt": (negative_prompt or "").strip() or None,
         "seed": whole("Seed", seed or 0, 0, MAX_SEED),
         "num_images_per_prompt": whole("Images", num_images, 1, MAX_IMAGES),
-        "num_inference_steps": [whole("Steps", count, 1, MAX_STEPS) for count in settings[0::2]],
-        "guidance_scale": [float(number("Guidance", scale, 1, MAX_GUIDANCE)) for scale in settings[1::2]],
+        "num_inference_steps": [
+            whole("Steps", count, 1, limits_of(stage)[0]) for stage, count in zip(stages, settings[0::2])
+        ],
+        "guidance_scale": [
+            float(number("Guidance", scale, 1, limits_of(stage)[1])) for stage, scale in zip(stages, settings[1::2])
+        ],
     }
 
 

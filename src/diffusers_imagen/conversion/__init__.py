@@ -1,7 +1,15 @@
 """Checkpoints and configurations of other implementations, read as data."""
 
 from .deepfloyd import unet_from_deepfloyd, unet_to_deepfloyd
+from .deepfloyd_pipelines import pipeline_to_deepfloyd
 from .nemo import load_nemo_unet
+from .nemo_stage import load_nemo_stage
 
 
-__all__ = ["load_nemo_unet", "unet_from_deepfloyd", "unet_to_deepfloyd"]
+__all__ = [
+    "load_nemo_stage",
+    "load_nemo_unet",
+    "pipeline_to_deepfloyd",
+    "unet_from_deepfloyd",
+    "unet_to_deepfloyd",
+]

@@ -112,6 +112,7 @@ def config_from_deepfloyd(config: Mapping[str, Any]) -> dict[str, Any]:
         "resnet_out_scale_factor": config["resnet_out_scale_factor"],
         "shared_attention_norm": not cross,
         "attends_padding": True,
+        "trained_beta_schedule": "squaredcos_cap_v2",
     }
 
 
@@ -150,6 +151,8 @@ def config_to_deepfloyd(config: Mapping[str, Any]) -> dict[str, Any]:
         "addition_embed_type_num_heads": config["text_pooling_num_heads"] or DEFAULTS["addition_embed_type_num_heads"],
     }
     expected = {**defaults_of(ImagenUNetModel), **config_from_deepfloyd(theirs)}
+    if config.get("trained_beta_schedule") is None:  # not declared, as by networks of before this option
+        del expected["trained_beta_schedule"]
     for name, value in config.items():
         if name in expected and as_tuple(value) != as_tuple(expected[name]):
             raise bad_argument(name, value, f"{expected[name]!r} in a network of DeepFloyd IF")
@@ -224,6 +227,19 @@ def check_text(config: dict[str, Any]) -> None:
     if config["mid_block_only_cross_attention"] != cross:
         value = config["mid_block_only_cross_attention"]
         raise bad_argument("mid_block_only_cross_attention", value, "None, or as `only_cross_attention`")
+
+
+def layer_names(config: Mapping[str, Any]) -> dict[str, str]:
+    """The modules of diffusers' network that have weights, by name, each with its name in ours.
+
+    Args:
+        config: That of an `ImagenUNetModel`.
+
+    Raises:
+        ValueError: If it is none of DeepFloyd IF's; names the entry.
+    """
+    names = weight_names(config_to_deepfloyd(config))
+    return {name.rpartition(".")[0]: ours.rpartition(".")[0] for name, ours in names.items()}
 
 
 def weight_names(config: dict[str, Any]) -> dict[str, str]:

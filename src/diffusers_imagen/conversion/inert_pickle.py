@@ -77,7 +77,7 @@ class Call:
 
 
 class PickleMachine:
-    """Carries out one pickle.
+    """Carries out one pickle. A subclass may know more names, and what to do with them.
 
     Args:
         file (`io.BytesIO`): Is read up to the end of the pickle.
@@ -88,6 +88,10 @@ class PickleMachine:
         ValueError: For an opcode, a class or a function that embeddings do not need; other exceptions where the pickle is
             damaged.
     """
+
+    kinds = KINDS
+    max_opcodes = MAX_OPCODES
+    key_types: tuple[type, ...] = (str,)  # what may be a key of a dictionary
 
     def __init__(
         self,
@@ -105,8 +109,8 @@ class PickleMachine:
     def run(self) -> Any:
         """What the pickle holds: plain values, with `Global` and `Call` for all else."""
         for count, (opcode, argument, _) in enumerate(pickletools.genops(self.file)):
-            if count >= MAX_OPCODES:
-                raise ValueError(f"it has more than {MAX_OPCODES} opcodes")
+            if count >= self.max_opcodes:
+                raise ValueError(f"it has more than {self.max_opcodes} opcodes")
             if opcode.name == "STOP":
                 if self.outer or len(self.stack) != 1:
                     raise ValueError("it ends with more or less than one value")
@@ -128,13 +132,13 @@ class PickleMachine:
             stack.append(self.memo[argument])
         elif name in ("BINPUT", "PUT", "LONG_BINPUT", "MEMOIZE"):
             place = len(self.memo) if name == "MEMOIZE" else argument
-            if not 0 <= place < MAX_OPCODES:
+            if not 0 <= place < self.max_opcodes:
                 raise ValueError("it numbers its parts beyond any that it has")
             (self.memo[place],) = self._top(1)
         elif name not in ("PROTO", "FRAME"):
             operation = getattr(self, f"_do_{name.lower()}", None)
             if operation is None:
-                raise ValueError(f"it has the opcode {name}, which no embeddings need")
+                raise ValueError(f"it has the opcode {name}, which is not needed there")
             operation(argument)
 
     def _top(self, count: int) -> list[Any]:
@@ -194,7 +198,7 @@ class PickleMachine:
         if type(target) is not dict or len(items) % 2:
             raise ValueError("it sets items of what is no dictionary")
         for key, value in zip(items[::2], items[1::2]):
-            if type(key) is not str:
+            if type(key) not in self.key_types:
                 raise ValueError(f"it has a dictionary with a key of type {type(key).__name__}, but keys are text")
             target[key] = value
 
@@ -214,9 +218,9 @@ class PickleMachine:
     def _find(self, module: Any, name: Any) -> None:
         if type(module) is not str or type(name) is not str:
             raise ValueError("it names a class by what is no text")
-        if (module, name) not in KINDS:
+        if (module, name) not in self.kinds:
             raise ValueError(f"it asks for {f'{module}.{name}'[:100]!r}, which no array needs")
-        self._push(Global(KINDS[module, name]))
+        self._push(Global(self.kinds[module, name]))
 
     def _do_reduce(self, _) -> None:
         function, args = self._pop(2)

@@ -63,6 +63,8 @@ def config_from_karlo(config: Mapping[str, Any]) -> dict[str, Any]:
         "resample_type": "resnet_nearest",
         "dropout": config["dropout"],
         "low_res_conditioning": True,
+        "low_res_upsampling": "bicubic_antialias",
+        "trained_beta_schedule": "squaredcos_cap_v2",
     }
 
 

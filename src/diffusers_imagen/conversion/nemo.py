@@ -1,74 +1,16 @@
-"""Checkpoints of NVIDIA NeMo's Imagen (removed from NeMo in v2.5): configuration and weights to our networks.
+"""Configurations of NVIDIA NeMo's Imagen (removed from NeMo in v2.5) to our networks, and weights in memory into them."""
 
-A NeMo key is read in three parts, each with a table: where the block sits, which layer of the block, weight or bias.
-"""
-
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import count, islice
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 from ..models import EfficientUNetModel, ImagenUNetModel
 from ..models.attention import StableImagenAttnProcessor
-from ..models.blocks import ImagenBlock
 from ..models.config_checks import MAX_CHANNELS, MAX_LAYERS, MAX_LEVELS, RANGES, check_integer, check_integers
 from ..utils.arguments import bad_argument, shown
+from .nemo_keys import plan_keys, why_dropped
 
-
-# Position in the network, of what both have; those of the blocks are counted in the functions below.
-SHARED_POSITIONS = {
-    "time_embed.0.weights": "time_embedding.sinusoid.weight",
-    "time_embed.1": "time_embedding.mlp.linear_1",
-    "time_embed.3": "time_embedding.mlp.linear_2",
-    "lowres_time_embed.0.weights": "low_res_time_embedding.sinusoid.weight",
-    "lowres_time_embed.1": "low_res_time_embedding.mlp.linear_1",
-    "lowres_time_embed.3": "low_res_time_embedding.mlp.linear_2",
-    "text_to_cond": "text_embedding.proj",
-    "attention_pooling.0.W": "text_embedding.pooling.score",
-    "attention_pooling.1": "text_embedding.pooling.norm",
-    "attention_pooling.2": "text_embedding.pooling.proj",
-    "to_text_non_attn_cond.0": "text_embedding.pooled_norm",
-    "to_text_non_attn_cond.1": "text_embedding.pooled_mlp.linear_1",
-    "to_text_non_attn_cond.3": "text_embedding.pooled_mlp.linear_2",
-    "null_text_embedding": "text_embedding.null_token",
-}
-
-# Layer of a block. A tuple splits the output channels of one NeMo layer over several of ours.
-RESNET_LAYERS = {
-    "in_layers.0": "norm1",
-    "in_layers.2": "conv1",
-    "emb_layers.1": "time_emb_proj",
-    "out_layers.0": "norm2",
-    "out_layers.2": "conv2",  # Efficient U-Net
-    "out_layers.3": "conv2",  # U-Net, whose third layer is dropout
-    "skip_connection": "conv_shortcut",
-    "shortcut": "conv_shortcut",
-    "h_upd.conv": "resample_branch",
-    "x_upd.conv": "resample_shortcut",
-}
-ATTENTION_LAYERS = {
-    "norm": "norm",
-    "norm_self": "norm_kv",
-    "norm_context": "norm_context",
-    "q": "to_q",
-    "qkv": ("to_q", "to_k", "to_v"),
-    "kv": ("to_k", "to_v"),
-    "kv_self": ("to_k", "to_v"),
-    "kv_context": ("add_k_proj", "add_v_proj"),
-    "proj_out": "to_out.0",
-}
-STACKED_LAYERS = {
-    "norm": "norm",
-    "proj_in": "proj_in",
-    "self_attention_block": "attn1",
-    "cross_attention_block": "attn2",
-    "ff.norm": "norm_ff",
-    "ff.net.0.proj": "ff.net.0.proj",
-    "ff.net.2": "ff.net.2",
-    "proj_out": "proj_out",
-}
 
 # What NeMo's networks take, and what they take it to be where a configuration is silent.
 REQUIRED = object()
@@ -158,38 +100,19 @@ def load_nemo_unet(
     Raises:
         ValueError: If a key has no place in the network, or the network has a parameter without a key; all are named.
     """
-    _check_state_dict(state_dict)
+    if not isinstance(state_dict, Mapping):
+        raise ValueError(f"`state_dict` is a {type(state_dict).__name__}, but should map NeMo's names to tensors.")
     model = unet_from_nemo_config(model_config)
-    stacked = model_config["unet"].get("attention_type") == "stacked"
-    positions = _efficient_positions(model) if isinstance(model, EfficientUNetModel) else _unet_positions(model)
-
-    converted, leftovers = {}, []
     for key, tensor in state_dict.items():
-        name = re.sub(r"^(model\.)*(unet\.)?(_orig_mod\.)?", "", key)
-        if name.startswith("init_conv.0."):  # NeMo registers the first convolution of its U-Net twice
-            continue
-        targets = _convert_key(name, positions, stacked)
-        if targets is None:
-            leftovers.append(key)
-            continue
-        for target, part in zip(targets, tensor.chunk(len(targets))):
-            converted[target] = part
-    expected = model.state_dict()
-    gaps = [key for key in expected if key not in converted]
-    leftovers += [key for key in converted if key not in expected]
-    sizes = [key for key in converted if key in expected and converted[key].numel() != expected[key].numel()]
-    if sizes:
-        shapes = {key: (tuple(converted[key].shape), tuple(expected[key].shape)) for key in sizes}
-        raise ValueError(
-            f"`state_dict` does not fit the configuration. Shapes that are, and that should be: {shapes}."
-        )
-    if leftovers or gaps:
-        raise ValueError(
-            f"`state_dict` does not fit the configuration. Keys without a place: {leftovers}. "
-            f"Parameters without a key: {gaps}."
-        )
-    # 1x1 convolutions over tokens are linear layers here
-    model.load_state_dict({key: tensor.reshape(expected[key].shape) for key, tensor in converted.items()})
+        if not isinstance(key, str) or why_dropped(key, isinstance(model, EfficientUNetModel)) is None:
+            check_weight(key, tensor)
+    plan = plan_keys({key: tensor.shape for key, tensor in state_dict.items()}, model)
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    converted = {}
+    for key, targets in plan.targets.items():
+        for name, part in zip(targets, state_dict[key].chunk(len(targets))):
+            converted[name] = part.reshape(expected[name])
+    model.load_state_dict(converted)
     return model
 
 
@@ -271,22 +194,17 @@ def _conditioning_width(model_config: dict[str, Any]) -> int:
     return conditioning["embed_dim"]
 
 
-def _check_state_dict(state_dict: Any) -> None:
-    """Raises ValueError unless it is a mapping from names to finite weights."""
-    if not isinstance(state_dict, Mapping):
-        raise ValueError(f"`state_dict` is a {type(state_dict).__name__}, but should map NeMo's names to tensors.")
-    for key, tensor in state_dict.items():
-        if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
-            raise ValueError(
-                f"`state_dict` has a {type(tensor).__name__} under {shown(key)}, but should have a tensor."
-            )
-        if not tensor.is_floating_point() or tensor.is_meta or not tensor.ndim:
-            raise ValueError(
-                f"`state_dict` has a tensor of {tensor.dtype} and shape {tuple(tensor.shape)} on {tensor.device} under "
-                f"{key!r}, but should have weights, of floating point."
-            )
-        if not tensor.isfinite().all():
-            raise ValueError(f"`state_dict` has values that are not finite under {key!r}: the training diverged.")
+def check_weight(key: str, tensor: Any) -> None:
+    """Raises ValueError, which names the key, for what is no tensor of finite weights."""
+    if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"`state_dict` has a {type(tensor).__name__} under {shown(key)}, but should have a tensor.")
+    if not tensor.is_floating_point() or tensor.is_meta or not tensor.ndim:
+        raise ValueError(
+            f"`state_dict` has a tensor of {tensor.dtype} and shape {tuple(tensor.shape)} on {tensor.device} under "
+            f"{key!r}, but should have weights, of floating point."
+        )
+    if not tensor.isfinite().all():
+        raise ValueError(f"`state_dict` has values that are not finite under {key!r}: the training diverged.")
 
 
 def _imagen_unet(unet: dict[str, Any], shared: dict[str, Any], is_super_resolution: bool) -> ImagenUNetModel:
@@ -317,87 +235,3 @@ def _efficient_unet(unet: dict[str, Any], shared: dict[str, Any]) -> EfficientUN
         skip_connection_scaling=unet["skip_connection_scaling"],
         **shared,
     )
-
-
-def _unet_positions(model: ImagenUNetModel) -> dict[str, str]:
-    """Positions of a U-Net: NeMo numbers blocks and resamplers through, first down, then up."""
-    positions = {
-        **SHARED_POSITIONS,
-        "input_blocks.0.0": "conv_in",
-        "middle_block.0": "mid_blocks.0.resnets.0",
-        "middle_block.1": "mid_blocks.0.attention",
-        "middle_block.2": "mid_blocks.1.resnets.0",
-        "out.0": "norm_out",
-        "out.2": "conv_out",
-    }
-    number, blocks = 1, count()
-    for level, num_layers in enumerate(model.num_layers):
-        if level > 0:
-            positions[f"input_blocks.{number}.0.op"] = f"downsamplers.{level - 1}"
-            positions[f"input_blocks.{number}.0"] = f"downsamplers.{level - 1}"
-            number += 1
-        for block in islice(blocks, num_layers):
-            positions[f"input_blocks.{number}.0"] = f"down_blocks.{block}.resnets.0"
-            positions[f"input_blocks.{number}.1"] = f"down_blocks.{block}.attention"
-            number += 1
-    blocks = count()
-    for i, num_layers in enumerate(reversed(model.num_layers)):
-        for block in islice(blocks, num_layers + 1):
-            positions[f"output_blocks.{block}.0"] = f"up_blocks.{block}.resnets.0"
-            upsampler = 1
-            if model.up_blocks[block].attention is not None:
-                positions[f"output_blocks.{block}.1"] = f"up_blocks.{block}.attention"
-                upsampler = 2
-        positions[f"output_blocks.{block}.{upsampler}.conv"] = f"upsamplers.{i}"
-        positions[f"output_blocks.{block}.{upsampler}"] = f"upsamplers.{i}"
-    return positions
-
-
-def _efficient_positions(model: EfficientUNetModel) -> dict[str, str]:
-    """Positions of an Efficient U-Net: NeMo numbers the levels from full resolution, also on the way up."""
-    positions = {**SHARED_POSITIONS, "init_conv": "conv_in", "out": "conv_out"}
-    last = len(model.down_blocks) - 1
-    for level, block in enumerate(cast(Iterable[ImagenBlock], model.down_blocks)):
-        positions[f"DBlocks.{level}.conv"] = f"downsamplers.{level}"
-        positions[f"UBlocks.{level}.conv"] = f"upsamplers.{last - 1 - level}"
-        for nemo, ours in (
-            (f"DBlocks.{level}", f"down_blocks.{level}"),
-            (f"UBlocks.{level}", f"up_blocks.{last - level}"),
-        ):
-            positions[f"{nemo}.attention_layer"] = f"{ours}.attention"
-            for j in range(len(block.resnets)):
-                positions[f"{nemo}.blocks.{j}"] = f"{ours}.resnets.{j}"
-    return positions
-
-
-def _convert_key(name: str, positions: dict[str, str], stacked: bool) -> list[str] | None:
-    """Our names for a NeMo name, or None if it has no place."""
-    nemo_position = _longest_prefix(name, positions)
-    if nemo_position is None:
-        return None
-    position, rest = positions[nemo_position], name[len(nemo_position) :].lstrip(".")
-    if rest in ("", "weight", "bias"):
-        return [".".join(filter(None, [position, rest]))]
-
-    layers: Mapping[str, str | Sequence[str]] = RESNET_LAYERS
-    if position.endswith("attention"):
-        layers = ATTENTION_LAYERS
-        if stacked:
-            nemo_layer = _longest_prefix(rest, STACKED_LAYERS)
-            if nemo_layer is None:
-                return None
-            position, rest = f"{position}.{STACKED_LAYERS[nemo_layer]}", rest[len(nemo_layer) + 1 :]
-            if rest in ("weight", "bias"):
-                return [f"{position}.{rest}"]
-    nemo_layer, _, parameter = rest.rpartition(".")
-    if nemo_layer not in layers:
-        return None
-    targets = layers[nemo_layer]
-    return [f"{position}.{layer}.{parameter}" for layer in ([targets] if isinstance(targets, str) else targets)]
-
-
-def _longest_prefix(name: str, table: dict[str, Any]) -> str | None:
-    """The longest key of the table that is `name` or a dotted beginning of it."""
-    parts = name.split(".")
-    prefixes = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
-    return next((prefix for prefix in prefixes if prefix in table), None)

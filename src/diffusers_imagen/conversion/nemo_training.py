@@ -112,6 +112,11 @@ def translate_training(config: dict[str, Any]) -> Translation:
         differences.append("random_flip: images whose caption speaks of left or right are not mirrored here")
     settings |= objective(nemo) | optimizer(nemo) | learning_rates(nemo, settings["max_train_steps"])
     settings |= precision(nemo) | batch_sizes(nemo) | averages(nemo) | trackers(nemo)
+    if settings["preconditioning"] == "edm" and settings["loss"] != "l2":
+        nemo.refuse(
+            "model.preconditioning.loss_type",
+            "whose EDM weight NeMo puts inside the distance and we outside: train l2.",
+        )
     settings |= data(nemo, differences)
     left_out = [name for name in nemo.values if name not in nemo.seen and not name.startswith("model.unet.")]
     return Translation(settings, differences, left_out)
@@ -126,8 +131,6 @@ def objective(nemo: Entries) -> dict[str, Any]:
         nemo.refuse(f"{section}_type", "but should be EDM or DDPM.")
     if loss not in ("l1", "l2", "huber"):
         nemo.refuse(f"{section}.loss_type", "but should be l1, l2 or huber.")
-    if kind == "EDM" and loss != "l2":
-        nemo.refuse(f"{section}.loss_type", "whose EDM weight NeMo puts inside the distance and we outside: train l2.")
     if kind == "EDM":
         defaults = {"sigma_data": 0.5, "p_mean": -1.2, "p_std": 1.2}
         numbers = {name: nemo.get(f"{section}.{name}", default) for name, default in defaults.items()}

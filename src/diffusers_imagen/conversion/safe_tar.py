@@ -1,8 +1,9 @@
-"""Tar files read member by member, into memory and never to disk, and whole or not at all."""
+"""Tar files read member by member, into memory or to files of the caller's naming, and whole or not at all."""
 
 import gzip
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from tarfile import BLOCKSIZE
 from typing import IO, cast
@@ -11,6 +12,7 @@ from ..utils.arguments import shown
 
 
 HEADER_BYTES = 2**14  # of one member, with what extends its header
+PART_BYTES = 2**24  # of a member, read at once
 GZIP = b"\x1f\x8b"
 GZIP_RATIO = 50  # pixels and embeddings hardly shrink; zeros shrink a thousandfold
 
@@ -42,16 +44,8 @@ def read_members(path: str | Path, limits: dict[str, int]) -> Iterator[tuple[Pur
             a name that leads out of the folder, or is larger than its limit; names the member.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"'{path}' is no file.")
-    with open(path, "rb") as raw:
-        compressed = raw.read(2) == GZIP
-        raw.seek(0)
-        size = path.stat().st_size
-        limit = size * GZIP_RATIO + 2**20 if compressed else size
-        file = cast(IO[bytes], gzip.GzipFile(fileobj=raw)) if compressed else raw
-        for member in walk(path, file):
-            name = check_member(path, member, limit, compressed)
+    with opened(path) as file:
+        for name, member in checked_members(path, file):
             suffix = name.suffix.lower()
             if not member.isfile() or suffix not in limits:
                 continue
@@ -59,7 +53,58 @@ def read_members(path: str | Path, limits: dict[str, int]) -> Iterator[tuple[Pur
                 raise ValueError(
                     f"'{path}' has {shown(member.name)} of {member.size} bytes, more than {limits[suffix]}."
                 )
-            yield name, read_data(path, file, member)
+            yield name, b"".join(read_data(path, file, member))
+
+
+def extract_members(path: str | Path, folder: Path, wanted: Callable[[PurePosixPath], bool]) -> list[PurePosixPath]:
+    """Writes a tar file's wanted members into a folder under their own names, as plain files, one part at a time.
+
+    Args:
+        path (`str` or `Path`): The tar file, which may be compressed by gzip.
+        folder (`Path`): A folder of the caller's.
+        wanted (`Callable`): Whether a member of this name is.
+
+    Returns:
+        The names of the files.
+
+    Raises:
+        ValueError: As `read_members` does, and for a name that comes twice; what was written until then stays.
+    """
+    path = Path(path)
+    names: dict[PurePosixPath, None] = {}
+    with opened(path) as file:
+        for name, member in checked_members(path, file):
+            if not member.isfile():
+                continue
+            if name in names:
+                raise ValueError(f"'{path}' has {shown(member.name)} twice.")
+            names[name] = None
+            if wanted(name):
+                target = folder / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with open(target, "xb") as out:
+                    for part in read_data(path, file, member):
+                        out.write(part)
+    return [name for name in names if wanted(name)]
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[IO[bytes]]:
+    """A tar file's bytes, through gzip if it is compressed."""
+    if not path.is_file():
+        raise ValueError(f"'{path}' is no file.")
+    with open(path, "rb") as raw:
+        compressed = raw.read(2) == GZIP
+        raw.seek(0)
+        yield cast(IO[bytes], gzip.GzipFile(fileobj=raw)) if compressed else raw
+
+
+def checked_members(path: Path, file: IO[bytes]) -> Iterator[tuple[PurePosixPath, tarfile.TarInfo]]:
+    """Names and headers of all members, none of which claims more bytes than the file can have."""
+    compressed, size = isinstance(file, gzip.GzipFile), path.stat().st_size
+    limit = size * GZIP_RATIO + 2**20 if compressed else size
+    for member in walk(path, file):
+        yield check_member(path, member, limit, compressed), member
 
 
 def walk(path: Path, file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
@@ -102,15 +147,17 @@ def check_member(path: Path, member: tarfile.TarInfo, limit: int, compressed: bo
     return name
 
 
-def read_data(path: Path, file: IO[bytes], member: tarfile.TarInfo) -> bytes:
-    """The content of a member."""
+def read_data(path: Path, file: IO[bytes], member: tarfile.TarInfo) -> Iterator[bytes]:
+    """The content of a member, in parts."""
+    left = member.size
     try:
         file.seek(member.offset_data)
-        data = file.read(member.size)
+        while left and (part := file.read(min(left, PART_BYTES))):
+            left -= len(part)
+            yield part
     except Exception as error:  # of gzip and zlib: their own kinds, EOFError, OSError
         raise ValueError(
             f"'{path}' cannot be read at {shown(member.name)}: {error or type(error).__name__}"
         ) from error
-    if len(data) < member.size:
+    if left:
         raise ValueError(f"'{path}' is cut within {shown(member.name)}.")
-    return data

@@ -1,14 +1,34 @@
-"""Noise conditioning augmentation of a super-resolution model's input, in the EDM form and in that of discrete DDPM.
+"""A super-resolution model's low-resolution image: its upsampling, and noise in it in the EDM and the discrete form.
 
 Ho et al. 2021 (arXiv 2106.15282), section 4.2, and Saharia et al. 2022 (Imagen, arXiv 2205.11487), section 2.4.
 """
 
 import torch
+import torch.nn.functional as F
 
 from . import continuous_ddpm, discrete_ddpm, edm
 
 
 MIN_AUGMENTATION_SIGMA = 0.002  # NeMo's at inference; the conditioning value of 0 would be infinite
+AUGMENTATION_LEVELS = 1000  # of the form of discrete DDPM, with cosine betas
+
+
+def upsample_low_res(low_res: torch.Tensor, size: tuple[int, int], antialias: bool = False) -> torch.Tensor:
+    """The low-resolution image at the size of the sample, by bicubic interpolation; values may overshoot.
+
+    Args:
+        low_res: `(B, C, h, w)`, any floating dtype.
+        size: height and width of the result, in pixels.
+        antialias: whether the kernel is that of `torch.nn.functional.interpolate` with `antialias`, which has the
+            coefficient -0.5, as Pillow's, and not -0.75 even where nothing is reduced.
+
+    Returns:
+        `(B, C, *size)`, in `low_res`'s dtype.
+    """
+    if not antialias:
+        return F.interpolate(low_res, size, mode="bicubic")
+    precise = low_res.to(torch.promote_types(low_res.dtype, torch.float32))  # it has no half precision on a CPU
+    return F.interpolate(precise, size, mode="bicubic", antialias=True).to(low_res.dtype)
 
 
 def augment_low_res(
@@ -46,6 +66,16 @@ def augment_low_res(
     return augmented.to(low_res.dtype), edm.c_noise(sigma.flatten()).expand(low_res.shape[0])
 
 
+def augmentation_sigma(index: torch.Tensor) -> torch.Tensor:
+    """The EDM noise level of indices 0 to 999 of `augment_upsampled`, in their shape, in float64."""
+    return continuous_ddpm.log_snr_to_sigma(discrete_ddpm.index_to_log_snr(index.double(), augmentation_log_snrs()))
+
+
+def augmentation_log_snrs() -> torch.Tensor:
+    """The log-SNR of each of the noise levels of `augment_upsampled`, `(1000,)` in float64, decreasing."""
+    return discrete_ddpm.trained_log_snrs(AUGMENTATION_LEVELS, "squaredcos_cap_v2", 0.0, 0.0)
+
+
 def augment_upsampled(
     upsampled: torch.Tensor, sigma: float | torch.Tensor, noise: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,8 +99,6 @@ def augment_upsampled(
         edm.check_positive(sigma=sigma)
         sigma = torch.tensor(sigma, dtype=torch.float64)
     log_snr = continuous_ddpm.sigma_to_log_snr(sigma.to(torch.float64))
-    index = discrete_ddpm.log_snr_to_index(
-        log_snr, discrete_ddpm.trained_log_snrs(1000, "squaredcos_cap_v2", 0.0, 0.0)
-    )
+    index = discrete_ddpm.log_snr_to_index(log_snr, augmentation_log_snrs())
     augmented = continuous_ddpm.q_sample(upsampled, noise, log_snr.to(upsampled.device))
     return augmented, index.flatten().to(upsampled.device, torch.float32).expand(len(upsampled))

@@ -78,6 +78,11 @@ def trained_log_snrs(
     return betas_to_log_snrs(scheduled_betas(num_train_timesteps, beta_schedule, beta_start, beta_end))
 
 
+def declared_log_snrs(beta_schedule: BetaSchedule) -> torch.Tensor:
+    """The log-SNR of every index of the 1000 that a network declares by this name: those of DDPM's own betas."""
+    return trained_log_snrs(1000, beta_schedule, 0.0001, 0.02)
+
+
 def index_to_log_snr(index: torch.Tensor, log_snrs: torch.Tensor) -> torch.Tensor:
     """The log-SNR at indices of any shape, in their dtype, of float32 or float64; below 0 and above N-1 that of the end."""
     last = len(log_snrs) - 1

@@ -11,13 +11,15 @@ import torch
 from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME, LORA_WEIGHT_NAME_SAFE
 from diffusers.utils import logging
+from diffusers.utils.torch_utils import unwrap_module
 
 from ..models.interface import StageNetwork
 from ..utils.arguments import bad_argument
-from ..utils.files import whole_file
+from ..utils.files import HUB_OPTIONS, whole_file
 from .lora_adapters import AdaptersMixin, require_peft
 from .lora_conversion import ALPHA, BARE, Adapter, Update, check_finite, group_weights, make_adapter, plain_name
-from .lora_files import HUB_OPTIONS, SOURCE, StateDict, read_source
+from .lora_files import SOURCE, StateDict, read_source
+from .lora_names import diffusers_names, first_names
 from .lora_networks import check_hotswap, describe_adapter, hotswap_adapter, restored_after_error
 
 
@@ -34,6 +36,9 @@ class ImagenLoraLoaderMixin(AdaptersMixin):
 
     One file holds the adapters of all stages; its keys begin with the component's name. The configuration of each
     adapter, `lora_alpha` among it, travels in the file's metadata.
+
+    Adapters of networks of DeepFloyd IF's kind are saved with diffusers' names of their layers, as
+    `IFPipeline.load_lora_weights` takes them, and are loaded with diffusers' names or the networks' own.
     """
 
     _lora_loadable_modules: list[str]  # of the pipeline: the names that its networks can have
@@ -168,7 +173,8 @@ class ImagenLoraLoaderMixin(AdaptersMixin):
                 Whether to write safetensors; otherwise a file of torch.save, which has no place for a configuration.
             lora: `{component}_lora_layers`, the weights as `peft.get_peft_model_state_dict` gives them, and
                 `{component}_lora_adapter_metadata`, the adapter's `peft_config` as a dict: `base_unet_lora_layers`, ...
-                Those of text encoders have to be None.
+                Those of text encoders have to be None. `{component}`, the network itself, *optional*: with it, an
+                adapter of a network of DeepFloyd IF's kind is written with diffusers' names of its layers.
 
         Raises:
             ValueError: If weights are missing, or not finite; nothing is written then.
@@ -177,6 +183,7 @@ class ImagenLoraLoaderMixin(AdaptersMixin):
             del lora[name]
         layers = {name: lora.pop(f"{name}_lora_layers", None) for name in cls._lora_loadable_modules}
         configs = {name: lora.pop(f"{name}_lora_adapter_metadata", None) for name in cls._lora_loadable_modules}
+        unets = {name: lora.pop(name, None) for name in cls._lora_loadable_modules}
         layers = {name: plain_weights(f"{name}_lora_layers", weights) for name, weights in layers.items() if weights}
         if lora or not layers:
             raise ValueError(
@@ -186,6 +193,7 @@ class ImagenLoraLoaderMixin(AdaptersMixin):
         configs = {name: configs[name] for name in layers}
         check_serialization(save_directory, weight_name, save_function, safe_serialization, configs)
         for name in layers:
+            layers[name], configs[name] = named_for_diffusers(name, unets[name], layers[name], configs[name])
             if configs[name] is None:
                 logger.warning(f"`{name}_lora_adapter_metadata` is None: lora_alpha will be taken to be the rank.")
         if not is_main_process:
@@ -222,9 +230,10 @@ class ImagenLoraLoaderMixin(AdaptersMixin):
             adapter_name = names[0]
         if adapter_name not in names:
             raise ValueError(f"`adapter_name` is {adapter_name!r}, but the adapters of this pipeline are {names}.")
-        lora = {}
+        lora: dict[str, Any] = {}
         for component in (component for component, names in adapters.items() if adapter_name in names):
             unet = self._lora_unets()[component]
+            lora[component] = unet
             lora[f"{component}_lora_layers"] = get_peft_model_state_dict(unet, adapter_name=adapter_name)
             lora[f"{component}_lora_adapter_metadata"] = describe_adapter(unet, adapter_name)
         self.save_lora_weights(save_directory, weight_name=weight_name, **lora)
@@ -277,7 +286,7 @@ class ImagenLoraLoaderMixin(AdaptersMixin):
         known = list(self._lora_loadable_modules)
         if component is not None:
             named = {str(key).split(".")[0] for key in state_dict}
-            children = [name for name, _ in self._lora_unets()[component].named_children()]
+            children = first_names(self._lora_unets()[component])
             if len(named) == 1 and not named & {*children, "base_model", "module", "_orig_mod"}:
                 known += [name for name in named if not name.startswith(("lora_", "text_encoder"))]
         return known
@@ -288,7 +297,7 @@ class ImagenLoraLoaderMixin(AdaptersMixin):
         if place in self._lora_loadable_modules and set(updates) & set(present):
             return place
         layers = [layer for updated in updates.values() for layer in updated] if place == BARE else []
-        children = {name for unet in present.values() for name, _ in unet.named_children()}
+        children = {name for unet in present.values() for name in first_names(unet)}
         firsts = list(dict.fromkeys(layer.split(".")[0] for layer in layers if not layer.startswith("lora_unet_")))
         foreign = [name for name in firsts if name not in children]
         if place == BARE and not foreign and len(present) == len(updates) == 1:
@@ -350,6 +359,19 @@ def plain_weights(argument: str, layers: StateDict | torch.nn.Module) -> StateDi
     for key, value in layers.items():
         check_finite(key, value)
     return {plain_name(key): value.contiguous() for key, value in layers.items()}
+
+
+def named_for_diffusers(
+    component: str, unet: StageNetwork | None, layers: StateDict, config: dict[str, Any] | None
+) -> tuple[StateDict, dict[str, Any] | None]:
+    """Weights and configuration to save, with diffusers' names of layers if the network is of DeepFloyd IF's kind."""
+    if unet is not None and not isinstance(unwrap_module(unet), StageNetwork):
+        raise bad_argument(component, unet, "a network of a stage, or None")
+    names = {} if unet is None else {own: name for name, own in diffusers_names(unwrap_module(unet)).items()}
+    if not names:
+        return layers, config
+    adapter = make_adapter(component, unwrap_module(unet), group_weights(layers, [])[BARE], config, names)
+    return adapter.state_dict, None if config is None else adapter.config
 
 
 def check_serialization(

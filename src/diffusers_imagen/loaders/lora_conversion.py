@@ -3,14 +3,19 @@
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from diffusers.utils import logging
 from torch import nn
 
 from ..utils.arguments import is_finite
+from .lora_names import diffusers_names, idle_layers
 
+
+logger = logging.get_logger(__name__)
 
 StateDict = dict[str, torch.Tensor]
 Layer = nn.Linear | nn.Conv2d  # what an adapter can change
@@ -31,7 +36,9 @@ KEY = re.compile(
     r"(?:\.(?P<adapter>(?!(?:weight|bias)$)[^.]+))?(?:\.(?P<kind>weight|bias))?"
 )
 # of diffusers before 0.18
-OLD_KEY = re.compile(r"(?P<block>.+?)(?:\.processor)?\.(?P<layer>to_[a-z]+)_lora\.(?P<part>down|up)\.weight")
+OLD_KEY = re.compile(
+    r"(?P<block>.+?)(?:\.processor)?\.(?P<layer>to_[a-z]+|add_[kv]_proj)_lora\.(?P<part>down|up)\.weight"
+)
 OTHER_METHODS = {
     r"\.hada_": "LoHa",
     r"\.lokr_": "LoKr",
@@ -143,22 +150,66 @@ def adaptable_layers(unet: nn.Module) -> dict[str, tuple[str, Layer]]:
     return layers
 
 
+def named_layers(component: str, unet: nn.Module, updates: dict[str, Update]) -> dict[str, tuple[str, Layer]]:
+    """`adaptable_layers` by the names that updates have: a network's own, or diffusers' for DeepFloyd IF's networks.
+
+    A few layers of residual blocks have the name of another in diffusers: diffusers' names go first, with a warning
+    where all names are of both.
+    """
+    own = adaptable_layers(unet)
+    theirs = {name: own[ours] for name, ours in diffusers_names(unet).items() if ours in own}
+    found = [{layer: matches(layers, layer) for layer in updates} for layers in (theirs, own)]
+    counts = [sum(map(bool, matched.values())) for matched in found]
+    if counts[1] > counts[0] or not theirs:
+        return own
+    if counts[0] == counts[1] == len(updates):
+        both = [(layer, name, found[1][layer]) for layer, name in found[0].items()]
+        strays = [layer for layer, name, other in both if theirs[name[0]][0] != own[other[0]][0]]
+        if strays:
+            logger.warning(
+                f"The LoRA weights change {component}.{strays[0]}, which diffusers and this package both have as a name, "
+                f"of different layers: it is taken for diffusers', which is {theirs[found[0][strays[0]][0]][0]} here."
+            )
+    return theirs
+
+
+def without_idle(component: str, unet: nn.Module, updates: dict[str, Update]) -> dict[str, Update]:
+    """Updates without those of layers that do nothing and are not there, with a warning; see `idle_layers`."""
+    idle = idle_layers(diffusers_names(unet))
+    kept = {layer: update for layer, update in updates.items() if layer not in idle}
+    if kept and len(kept) < len(updates):
+        first = next(layer for layer in updates if layer in idle)
+        logger.warning(
+            f"The LoRA weights of {component} for {len(updates) - len(kept)} layers as {first} are left out: "
+            "cross-attention reads no keys and values of the image."
+        )
+    return kept or updates
+
+
 def make_adapter(
-    component: str, unet: nn.Module, updates: dict[str, Update], config: dict[str, Any] | None
+    component: str,
+    unet: nn.Module,
+    updates: dict[str, Update],
+    config: dict[str, Any] | None,
+    names: Mapping[str, str] | None = None,
 ) -> Adapter:
     """What peft loads into a network.
 
     Args:
         component (`str`): The network's name, for messages.
         unet (`nn.Module`): The network, which stays as it is.
-        updates (`dict[str, Update]`): By layer, with its name or kohya's, in which dots are underscores.
+        updates (`dict[str, Update]`):
+            By layer, with its name, diffusers' name if the network is of DeepFloyd IF's kind, or kohya's, in which dots
+            are underscores.
         config (`dict`, *optional*): What came with the weights; lora_alpha is the rank otherwise, or what the keys say.
+        names (`Mapping[str, str]`, *optional*): Other names to give the layers, by their own.
 
     Raises:
         ValueError: If the weights are not whole, not finite or do not fit the network, or the configuration does not
             fit the weights.
     """
-    layers = adaptable_layers(unet)
+    updates = without_idle(component, unet, updates)
+    layers = named_layers(component, unet, updates)
     named = {place_of(component, layers, layer, update): update for layer, update in updates.items()}
     if len(named) != len(updates):
         raise ValueError(f"The weights for {component} change a layer twice, under its name and under kohya's.")
@@ -166,6 +217,7 @@ def make_adapter(
     state_dict, ranks, alphas = {}, {}, {}
     for layer, update in named.items():
         name, module = layers[layer]
+        name = name if names is None else names[plain_name(name)]
         for key, value in fit(f"{component}.{layer}", module, update).items():
             state_dict[f"{name}.{key}"] = value
         ranks[name] = settings.checked_rank(layer, update)
@@ -181,10 +233,7 @@ def make_adapter(
 
 def place_of(component: str, layers: dict[str, tuple[str, Layer]], layer: str, update: Update) -> str:
     """The plain name of the layer that is meant."""
-    if layer in layers:
-        return layer
-    flat = layer.removeprefix("lora_unet_")
-    found = [name for name in layers if "." not in layer and name.replace(".", "_") == flat]
+    found = matches(layers, layer)
     if len(found) == 1:
         return found[0]
     key = next(iter(update.keys.values()))
@@ -194,6 +243,14 @@ def place_of(component: str, layers: dict[str, tuple[str, Layer]], layer: str, u
         f"The LoRA weights change {component}.{layer}, which this network does not have as a layer that can be adapted "
         f"(key '{key}')."
     )
+
+
+def matches(layers: dict[str, tuple[str, Layer]], layer: str) -> list[str]:
+    """The plain names that a name may mean, which may be kohya's."""
+    if layer in layers:
+        return [layer]
+    flat = layer.removeprefix("lora_unet_")
+    return [name for name in layers if "." not in layer and name.replace(".", "_") == flat]
 
 
 def fit(layer: str, module: Layer, update: Update) -> StateDict:

@@ -20,8 +20,6 @@ from ..utils.files import read_json_object
 StateDict = dict[str, torch.Tensor]
 Metadata = dict[str, Any] | None
 
-# of `from_pretrained` and `load_lora_weights`: where a file comes from
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 SOURCE = "pretrained_model_name_or_path_or_dict"
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PICKLED = (".bin", ".pt", ".pth")

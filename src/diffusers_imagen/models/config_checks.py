@@ -9,11 +9,12 @@ from typing import Any, get_args
 
 import torch
 
+from ..diffusion.discrete_ddpm import BETA_SCHEDULES
 from ..utils.arguments import bad_argument, check_choice, is_finite
 from .attention import ATTENTION_TYPES
 from .blocks import ActivationType, ResampleType, TimeScaleShift
 from .embeddings import TextPooling
-from .interface import LowResAugmentation
+from .interface import LowResAugmentation, LowResUpsampling
 
 
 # Lowest and highest value of what a network is configured with: far above what was published, and low enough that
@@ -59,9 +60,11 @@ CHOICES = {
     "act_fn": get_args(ActivationType),
     "attention_type": tuple(ATTENTION_TYPES),
     "low_res_augmentation": get_args(LowResAugmentation),
+    "low_res_upsampling": get_args(LowResUpsampling),
     "resample_type": get_args(ResampleType),
     "text_pooling": get_args(TextPooling),
     "time_scale_shift": get_args(TimeScaleShift),
+    "trained_beta_schedule": (None, *BETA_SCHEDULES),
 }
 
 
@@ -140,6 +143,10 @@ def check_options(config: dict[str, Any]) -> None:
     if config["low_res_augmentation"] != "edm" and not config["low_res_noise_conditioning"]:
         expected = "'edm' where `low_res_noise_conditioning` is False"
         raise bad_argument("low_res_augmentation", config["low_res_augmentation"], expected)
+    upsamples = config["low_res_conditioning"] and config["low_res_augmentation"] == "edm"
+    if config["low_res_upsampling"] != "bicubic" and not upsamples:
+        expected = "'bicubic' but with `low_res_conditioning` and a `low_res_augmentation` of 'edm'"
+        raise bad_argument("low_res_upsampling", config["low_res_upsampling"], expected)
 
 
 def check_groups(name: str, widths: Sequence[int], groups: int) -> None:

@@ -7,10 +7,12 @@ import torch
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
+from ..diffusion.discrete_ddpm import BetaSchedule
 from ..utils.arguments import bad_argument
 
 
 LowResAugmentation = Literal["edm", "discrete"]
+LowResUpsampling = Literal["bicubic", "bicubic_antialias"]
 
 
 class StageNetwork(nn.Module):
@@ -120,6 +122,25 @@ class StageNetwork(nn.Module):
         ("squaredcos_cap_v2"), and `low_res_timestep` is the index of that level, 0 to 999, fractional ones included.
         """
         return "edm"
+
+    @property
+    def trained_beta_schedule(self) -> BetaSchedule | None:
+        """The 1000 discrete noise levels that the network was trained with, by diffusers' name of their betas.
+
+        "linear", "scaled_linear" and "sigmoid" are those from 0.0001 to 0.02. Pipelines refuse schedulers of other noise
+        levels. None where nothing is declared, as by networks of continuous noise levels: any scheduler is taken.
+        """
+        return None
+
+    @property
+    def low_res_upsampling(self) -> LowResUpsampling:
+        """How the low-resolution image comes to the size of `sample`, but for "discrete" `low_res_augmentation`.
+
+        "bicubic" has the kernel of `torch.nn.functional.interpolate`, "bicubic_antialias" that with `antialias=True`,
+        which is another one in upsampling too: see `diffusion.augmentation.upsample_low_res`. A pipeline upsamples by
+        this once a call; `forward` has to do the same with an image of another size, as training gives it.
+        """
+        return "bicubic"
 
     def encode_text(
         self, encoder_hidden_states: torch.Tensor, encoder_attention_mask: torch.Tensor | None = None

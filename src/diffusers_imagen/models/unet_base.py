@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from diffusers.loaders import FromOriginalModelMixin, PeftAdapterMixin
@@ -15,12 +14,14 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import nn
 
+from ..diffusion.augmentation import upsample_low_res
+from ..diffusion.discrete_ddpm import BetaSchedule
 from ..utils.arguments import bad_argument, check_exactly_one
 from .attention import AttendedText
 from .blocks import ImagenBlock, ResBlock
 from .config_checks import RANGES, as_timesteps, check_image, check_integer
 from .embeddings import NoiseLevelEmbedding, TextConditioning, TextContext, TextEmbedding, UnencodedText
-from .interface import LowResAugmentation, StageNetwork
+from .interface import LowResAugmentation, LowResUpsampling, StageNetwork
 
 
 @dataclass
@@ -147,6 +148,14 @@ class ConditionalUNet(
     def low_res_augmentation(self) -> LowResAugmentation:
         return self.config.get("low_res_augmentation", "edm")
 
+    @property
+    def trained_beta_schedule(self) -> BetaSchedule | None:
+        return self.config.get("trained_beta_schedule")
+
+    @property
+    def low_res_upsampling(self) -> LowResUpsampling:
+        return self.config.get("low_res_upsampling", "bicubic")
+
     def zero_initialized(self) -> list[torch.Tensor]:
         return [module.conv2.weight for module in self.modules() if isinstance(module, ResBlock)]
 
@@ -264,7 +273,8 @@ class ConditionalUNet(
                     f"`low_res_sample` is {given}, but should be {height}x{width}: this network was trained on images "
                     "that got their noise after they were upsampled."
                 )
-            low_res_sample = F.interpolate(low_res_sample, (height, width), mode="bicubic")
+            antialias = self.low_res_upsampling == "bicubic_antialias"
+            low_res_sample = upsample_low_res(low_res_sample, (height, width), antialias)
         return torch.cat([sample, low_res_sample.to(sample.dtype)], dim=1)
 
     def _run(

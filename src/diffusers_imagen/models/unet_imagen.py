@@ -7,6 +7,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
+from ..diffusion.discrete_ddpm import BetaSchedule
 from .attention import ATTENTION_TYPES, AttendedText, AttentionBlock, AttentionType, make_attention
 from .blocks import (
     ActivationType,
@@ -20,7 +21,7 @@ from .blocks import (
 )
 from .config_checks import check_config, check_groups, check_integers, check_options, per_level
 from .embeddings import TextPooling
-from .interface import LowResAugmentation
+from .interface import LowResAugmentation, LowResUpsampling
 from .unet_base import ConditionalUNet, count_heads
 
 
@@ -71,6 +72,11 @@ class ImagenUNetModel(ConditionalUNet):
             Whether the text is read at padded positions too, whatever the mask says: see `StageNetwork`.
         low_res_augmentation (`"edm"` or `"discrete"`):
             How noise comes into the low-resolution image, and how the network is told of it: see `StageNetwork`.
+        trained_beta_schedule (`str`, *optional*):
+            The discrete noise levels that the network was trained with: see `StageNetwork`. Pipelines take no scheduler of
+            others.
+        low_res_upsampling (`"bicubic"` or `"bicubic_antialias"`):
+            How the low-resolution image comes to the size of the sample: see `StageNetwork`.
     """
 
     @register_to_config
@@ -106,6 +112,8 @@ class ImagenUNetModel(ConditionalUNet):
         mid_block_add_attention: bool = True,
         attends_padding: bool = False,
         low_res_augmentation: LowResAugmentation = "edm",
+        trained_beta_schedule: BetaSchedule | None = None,
+        low_res_upsampling: LowResUpsampling = "bicubic",
     ):
         super().__init__()
         check_config(self.config, min_layers=0)

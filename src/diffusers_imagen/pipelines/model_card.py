@@ -1,4 +1,4 @@
-"""The model card that goes to the Hub with a pipeline."""
+"""The model card that goes to the Hub with a pipeline, and into a folder with weights that are under a license."""
 
 import os
 import tempfile
@@ -6,13 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from diffusers.utils import logging
 from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
-from huggingface_hub import create_repo
+from huggingface_hub import ModelCard, create_repo
 from torch import nn
 
 from ..utils.files import whole_file
+from .origin import card_metadata, license_section, licenses_of, list_origins
 from .stages import Stage
 
+
+logger = logging.get_logger(__name__)
 
 TAGS = ["text-to-image", "diffusers", "diffusers-imagen"]
 CARD = """\
@@ -38,8 +42,35 @@ image.save("image.png")
 | part | class | parameters |
 |---|---|---|
 {parts}
-"""
+{license}"""
 PACKAGE = "https://pypi.org/project/diffusers-imagen"
+
+
+def new_card(text: str) -> ModelCard:
+    """A card of a text."""
+    return ModelCard(f"---\nlibrary_name: diffusers\n---\n\n{text}")
+
+
+def add_license(card: ModelCard, origins: list[dict[str, str]]) -> None:
+    """Adds to a card `base_model`, the license and the notices that weights of these origins carry, where it lacks them.
+
+    A license that the card names already stays, and the log says so if it is another one.
+    """
+    data: Any = card.data
+    found = card_metadata(origins)
+    models = found.pop("base_model", [])
+    known = [data.base_model] if isinstance(data.base_model, str) else list(data.base_model or [])
+    known += [model for model in ([models] if isinstance(models, str) else models) if model not in known]
+    data.base_model = known[0] if len(known) == 1 else known or None
+    if data.license is None:
+        data.license = found.get("license")
+    if found and data.license not in (found["license"], found.get("license_name")):
+        logger.warning(f"The model card names the license {data.license!r}, but the weights are under {found}.")
+    elif found and data.license == found["license"]:
+        data.license_name = data.license_name or found.get("license_name")
+        data.license_link = data.license_link or found.get("license_link")
+    if not all(license.notice in card.text for license in licenses_of(origins)):
+        card.text = card.text.rstrip("\n") + "\n\n" + license_section(origins)
 
 
 class ModelCardMixin:
@@ -60,6 +91,11 @@ class ModelCardMixin:
         """The stages that are present, in the order in which they run."""
         raise NotImplementedError
 
+    @property
+    def origins(self) -> list[dict[str, str]]:
+        """Where the weights of the stages are from, as far as it is known."""
+        return list_origins(self.config.get("origin"))
+
     def save_pretrained(
         self,
         save_directory: str | os.PathLike,
@@ -71,6 +107,9 @@ class ModelCardMixin:
     ) -> str | None:
         r"""
         Saves all components to a folder. See [`DiffusionPipeline.save_pretrained`].
+
+        A pipeline that knows the `origin` of its weights writes a model card too, unless the folder has one: copies
+        carry the license.
 
         Args:
             save_directory (`str` or `os.PathLike`): Folder, made if it does not exist.
@@ -92,6 +131,10 @@ class ModelCardMixin:
         hub = {name: kwargs.pop(name, None) for name in ("repo_id", "private", "token", "commit_message", "create_pr")}
         if not push_to_hub:
             save(save_directory, safe_serialization, variant, max_shard_size, **kwargs)
+            path = Path(save_directory, "README.md")
+            if self.origins and not path.exists():
+                name = Path(save_directory).resolve().name
+                self.write_card(new_card(self.describe(name)), path)
             return None
         repo_id, private = hub.pop("repo_id") or Path(save_directory).resolve().name, hub.pop("private")
         repo_id = create_repo(repo_id, private=private, token=hub["token"], exist_ok=True).repo_id
@@ -121,16 +164,19 @@ class ModelCardMixin:
             create_pr (`bool`, defaults to `False`): Whether to open a pull request instead.
             safe_serialization (`bool`, defaults to `True`): Whether to write safetensors files.
             variant (`str`, *optional*): Goes into the names of the weights, as in `fp16`.
-            subfolder (`str`, *optional*): Folder of the repository to upload to; no card is written then.
+            subfolder (`str`, *optional*):
+                Folder of the repository to upload to; the repository's card is left as it is then.
 
         Returns:
             The commit.
         """
         repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, safe_serialization, variant)
             if subfolder is None:
+                super().save_pretrained(folder, safe_serialization, variant)  # type: ignore[misc]
                 self.save_model_card(folder, repo_id, token)
+            else:
+                self.save_pretrained(folder, safe_serialization, variant)
             return self._upload_folder(
                 folder, repo_id, token=token, commit_message=commit_message, create_pr=create_pr, subfolder=subfolder
             )
@@ -138,7 +184,8 @@ class ModelCardMixin:
     def save_model_card(self, folder: str | os.PathLike, repo_id: str, token: str | None = None) -> None:
         """Completes the folder's card, else the repository's, else a new one, and writes it to the folder.
 
-        What a card says stays; `library_name`, `pipeline_tag` and tags that it lacks are added.
+        What a card says stays; `library_name`, `pipeline_tag` and tags that it lacks are added, and what the licenses
+        of the weights ask for.
         """
         path = Path(folder, "README.md")
         card = load_or_create_model_card(
@@ -147,9 +194,14 @@ class ModelCardMixin:
             model_description=self.describe(repo_id),
             is_modular=True,  # the description is the whole card: the other templates leave blanks to fill in
         )
-        missing = [tag for tag in TAGS if tag not in (card.data.tags or [])]
-        card = populate_model_card(card, tags=missing)
-        card.data.pipeline_tag = card.data.pipeline_tag or TAGS[0]
+        self.write_card(card, path)
+
+    def write_card(self, card: ModelCard, path: Path) -> None:
+        """Adds to a card what it lacks, and writes it."""
+        data: Any = card.data
+        populate_model_card(card, tags=[tag for tag in TAGS if tag not in (data.tags or [])])
+        data.pipeline_tag = data.pipeline_tag or TAGS[0]
+        add_license(card, self.origins)
         with whole_file(path) as partial:
             card.save(partial)
 
@@ -167,6 +219,7 @@ class ModelCardMixin:
             repo_id=repo_id,
             call=self.model_card_call(),
             parts="\n".join(parts),
+            license="\n" + section if (section := license_section(self.origins)) else "",
         )
 
     def model_card_call(self) -> str:

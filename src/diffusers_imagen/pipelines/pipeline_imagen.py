@@ -5,8 +5,9 @@ from collections.abc import Callable
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.deepfloyd_if import IFSafetyChecker, IFWatermarker
 from diffusers.utils import replace_example_docstring
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..loaders import ImagenLoraLoaderMixin
 from .call_arguments import CallArguments
@@ -14,7 +15,7 @@ from .image_inputs import ImageInput
 from .pipeline_mixin import ImagenPipelineMixin
 from .pipeline_output import ImagenPipelineOutput
 from .runner import Runner
-from .stage_table import BASE
+from .stage_table import BASE, SAFETY_PARTS
 from .stages import Stage, UNet
 
 
@@ -43,6 +44,10 @@ class ImagenPipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLoaderMix
         text_encoder ([`~transformers.PreTrainedModel`], *optional*): Frozen text encoder.
         guidance_unet ([`ImagenUNetModel`] or [`EfficientUNetModel`], *optional*):
             A weaker network for autoguidance, see [`ImagenCascadePipeline`].
+        safety_checker ([`IFSafetyChecker`], *optional*):
+            Of DeepFloyd IF: images that it flags are black, see [`ImagenPipelineOutput`].
+        feature_extractor ([`CLIPImageProcessor`], *optional*): What it reads images by; it cannot do without.
+        watermarker ([`IFWatermarker`], *optional*): Puts IF's watermark on pictures (`output_type="pil"`).
         call_defaults (`dict[str, float]`, *optional*):
             What a call has for `num_inference_steps`, `guidance_scale` and `low_res_noise_level` where it does not say.
         clean_caption (`bool`, defaults to `False`):
@@ -51,8 +56,9 @@ class ImagenPipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLoaderMix
             Where the weights are from, for the model card: `base_model`, a Hub id, and `license`.
     """
 
-    model_cpu_offload_seq = "text_encoder->guidance_unet->unet"
-    _optional_components = ["tokenizer", "text_encoder", "guidance_unet"]
+    model_cpu_offload_seq = "text_encoder->guidance_unet->unet->safety_checker"
+    _exclude_from_cpu_offload = ["watermarker"]
+    _optional_components = ["tokenizer", "text_encoder", "guidance_unet", *SAFETY_PARTS]
 
     def __init__(
         self,
@@ -61,13 +67,23 @@ class ImagenPipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLoaderMix
         tokenizer: PreTrainedTokenizerBase | None = None,
         text_encoder: PreTrainedModel | None = None,
         guidance_unet: UNet | None = None,
-        call_defaults: dict[str, float] | None = None,
+        safety_checker: IFSafetyChecker | None = None,
+        feature_extractor: BaseImageProcessor | None = None,
+        watermarker: IFWatermarker | None = None,
+        call_defaults: dict | None = None,
         clean_caption: bool = False,
-        origin: dict[str, str] | None = None,
+        origin: dict | None = None,
     ):
         super().__init__()
         self.register_modules(
-            unet=unet, scheduler=scheduler, tokenizer=tokenizer, text_encoder=text_encoder, guidance_unet=guidance_unet
+            unet=unet,
+            scheduler=scheduler,
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            guidance_unet=guidance_unet,
+            safety_checker=safety_checker,
+            feature_extractor=feature_extractor,
+            watermarker=watermarker,
         )
         self.register_settings(call_defaults, clean_caption, origin)
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)

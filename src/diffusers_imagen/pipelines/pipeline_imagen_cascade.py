@@ -1,24 +1,29 @@
 """ImagenCascadePipeline: from a prompt to a picture. `runner.py` does what a call says; read it next, from its top."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.deepfloyd_if import IFSafetyChecker, IFWatermarker
 from diffusers.utils import replace_example_docstring
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..conversion.nemo_archive import Config, find_source
+from ..conversion.nemo_stage import cascade_components, load_nemo_stage
 from ..loaders import ImagenLoraLoaderMixin
+from ..text.pretrained import load_text
 from ..utils.arguments import is_integer, shown
 from .call_arguments import CallArguments, PerStage
-from .folders import check_stage_source, check_text_parts, load_stage, load_text_parts, split_options
 from .image_inputs import ImageInput
+from .loading.stage_loading import load_stages
+from .origin import check_origins
 from .pipeline_mixin import ImagenPipelineMixin
 from .pipeline_output import ImagenPipelineOutput
 from .runner import Runner
-from .stage_table import BASE, STAGES, StageKind, check_stage_names
+from .stage_table import BASE, SAFETY_PARTS, STAGES, check_stage_names
 from .stages import Stage, StageSource, UNet, check_factors, check_stages, refuse_untrained
 
 
@@ -57,6 +62,10 @@ class ImagenCascadePipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLo
         base_guidance_unet ([`ImagenUNetModel`] or [`EfficientUNetModel`], *optional*):
             A weaker network, less trained or smaller, that the base stage is guided away from in place of its own
             prediction without text: autoguidance (arXiv 2406.02507).
+        safety_checker ([`IFSafetyChecker`], *optional*):
+            Of DeepFloyd IF: images that it flags are black, see [`ImagenPipelineOutput`].
+        feature_extractor ([`CLIPImageProcessor`], *optional*): What it reads images by; it cannot do without.
+        watermarker ([`IFWatermarker`], *optional*): Puts IF's watermark on pictures (`output_type="pil"`).
         call_defaults (`dict[str, dict[str, float]]`, *optional*):
             By stage name, what a call has for `num_inference_steps`, `guidance_scale` and `low_res_noise_level` where it
             does not say.
@@ -66,9 +75,10 @@ class ImagenCascadePipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLo
             By stage name, where the weights are from, for the model card: `base_model`, a Hub id, and `license`.
     """
 
-    model_cpu_offload_seq = "->".join(["text_encoder", GUIDE, *(kind.unet for kind in STAGES)])
+    model_cpu_offload_seq = "->".join(["text_encoder", GUIDE, *(kind.unet for kind in STAGES), "safety_checker"])
+    _exclude_from_cpu_offload = ["watermarker"]
     _optional_components = [
-        *("tokenizer", "text_encoder", GUIDE),
+        *("tokenizer", "text_encoder", GUIDE, *SAFETY_PARTS),
         *(part for kind in STAGES[1:] for part in (kind.unet, kind.scheduler)),
     ]
 
@@ -83,9 +93,12 @@ class ImagenCascadePipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLo
         sr1024_unet: UNet | None = None,
         sr1024_scheduler: SchedulerMixin | None = None,
         base_guidance_unet: UNet | None = None,
-        call_defaults: dict[str, dict[str, float]] | None = None,
+        safety_checker: IFSafetyChecker | None = None,
+        feature_extractor: BaseImageProcessor | None = None,
+        watermarker: IFWatermarker | None = None,
+        call_defaults: dict | None = None,
         clean_caption: bool = False,
-        origin: dict[str, dict[str, str]] | None = None,
+        origin: dict | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -98,6 +111,9 @@ class ImagenCascadePipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLo
             sr1024_unet=sr1024_unet,
             sr1024_scheduler=sr1024_scheduler,
             base_guidance_unet=base_guidance_unet,
+            safety_checker=safety_checker,
+            feature_extractor=feature_extractor,
+            watermarker=watermarker,
         )
         self.register_settings(call_defaults, clean_caption, origin)
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
@@ -107,8 +123,6 @@ class ImagenCascadePipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLo
         cls,
         base: StageSource,
         *upscalers: StageSource | None,
-        text_encoder: PreTrainedModel | str | os.PathLike | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ) -> "ImagenCascadePipeline":
         r"""
@@ -116,14 +130,19 @@ class ImagenCascadePipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLo
 
         Args:
             base (`str`, [`DiffusionPipeline`] or `tuple`):
-                The base stage: the folder that training wrote, a Hub id, an [`ImagenPipeline`], or the pair of a
-                network and its scheduler.
+                The base stage: the folder that training wrote, a Hub id, an [`ImagenPipeline`], the pair of a network and
+                its scheduler, or one of DeepFloyd IF: its folder, Hub id or loaded `IFPipeline`.
             upscalers (the same, *optional*):
                 The super-resolution stages, in order; or by name: `sr256`, `sr1024`.
             text_encoder ([`~transformers.PreTrainedModel`], `str` or `os.PathLike`, *optional*):
-                The text encoder, or a folder or Hub id with `text_encoder/` and `tokenizer/`; by default that of
-                `base`, if it has one.
+                The text encoder, or a folder or Hub id with `text_encoder/` and `tokenizer/`. If not given, that of
+                `base`; None leaves it out, and the tokenizer with it.
             tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Its tokenizer.
+            safety_checker, feature_extractor, watermarker (*optional*):
+                What looks at finished images. If not given, those of the first stage that has them; None leaves one
+                out. What is left out is not downloaded.
+            quantization_config (`PipelineQuantizationConfig` or a configuration of transformers', *optional*):
+                Of the text encoder, which alone is quantized.
             kwargs: For `from_pretrained` of what is loaded: `dtype`, `variant` and the like for networks, and
                 `token`, `revision`, `cache_dir`, `local_files_only` and `force_download` for every file.
 
@@ -138,37 +157,79 @@ class ImagenCascadePipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLo
             raise ValueError(f"`{kind.name}` is given by name, but `upscalers` has it too.")
         sources |= named
         sources = {kind: source for kind, source in sources.items() if kind is BASE or source is not None}
-        split_options(kwargs)
-        for kind, source in sources.items():  # before the first is loaded
-            check_stage_source(kind.name, source)
-        check_text_parts(text_encoder, tokenizer)
-        components: dict[str, Any] = {}
-        factors: dict[StageKind, int | None] = {}
-        for kind, source in sources.items():
-            # all stages read the text of one encoder, that of the base stage if no other is given
-            own_text = {} if kind is BASE else {"text_encoder": None, "tokenizer": None}
-            parts = load_stage(kind.name, source, **own_text, **kwargs)
-            components |= {kind.unet: parts["unet"], kind.scheduler: parts["scheduler"]}
-            factors[kind] = parts.get("scale_factor")
-            if kind is BASE:
-                components |= {name: parts.get(name) for name in ("text_encoder", "tokenizer")}
-                components[GUIDE] = parts.get("guidance_unet")
-        if isinstance(text_encoder, (str, os.PathLike)):
-            components |= load_text_parts(str(text_encoder), **kwargs)
-        elif text_encoder is not None:
-            components["text_encoder"] = text_encoder
-        if tokenizer is not None:
-            components["tokenizer"] = tokenizer
+        parts, components = load_stages(
+            {kind.name: source for kind, source in sources.items()},
+            {kind.name: kind.takes_low_res for kind in sources},
+            kwargs,
+        )
+        for kind in sources:
+            components |= {kind.unet: parts[kind.name]["unet"], kind.scheduler: parts[kind.name]["scheduler"]}
+        for setting in ("call_defaults", "origin"):
+            values = {name: of_stage[setting] for name, of_stage in parts.items() if of_stage.get(setting) is not None}
+            components[setting] = values or None
+        components[GUIDE] = parts[BASE.name].get("guidance_unet")
+        components["clean_caption"] = bool(
+            parts[BASE.name].get("clean_caption")
+        )  # as the text encoder is that of base
+        factors = {kind: parts[kind.name].get("scale_factor") for kind in sources}
         pipe = cls(**components)
         check_stages(pipe.stages, pipe.text_width)
         check_factors(pipe.stages, factors)
         refuse_untrained(pipe.stages)
         return pipe
 
+    @classmethod
+    def from_nemo(
+        cls,
+        base: str | os.PathLike,
+        sr256: str | os.PathLike | None = None,
+        sr1024: str | os.PathLike | None = None,
+        text_encoder: str | os.PathLike | None = None,
+        configs: Mapping[str, Config] | None = None,
+        ema: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> "ImagenCascadePipeline":
+        r"""
+        Loads a cascade of NVIDIA NeMo's checkpoints. `diffusers-imagen convert-nemo` writes one to a folder.
+
+        Args:
+            base, sr256, sr1024 (`str` or `os.PathLike`):
+                The stages: `.nemo` archives, folders that they were unpacked to, or `.ckpt` files of Lightning.
+            text_encoder (`str` or `os.PathLike`, *optional*):
+                Folder or Hub id of the encoder that they were trained with, T5-11B for NeMo's own; texts are cut and
+                padded to the base stage's `token_length`. Without one, calls take embeddings.
+            configs (`dict[str, str or dict]`, *optional*):
+                By stage name, NeMo's configuration of a checkpoint that has none.
+            ema (`bool`, defaults to `False`): Whether to take the averages, of `NAME-EMA.ckpt` beside `NAME.ckpt`.
+            dtype (`torch.dtype`, *optional*): Type of the weights; as in each checkpoint if None.
+
+        Raises:
+            ValueError: If a source is no such checkpoint, is damaged, or the stages do not fit together.
+        """
+        sources = {kind: source for kind, source in zip(STAGES, (base, sr256, sr1024)) if source is not None}
+        check_stage_names("configs", configs)
+        configs = configs or {}
+        for kind, source in sources.items():  # before the first is loaded
+            find_source(source, ema, kind.name)
+        stages = {
+            kind: load_nemo_stage(source, configs.get(kind.name), ema, dtype, kind.name).parts
+            for kind, source in sources.items()
+        }
+        text = {}
+        if text_encoder is not None:
+            text = load_text(str(text_encoder), stages[BASE].token_length)
+        pipe = cls(**text, **cascade_components({kind.name: parts for kind, parts in stages.items()}))
+        check_stages(pipe.stages, pipe.text_width)
+        check_factors(pipe.stages, {kind: parts.scale_factor for kind, parts in stages.items()})
+        return pipe
+
     def check_call_defaults(self, call_defaults: Any) -> None:
         check_stage_names("call_defaults", call_defaults)
         for name, given in (call_defaults or {}).items():
             BASE.defaults.updated(f"call_defaults of {name}", given)
+
+    def check_origin(self, origin: Any) -> None:
+        check_origins("origin", origin)
 
     @property
     def stages(self) -> list[Stage]:

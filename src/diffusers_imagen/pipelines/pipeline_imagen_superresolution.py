@@ -5,8 +5,9 @@ from collections.abc import Callable
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.deepfloyd_if import IFSafetyChecker, IFWatermarker
 from diffusers.utils import replace_example_docstring
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..loaders import ImagenLoraLoaderMixin
 from ..utils.arguments import as_integer
@@ -15,7 +16,7 @@ from .image_inputs import ImageInput
 from .pipeline_mixin import ImagenPipelineMixin
 from .pipeline_output import ImagenPipelineOutput
 from .runner import Runner
-from .stage_table import upscaler_of
+from .stage_table import SAFETY_PARTS, upscaler_of
 from .stages import Stage, UNet
 
 
@@ -43,6 +44,10 @@ class ImagenSuperResolutionPipeline(ImagenPipelineMixin, DiffusionPipeline, Imag
             Its `model_max_length` is the number of tokens that the network was trained with.
         text_encoder ([`~transformers.PreTrainedModel`], *optional*): Frozen text encoder.
         scale_factor (`int`, defaults to 4): How many times larger the network was trained to make images.
+        safety_checker ([`IFSafetyChecker`], *optional*):
+            Of DeepFloyd IF: images that it flags are black, see [`ImagenPipelineOutput`].
+        feature_extractor ([`CLIPImageProcessor`], *optional*): What it reads images by; it cannot do without.
+        watermarker ([`IFWatermarker`], *optional*): Puts IF's watermark on pictures (`output_type="pil"`).
         call_defaults (`dict[str, float]`, *optional*):
             What a call has for `num_inference_steps`, `guidance_scale` and `low_res_noise_level` where it does not say.
         clean_caption (`bool`, defaults to `False`):
@@ -51,8 +56,9 @@ class ImagenSuperResolutionPipeline(ImagenPipelineMixin, DiffusionPipeline, Imag
             Where the weights are from, for the model card: `base_model`, a Hub id, and `license`.
     """
 
-    model_cpu_offload_seq = "text_encoder->unet"
-    _optional_components = ["tokenizer", "text_encoder"]
+    model_cpu_offload_seq = "text_encoder->unet->safety_checker"
+    _exclude_from_cpu_offload = ["watermarker"]
+    _optional_components = ["tokenizer", "text_encoder", *SAFETY_PARTS]
 
     def __init__(
         self,
@@ -61,12 +67,23 @@ class ImagenSuperResolutionPipeline(ImagenPipelineMixin, DiffusionPipeline, Imag
         tokenizer: PreTrainedTokenizerBase | None = None,
         text_encoder: PreTrainedModel | None = None,
         scale_factor: int = 4,
-        call_defaults: dict[str, float] | None = None,
+        safety_checker: IFSafetyChecker | None = None,
+        feature_extractor: BaseImageProcessor | None = None,
+        watermarker: IFWatermarker | None = None,
+        call_defaults: dict | None = None,
         clean_caption: bool = False,
-        origin: dict[str, str] | None = None,
+        origin: dict | None = None,
     ):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler, tokenizer=tokenizer, text_encoder=text_encoder)
+        self.register_modules(
+            unet=unet,
+            scheduler=scheduler,
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            safety_checker=safety_checker,
+            feature_extractor=feature_extractor,
+            watermarker=watermarker,
+        )
         self.register_to_config(scale_factor=scale_factor)
         self.register_settings(call_defaults, clean_caption, origin)
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)

@@ -1,6 +1,8 @@
 """What the pipelines share besides the runner of a call: memory, progress bars, the text of a prompt."""
 
+import inspect
 import io
+import os
 import threading
 from typing import Any
 
@@ -11,11 +13,17 @@ from ..text.encoder import TextEncoder, keep_in_fp32
 from ..text.identity import encoder_width
 from ..text.source import TextSource
 from ..utils.arguments import as_integer, shown
+from ..utils.modules import memory_of
 from . import inputs
+from .content_filter import check_filter
+from .loading.deepfloyd_repository import find_pipeline
+from .loading.folder_checks import SETTINGS
+from .loading.stage_loading import load_stages
 from .model_card import ModelCardMixin
+from .origin import check_origin, list_origins, warn_of_missing_filter
 from .prompts import PROMPT_EMBEDS, Prompts
-from .stage_table import BASE, NETWORKS
-from .stages import check_components
+from .stage_table import BASE, NETWORKS, SAFETY_PARTS, TEXT_PARTS
+from .stages import StageSource, check_components, check_stages, refuse_untrained
 from .tiling import Tiling
 
 
@@ -30,6 +38,7 @@ class ImagenPipelineMixin(ModelCardMixin):
     """
 
     _execution_device: torch.device
+    safety_checker: Any
     _callback_tensor_inputs = ["latents", *PROMPT_EMBEDS]
     _lora_loadable_modules = list(NETWORKS)
     tiling: Tiling | None = None
@@ -38,9 +47,50 @@ class ImagenPipelineMixin(ModelCardMixin):
     _guidance_scale = 1.0
     _interrupt = False
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+        """
+        As diffusers' `from_pretrained`; opens the folder or repository of a pipeline of DeepFloyd IF too, as `from_stage`
+        does.
+        """
+        source, options = find_pipeline(pretrained_model_name_or_path, kwargs)
+        if source is not None:
+            return cls.from_stage(source, **options)
+        return super().from_pretrained(pretrained_model_name_or_path, **options)  # type: ignore[misc]  # DiffusionPipeline
+
+    @classmethod
+    def from_stage(cls, source: StageSource, **kwargs: Any) -> Any:
+        r"""
+        Opens one stage, from wherever it is.
+
+        Args:
+            source (`str`, [`DiffusionPipeline`] or `tuple`):
+                The folder that training wrote, a Hub id, a single-stage pipeline, the pair of a network and its scheduler,
+                or a stage of DeepFloyd IF: its folder, Hub id or loaded pipeline of diffusers.
+            kwargs:
+                As [`ImagenCascadePipeline.from_stages`] has them: `text_encoder`, `tokenizer`, `safety_checker`,
+                `feature_extractor`, `watermarker`, `quantization_config`, `dtype`, `variant`, `token`, `revision` and the
+                like; and settings of the pipeline itself, such as `scale_factor`.
+
+        Raises:
+            ValueError: If the source is no stage of the pipeline's kind, was never trained or lacks weights.
+        """
+        names = inspect.signature(cls.__init__).parameters
+        if "unet" not in names:
+            raise ValueError(f"`source` is {shown(source)}, one stage; {cls.__name__}.from_stages composes them.")
+        settings = {name: kwargs.pop(name) for name in SETTINGS if name in names and name in kwargs}
+        upscales = "scale_factor" in names
+        parts, shared = load_stages({"source": source}, {"source": upscales}, kwargs)
+        own = {name: value for name, value in parts["source"].items() if name in names and value is not None}
+        pipe = cls(**{**own, **dict.fromkeys(TEXT_PARTS + SAFETY_PARTS), **shared, **settings})
+        check_stages(pipe.stages, pipe.text_width)
+        refuse_untrained(pipe.stages)
+        return pipe
+
     def register_modules(self, **components) -> None:
-        """As diffusers' `register_modules`, which gets every component; refuses those that lack weights."""
+        """As diffusers' `register_modules`, which gets every component; refuses those that lack weights or others."""
         check_components(components)
+        check_filter({name: components.get(name, getattr(self, name, None)) for name in SAFETY_PARTS})
         super().register_modules(**components)  # type: ignore[misc]  # of DiffusionPipeline
 
     def register_settings(
@@ -53,12 +103,20 @@ class ImagenPipelineMixin(ModelCardMixin):
         """
         inputs.check_flag("clean_caption", clean_caption)
         self.check_call_defaults(call_defaults)
+        self.check_origin(origin)
         settings = {"call_defaults": call_defaults, "clean_caption": clean_caption, "origin": origin}
         self.register_to_config(**settings)  # type: ignore[attr-defined]  # of ConfigMixin
+        keys = {part.get("license") for part in list_origins(origin)}
+        if "deepfloyd" in keys and self.safety_checker is None:
+            warn_of_missing_filter(type(self).__name__)
 
     def check_call_defaults(self, call_defaults: Any) -> None:
         """Raises ValueError unless these are settings of a call by name; a cascade has them by stage."""
         BASE.defaults.updated("call_defaults", call_defaults)
+
+    def check_origin(self, origin: Any) -> None:
+        """Raises ValueError unless this says where the weights are from; a cascade has it by stage."""
+        check_origin("origin", origin)
 
     @property
     def num_timesteps(self) -> int:
@@ -118,7 +176,7 @@ class ImagenPipelineMixin(ModelCardMixin):
             if not isinstance(module, torch.nn.Module):
                 continue
             parameters = list(module.parameters())
-            size = sum(parameter.numel() * parameter.element_size() for parameter in parameters) / 2**20
+            size = sum(map(memory_of, parameters)) / 2**20
             count = sum(parameter.numel() for parameter in parameters) / 1e6
             lines.append(f"{name:<20}{count:>10.1f} M{size:>12.1f} MiB  {module.dtype}  {module.device}")
             total += size
@@ -158,9 +216,12 @@ class ImagenPipelineMixin(ModelCardMixin):
         r"""
         Encodes prompts, unless embeddings are given, and repeats everything for the images of each prompt.
 
+        With `clean_caption` in the pipeline's configuration, prompts and negative prompts are cleaned first, as DeepFloyd
+        IF's captions were in training; without beautifulsoup4 and ftfy they are put in lower case and stripped.
+
         Without a negative prompt the negative embeddings are what the networks saw of dropped captions in training: zeros
-        under the prompt's mask, or for networks that attend to padding the embeddings of the empty text. To free the text encoder before the networks run, call this first, and then the
-        pipeline with what it returns (docs/memory.md).
+        under the prompt's mask, or for networks that attend to padding the embeddings of the empty text. To free the text
+        encoder before the networks run, call this first, and then the pipeline with what it returns (docs/memory.md).
 
         Returns:
             `prompt_embeds` `(images, tokens, width)`, `prompt_attention_mask` `(images, tokens)`,
@@ -197,7 +258,12 @@ class ImagenPipelineMixin(ModelCardMixin):
         """
         if self.text_encoder is None or self.tokenizer is None:
             return None
-        return TextEncoder(self.tokenizer, self.text_encoder, keeps_padding=self.keeps_padding)
+        return TextEncoder(
+            self.tokenizer,
+            self.text_encoder,
+            keeps_padding=self.keeps_padding,
+            cleans_captions=self.config.clean_caption,
+        )
 
     @property
     def keeps_padding(self) -> bool:

@@ -22,7 +22,13 @@ class ImagenPipelineOutput(BaseOutput):
             `(batch, channels, height, width)` in [0, 1], those of `output_type="latent"` in [-1, 1].
         stage_images (`dict[int, ...]`):
             The images of every stage that ran, in the same form, by the stage's resolution.
+        nsfw_detected, watermark_detected (`list[bool]`, *optional*):
+            For each image, whether the safety checker took it for unfit for work, or for one with a watermark of
+            others, at any stage that ran. Such an image is black at every stage. None where nothing was checked: without
+            a safety checker, and for tensors (`output_type` "pt" and "latent").
     """
 
     images: Images
     stage_images: dict[int, Images]
+    nsfw_detected: list[bool] | None = None
+    watermark_detected: list[bool] | None = None

@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..diffusion.augmentation import augment_low_res, augment_upsampled
+from ..diffusion.augmentation import augment_low_res, augment_upsampled, upsample_low_res
 from ..utils.arguments import as_integer, as_number, check_choice
 from . import inputs
 from .call_arguments import CallArguments
 from .callbacks import Callback, check_callback, read_changes, read_scale
+from .content_filter import check_filter, finish_images
 from .finite import FiniteWatch
 from .image_inputs import GivenImages, read_given, warn_of_stretching
 from .pipeline_output import ImagenPipelineOutput
@@ -67,12 +68,12 @@ class Runner:
             # 3. Base stage, then each super-resolution stage on what the one before it made: (B, 3, 64, 64), ...
             images = self.run_stages(request, text)
 
-        # 4. Pixels in [-1, 1] to what was asked for
-        process = pipe.image_processor.postprocess
-        processed = {resolution: process(x, output_type=arguments.output_type) for resolution, x in images.items()}
+        # 4. Pixels in [-1, 1] to what was asked for, past the safety checker and the watermarker
+        finished = finish_images(pipe, images, arguments.output_type)
         pipe.maybe_free_model_hooks()
-        last = processed[max(processed)]
-        return ImagenPipelineOutput(last, processed) if arguments.return_dict else (last, processed)
+        last = finished.images[max(finished.images)]
+        output = ImagenPipelineOutput(last, *finished)
+        return output if arguments.return_dict else output.to_tuple()
 
     def encode_text(self) -> PromptEmbeds:
         """The text of all images, by the pipeline's `encode_prompt`."""
@@ -92,6 +93,7 @@ class Runner:
         check_kinds(stages, starts_from_noise=self.low_resolution is None)
         settings = inputs.stage_settings(arguments, stages)
         check_choice("output_type", arguments.output_type, inputs.OUTPUT_TYPES)
+        check_filter(pipe.components)
         inputs.check_flag("return_dict", arguments.return_dict)
         times = as_integer("num_resample_times", arguments.num_resample_times, 1, inputs.MAX_RESAMPLE_TIMES)
         callback = check_callback(
@@ -272,8 +274,9 @@ class StageRunner:
             else:
                 sigma_data = getattr(plan.scheduler.config, "sigma_data", 0.5)
                 image, timestep = augment_low_res(image, sigma, noise, sigma_data)
-        # the network would do this at every step
-        return image if discrete else F.interpolate(image, plan.size, mode="bicubic"), timestep
+        if not discrete:  # the network would do this at every step
+            image = upsample_low_res(image, plan.size, unet.low_res_upsampling == "bicubic_antialias")
+        return image, timestep
 
     def prepare_known(self) -> "KnownPixels | None":
         """The pixels that the stage keeps: at its own resolution, if the caller's images have as many."""

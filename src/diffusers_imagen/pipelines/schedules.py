@@ -2,11 +2,14 @@
 
 import copy
 import inspect
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import EDMEulerScheduler, SchedulerMixin
 
+from ..diffusion.discrete_ddpm import BETA_SCHEDULES, BetaSchedule, declared_log_snrs, trained_log_snrs
+from ..schedulers.foreign_configs import DISCRETE_MEANINGS
 from ..schedulers.scheduling_utils import ImagenScheduler
 from ..utils.arguments import shown
 from .stages import Stage
@@ -83,11 +86,18 @@ def check_drives(scheduler: SchedulerMixin, stage: Stage, settings: StageSetting
     """Walks through the schedule with a copy of a scheduler that is not of this package, without the network.
 
     Raises:
-        ValueError: for one that does not follow the calls of diffusers' schedulers, or fails on the way.
+        ValueError: for one that does not follow the calls of diffusers' schedulers, or fails on the way, and for any
+            scheduler with other noise levels than the network was trained with.
     """
+    check_trained_levels(scheduler, stage)
     if isinstance(scheduler, ImagenScheduler):
         return
     try:
+        if "prev_timestep" in inspect.signature(scheduler.step).parameters:
+            raise ValueError(
+                "its steps have to be told the timestep after theirs, as UnCLIPPipeline does; take DDIMScheduler or "
+                "EDMAdamsScheduler by `from_config` of its configuration"
+            )
         walk = copy.deepcopy(scheduler)
         with torch.random.fork_rng(devices=[]):  # some draw noise
             set_schedule(walk, stage.name, settings, torch.device("cpu"))
@@ -100,6 +110,39 @@ def check_drives(scheduler: SchedulerMixin, stage: Stage, settings: StageSetting
         raise ValueError(
             f"The scheduler of the stage `{stage.name}`, a {type(scheduler).__name__}, cannot drive it: {error}"
         ) from error
+
+
+def check_trained_levels(scheduler: SchedulerMixin, stage: Stage) -> None:
+    """Raises ValueError for a scheduler with other noise levels than the network of the stage declares, if it does."""
+    declared = stage.unet.trained_beta_schedule
+    if declared is None or has_levels(scheduler.config, declared):
+        return
+    config, kind = scheduler.config, type(scheduler).__name__
+    key = "preconditioning" if config.get("preconditioning", "discrete") != "discrete" else "beta_schedule"
+    value = f"`{key}` {config[key]!r}" if key in config else "no `beta_schedule`"
+    way = kind if "beta_schedule" in config else "EDMAdamsScheduler"
+    raise ValueError(
+        f"The scheduler of the stage `{stage.name}` is {kind} with {value}, which has other noise levels than the 1000 of "
+        f"{declared!r} that its network was trained with: make one by {way}.from_config(pipe.{stage.kind.scheduler}.config), "
+        "or pipe.scheduler.config of a single stage, of the scheduler that was loaded with it."
+    )
+
+
+def has_levels(config: Mapping[str, Any], beta_schedule: BetaSchedule) -> bool:
+    """Whether the configuration of a scheduler is one of the 1000 noise levels that a network declares by this name."""
+    if "beta_schedule" not in config or config.get("preconditioning", "discrete") != "discrete":
+        return False
+    if any(config.get(key, meaning) != meaning for key, meaning in DISCRETE_MEANINGS.items()):
+        return False
+    betas = config.get("trained_betas")
+    if betas is None and config["beta_schedule"] not in BETA_SCHEDULES:
+        return False
+    ends = (config.get(key) or 0.0 for key in ("beta_start", "beta_end"))
+    trained_betas = None if betas is None else tuple(torch.as_tensor(betas).tolist())
+    found = trained_log_snrs(config["num_train_timesteps"], config["beta_schedule"], *ends, trained_betas)
+    declared = declared_log_snrs(beta_schedule)
+    # float32's betas move the lowest noise level by a few ten-thousandths
+    return found.shape == declared.shape and torch.allclose(found, declared, rtol=0, atol=0.01)
 
 
 def reads_variance(scheduler: SchedulerMixin) -> bool:

@@ -68,8 +68,14 @@ STAGES = (
     StageKind("sr1024", "Super-resolution", 1024, True, UPSCALING),
 )
 BASE = STAGES[0]
+# The most steps by default with a solver that takes the place of an ancestral sampler: of a base stage and of an upscaler.
+# Adams calls the network once a step, Heun twice. Figures in docs/deepfloyd.md.
+MOST_STEPS = {"adams": (31, 18), "heun": (18, 9)}
 # the networks of the pipelines of a single stage, and of a cascade
 NETWORKS = ("unet", *(kind.unet for kind in STAGES))
+TEXT_PARTS = ("tokenizer", "text_encoder")  # components of all pipelines that read texts
+# components of all pipelines that look at finished images, which come with DeepFloyd IF's weights
+SAFETY_PARTS = ("safety_checker", "feature_extractor", "watermarker")
 
 
 def check_stage_names(name: str, value: Any) -> None:

@@ -50,7 +50,9 @@ def read_config(config: Mapping[str, Any], reader: str) -> dict[str, Any]:
 
 def is_discrete(config: Mapping[str, Any]) -> bool:
     """Whether a configuration is that of a network with discrete betas, in terms of ours or of diffusers'."""
-    return config.get("preconditioning", "discrete" if "beta_start" in config else None) == "discrete"
+    # UnCLIPScheduler has betas without a start and an end
+    has_betas = "beta_start" in config or config.get("beta_schedule", NO_BETAS) != NO_BETAS
+    return config.get("preconditioning", "discrete" if has_betas else None) == "discrete"
 
 
 def _default_values(class_name: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from tqdm.auto import tqdm
 
+from ..utils.arguments import shown
 from ..utils.files import FolderHold, whole_file
 from .cache_files import (
     DTYPES,
@@ -25,6 +27,7 @@ from .cache_files import (
     describe_shard,
     find_problems,
     hold_cache,
+    keeps_padding,
     open_shard,
     read_index,
     read_manifest,
@@ -33,14 +36,15 @@ from .cache_files import (
     write_manifest,
 )
 from .encoder import TextEncoder
-from .identity import identity_mismatch
+from .identity import LATER, identity_mismatch
 from .source import TextSource
-from .text_embeddings import TextEmbeddings, stack_unpadded
+from .text_embeddings import TextEmbeddings, stack_padded, stack_unpadded
 
 
 logger = logging.get_logger(__name__)
 
 SHARD_BYTES = 128 * 2**20
+FLAGS = ("--keep_padding", "--clean_captions")  # of cache-embeddings
 
 
 def caption_key(caption: str) -> tuple[int, int]:
@@ -69,6 +73,8 @@ class EmbeddingCache(TextSource):
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
         self.width, self.max_length = self.manifest["width"], self.manifest["max_length"]
+        self.keeps_padding = keeps_padding(self.manifest)
+        self.cleans_captions = self.manifest["encoder"].get("cleans_captions", LATER["cleans_captions"])
         self._files: dict[int, safe_open] = {}
         self._checked: set[int] = set()  # shards whose embeddings were checked
         self.offsets: list[np.ndarray] = []
@@ -104,7 +110,15 @@ class EmbeddingCache(TextSource):
         return self._find(caption) is not None
 
     def unpadded(self, caption: str) -> torch.Tensor:
-        """Embeddings of a caption's tokens `(tokens, E)`, in the cache's precision.
+        """Embeddings of a caption's tokens `(tokens, E)`, in the cache's precision; raises as `read`."""
+        states, tokens = self.read(caption)
+        return states[:tokens]
+
+    def read(self, caption: str) -> tuple[torch.Tensor, int]:
+        """What the cache has of a caption, in its precision, and how many of that are its tokens.
+
+        Returns:
+            Embeddings `(tokens, E)`, or `(max_length, E)` where padding is kept, and the number of tokens.
 
         Raises:
             KeyError: If the caption is not in the cache.
@@ -114,15 +128,22 @@ class EmbeddingCache(TextSource):
         if place is None:
             raise KeyError(caption)
         shard, i = self.places[place]
-        start, end = self.offsets[shard][i : i + 2]
+        start, end = map(int, self.offsets[shard][i : i + 2])
+        tokens = end - start
+        if self.keeps_padding:
+            start, end = int(i) * self.max_length, (int(i) + 1) * self.max_length
         with self._reading():
             if int(shard) not in self._checked:
                 self._check(int(shard))
-            return self._file(int(shard)).get_slice("states")[int(start) : int(end)]
+            return self._file(int(shard)).get_slice("states")[start:end], tokens
 
     def encode(self, texts: list[str]) -> TextEmbeddings:
         """Embeddings in float32, all padded to the encoder's limit, as the pipelines give them."""
-        return stack_unpadded([self.unpadded(text) for text in texts], self.max_length, self.width)
+        found = [self.read(text) for text in texts]
+        states, lengths = [states for states, _ in found], [tokens for _, tokens in found]
+        if self.keeps_padding:
+            return stack_padded(states, lengths)
+        return stack_unpadded(states, self.max_length, self.width)
 
     def check_encoder(self, identity: dict[str, Any]) -> None:
         """Refuses a cache of another encoder or length."""
@@ -133,10 +154,20 @@ class EmbeddingCache(TextSource):
                 "one as `text_encoder`, or make a cache with this one."
             )
 
+    def check_kind(self, keeps_padding: bool, cleans_captions: bool) -> None:
+        """Refuses a cache of other embeddings than a network reads, in one line that says how to make them."""
+        if (self.keeps_padding, self.cleans_captions) == (keeps_padding, cleans_captions):
+            return
+        raise ValueError(
+            f"`embedding_cache` {str(self.folder)!r} was made {describe_flags(self.keeps_padding, self.cleans_captions)}, "
+            f"but the network needs one that `diffusers-imagen cache-embeddings` makes "
+            f"{describe_flags(keeps_padding, cleans_captions)}."
+        )
+
     def for_captions(self, captions: Iterable[str] | None) -> TextSource:
-        """The cache itself; refuses one that lacks captions."""
+        """The cache itself; refuses one that lacks captions, or the empty text where that stands for no text."""
         total, missing = 0, []
-        for caption in captions or ():
+        for caption in chain(captions or (), [""] if self.keeps_padding else []):
             total += 1
             if caption not in self:
                 missing.append(caption)
@@ -186,7 +217,8 @@ class CachedTextEncoder(TextSource):
 
     def __init__(self, encoder: TextEncoder, cache: EmbeddingCache):
         self.encoder, self.cache = encoder, cache
-        self.width = cache.width
+        self.width, self.max_length = cache.width, cache.max_length
+        self.keeps_padding, self.cleans_captions = encoder.keeps_padding, encoder.cleans_captions
 
     def encode(self, texts: list[str]) -> TextEmbeddings:
         return self.encoder.encode(texts)
@@ -202,12 +234,39 @@ class CachedTextEncoder(TextSource):
         return self.cache.for_captions(captions)
 
 
-def open_text(text_encoder: str | None, embedding_cache: str | None, max_length: int | None) -> TextSource | None:
-    """What makes the embeddings of a run whose settings are these; None if neither encoder nor cache is given."""
-    encoder = TextEncoder.from_pretrained(text_encoder, max_length) if text_encoder else None
+def describe_flags(keeps_padding: bool, cleans_captions: bool) -> str:
+    """How `diffusers-imagen cache-embeddings` is called for embeddings of a kind."""
+    flags = [flag for flag, is_set in zip(FLAGS, (keeps_padding, cleans_captions)) if is_set]
+    return f"with {' and '.join(flags)}" if flags else f"without {' and '.join(FLAGS)}"
+
+
+def open_text(
+    text_encoder: str | None,
+    embedding_cache: str | None,
+    max_length: int | None,
+    keeps_padding: bool = False,
+    cleans_captions: bool = False,
+) -> TextSource | None:
+    """What makes the embeddings of a run whose settings are these; None if neither encoder nor cache is given.
+
+    Args:
+        text_encoder (`str`, *optional*): Folder or Hub id.
+        embedding_cache (`str`, *optional*): Folder of a cache.
+        max_length (`int`, *optional*): Tokens of a text; the tokenizer's own limit without.
+        keeps_padding (`bool`), cleans_captions (`bool`): What the network was, or is to be, trained with.
+
+    Raises:
+        ValueError: If they cannot be opened, or the cache has embeddings of another kind.
+    """
+    encoder = None
+    if text_encoder:
+        encoder = TextEncoder.from_pretrained(
+            text_encoder, max_length, keeps_padding=keeps_padding, cleans_captions=cleans_captions
+        )
     if embedding_cache is None:
         return encoder
     cache = EmbeddingCache(embedding_cache)
+    cache.check_kind(keeps_padding, cleans_captions)
     return cache if encoder is None else CachedTextEncoder(encoder, cache)
 
 
@@ -219,7 +278,8 @@ class CacheWriter:
 
     Args:
         folder (`str` or `Path`): The cache; made if it is not there.
-        encoder (`dict`): The identity of the encoder, with `width` and `max_length`.
+        encoder (`dict`): The identity of the encoder, with `width` and `max_length`. If it has `keeps_padding`, the cache
+            has embeddings of all positions.
         dtype (`str`): "bfloat16" or "float16".
         shard_bytes (`int`): A shard is written when its embeddings reach this size.
         hold (`FolderHold`, *optional*): Of the folder, where `hold_cache` was called before.
@@ -253,6 +313,7 @@ class CacheWriter:
         }
         try:
             check_manifest(self.manifest)
+            self.keeps_padding = keeps_padding(self.manifest)
         except ValueError as error:
             raise ValueError(f"`encoder` is of no use for a cache: its manifest {error}.") from error
         self._hold = hold_cache(self.folder) if hold is None else hold
@@ -286,6 +347,7 @@ class CacheWriter:
 
     def _clear(self) -> None:
         self._embeds: list[torch.Tensor] = []
+        self._lengths: list[int] = []
         self._keys: list[tuple[int, int]] = []
         self._bytes = 0
 
@@ -309,27 +371,36 @@ class CacheWriter:
     def __contains__(self, caption: str) -> bool:
         return caption_key(caption) in self.known
 
-    def add(self, captions: list[str], embeds: list[torch.Tensor]) -> None:
+    def add(self, captions: list[str], embeds: list[torch.Tensor], lengths: list[int] | None = None) -> None:
         """Adds the embeddings `(tokens, E)` of captions that are not there yet, all to one shard.
 
-        A run that goes on after it was killed thereby encodes the same batches as one that was not: how an encoder
+        Where padding is kept, they are `(max_length, E)`, and `lengths` says how many tokens each caption has. A run that goes on after it was killed thereby encodes the same batches as one that was not: how an encoder
         rounds depends on what is in a batch.
 
         Raises:
             ValueError: If some have another width, too many tokens, or are not finite in the cache's precision.
         """
         length, width = self.manifest["max_length"], self.manifest["width"]
-        for caption, own in zip(captions, embeds, strict=True):
-            if own.ndim != 2 or own.shape[1] != width or len(own) > length:
+        if self.keeps_padding is (lengths is None):
+            raise ValueError(
+                f"`lengths` is {shown(lengths)}, but should be given where padding is kept, and only there."
+            )
+        up_to = "" if self.keeps_padding else "up to "
+        for caption, own, tokens in zip(captions, embeds, lengths or map(len, embeds), strict=True):
+            if own.ndim != 2 or own.shape[1] != width or len(own) > length or (not up_to and len(own) < length):
                 raise ValueError(
-                    f"The embeddings of {caption!r} have shape {tuple(own.shape)}, but should be (up to {length}, {width})."
+                    f"The embeddings of {caption!r} have shape {tuple(own.shape)}, but should be "
+                    f"({up_to}{length}, {width})."
                 )
+            if not 0 <= tokens <= len(own):
+                raise ValueError(f"`lengths` has {tokens} for {caption!r}, but should have 0 to {length}.")
             own = own.to(self.dtype)
             if not own.isfinite().all():
                 raise ValueError(f"The embeddings of {caption!r} are not finite in {self.manifest['dtype']}.")
             self._keys.append(caption_key(caption))
             self.known.add(self._keys[-1])
             self._embeds.append(own)
+            self._lengths.append(tokens)
             self._bytes += own.nbytes
         if self._bytes >= self.shard_bytes:
             self.flush()
@@ -341,7 +412,7 @@ class CacheWriter:
         taken = {shard["file"] for shard in self.manifest["shards"]}
         number = next(i for i in range(len(taken) + 1) if f"shard-{i:05d}.safetensors" not in taken)
         name = f"shard-{number:05d}.safetensors"
-        offsets, keys = np.cumsum([0] + [len(embeds) for embeds in self._embeds]), np.array(self._keys, np.int64)
+        offsets, keys = np.cumsum([0, *self._lengths]), np.array(self._keys, np.int64)
         # not save_file, which leaves a file of its own naming where it is killed
         data = save(
             {"states": torch.cat(self._embeds), "offsets": torch.from_numpy(offsets), "keys": torch.from_numpy(keys)}
@@ -355,20 +426,25 @@ class CacheWriter:
 
 
 def write_cache(writer: CacheWriter, captions: list[str], encoder: TextEncoder, batch_size: int = 256) -> int:
-    """Encodes the captions that the cache lacks; returns how many they were.
+    """Encodes the captions that the cache lacks, and the empty text where padding is kept; returns how many they were.
 
     Args:
         writer (`CacheWriter`): The cache.
         captions (`list[str]`): Distinct captions.
-        encoder (`TextEncoder`): Has `unpadded(captions)`.
+        encoder (`TextEncoder`): Has `unpadded(captions)`, and where padding is kept `padded(captions)`.
         batch_size (`int`): Captions encoded at once.
     """
+    if writer.keeps_padding and "" not in captions:
+        captions = [*captions, ""]
     # captions of like length together: a batch is as long as its longest
     missing = sorted((caption for caption in captions if caption not in writer), key=lambda text: (len(text), text))
     with tqdm(total=len(captions), initial=len(captions) - len(missing), desc="Encoding", mininterval=1) as progress:
         for start in range(0, len(missing), batch_size):
             part = missing[start : start + batch_size]
-            writer.add(part, encoder.unpadded(part))
+            if writer.keeps_padding:
+                writer.add(part, *encoder.padded(part))
+            else:
+                writer.add(part, encoder.unpadded(part))
             progress.update(len(part))
     writer.flush()
     return len(missing)

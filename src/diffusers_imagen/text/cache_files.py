@@ -2,8 +2,9 @@
 
 A cache is a folder of safetensors shards and a manifest.json. A shard has `states` `(tokens, E)`, the embeddings of its
 captions one after another without padding (the tensor's name is part of the format), `offsets` `(captions + 1,)`, where
-each begins, and `keys` `(captions, 2)`, the first 128 bits of the captions' SHA-256. The manifest names the encoder, and
-the finished shards with their sizes and checksums: a shard that it does not name does not exist.
+each begins, and `keys` `(captions, 2)`, the first 128 bits of the captions' SHA-256. Where the encoder has
+`keeps_padding`, `states` are `(captions * L, E)`, of all L positions of each caption, and `offsets` count the captions'
+own tokens as ever: they say what is padding. The manifest names the encoder, and the finished shards with their sizes and checksums: a shard that it does not name does not exist.
 
 No part is used unchecked. The manifest has a checksum of itself, and of each shard two: one of its index, which is the
 header, `keys` and `offsets`, and one of the whole file. The index is read and checked when a cache is opened, the whole
@@ -25,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
 from ..utils.files import LOCK, OWNER, FolderHold, read_json_object, sha256, write_text
+from .identity import LATER
 
 
 FORMAT = 1
@@ -59,7 +61,7 @@ def is_checksum(value: Any) -> bool:
 
 MANIFEST_FIELDS = {
     "format": lambda value: value == FORMAT,
-    "encoder": lambda value: type(value) is dict and are_numbers(value.get("weights", [])),
+    "encoder": lambda value: is_encoder(value),
     "max_length": lambda value: is_count(value, 1),
     "width": lambda value: is_count(value, 1),
     "dtype": lambda value: type(value) is str and value in DTYPES,
@@ -72,6 +74,15 @@ SHARD_FIELDS = {
     "bytes": lambda value: is_count(value, 1),
     "sha256": is_checksum,
 }
+
+
+def is_encoder(value: Any) -> bool:
+    """Whether a value of a manifest describes an encoder."""
+    return (
+        type(value) is dict
+        and are_numbers(value.get("weights", []))
+        and all(type(value.get(name, False)) is bool for name in LATER)
+    )
 
 
 def are_numbers(value: Any) -> bool:
@@ -91,6 +102,11 @@ def find_field_problem(value: Any, fields: dict, optional: dict) -> str | None:
             return f"has {name!r}: {text if len(text) <= 60 else f'{text[:60]}...'}"
     unknown = sorted(value.keys() - fields.keys() - optional.keys())
     return f"has {unknown[0][:60]!r}, which is not known" if unknown else None
+
+
+def keeps_padding(manifest: dict[str, Any]) -> bool:
+    """Whether a cache has embeddings of all positions."""
+    return manifest["encoder"].get("keeps_padding", LATER["keeps_padding"])
 
 
 def check_manifest(manifest: dict[str, Any]) -> None:
@@ -215,10 +231,11 @@ def read_index(folder: Path, manifest: dict[str, Any], shard: dict[str, Any], fi
         ValueError: If they are not those that were written, or do not fit the manifest.
     """
     name, captions, tokens = shard["file"], shard["captions"], shard["tokens"]
+    rows = captions * manifest["max_length"] if keeps_padding(manifest) else tokens
     expected = {
         "keys": ([captions, 2], "I64"),
         "offsets": ([captions + 1], "I64"),
-        "states": ([tokens, manifest["width"]], TYPE_NAMES[manifest["dtype"]]),
+        "states": ([rows, manifest["width"]], TYPE_NAMES[manifest["dtype"]]),
     }
     found = {key: (file.get_slice(key).get_shape(), file.get_slice(key).get_dtype()) for key in file.keys()}
     if found != expected:

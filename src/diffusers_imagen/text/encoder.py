@@ -11,7 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..utils.arguments import shown
 from ..utils.errors import is_out_of_memory, one_line
+from ..utils.files import HUB_OPTIONS
 from ..utils.modules import find_not_finite
+from .cleanup import clean_captions
 from .identity import describe_encoder, encoder_width
 from .pretrained import NO_LIMIT, load_encoder, load_tokenizer
 from .source import TextSource
@@ -29,6 +31,8 @@ class TextEncoder(TextSource):
         model ([`~transformers.PreTrainedModel`], *optional*): The network, of which an encoder-decoder's encoder is used.
         load (`Callable`, *optional*): Makes the network in place of `model` when it is first needed, and after `release`.
         keeps_padding (`bool`): Whether embeddings at padded positions stay the network's, and are not set to zero.
+        cleans_captions (`bool`): Whether texts are cleaned as DeepFloyd IF's before they are encoded: see
+            `cleanup.clean_captions`.
     """
 
     def __init__(
@@ -37,9 +41,10 @@ class TextEncoder(TextSource):
         model: PreTrainedModel | None = None,
         load: Callable[[], PreTrainedModel] | None = None,
         keeps_padding: bool = False,
+        cleans_captions: bool = False,
     ):
         self.tokenizer, self._model, self._load = tokenizer, model, load
-        self.keeps_padding = keeps_padding
+        self.keeps_padding, self.cleans_captions = keeps_padding, cleans_captions
         self._identity: dict[str, Any] | None = None
 
     @classmethod
@@ -49,6 +54,9 @@ class TextEncoder(TextSource):
         max_length: int | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        keeps_padding: bool = False,
+        cleans_captions: bool = False,
+        **kwargs: Any,
     ) -> "TextEncoder":
         """An encoder that is in memory only while it is used.
 
@@ -56,12 +64,18 @@ class TextEncoder(TextSource):
             name (`str`): Folder or Hub id, with `text_encoder/` and `tokenizer/` or with the model itself.
             max_length (`int`, *optional*): Tokens of a text; the tokenizer's own limit without.
             device (`str` or `torch.device`), dtype (`torch.dtype`): Of the network.
+            keeps_padding (`bool`), cleans_captions (`bool`): As the networks that read the embeddings were trained; both
+                are true of DeepFloyd IF's, whose `max_length` is 77.
+            kwargs: For transformers' `from_pretrained`, such as `variant`, `token`, `revision`, `local_files_only` or
+                `quantization_config`.
 
         Raises:
             ValueError: If there is no such tokenizer or no limit of tokens; once it is used, if the network is damaged.
         """
-        tokenizer, subfolder = load_tokenizer(name, max_length)
-        return cls(tokenizer, load=functools.partial(load_encoder, name, subfolder, tokenizer, device, dtype))
+        hub = {option: value for option, value in kwargs.items() if option in HUB_OPTIONS}
+        tokenizer, subfolder = load_tokenizer(name, max_length, **hub)
+        load = functools.partial(load_encoder, name, subfolder, tokenizer, device, dtype, **kwargs)
+        return cls(tokenizer, load=load, keeps_padding=keeps_padding, cleans_captions=cleans_captions)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -93,9 +107,9 @@ class TextEncoder(TextSource):
         return encoder_width(self.model.config)
 
     def identity(self) -> dict[str, Any]:
-        """What tells this encoder from others: kind, sizes, vocabulary, limit, and a sample of weights."""
+        """What tells this encoder from others: kind, sizes, vocabulary, limit, a sample of weights, and how it is used."""
         self._identity = self._identity or describe_encoder(self.tokenizer, self.model)
-        return self._identity
+        return {**self._identity, "keeps_padding": self.keeps_padding, "cleans_captions": self.cleans_captions}
 
     def release(self) -> None:
         """Takes a network out of memory that can be loaded again."""
@@ -113,7 +127,7 @@ class TextEncoder(TextSource):
         """
         options = {"padding": padding, "max_length": self.max_length, "truncation": True, "return_tensors": "pt"}
         keep_in_fp32(self.model)
-        tokens = self.tokenizer(texts, **options)
+        tokens = self.tokenizer(self.cleaned(texts), **options)
         encoder = self.model.get_encoder() if self.model.config.is_encoder_decoder else self.model
         known = encoder.get_input_embeddings().num_embeddings
         if tokens.input_ids.max() >= known:  # on a GPU it would abort the process
@@ -121,7 +135,9 @@ class TextEncoder(TextSource):
                 f"`tokenizer` makes the token {tokens.input_ids.max()}, but `text_encoder` knows {known}: they do not "
                 "belong together."
             )
-        ids, mask = tokens.input_ids.to(encoder.device), tokens.attention_mask.to(encoder.device)  # (B, L)
+        ids, mask = tokens.input_ids, tokens.attention_mask  # (B, L)
+        if encoder.device.type != "meta":  # where weights are offloaded, hooks move what they need
+            ids, mask = ids.to(encoder.device), mask.to(encoder.device)
         try:
             embeds = encoder(input_ids=ids, attention_mask=mask).last_hidden_state  # (B, L, E)
         except (IndexError, RuntimeError) as error:  # of an encoder with fewer positions
@@ -130,6 +146,7 @@ class TextEncoder(TextSource):
             raise ValueError(
                 f"`text_encoder` cannot take the {ids.shape[1]} tokens that `tokenizer` makes: {one_line(error)}"
             ) from error
+        mask = mask.to(embeds.device)  # which offloading may have changed
         text = TextEmbeddings(embeds, mask.bool()) if self.keeps_padding else zero_padding(embeds, mask)
         if not text.embeds.isfinite().all():
             weight = find_not_finite(self.model)
@@ -140,9 +157,10 @@ class TextEncoder(TextSource):
         return text
 
     def encode_prompts(self, texts: list[str], slice_size: int | None = None) -> TextEmbeddings:
-        """As `encode`, `slice_size` texts at once, with a warning of each that does not fit."""
+        """As `encode`, `slice_size` texts at once, with a warning of each that does not fit, as it is encoded."""
         room = self.max_length - self.tokenizer.num_special_tokens_to_add()
-        for text, ids in zip(texts, self.tokenizer(texts, add_special_tokens=False).input_ids):
+        cleaned = self.cleaned(texts)
+        for text, ids in zip(cleaned, self.tokenizer(cleaned, add_special_tokens=False).input_ids):
             if len(ids) > room:
                 lost = shown(self.tokenizer.decode(ids[room:]))
                 logger.warning(f"The prompt {shown(text)} is cut to {self.max_length} tokens: {lost} is lost.")
@@ -154,15 +172,33 @@ class TextEncoder(TextSource):
         The encoder sees texts padded to the longest of them only: for short texts and a limit of 512 tokens that is
         tens of times faster.
         """
-        embeds, mask = self.encode(texts, padding="longest")
-        lengths = mask.sum(dim=1).tolist()
-        if any(not row[:length].all() for row, length in zip(mask, lengths)):
-            raise ValueError("`tokenizer` pads on the left, but texts should begin at the first token.")
-        return [row[:length].cpu() for row, length in zip(embeds, lengths)]
+        text = self.encode(texts, padding="longest")
+        return [row[:length] for row, length in zip(text.embeds.cpu(), text_lengths(text))]
+
+    def padded(self, texts: list[str]) -> tuple[list[torch.Tensor], list[int]]:
+        """Embeddings of each text at all positions, `(L, E)`, on the CPU, and how many tokens each text has."""
+        text = self.encode(texts)
+        return list(text.embeds.cpu()), text_lengths(text)
 
     def count_tokens(self, texts: list[str]) -> list[int]:
         """Tokens of texts before they are cut."""
-        return [len(ids) for ids in self.tokenizer(texts, truncation=False, verbose=False).input_ids]
+        return [len(ids) for ids in self.tokenizer(self.cleaned(texts), truncation=False, verbose=False).input_ids]
+
+    def cleaned(self, texts: list[str]) -> list[str]:
+        """Texts as the tokenizer gets them."""
+        return clean_captions(texts) if self.cleans_captions else texts
+
+
+def text_lengths(text: TextEmbeddings) -> list[int]:
+    """Tokens of each text.
+
+    Raises:
+        ValueError: If they are not the first ones.
+    """
+    lengths = text.mask.sum(dim=1).tolist()
+    if any(not row[:length].all() for row, length in zip(text.mask, lengths)):
+        raise ValueError("`tokenizer` pads on the left, but texts should begin at the first token.")
+    return lengths
 
 
 def keep_in_fp32(text_encoder: PreTrainedModel | None) -> None:

@@ -7,23 +7,31 @@ from typing import Any
 import numpy as np
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..utils.modules import is_quantized
+
 
 PROBES = 64
+# what descriptions did not say at first, with what that stood for
+LATER = {"keeps_padding": False, "cleans_captions": False}
 PROBE_TOLERANCE = 2**-7  # a weight in bfloat16 is off by 2^-8; weights that were trained on move by more
 
 
 def describe_encoder(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> dict[str, Any]:
-    """Kind, sizes, vocabulary, limit of tokens, and a sample of weights."""
-    weights = sorted(model.named_parameters())
-    places = np.linspace(0, len(weights) - 1, PROBES).round().astype(int)
-    probe = [weights[place][1].flatten()[7 * i % weights[place][1].numel()] for i, place in enumerate(places)]
+    """Kind, sizes, vocabulary, limit of tokens, and a sample of weights, which a quantized encoder does not have as such."""
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
-    return {
+    description = {
         "class": type(model).__name__,
-        "parameters": sum(weight.numel() for _, weight in weights),
         "vocabulary": hashlib.sha256(vocabulary.encode()).hexdigest()[:16],
         "max_length": tokenizer.model_max_length,
         "width": encoder_width(model.config),
+    }
+    if is_quantized(model):
+        return description
+    weights = sorted(model.named_parameters())
+    places = np.linspace(0, len(weights) - 1, PROBES).round().astype(int)
+    probe = [weights[place][1].detach().flatten()[7 * i % weights[place][1].numel()] for i, place in enumerate(places)]
+    return description | {
+        "parameters": sum(weight.numel() for _, weight in weights),
         "weights": [float(value) for value in probe],
     }
 
@@ -41,11 +49,19 @@ def encoder_width(config: PretrainedConfig) -> int:
 
 
 def identity_mismatch(expected: Any, actual: Any) -> str | None:
-    """How two encoders differ, in words; None if they do not. What one of them does not say is not compared."""
+    """How two encoders differ, in words; None if they do not. What one of them does not say is not compared.
+
+    Of several encoders side by side, each is compared.
+    """
     if not (isinstance(expected, dict) and isinstance(actual, dict)):
         return None
+    expected, actual = LATER | expected, LATER | actual
     for key in expected.keys() & actual.keys() - {"weights"}:
-        if expected[key] != actual[key]:
+        if isinstance(expected[key], dict) and isinstance(actual[key], dict):
+            difference = identity_mismatch(expected[key], actual[key])
+            if difference is not None:
+                return difference
+        elif expected[key] != actual[key]:
             return f"{key} {expected[key]!r}, not {actual[key]!r}"
     try:
         pairs = list(zip(expected.get("weights", []), actual.get("weights", [])))

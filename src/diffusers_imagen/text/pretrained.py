@@ -1,24 +1,27 @@
 """Tokenizers and text encoders from a folder or the Hub, refused in one line if they are damaged or incomplete."""
 
 import os
+from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from transformers import AutoModel, AutoModelForTextEncoding, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..utils.errors import describe_fault
-from ..utils.modules import find_not_finite, quiet_transformers
+from ..utils.modules import find_not_finite, is_quantized, quiet_transformers
 from .completeness import refuse_random_weights
 
 
 NO_LIMIT = 1_000_000  # transformers writes 1e30 where a tokenizer's length was never set
 
 
-def load_tokenizer(name: str, max_length: int | None = None) -> tuple[PreTrainedTokenizerBase, str]:
+def load_tokenizer(name: str, max_length: int | None = None, **hub: Any) -> tuple[PreTrainedTokenizerBase, str]:
     """The tokenizer of a pipeline folder or of a model, and the subfolder that the encoder is in.
 
     Args:
         name (`str`): Folder or Hub id.
         max_length (`int`, *optional*): Tokens that texts are to be cut or padded to; the tokenizer's own limit without.
+        hub: Of `HUB_OPTIONS`, such as `token`, `revision` or `local_files_only`.
 
     Raises:
         ValueError: If there is none, or it cannot pad texts to a limit.
@@ -30,7 +33,12 @@ def load_tokenizer(name: str, max_length: int | None = None) -> tuple[PreTrained
         raise ValueError(f"`text_encoder` is {name!r}, a file, but should be a folder or a Hub id.")
     for subfolder, encoder in folders:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name, subfolder=subfolder, trust_remote_code=False)
+            source, options = name, hub
+            if subfolder and not os.path.isdir(name):
+                # AutoTokenizer looks for more than there is, and offline takes that for an error
+                given = {key: value for key, value in hub.items() if key != "proxies"}
+                source, options = snapshot_download(name, allow_patterns=f"{subfolder}/*", **given), {}
+            tokenizer = AutoTokenizer.from_pretrained(source, subfolder=subfolder, trust_remote_code=False, **options)
         except Exception as error:  # tokenizers raises plain ones for what is in a file
             reason = describe_fault(error)
             continue
@@ -53,15 +61,25 @@ def load_tokenizer(name: str, max_length: int | None = None) -> tuple[PreTrained
 
 
 def load_encoder(
-    name: str, subfolder: str, tokenizer: PreTrainedTokenizerBase, device: torch.device | str, dtype: torch.dtype
+    name: str,
+    subfolder: str,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    **kwargs: Any,
 ) -> PreTrainedModel:
     """The frozen encoder alone: of T5 and its like, whose AutoModel has a decoder too, the class without it.
+
+    `kwargs` are for `from_pretrained`. A quantized encoder is loaded to its device, as it cannot be moved there.
 
     Raises:
         ValueError: If there is none, it lacks weights or has some that are not finite, or the tokenizer is another's.
     """
     what = f"`text_encoder` is {name!r}"
     options = {"subfolder": subfolder, "dtype": dtype, "trust_remote_code": False, "output_loading_info": True}
+    if kwargs.get("quantization_config") is not None:
+        options["device_map"] = {"": device}
+    options |= kwargs
     for auto_class in (AutoModelForTextEncoding, AutoModel):
         try:
             with quiet_transformers():
@@ -83,5 +101,18 @@ def load_encoder(
                 f"{what}, whose tokenizer has {len(tokenizer)} tokens, but its encoder knows {known}: they do not belong "
                 "together."
             )
-        return model.eval().requires_grad_(False).to(device)
+        model = model.eval().requires_grad_(False)
+        return model if is_quantized(model) else model.to(device)
     raise ValueError(f"{what}, which has no encoder that can be loaded: {reason}")
+
+
+def load_text(name: str, max_length: int | None = None) -> dict[str, Any]:
+    """A pipeline's `text_encoder`, in the type that its weights have, and `tokenizer`; ValueError as above.
+
+    Args:
+        name (`str`): Folder or Hub id, of a pipeline or of a model.
+        max_length (`int`, *optional*): Tokens that texts are to be cut or padded to; the tokenizer's own limit without.
+    """
+    tokenizer, subfolder = load_tokenizer(name, max_length)
+    encoder = load_encoder(name, subfolder, tokenizer, "cpu", "auto")  # type: ignore[arg-type]  # a type for transformers
+    return {"text_encoder": encoder, "tokenizer": tokenizer}

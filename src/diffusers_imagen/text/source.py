@@ -27,6 +27,8 @@ class TextSource(ABC):
         max_length (`int`): L, their number of tokens.
         keeps_padding (`bool`): Whether embeddings at padded positions are the encoder's, for networks that attend to
             them, and not zero.
+        cleans_captions (`bool`): Whether texts are cleaned as DeepFloyd IF's before they are encoded. Callers give them
+            as they are; a cache finds them by that.
         needs_encoder (`bool`): Whether an encoder works at each call of `encode`; it is then called where the batches
             are used, and not by the processes that read images ahead.
     """
@@ -34,6 +36,7 @@ class TextSource(ABC):
     width: int
     max_length: int
     keeps_padding = False
+    cleans_captions = False
     needs_encoder = True
 
     @abstractmethod
@@ -50,7 +53,7 @@ class TextSource(ABC):
         """What stands for the absence of text beside `text`: zeros, or the empty text where padding is attended to."""
         if not self.keeps_padding:
             return without_text(text)
-        return TextEmbeddings(*(tensor.expand(len(text.embeds), *tensor.shape[1:]) for tensor in self.encode([""])))
+        return self.encode([""]).repeated(len(text.embeds))
 
     def __contains__(self, text: str) -> bool:
         """Whether `encode` takes this text."""
@@ -88,6 +91,8 @@ class TextSource(ABC):
 class ConcatenatedText(TextSource):
     """Several encoders side by side: `(B, L, E_1 + E_2 + ...)`, under the mask of the first.
 
+    Each is given the texts as they are, and cleans them or not.
+
     Args:
         sources (`TextSource`): The encoders, which must have the same number of tokens and keep padding alike.
 
@@ -103,6 +108,7 @@ class ConcatenatedText(TextSource):
         if len(set(keeps)) != 1:
             raise ValueError(f"`sources` have `keeps_padding` {keeps}, but should all have the same.")
         self.sources, self.max_length, self.keeps_padding = sources, lengths[0], keeps[0]
+        self.cleans_captions = any(source.cleans_captions for source in sources)
         self.width = sum(source.width for source in sources)
         self.needs_encoder = any(source.needs_encoder for source in sources)
 
@@ -122,15 +128,21 @@ class ConcatenatedText(TextSource):
 
 
 class EncodedCaptions(TextSource):
-    """Embeddings of distinct captions, encoded once and kept in memory in half precision."""
+    """Embeddings of distinct captions, encoded once and kept in memory: in float16, where that has their range.
+
+    Where padding is kept, the empty text is among them, which stands for no text.
+    """
 
     needs_encoder = False
 
     @torch.no_grad()
     def __init__(self, captions: list[str], source: TextSource):
+        self.keeps_padding, self.cleans_captions = source.keeps_padding, source.cleans_captions
+        if self.keeps_padding and "" not in captions:
+            captions = [*captions, ""]
         starts = tqdm(range(0, len(captions), ENCODED_AT_ONCE), desc="Encoding captions", mininterval=5)
         parts = (source.encode(captions[start : start + ENCODED_AT_ONCE]) for start in starts)
-        embeds, masks = zip(*((part.embeds.half().cpu(), part.mask.bool().cpu()) for part in parts))
+        embeds, masks = zip(*((in_half(part.embeds.cpu()), part.mask.bool().cpu()) for part in parts))
         self.text = TextEmbeddings(torch.cat(embeds), torch.cat(masks))  # (captions, L, E), (captions, L)
         self.max_length, self.width = self.text.embeds.shape[1:]
         self.index = {caption: i for i, caption in enumerate(captions)}
@@ -141,6 +153,12 @@ class EncodedCaptions(TextSource):
     def encode(self, texts: list[str]) -> TextEmbeddings:
         rows = torch.tensor([self.index[text] for text in texts])
         return TextEmbeddings(self.text.embeds[rows].float(), self.text.mask[rows])
+
+
+def in_half(embeds: torch.Tensor) -> torch.Tensor:
+    """Embeddings in float16, or in float32 where some are beyond its range."""
+    half = embeds.half()
+    return half if half.isfinite().all() else embeds.float()
 
 
 def distinct_captions(captions: Iterable[str], limit: int | None = None) -> list[str] | None:

@@ -1,19 +1,20 @@
 """Whether a network can take the data, asked before any work is done."""
 
-from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 
 from ..diffusion.preconditioning import PRECONDITIONINGS
 from ..models.interface import StageNetwork
-from ..schedulers import EDMHeunScheduler
+from ..schedulers import EDMAdamsScheduler
 from ..schedulers.foreign_configs import NO_BETAS, is_discrete
-from ..utils.arguments import bad_argument
-from ..utils.files import read_json_object
+from ..text.source import TextSource
+from ..utils.arguments import shown
+from ..utils.errors import one_line
 from .config import TrainingConfig
 from .devices import is_spread
-from .network import find_network
+from .pretrained_stage import read_scheduler
 
 
 def check_network(config: TrainingConfig, unet: StageNetwork, with_text: bool) -> None:
@@ -27,7 +28,7 @@ def check_network(config: TrainingConfig, unet: StageNetwork, with_text: bool) -
     Raises:
         ValueError: If the network cannot be trained on such batches.
     """
-    check_conditioning(unet)
+    check_conditioning(config, unet)
     resolution = config.crop_size or config.resolution
     name = "crop_size" if config.crop_size else "resolution"
     shapes = [(resolution, resolution)]
@@ -58,19 +59,37 @@ def check_network(config: TrainingConfig, unet: StageNetwork, with_text: bool) -
         raise ValueError("This network reads text: give `text_encoder` or `embedding_cache`.")
 
 
-def check_conditioning(unet: StageNetwork) -> None:
+def check_conditioning(config: TrainingConfig, unet: StageNetwork) -> None:
     """Checks that training makes what the network reads and predicts.
 
     Raises:
-        ValueError: If it is conditioned as DeepFloyd IF's networks are, or predicts a variance.
+        ValueError: If the network is one of discrete betas and they are not what it is trained for, its output is
+            neither a prediction nor a prediction and a variance, or it gets its augmentation otherwise than configured.
     """
-    for name, value, expected in (
-        ("attends_padding", unet.attends_padding, False),
-        ("low_res_augmentation", unet.low_res_augmentation, "edm"),
-        ("out_channels", unet.out_channels, unet.in_channels),
-    ):
-        if value != expected:
-            raise ValueError(f"`{name}` of the network is {value!r}, but should be {expected!r} to be trained here.")
+    betas = getattr(unet, "trained_beta_schedule", None)
+    has_variance = unet.out_channels == 2 * unet.in_channels
+    if config.preconditioning != "discrete" and (betas is not None or has_variance):
+        reason = (
+            "was trained with discrete betas" if betas is not None else "predicts a variance of discrete betas too"
+        )
+        raise ValueError(
+            f"`preconditioning` is {config.preconditioning!r}, but this network {reason}: set it to 'discrete'."
+        )
+    if betas not in (None, config.beta_schedule):
+        raise ValueError(
+            f"`beta_schedule` is {config.beta_schedule!r}, but this network was trained with {betas!r}: set it to that."
+        )
+    if not has_variance and unet.out_channels != unet.in_channels:
+        raise ValueError(
+            f"`out_channels` of the network is {unet.out_channels}, but should be {unet.in_channels}, or twice that with "
+            "a variance, to be trained here."
+        )
+    default = TrainingConfig.noise_conditioning_augmentation
+    if unet.low_res_augmentation == "discrete" and config.noise_conditioning_augmentation != default:
+        raise ValueError(
+            f"`noise_conditioning_augmentation` is {config.noise_conditioning_augmentation}, but this network is told "
+            "an index, which is drawn among all 1000: leave it out."
+        )
 
 
 def check_modules(config: TrainingConfig, accelerator: Accelerator, modules: list[torch.nn.Module]) -> None:
@@ -86,12 +105,28 @@ def check_modules(config: TrainingConfig, accelerator: Accelerator, modules: lis
         )
 
 
-def check_width(unet: StageNetwork, width: int | None) -> None:
-    """Checks the width of the text embeddings; None is that of no text."""
-    if width is not None and unet.text_width not in (None, width):
+def check_text(unet: StageNetwork, text: TextSource | None) -> None:
+    """Checks that the network reads embeddings of this width, with padded positions as the source gives them.
+
+    Raises:
+        ValueError: If not.
+    """
+    if text is None or unet.text_width is None:
+        return
+    if unet.text_width != text.width:
         raise ValueError(
-            f"The text embeddings are {width} wide, but this network reads {unet.text_width}: give the text encoder, or "
-            "the embedding cache, that it was made for."
+            f"The text embeddings are {text.width} wide, but this network reads {unet.text_width}: give the text "
+            "encoder, or the embedding cache, that it was made for."
+        )
+    if unet.attends_padding != text.keeps_padding:
+        raise ValueError(
+            f"The text embeddings have `keeps_padding` {text.keeps_padding}, but should have {unet.attends_padding}, as "
+            "the network `attends_padding`."
+        )
+    if text.keeps_padding and "" not in text:
+        raise ValueError(
+            "`embedding_cache` lacks the empty text, which dropped captions become: give `text_encoder` too, or make the "
+            "cache anew."
         )
 
 
@@ -101,32 +136,16 @@ def check_objective(config: TrainingConfig) -> None:
     Raises:
         ValueError: If the objective is another, or the scheduler's configuration is malformed.
     """
-    name = str(config.pretrained_model_name_or_path)
-    subfolder = find_network(config)
-    if subfolder is None:  # the folder of a network, in a stage or a cascade
-        place, part = str(Path(name).with_name(Path(name).name.replace("unet", "scheduler"))), None
-        if not Path(place).is_dir():
-            return
-    else:
-        place, part = name, subfolder.replace("unet", "scheduler")
-    file = Path(place) / (part or "") / EDMHeunScheduler.config_name
-    if file.exists():
-        saved = read_json_object(file)
-    elif Path(place).is_dir():
+    name, saved = str(config.pretrained_model_name_or_path), read_scheduler(config)
+    if saved is None:
         return
-    else:
-        try:
-            saved = EDMHeunScheduler.load_config(place, subfolder=part)  # reads what any scheduler saved
-        except OSError:
-            return
     if is_discrete(saved):
-        trainable = "a stage whose `preconditioning` is 'edm' or 'variance_preserving': 'discrete' is sampled only"
-        raise bad_argument("pretrained_model_name_or_path", name, trainable)
+        saved = {"preconditioning": "discrete", **saved, "beta_schedule": check_discrete(name, saved)}
     trained = saved.get("preconditioning")
     if trained not in PRECONDITIONINGS:  # a scheduler that is not of this package
         return
-    keys = ("sigma_data",) if trained == "edm" else ("sigma_data", "prediction_type", "beta_schedule")
-    expected = {"preconditioning": trained, **{key: saved[key] for key in keys if key in saved}}
+    keys = {"edm": (), "discrete": ("beta_schedule",)}.get(trained, ("prediction_type", "beta_schedule"))
+    expected = {key: saved[key] for key in ("preconditioning", "sigma_data", *keys) if key in saved}
     if expected.get("beta_schedule") == NO_BETAS:  # a fast sampler, which needs none
         del expected["beta_schedule"]
     for key, value in expected.items():
@@ -134,3 +153,28 @@ def check_objective(config: TrainingConfig) -> None:
             raise ValueError(
                 f"`{key}` is {getattr(config, key)!r}, but '{name}' was trained with {value!r}: set it to that."
             )
+
+
+def check_discrete(name: str, saved: dict[str, Any]) -> str:
+    """Checks that a scheduler with discrete betas, of a stage of that name, is of a kind that is trained; returns its
+    `beta_schedule`.
+
+    Raises:
+        ValueError: If there are other noise levels than 1000, with the start and end that diffusers has by default, or
+            the network predicts something else than noise.
+    """
+    try:
+        found = EDMAdamsScheduler.from_config(saved).config
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"`pretrained_model_name_or_path` is '{name}', whose scheduler cannot be read: {one_line(error)}"
+        ) from error
+    expected = EDMAdamsScheduler(preconditioning="discrete").config
+    named = () if found.beta_schedule == "squaredcos_cap_v2" else ("beta_start", "beta_end")  # cosines know none
+    for key in ("num_train_timesteps", "prediction_type", "trained_betas", *named):
+        if found[key] != expected[key]:
+            raise ValueError(
+                f"`{key}` of the scheduler of '{name}' is {shown(found[key])}, but should be {expected[key]!r} to be "
+                "trained further."
+            )
+    return found.beta_schedule

@@ -9,8 +9,10 @@ from huggingface_hub import get_token
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..diffusion.augmentation import MIN_AUGMENTATION_SIGMA
-from ..diffusion.continuous_ddpm import NoiseSchedule, PredictionType
-from ..utils.arguments import check_exactly_one
+from ..diffusion.continuous_ddpm import PredictionType
+from ..diffusion.discrete_ddpm import BetaSchedule
+from ..diffusion.preconditioning import PRECONDITIONINGS, NetworkPreconditioning
+from ..utils.arguments import check_choice, check_exactly_one
 from .data.data_config import DataConfig, arg
 from .objective.weightings import WEIGHTINGS
 
@@ -23,6 +25,7 @@ OF_CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
     "preconditioning": {
         "edm": ("p_mean", "p_std"),
         "variance_preserving": ("prediction_type", "beta_schedule", "snr_gamma"),
+        "discrete": ("beta_schedule", "snr_gamma"),
     },
     "loss_weighting": {name: weighting.settings for name, weighting in WEIGHTINGS.items()},
 }
@@ -54,9 +57,10 @@ class TrainingConfig(DataConfig):
         None, "Folder with text_encoder/ and tokenizer/; None trains without text.", place="local_or_hub"
     )
 
-    preconditioning: Literal["edm", "variance_preserving"] = arg(  # networks of discrete betas are sampled only
+    preconditioning: NetworkPreconditioning = arg(
         "edm",
-        "How the network is trained: edm of Karras et al. 2022, or variance_preserving as DDPM, in continuous time.",
+        "How the network is trained: edm of Karras et al. 2022, variance_preserving as DDPM, in continuous time, or "
+        "discrete as DDPM, of whose 1000 noise levels it is told the index, as DeepFloyd IF's networks are.",
     )
     sigma_data: float = arg(0.5, "Standard deviation of the images.")
     p_mean: float = arg(-1.2, "edm: mean of the training noise levels' logarithm.")
@@ -64,20 +68,24 @@ class TrainingConfig(DataConfig):
     prediction_type: PredictionType = arg(
         "epsilon", "variance_preserving: what the network predicts: noise, image or velocity."
     )
-    beta_schedule: NoiseSchedule = arg(
-        "squaredcos_cap_v2", "variance_preserving: noise schedule, whose times are drawn uniformly."
+    beta_schedule: BetaSchedule = arg(
+        "squaredcos_cap_v2",
+        "variance_preserving: noise schedule, whose times are drawn uniformly, squaredcos_cap_v2 or linear. discrete: "
+        "betas by diffusers' name, whose indices are drawn uniformly.",
     )
     loss: Literal["l2", "l1", "huber"] = arg("l2", "Distance of prediction and target.")
     loss_weighting: Literal["uniform", "min_snr", "uncertainty"] = arg(
         "uniform",
-        "What a noise level counts: all alike; min_snr of Hang et al. 2023 with variance_preserving; uncertainty learns "
-        "it along with the network (Karras et al. 2024, EDM2).",
+        "What a noise level counts: all alike; min_snr of Hang et al. 2023 with variance_preserving or discrete; "
+        "uncertainty learns it along with the network (Karras et al. 2024, EDM2).",
     )
     snr_gamma: float | None = arg(None, "min_snr: gamma; 5 if not given.")
     stratified_noise: bool = arg(False, "Spread the noise levels of a step evenly over their distribution.")
     text_drop_rate: float = arg(0.1, "Rate of dropped captions, for classifier-free guidance.")
     noise_conditioning_augmentation: float = arg(
-        0.5, "Largest noise level of the conditioning image's augmentation; 0 for none."
+        0.5,
+        "Largest noise level of the conditioning image's augmentation; 0 for none. To be left out for networks that are "
+        "told an index, as DeepFloyd IF's are: theirs is drawn uniformly among all 1000.",
     )
 
     max_train_steps: int = arg(10_000, "Optimizer steps.")
@@ -171,6 +179,8 @@ class TrainingConfig(DataConfig):
             for name in (name for names in of_values.values() for name in names):
                 if name not in of_values.get(chosen, ()) and getattr(self, name) != defaults[name]:
                     raise ValueError(f"`{name}` is {getattr(self, name)!r}, but `{setting}` {chosen!r} has none.")
+        kind, when = PRECONDITIONINGS[self.preconditioning], f" with `preconditioning` {self.preconditioning!r}"
+        check_choice("beta_schedule", self.beta_schedule, kind.beta_schedules, when)
         if self.preconditioning not in WEIGHTINGS[self.loss_weighting].preconditionings:
             raise ValueError(
                 f"`loss_weighting` is {self.loss_weighting!r}, but should be another with `preconditioning` "

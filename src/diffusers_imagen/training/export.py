@@ -8,14 +8,15 @@ from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
-from diffusers import SchedulerMixin
+import yaml
 from huggingface_hub import create_repo, upload_folder
 
 from ..models.interface import StageNetwork
+from ..pipelines.origin import card_metadata, license_section
 from ..utils.errors import NETWORK, one_line
 from ..utils.files import read_json_object, remove, sha256, whole_folder, write_json
 from .config import TrainingConfig
-from .sampling import SAMPLES, sample_name, sample_step, stage_pipeline
+from .sampling import SAMPLES, StagePipeline, sample_name, sample_step
 
 
 UPCOMING, REPLACED = ".stage.new", ".stage.replaced"
@@ -32,7 +33,7 @@ OF_THIS_START = ("resume_from_checkpoint", "overwrite_output_dir")  # not of the
 
 CARD = """---
 library_name: diffusers
-tags:
+{metadata}tags:
 - {task}
 - diffusers
 - diffusers-training
@@ -61,7 +62,7 @@ What is not the default:
 ```yaml
 {settings}
 ```
-"""
+{license}"""
 
 
 USAGE = """import diffusers_imagen
@@ -109,17 +110,16 @@ def digest_stage(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): sha256(path) for path in files}
 
 
-def save_stage(
-    unet: StageNetwork, scheduler: SchedulerMixin, config: TrainingConfig, step: int, results: dict[str, float]
-) -> None:
+def save_stage(pipe: StagePipeline, config: TrainingConfig, step: int, results: dict[str, float]) -> None:
     """Writes the stage to `config.output_dir`: all of it beside its place first, then part by part into it."""
+    unet = pipe.unet
     with parts_of(config) as partial:
         unet.save_pretrained(partial / "unet")
         hide_place(partial / "unet" / "config.json")
-        scheduler.save_pretrained(partial / "scheduler")
-        stage_pipeline(unet, scheduler, config).save_config(partial)
+        pipe.scheduler.save_pretrained(partial / "scheduler")
+        pipe.save_config(partial)
         write_record(partial, config, step, results)
-        (partial / CARD_FILE).write_text(model_card(unet, config, step, results), encoding="utf-8")
+        (partial / CARD_FILE).write_text(model_card(unet, config, step, results, pipe.origins), encoding="utf-8")
 
 
 def hide_place(path: Path) -> None:
@@ -168,14 +168,16 @@ def model_card(
     config: TrainingConfig,
     step: int,
     results: dict[str, float],
+    origins: list[dict[str, str]],
     usage: str = USAGE,
     adapter_of: str | None = None,
 ) -> str:
-    """Data, configuration, steps, losses and sample images of a stage.
+    """Data, configuration, steps, losses and sample images of a stage, and the license of what it was made from.
 
     Args:
         unet (`StageNetwork`), config (`TrainingConfig`): What was trained, and how.
         step (`int`), results (`dict[str, float]`): How long, and with which losses.
+        origins (`list`): Where the weights that training began with are from, see `pipelines/origin.py`.
         usage (`str`): Python that uses it, with `{name}` for its folder.
         adapter_of (`str`, *optional*): The stage that was left as it is, if only an adapter was trained.
     """
@@ -211,6 +213,8 @@ def model_card(
         ),
         samples="" if sample is None else f"\n![{'; '.join(config.validation_prompts or [])}]({sample})\n",
         settings="\n".join(f"{name}: {json.dumps(value)}" for name, value in shown.items()),
+        metadata=yaml.safe_dump(metadata, sort_keys=False) if (metadata := card_metadata(origins)) else "",
+        license="\n" + license_section(origins) if origins else "",
     )
 
 

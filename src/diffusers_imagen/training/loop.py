@@ -18,7 +18,7 @@ from ..models.interface import StageNetwork
 from ..text.cache import open_text
 from ..text.source import TextSource
 from .checkpoints import Checkpoints, Found, Stateful
-from .compatibility import check_modules, check_network, check_width
+from .compatibility import check_modules, check_network, check_objective, check_text
 from .config import TrainingConfig
 from .data import BatchStream, make_train_batches, make_validation_batches
 from .devices import describe_sharing, inner_network, make_accelerator, on_main_process, own_part, whole_network
@@ -27,13 +27,14 @@ from .export import digest_stage, make_repository, public_settings, save_stage, 
 from .interruption import Interruption, TrainingInterrupted
 from .monitor import RECORDS, ComputeClock, Losses, Monitor, Records, Stopwatch, describe_time, memory_used, not_finite
 from .network import check_finite, choose_attention, prepare_network, seeded_dropout
-from .objective.losses import denoising_loss, to_device
+from .objective.losses import Conditioning, denoising_loss, to_device
 from .objective.objectives import make_objective
 from .objective.step_draws import StepDraws
 from .optimization import clip_gradients, learning_rates, make_optimizer, step_if_finite, trainable
 from .output_folder import OutputFolder
+from .pretrained_stage import find_pretrained
 from .run_identity import TEXT_ENCODER, describe_run, in_json
-from .sampling import draw_samples, read_prompts, show_samples
+from .sampling import StagePipeline, draw_samples, read_prompts, show_samples, stage_pipeline
 from .states import NetworkState, OptimizerState
 from .validation import ValidationLoss
 
@@ -79,7 +80,10 @@ class Trainer:
     def __init__(self, config: TrainingConfig, unet: StageNetwork, text: TextSource | None = None):
         self.config, self.unet, self.text = config, unet, text  # `read_data` opens the text that the settings name
         self.accelerator = make_accelerator(config)
-        self.objective = make_objective(config)
+        self.pretrained = find_pretrained(config)
+        if self.pretrained.scheduler_for(config.preconditioning) is not None:
+            check_objective(config)
+        self.objective = make_objective(config, self.pretrained.scheduler_for(config.preconditioning))
         self.folder = OutputFolder(config)
         self.losses = Losses(loss=math.nan)
         names_text = bool(config.text_encoder) or config.embedding_cache is not None
@@ -113,13 +117,14 @@ class Trainer:
         self.draws.begin(step, self.batches.images_seen, self.images_per_step)
         for part in range(accumulated):
             first_slot = self.batches.first_slot
-            batch = to_device(next(self.batches), self.accelerator.device, self.config.channels_last)
+            device, channels_last = self.accelerator.device, self.config.channels_last
+            batch = to_device(next(self.batches), device, channels_last, self.conditioning)
             draws = self.draws(first_slot, batch)
             dropout = seeded_dropout(self.unet, self.config.seed, step, part, self.accelerator.process_index)
 
             with self.clock, self.accelerator.accumulate(*self.modules):
                 with self.accelerator.autocast(), dropout:
-                    losses = denoising_loss(self.unet, batch, draws, self.objective, self.config)
+                    losses = denoising_loss(self.unet, batch, draws, self.objective, self.config, self.conditioning)
                 self.accelerator.backward(self.weigh(losses, draws.log_snr).mean())
                 if self.accelerator.sync_gradients:
                     grad_norm = clip_gradients(self.accelerator, self.parameters, self.config.max_grad_norm)
@@ -155,7 +160,7 @@ class Trainer:
 
     def export(self, unet: StageNetwork, done: int, results: dict[str, float]) -> None:
         """Writes what is trained, with its averaged weights."""
-        save_stage(unet, self.objective.scheduler(), self.config, done, results)
+        save_stage(self.pipeline(unet), self.config, done, results)
 
     # ---- before the first step
 
@@ -186,15 +191,23 @@ class Trainer:
         """Opens what is trained and validated on; the text encoder leaves memory where it is not needed any more."""
         config = self.config
         if self.text is None:
-            self.text = open_text(config.text_encoder, config.embedding_cache, config.tokenizer_max_length)
+            max_length = config.tokenizer_max_length or self.pretrained.max_length
+            padding, cleans = self.unet.attends_padding, self.pretrained.clean_caption
+            self.text = open_text(config.text_encoder, config.embedding_cache, max_length, padding, cleans)
         text = self.text
-        check_width(self.unet, None if text is None else text.width)
+        check_text(self.unet, text)
+        no_text = None
+        if text is not None and text.keeps_padding:
+            no_text = text.no_text(text.encode([""])).embeds.float().to(self.accelerator.device)
+        self.conditioning = Conditioning(self.unet.low_res_augmentation, no_text)
         self.prompts = read_prompts(config, text)
         self.batches = self.make_batches()
         self.validation, needs_encoder = None, self.batches.needs_encoder
         if config.validation_split:
             held_out = make_validation_batches(config, text, *self.place)
-            self.validation = ValidationLoss(config, self.objective, held_out, self.accelerator.device)
+            self.validation = ValidationLoss(
+                config, self.objective, held_out, self.accelerator.device, self.conditioning
+            )
             needs_encoder |= held_out.needs_encoder
         identity = None if text is None else text.identity()
         self.checkpoints.run |= in_json({**(self.batches.content or {}), TEXT_ENCODER: identity})
@@ -397,9 +410,16 @@ class Trainer:
         """Draws the validation prompts and writes a grid; the other processes wait where they meet next."""
         unet = whole_network(self.accelerator, self.unet)
         if self.accelerator.is_main_process and self.prompts is not None:
-            images = draw_samples(unet.eval(), self.objective, self.prompts, self.config)
+            images = draw_samples(self.pipeline(unet.eval()), self.prompts, self.config)
             unet.train()
             show_samples(self.accelerator, images, self.config, done)
+
+    def pipeline(self, unet: StageNetwork) -> StagePipeline:
+        """What draws with the network, as the exported stage does."""
+        settings = self.pretrained.settings(
+            self.config.preconditioning, self.objective.sampling, self.unet.takes_low_res
+        )
+        return stage_pipeline(unet, self.objective.scheduler(), self.config, settings)
 
     def save_snapshots(self, done: int) -> None:
         """Writes the power-function averages."""

@@ -9,8 +9,9 @@ import diffusers
 import numpy as np
 import torch
 from accelerate.utils import DistributedType
-from diffusers import AutoModel, DiffusionPipeline
+from diffusers import AutoModel, DiffusionPipeline, UNet2DConditionModel
 
+from ..conversion.deepfloyd import config_from_deepfloyd, unet_from_deepfloyd
 from ..models import ImagenUNetModel
 from ..models.growing import change_layers, grow_unet
 from ..models.interface import StageNetwork
@@ -26,6 +27,7 @@ from .config import TrainingConfig
 
 OF_A_CASCADE = [kind.unet for kind in STAGES]
 NETWORK_CLASSES = "ImagenUNetModel, EfficientUNetModel or a class that was given to `register_network`"
+THEIR_NETWORK = UNet2DConditionModel.__name__  # the class of DeepFloyd IF's networks in diffusers
 DROPOUT_SEED = 33  # a word after the run's seed, unlike those of its data and steps
 
 
@@ -158,6 +160,8 @@ def load_unet(name: str, subfolder: str | None = "unet") -> StageNetwork:
         config = ConditionalUNet.load_config(name, subfolder=subfolder)
     except Exception as error:
         raise ValueError(f"{what}which has no network that can be loaded: {describe_fault(error)}") from error
+    if isinstance(config, dict) and config.get("_class_name") == THEIR_NETWORK:
+        return load_deepfloyd(what, name, subfolder, config)
     if isinstance(config, dict) and "_class_name" in config:
         find_network_class(what, config)
     try:
@@ -166,13 +170,34 @@ def load_unet(name: str, subfolder: str | None = "unet") -> StageNetwork:
         raise ValueError(f"{what}which has no network that can be loaded: {describe_fault(error)}") from error
     if not isinstance(unet, StageNetwork):
         raise ValueError(f"{what}which has an {type(unet).__name__}, but should have an {NETWORK_CLASSES}.")
-    missing = missing_weights(unet)
+    refuse_missing(what, missing_weights(unet))
+    return unet
+
+
+def load_deepfloyd(what: str, name: str, subfolder: str | None, config: dict[str, Any]) -> StageNetwork:
+    """A network of DeepFloyd IF in diffusers' format, with that configuration, as an `ImagenUNetModel`.
+
+    Raises:
+        ValueError: If it is another network, or cannot be loaded; begins with `what`.
+    """
+    try:
+        config_from_deepfloyd(config)  # before weights are downloaded
+        theirs = UNet2DConditionModel.from_pretrained(name, subfolder=subfolder)
+        refuse_missing(what, missing_weights(theirs))
+        return unet_from_deepfloyd(theirs)
+    except Exception as error:  # whatever is in its files
+        if str(error).startswith(what):
+            raise
+        raise ValueError(f"{what}which has no network that can be loaded: {describe_fault(error)}") from error
+
+
+def refuse_missing(what: str, missing: list[str]) -> None:
+    """Raises ValueError, which begins with `what`, if a network lacks weights."""
     if missing:
         raise ValueError(
             f"{what}whose network lacks {len(missing)} weights, {missing[0]} among them: it was saved by another "
             "version, or is not complete."
         )
-    return unet
 
 
 def check_finite(unet: StageNetwork, name: str | None = None) -> None:

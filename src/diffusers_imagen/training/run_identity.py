@@ -70,6 +70,8 @@ LATER_OPTIONS = {
     "unet mid_block_add_attention": True,
     "unet attends_padding": False,
     "unet low_res_augmentation": "edm",
+    "unet trained_beta_schedule": None,
+    "unet low_res_upsampling": "bicubic",
 }
 
 

@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,23 +14,22 @@ from PIL import Image
 from ..models.interface import StageNetwork
 from ..pipelines import ImagenPipeline, ImagenSuperResolutionPipeline
 from ..text.source import TextSource
-from ..text.text_embeddings import TextEmbeddings
 from ..utils.files import whole_file
 from .config import TrainingConfig
 from .data.pixels import BadImage, fit_image, read_image
 from .data.pyramid import to_float
-from .objective.objectives import Objective
 
 
 logger = logging.get_logger(__name__)
 
 SAMPLES = "samples"
+StagePipeline = ImagenPipeline | ImagenSuperResolutionPipeline
 
 
 class Prompts(NamedTuple):
     """What samples are drawn for."""
 
-    text: TextEmbeddings | None
+    text: dict[str, torch.Tensor] | None  # as arguments of a pipeline
     low_res: torch.Tensor | None  # (B, 3, h, w) in [-1, 1]
 
 
@@ -51,10 +50,16 @@ def read_prompts(config: TrainingConfig, source: TextSource | None) -> Prompts |
                 f"`validation_prompts` has {missing[0]!r}, which is not in the embedding cache: give `text_encoder`, "
                 "or prompts that are captions of the data."
             )
-        text = source.encode(captions)
+        text = prompt_arguments(source, captions)
     if config.low_resolution is not None:
         low_res = torch.stack([read_low_res(path, config) for path in config.validation_images or []])
     return Prompts(text, low_res)
+
+
+def prompt_arguments(source: TextSource, texts: list[str]) -> dict[str, torch.Tensor]:
+    """Embeddings of texts as arguments of a pipeline without text encoder, with those of no text where it needs them."""
+    text = source.encode(texts)
+    return text.for_pipeline(source.no_text(text) if source.keeps_padding else None)
 
 
 def read_low_res(path: str, config: TrainingConfig) -> torch.Tensor:
@@ -68,24 +73,23 @@ def read_low_res(path: str, config: TrainingConfig) -> torch.Tensor:
 
 
 def stage_pipeline(
-    unet: StageNetwork, scheduler: SchedulerMixin, config: TrainingConfig
-) -> ImagenPipeline | ImagenSuperResolutionPipeline:
-    """The pipeline of a stage alone, without a text encoder."""
+    unet: StageNetwork, scheduler: SchedulerMixin, config: TrainingConfig, settings: dict[str, Any]
+) -> StagePipeline:
+    """The pipeline of a stage alone, without a text encoder; `settings` are those of `PretrainedStage.settings`."""
     if unet.takes_low_res:
-        return ImagenSuperResolutionPipeline(unet, scheduler, scale_factor=config.factor)
-    return ImagenPipeline(unet, scheduler)
+        return ImagenSuperResolutionPipeline(unet, scheduler, scale_factor=config.factor, **settings)
+    return ImagenPipeline(unet, scheduler, **settings)
 
 
-def draw_samples(unet: StageNetwork, objective: Objective, prompts: Prompts, config: TrainingConfig) -> torch.Tensor:
+def draw_samples(pipe: StagePipeline, prompts: Prompts, config: TrainingConfig) -> torch.Tensor:
     """Images `(B, 3, H, W)` in [-1, 1] by the stage's own pipeline, with the same noise at every call."""
-    pipe = stage_pipeline(unet, objective.scheduler(), config)
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(config.seed)
-    inputs = {**objective.sampling, "generator": generator, "output_type": "latent"}
+    inputs: dict[str, Any] = {"generator": generator, "output_type": "latent"}
     images = None if prompts.low_res is None else (prompts.low_res + 1) / 2
     if prompts.text is not None:
         given = {} if images is None else {"image": images}
-        return pipe(**prompts.text.for_pipeline(), **given, **inputs).images
+        return pipe(**prompts.text, **given, **inputs).images
     inputs["guidance_scale"] = 1.0
     if images is None:
         return pipe(num_images_per_prompt=len(config.validation_prompts or []), **inputs).images

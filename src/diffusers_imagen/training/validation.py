@@ -7,7 +7,7 @@ from .config import TrainingConfig
 from .data import ValidationBatches
 from .data.slot_draws import VALIDATION_SEED
 from .monitor import NoiseLevelMeans
-from .objective.losses import denoising_loss, to_device
+from .objective.losses import Conditioning, denoising_loss, to_device
 from .objective.objectives import Objective
 from .objective.step_draws import StepDraws
 
@@ -20,10 +20,18 @@ class ValidationLoss:
         objective (`Objective`): What the loss is of.
         batches (`ValidationBatches`): The rows of this process.
         device (`torch.device`): Where noise is drawn.
+        conditioning (`Conditioning`): Of the network.
     """
 
-    def __init__(self, config: TrainingConfig, objective: Objective, batches: ValidationBatches, device: torch.device):
-        self.config, self.objective, self.batches = config, objective, batches
+    def __init__(
+        self,
+        config: TrainingConfig,
+        objective: Objective,
+        batches: ValidationBatches,
+        device: torch.device,
+        conditioning: Conditioning,
+    ):
+        self.config, self.objective, self.batches, self.conditioning = config, objective, batches, conditioning
         # evenly spread noise levels: every call has all of them
         self.draws = StepDraws(objective, config.seed, VALIDATION_SEED, stratified=True, device=device)
 
@@ -35,11 +43,11 @@ class ValidationLoss:
         unet.eval()
         self.draws.begin(0, 0, len(self.batches) * stream.stride)
         for i, batch in enumerate(self.batches):
-            batch = to_device(batch, accelerator.device, self.config.channels_last)
+            batch = to_device(batch, accelerator.device, self.config.channels_last, self.conditioning)
             first = i * stream.stride + stream.process_index * self.config.train_batch_size
             draws = self.draws(first, batch)
             with accelerator.autocast():
-                losses = denoising_loss(unet, batch, draws, self.objective, self.config)
+                losses = denoising_loss(unet, batch, draws, self.objective, self.config, self.conditioning)
             means.add(losses, draws.sigma)
             total += torch.stack([losses.sum(), losses.new_tensor(len(losses))])
         unet.train()

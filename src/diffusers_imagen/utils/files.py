@@ -17,6 +17,8 @@ import filelock
 
 
 PathLike = str | os.PathLike
+# of `from_pretrained` and `load_lora_weights`: where a file comes from
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 LOCK, OWNER = ".lock", ".lock-owner.json"  # in a folder that is held; no part of what is in it
 
 

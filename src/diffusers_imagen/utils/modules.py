@@ -19,15 +19,37 @@ def is_offloaded(module: torch.nn.Module) -> bool:
     return any(hasattr(part, "_hf_hook") for part in module.modules())
 
 
+def is_quantized(module: torch.nn.Module) -> bool:
+    """Whether a library holds weights in its own form, as bitsandbytes and torchao do, and not as floating-point numbers."""
+    return getattr(module, "hf_quantizer", None) is not None
+
+
+def memory_of(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor; of one that is made of others, as torchao's quantized weights are, theirs."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()
+        return sum(memory_of(getattr(tensor, name)) for name in names)
+    return tensor.numel() * tensor.element_size()
+
+
 def first_names(names: list[str]) -> str:
     """A few of many names."""
     return ", ".join(names[:3]) + (" and others" if len(names) > 3 else "")
 
 
 def find_not_finite(module: torch.nn.Module) -> str | None:
-    """The name of the first weight or buffer that holds NaN or infinity, of those that are not offloaded elsewhere."""
+    """The name of the first weight or buffer that holds NaN or infinity, of those that are not offloaded elsewhere.
+
+    Quantized weights are passed over, which are integers, or of torchao's kinds of tensor, that call themselves floats.
+    """
     for name, tensor in [*unwrapped(module).named_parameters(), *unwrapped(module).named_buffers()]:
-        if tensor.is_floating_point() and not tensor.is_meta and not tensor.float().isfinite().all():
+        if not tensor.is_floating_point() or tensor.is_meta:
+            continue
+        try:
+            finite = tensor.float().isfinite().all()
+        except NotImplementedError:  # of torchao
+            continue
+        if not finite:
             return name
     return None
 

@@ -11,15 +11,16 @@ MAX_BYTES = 2**18  # PyYAML reads some 50 KB/s
 MAX_DEPTH = 32
 MAX_VALUES = 20_000  # aliases counted as often as they are named
 MERGE = "tag:yaml.org,2002:merge"  # of the key `<<`
-STRING = "tag:yaml.org,2002:str"
+STRING, INTEGER = "tag:yaml.org,2002:str", "tag:yaml.org,2002:int"
 
 
-def read_yaml(path: str | os.PathLike, name: str) -> Any:
+def read_yaml(path: str | os.PathLike, name: str, number_keys: bool = False) -> Any:
     """The content of a YAML file: dicts with strings as keys, lists, strings, numbers, booleans, dates and None.
 
     Args:
         path (`str` or `os.PathLike`): The file.
         name (`str`): The argument that named it, for the message.
+        number_keys (`bool`): Whether keys may be whole numbers, which become strings, and are not refused.
 
     Raises:
         ValueError: If it is no regular file, cannot be read, is not YAML, has a key twice, a key that is no string or
@@ -27,7 +28,7 @@ def read_yaml(path: str | os.PathLike, name: str) -> Any:
             is. Names argument and file.
     """
     try:
-        return load(read_bytes(Path(path)))
+        return load(read_bytes(Path(path)), number_keys)
     except yaml.MarkedYAMLError as error:
         reason = f"{error.problem or error.context}{of_line(error.problem_mark or error.context_mark)}"
     except (OSError, ValueError, ArithmeticError, RecursionError, yaml.YAMLError) as error:
@@ -48,9 +49,10 @@ def read_bytes(path: Path) -> bytes:
     return content
 
 
-def load(content: bytes) -> Any:
+def load(content: bytes, number_keys: bool = False) -> Any:
     """The value of a YAML document."""
     loader = BoundedLoader(content)
+    loader.number_keys = number_keys
     try:
         root = loader.get_single_node()
         if root is None:
@@ -65,6 +67,7 @@ class BoundedLoader(yaml.SafeLoader):
     """A SafeLoader of nodes that are not too deep and have no tags, keys that are strings, and each once."""
 
     depth = 0
+    number_keys = False
 
     def compose_node(self, parent, index):
         event = self.peek_event()
@@ -81,6 +84,8 @@ class BoundedLoader(yaml.SafeLoader):
         node = super().compose_mapping_node(anchor)
         seen = set()
         for key, _ in node.value:
+            if self.number_keys and key.tag == INTEGER:
+                key.tag = STRING
             if key.tag not in (STRING, MERGE) or not isinstance(key, yaml.ScalarNode):
                 raise refusal("a key is no string (quote it)", key.start_mark)
             if key.value in seen:

@@ -20,7 +20,7 @@ from diffusers_imagen import (
     ImagenUNetModel,
 )
 from diffusers_imagen.training import LoraTrainer, LoraTrainingConfig, Trainer, parse_args
-from diffusers_imagen.training.finetuning.lora_trainer import check_targets
+from diffusers_imagen.training.finetuning.lora_trainer import find_targets
 
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -261,7 +261,7 @@ def test_names_of_no_layer_are_refused(targets):
     with pytest.raises(
         ValueError, match=f"`lora_target_modules` has .*'{targets[-1]}'.*, but no layer of the network"
     ):
-        check_targets(tiny_runs.make_unet(), targets)
+        find_targets(tiny_runs.make_unet(), targets)
 
 
 def test_a_network_that_can_have_no_adapter_is_refused_by_name(make_lora_config):

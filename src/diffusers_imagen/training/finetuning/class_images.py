@@ -12,13 +12,11 @@ from diffusers.utils import logging
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ...models.interface import StageNetwork
-from ...pipelines import ImagenPipeline
 from ...text.source import TextSource
 from ...utils.errors import describe_fault
 from ...utils.files import FolderHold, whole_file
 from ..data.image_folders import find_pictures, list_files
-from ..objective.objectives import Objective
+from ..sampling import StagePipeline, prompt_arguments
 from .finetuning_config import DreamBoothTrainingConfig
 
 
@@ -31,8 +29,7 @@ Draw = Callable[[list[torch.Generator]], list[Image.Image]]
 def draw_class_images(
     config: DreamBoothTrainingConfig,
     accelerator: Accelerator,
-    unet: StageNetwork,
-    objective: Objective,
+    pipe: StagePipeline,
     text: TextSource | None,
 ) -> None:
     """Draws the images that `config.class_data_dir` lacks; the processes share them.
@@ -48,7 +45,7 @@ def draw_class_images(
     accelerator.wait_for_everyone()  # nobody counts what another has drawn already
     if complete:
         return
-    draw = make_draw(config, accelerator, unet, objective, text)
+    draw = make_draw(config, accelerator, pipe, text)
     with FolderHold(folder, "class_data_dir") if accelerator.is_main_process else nullcontext():
         wanted = missing_images(folder, config.num_class_images)  # another run may have drawn some since
         accelerator.wait_for_everyone()
@@ -78,7 +75,7 @@ def make_generator(seed: int, path: Path) -> torch.Generator:
     return torch.Generator().manual_seed(int(words[0]))
 
 
-def make_draw(config, accelerator, unet, objective, text) -> Draw:
+def make_draw(config, accelerator, pipe, text) -> Draw:
     """What draws class images: the pipeline that the configuration names, or the stage that is about to be trained."""
     if config.class_model is not None:
         return draw_by_pipeline(config, accelerator)
@@ -87,7 +84,7 @@ def make_draw(config, accelerator, unet, objective, text) -> Draw:
             f"`class_data_dir` has fewer than {config.num_class_images} images, and a super-resolution stage draws none "
             "from words alone: give the images, or a pipeline as `class_model`."
         )
-    return draw_by_stage(config, accelerator, unet, objective, text)
+    return draw_by_stage(config, accelerator, pipe, text)
 
 
 def draw_by_pipeline(config, accelerator: Accelerator) -> Draw:
@@ -115,16 +112,14 @@ def draw_by_pipeline(config, accelerator: Accelerator) -> Draw:
     return draw
 
 
-def draw_by_stage(config, accelerator, unet, objective, text) -> Draw:
+def draw_by_stage(config, accelerator, pipe, text) -> Draw:
     """Draws with the weights that training begins with."""
-    prompt = text.encode([config.class_prompt]).for_pipeline()
-    pipe = ImagenPipeline(unet.eval().to(accelerator.device), objective.scheduler())
+    prompt = prompt_arguments(text, [config.class_prompt])
+    pipe.unet.eval().to(accelerator.device)
     pipe.set_progress_bar_config(disable=True)
 
     def draw(generators: list[torch.Generator]) -> list[Image.Image]:
         with accelerator.autocast():
-            return pipe(
-                **prompt, num_images_per_prompt=len(generators), generator=generators, **objective.sampling
-            ).images
+            return pipe(**prompt, num_images_per_prompt=len(generators), generator=generators).images
 
     return draw

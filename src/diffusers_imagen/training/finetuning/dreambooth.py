@@ -62,7 +62,7 @@ class DreamBoothTrainer(Trainer):
             subject = super().make_batches()
         if not self.config.with_prior_preservation:
             return subject
-        draw_class_images(self.config, self.accelerator, self.unet, self.objective, self.text)
+        draw_class_images(self.config, self.accelerator, self.pipeline(self.unet), self.text)
         with called("class_data_dir"):
             return PairedBatches(subject, make_train_batches(self.config.class_data(), self.text, *self.place))
 

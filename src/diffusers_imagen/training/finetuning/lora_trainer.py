@@ -7,8 +7,10 @@ from typing import Any
 import torch
 
 from ...loaders.lora_adapters import check_adaptable, require_peft
+from ...loaders.lora_names import diffusers_names
 from ...models.interface import StageNetwork
 from ...pipelines import ImagenPipeline
+from ...pipelines.origin import list_origins
 from ..compatibility import check_objective
 from ..devices import inner_network, is_spread
 from ..export import CARD_FILE, model_card, parts_of, write_record
@@ -47,14 +49,12 @@ class LoraTrainer(Trainer):
         if is_spread(accelerator):
             raise ValueError(f"An adapter is small: train it with DDP, not {accelerator.distributed_type.value}.")
         check_objective(config)
-        check_targets(unet, config.lora_target_modules)
+        targets = find_targets(unet, config.lora_target_modules)
         self.subfolder, self.base_digest = find_network(config), digest(unet)
         unet.requires_grad_(False)
         alpha = config.rank if config.lora_alpha is None else config.lora_alpha
         with fresh_weights(config.seed):
-            unet.add_adapter(
-                LoraConfig(r=config.rank, lora_alpha=alpha, target_modules=list(config.lora_target_modules)), ADAPTER
-            )
+            unet.add_adapter(LoraConfig(r=config.rank, lora_alpha=alpha, target_modules=targets), ADAPTER)
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "base weights": self.base_digest}
@@ -72,24 +72,35 @@ class LoraTrainer(Trainer):
         with parts_of(self.config) as partial:
             ImagenPipeline.save_lora_weights(
                 partial,
+                unet=unet,
                 unet_lora_layers=get_peft_model_state_dict(unet, adapter_name=ADAPTER),
                 unet_lora_adapter_metadata=unet.peft_config[ADAPTER].to_dict(),
             )
             write_record(partial, self.config, done, results)
-            card = model_card(unet, self.config, done, results, usage, adapter_of=Path(stage).name)
+            origins = list_origins(self.pretrained.origin)
+            card = model_card(unet, self.config, done, results, origins, usage, adapter_of=Path(stage).name)
             (partial / CARD_FILE).write_text(card, encoding="utf-8")
 
 
-def check_targets(unet: StageNetwork, targets: list[str]) -> None:
-    """Checks that there are layers of these names; a network has not all of the default ones.
+def find_targets(unet: StageNetwork, targets: list[str]) -> list[str]:
+    """The layers of these names, by the ends of their names or in whole; a network has not all of the default ones.
+
+    In a network of DeepFloyd IF's kind a name that no layer has is taken for diffusers': `add_k_proj` of a network that
+    only has cross-attention is `to_k` here.
 
     Raises:
-        ValueError: If not.
+        ValueError: If there are none of a name.
     """
-    names = [f".{name}" for name, _ in unet.named_modules()]
-    missing = [target for target in targets if not target or not any(name.endswith(f".{target}") for name in names)]
+    own, theirs = [name for name, _ in unet.named_modules()], diffusers_names(unet)
+    found: dict[str, list[str]] = {}
+    for target in targets:
+        ends = f".{target}" if target else "\0"
+        known = any(f".{name}".endswith(ends) for name in own)
+        found[target] = [target] if known else [theirs[name] for name in theirs if f".{name}".endswith(ends)]
+    missing = [target for target, names in found.items() if not names]
     if missing and (list(targets) != TARGET_MODULES or len(missing) == len(targets)):
         raise ValueError(f"`lora_target_modules` has {missing}, but no layer of the network has such a name.")
+    return [name for names in found.values() for name in names]
 
 
 def digest(unet: StageNetwork) -> str:

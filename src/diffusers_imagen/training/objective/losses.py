@@ -1,11 +1,13 @@
 """The training loss: where an objective meets a network and a batch."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from ...diffusion.augmentation import augment_low_res
+from ...diffusion.augmentation import AUGMENTATION_LEVELS, augment_low_res, augment_upsampled, augmentation_sigma
+from ...models.interface import LowResAugmentation
 from ...text.text_embeddings import drop_text
 from ..config import MIN_AUGMENTATION_SIGMA, TrainingConfig
 from ..data import Batch
@@ -16,45 +18,79 @@ from .step_draws import Draws
 DISTANCES: dict[str, Callable[..., torch.Tensor]] = {"l2": F.mse_loss, "l1": F.l1_loss, "huber": F.huber_loss}
 
 
-def to_device(batch: Batch, device: torch.device, channels_last: bool = True) -> Batch:
-    """Moves a batch, without a text mask that masks nothing: attention without one has flash kernels."""
+@dataclass(frozen=True)
+class Conditioning:
+    """How a network is told of text and low-resolution image, as far as that belongs to the network.
+
+    Attributes:
+        low_res_augmentation (`str`): As `StageNetwork.low_res_augmentation`.
+        no_text (`torch.Tensor`, *optional*): `(1, L, E)`, what dropped captions become; zeros if None.
+    """
+
+    low_res_augmentation: LowResAugmentation = "edm"
+    no_text: torch.Tensor | None = None
+
+
+def to_device(
+    batch: Batch, device: torch.device, channels_last: bool = True, conditioning: Conditioning = Conditioning()
+) -> Batch:
+    """Moves a batch, without a text mask that masks nothing: attention without one has flash kernels.
+
+    A low-resolution image that gets its noise after upsampling is upsampled here, so that a step draws as much noise.
+    """
     if batch.text_mask is not None and batch.text_mask.all():
         batch = batch._replace(text_mask=None)
     batch = Batch._make(None if x is None else x.to(device, non_blocking=True) for x in batch)
+    if batch.low_res is not None and conditioning.low_res_augmentation == "discrete":
+        size = batch.images.shape[-2:]
+        batch = batch._replace(low_res=F.interpolate(batch.low_res, size, mode="bilinear", align_corners=True))
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return batch._replace(images=batch.images.contiguous(memory_format=layout))
 
 
 def denoising_loss(
-    unet: torch.nn.Module, batch: Batch, draws: Draws, objective: Objective, config: TrainingConfig
+    unet: torch.nn.Module,
+    batch: Batch,
+    draws: Draws,
+    objective: Objective,
+    config: TrainingConfig,
+    conditioning: Conditioning = Conditioning(),
 ) -> torch.Tensor:
-    """Weighted distance of prediction and target for each image, `(B,)`; the weight is outside the distance."""
+    """Weighted distance of prediction and target for each image, `(B,)`; the weight is outside the distance.
+
+    Of a network that predicts a variance beside the target, which comes first, the variance does not count.
+    """
     example = objective.example(batch.images, draws.noise, draws.log_snr)
-    low_res, low_res_timestep = augment(batch.low_res, draws, config)
+    low_res, low_res_timestep = augment(batch.low_res, draws, config, conditioning.low_res_augmentation)
     output = unet(
         example.model_input,
         example.timestep,
-        drop_text(batch.text, draws.text < config.text_drop_rate),
+        drop_text(batch.text, draws.text < config.text_drop_rate, conditioning.no_text),
         batch.text_mask,
         low_res,
         low_res_timestep,
         return_dict=False,
     )[0]
-    distance = DISTANCES[config.loss](output.float(), example.target, reduction="none")
+    prediction = output[:, : example.target.shape[1]].float()
+    distance = DISTANCES[config.loss](prediction, example.target, reduction="none")
     weight = objective.weighting.weight(draws.log_snr) * example.weight.flatten()
     return weight * distance.mean(dim=(1, 2, 3))
 
 
 def augment(
-    low_res: torch.Tensor | None, draws: Draws, config: TrainingConfig
+    low_res: torch.Tensor | None, draws: Draws, config: TrainingConfig, kind: LowResAugmentation = "edm"
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """The low-resolution image `(B, 3, h, w)` with noise, and the `low_res_timestep` `(B,)` that tells how much, if any.
 
     The noise level is uniform between the lowest and the configured maximum: mostly clean images would not teach the
-    network to mistrust what the stage below gets wrong.
+    network to mistrust what the stage below gets wrong. Of the kind "discrete" it is one of all 1000, uniformly, and the
+    image has been upsampled.
     """
     if low_res is None or draws.low_res_noise is None or config.noise_conditioning_augmentation == 0:
         return low_res, None
+    if kind == "discrete":
+        index = (draws.augmentation * AUGMENTATION_LEVELS).floor()
+        return augment_upsampled(low_res, augmentation_sigma(index), draws.low_res_noise)
     above = config.noise_conditioning_augmentation - MIN_AUGMENTATION_SIGMA
     low_res_noise_level = MIN_AUGMENTATION_SIGMA + draws.augmentation * above  # (B,)
     return augment_low_res(low_res, low_res_noise_level, draws.low_res_noise, config.sigma_data)

@@ -5,14 +5,15 @@ samples from a network trained so. Outside of it, a noise level is a log-SNR: si
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import torch
 
-from ...diffusion import continuous_ddpm, edm
+from ...diffusion import continuous_ddpm, discrete_ddpm, edm
 from ...diffusion.training_examples import Example, continuous_ddpm_example, edm_example
-from ...schedulers import ContinuousDDPMScheduler, EDMHeunScheduler
+from ...schedulers import ContinuousDDPMScheduler, EDMAdamsScheduler, EDMHeunScheduler
+from ...schedulers.scheduling_utils import ImagenScheduler
 from ..config import TrainingConfig
 from .weightings import LossWeighting, make_weighting
 
@@ -47,7 +48,7 @@ class Objective(ABC):
         """Input, target and weight for images and noise `(B, C, H, W)` at noise levels `(B,)`."""
 
     @abstractmethod
-    def scheduler(self) -> EDMHeunScheduler | ContinuousDDPMScheduler:
+    def scheduler(self) -> ImagenScheduler:
         """What samples from the network."""
 
     def minimized(self, losses: torch.Tensor, log_snr: torch.Tensor) -> torch.Tensor:
@@ -71,6 +72,46 @@ class EDMObjective(Objective):
 
     def scheduler(self) -> EDMHeunScheduler:
         return EDMHeunScheduler(sigma_data=self.sigma_data)
+
+
+class DiscreteObjective(Objective):
+    """Ho et al. 2020 (arXiv 2006.11239): one of N noise levels, uniformly drawn, whose index the network is told.
+
+    The target is the noise. A network that predicts a variance beside it, as DeepFloyd IF's do, is trained on its noise
+    alone: what it says of the variance is no part of the loss.
+
+    Args:
+        beta_schedule (`str`): Of the 1000 betas, by diffusers' name.
+        sigma_data (`float`), weighting (`LossWeighting`, *optional*): As `Objective`.
+        scheduler_config (`dict`, *optional*): Of the scheduler that the stage had before, which is kept but for its
+            class; a new one has no thresholding.
+    """
+
+    def __init__(
+        self,
+        beta_schedule: discrete_ddpm.BetaSchedule,
+        sigma_data: float,
+        weighting: LossWeighting | None = None,
+        scheduler_config: Mapping[str, Any] | None = None,
+    ):
+        super().__init__(sigma_data, weighting)
+        self.beta_schedule, self.scheduler_config = beta_schedule, scheduler_config
+        betas = EDMAdamsScheduler(preconditioning="discrete", beta_schedule=beta_schedule).config
+        self.log_snrs = discrete_ddpm.trained_log_snrs(
+            betas.num_train_timesteps, beta_schedule, betas.beta_start, betas.beta_end
+        )
+
+    def draw_log_snr(self, count: int, generator: torch.Generator, stratified: bool = False) -> torch.Tensor:
+        index = edm.draw_uniform(count, generator, stratified=stratified) * len(self.log_snrs)
+        return self.log_snrs[index.long()].float()
+
+    def example(self, x_0: torch.Tensor, noise: torch.Tensor, log_snr: torch.Tensor) -> Example:
+        index = discrete_ddpm.log_snr_to_index(log_snr, self.log_snrs)
+        return continuous_ddpm_example(x_0, noise, log_snr)._replace(timestep=index)
+
+    def scheduler(self) -> EDMAdamsScheduler:
+        new = {"preconditioning": "discrete", "beta_schedule": self.beta_schedule}
+        return EDMAdamsScheduler.from_config(self.scheduler_config or new, sigma_data=self.sigma_data)
 
 
 class ContinuousDDPMObjective(Objective):
@@ -100,14 +141,26 @@ class ContinuousDDPMObjective(Objective):
         )
 
 
-OBJECTIVES: dict[str, Callable[[TrainingConfig], Objective]] = {
-    "edm": lambda config: EDMObjective(config.p_mean, config.p_std, config.sigma_data, make_weighting(config)),
-    "variance_preserving": lambda config: ContinuousDDPMObjective(
-        config.prediction_type, config.beta_schedule, config.sigma_data, make_weighting(config)
+OBJECTIVES: dict[str, Callable[[TrainingConfig, Mapping[str, Any] | None], Objective]] = {
+    "edm": lambda config, _: EDMObjective(config.p_mean, config.p_std, config.sigma_data, make_weighting(config)),
+    "variance_preserving": lambda config, _: ContinuousDDPMObjective(
+        config.prediction_type,
+        cast(continuous_ddpm.NoiseSchedule, config.beta_schedule),  # as the configuration has checked
+        config.sigma_data,
+        make_weighting(config),
+    ),
+    "discrete": lambda config, scheduler_config: DiscreteObjective(
+        config.beta_schedule, config.sigma_data, make_weighting(config), scheduler_config
     ),
 }
 
 
-def make_objective(config: TrainingConfig) -> Objective:
-    """The objective of the preconditioning that a configuration names."""
-    return OBJECTIVES[config.preconditioning](config)
+def make_objective(config: TrainingConfig, scheduler_config: Mapping[str, Any] | None = None) -> Objective:
+    """The objective of the preconditioning that a configuration names.
+
+    Args:
+        config (`TrainingConfig`): The settings.
+        scheduler_config (`dict`, *optional*): Of the scheduler of the stage that is trained further, if it was trained
+            for the same.
+    """
+    return OBJECTIVES[config.preconditioning](config, scheduler_config)

@@ -16,7 +16,7 @@ class LossWeighting(torch.nn.Module):
     """The uniform weighting, and the base class of the others.
 
     A loss is of the network's output, with the weight that belongs to its preconditioning: `lambda(sigma) c_out^2` of
-    EDM, which is 1, and 1 of variance-preserving networks. So noise levels count alike here.
+    EDM, which is 1, and 1 of variance-preserving networks, discrete ones among them. So noise levels count alike here.
 
     Attributes:
         preconditionings (`tuple[str, ...]`): The values of `TrainingConfig.preconditioning` that it is for.
@@ -24,7 +24,7 @@ class LossWeighting(torch.nn.Module):
             refuse them.
     """
 
-    preconditionings: tuple[str, ...] = ("edm", "variance_preserving")
+    preconditionings: tuple[str, ...] = ("edm", "variance_preserving", "discrete")
     settings: tuple[str, ...] = ()
 
     @classmethod
@@ -44,7 +44,7 @@ class LossWeighting(torch.nn.Module):
 class MinSNRWeighting(LossWeighting):
     """`min(SNR, gamma)` of the image's loss (Hang et al. 2023), for a variance-preserving network."""
 
-    preconditionings = ("variance_preserving",)
+    preconditionings = ("variance_preserving", "discrete")
     settings = ("snr_gamma",)
 
     def __init__(self, prediction_type: continuous_ddpm.PredictionType, snr_gamma: float):

@@ -6,6 +6,7 @@ more than small files and the headers of large ones are read.
 
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,17 @@ import diffusers
 import torch
 import transformers
 from diffusers import SchedulerMixin
+from diffusers.pipelines import deepfloyd_if
+from diffusers.pipelines.deepfloyd_if import IFSafetyChecker, IFWatermarker
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..models.interface import StageNetwork
-from ..utils.arguments import shown
-from ..utils.errors import one_line
-from ..utils.files import read_json_object
-from ..utils.modules import first_names
-from .stage_table import BASE
+from ...models.interface import StageNetwork
+from ...utils.arguments import shown
+from ...utils.errors import one_line
+from ...utils.files import read_json_object
+from ...utils.modules import first_names
+from ..stage_table import BASE
 
 
 INDEX = "model_index.json"
@@ -30,14 +33,25 @@ CONFIGS = {
     "scheduler": "scheduler_config.json",
     "text_encoder": "config.json",
     "tokenizer": "tokenizer_config.json",
+    "safety_checker": "config.json",
+    "feature_extractor": "preprocessor_config.json",
+    "watermarker": "config.json",
 }
 # where a pipeline's classes come from, and what they are, by the end of a component's name
-LIBRARIES = {"diffusers_imagen": diffusers, "diffusers": diffusers, "transformers": transformers}
+LIBRARIES = {
+    "diffusers_imagen": diffusers,
+    "diffusers": diffusers,
+    "transformers": transformers,
+    "deepfloyd_if": deepfloyd_if,
+}
 KINDS = {
     "unet": StageNetwork,
     "scheduler": SchedulerMixin,
     "text_encoder": PreTrainedModel,
     "tokenizer": PreTrainedTokenizerBase,
+    "safety_checker": IFSafetyChecker,
+    "feature_extractor": BaseImageProcessor,
+    "watermarker": IFWatermarker,
 }
 SETTINGS = ("scale_factor", "call_defaults", "clean_caption", "origin")  # of a pipeline, beside its components
 REQUIRED = {
@@ -127,6 +141,8 @@ def check_component(folder: Path, name: str, component_class: type, variant: str
     if issubclass(component_class, PreTrainedModel):
         check_encoder(path, config)
         return
+    if issubclass(component_class, BaseImageProcessor):
+        return
     if config.get("_class_name") != component_class.__name__:
         raise ValueError(
             f"'{config_file}' is of {shown(config.get('_class_name'))}, but should be of {component_class.__name__}."
@@ -190,7 +206,8 @@ def read_headers(folder: Path, variant: str | None = None) -> dict[str, tuple[st
 
 def check_encoder(folder: Path, config: dict[str, Any]) -> None:
     """Raises ValueError for more layers than anybody waits for, which transformers makes one by one, or for integers."""
-    for name, value in config.items():
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]  # CLIP has one of each tower
+    for name, value in (entry for part in parts for entry in part.items()):
         if "layers" in name and isinstance(value, (int, float)) and value > MAX_ENCODER_LAYERS:
             raise ValueError(f"'{folder}' has `{name}` {shown(value)}, but {MAX_ENCODER_LAYERS} layers are the most.")
     if "quantization_config" in config:
@@ -201,9 +218,12 @@ def check_encoder(folder: Path, config: dict[str, Any]) -> None:
 
 
 def check_pipeline_folder(
-    folder: str | os.PathLike, class_names: tuple[str, ...], variant: str | None = None
+    folder: str | os.PathLike,
+    class_names: tuple[str, ...],
+    variant: str | None = None,
+    left_out: Collection[str] = (),
 ) -> dict[str, Any]:
-    """The classes of a pipeline's components, by name.
+    """The classes of a pipeline's components, by name, without those that are left out.
 
     Raises:
         ValueError: For a folder that holds no pipeline of these classes, or whose files do not fit together, as far as
@@ -213,6 +233,7 @@ def check_pipeline_folder(
     if not (folder / INDEX).is_file():
         raise ValueError(f"a folder without a {INDEX}: it holds no pipeline.")
     classes = check_index(read_config(folder / INDEX), class_names)
+    classes = {name: component_class for name, component_class in classes.items() if name not in left_out}
     for name, component_class in classes.items():
         check_component(folder, name, component_class, variant)
     return classes

@@ -1,0 +1,133 @@
+"""`diffusers-imagen convert-if`: DeepFloyd IF in this package's format."""
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+
+from ..pipelines import ImagenCascadePipeline, ImagenPipeline, ImagenSuperResolutionPipeline
+from ..pipelines.loading.deepfloyd_repository import is_deepfloyd
+from ..pipelines.model_card import new_card
+from ..utils.files import check_folder, whole_folder
+from .model_arguments import (
+    DTYPES,
+    UPSCALERS,
+    add_stage_arguments,
+    check_sources,
+    class_of,
+    load_options,
+    naming,
+    sources_of,
+)
+from .parser import Parser
+
+
+LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*")  # files of a repository that go along with its weights
+NONE = "none"
+
+
+def add_parser(commands) -> None:
+    """Adds the command."""
+    command = commands.add_parser(
+        "convert-if",
+        help="write DeepFloyd IF in the format of this package",
+        description="Writes repositories or folders of DeepFloyd IF as one cascade, or one of them as a single stage: for "
+        "--model of the other commands, for from_pretrained, and to train further. All weights of the result are in "
+        "memory at once. For repositories that need a login, run `hf auth login` first.",
+    )
+    add_stage_arguments(command, "folder or Hub id of the base stage, such as DeepFloyd/IF-I-M-v1.0", ", or none")
+    command.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="of the weights that are written; default: float16 with --variant fp16, else float32",
+    )
+    add_output_argument(command)
+    command.set_defaults(run=convert_if)
+
+
+def add_output_argument(command: Parser) -> None:
+    """Where a folder goes."""
+    command.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="new or empty folder to write")
+
+
+def convert_if(args: argparse.Namespace) -> None:
+    """Writes the folder, whole or not at all, and says what is in it."""
+    if args.model is None and all(getattr(args, name) is None for name in UPSCALERS):
+        raise ValueError("`model` is not given: name the base stage, or a super-resolution stage alone as --sr256.")
+    check_output_folder(args.output)
+    given = sources_of(args)
+    check_sources(given, upscaler_alone=True)
+    check_if(given)
+    args.dtype = args.dtype or ("float16" if args.variant == "fp16" else "float32")
+    pipe = read_stages(args, given)
+    print(f"writing {args.output} ...", flush=True)
+    with whole_folder(args.output) as partial:
+        licences = copy_licences(given, partial)
+        pipe.write_card(new_card(pipe.describe(args.output.resolve().name)), partial / "README.md")
+        pipe.save_pretrained(partial)
+    report(args.output, pipe, licences)
+
+
+def check_output_folder(folder: Path) -> None:
+    """Refuses a folder that cannot be written, or has something in it."""
+    check_folder(folder, "output")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"`output` is '{folder}', which has files in it: name a new folder.")
+
+
+def check_if(given: dict[str, str]) -> None:
+    """Refuses what is no stage of DeepFloyd IF."""
+    for name, source in given.items():
+        found = class_of(name, source)
+        if not is_deepfloyd(found):
+            raise ValueError(
+                f"`{name}` is '{source}', which is of {found}, but should be of IFPipeline or IFSuperResolutionPipeline."
+            )
+
+
+def read_stages(args: argparse.Namespace, given: dict[str, str]):
+    """The stages as a pipeline of this package: of one stage alone, or a cascade."""
+    options = load_options(args)
+    if options.get("text_encoder") == NONE:
+        options |= {"text_encoder": None, "tokenizer": None}
+    print(f"reading {', '.join(given.values())} ...", flush=True)
+    if len(given) > 1:
+        upscalers = {name: source for name, source in given.items() if name != "model"}
+        with naming("base", "model"):
+            return ImagenCascadePipeline.from_stages(given["model"], **upscalers, **options)
+    ((name, source),) = given.items()
+    pipeline_class = ImagenPipeline if name == "model" else ImagenSuperResolutionPipeline
+    with naming("source", name):
+        return pipeline_class.from_stage(source, **options)
+
+
+def copy_licences(given: dict[str, str], folder: Path) -> list[str]:
+    """Copies the files of the licences that come with the weights; of two of the same name and other words, both.
+
+    Returns:
+        Their names.
+    """
+    names = []
+    for stage, source in given.items():
+        is_local = os.path.isdir(source)
+        origin = Path(source if is_local else snapshot_download(source, allow_patterns=list(LICENCES)))
+        for path in sorted(path for pattern in LICENCES for path in origin.glob(pattern) if path.is_file()):
+            target = folder / path.name
+            if target.exists() and target.read_bytes() != path.read_bytes():
+                target = folder / f"{path.stem}-{stage}{path.suffix}"
+            shutil.copyfile(path, target)
+            names.append(target.name)
+    return sorted(set(names))
+
+
+def report(folder: Path, pipe, licences: list[str]) -> None:
+    """Says what was written, and how large it is."""
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    print(f"{folder}: {type(pipe).__name__}, {size / 2**30:.2f} GiB")
+    parts = {name: part for name, part in pipe.components.items() if hasattr(part, "num_parameters")}
+    for name, part in parts.items():
+        print(f"  {name:<16}{type(part).__name__:<28}{part.num_parameters() / 1e6:>10,.1f} M parameters  {part.dtype}")
+    if licences:
+        print(f"  with {', '.join(licences)}")

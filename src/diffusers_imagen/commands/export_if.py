@@ -1,0 +1,67 @@
+"""`diffusers-imagen export-if`: a stage of DeepFloyd IF back in diffusers' format."""
+
+import argparse
+
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub import ModelCard
+
+from ..conversion import pipeline_to_deepfloyd
+from ..pipelines.loading.folders import SINGLE_STAGES, check_source, load_pipeline_folder, loading
+from ..pipelines.model_card import PACKAGE, add_license, new_card
+from ..pipelines.origin import list_origins
+from ..utils.files import whole_folder
+from .convert_if import add_output_argument, check_output_folder, copy_licences, report
+from .model_arguments import CASCADE, DTYPES
+
+
+CARD = """\
+# {name}
+
+A stage of DeepFloyd IF for `{class_name}` of diffusers, written by [diffusers-imagen]({package}).
+"""
+
+
+def add_parser(commands) -> None:
+    """Adds the command."""
+    command = commands.add_parser(
+        "export-if",
+        help="write a stage of DeepFloyd IF in diffusers' format",
+        description="Writes a stage of DeepFloyd IF that this package has, trained further or not, as the folder of an "
+        "IFPipeline or IFSuperResolutionPipeline of diffusers.",
+    )
+    command.add_argument("model", help="folder or Hub id of the stage, or of a cascade with it")
+    command.add_argument("--stage", help="which one of a cascade: base or sr256")
+    command.add_argument("--variant", help="of the files of weights that are read and written, such as fp16")
+    command.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
+    add_output_argument(command)
+    command.set_defaults(run=export_if)
+
+
+def export_if(args: argparse.Namespace) -> None:
+    """Writes the folder, whole or not at all, and says what is in it."""
+    check_output_folder(args.output)
+    check_source("model", args.model)
+    with loading("model", args.model):
+        pipe = load_pipeline_folder(
+            DiffusionPipeline,
+            args.model,
+            (CASCADE, *SINGLE_STAGES),
+            dtype=getattr(torch, args.dtype),
+            variant=args.variant,
+        )
+    theirs = pipeline_to_deepfloyd(pipe, args.stage)
+    origin = pipe.config.origin or {}
+    card = make_card(args.output.resolve().name, type(theirs).__name__, list_origins(origin.get(args.stage, origin)))
+    with whole_folder(args.output) as partial:
+        licences = copy_licences({"model": args.model}, partial)
+        card.save(partial / "README.md")
+        theirs.save_pretrained(partial, variant=args.variant)
+    report(args.output, theirs, licences)
+
+
+def make_card(name: str, class_name: str, origins: list[dict[str, str]]) -> ModelCard:
+    """A card with the license that copies and derivatives carry."""
+    card = new_card(CARD.format(name=name, class_name=class_name, package=PACKAGE))
+    add_license(card, origins)
+    return card

@@ -1,0 +1,93 @@
+"""`diffusers-imagen export-nemo`: a stage as an archive of NVIDIA NeMo."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..pipelines.stage_table import STAGES
+from ..utils.files import check_writable, read_json_object
+from .convert_nemo import RECORD
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Adds the command to the command line."""
+    parser = commands.add_parser(
+        "export-nemo",
+        help="write a stage as an archive of NVIDIA NeMo",
+        description="Writes the network of a stage folder, or of one stage of a cascade, as a .nemo archive: NeMo's names, "
+        "its configuration, and the weights as they are. A stage that NeMo has no network for is refused.",
+    )
+    parser.add_argument("folder", type=Path, help="folder of a stage or a cascade")
+    names = [kind.name for kind in STAGES]
+    parser.add_argument("--stage", choices=names, default=names[0], help="of a cascade; default: %(default)s")
+    parser.add_argument("--output", type=Path, required=True, metavar="base.nemo", help="file to write")
+    parser.set_defaults(run=export_nemo)
+
+
+def export_nemo(args: argparse.Namespace) -> None:
+    """Writes the archive."""
+    from ..conversion.nemo_export import export_nemo, nemo_config
+
+    check_writable(args.output, "output")
+    prefix = f"{args.stage}_" if (args.folder / f"{args.stage}_unet").is_dir() else ""
+    if not (args.folder / f"{prefix}unet").is_dir():
+        raise ValueError(f"`folder` is '{args.folder}', which has neither unet/ nor {args.stage}_unet/.")
+    unet, weights = read_network(args.folder / f"{prefix}unet")
+    scheduler = read_scheduler(args.folder / f"{prefix}scheduler")
+    recorded = read_record(args.folder, args.stage)
+    config = nemo_config(unet, scheduler, read_token_length(args.folder), recorded)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    count = export_nemo(unet, weights, config, args.output)
+    print(f"{args.output}: {unet.num_parameters():,} parameters, {count} tensors")
+
+
+def read_network(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """The network of a folder without weights, and its weights, mapped from the disk."""
+    from safetensors import safe_open
+
+    from ..models import EfficientUNetModel, ImagenUNetModel
+    from ..pipelines.loading.folder_checks import check_component, describe_network, read_config
+
+    config = read_config(folder / "config.json")
+    unet = describe_network(config)
+    if not isinstance(unet, (ImagenUNetModel, EfficientUNetModel)):
+        raise ValueError(f"'{folder}' has a {type(unet).__name__}, which NeMo does not have.")
+    check_component(folder.parent, folder.name, type(unet))
+    weights: dict[str, Any] = {}
+    for path in sorted(folder.glob("diffusion_pytorch_model*.safetensors")):
+        with safe_open(path, "pt") as file:
+            weights |= {name: file.get_tensor(name) for name in file.keys()}
+    missing = [name for name in unet.state_dict() if name not in weights]
+    if missing:
+        raise ValueError(f"'{folder}' has no safetensors file with {missing[0]}.")
+    return unet, weights
+
+
+def read_scheduler(folder: Path) -> Any:
+    """The scheduler of a folder."""
+    from diffusers import SchedulerMixin
+
+    from ..pipelines.loading.folder_checks import CONFIGS, find_class, read_config
+
+    config = read_config(folder / CONFIGS["scheduler"])
+    return find_class("scheduler", ["diffusers", config.get("_class_name")], SchedulerMixin).from_config(config)
+
+
+def read_record(folder: Path, stage: str) -> dict[str, Any] | None:
+    """The NeMo configuration that a stage was converted from, if it was."""
+    path = folder / RECORD
+    if not path.is_file():
+        return None
+    stages = read_json_object(path).get("stages")
+    report = stages.get(stage, next(iter(stages.values()), None)) if isinstance(stages, dict) else None
+    config = report.get("config") if isinstance(report, dict) else None
+    if not isinstance(config, dict):
+        raise ValueError(f"'{path}' has no configuration of the stage `{stage}`.")
+    return config
+
+
+def read_token_length(folder: Path) -> int | None:
+    """Tokens of a text, if the folder has a tokenizer that is limited."""
+    path = folder / "tokenizer" / "tokenizer_config.json"
+    limit = read_json_object(path).get("model_max_length") if path.is_file() else None
+    return limit if type(limit) is int and limit < 2**20 else None

@@ -1,0 +1,215 @@
+"""The model of a command: a cascade, or stages that are composed; its samplers, and where it computes."""
+
+import argparse
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+from ..pipelines import ImagenCascadePipeline, ImagenSuperResolutionPipeline
+from ..pipelines.loading.folder_checks import INDEX, read_config
+from ..pipelines.loading.folders import check_source, download_index, load_pipeline_folder, load_text_parts, loading
+from ..pipelines.loading.stage_loading import check_stage_source
+from ..pipelines.stage_table import MOST_STEPS, STAGES
+from ..pipelines.stages import check_stages, refuse_untrained
+from ..schedulers import EDMAdamsScheduler, EDMHeunScheduler
+from .parser import Parser
+
+
+# an editable install finds the cascade that the repository ships
+SHIPPED_MODEL = Path(__file__).resolve().parents[3] / "checkpoints" / "imagen-emoji"
+UPSCALERS = tuple(kind.name for kind in STAGES if kind.takes_low_res)
+CASCADE = "ImagenCascadePipeline"
+DTYPES = ("float32", "bfloat16", "float16")
+SUPER_RESOLUTION = (
+    "SuperResolutionPipeline"  # ends the names of this package's class, and of diffusers' for DeepFloyd IF
+)
+SCHEDULERS = {"adams": EDMAdamsScheduler, "heun": EDMHeunScheduler}
+
+
+def add_model_arguments(command: Parser) -> None:
+    """Which model, where and in which precision."""
+    add_stage_arguments(
+        command,
+        "folder or Hub id of a cascade, or of a base stage, such as DeepFloyd/IF-I-M-v1.0; default: the shipped cascade",
+    )
+    command.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights; default: %(default)s")
+    command.add_argument(
+        "--scheduler",
+        choices=("model", *SCHEDULERS),
+        default="model",
+        help="sampler of every stage: the one that was saved, or one that needs fewer steps; default: %(default)s",
+    )
+    command.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s"
+    )
+    command.add_argument(
+        "--offload",
+        choices=("model", "sequential"),
+        help="keep in CPU memory what does not run: whole models, or layers, which takes least memory and most time",
+    )
+
+
+def add_stage_arguments(command: Parser, model_help: str, or_none: str = "") -> None:
+    """Which stages and which text encoder, and which of their files."""
+    command.add_argument("--model", help=model_help)
+    for kind in STAGES:
+        if kind.takes_low_res:
+            command.add_argument(
+                f"--{kind.name}",
+                help=f"folder or Hub id of the stage to {kind.resolution} px, where --model is a stage",
+            )
+    command.add_argument(
+        "--text-encoder",
+        help=f"folder or Hub id with text_encoder/ and tokenizer/{or_none}; default: the one of the model",
+    )
+    command.add_argument("--variant", help="of the files of weights, such as fp16")
+
+
+def check_model(args: argparse.Namespace, upscaler_alone: bool = False) -> None:
+    """Refuses what can be refused of the model before anything is read: options that do not go together.
+
+    Args:
+        args: With the options of `add_model_arguments`.
+        upscaler_alone: Whether an upscaler without a base stage is a model for this command.
+    """
+    if args.offload is not None and torch.device(args.device).type == "cpu":
+        raise ValueError(
+            f"`offload` is {args.offload!r}, but `device` is {args.device!r}, where there is nothing to make room on."
+        )
+    check_sources(sources_of(args), upscaler_alone)
+
+
+def check_sources(given: dict[str, str], upscaler_alone: bool) -> None:
+    """Raises ValueError for what is no folder of a stage and no Hub id, and for upscalers without what they enlarge."""
+    if "model" not in given and len(given) > upscaler_alone:
+        name = next(iter(given))
+        one = ", or one such stage alone" if upscaler_alone else ""
+        raise ValueError(
+            f"`{name}` is {given[name]!r}, but needs the base stage whose images it enlarges: give --model{one}."
+        )
+    for name, source in given.items():
+        check_stage_source(name, source)
+
+
+def sources_of(args: argparse.Namespace) -> dict[str, str]:
+    """The folders and Hub ids of the stages that were named, by option; the shipped cascade if none was."""
+    given = {name: getattr(args, name) for name in ("model", *UPSCALERS) if getattr(args, name) is not None}
+    return given or {"model": str(SHIPPED_MODEL)}
+
+
+def load_pipeline(args: argparse.Namespace) -> ImagenCascadePipeline | ImagenSuperResolutionPipeline:
+    """The model that the options name, with their samplers, where they say; after `check_model`.
+
+    Raises:
+        ValueError: If there is none, or one that was never trained, or its stages do not fit together.
+    """
+    return place(load_stages(args), args)
+
+
+def load_stages(args: argparse.Namespace) -> ImagenCascadePipeline | ImagenSuperResolutionPipeline:
+    """The model in CPU memory, as it was saved."""
+    given, options = sources_of(args), load_options(args)
+    if is_cascade(given):
+        if "text_encoder" in options:
+            options |= load_text_parts(options.pop("text_encoder"), **options)
+        return load_cascade(given["model"], **options)
+    if "model" not in given:
+        ((name, source),) = given.items()
+        with naming("source", name):
+            return ImagenSuperResolutionPipeline.from_stage(source, **options)
+    with naming("base", "model"):
+        return ImagenCascadePipeline.from_stages(given.pop("model"), **given, **options)
+
+
+def load_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What loading is told beside the stages."""
+    options = {"dtype": getattr(torch, args.dtype), "variant": args.variant}
+    return options if args.text_encoder is None else {**options, "text_encoder": args.text_encoder}
+
+
+def load_cascade(model: str, **options: Any) -> ImagenCascadePipeline:
+    """A cascade from a folder or from the Hub; ValueError if there is none, or one that was never trained."""
+    check_source("model", model)
+    with loading("model", model):
+        pipe = load_pipeline_folder(ImagenCascadePipeline, model, (CASCADE,), **options)
+        check_stages(pipe.stages, pipe.text_width)
+    refuse_untrained(pipe.stages)
+    return pipe
+
+
+def is_cascade(given: dict[str, str]) -> bool:
+    """Whether the model is a whole cascade and no base stage; one small file is read, or downloaded.
+
+    Raises:
+        ValueError: For stages beside a cascade.
+    """
+    if "model" not in given or class_of("model", given["model"]) != CASCADE:
+        return False
+    for name in given.keys() - {"model"}:
+        raise ValueError(
+            f"`{name}` is '{given[name]}', but `model` '{given['model']}' is a whole cascade: give its base stage as --model."
+        )
+    return True
+
+
+def class_of(name: str, source: str) -> str | None:
+    """The class that the `model_index.json` of a folder or repository names; None for a stage that has none."""
+    with loading(name, source):
+        if os.path.isdir(source):
+            path = os.path.join(source, INDEX)
+            return read_config(path).get("_class_name") if os.path.exists(path) else None
+        try:
+            return read_config(download_index(source, {})).get("_class_name")
+        except LocalEntryNotFoundError:  # offline, and not in the cache
+            raise
+        except EntryNotFoundError:
+            return None
+
+
+@contextmanager
+def naming(argument: str, option: str) -> Iterator[None]:
+    """Inside, a ValueError about an argument of Python is one about the option that it came from."""
+    try:
+        yield
+    except ValueError as error:
+        rest = str(error).removeprefix(f"`{argument}` is ")
+        if rest == str(error):
+            raise
+        raise ValueError(f"`{option}` is {rest}") from error
+
+
+def place(pipe: DiffusionPipeline, args: argparse.Namespace) -> Any:
+    """The pipeline with the schedulers that were asked for, on the device."""
+    if args.scheduler != "model":
+        use_scheduler(pipe, args.scheduler)
+    if args.offload == "model":
+        pipe.enable_model_cpu_offload(device=args.device)
+    elif args.offload == "sequential":
+        pipe.enable_sequential_cpu_offload(device=args.device)
+    else:
+        pipe.to(args.device)
+    return pipe
+
+
+def use_scheduler(pipe: DiffusionPipeline, name: str) -> None:
+    """Replaces each stage's scheduler by one of this name for the same network, and default steps by as many as it needs.
+
+    Raises:
+        ValueError: If the configuration of a scheduler has a meaning that the other one does not know.
+    """
+    scheduler_class, most = SCHEDULERS[name], MOST_STEPS[name]
+    by_stage = {}
+    for stage in pipe.stages:
+        component = stage.kind.scheduler if isinstance(pipe, ImagenCascadePipeline) else "scheduler"
+        with loading("scheduler", name):
+            setattr(pipe, component, scheduler_class.from_config(stage.scheduler.config))
+        steps = min(stage.defaults.num_inference_steps, most[not stage.is_base])
+        by_stage[stage.name] = {**stage.defaults._asdict(), "num_inference_steps": steps}
+    is_cascade = isinstance(pipe, ImagenCascadePipeline)
+    pipe.register_to_config(call_defaults=by_stage if is_cascade else by_stage[stage.name])

@@ -1,0 +1,63 @@
+"""A stage of DeepFloyd IF, trained further or not, as the pipeline of diffusers that it came from."""
+
+from typing import Any
+
+from diffusers import DDPMScheduler, DiffusionPipeline, IFPipeline, IFSuperResolutionPipeline, SchedulerMixin
+
+from ..schedulers.foreign_configs import is_discrete
+from ..utils.arguments import bad_argument, check_choice
+from ..utils.modules import unwrapped
+from .deepfloyd import unet_to_deepfloyd
+
+
+PARTS = ("tokenizer", "text_encoder", "safety_checker", "feature_extractor", "watermarker")  # beside the stage's own
+
+
+def pipeline_to_deepfloyd(pipe: DiffusionPipeline, stage: str | None = None) -> IFPipeline | IFSuperResolutionPipeline:
+    """A stage as diffusers' `IFPipeline` or `IFSuperResolutionPipeline`, which shares the memory of its weights.
+
+    Tokenizer, text encoder, safety checker and watermark are those of the pipeline. A scheduler of this package, which
+    those pipelines do not drive, becomes the `DDPMScheduler` of its configuration.
+
+    Args:
+        pipe ([`ImagenPipeline`], [`ImagenSuperResolutionPipeline`] or [`ImagenCascadePipeline`]): What has the stage.
+        stage (`str`, *optional*): Its name, where there are several.
+
+    Raises:
+        ValueError: If there is no such stage, or its network or scheduler is none of DeepFloyd IF's.
+    """
+    found = find_stage(pipe, stage)
+    parts = {name: getattr(pipe, name) for name in PARTS}
+    try:
+        parts["unet"] = unet_to_deepfloyd(unwrapped(found.unet))
+    except ValueError as error:
+        raise ValueError(f"The network of the stage `{found.name}` is none of DeepFloyd IF's: {error}") from error
+    parts["scheduler"] = scheduler_to_deepfloyd(found.scheduler)
+    parts["requires_safety_checker"] = pipe.safety_checker is not None
+    if found.is_base:
+        return IFPipeline(**parts)
+    noising = DDPMScheduler(beta_schedule="squaredcos_cap_v2")  # as all of IF's upscalers were trained
+    return IFSuperResolutionPipeline(**parts, image_noising_scheduler=noising)
+
+
+def find_stage(pipe: DiffusionPipeline, name: str | None) -> Any:
+    """The stage of this name; without one the only stage, ValueError if there are several."""
+    stages = {stage.name: stage for stage in pipe.stages}
+    if name is None and len(stages) > 1:
+        raise bad_argument("stage", name, f"one of {', '.join(stages)}: diffusers has a pipeline a stage")
+    if name is None:
+        name = next(iter(stages))
+    check_choice("stage", name, tuple(stages))
+    return stages[name]
+
+
+def scheduler_to_deepfloyd(scheduler: SchedulerMixin) -> SchedulerMixin:
+    """A scheduler that diffusers' pipelines of IF drive: its own as it is, for one of ours DDPM with learned variance."""
+    if not hasattr(scheduler.config, "preconditioning"):
+        return scheduler
+    if not is_discrete(scheduler.config):
+        raise bad_argument(
+            "preconditioning", scheduler.config.preconditioning, "'discrete' in a stage of DeepFloyd IF"
+        )
+    config = {name: value for name, value in scheduler.config.items() if name != "preconditioning"}
+    return DDPMScheduler.from_config(config, variance_type="learned_range")

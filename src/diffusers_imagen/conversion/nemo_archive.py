@@ -1,0 +1,180 @@
+"""What NeMo left on the disk: archives `.nemo`, Lightning's checkpoints and their folders, opened for conversion."""
+
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from ..utils.arguments import bad_argument, shown
+from ..utils.yaml import read_yaml
+from .nemo_distributed import is_distributed, open_distributed
+from .nemo_weights import ZIP, RankWeights, TorchFile, Weights
+from .safe_tar import extract_members
+
+
+CONFIG, WEIGHTS = "model_config.yaml", "model_weights"
+HPARAMS = "hparams.yaml"  # that Lightning's loggers write, beside the folder of checkpoints
+EMA = "-EMA"  # at the end of the name of the averaged weights
+PICKLE = b"\x80"  # how torch's older files begin
+RANK = re.compile(r"mp_rank_\d+|tp_rank_\d+(_pp_rank_\d+)?")
+
+Config = str | os.PathLike | Mapping[str, Any]
+
+
+class NemoCheckpoint(NamedTuple):
+    """A checkpoint that is open."""
+
+    name: str  # of its file
+    config: dict[str, Any]  # the `model:` section
+    weights: Weights
+    left_out: dict[str, str]  # what else it holds, and why that is not converted
+
+
+@contextmanager
+def open_nemo(
+    source: str | os.PathLike,
+    config: Config | None = None,
+    ema: bool = False,
+    name: str = "source",
+    scratch: Path | None = None,
+) -> Iterator[NemoCheckpoint]:
+    """Opens an archive or checkpoint for as long as the context lasts.
+
+    Args:
+        source: A `.nemo` archive (tar, plain or compressed by gzip), the folder that it was unpacked to, a `.ckpt` of
+            Lightning, or the folder of a distributed one.
+        config: NeMo's configuration, where `source` has none, or another is to be taken: a YAML file or a mapping, the
+            whole of it, the `model:` section, or Lightning's `hparams.yaml`.
+        ema: Whether to take the averaged weights, which NeMo wrote beside as `NAME-EMA.ckpt`.
+        name: The argument that named the source, for messages.
+        scratch: A folder for the weights of an archive while they are read; by default one of the system.
+
+    Raises:
+        ValueError: If there is no such checkpoint, it is damaged or asks for code, or has no configuration.
+    """
+    path = find_source(source, ema, name)
+    what = f"`{name}` is '{path}', which"
+    given = None if config is None else read_config(config, f"{name}_config")
+    if path.is_dir():
+        yield describe(path, path, given, what)
+    elif kind_of(path, what) == "torch":
+        yield describe(path, None, given, what)
+    else:
+        with tempfile.TemporaryDirectory(dir=scratch, prefix=".nemo-") as folder:
+            extract_members(path, Path(folder), is_needed)
+            yield describe(path, Path(folder), given, what)
+
+
+def find_source(source: str | os.PathLike, ema: bool, name: str) -> Path:
+    """The file or folder that is opened; ValueError if it is not there."""
+    if not isinstance(source, (str, os.PathLike)) or "\0" in os.fspath(source):
+        raise bad_argument(name, source, "a file or folder of NeMo's")
+    path = averaged(Path(source), name) if ema else Path(source)
+    if not path.exists():
+        raise ValueError(f"`{name}` is '{path}', which is not there.")
+    return path
+
+
+def averaged(path: Path, name: str) -> Path:
+    """The file of the averaged weights beside a checkpoint."""
+    if path.stem.endswith(EMA):
+        return path
+    companion = path.with_name(f"{path.stem}{EMA}{path.suffix}")
+    if not companion.exists():
+        raise ValueError(
+            f"`ema` is given, but `{name}` is '{path}', beside which there is no '{companion.name}': NeMo writes averages "
+            "there, or as the weights of the archive itself; name the file, or leave `ema` out."
+        )
+    return companion
+
+
+def kind_of(path: Path, what: str) -> str:
+    """ "torch" for a file of `torch.save`, by how it begins; else "tar"."""
+    if not path.is_file():
+        raise ValueError(f"{what} is no regular file.")  # a pipe would never end
+    with open(path, "rb") as file:
+        begin = file.read(4)
+    return "torch" if begin == ZIP or begin[:1] == PICKLE else "tar"
+
+
+def is_needed(name: PurePosixPath) -> bool:
+    """Whether a member of an archive is read: its configuration and weights, not what else NeMo packed."""
+    return name.name == CONFIG or name.suffix == ".ckpt" or WEIGHTS in name.parts[:-1]
+
+
+def describe(path: Path, folder: Path | None, given: dict[str, Any] | None, what: str) -> NemoCheckpoint:
+    """A checkpoint of a file, or of the folder that an archive was unpacked to."""
+    weights = TorchFile(path, what) if folder is None else open_folder(folder, what)
+    files = list(weights.ranks.values()) if isinstance(weights, RankWeights) else [weights]
+    left_out = {
+        section: "not part of a network: training goes on from the weights with a new optimizer"
+        for file in files
+        if isinstance(file, TorchFile)
+        for section in file.sections
+    }
+    left_out |= dict.fromkeys(getattr(weights, "dropped", ()), "no tensor of weights")
+    settings = [file.settings for file in files if isinstance(file, TorchFile)]
+    return NemoCheckpoint(path.name, find_config(path, folder, given, settings, what), weights, left_out)
+
+
+def open_folder(folder: Path, what: str) -> Weights:
+    """The weights in a folder, in whichever form NeMo left them."""
+    places = [folder, *(place for place in folder.rglob(WEIGHTS) if place.is_dir())]
+    distributed = [place for place in places if is_distributed(place)]
+    if distributed:
+        return open_distributed(distributed[0], what)
+    files = sorted(path for path in folder.rglob("*.ckpt") if path.is_file())
+    ranks = {path.parent.name: path for path in files if RANK.fullmatch(path.parent.name)}
+    if ranks and len(ranks) == len(files):
+        opened = {name: TorchFile(path, f"{what} has {shown(name)}, which") for name, path in ranks.items()}
+        return RankWeights(opened, what)
+    if len(files) != 1:
+        raise ValueError(
+            f"{what} has {len(files)} files of weights, {[path.name for path in files[:5]]}, but should have one, one a "
+            "rank, or a distributed checkpoint."
+        )
+    return TorchFile(files[0], what)
+
+
+def find_config(
+    path: Path, folder: Path | None, given: dict[str, Any] | None, settings: list[dict | None], what: str
+) -> dict[str, Any]:
+    """The `model:` section: the one that was given, in the archive, in the checkpoint, or beside it."""
+    if given is not None:
+        return given
+    places = [] if folder is None else sorted(folder.rglob(CONFIG))[:1]
+    beside = [path.parent / HPARAMS, path.parent.parent / HPARAMS]
+    found = model_section(next((part for part in settings if part), None))
+    if places:
+        found = model_section(read_yaml(places[0], CONFIG, number_keys=True))
+    elif found is None:
+        files = [place for place in beside if place.is_file()]
+        found = model_section(read_yaml(files[0], HPARAMS, number_keys=True)) if files else None
+    if found is None:
+        raise ValueError(
+            f"{what} has no configuration with a section `unet`: give NeMo's YAML, or Lightning's {HPARAMS}, beside it."
+        )
+    return found
+
+
+def read_config(config: Config, name: str) -> dict[str, Any]:
+    """The `model:` section of a configuration that was given."""
+    is_file = isinstance(config, (str, os.PathLike))
+    found = model_section(read_yaml(config, name, number_keys=True) if is_file else config)  # type: ignore[arg-type]
+    if found is None:
+        raise bad_argument(name, config, "a configuration of NeMo's, with a section `unet`")
+    return found
+
+
+def model_section(config: Any) -> dict[str, Any] | None:
+    """The section with `unet` in it: the whole, or what is under `model`, or `cfg`, as Lightning calls it."""
+    for _ in range(4):
+        if not isinstance(config, Mapping):
+            return None
+        if "unet" in config:
+            return dict(config)
+        config = config.get("cfg", config.get("model"))
+    return None

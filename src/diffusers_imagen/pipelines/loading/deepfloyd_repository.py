@@ -1,0 +1,232 @@
+"""Stages of DeepFloyd IF: diffusers' pipeline of one, in a folder, on the Hub or loaded, as the parts of a stage here.
+
+The parts are IF's own: the network is renamed (`conversion/deepfloyd.py`) and shares its memory, scheduler, text encoder,
+safety checker and watermark are as they come. `read_deepfloyd` checks the small files of a repository, before weights are
+downloaded.
+"""
+
+import copy
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
+from transformers.utils import is_protobuf_available, is_sentencepiece_available
+
+from ...conversion.deepfloyd import config_from_deepfloyd, unet_from_deepfloyd
+from ...diffusion.continuous_ddpm import log_snr_to_sigma
+from ...diffusion.discrete_ddpm import BetaSchedule, declared_log_snrs
+from ...utils.arguments import bad_argument, shown
+from ...utils.files import HUB_OPTIONS
+from ...utils.modules import quiet_transformers, unwrapped
+from ..schedules import has_levels
+from ..stage_table import SAFETY_PARTS, TEXT_PARTS
+from .folder_checks import CONFIGS, INDEX, KINDS, check_component, find_class, read_config
+from .folders import DOWNLOAD_OPTIONS, download_index, is_hub_id, refusal_of_hub
+
+
+# diffusers' pipelines of IF, the variants of which have the same parts, and whether they enlarge images
+PIPELINES = {
+    "IFPipeline": False,
+    "IFImg2ImgPipeline": False,
+    "IFInpaintingPipeline": False,
+    "IFSuperResolutionPipeline": True,
+    "IFImg2ImgSuperResolutionPipeline": True,
+    "IFInpaintingSuperResolutionPipeline": True,
+}
+COMPONENTS = {
+    "unet": UNet2DConditionModel,
+    "scheduler": SchedulerMixin,
+    "image_noising_scheduler": SchedulerMixin,
+    **{name: KINDS[name] for name in (*TEXT_PARTS, *SAFETY_PARTS)},
+}
+MAX_TOKENS = 77  # that the networks were trained with; the tokenizer's own limit is 512
+BASE_RESOLUTION = 64  # of the images that stage II was trained to enlarge
+NUM_TRAIN_TIMESTEPS = 1000
+BETA_SCHEDULE: BetaSchedule = "squaredcos_cap_v2"
+NOISE_INDEX = 250  # of the low-resolution image, in IFSuperResolutionPipeline
+LICENSE = "deepfloyd"
+
+
+def is_deepfloyd(class_name: Any) -> bool:
+    """Whether a `model_index.json` with this `_class_name` is of a pipeline of IF."""
+    return isinstance(class_name, str) and class_name in PIPELINES
+
+
+def call_defaults(upscales: bool) -> dict[str, float]:
+    """What IFPipeline and IFSuperResolutionPipeline are called with where a call does not say."""
+    if not upscales:
+        return {"num_inference_steps": 100, "guidance_scale": 7.0}
+    noise = log_snr_to_sigma(declared_log_snrs(BETA_SCHEDULE)[NOISE_INDEX]).item()
+    return {"num_inference_steps": 50, "guidance_scale": 4.0, "low_res_noise_level": noise}
+
+
+def find_pipeline(source: str | os.PathLike, options: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
+    """The folder or repository if it is one of IF, else None, and the options of `from_pretrained` to go on with.
+
+    A repository's `model_index.json` is what diffusers would download first too; the options have its commit then, so that
+    nothing is asked twice.
+
+    Raises:
+        ValueError: For a repository that is closed.
+    """
+    if os.path.isdir(source):
+        path = os.path.join(source, INDEX)
+        is_theirs = os.path.isfile(path) and is_deepfloyd(read_config(path).get("_class_name"))
+        return (str(source) if is_theirs else None), options
+    if not is_hub_id(source):
+        return None, options
+    try:
+        index = download_index(str(source), {name: options[name] for name in HUB_OPTIONS if name in options})
+        class_name = read_config(index).get("_class_name")
+    except Exception as error:
+        reason = refusal_of_hub(error, str(source))
+        if reason is not None:
+            raise ValueError(f"`source` is '{source}', which cannot be loaded: {reason}") from error
+        return None, options  # which diffusers says in its own words
+    if is_deepfloyd(class_name):
+        return str(source), options
+    return None, {**options, "revision": Path(index).parent.name}
+
+
+# ---- what small files say
+
+
+def read_deepfloyd(folder: Path, index: dict[str, Any], left_out: Collection[str]) -> dict[str, Any]:
+    """The configuration of the `ImagenUNetModel` that a repository's network becomes, everything small being checked.
+
+    Args:
+        folder: With the repository's JSON files, at least.
+        index: Its `model_index.json`, of a pipeline of IF.
+        left_out: Components that are not going to be loaded.
+
+    Raises:
+        ValueError: For what is none of IF's published kind, and for a tokenizer whose packages are missing.
+    """
+    classes = {}
+    for name, entry in index.items():
+        if name.startswith("_") or name == "requires_safety_checker" or name in left_out or entry == [None, None]:
+            continue
+        if name not in COMPONENTS:
+            raise ValueError(f"its {INDEX} has {shown(name)}, which is no component of {index['_class_name']}.")
+        classes[name] = find_class(name, entry, COMPONENTS[name])
+    for name in ("unet", "scheduler"):
+        if name not in classes:
+            raise ValueError(f"its {INDEX} has no `{name}`, which every {index['_class_name']} needs.")
+    for name, component_class in classes.items():
+        check_component(folder, name, component_class)
+    config = config_from_deepfloyd(read_config(folder / "unet" / CONFIGS["unet"]))
+    upscales = PIPELINES[index["_class_name"]]
+    if config["low_res_conditioning"] != upscales:
+        raise ValueError(
+            f"its {INDEX} is of {index['_class_name']}, but its network is one "
+            + ("for a base stage." if upscales else "for super-resolution.")
+        )
+    for name, component_class in classes.items():
+        if issubclass(component_class, SchedulerMixin):
+            check_scheduler(name, component_class, read_config(folder / name / CONFIGS["scheduler"]))
+    if "tokenizer" in classes:
+        check_tokenizer_packages(folder / "tokenizer")
+    return config
+
+
+def check_scheduler(name: str, scheduler_class: Any, config: Mapping[str, Any]) -> None:
+    """Raises ValueError for the configuration of a scheduler that does not fit IF's networks."""
+    count = config.get("num_train_timesteps", NUM_TRAIN_TIMESTEPS)
+    if count != NUM_TRAIN_TIMESTEPS:  # before so many betas are made
+        raise bad_argument(f"num_train_timesteps of {name}", count, f"{NUM_TRAIN_TIMESTEPS}, as in training")
+    config = scheduler_class.from_config(dict(config)).config
+    if not has_levels(config, BETA_SCHEDULE):
+        raise bad_argument(
+            f"beta_schedule of {name}",
+            config.get("beta_schedule"),
+            f"{BETA_SCHEDULE!r}, and nothing else to change the betas that DeepFloyd IF was trained with",
+        )
+    prediction = config.get("prediction_type", "epsilon")
+    if prediction != "epsilon":
+        raise bad_argument(f"prediction_type of {name}", prediction, "'epsilon', as DeepFloyd IF predicts noise")
+
+
+def check_tokenizer_packages(folder: Path) -> None:
+    """Raises ValueError for a tokenizer that is sentencepiece's model alone, where what reads that is missing."""
+    if (folder / "tokenizer.json").is_file() or (is_sentencepiece_available() and is_protobuf_available()):
+        return
+    raise ValueError(
+        "its T5 tokenizer needs sentencepiece and protobuf, which are not installed: "
+        "`pip install 'diffusers-imagen[t5]'`."
+    )
+
+
+# ---- loading
+
+
+def load_deepfloyd(
+    source: str, class_name: str, left_out: Collection[str], hub: dict[str, Any], networks: dict[str, Any]
+) -> dict[str, Any]:
+    """The parts of a stage, of a folder or repository that `read_deepfloyd` passed.
+
+    Args:
+        source: Folder or Hub id.
+        class_name: The pipeline that it is of.
+        left_out: Components that are neither downloaded nor loaded.
+        hub, networks: Options of `from_pretrained`, as `split_options` has them.
+    """
+    if networks.get("device_map") is not None:
+        raise bad_argument(
+            "device_map", networks["device_map"], "None for DeepFloyd IF: load it, then move it by `to`"
+        )
+    absent: dict[str, Any] = dict.fromkeys(left_out)
+    base_model: Any = source
+    if not os.path.isdir(source):
+        chosen = {name: networks[name] for name in DOWNLOAD_OPTIONS if name in networks}
+        source = str(DiffusionPipeline.download(source, **hub, **chosen, **absent))
+    else:
+        base_model = read_config(Path(source, INDEX)).get("_name_or_path")
+    with quiet_transformers():
+        pipe = getattr(diffusers, class_name).from_pretrained(
+            source, **networks, **absent, requires_safety_checker=False
+        )
+    return parts_of_deepfloyd(pipe, base_model)
+
+
+def parts_of_deepfloyd(pipe: DiffusionPipeline, base_model: Any = None) -> dict[str, Any]:
+    """The parts of a stage, of a loaded pipeline of IF, which stays as it is.
+
+    Args:
+        pipe: The pipeline, whose network's weights are shared.
+        base_model: The Hub id that it is from, if that is known.
+
+    Raises:
+        ValueError: If network or scheduler are of another kind than those of IF.
+    """
+    theirs = unwrapped(pipe.unet)
+    unet = unet_from_deepfloyd(theirs)
+    for name in ("scheduler", "image_noising_scheduler"):
+        scheduler = pipe.components.get(name)
+        if scheduler is not None:
+            check_scheduler(name, type(scheduler), scheduler.config)
+    unet.register_to_config(_name_or_path=theirs.config.get("_name_or_path"))  # one that was loaded is checked further
+    tokenizer = copy.deepcopy(pipe.components.get("tokenizer"))
+    if tokenizer is not None:
+        tokenizer.model_max_length = MAX_TOKENS
+    return {
+        **{name: pipe.components.get(name) for name in ("scheduler", "text_encoder", *SAFETY_PARTS)},
+        "unet": unet,
+        "tokenizer": tokenizer,
+        "scale_factor": scale_factor(unet.resolution) if unet.takes_low_res else None,
+        "call_defaults": call_defaults(unet.takes_low_res),
+        "clean_caption": True,
+        "origin": {**({"base_model": base_model} if is_hub_id(base_model) else {}), "license": LICENSE},
+    }
+
+
+def scale_factor(resolution: int) -> int | None:
+    """How many times larger stage II was trained to make images: 4, at 256 px.
+
+    Its configuration does not say, and the network gets the image upsampled already. None for another size than IF's
+    could be, of which nothing is known.
+    """
+    factor, rest = divmod(resolution, BASE_RESOLUTION)
+    return factor if factor > 1 and not rest else None

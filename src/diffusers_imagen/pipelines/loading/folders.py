@@ -1,0 +1,199 @@
+"""Stages and pipelines in folders and on the Hub: what is there is checked, loaded and indexed.
+
+What diffusers and transformers raise for files that they cannot load becomes one line.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from diffusers import DiffusionPipeline
+from huggingface_hub import constants, hf_hub_download, snapshot_download
+from huggingface_hub.errors import GatedRepoError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from transformers import AutoModelForTextEncoding, AutoTokenizer
+
+from ...text.completeness import refuse_random_weights
+from ...utils.arguments import shown
+from ...utils.errors import is_out_of_memory, one_line
+from ...utils.files import HUB_OPTIONS
+from ...utils.modules import quiet_transformers
+from .folder_checks import (
+    INDEX,
+    KINDS,
+    check_encoder,
+    check_index,
+    check_pipeline_folder,
+    read_config,
+)
+
+
+DOWNLOAD_OPTIONS = ("variant", "use_safetensors")  # which of a repository's files are loaded
+SINGLE_STAGES = ("ImagenPipeline", "ImagenSuperResolutionPipeline")
+
+
+# ---- options and errors
+
+
+def split_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Keyword arguments of `from_pretrained` in two: where files come from, and how a network is loaded.
+
+    Raises:
+        ValueError: For an option that stages do not have.
+    """
+    for name, reason in (
+        ("subfolder", "a stage is a folder or a repository of its own"),
+        ("trust_remote_code", "no code of a repository is run"),
+        ("custom_pipeline", "no code of a repository is run"),
+    ):
+        if options.get(name):
+            raise ValueError(f"`{name}` is {options[name]!r}, but should not be given: {reason}.")
+    hub = {name: value for name, value in options.items() if name in HUB_OPTIONS}
+    return hub, {name: value for name, value in options.items() if name not in HUB_OPTIONS}
+
+
+@contextmanager
+def loading(name: str, source: str | os.PathLike) -> Iterator[None]:
+    """Turns whatever is raised inside for a source that cannot be loaded into a ValueError that names the argument.
+
+    Libraries raise errors of every type for files that they do not understand.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, MemoryError) or is_out_of_memory(error):
+            raise
+        if isinstance(error, ValueError) and str(error).startswith(f"`{name}` is "):
+            raise
+        reason = refusal_of_hub(error, str(source)) or one_line(error)
+        if not isinstance(error, (ValueError, OSError)):
+            reason = f"{type(error).__name__}: {reason}"
+        if len(reason) > 400:
+            reason = reason[:400] + "..."
+        raise ValueError(f"`{name}` is '{source}', which cannot be loaded: {reason}") from error
+
+
+def refusal_of_hub(error: BaseException, source: str) -> str | None:
+    """What to do where the Hub gives a repository to nobody who has no access; None for any other error."""
+    cause: BaseException | None = error
+    while cause is not None:
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        page = f"{constants.ENDPOINT}/{source}"
+        if isinstance(cause, GatedRepoError):
+            return (
+                f"the repository is gated ({status}): accept its licence on {page}, and log in with `hf auth login` or "
+                "give `token`."
+            )
+        if status in (401, 403):
+            return (
+                f"the Hub refuses it ({status}): if {page} exists, accept its licence there, and log in with `hf auth "
+                "login` or give `token`."
+            )
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def check_source(name: str, source: str | os.PathLike) -> None:
+    """Raises ValueError for what is neither a folder nor the id of a repository, before anything is asked of the Hub."""
+    if not os.path.isdir(source) and not is_hub_id(source):
+        raise ValueError(
+            f"`{name}` is {shown(str(source))}, which is neither a folder nor a Hub id like 'name/repository'."
+        )
+
+
+def is_hub_id(source: Any) -> bool:
+    """Whether a value may be the id of a repository, and is nothing that exists in the file system."""
+    try:
+        validate_repo_id(str(source))
+    except HFValidationError:
+        return False
+    return isinstance(source, str) and source.count("/") == 1 and not os.path.exists(source)
+
+
+def load_pipeline_folder(
+    pipeline_class: type[DiffusionPipeline], source: str, class_names: tuple[str, ...], **kwargs
+) -> DiffusionPipeline:
+    """A pipeline of a folder, or of a repository that is downloaded, which are checked first.
+
+    Args:
+        pipeline_class: Whose `from_pretrained` loads it; of DiffusionPipeline, that of the class in the index.
+        source: The folder or Hub id.
+        class_names: The pipelines that it may be of.
+        kwargs: For `from_pretrained`.
+
+    Raises:
+        ValueError: If it holds no such pipeline, or a component cannot be loaded; names the component.
+    """
+    hub, networks = split_options(kwargs)
+    left_out = [name for name, value in networks.items() if name in KINDS and value is None]  # not downloaded
+    index = os.path.join(source, INDEX) if os.path.isdir(source) else download_index(source, hub)
+    if not os.path.isdir(source):
+        check_index(read_config(index), class_names)
+        chosen = {name: networks[name] for name in DOWNLOAD_OPTIONS if name in networks}
+        source = owner_of(pipeline_class, index).download(source, **hub, **chosen, **dict.fromkeys(left_out))
+    classes = check_pipeline_folder(source, class_names, networks.get("variant"), left_out)
+    try:
+        with quiet_transformers():
+            return owner_of(pipeline_class, index).from_pretrained(source, **networks)
+    except Exception:
+        for name, component_class in classes.items():  # which one is it?
+            if name not in networks:
+                with loading(name, Path(source, name)), quiet_transformers():
+                    component_class.from_pretrained(Path(source, name))
+        raise
+
+
+def owner_of(pipeline_class: type[DiffusionPipeline], index: str) -> type[DiffusionPipeline]:
+    """The pipeline that loads: DiffusionPipeline itself would load optional components that are given as None too."""
+    if pipeline_class is not DiffusionPipeline:
+        return pipeline_class
+    return getattr(diffusers, read_config(index)["_class_name"])
+
+
+def download_index(source: str, hub: dict[str, Any]) -> str:
+    """The path of a repository's `model_index.json`."""
+    return hf_hub_download(source, INDEX, **given(hub))
+
+
+def small_files(source: str, hub: dict[str, Any]) -> Path:
+    """A folder with all JSON files of a folder or repository, of which those are downloaded and no weights."""
+    if os.path.isdir(source):
+        return Path(source)
+    return Path(snapshot_download(source, allow_patterns="*.json", **given(hub)))
+
+
+def given(hub: dict[str, Any]) -> dict[str, Any]:
+    """The options that huggingface_hub takes: it has no proxies but those of the environment."""
+    return {name: value for name, value in hub.items() if name != "proxies" and value is not None}
+
+
+# ---- text
+
+
+def load_text_parts(source: str, **kwargs) -> dict[str, Any]:
+    """The text encoder and the tokenizer in `text_encoder/` and `tokenizer/` of a folder or Hub repository.
+
+    Raises:
+        ValueError: If there are none, or the encoder lacks weights.
+    """
+    check_source("text_encoder", source)
+    hub, networks = split_options(kwargs)
+    quantization = networks.pop("quantization_config", None)
+    if quantization is not None:  # of a pipeline
+        networks["quantization_config"] = quantization._resolve_quant_config(False, "text_encoder")
+    with loading("text_encoder", source), quiet_transformers():
+        if os.path.isdir(source):
+            folder = Path(source, "text_encoder")
+            check_encoder(folder, read_config(folder / "config.json"))
+        encoder, found = AutoModelForTextEncoding.from_pretrained(
+            source, subfolder="text_encoder", output_loading_info=True, trust_remote_code=False, **hub, **networks
+        )
+        refuse_random_weights(f"The text encoder of '{source}'", found["missing_keys"])
+        # AutoTokenizer looks for more than there is, and offline takes that for an error
+        if not os.path.isdir(source):
+            source = snapshot_download(source, allow_patterns="tokenizer/*", **given(hub))
+        tokenizer = AutoTokenizer.from_pretrained(source, subfolder="tokenizer", trust_remote_code=False)
+    return {"text_encoder": encoder.eval(), "tokenizer": tokenizer}

@@ -1,0 +1,95 @@
+"""A safetensors file written and read tensor by tensor, so that no more than one of them is in memory."""
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+
+NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
+DTYPES = {name: dtype for dtype, name in NAMES.items()}
+MAX_HEADER = 100_000_000  # that of the format
+
+Kind = tuple[torch.dtype, tuple[int, ...]]
+
+
+def write_tensors(path: Path, kinds: Mapping[str, Kind], tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
+    """Writes a safetensors file.
+
+    Args:
+        path (`Path`): The file.
+        kinds (`Mapping`): Type and shape of every tensor by name, in the order of the file.
+        tensors (`Iterable`): Names and tensors, in any order.
+
+    Returns:
+        The number of its bytes.
+
+    Raises:
+        ValueError: If a tensor is missing, comes twice, or is of another type or shape.
+    """
+    header, places, end = {"__metadata__": {"format": "pt"}}, dict[str, int](), 0
+    for name, (dtype, shape) in kinds.items():
+        places[name], size = end, math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [end, end + size]}  # type: ignore[dict-item]
+        end += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    begin = 8 + len(text)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(begin + end)
+        for name, tensor in tensors:
+            if (tensor.dtype, tuple(tensor.shape)) != kinds[name]:
+                raise ValueError(f"`{name}` is {tensor.dtype} {tuple(tensor.shape)}, but should be {kinds[name]}.")
+            file.seek(begin + places.pop(name))
+            file.write(bytes_of(tensor))
+    if places:
+        raise ValueError(f"{len(places)} tensors were not written, {next(iter(places))} among them.")
+    return begin + end
+
+
+def read_kinds(path: Path) -> dict[str, tuple[Kind, int]]:
+    """Type and shape of every tensor of a safetensors file, and where in the file it begins.
+
+    Raises:
+        ValueError: If it is none, or holds something else than floating-point numbers; names the file.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 0 < length <= min(MAX_HEADER, size - 8):
+            raise ValueError(f"'{path}' is no safetensors file, or cut.")
+        try:
+            header = json.loads(file.read(length))
+            found = {name: entry for name, entry in header.items() if name != "__metadata__"}
+            kinds = {
+                name: ((DTYPES[entry["dtype"]], tuple(entry["shape"])), 8 + length + entry["data_offsets"][0])
+                for name, entry in found.items()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+            raise ValueError(f"'{path}' is no safetensors file of floating-point numbers: {error}") from error
+    for name, ((dtype, shape), start) in kinds.items():
+        if any(type(part) is not int or part < 0 for part in (start, *shape)):
+            raise ValueError(f"'{path}' has {name!r} of a shape that is none.")
+        if start + math.prod(shape) * dtype.itemsize > size:
+            raise ValueError(f"'{path}' is cut: {name!r} is beyond its end.")
+    return kinds
+
+
+def read_tensors(path: Path, names: Iterable[str]) -> Iterator[torch.Tensor]:
+    """These tensors of a safetensors file, in memory of their own; ValueError as in `read_kinds`."""
+    kinds = read_kinds(path)
+    with open(path, "rb") as file:
+        for name in names:
+            (dtype, shape), start = kinds[name]
+            data = bytearray(math.prod(shape) * dtype.itemsize)
+            file.seek(start)
+            file.readinto(data)
+            yield torch.frombuffer(data, dtype=dtype).view(shape) if data else torch.empty(shape, dtype=dtype)
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The numbers of a tensor, one after another."""
+    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data

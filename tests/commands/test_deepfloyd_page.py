@@ -1,0 +1,82 @@
+"""The commands of docs/deepfloyd.md, against repositories of IF's kind on a Hub of our own."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import hub_server
+import pytest
+from deepfloyd_repository import stage_1, stage_2, write_repository
+from PIL import Image
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "deepfloyd.md"
+# one process for all: huggingface_hub reads the address of the Hub when it is imported, and imports take long
+RUN = """
+import json, os, sys
+from diffusers_imagen.commands.main import main
+commands = json.loads(sys.argv[1])
+token = os.environ.pop("HF_TOKEN")
+assert main(commands[0]) == 2
+print("logged in", file=sys.stderr)
+os.environ["HF_TOKEN"] = token
+for command in commands:
+    assert main(command) == 0, command
+"""
+
+
+def commands_of_the_page() -> list[list[str]]:
+    """Its lines for the command line, each as a list of arguments; pictures with few steps."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.M | re.S)
+    lines = [line for block in blocks for line in block.splitlines() if line.startswith("diffusers-imagen ")]
+    lines = [shlex.split(line, comments=True)[1:] for line in lines]
+    commands = [line for line in lines if line[0] in ("generate", "upscale", "convert-if", "export-if")]
+    return [line + ["--steps", "2"] * (line[0] in ("generate", "upscale")) for line in commands]
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """Repositories for those alone who log in."""
+    with hub_server.Hub() as hub:
+        for name, make in (("IF-I-M-v1.0", stage_1), ("IF-II-M-v1.0", stage_2)):
+            folder = write_repository(make(), tmp_path / name, variant="fp16")
+            files = {
+                path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+            }
+            hub.fill(f"DeepFloyd/{name}", {**files, "LICENSE.md": b"the license", "README.md": b"# A card\n"})
+        hub.private = True
+        yield hub
+    assert hub.unknown == []
+
+
+def test_the_commands_run(hub, tmp_path):
+    commands = commands_of_the_page()
+    assert [command[0] for command in commands][:3] == ["generate", "generate", "convert-if"] and len(commands) == 7
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    environment |= {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_TOKEN": hub_server.TOKEN,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    command = [sys.executable, "-c", RUN, json.dumps(commands)]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    (line,) = (line for line in result.stderr.splitlines() if line.startswith("diffusers-imagen: error: "))
+    assert "`model` is 'DeepFloyd/IF-I-M-v1.0'" in line and "hf auth login" in line
+    assert result.stderr.index(line) < result.stderr.index("logged in")
+
+    sizes = {path.stem: Image.open(path).size for path in tmp_path.glob("*.png")}
+    assert sizes == {"corgi": (32, 32), "fast": (32, 32), "small": (16, 16), "large": (32, 32)}
+    for folder in ("if-m", "if-ii-m", "if-i-m-diffusers"):
+        assert (tmp_path / folder / "LICENSE.md").read_text() == "the license"
+    card = (tmp_path / "if-m" / "README.md").read_text()
+    assert "DeepFloyd is licensed under the DeepFloyd License" in card and "DeepFloyd/IF-I-M-v1.0" in card
+    index = json.loads((tmp_path / "if-m" / "model_index.json").read_text())
+    assert index["origin"]["sr256"] == {"base_model": "DeepFloyd/IF-II-M-v1.0", "license": "deepfloyd"}
