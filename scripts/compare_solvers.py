@@ -52,12 +52,12 @@ The mean absolute distance to the exact end of the trajectory, from the same noi
 """
 DEEPFLOYD = """## Networks of DeepFloyd IF's kind
 
-{networks} They have discrete betas and six output channels, thresholding as IF's repositories, and one set of weights for all solvers. They say how solvers do on a trained network of that kind, nothing of pictures that IF draws.
+{networks} They have discrete betas and six output channels, and are thresholded as IF's repositories have it. They say how solvers do on a trained network of that kind, nothing of pictures that IF draws.
 
-The error is the relative L2 distance, over {num_images} images, to 600 steps of `EDMHeunScheduler` from index 990 of the betas, where IF's 100 steps begin (sigma 71.3), and from the same noise. Every solver begins there. Those of diffusers, configured by the repositories' scheduler, step over evenly spaced indices down to 0, ours over their own noise levels. `EDMHeun` makes an odd number of calls, one less than an even number at the top.
+The error is the relative L2 distance, over {num_images} images, to 600 steps of `EDMHeunScheduler` from index 990 of the betas, where IF's 100 steps begin (sigma 71.3), and from the same noise. Every solver begins there. Those of diffusers, configured by the repositories' scheduler, step over evenly spaced indices down to 0, ours over their own noise levels, so that solvers and noise levels are compared together. `EDMHeun` makes an odd number of calls, one less than an even number at the top.
 
 - `diffusers DDIM` is what `IFPipeline` runs: it goes on from the noise that the network predicts, although the image beside it was thresholded. That is another differential equation wherever thresholding acts, so that more steps do not bring it to this reference. `clipped` is DDIM with `use_clipped_model_output=True`, which takes the noise from the thresholded image, as all others do; `ContinuousDDPMScheduler` with `eta=0` makes the same steps.
-- `diffusers DDPM`, the repositories' own, draws noise at every step, here of the posterior's variance. It makes another picture of the same captions, and its distance is that between two such pictures: no error of the solver, and no number to go below.
+- `diffusers DDPM`, the repositories' own, draws noise at every step, here of the posterior's variance. It makes another picture of the same caption, so that its distance is no error of the solver, and does not fall with more steps.
 
 ![error against evaluations](solvers_deepfloyd.png)
 
