@@ -11,6 +11,7 @@ from . import (
     convert_if,
     demo,
     doctor,
+    evaluate,
     export_if,
     generate,
     inpaint,
@@ -43,7 +44,7 @@ def make_parser() -> Parser:
     parser = Parser(prog="diffusers-imagen", description="Imagen for diffusers.")
     parser.add_argument("--version", action="version", version=version("diffusers-imagen"))
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    drawing, data = (generate, upscale, inpaint, demo), (cache_embeddings, doctor)
+    drawing, data = (generate, upscale, inpaint, demo), (cache_embeddings, doctor, evaluate)
     for command in (*drawing, *data, convert_if, export_if, convert_config, reconstruct_ema):
         command.add_parser(commands)
     return parser
