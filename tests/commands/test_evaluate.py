@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -14,8 +15,9 @@ from PIL import Image
 from tiny_evaluation import CAPTIONS, save_clip, save_encoder, save_pictures
 
 from diffusers_imagen import ImagenCascadePipeline
-from diffusers_imagen.evaluation import frechet_distance, kernel_distance
-from diffusers_imagen.evaluation.feature_networks import load_clip, load_features
+from diffusers_imagen.commands.main import make_parser
+from diffusers_imagen.evaluation import METRICS, frechet_distance, kernel_distance
+from diffusers_imagen.evaluation.feature_networks import NAMED, load_clip, load_features
 
 
 @pytest.fixture
@@ -60,7 +62,7 @@ def test_everything_is_measured_and_reported(run, options, data, tmp_path, encod
     names = [f"model_steps-{steps}_guidance-{guidance}" for steps in ("1-1", "2-1") for guidance in ("1-1", "3-1")]
     real = ["real pictures of the captions", "reference, in two parts: 6 against 14"]
     assert found.keys() == {(name, resolution) for name in names + real for resolution in (16, 32)}
-    assert {row["name"]: row["network calls"] for row in results["figures"]} == {
+    assert {row["name"]: row["evaluations"] for row in results["figures"]} == {
         **{name: 2 if "1-1_" in name else 4 for name in names},
         **dict.fromkeys(real),
     }
@@ -80,8 +82,11 @@ def test_everything_is_measured_and_reported(run, options, data, tmp_path, encod
     assert len({round(value, 6) for value in cosines[:, 0].tolist()}) > 1
 
     upscaling = {row["name"]: row["figures"] for row in results["super-resolution"]}
-    assert set(upscaling[f"{names[0]}, bicubic"]) == {"PSNR (dB)", "SSIM", "consistency (dB)"}
-    assert upscaling[f"{names[0]}, bicubic"]["consistency (dB)"]["value"] > 30
+    of_upscaler = "model_steps-1_guidance-1"  # which is the same for all settings
+    methods = {f"{of_upscaler}, super-resolution", f"{of_upscaler}, bicubic"}
+    assert upscaling.keys() == methods | {f"{name}, drawn" for name in names}
+    assert set(upscaling[f"{of_upscaler}, bicubic"]) == {"PSNR (dB)", "SSIM", "consistency (dB)"}
+    assert upscaling[f"{of_upscaler}, bicubic"]["consistency (dB)"]["value"] > 30
     page = (folder / "report.html").read_text()
     for name in [path.name for path in folder.glob("*.png")]:
         assert f'src="{name}"' in page
@@ -99,6 +104,35 @@ def test_what_is_there_is_neither_drawn_nor_measured_again(run, options, data, t
     assert calls == [] and figures(tmp_path / "out") == first
     assert run(*arguments, "--num-images", "6", "--batch-size", "1")[0] == 0
     assert len(calls) == 2  # of the two more
+
+
+def test_schedulers_are_compared(run, options, data, tmp_path, monkeypatch):
+    arguments = ["evaluate", *options, "--captions", data["file"], "--resolution", "16", "--num-images", "4"]
+    arguments[arguments.index("--steps") + 1] = "4"
+    assert run(*arguments, "--scheduler", "model", "heun", "adams")[0] == 0
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["figures"]
+    calls = {row["name"].split("_")[0]: row["evaluations"] for row in rows if row["setting"]}
+    assert calls == {"model": 7, "heun": 7, "adams": 4}  # the saved one is Heun
+    folders = [tmp_path / "out" / "images" / f"{name}_steps-4_guidance-4" / "16" for name in calls]
+    own, heun, adams = ([path.read_bytes() for path in sorted(folder.iterdir())] for folder in folders)
+    assert own == heun and own != adams
+    # each is still what it was drawn with, however many are asked for
+    monkeypatch.setattr(ImagenCascadePipeline, "__call__", lambda *a, **k: pytest.fail("it draws"))
+    assert run(*arguments, "--scheduler", "adams")[0] == 0
+    assert run(*arguments)[0] == 0
+
+
+def test_the_page_names_options_that_there_are():
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    known = {option for action in evaluate_parser()._actions for option in action.option_strings}
+    of_accelerate = {"--num_processes", "--cpu"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", page)) - of_accelerate <= known
+    assert set(re.findall(r"^\| `([a-z0-9-]+)` \|", page, re.MULTILINE)) >= set(METRICS) | set(NAMED)
+
+
+def evaluate_parser():
+    actions = make_parser()._subparsers._group_actions
+    return actions[0].choices["evaluate"]
 
 
 def test_two_processes_are_one(run, options, data, tmp_path):
@@ -132,6 +166,10 @@ def test_a_reference_of_another_resolution_is_resized_and_said(run, options, dat
     assert any("48x48 px; they are resized" in warning for warning in results["warnings"])
 
 
+def no_network(url, **options):
+    raise OSError(f"{url} cannot be reached")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -142,6 +180,7 @@ def test_a_reference_of_another_resolution_is_resized_and_said(run, options, dat
         (["--num-images", "13"], "`num-images` is 13, but should be at most 12"),
         (["--num-reference", "21"], "`num-reference` is 21, but should be at most 20"),
         (["--features", "resnet"], "`features` is 'resnet', but should be one of 'inception'"),
+        (["--features", "inception"], "`features` is 'inception', which "),
         (["--features", "dinov2"], "`features` is 'dinov2', which cannot be loaded"),
         (["--features", "."], "`features` is '.', which cannot be loaded"),
         (["--metrics", "clip"], "`clip-model` is 'openai/clip-vit-large-patch14', which cannot be loaded"),
@@ -158,6 +197,7 @@ def test_what_cannot_be_done_is_one_line_before_anything_is_drawn(
     run, options, data, tmp_path, monkeypatch, arguments, message
 ):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("torch.hub.load_state_dict_from_url", no_network)
     monkeypatch.setattr(ImagenCascadePipeline, "__call__", lambda *a, **k: pytest.fail("it draws"))
     given = [data.get(argument, argument) for argument in arguments]
     captions = [] if "--captions" in given else ["--captions", data["file"]]

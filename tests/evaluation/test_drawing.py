@@ -100,7 +100,8 @@ def test_pictures_of_unknown_origin_are_refused(cascade, drawing, state):
 def test_upscalers_enlarge_what_was_reduced(cascade, drawing, state, tmp_path):
     draw(cascade, drawing, state)
     real = drawing.files(32)
-    enlarged = drawing._replace(captions=real, folder=tmp_path / "enlarged", enlarged=16)
+    setting = Setting("model", (1,), (1.0,))
+    enlarged = drawing._replace(captions=real, folder=tmp_path / "enlarged", setting=setting, enlarged=16)
     draw(cascade, enlarged, state)
     assert {path.name for path in enlarged.folder.iterdir()} == {"32", "settings.json"}
     seed = torch.Generator().manual_seed(draw_seed(5))

@@ -12,6 +12,7 @@ import torch
 from accelerate import PartialState
 
 from ..evaluation import METRICS, CaptionList, Evaluation, PictureSet, Setting, choose, load_clip, load_features
+from ..evaluation.drawing import digest_networks
 from ..evaluation.evaluator import DISTANCES, OF_FEATURES
 from ..evaluation.feature_networks import CLIP, NAMED, check_package
 from ..pipelines import ImagenCascadePipeline
@@ -114,6 +115,7 @@ def evaluate(args: argparse.Namespace) -> None:
     real = [] if reference is None else choose("num-reference", len(reference), args.num_reference, args.seed)
     features, clip = load_networks(args, state)
     pipe = load_stages(args)
+    model = digest_networks(pipe)  # before it is placed, which may leave no weights to read
     use = scheduler_switch(pipe, args)
     settings, resolutions = list_settings(pipe, args, use)
     evaluation = Evaluation(
@@ -131,6 +133,7 @@ def evaluate(args: argparse.Namespace) -> None:
         batch_size=args.batch_size,
         resamples=args.resamples,
         source=args.model or str(SHIPPED_MODEL),
+        model=model,
     )
     with ExitStack() as stack:
         on_main_process(state, lambda: hold(stack, args.output_dir))

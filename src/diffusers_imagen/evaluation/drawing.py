@@ -86,7 +86,7 @@ class Drawing(NamedTuple):
         resolution (`int`): Of the last stage that runs.
         batch_size (`int`): Pictures at once.
         enlarged (`int`, *optional*): Resolution to which pictures of the set are reduced, and enlarged from by the
-            stages after the first; without it the first stage draws.
+            stages after the first, of which the setting has the values; without it the first stage draws.
     """
 
     captions: PictureSet
@@ -172,7 +172,6 @@ def prepare(drawing: Drawing) -> list[tuple[list[int], bool]]:
 
 def draw_batch(pipe: DiffusionPipeline, drawing: Drawing, batch: list[int]) -> None:
     """Draws and writes the pictures of some captions; those of the last stage, which say that all are there, come last."""
-    setting, first = drawing.setting, 0 if drawing.enlarged is None else 1
     inputs: dict[str, Any] = {}
     if drawing.enlarged is not None:
         pictures = [drawing.captions.picture(index) for index in batch]
@@ -180,8 +179,8 @@ def draw_batch(pipe: DiffusionPipeline, drawing: Drawing, batch: list[int]) -> N
     output = pipe(
         [drawing.captions.caption(index) for index in batch],
         generator=[torch.Generator().manual_seed(seed_of(drawing.seed, index)) for index in batch],
-        num_inference_steps=list(setting.steps[first:]),
-        guidance_scale=list(setting.guidance[first:]),
+        num_inference_steps=list(drawing.setting.steps),
+        guidance_scale=list(drawing.setting.guidance),
         output_resolution=drawing.resolution,
         **inputs,
     )

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging
 
 from ..utils.arguments import bad_argument
 from ..utils.files import write_text
-from .drawing import Drawing, Setting, digest_networks, draw, network_calls
+from .drawing import Drawing, Setting, draw, network_calls
 from .feature_networks import ClipScores, FeatureNetwork
 from .features import Features
 from .figures import INCEPTION_SPLITS, SEED, Distances, Figure, Row, figure_of_mean, sample_warnings
@@ -20,6 +21,8 @@ from .picture_sets import PictureSet
 from .reports import Report
 from .upscaling import consistency, upscaling_figures
 
+
+logger = logging.get_logger(__name__)
 
 DISTANCES = ("fid", "kid", "precision-recall")  # from the features of the reference
 OF_FEATURES = (*DISTANCES, "is", "nearest")
@@ -49,6 +52,7 @@ class Evaluation:
         batch_size (`int`): Pictures drawn at once.
         resamples (`int`): Bootstrap samples of the Frechet distance.
         source (`str`): The model, for the report.
+        model (`str`): What tells its weights from others: `digest_networks` of the pipeline as it was loaded.
     """
 
     captions: PictureSet
@@ -65,6 +69,7 @@ class Evaluation:
     batch_size: int = 16
     resamples: int = 5
     source: str = "the model"
+    model: str = ""
 
     def __post_init__(self) -> None:
         self.metrics = tuple(metric for metric in METRICS if metric in self.metrics)
@@ -78,31 +83,36 @@ class Evaluation:
             use (`Callable`): Called with the scheduler of each setting before its pictures are drawn.
             state ([`~accelerate.PartialState`]): The processes.
         """
-        model, calls = digest_networks(pipe), {}
+        calls = {}
+        if state.is_main_process:
+            for warning in self.warnings():
+                logger.warning(warning)
         pipe.set_progress_bar_config(disable=True)
         for setting in self.settings:
             use(setting.scheduler)
             calls[setting] = network_calls(pipe.stages, setting)
-            draw(pipe, self.drawing(setting, model), state)
+            draw(pipe, self.drawing(setting), state)
             if "super-resolution" in self.metrics:
-                draw(pipe, self.drawing(setting, model, enlarges=True), state)
-        made = self.features(model)
+                draw(pipe, self.drawing(setting, enlarges=True), state)
+        made = self.features()
         for features in made.values():
             features.make(state)
         if state.is_main_process:
-            self.report(model, calls, made)
+            self.report(calls, made)
 
-    def drawing(self, setting: Setting, model: str, enlarges: bool = False) -> Drawing:
+    def drawing(self, setting: Setting, enlarges: bool = False) -> Drawing:
         """What is drawn of a setting: all stages from noise, or those after the first from reduced real pictures."""
-        folder = self.folder / ("enlarged" if enlarges else "images") / setting.name
         enlarged = self.resolutions[0] if enlarges else None
+        if enlarges:  # one and the same for settings of which the first stage alone differs
+            setting = Setting(setting.scheduler, setting.steps[1:], setting.guidance[1:])
+        folder = self.folder / ("enlarged" if enlarges else "images") / setting.name
         return Drawing(
             self.captions,
             self.indices,
             folder,
             setting,
             self.seed,
-            model,
+            self.model,
             self.resolutions[-1],
             self.batch_size,
             enlarged,
@@ -110,13 +120,12 @@ class Evaluation:
 
     # ---- features
 
-    def features(self, model: str) -> dict[tuple[str, str, int], Features]:
+    def features(self) -> dict[tuple[str, str, int], Features]:
         """All features that the figures are of, by what makes them, of what, and resolution."""
         found = {}
         for resolution in self.resolutions:
             sets: dict[str, tuple[PictureSet, list[int]]] = {
-                setting.name: (self.drawing(setting, model).files(resolution), self.indices)
-                for setting in self.settings
+                setting.name: (self.drawing(setting).files(resolution), self.indices) for setting in self.settings
             }
             if self.captions.has_pictures:
                 sets[REAL] = (self.captions, self.indices)
@@ -136,12 +145,12 @@ class Evaluation:
 
     # ---- figures
 
-    def report(self, model: str, calls: dict[Setting, int], made: dict) -> None:
+    def report(self, calls: dict[Setting, int], made: dict) -> None:
         """Measures, and writes the report; the main process alone calls this."""
         write_text(
             self.folder / INDEX, "".join(f"{i:08d} {one_line(self.captions.caption(i))}\n" for i in self.indices)
         )
-        report = Report(self.folder, self.facts(model), warnings=self.warnings())
+        report = Report(self.folder, self.facts(), warnings=self.warnings())
         for resolution in self.resolutions:
             reference = self.load(made, "features", FLOOR, resolution)
             for setting in self.settings:
@@ -153,9 +162,11 @@ class Evaluation:
             if reference is not None and self.distances is not None:
                 report.rows.append(self.floor(reference, resolution))
         for setting in self.settings:
-            drawing = self.drawing(setting, model)
-            self.measure_upscaling(report, setting, model)
-            report.add_contact_sheet(drawing.files(self.resolutions[-1]), self.indices)
+            pictures = self.drawing(setting).files(self.resolutions[-1])
+            report.add_contact_sheet(pictures, self.indices, self.resolutions[-1])
+        self.measure_upscaling(report)
+        if self.captions.has_pictures:
+            report.add_contact_sheet(self.captions, self.indices, self.resolutions[-1])
         report.write()
 
     def row(
@@ -210,24 +221,30 @@ class Evaluation:
         places = [(self.indices[i], self.reference_indices[int(nearest.places[i])], i) for i in order[:8]]
         report.add_nearest(drawn, self.reference, [(a, b, nearest.cosines[i].item()) for a, b, i in places])
 
-    def measure_upscaling(self, report: Report, setting: Setting, model: str) -> None:
-        """Super-resolution of real pictures against bicubic interpolation, and agreement of a cascade's stages."""
-        drawing = self.drawing(setting, model)
-        for below, resolution in zip(self.resolutions, self.resolutions[1:]):
-            agreement = consistency(drawing.files(resolution), drawing.files(below), self.indices, below)
-            report.add_upscaling(f"{setting.name}, drawn", below, resolution, {"consistency (dB)": agreement})
-            if "super-resolution" in self.metrics:
-                drawn = self.drawing(setting, model, enlarges=True).files(resolution)
-                found = upscaling_figures(drawn, self.captions, self.indices, self.resolutions[0], resolution)
+    def measure_upscaling(self, report: Report) -> None:
+        """Agreement of a cascade's stages, and super-resolution of real pictures against bicubic interpolation."""
+        first, *upscaled = self.resolutions
+        for below, resolution in zip(self.resolutions, upscaled):
+            for setting in self.settings:
+                drawing = self.drawing(setting)
+                agreement = consistency(drawing.files(resolution), drawing.files(below), self.indices, below)
+                report.add_upscaling(f"{setting.name}, drawn", below, resolution, {"consistency (dB)": agreement})
+        if "super-resolution" not in self.metrics:
+            return
+        drawings = {drawing.folder: drawing for drawing in (self.drawing(one, enlarges=True) for one in self.settings)}
+        for drawing in drawings.values():
+            for resolution in upscaled:
+                drawn = drawing.files(resolution)
+                found = upscaling_figures(drawn, self.captions, self.indices, first, resolution)
                 for method, figures in found.items():
-                    report.add_upscaling(f"{setting.name}, {method}", self.resolutions[0], resolution, figures)
+                    report.add_upscaling(f"{drawing.setting.name}, {method}", first, resolution, figures)
 
     # ---- what the report says beside the figures
 
-    def facts(self, model: str) -> dict[str, Any]:
+    def facts(self) -> dict[str, Any]:
         """What was evaluated, on what."""
         facts: dict[str, Any] = {
-            "model": f"{self.source} ({model})",
+            "model": f"{self.source} ({self.model})",
             "stages (px)": ", ".join(map(str, self.resolutions)),
             "captions": f"{len(self.indices):,} of {len(self.captions):,} of {self.captions.name}",
             "seed": self.seed,

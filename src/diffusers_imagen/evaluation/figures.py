@@ -52,7 +52,7 @@ class Row:
             "resolution": self.resolution,
             "pictures": self.count,
             "setting": setting,
-            "network calls": self.calls,
+            "evaluations": self.calls,
             "figures": figures,
         }
 
@@ -197,7 +197,8 @@ def sample_warnings(distances: Distances, drawn: int, real: int, width: int) -> 
             )
     if "kid" in distances.metrics and few < KID_SUBSET_SIZE:
         warnings.append(
-            f"{distances.label('kid')} is of subsets of {few:,} pictures, not {KID_SUBSET_SIZE:,}: there are no more."
+            f"{distances.label('kid')} is of subsets of {few:,} pictures, not {KID_SUBSET_SIZE:,}, as there are no more: "
+            "its ± does not tell how it varies with the pictures."
         )
     if "is" in distances.metrics and drawn < 5_000:
         warnings.append(f"IS of {drawn:,} pictures is biased downwards: published figures are of 30,000 to 50,000.")

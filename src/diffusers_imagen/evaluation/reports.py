@@ -1,6 +1,7 @@
 """The report of an evaluation: tables, JSON, plots and sheets of pictures, beside the pictures."""
 
 import html
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,14 @@ from PIL import Image
 from ..utils.files import whole_file, write_json, write_text
 from ..utils.grid import captioned_grid
 from .figures import Figure, Row
-from .picture_sets import PictureSet
+from .picture_sets import PictureSet, fitted
 from .plots import draw_plots
 
 
 SHEET, COLUMNS, SIDE = 36, 6, 128  # pictures of a contact sheet, of a row of it, and pixels of one at most
 STYLE = (
     "body{font:15px/1.4 sans-serif;max-width:1100px;margin:2em auto;padding:0 1em}table{border-collapse:collapse}"
-    "td,th{border:1px solid #bbb;padding:.2em .6em;text-align:left}td.number{text-align:right}img{max-width:100%}"
+    "td,th{border:1px solid #bbb;padding:.2em .6em;text-align:left}img{max-width:100%}"
     ".warning{background:#fff3cd;padding:.3em .6em}"
 )
 
@@ -47,18 +48,17 @@ class Report:
         """Adds a row to the table of super-resolution."""
         self.upscaling.append({"name": name, "from": low, "to": resolution, "figures": figures})
 
-    def add_contact_sheet(self, pictures: PictureSet, indices: list[int]) -> None:
+    def add_contact_sheet(self, pictures: PictureSet, indices: list[int], resolution: int) -> None:
         """Adds unpicked pictures: of captions that are evenly spread over those that were drawn."""
         some = spread(indices, SHEET)
         rows = -(-len(some) // COLUMNS)
-        images = [pictures.picture(index) for index in some]
-        side = min(SIDE, images[0].width)
-        small = [image.resize((side, side), Image.Resampling.BICUBIC) for image in images]
+        side = min(SIDE, resolution)
+        small = [fitted(pictures.picture(index), side) for index in some]
         small += [Image.new("RGB", (side, side), "white")] * (rows * COLUMNS - len(small))
         captions = "; ".join(pictures.caption(index) for index in some)
         self.add_sheet(
             f"{pictures.name}: unpicked, by row: {captions}",
-            f"contact_{pictures.name}.png",
+            f"contact_{slug(pictures.name)}.png",
             make_image_grid(small, rows, COLUMNS),
         )
 
@@ -109,6 +109,11 @@ class Report:
         }
 
 
+def slug(name: str) -> str:
+    """A name as part of a file's name."""
+    return re.sub(r"[^\w.-]+", "-", name)
+
+
 def spread(indices: list[int], count: int) -> list[int]:
     """So many of them, evenly spread."""
     return indices[:: max(1, len(indices) // count)][:count]
@@ -129,7 +134,7 @@ def figures_table(rows: list[Row]) -> str:
     ]
     spreads = {label: row.figures[label].of for row in rows for label in labels if label in row.figures}
     notes = "; ".join(f"{label}: {of}" for label, of in spreads.items() if of)
-    return table(["", "pictures", "network calls", *labels], cells) + (
+    return table(["", "pictures", "evaluations", *labels], cells) + (
         f"<p>± {html.escape(notes)}.</p>" if notes else ""
     )
 
