@@ -175,7 +175,7 @@ def list_items(prompts_file: Path, folder: Path, seed: int, num_images: int) -> 
     The noise of an image depends on the seed, the line and the image's number, not on what else is made.
     """
     items = []
-    for line, prompt in enumerate(map(str.strip, read_lines(prompts_file)), start=1):
+    for line, prompt in enumerate(map(str.strip, read_lines("prompts-file", prompts_file)), start=1):
         for number in range(num_images) if prompt else ():
             digest = hashlib.sha256(f"{seed} {line} {number}".encode()).digest()
             name = name_of(line, prompt, f"-{number}" if num_images > 1 else "")
@@ -189,16 +189,16 @@ def list_items(prompts_file: Path, folder: Path, seed: int, num_images: int) -> 
     return items
 
 
-def read_lines(prompts_file: Path) -> list[str]:
+def read_lines(name: str, path: Path) -> list[str]:
     """The lines of a text file in UTF-8, with or without a byte order mark."""
     try:
-        if prompts_file.exists() and not prompts_file.is_file():
+        if path.exists() and not path.is_file():
             raise OSError("it is no regular file.")
-        if prompts_file.stat().st_size > MAX_FILE_BYTES:
+        if path.stat().st_size > MAX_FILE_BYTES:
             raise OSError(f"it has more than {MAX_FILE_BYTES:,} bytes.")
-        return prompts_file.read_text(encoding="utf-8-sig").splitlines()
+        return path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
-        raise ValueError(f"`prompts-file` is '{prompts_file}', which cannot be read: {error}") from error
+        raise ValueError(f"`{name}` is '{path}', which cannot be read: {error}") from error
 
 
 def name_of(line: int, prompt: str, suffix: str) -> str:

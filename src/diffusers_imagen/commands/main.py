@@ -12,6 +12,7 @@ from . import (
     convert_nemo,
     demo,
     doctor,
+    evaluate,
     export_if,
     export_nemo,
     generate,
@@ -45,7 +46,7 @@ def make_parser() -> Parser:
     parser = Parser(prog="diffusers-imagen", description="Imagen for diffusers.")
     parser.add_argument("--version", action="version", version=version("diffusers-imagen"))
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    drawing, data = (generate, upscale, inpaint, demo), (cache_embeddings, doctor)
+    drawing, data = (generate, upscale, inpaint, demo), (cache_embeddings, doctor, evaluate)
     weights = (convert_if, export_if, convert_nemo, export_nemo)
     for command in (*drawing, *data, *weights, convert_config, reconstruct_ema):
         command.add_parser(commands)

@@ -32,18 +32,27 @@ SUPER_RESOLUTION = (
 SCHEDULERS = {"adams": EDMAdamsScheduler, "heun": EDMHeunScheduler}
 
 
-def add_model_arguments(command: Parser) -> None:
-    """Which model, where and in which precision."""
+def add_model_arguments(command: Parser, sweeps: bool = False) -> None:
+    """Which model, where and in which precision.
+
+    Args:
+        command (`Parser`): What they are added to.
+        sweeps (`bool`): Whether the command compares models' settings: it takes the model without a flag, and several
+            schedulers.
+    """
     add_stage_arguments(
         command,
         "folder or Hub id of a cascade, or of a base stage, such as DeepFloyd/IF-I-M-v1.0; default: the shipped cascade",
+        "model" if sweeps else "--model",
     )
     command.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights; default: %(default)s")
+    default = "model"
     command.add_argument(
         "--scheduler",
         choices=("model", *SCHEDULERS),
-        default="model",
-        help="sampler of every stage: the one that was saved, or one that needs fewer steps; default: %(default)s",
+        nargs="+" if sweeps else None,
+        default=[default] if sweeps else default,
+        help=f"sampler of every stage: the one that was saved, or one that needs fewer steps; default: {default}",
     )
     command.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s"
@@ -55,14 +64,14 @@ def add_model_arguments(command: Parser) -> None:
     )
 
 
-def add_stage_arguments(command: Parser, model_help: str, or_none: str = "") -> None:
-    """Which stages and which text encoder, and which of their files."""
-    command.add_argument("--model", help=model_help)
+def add_stage_arguments(command: Parser, model_help: str, or_none: str = "", model: str = "--model") -> None:
+    """Which stages and which text encoder, and which of their files; `model` is the argument of the base stage."""
+    command.add_argument(model, nargs=None if model.startswith("-") else "?", help=model_help)
     for kind in STAGES:
         if kind.takes_low_res:
             command.add_argument(
                 f"--{kind.name}",
-                help=f"folder or Hub id of the stage to {kind.resolution} px, where --model is a stage",
+                help=f"folder or Hub id of the stage to {kind.resolution} px, where the model is a stage",
             )
     command.add_argument(
         "--text-encoder",

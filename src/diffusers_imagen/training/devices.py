@@ -1,12 +1,11 @@
 """Where a run takes place: devices, processes, precision, and networks spread over them."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list
+from accelerate.utils import DistributedType, ProjectConfiguration
 from diffusers.utils import logging
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -16,8 +15,6 @@ from .config import TrainingConfig
 
 
 logger = logging.get_logger(__name__)
-
-Result = TypeVar("Result")
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
@@ -81,26 +78,6 @@ def join(part: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
         return part
     mesh, shape, stride = parameter.device_mesh, parameter.shape, parameter.stride()
     return DTensor.from_local(part, mesh, parameter.placements, shape=shape, stride=stride).full_tensor()
-
-
-def on_main_process(accelerator: Accelerator, do: Callable[[], Result]) -> Result:
-    """Calls a function in the main process; the others get what it returns, or raise what it raises, so that all of
-    them go on or all end. All processes call this."""
-    result: Any = None
-    failure = None
-    if accelerator.is_main_process:
-        try:
-            result = do()
-        except (ValueError, OSError) as error:
-            failure = error
-    if accelerator.num_processes > 1:
-        outcome = broadcast_object_list([result, None if failure is None else str(failure)])
-        result, reason = outcome
-        if failure is None and reason is not None:
-            failure = ValueError(reason)
-    if failure is not None:
-        raise failure
-    return result
 
 
 def describe_sharing(accelerator: Accelerator) -> str:

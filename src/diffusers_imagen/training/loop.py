@@ -17,11 +17,12 @@ from tqdm.auto import tqdm
 from ..models.interface import StageNetwork
 from ..text.cache import open_text
 from ..text.source import TextSource
+from ..utils.processes import on_main_process
 from .checkpoints import Checkpoints, Found, Stateful
 from .compatibility import check_modules, check_network, check_objective, check_text
 from .config import TrainingConfig
 from .data import BatchStream, make_train_batches, make_validation_batches
-from .devices import describe_sharing, inner_network, make_accelerator, on_main_process, own_part, whole_network
+from .devices import describe_sharing, inner_network, make_accelerator, own_part, whole_network
 from .ema.averages import WeightAverages
 from .export import digest_stage, make_repository, public_settings, save_stage, upload_stage
 from .interruption import Interruption, TrainingInterrupted

@@ -1,0 +1,240 @@
+"""`diffusers-imagen evaluate`: FID, KID, CLIP score and others of a model, with curves over its settings."""
+
+import argparse
+import itertools
+from collections.abc import Callable
+from contextlib import ExitStack
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import PartialState
+
+from ..evaluation import METRICS, CaptionList, Evaluation, PictureSet, Setting, choose, load_clip, load_features
+from ..evaluation.drawing import digest_networks
+from ..evaluation.evaluator import DISTANCES, OF_FEATURES
+from ..evaluation.feature_networks import CLIP, NAMED, check_package
+from ..pipelines import ImagenCascadePipeline
+from ..schedulers.schedule_checks import MAX_STEPS
+from ..utils.files import FolderHold, check_folder
+from ..utils.processes import on_main_process
+from .common import MAX_GUIDANCE, MAX_SEED, MAX_SIZE, check_device
+from .generate import read_lines
+from .model_arguments import SHIPPED_MODEL, add_model_arguments, check_model, load_stages, place, use_scheduler
+from .parser import Parser, check_prompt
+
+
+if TYPE_CHECKING:
+    from .evaluated_data import DataPictures
+
+MOST = 10_000_000  # pictures
+LONGEST_WAIT = timedelta(days=7)  # of a process for the others
+PACKAGES = {
+    "fid": "torchmetrics",
+    "kid": "torchmetrics",
+    "is": "torchmetrics",
+    "super-resolution": "torchmetrics",
+    "precision-recall": "torch_fidelity",
+}
+
+
+def add_parser(commands) -> None:
+    """Adds the command."""
+    command = commands.add_parser(
+        "evaluate",
+        help="FID, KID, CLIP score and others of a model",
+        description="Draws a picture for each caption and compares them with real ones; writes report.html and "
+        "results.json. Started again it goes on where it was. With several GPUs: accelerate launch -m "
+        "diffusers_imagen.commands.main evaluate ...",
+    )
+    add_model_arguments(command, sweeps=True)
+    add_data_arguments(command)
+    command.add_argument(
+        "--metrics", nargs="+", choices=METRICS, default=["fid", "kid"], help="default: fid kid, of --reference"
+    )
+    command.add_argument(
+        "--features",
+        default="inception",
+        help=f"what distances are of: {', '.join(NAMED)}, or the folder of an image encoder; default: %(default)s",
+    )
+    command.add_argument("--clip-model", default=CLIP, help="of --metrics clip; default: %(default)s")
+    sweep = "for all stages, or by stage with commas, as 30,20; several are compared; default: each stage's own"
+    command.add_argument("--steps", type=by_stage("steps", int, 1, MAX_STEPS), nargs="+", metavar="N", help=sweep)
+    command.add_argument(
+        "--guidance-scale", type=by_stage("guidance-scale", float, 0, MAX_GUIDANCE), nargs="+", metavar="W", help=sweep
+    )
+    command.add_number("--resolution", int, 1, MAX_SIZE, help="stop after the stage of this resolution")
+    command.add_number("--seed", int, 0, MAX_SEED, default=0, help="of all noise; default: %(default)s")
+    command.add_number("--batch-size", int, 1, 1024, default=16, help="pictures at once; default: %(default)s")
+    command.add_number(
+        "--resamples", int, 0, 1000, default=5, help="bootstrap samples for the spread of FID; default: %(default)s"
+    )
+    command.add_argument("--output-dir", type=Path, required=True, help="folder for pictures, features and the report")
+    command.set_defaults(run=evaluate)
+
+
+def add_data_arguments(command: Parser) -> None:
+    """What is drawn, and what it is compared with."""
+    command.add_argument(
+        "--captions", required=True, help="a text file, one caption a line, or a data set: a folder or Hub id"
+    )
+    command.add_argument("--captions-split", default="train", help="of a data set; default: %(default)s")
+    command.add_argument("--caption-column", default="text", help="default: %(default)s")
+    command.add_argument("--reference", help="real pictures: a folder of them, or a data set")
+    command.add_argument("--reference-split", default="train", help="of a data set; default: %(default)s")
+    command.add_argument("--image-column", default="image", help="default: %(default)s")
+    command.add_argument("--styles", nargs="+", help="of captions and reference, rows whose `style` is one of these")
+    command.add_number("--num-images", int, 2, MOST, help="captions that are drawn, at random; default: all")
+    command.add_number("--num-reference", int, 2, MOST, help="pictures of the reference, at random; default: all")
+
+
+def by_stage(name: str, kind: type, lowest: float, highest: float) -> Callable[[str], tuple]:
+    """A reader of numbers with commas between them, for the parser."""
+
+    def read(text: str) -> tuple:
+        try:
+            values = tuple(kind(part) for part in text.split(","))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"`{name}` is {text!r}, but should be numbers, such as 30,20") from None
+        if not all(lowest <= value <= highest for value in values):
+            raise argparse.ArgumentTypeError(f"`{name}` is {text!r}, but should be from {lowest:,} to {highest:,}")
+        return values
+
+    return read
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Draws, measures and reports."""
+    check_arguments(args)
+    state = PartialState(cpu=torch.device(args.device).type == "cpu", timeout=LONGEST_WAIT)
+    if state.num_processes > 1:
+        args.device = str(state.device)
+    captions, reference = open_captions(args), open_reference(args)
+    indices = choose("num-images", len(captions), args.num_images, args.seed)
+    real = [] if reference is None else choose("num-reference", len(reference), args.num_reference, args.seed)
+    features, clip = load_networks(args, state)
+    pipe = load_stages(args)
+    model = digest_networks(pipe)  # before it is placed, which may leave no weights to read
+    use = scheduler_switch(pipe, args)
+    settings, resolutions = list_settings(pipe, args, use)
+    evaluation = Evaluation(
+        captions=captions,
+        indices=indices,
+        settings=settings,
+        resolutions=resolutions,
+        folder=args.output_dir,
+        metrics=tuple(args.metrics),
+        reference=reference,
+        reference_indices=real,
+        network=features,
+        clip=clip,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        resamples=args.resamples,
+        source=args.model or str(SHIPPED_MODEL),
+        model=model,
+    )
+    with ExitStack() as stack:
+        on_main_process(state, lambda: hold(stack, args.output_dir))
+        evaluation.run(pipe, use, state)
+    if state.is_main_process:
+        print(args.output_dir / "report.html")
+
+
+def hold(stack: ExitStack, folder: Path) -> None:
+    """Keeps others out of the folder until the stack is left."""
+    stack.enter_context(FolderHold(folder, "output-dir"))
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuses what can be refused before anything is read."""
+    check_folder(args.output_dir, "output-dir")
+    check_device(args.device)
+    check_model(args)
+    for metric in args.metrics:
+        if metric in PACKAGES:
+            check_package(PACKAGES[metric], "metrics", metric)
+    needs_reference = [metric for metric in args.metrics if metric in (*DISTANCES, "nearest")]
+    if needs_reference and args.reference is None:
+        raise ValueError(f"`metrics` has {needs_reference[0]!r}, which needs real pictures: give --reference.")
+    if args.num_reference is not None and args.reference is None:
+        raise ValueError(f"`num-reference` is {args.num_reference}, but there is no `reference`.")
+
+
+def load_networks(args: argparse.Namespace, state: PartialState) -> tuple[Any, Any]:
+    """What makes features and what compares pictures with captions, where a metric needs it."""
+    with state.main_process_first():  # which downloads
+        features = load_features(args.features, args.device) if set(args.metrics) & set(OF_FEATURES) else None
+        clip = load_clip(args.clip_model, args.device) if "clip" in args.metrics else None
+    return features, clip
+
+
+def open_captions(args: argparse.Namespace) -> PictureSet:
+    """What is drawn: lines of a file, or rows of a data set."""
+    if not Path(args.captions).is_file():
+        return open_data(args, "captions", with_text=True)
+    lines = [line.strip() for line in read_lines("captions", Path(args.captions)) if line.strip()]
+    if not lines:
+        raise ValueError(f"`captions` is '{args.captions}', which has no caption in it.")
+    for line in lines:
+        check_prompt("captions", line)
+    return CaptionList(lines, Path(args.captions).name)
+
+
+def open_reference(args: argparse.Namespace) -> PictureSet | None:
+    """The real pictures, if there are any."""
+    return None if args.reference is None else open_data(args, "reference", with_text=False)
+
+
+def open_data(args: argparse.Namespace, name: str, with_text: bool) -> "DataPictures":
+    """The rows of a data set; ValueError, in one line, if there is none."""
+    from .evaluated_data import DataPictures
+
+    source, split = getattr(args, name), getattr(args, f"{name}_split")
+    return DataPictures(
+        name, source, split, args.image_column, args.styles, args.caption_column if with_text else None
+    )
+
+
+def scheduler_switch(pipe: ImagenCascadePipeline, args: argparse.Namespace) -> Callable[[str], None]:
+    """Puts the model where it computes; a function that gives its stages a sampler by name, or their own again."""
+    own = {stage.kind.scheduler: stage.scheduler for stage in pipe.stages}
+    defaults = pipe.config.call_defaults
+    place(pipe, argparse.Namespace(**{**vars(args), "scheduler": "model"}))
+
+    def use(name: str) -> None:
+        for component, scheduler in own.items():
+            setattr(pipe, component, scheduler)
+        pipe.register_to_config(call_defaults=defaults)
+        if name != "model":
+            use_scheduler(pipe, name)
+
+    return use
+
+
+def list_settings(
+    pipe: ImagenCascadePipeline, args: argparse.Namespace, use: Callable[[str], None]
+) -> tuple[list[Setting], list[int]]:
+    """All combinations of schedulers, steps and guidance, with a value for each stage, and the stages' resolutions."""
+    settings = []
+    for scheduler in dict.fromkeys(args.scheduler):
+        use(scheduler)
+        stages = pipe.stages_up_to(args.resolution)
+        steps = [tuple(stage.defaults.num_inference_steps for stage in stages)]
+        guidance = [tuple(float(stage.defaults.guidance_scale) for stage in stages)]
+        if args.steps is not None:
+            steps = [for_stages("steps", values, len(stages)) for values in args.steps]
+        if args.guidance_scale is not None:
+            guidance = [for_stages("guidance-scale", values, len(stages)) for values in args.guidance_scale]
+        settings += [Setting(scheduler, *values) for values in itertools.product(steps, guidance)]
+    return list(dict.fromkeys(settings)), [stage.resolution for stage in stages]
+
+
+def for_stages(name: str, values: tuple, count: int) -> tuple:
+    """A value for each stage."""
+    if len(values) not in (1, count):
+        raise ValueError(
+            f"`{name}` is {','.join(map(str, values))}, but should have one value, or {count}, one a stage."
+        )
+    return values * count if len(values) == 1 else values

@@ -1,0 +1,316 @@
+"""An evaluation from its start: draws, makes features, measures, and writes the report. Read `Evaluation.run` first."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from diffusers import DiffusionPipeline
+from diffusers.utils import logging
+
+from ..utils.arguments import bad_argument
+from ..utils.files import write_text
+from .drawing import Drawing, Setting, draw, network_calls
+from .feature_networks import ClipScores, FeatureNetwork
+from .features import Features
+from .figures import INCEPTION_SPLITS, SEED, Distances, Figure, Row, figure_of_mean, sample_warnings
+from .nearest import COPY, Nearest, find_nearest
+from .picture_sets import PictureSet
+from .reports import Report
+from .upscaling import consistency, upscaling_figures
+
+
+logger = logging.get_logger(__name__)
+
+DISTANCES = ("fid", "kid", "precision-recall")  # from the features of the reference
+OF_FEATURES = (*DISTANCES, "is", "nearest")
+OF_PAIRS = ("super-resolution",)  # from captions with pictures
+METRICS = (*OF_FEATURES, "clip", *OF_PAIRS)
+REAL, FLOOR = "real pictures of the captions", "reference, in two parts"
+SIZES_LOOKED_AT = 64
+INDEX = "captions.txt"
+
+
+@dataclass
+class Evaluation:
+    """What is drawn, and what it is measured by.
+
+    Attributes:
+        captions ([`PictureSet`]): What is drawn, with the real pictures of the captions or without.
+        indices (`list[int]`): Of which captions.
+        settings (`list[Setting]`): How; pictures of all captions are drawn for each.
+        resolutions (`list[int]`): Of the stages that run, in pixels.
+        folder (`Path`): Where everything goes.
+        metrics (`tuple[str, ...]`): Of `METRICS`.
+        reference ([`PictureSet`], *optional*): Real pictures, for distances.
+        reference_indices (`list[int]`): Which of them.
+        network ([`FeatureNetwork`], *optional*): What makes features of pictures.
+        clip ([`ClipScores`], *optional*): What compares pictures with captions.
+        seed (`int`): Of all noise.
+        batch_size (`int`): Pictures drawn at once.
+        resamples (`int`): Bootstrap samples of the Frechet distance.
+        source (`str`): The model, for the report.
+        model (`str`): What tells its weights from others: `digest_networks` of the pipeline as it was loaded.
+    """
+
+    captions: PictureSet
+    indices: list[int]
+    settings: list[Setting]
+    resolutions: list[int]
+    folder: Path
+    metrics: tuple[str, ...]
+    reference: PictureSet | None = None
+    reference_indices: list[int] = field(default_factory=list)
+    network: FeatureNetwork | None = None
+    clip: ClipScores | None = None
+    seed: int = 0
+    batch_size: int = 16
+    resamples: int = 5
+    source: str = "the model"
+    model: str = ""
+
+    def __post_init__(self) -> None:
+        self.metrics = tuple(metric for metric in METRICS if metric in self.metrics)
+        check_inputs(self)
+
+    def run(self, pipe: DiffusionPipeline, use: Callable[[str], Any], state: PartialState) -> None:
+        """Draws what is not there yet, and writes `report.html` and `results.json`; all processes call this.
+
+        Args:
+            pipe ([`ImagenCascadePipeline`]): What draws.
+            use (`Callable`): Called with the scheduler of each setting before its pictures are drawn.
+            state ([`~accelerate.PartialState`]): The processes.
+        """
+        calls = {}
+        if state.is_main_process:
+            for warning in self.warnings():
+                logger.warning(warning)
+        pipe.set_progress_bar_config(disable=True)
+        for setting in self.settings:
+            use(setting.scheduler)
+            calls[setting] = network_calls(pipe.stages, setting)
+            draw(pipe, self.drawing(setting), state)
+            if "super-resolution" in self.metrics:
+                draw(pipe, self.drawing(setting, enlarges=True), state)
+        made = self.features()
+        for features in made.values():
+            features.make(state)
+        if state.is_main_process:
+            self.report(calls, made)
+
+    def drawing(self, setting: Setting, enlarges: bool = False) -> Drawing:
+        """What is drawn of a setting: all stages from noise, or those after the first from reduced real pictures."""
+        enlarged = self.resolutions[0] if enlarges else None
+        if enlarges:  # one and the same for settings of which the first stage alone differs
+            setting = Setting(setting.scheduler, setting.steps[1:], setting.guidance[1:])
+        folder = self.folder / ("enlarged" if enlarges else "images") / setting.name
+        return Drawing(
+            self.captions,
+            self.indices,
+            folder,
+            setting,
+            self.seed,
+            self.model,
+            self.resolutions[-1],
+            self.batch_size,
+            enlarged,
+        )
+
+    # ---- features
+
+    def features(self) -> dict[tuple[str, str, int], Features]:
+        """All features that the figures are of, by what makes them, of what, and resolution."""
+        found = {}
+        for resolution in self.resolutions:
+            sets: dict[str, tuple[PictureSet, list[int]]] = {
+                setting.name: (self.drawing(setting).files(resolution), self.indices) for setting in self.settings
+            }
+            if self.captions.has_pictures:
+                sets[REAL] = (self.captions, self.indices)
+            if self.clip is not None:
+                for name, (pictures, indices) in sets.items():
+                    found["clip", name, resolution] = self.of(self.clip, pictures, indices, resolution)
+            if self.network is not None:
+                if self.reference is not None:
+                    sets[FLOOR] = (self.reference, self.reference_indices)
+                for name, (pictures, indices) in sets.items():
+                    found["features", name, resolution] = self.of(self.network, pictures, indices, resolution)
+        return found
+
+    def of(self, network: FeatureNetwork, pictures: PictureSet, indices: list[int], resolution: int) -> Features:
+        """Features of a set of pictures."""
+        return Features(self.folder / "cache", network, pictures, indices, resolution)
+
+    # ---- figures
+
+    def report(self, calls: dict[Setting, int], made: dict) -> None:
+        """Measures, and writes the report; the main process alone calls this."""
+        write_text(
+            self.folder / INDEX, "".join(f"{i:08d} {one_line(self.captions.caption(i))}\n" for i in self.indices)
+        )
+        report = Report(self.folder, self.facts(), warnings=self.warnings())
+        for resolution in self.resolutions:
+            reference = self.load(made, "features", FLOOR, resolution)
+            for setting in self.settings:
+                row = self.row(made, setting.name, resolution, reference, report)
+                row.setting, row.calls = setting, calls[setting]
+                report.rows.append(row)
+            if self.captions.has_pictures:
+                report.rows.append(self.row(made, REAL, resolution, reference, report))
+            if reference is not None and self.distances is not None:
+                report.rows.append(self.floor(reference, resolution))
+        for setting in self.settings:
+            pictures = self.drawing(setting).files(self.resolutions[-1])
+            report.add_contact_sheet(pictures, self.indices, self.resolutions[-1])
+        self.measure_upscaling(report)
+        if self.captions.has_pictures:
+            report.add_contact_sheet(self.captions, self.indices, self.resolutions[-1])
+        report.write()
+
+    def row(
+        self, made: dict, name: str, resolution: int, reference: dict[str, torch.Tensor] | None, report: Report
+    ) -> Row:
+        """The figures of a set of pictures."""
+        row = Row(name, resolution, len(self.indices))
+        features = self.load(made, "features", name, resolution)
+        if features is not None and self.distances is not None:
+            row.figures |= self.distances.measure(features, reference or {})
+        scores = self.load(made, "clip", name, resolution)
+        if scores is not None:
+            row.figures["CLIP score"] = figure_of_mean(scores["features"][:, 0])
+        if "nearest" in self.metrics and features is not None and reference is not None:
+            nearest = find_nearest(features["features"], reference["features"])
+            copies = (nearest.cosines > COPY).double()
+            row.figures["nearest, median cosine"] = Figure(nearest.cosines.median().item())
+            row.figures[f"share above {COPY}"] = figure_of_mean(copies)
+            if name != REAL:
+                self.show_nearest(report, made["features", name, resolution].pictures, nearest)
+        return row
+
+    def floor(self, reference: dict[str, torch.Tensor], resolution: int) -> Row:
+        """The figures of real pictures of the reference, as many as were drawn or half of them, against the others."""
+        count = len(self.reference_indices)
+        size = min(len(self.indices), count // 2)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(SEED))
+        one, other = ({key: value[part] for key, value in reference.items()} for part in (order[:size], order[size:]))
+        row = Row(f"{FLOOR}: {size:,} against {count - size:,}", resolution, size)
+        assert self.distances is not None
+        distances = self.distances._replace(metrics=tuple(m for m in self.distances.metrics if m != "is"))
+        row.figures = distances.measure(one, other) if size > 1 else {}
+        return row
+
+    def load(self, made: dict, kind: str, name: str, resolution: int) -> dict[str, torch.Tensor] | None:
+        """Features, if there are such."""
+        features = made.get((kind, name, resolution))
+        return None if features is None else features.load()
+
+    @property
+    def distances(self) -> Distances | None:
+        """What is measured of features."""
+        if self.network is None:
+            return None
+        metrics = tuple(metric for metric in self.metrics if metric in (*DISTANCES, "is"))
+        return Distances(metrics, self.network.suffix, self.resamples)
+
+    def show_nearest(self, report: Report, drawn: PictureSet, nearest: Nearest) -> None:
+        """Puts the drawn pictures that are nearest to real ones into the report."""
+        assert self.reference is not None
+        order = nearest.cosines.argsort(descending=True).tolist()
+        places = [(self.indices[i], self.reference_indices[int(nearest.places[i])], i) for i in order[:8]]
+        report.add_nearest(drawn, self.reference, [(a, b, nearest.cosines[i].item()) for a, b, i in places])
+
+    def measure_upscaling(self, report: Report) -> None:
+        """Agreement of a cascade's stages, and super-resolution of real pictures against bicubic interpolation."""
+        first, *upscaled = self.resolutions
+        for below, resolution in zip(self.resolutions, upscaled):
+            for setting in self.settings:
+                drawing = self.drawing(setting)
+                agreement = consistency(drawing.files(resolution), drawing.files(below), self.indices, below)
+                report.add_upscaling(f"{setting.name}, drawn", below, resolution, {"consistency (dB)": agreement})
+        if "super-resolution" not in self.metrics:
+            return
+        drawings = {drawing.folder: drawing for drawing in (self.drawing(one, enlarges=True) for one in self.settings)}
+        for drawing in drawings.values():
+            for resolution in upscaled:
+                drawn = drawing.files(resolution)
+                found = upscaling_figures(drawn, self.captions, self.indices, first, resolution)
+                for method, figures in found.items():
+                    report.add_upscaling(f"{drawing.setting.name}, {method}", first, resolution, figures)
+
+    # ---- what the report says beside the figures
+
+    def facts(self) -> dict[str, Any]:
+        """What was evaluated, on what."""
+        facts: dict[str, Any] = {
+            "model": f"{self.source} ({self.model})",
+            "stages (px)": ", ".join(map(str, self.resolutions)),
+            "captions": f"{len(self.indices):,} of {len(self.captions):,} of {self.captions.name}",
+            "seed": self.seed,
+        }
+        if self.reference is not None:
+            facts["reference"] = f"{len(self.reference_indices):,} of {len(self.reference):,} of {self.reference.name}"
+            facts["reference, sizes (px)"] = ", ".join(sorted(self.reference_sizes()))
+            facts["size of both"] = "the largest square at the centre, resized bicubically to the stage's resolution"
+        if self.network is not None:
+            facts["features"] = (
+                f"{self.network.suffix or 'Inception'}, {self.network.width:,}: {self.network.protocol}"
+            )
+        if self.clip is not None:
+            facts["CLIP"] = f"{self.clip.source}: {self.clip.protocol}"
+        return facts
+
+    def reference_sizes(self) -> set[str]:
+        """The sizes of some pictures of the reference."""
+        assert self.reference is not None
+        some = self.reference_indices[:: max(1, len(self.reference_indices) // SIZES_LOOKED_AT)]
+        return {"{}x{}".format(*self.reference.picture(index).size) for index in some}
+
+    def warnings(self) -> list[str]:
+        """What is to be said before figures are compared with others."""
+        warnings = []
+        if self.distances is not None and self.network is not None:
+            real = len(self.reference_indices) if self.reference is not None else len(self.indices)
+            warnings += sample_warnings(self.distances, len(self.indices), real, self.network.width)
+        if self.reference is not None:
+            sizes = sorted(
+                self.reference_sizes() - {f"{resolution}x{resolution}" for resolution in self.resolutions[-1:]}
+            )
+            if sizes:
+                warnings.append(
+                    f"The reference has pictures of {', '.join(sizes[:3])} px; they are resized to each stage's resolution."
+                )
+            if self.reference.identity() == self.captions.identity():
+                warnings.append("Captions and reference are the same rows: the figures of real pictures say nothing.")
+        return warnings
+
+
+def one_line(text: str) -> str:
+    """A text without line breaks."""
+    return " ".join(text.split())
+
+
+def check_inputs(evaluation: Evaluation) -> None:
+    """Raises ValueError, which names the argument, for metrics that cannot be had of what is given."""
+    metrics, count = evaluation.metrics, len(evaluation.indices)
+    if not evaluation.settings or not metrics:
+        raise bad_argument("metrics", list(metrics), f"some of {', '.join(METRICS)}")
+    needs_reference = [metric for metric in metrics if metric in (*DISTANCES, "nearest")]
+    if needs_reference and evaluation.reference is None:
+        raise ValueError(f"`metrics` has {needs_reference[0]!r}, which needs real pictures: give --reference.")
+    needs_pairs = [metric for metric in metrics if metric in OF_PAIRS]
+    if needs_pairs and not evaluation.captions.has_pictures:
+        raise ValueError(
+            f"`metrics` has {needs_pairs[0]!r}, which needs the pictures of the captions, but `captions` is "
+            f"'{evaluation.captions.name}', which has none: give a data set."
+        )
+    if needs_pairs and len(evaluation.resolutions) < 2:
+        raise ValueError(f"`metrics` has {needs_pairs[0]!r}, but no stage runs that enlarges pictures.")
+    least = INCEPTION_SPLITS if "is" in metrics else 2
+    if count < least:
+        raise ValueError(f"`captions` gives {count} pictures to draw, but the metrics need at least {least}.")
+    if needs_reference and len(evaluation.reference_indices) < 2:
+        raise ValueError(f"`reference` has {len(evaluation.reference_indices)} pictures, but should have at least 2.")
+    if "is" in metrics and getattr(evaluation.network, "suffix", None) is not None:
+        raise ValueError("`metrics` has 'is', which is of Inception's classes, but `features` is another network.")

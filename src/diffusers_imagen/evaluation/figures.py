@@ -1,0 +1,205 @@
+"""Figures with their uncertainty, from features of pictures: FID, KID and others as torchmetrics and torch-fidelity compute them."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from .drawing import Setting
+
+
+KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000  # the defaults of torch-fidelity and torchmetrics
+INCEPTION_SPLITS = 10
+NEIGHBOURS, CHUNK = 3, 2048  # of precision and recall; distances of so many pictures at once
+# of torchmetrics' classes: one process has all features, and does not wait for the others
+ALONE: dict[str, Any] = {"sync_on_compute": False}
+SEED = 2020  # torch-fidelity's, of subsets and splits
+
+
+class Figure(NamedTuple):
+    """A number, how much it varies, and over what."""
+
+    value: float
+    spread: float | None = None
+    of: str = ""  # what `spread` is the standard deviation of
+
+    def text(self) -> str:
+        """As a report shows it."""
+        digits = 4 if abs(self.value) < 10 else 2
+        spread = "" if self.spread is None else f" ± {self.spread:.{digits}f}"
+        return f"{self.value:.{digits}f}{spread}"
+
+
+@dataclass
+class Row:
+    """The figures of a set of pictures at a resolution."""
+
+    name: str
+    resolution: int
+    count: int
+    figures: dict[str, Figure] = field(default_factory=dict)
+    setting: Setting | None = None  # None for real pictures
+    calls: int | None = None  # of the denoisers, for a picture
+
+    def as_json(self) -> dict[str, Any]:
+        """For `results.json`."""
+        setting = None if self.setting is None else self.setting._asdict()
+        figures = {label: figure._asdict() for label, figure in self.figures.items()}
+        return {
+            "name": self.name,
+            "resolution": self.resolution,
+            "pictures": self.count,
+            "setting": setting,
+            "evaluations": self.calls,
+            "figures": figures,
+        }
+
+
+def figure_of_mean(values: torch.Tensor) -> Figure:
+    """The mean of a value a picture, with its standard error."""
+    error = values.double().std().item() / math.sqrt(len(values)) if len(values) > 1 else None
+    return Figure(values.double().mean().item(), error, "standard error of the mean over pictures")
+
+
+class GivenFeatures(torch.nn.Module):
+    """Stands for the feature network of torchmetrics' classes where features are at hand: gives what it is given."""
+
+    def __init__(self, num_features: int):
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return features
+
+
+def frechet_distance(features: torch.Tensor, reference: torch.Tensor, resamples: int = 0) -> Figure:
+    """The Frechet distance of Gaussians fitted to features (Heusel et al. 2017, arXiv 1706.08500), by torchmetrics.
+
+    Args:
+        features (`torch.Tensor` of shape `(N, D)`): Of drawn pictures.
+        reference (`torch.Tensor` of shape `(M, D)`): Of real ones.
+        resamples (`int`): Bootstrap samples of the drawn pictures, for the spread; each takes as long as the figure.
+    """
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    metric = FrechetInceptionDistance(GivenFeatures(features.shape[1]), reset_real_features=False, **ALONE)
+    metric.set_dtype(torch.float64)
+    metric.update(reference.double(), real=True)
+
+    def distance(some: torch.Tensor) -> float:
+        metric.reset()
+        metric.update(some.double(), real=False)
+        return metric.compute().item()
+
+    generator = torch.Generator().manual_seed(SEED)
+    draws = [torch.randint(len(features), (len(features),), generator=generator) for _ in range(resamples)]
+    spread = torch.tensor([distance(features[draw]) for draw in draws]).std().item() if resamples > 1 else None
+    return Figure(distance(features), spread, f"standard deviation over {resamples} bootstrap samples")
+
+
+def kernel_distance(features: torch.Tensor, reference: torch.Tensor) -> Figure:
+    """The squared MMD of a cubic kernel (Binkowski et al. 2018, arXiv 1801.01401), by torchmetrics.
+
+    Subsets have 1,000 pictures, or as many as there are; they are those that torch-fidelity's KID draws.
+    """
+    from torchmetrics.image.kid import poly_mmd
+
+    size, draws = kid_subset_size(features, reference), np.random.RandomState(SEED)
+    values = []
+    for _ in range(KID_SUBSETS):
+        drawn = features[draws.choice(len(features), size, replace=False)].double()
+        real = reference[draws.choice(len(reference), size, replace=False)].double()
+        values.append(poly_mmd(drawn, real))
+    found = torch.stack(values)
+    of = f"standard deviation over {KID_SUBSETS} subsets of {size} pictures"
+    return Figure(found.mean().item(), found.std(correction=0).item(), of)
+
+
+def kid_subset_size(features: torch.Tensor, reference: torch.Tensor) -> int:
+    """Pictures of a subset."""
+    return min(KID_SUBSET_SIZE, len(features), len(reference))
+
+
+def precision_recall(features: torch.Tensor, reference: torch.Tensor) -> tuple[Figure, Figure]:
+    """Improved precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991), by torch-fidelity."""
+    from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
+
+    options = {"prc_neighborhood": NEIGHBOURS, "prc_batch_size": CHUNK, "save_cpu_ram": True, "verbose": False}
+    found = prc_features_to_metric(features, reference, **options)
+    precision, recall = (
+        Figure(found[key], math.sqrt(found[key] * (1 - found[key]) / count), "standard error of a share of pictures")
+        for key, count in ((KEY_METRIC_PRECISION, len(features)), (KEY_METRIC_RECALL, len(reference)))
+    )
+    return precision, recall
+
+
+def inception_score(logits: torch.Tensor) -> Figure:
+    """The inception score (Salimans et al. 2016, arXiv 1606.03498), by torchmetrics."""
+    from torchmetrics.image.inception import InceptionScore
+
+    metric = InceptionScore(GivenFeatures(logits.shape[1]), splits=INCEPTION_SPLITS, **ALONE)
+    metric.update(logits.double())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)  # torchmetrics draws the splits from torch's own generator
+        mean, spread = metric.compute()
+    return Figure(mean.item(), spread.item(), f"standard deviation over {INCEPTION_SPLITS} splits")
+
+
+class Distances(NamedTuple):
+    """Which figures are made of features, and how.
+
+    Attributes:
+        metrics (`tuple[str, ...]`): Of "fid", "kid", "precision-recall" and "is".
+        suffix (`str`, *optional*): The name of the features; None for Inception's.
+        resamples (`int`): Bootstrap samples of the Frechet distance.
+    """
+
+    metrics: tuple[str, ...]
+    suffix: str | None
+    resamples: int
+
+    def label(self, metric: str) -> str:
+        """What a distance is called: FID and KID are those of Inception features alone."""
+        short = {"fid": "FD", "kid": "KD"}[metric]
+        return metric.upper() if self.suffix is None else f"{short}-{self.suffix}"
+
+    def measure(self, features: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> dict[str, Figure]:
+        """The figures of pictures against real ones, by label."""
+        drawn, real = features["features"], reference["features"]
+        found: dict[str, Figure] = {}
+        if "fid" in self.metrics:
+            found[self.label("fid")] = frechet_distance(drawn, real, self.resamples)
+        if "kid" in self.metrics:
+            found[self.label("kid")] = kernel_distance(drawn, real)
+        if "precision-recall" in self.metrics:
+            found["precision"], found["recall"] = precision_recall(drawn, real)
+        if "is" in self.metrics:
+            found["IS"] = inception_score(features["logits"])
+        return found
+
+
+def sample_warnings(distances: Distances, drawn: int, real: int, width: int) -> list[str]:
+    """What is to be said of figures from too few pictures."""
+    warnings = []
+    few = min(drawn, real)
+    if "fid" in distances.metrics:
+        label = distances.label("fid")
+        if few <= width:
+            warnings.append(
+                f"{label} of {few:,} pictures and {width:,} features: the covariance has no full rank, and the figure is far "
+                "too large; compare it with nothing but figures of as many pictures."
+            )
+        elif few < 10_000:
+            warnings.append(
+                f"{label} of {few:,} pictures is biased upwards: published figures are of 10,000 to 50,000."
+            )
+    if "kid" in distances.metrics and few < KID_SUBSET_SIZE:
+        warnings.append(
+            f"{distances.label('kid')} is of subsets of {few:,} pictures, not {KID_SUBSET_SIZE:,}, as there are no more: "
+            "its ± does not tell how it varies with the pictures."
+        )
+    if "is" in distances.metrics and drawn < 5_000:
+        warnings.append(f"IS of {drawn:,} pictures is biased downwards: published figures are of 30,000 to 50,000.")
+    return warnings
