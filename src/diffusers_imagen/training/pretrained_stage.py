@@ -5,12 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
-
 from ..models.unet_base import ConditionalUNet
 from ..pipelines.loading import deepfloyd_repository
-from ..pipelines.origin import check_origin
+from ..pipelines.loading.folders import is_hub_id
+from ..pipelines.origin import DEEPFLOYD, check_origin
 from ..pipelines.stage_table import BASE, MOST_STEPS
 from ..schedulers import EDMHeunScheduler
 from ..schedulers.foreign_configs import is_discrete
@@ -66,7 +64,7 @@ def find_pretrained(config: TrainingConfig) -> PretrainedStage:
     scheduler, index = read_scheduler(config), load_index(place)
     network = load_network_config(place, subfolder)
     if network.get("_class_name") == THEIR_NETWORK:
-        origin = {"license": deepfloyd_repository.LICENSE, **base_model(place, index)}
+        origin = {"license": DEEPFLOYD, **base_model(place, index)}
         defaults = deepfloyd_repository.call_defaults(network.get("class_embed_type") is not None)
         return PretrainedStage(scheduler, defaults, True, origin, deepfloyd_repository.MAX_TOKENS)
     try:
@@ -118,12 +116,7 @@ def load_network_config(place: str, subfolder: str) -> dict[str, Any]:
 def base_model(place: str, index: Mapping[str, Any]) -> dict[str, str]:
     """The Hub id of a repository that was loaded or downloaded, as far as its folder tells."""
     name = index.get("_name_or_path") if Path(place).is_dir() else place
-    try:
-        validate_repo_id(str(name))
-    except HFValidationError:
-        return {}
-    is_id = isinstance(name, str) and name.count("/") == 1 and not os.path.exists(name)
-    return {"base_model": str(name)} if is_id else {}
+    return {"base_model": str(name)} if is_hub_id(name) else {}
 
 
 def read_settings(index: Mapping[str, Any], stage: str) -> tuple[Any, bool, Any]:
