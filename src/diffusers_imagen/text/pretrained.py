@@ -8,6 +8,7 @@ from huggingface_hub import snapshot_download
 from transformers import AutoModel, AutoModelForTextEncoding, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..utils.errors import describe_fault
+from ..utils.files import for_huggingface_hub
 from ..utils.modules import find_not_finite, is_quantized, quiet_transformers
 from .completeness import refuse_random_weights
 
@@ -33,12 +34,10 @@ def load_tokenizer(name: str, max_length: int | None = None, **hub: Any) -> tupl
         raise ValueError(f"`text_encoder` is {name!r}, a file, but should be a folder or a Hub id.")
     for subfolder, encoder in folders:
         try:
-            source, options = name, hub
-            if subfolder and not os.path.isdir(name):
-                # AutoTokenizer looks for more than there is, and offline takes that for an error
-                given = {key: value for key, value in hub.items() if key != "proxies"}
-                source, options = snapshot_download(name, allow_patterns=f"{subfolder}/*", **given), {}
-            tokenizer = AutoTokenizer.from_pretrained(source, subfolder=subfolder, trust_remote_code=False, **options)
+            if subfolder:
+                tokenizer = load_tokenizer_of_pipeline(name, hub)
+            else:
+                tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **hub)
         except Exception as error:  # tokenizers raises plain ones for what is in a file
             reason = describe_fault(error)
             continue
@@ -58,6 +57,14 @@ def load_tokenizer(name: str, max_length: int | None = None, **hub: Any) -> tupl
         tokenizer.model_max_length = limit if max_length is None else max_length
         return tokenizer, encoder
     raise ValueError(f"`text_encoder` is {name!r}, which has no tokenizer that can be loaded: {reason}")
+
+
+def load_tokenizer_of_pipeline(source: str, hub: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """The tokenizer in `tokenizer/` of a folder or Hub id, with the limit that it was saved with."""
+    if not os.path.isdir(source):
+        # AutoTokenizer looks for more than there is, and offline takes that for an error
+        source = snapshot_download(source, allow_patterns="tokenizer/*", **for_huggingface_hub(hub))
+    return AutoTokenizer.from_pretrained(source, subfolder="tokenizer", trust_remote_code=False)
 
 
 def load_encoder(
