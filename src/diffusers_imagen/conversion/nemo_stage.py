@@ -22,7 +22,6 @@ from .nemo_training import Entries, objective
 
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SCALE_FACTOR = 4  # of every super-resolution stage that NeMo published
 # NeMo's inference_pipeline.yaml, by resolution: steps of EDM and guidance; 250 steps of DDPM are its documentation's
 CALL_DEFAULTS = {64: (30, 7.5), 256: (20, 8.0), 1024: (20, 7.5)}
