@@ -26,9 +26,6 @@ SHIPPED_MODEL = Path(__file__).resolve().parents[3] / "checkpoints" / "imagen-em
 UPSCALERS = tuple(kind.name for kind in STAGES if kind.takes_low_res)
 CASCADE = "ImagenCascadePipeline"
 DTYPES = ("float32", "bfloat16", "float16")
-SUPER_RESOLUTION = (
-    "SuperResolutionPipeline"  # ends the names of this package's class, and of diffusers' for DeepFloyd IF
-)
 SCHEDULERS = {"adams": EDMAdamsScheduler, "heun": EDMHeunScheduler}
 
 
@@ -109,10 +106,10 @@ def load_pipeline(args: argparse.Namespace) -> ImagenCascadePipeline | ImagenSup
     Raises:
         ValueError: If there is none, or one that was never trained, or its stages do not fit together.
     """
-    return place(load_stages(args), args)
+    return place(load_model(args), args)
 
 
-def load_stages(args: argparse.Namespace) -> ImagenCascadePipeline | ImagenSuperResolutionPipeline:
+def load_model(args: argparse.Namespace) -> ImagenCascadePipeline | ImagenSuperResolutionPipeline:
     """The model in CPU memory, as it was saved."""
     given, options = sources_of(args), load_options(args)
     if is_cascade(given):

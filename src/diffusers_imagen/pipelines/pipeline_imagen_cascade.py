@@ -168,9 +168,8 @@ class ImagenCascadePipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLo
             values = {name: of_stage[setting] for name, of_stage in parts.items() if of_stage.get(setting) is not None}
             components[setting] = values or None
         components[GUIDE] = parts[BASE.name].get("guidance_unet")
-        components["clean_caption"] = bool(
-            parts[BASE.name].get("clean_caption")
-        )  # as the text encoder is that of base
+        # as the text encoder, that of the base stage
+        components["clean_caption"] = bool(parts[BASE.name].get("clean_caption"))
         factors = {kind: parts[kind.name].get("scale_factor") for kind in sources}
         pipe = cls(**components)
         check_stages(pipe.stages, pipe.text_width)
