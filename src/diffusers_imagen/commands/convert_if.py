@@ -7,7 +7,6 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from ..pipelines import ImagenCascadePipeline, ImagenPipeline, ImagenSuperResolutionPipeline
 from ..pipelines.loading.deepfloyd_repository import is_deepfloyd
 from ..pipelines.model_card import new_card
 from ..utils.files import check_new_folder, whole_folder
@@ -17,8 +16,9 @@ from .model_arguments import (
     add_stage_arguments,
     check_sources,
     class_of,
+    compose_stages,
     load_options,
-    naming,
+    open_stage,
     sources_of,
 )
 from .parser import Parser
@@ -86,14 +86,7 @@ def read_stages(args: argparse.Namespace, given: dict[str, str]):
     if options.get("text_encoder") == NONE:
         options |= {"text_encoder": None, "tokenizer": None}
     print(f"reading {', '.join(given.values())} ...", flush=True)
-    if len(given) > 1:
-        upscalers = {name: source for name, source in given.items() if name != "model"}
-        with naming("base", "model"):
-            return ImagenCascadePipeline.from_stages(given["model"], **upscalers, **options)
-    ((name, source),) = given.items()
-    pipeline_class = ImagenPipeline if name == "model" else ImagenSuperResolutionPipeline
-    with naming("source", name):
-        return pipeline_class.from_stage(source, **options)
+    return compose_stages(given, options) if len(given) > 1 else open_stage(*next(iter(given.items())), options)
 
 
 def copy_licenses(given: dict[str, str], folder: Path) -> list[str]:

@@ -9,7 +9,7 @@ from ..models.unet_base import ConditionalUNet
 from ..pipelines.loading import deepfloyd_repository
 from ..pipelines.loading.folders import is_hub_id
 from ..pipelines.origin import DEEPFLOYD, check_origin
-from ..pipelines.stage_table import BASE, MOST_STEPS
+from ..pipelines.stage_table import BASE, most_steps
 from ..schedulers import EDMHeunScheduler
 from ..schedulers.foreign_configs import is_discrete
 from ..utils.arguments import bad_argument
@@ -47,7 +47,7 @@ class PretrainedStage(NamedTuple):
         own = self.call_defaults if self.preconditioning == preconditioning else None
         call_defaults = {**sampling, **(own or {})} or None
         if call_defaults is not None and "num_inference_steps" in call_defaults and preconditioning == "discrete":
-            most = MOST_STEPS["adams"][upscales]
+            most = most_steps("adams", upscales)
             call_defaults["num_inference_steps"] = min(call_defaults["num_inference_steps"], most)
         return {"call_defaults": call_defaults, "clean_caption": self.clean_caption, "origin": self.origin}
 
