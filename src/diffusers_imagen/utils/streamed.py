@@ -80,9 +80,8 @@ def read_kinds(path: Path) -> dict[str, tuple[Kind, int]]:
     return kinds
 
 
-def read_tensors(path: Path, names: Iterable[str]) -> Iterator[torch.Tensor]:
-    """These tensors of a safetensors file, in memory of their own; ValueError as in `read_kinds`."""
-    kinds = read_kinds(path)
+def read_tensors(path: Path, kinds: Mapping[str, tuple[Kind, int]], names: Iterable[str]) -> Iterator[torch.Tensor]:
+    """These tensors of a safetensors file, of which `read_kinds` gave the kinds, in memory of their own."""
     with open(path, "rb") as file:
         for name in names:
             (dtype, shape), start = kinds[name]
