@@ -161,6 +161,7 @@ class RankWeights:
                 yield key, tensor
 
     def differ(self, key: str, rank: str) -> ValueError:
+        """The error of a rank that has another tensor under a key than the first that has one."""
         return ValueError(
             f"{self.what} has {shown(key)} in several ranks, but {rank} has another than {self.owners[key][0]}: NeMo's Imagen "
             "has no layers that are split over ranks. Convert the folder of a single rank."

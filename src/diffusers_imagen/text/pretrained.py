@@ -72,18 +72,24 @@ def load_encoder(
     subfolder: str,
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device | str,
-    dtype: torch.dtype,
+    dtype: torch.dtype | str,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """The frozen encoder alone: of T5 and its like, whose AutoModel has a decoder too, the class without it.
 
-    `kwargs` are for `from_pretrained`. A quantized encoder is loaded to its device, as it cannot be moved there.
+    `dtype` is that of the weights, or "auto": as they were saved. `kwargs` are for `from_pretrained`. A quantized encoder
+    is loaded to its device, as it cannot be moved there.
 
     Raises:
         ValueError: If there is none, it lacks weights or has some that are not finite, or the tokenizer is another's.
     """
     what = f"`text_encoder` is {name!r}"
-    options = {"subfolder": subfolder, "dtype": dtype, "trust_remote_code": False, "output_loading_info": True}
+    options: dict[str, Any] = {
+        "subfolder": subfolder,
+        "dtype": dtype,
+        "trust_remote_code": False,
+        "output_loading_info": True,
+    }
     if kwargs.get("quantization_config") is not None:
         options["device_map"] = {"": device}
     options |= kwargs
@@ -121,5 +127,5 @@ def load_text(name: str, max_length: int | None = None) -> dict[str, Any]:
         max_length (`int`, *optional*): Tokens that texts are to be cut or padded to; the tokenizer's own limit without.
     """
     tokenizer, subfolder = load_tokenizer(name, max_length)
-    encoder = load_encoder(name, subfolder, tokenizer, "cpu", "auto")  # type: ignore[arg-type]  # a type for transformers
+    encoder = load_encoder(name, subfolder, tokenizer, "cpu", "auto")
     return {"text_encoder": encoder, "tokenizer": tokenizer}
