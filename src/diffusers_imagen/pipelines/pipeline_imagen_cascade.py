@@ -76,7 +76,6 @@ class ImagenCascadePipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLo
     """
 
     model_cpu_offload_seq = "->".join(["text_encoder", GUIDE, *(kind.unet for kind in STAGES), "safety_checker"])
-    _exclude_from_cpu_offload = ["watermarker"]
     _optional_components = [
         *("tokenizer", "text_encoder", GUIDE, *SAFETY_PARTS),
         *(part for kind in STAGES[1:] for part in (kind.unet, kind.scheduler)),

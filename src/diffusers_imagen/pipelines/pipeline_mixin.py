@@ -40,6 +40,7 @@ class ImagenPipelineMixin(ModelCardMixin):
     _execution_device: torch.device
     safety_checker: Any
     _callback_tensor_inputs = ["latents", *PROMPT_EMBEDS]
+    _exclude_from_cpu_offload = ["watermarker"]
     _lora_loadable_modules = list(NETWORKS)
     tiling: Tiling | None = None
     slice_size: int | None = None

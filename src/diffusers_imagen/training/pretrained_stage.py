@@ -61,7 +61,7 @@ def find_pretrained(config: TrainingConfig) -> PretrainedStage:
     if config.pretrained_model_name_or_path is None:
         return PretrainedStage()
     place, subfolder = place_of_network(config)
-    scheduler, index = read_scheduler(config), load_index(place)
+    scheduler, index = load_scheduler_config(place, subfolder), load_index(place)
     network = load_network_config(place, subfolder)
     if network.get("_class_name") == THEIR_NETWORK:
         origin = {"license": DEEPFLOYD, **base_model(place, index)}
@@ -86,12 +86,16 @@ def place_of_network(config: TrainingConfig) -> tuple[str, str]:
 
 
 def read_scheduler(config: TrainingConfig) -> dict[str, Any] | None:
-    """The configuration of the stage's scheduler, which lies beside the network; None if there is none.
+    """The configuration of the scheduler of the stage that a run begins with, as `load_scheduler_config` has it."""
+    return load_scheduler_config(*place_of_network(config))
+
+
+def load_scheduler_config(place: str, subfolder: str) -> dict[str, Any] | None:
+    """The configuration of the scheduler beside the network in a subfolder; None if there is none.
 
     Raises:
         ValueError: If it is malformed.
     """
-    place, subfolder = place_of_network(config)
     part = subfolder.replace("unet", "scheduler")
     file = Path(place) / part / EDMHeunScheduler.config_name
     if file.exists():
