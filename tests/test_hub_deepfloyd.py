@@ -126,7 +126,7 @@ def test_what_cannot_be_used_is_refused_before_its_weights_are_downloaded(filled
     assert lines[1].startswith(f"`sr256` is '{I}', a base stage, which enlarges no images")
     assert len(lines) == 8
     for line in lines[2:]:
-        assert f"accept its licence on {filled.url}/{I}, and log in with `hf auth login` or give `token`" in line
+        assert f"accept its license on {filled.url}/{I}, and log in with `hf auth login` or give `token`" in line
     assert {"(401)" in line for line in lines[2:5]} == {"(403)" in line for line in lines[5:]} == {True}
     assert loaded_files(filled, I) == {"unet/diffusion_pytorch_model.safetensors"}  # of the stage without other parts
     assert loaded_files(filled, II) == set()

@@ -123,7 +123,7 @@ BAD = {
     "no stage": (["convert-if"], "`model` is not given: name the base stage"),
     "files in the way": (
         ["convert-if", "--model", "{base}", "--output", "."],
-        "`output` is '.', which has files in it",
+        "`output` is '.', which is not empty: name a new folder",
     ),
     "a file in the way": (
         ["convert-if", "--model", "{base}", "--output", "file"],

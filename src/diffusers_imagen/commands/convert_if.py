@@ -7,24 +7,24 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from ..pipelines import ImagenCascadePipeline, ImagenPipeline, ImagenSuperResolutionPipeline
 from ..pipelines.loading.deepfloyd_repository import is_deepfloyd
 from ..pipelines.model_card import new_card
-from ..utils.files import check_folder, whole_folder
+from ..utils.files import check_new_folder, whole_folder
 from .model_arguments import (
     DTYPES,
     UPSCALERS,
     add_stage_arguments,
     check_sources,
     class_of,
+    compose_stages,
     load_options,
-    naming,
+    open_stage,
     sources_of,
 )
 from .parser import Parser
 
 
-LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*")  # files of a repository that go along with its weights
+LICENSE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*")  # files of a repository that go along with its weights
 NONE = "none"
 
 
@@ -56,7 +56,7 @@ def convert_if(args: argparse.Namespace) -> None:
     """Writes the folder, whole or not at all, and says what is in it."""
     if args.model is None and all(getattr(args, name) is None for name in UPSCALERS):
         raise ValueError("`model` is not given: name the base stage, or a super-resolution stage alone as --sr256.")
-    check_output_folder(args.output)
+    check_new_folder(args.output, "output")
     given = sources_of(args)
     check_sources(given, upscaler_alone=True)
     check_if(given)
@@ -64,17 +64,10 @@ def convert_if(args: argparse.Namespace) -> None:
     pipe = read_stages(args, given)
     print(f"writing {args.output} ...", flush=True)
     with whole_folder(args.output) as partial:
-        licences = copy_licences(given, partial)
+        licenses = copy_licenses(given, partial)
         pipe.write_card(new_card(pipe.describe(args.output.resolve().name)), partial / "README.md")
         pipe.save_pretrained(partial)
-    report(args.output, pipe, licences)
-
-
-def check_output_folder(folder: Path) -> None:
-    """Refuses a folder that cannot be written, or has something in it."""
-    check_folder(folder, "output")
-    if folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"`output` is '{folder}', which has files in it: name a new folder.")
+    report(args.output, pipe, licenses)
 
 
 def check_if(given: dict[str, str]) -> None:
@@ -93,18 +86,11 @@ def read_stages(args: argparse.Namespace, given: dict[str, str]):
     if options.get("text_encoder") == NONE:
         options |= {"text_encoder": None, "tokenizer": None}
     print(f"reading {', '.join(given.values())} ...", flush=True)
-    if len(given) > 1:
-        upscalers = {name: source for name, source in given.items() if name != "model"}
-        with naming("base", "model"):
-            return ImagenCascadePipeline.from_stages(given["model"], **upscalers, **options)
-    ((name, source),) = given.items()
-    pipeline_class = ImagenPipeline if name == "model" else ImagenSuperResolutionPipeline
-    with naming("source", name):
-        return pipeline_class.from_stage(source, **options)
+    return compose_stages(given, options) if len(given) > 1 else open_stage(*next(iter(given.items())), options)
 
 
-def copy_licences(given: dict[str, str], folder: Path) -> list[str]:
-    """Copies the files of the licences that come with the weights; of two of the same name and other words, both.
+def copy_licenses(given: dict[str, str], folder: Path) -> list[str]:
+    """Copies the license files that come with the weights; of two of the same name and other words, both.
 
     Returns:
         Their names.
@@ -112,8 +98,8 @@ def copy_licences(given: dict[str, str], folder: Path) -> list[str]:
     names = []
     for stage, source in given.items():
         is_local = os.path.isdir(source)
-        origin = Path(source if is_local else snapshot_download(source, allow_patterns=list(LICENCES)))
-        for path in sorted(path for pattern in LICENCES for path in origin.glob(pattern) if path.is_file()):
+        origin = Path(source if is_local else snapshot_download(source, allow_patterns=list(LICENSE_FILES)))
+        for path in sorted(path for pattern in LICENSE_FILES for path in origin.glob(pattern) if path.is_file()):
             target = folder / path.name
             if target.exists() and target.read_bytes() != path.read_bytes():
                 target = folder / f"{path.stem}-{stage}{path.suffix}"
@@ -122,12 +108,12 @@ def copy_licences(given: dict[str, str], folder: Path) -> list[str]:
     return sorted(set(names))
 
 
-def report(folder: Path, pipe, licences: list[str]) -> None:
+def report(folder: Path, pipe, licenses: list[str]) -> None:
     """Says what was written, and how large it is."""
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"{folder}: {type(pipe).__name__}, {size / 2**30:.2f} GiB")
     parts = {name: part for name, part in pipe.components.items() if hasattr(part, "num_parameters")}
     for name, part in parts.items():
         print(f"  {name:<16}{type(part).__name__:<28}{part.num_parameters() / 1e6:>10,.1f} M parameters  {part.dtype}")
-    if licences:
-        print(f"  with {', '.join(licences)}")
+    if licenses:
+        print(f"  with {', '.join(licenses)}")

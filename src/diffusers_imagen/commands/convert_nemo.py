@@ -5,25 +5,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..pipelines.model_card import new_card
 from ..pipelines.stage_table import STAGES, StageKind
-from ..utils.files import check_folder, sha256, whole_folder, write_json
+from ..utils.files import check_new_folder, sha256, whole_folder, write_json
+from .model_arguments import DTYPES
 
 
-DTYPES = ("float32", "bfloat16", "float16")
 RECORD, VERIFICATION = "nemo_conversion.json", "nemo_verification.json"
 TRAINING = (
     "Optimizer and schedule were not carried over: training goes on from the weights, with a new optimizer "
     "(--pretrained_model_name_or_path, and the settings of convert-config)."
 )
-CARD = """---
-library_name: diffusers
-pipeline_tag: {task}
-tags:
-- text-to-image
-- diffusers
-- diffusers-imagen
----
-
+CARD = """\
 {description}
 ## Origin
 Converted from checkpoints of NVIDIA NeMo's Imagen by diffusers-imagen. No weight was changed{cast}.
@@ -64,9 +57,7 @@ def convert_nemo(args: argparse.Namespace) -> None:
     from ..text.pretrained import load_tokenizer
 
     sources = {kind: getattr(args, kind.name) for kind in STAGES if getattr(args, kind.name) is not None}
-    check_folder(args.output, "output")
-    if args.output.exists() and any(args.output.iterdir()):
-        raise ValueError(f"`output` is '{args.output}', which is not empty: name a new folder.")
+    check_new_folder(args.output, "output")
     for kind, source in sources.items():
         find_source(source, args.ema, kind.name)
     if args.text_encoder is not None:
@@ -149,15 +140,17 @@ def write_about(args: argparse.Namespace, pipe: Any, reports: dict[str, dict[str
     )
     name = args.output.resolve().name
     without = "The text encoder is not part of this folder: give embeddings, or compose it with one.\n\n"
-    card = CARD.format(
-        task="image-to-image" if pipe.stages[0].unet.takes_low_res else "text-to-image",
+    text = CARD.format(
         description=pipe.describe(name),
         cast=f", but for its type, which is {args.dtype}" if args.dtype else "",
         stages="\n".join(rows),
         text="" if args.text_encoder else without,
         training=TRAINING,
     )
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    card = new_card(text)
+    data: Any = card.data
+    data.pipeline_tag = "image-to-image" if pipe.stages[0].unet.takes_low_res else "text-to-image"
+    pipe.write_card(card, folder / "README.md")
     record = {"stages": reports, "optimizer": TRAINING}
     write_json(folder / RECORD, json.loads(json.dumps(record, default=str)))  # YAML has dates
 

@@ -10,8 +10,8 @@ from ..conversion import pipeline_to_deepfloyd
 from ..pipelines.loading.folders import SINGLE_STAGES, check_source, load_pipeline_folder, loading
 from ..pipelines.model_card import PACKAGE, add_license, new_card
 from ..pipelines.origin import list_origins
-from ..utils.files import whole_folder
-from .convert_if import add_output_argument, check_output_folder, copy_licences, report
+from ..utils.files import check_new_folder, whole_folder
+from .convert_if import add_output_argument, copy_licenses, report
 from .model_arguments import CASCADE, DTYPES
 
 
@@ -40,7 +40,7 @@ def add_parser(commands) -> None:
 
 def export_if(args: argparse.Namespace) -> None:
     """Writes the folder, whole or not at all, and says what is in it."""
-    check_output_folder(args.output)
+    check_new_folder(args.output, "output")
     check_source("model", args.model)
     with loading("model", args.model):
         pipe = load_pipeline_folder(
@@ -54,10 +54,10 @@ def export_if(args: argparse.Namespace) -> None:
     origin = pipe.config.origin or {}
     card = make_card(args.output.resolve().name, type(theirs).__name__, list_origins(origin.get(args.stage, origin)))
     with whole_folder(args.output) as partial:
-        licences = copy_licences({"model": args.model}, partial)
+        licenses = copy_licenses({"model": args.model}, partial)
         card.save(partial / "README.md")
         theirs.save_pretrained(partial, variant=args.variant)
-    report(args.output, theirs, licences)
+    report(args.output, theirs, licenses)
 
 
 def make_card(name: str, class_name: str, origins: list[dict[str, str]]) -> ModelCard:

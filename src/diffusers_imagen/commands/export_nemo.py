@@ -65,12 +65,10 @@ def read_network(folder: Path) -> tuple[Any, dict[str, Any]]:
 
 def read_scheduler(folder: Path) -> Any:
     """The scheduler of a folder."""
-    from diffusers import SchedulerMixin
-
-    from ..pipelines.loading.folder_checks import CONFIGS, find_class, read_config
+    from ..pipelines.loading.folder_checks import CONFIGS, configured_class, read_config
 
     config = read_config(folder / CONFIGS["scheduler"])
-    return find_class("scheduler", ["diffusers", config.get("_class_name")], SchedulerMixin).from_config(config)
+    return configured_class("scheduler", config).from_config(config)
 
 
 def read_record(folder: Path, stage: str) -> dict[str, Any] | None:

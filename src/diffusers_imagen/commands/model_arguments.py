@@ -11,11 +11,11 @@ import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-from ..pipelines import ImagenCascadePipeline, ImagenSuperResolutionPipeline
+from ..pipelines import ImagenCascadePipeline, ImagenPipeline, ImagenSuperResolutionPipeline
 from ..pipelines.loading.folder_checks import INDEX, read_config
 from ..pipelines.loading.folders import check_source, download_index, load_pipeline_folder, load_text_parts, loading
 from ..pipelines.loading.stage_loading import check_stage_source
-from ..pipelines.stage_table import MOST_STEPS, STAGES
+from ..pipelines.stage_table import STAGES, most_steps
 from ..pipelines.stages import check_stages, refuse_untrained
 from ..schedulers import EDMAdamsScheduler, EDMHeunScheduler
 from .parser import Parser
@@ -26,9 +26,6 @@ SHIPPED_MODEL = Path(__file__).resolve().parents[3] / "checkpoints" / "imagen-em
 UPSCALERS = tuple(kind.name for kind in STAGES if kind.takes_low_res)
 CASCADE = "ImagenCascadePipeline"
 DTYPES = ("float32", "bfloat16", "float16")
-SUPER_RESOLUTION = (
-    "SuperResolutionPipeline"  # ends the names of this package's class, and of diffusers' for DeepFloyd IF
-)
 SCHEDULERS = {"adams": EDMAdamsScheduler, "heun": EDMHeunScheduler}
 
 
@@ -118,10 +115,10 @@ def load_pipeline(args: argparse.Namespace) -> ImagenCascadePipeline | ImagenSup
     Raises:
         ValueError: If there is none, or one that was never trained, or its stages do not fit together.
     """
-    return place(load_stages(args), args)
+    return place(load_model(args), args)
 
 
-def load_stages(args: argparse.Namespace) -> ImagenCascadePipeline | ImagenSuperResolutionPipeline:
+def load_model(args: argparse.Namespace) -> ImagenCascadePipeline | ImagenSuperResolutionPipeline:
     """The model in CPU memory, as it was saved."""
     given, options = sources_of(args), load_options(args)
     if is_cascade(given):
@@ -129,11 +126,22 @@ def load_stages(args: argparse.Namespace) -> ImagenCascadePipeline | ImagenSuper
             options |= load_text_parts(options.pop("text_encoder"), **options)
         return load_cascade(given["model"], **options)
     if "model" not in given:
-        ((name, source),) = given.items()
-        with naming("source", name):
-            return ImagenSuperResolutionPipeline.from_stage(source, **options)
+        return open_stage(*next(iter(given.items())), options)
+    return compose_stages(given, options)
+
+
+def open_stage(name: str, source: str, options: dict[str, Any]) -> Any:
+    """The stage that the option `name` gives, as the pipeline of it alone."""
+    pipeline_class = ImagenPipeline if name == "model" else ImagenSuperResolutionPipeline
+    with naming("source", name):
+        return pipeline_class.from_stage(source, **options)
+
+
+def compose_stages(given: dict[str, str], options: dict[str, Any]) -> ImagenCascadePipeline:
+    """The cascade of the stages that the options give, by name."""
+    upscalers = {name: source for name, source in given.items() if name != "model"}
     with naming("base", "model"):
-        return ImagenCascadePipeline.from_stages(given.pop("model"), **given, **options)
+        return ImagenCascadePipeline.from_stages(given["model"], **upscalers, **options)
 
 
 def load_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -212,13 +220,11 @@ def use_scheduler(pipe: DiffusionPipeline, name: str) -> None:
     Raises:
         ValueError: If the configuration of a scheduler has a meaning that the other one does not know.
     """
-    scheduler_class, most = SCHEDULERS[name], MOST_STEPS[name]
-    by_stage = {}
+    by_stage, is_cascade = {}, isinstance(pipe, ImagenCascadePipeline)
     for stage in pipe.stages:
-        component = stage.kind.scheduler if isinstance(pipe, ImagenCascadePipeline) else "scheduler"
+        component = stage.kind.scheduler if is_cascade else "scheduler"
         with loading("scheduler", name):
-            setattr(pipe, component, scheduler_class.from_config(stage.scheduler.config))
-        steps = min(stage.defaults.num_inference_steps, most[not stage.is_base])
+            setattr(pipe, component, SCHEDULERS[name].from_config(stage.scheduler.config))
+        steps = min(stage.defaults.num_inference_steps, most_steps(name, not stage.is_base))
         by_stage[stage.name] = {**stage.defaults._asdict(), "num_inference_steps": steps}
-    is_cascade = isinstance(pipe, ImagenCascadePipeline)
     pipe.register_to_config(call_defaults=by_stage if is_cascade else by_stage[stage.name])

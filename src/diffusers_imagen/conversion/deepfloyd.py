@@ -12,6 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
+from ..diffusion.discrete_ddpm import BetaSchedule
 from ..models import ImagenUNetModel
 from ..models.config_checks import RANGES, check_integer
 from ..utils.arguments import bad_argument, check_choice
@@ -72,6 +73,9 @@ STAGES: dict[str | None, dict[str, Any]] = {
     },
 }
 DEFAULTS = defaults_of(UNet2DConditionModel)
+BETA_SCHEDULE: BetaSchedule = (
+    "squaredcos_cap_v2"  # of 1000 noise levels, for all networks and the low-resolution image
+)
 
 
 def config_from_deepfloyd(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,7 +116,7 @@ def config_from_deepfloyd(config: Mapping[str, Any]) -> dict[str, Any]:
         "resnet_out_scale_factor": config["resnet_out_scale_factor"],
         "shared_attention_norm": not cross,
         "attends_padding": True,
-        "trained_beta_schedule": "squaredcos_cap_v2",
+        "trained_beta_schedule": BETA_SCHEDULE,
     }
 
 

@@ -7,7 +7,7 @@ from diffusers import DDPMScheduler, DiffusionPipeline, IFPipeline, IFSuperResol
 from ..schedulers.foreign_configs import is_discrete
 from ..utils.arguments import bad_argument, check_choice
 from ..utils.modules import unwrapped
-from .deepfloyd import unet_to_deepfloyd
+from .deepfloyd import BETA_SCHEDULE, unet_to_deepfloyd
 
 
 PARTS = ("tokenizer", "text_encoder", "safety_checker", "feature_extractor", "watermarker")  # beside the stage's own
@@ -36,7 +36,7 @@ def pipeline_to_deepfloyd(pipe: DiffusionPipeline, stage: str | None = None) -> 
     parts["requires_safety_checker"] = pipe.safety_checker is not None
     if found.is_base:
         return IFPipeline(**parts)
-    noising = DDPMScheduler(beta_schedule="squaredcos_cap_v2")  # as all of IF's upscalers were trained
+    noising = DDPMScheduler(beta_schedule=BETA_SCHEDULE)
     return IFSuperResolutionPipeline(**parts, image_noising_scheduler=noising)
 
 

@@ -219,7 +219,7 @@ class PickleMachine:
         if type(module) is not str or type(name) is not str:
             raise ValueError("it names a class by what is no text")
         if (module, name) not in self.kinds:
-            raise ValueError(f"it asks for {f'{module}.{name}'[:100]!r}, which no array needs")
+            raise ValueError(f"it asks for {f'{module}.{name}'[:100]!r}, which is not needed there")
         self._push(Global(self.kinds[module, name]))
 
     def _do_reduce(self, _) -> None:
@@ -244,7 +244,7 @@ class PickleMachine:
             self._count(args[0])
             return args[0].encode("latin-1")
         if kind not in CALLED:
-            raise ValueError(f"it calls {kind}, which no array needs")
+            raise ValueError(f"it calls {kind}, which is not needed there")
         if kind == "dtype" and (not args or type(args[0]) is not str or not DTYPE.fullmatch(args[0])):
             raise ValueError("it has a type of arrays that is none of numbers or text")
         return Call(kind, args)

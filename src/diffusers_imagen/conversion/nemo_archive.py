@@ -162,8 +162,10 @@ def find_config(
 
 def read_config(config: Config, name: str) -> dict[str, Any]:
     """The `model:` section of a configuration that was given."""
-    is_file = isinstance(config, (str, os.PathLike))
-    found = model_section(read_yaml(config, name, number_keys=True) if is_file else config)  # type: ignore[arg-type]
+    if isinstance(config, (str, os.PathLike)):
+        found = model_section(read_yaml(config, name, number_keys=True))
+    else:
+        found = model_section(config)
     if found is None:
         raise bad_argument(name, config, "a configuration of NeMo's, with a section `unet`")
     return found

@@ -103,18 +103,19 @@ class TorchDistWeights:
     """
 
     def __init__(self, folder: Path, what: str):
-        self.what = f"{what} has a {METADATA} that"
+        self.what = what
         self.tensors: dict[str, Described] = {}
         self.chunks: dict[str, list[Chunk]] = {}
         self.dropped: list[str] = []  # entries that are no tensors
         path = folder / METADATA
         if path.stat().st_size > MAX_METADATA:
-            raise ValueError(f"{self.what} has more than {MAX_METADATA} bytes.")
+            raise ValueError(f"{what} has a {METADATA} that has more than {MAX_METADATA} bytes.")
         try:
             content = MetadataMachine(io.BytesIO(path.read_bytes())).run()
             self.take(folder, content)
         except Exception as error:  # a damaged pickle raises whatever it stumbles over
-            raise ValueError(f"{self.what} cannot be read safely: {error or type(error).__name__}") from error
+            reason = error or type(error).__name__
+            raise ValueError(f"{what} has a {METADATA} that cannot be read safely: {reason}") from error
 
     def take(self, folder: Path, content: Any) -> None:
         """Takes down which tensors there are and where their parts are."""
@@ -140,17 +141,15 @@ class TorchDistWeights:
     def read(self, keys: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """These tensors, each put together from its parts."""
         for key in keys:
-            yield (
-                key,
-                assembled(self.tensors[key], ((chunk, self.read_part(key, chunk)) for chunk in self.chunks[key])),
-            )
+            parts = ((chunk, self.read_part(key, chunk)) for chunk in self.chunks[key])
+            yield key, assembled(self.tensors[key], parts)
 
     def read_part(self, key: str, chunk: Chunk) -> torch.Tensor:
         """A part, which is a file of `torch.save` within a file."""
         with open(chunk.path, "rb") as file:
             file.seek(chunk.start)
             data = file.read(chunk.length)
-        what = f"{self.what.removesuffix(f' has a {METADATA} that')} has a part of {shown(key)} in '{chunk.path.name}' that"
+        what = f"{self.what} has a part of {shown(key)} in '{chunk.path.name}' that"
         with refusing_fault(what):
             part = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         described = self.tensors[key]
@@ -263,6 +262,7 @@ def fields_of(value: Any, kind: str) -> dict[str, Any]:
 
 
 def checked_dict(value: Any) -> Mapping[Any, Any]:
+    """A table of tensors or of their places, as it is."""
     if type(value) is not dict:
         raise ValueError("it lacks a table of its tensors")
     return value

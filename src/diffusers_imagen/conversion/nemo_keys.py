@@ -115,7 +115,7 @@ def plan_keys(shapes: Mapping[str, Sequence[int]], model: ImagenUNetModel | Effi
             all are named.
     """
     efficient = isinstance(model, EfficientUNetModel)
-    positions = _efficient_positions(model) if isinstance(model, EfficientUNetModel) else _unet_positions(model)
+    positions = _positions(model)
     kinds = model.config.attention_types if efficient else (model.config.attention_type,)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     plan, leftovers, found = KeyPlan({}, {}), [], dict[str, str]()
@@ -186,7 +186,7 @@ def nemo_names(model: ImagenUNetModel | EfficientUNetModel) -> dict[str, tuple[s
         ValueError: For a weight that NeMo's networks do not have.
     """
     efficient = isinstance(model, EfficientUNetModel)
-    positions = _efficient_positions(model) if isinstance(model, EfficientUNetModel) else _unet_positions(model)
+    positions = _positions(model)
     kinds = {kind for kind in model.config.attention_types if kind} if efficient else {model.config.attention_type}
     untaken = dict.fromkeys(model.state_dict())
     names = {}
@@ -218,6 +218,11 @@ def candidates(positions: Mapping[str, str], kinds: Iterable[str], efficient: bo
         for layer in layers:
             for parameter in ("weight", "bias", ""):
                 yield ".".join(filter(None, (position, layer, parameter)))
+
+
+def _positions(model: ImagenUNetModel | EfficientUNetModel) -> dict[str, str]:
+    """NeMo's positions of a network's parts, each with the name of ours."""
+    return _efficient_positions(model) if isinstance(model, EfficientUNetModel) else _unet_positions(model)
 
 
 def _unet_positions(model: ImagenUNetModel) -> dict[str, str]:

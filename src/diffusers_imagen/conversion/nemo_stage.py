@@ -22,7 +22,6 @@ from .nemo_training import Entries, objective
 
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SCALE_FACTOR = 4  # of every super-resolution stage that NeMo published
 # NeMo's inference_pipeline.yaml, by resolution: steps of EDM and guidance; 250 steps of DDPM are its documentation's
 CALL_DEFAULTS = {64: (30, 7.5), 256: (20, 8.0), 1024: (20, 7.5)}
@@ -133,13 +132,14 @@ def verify_nemo_stage(
     for key, tensor in checkpoint.weights.read([keys[name] for name in names]):
         ours = names[bare_name(key)]
         target = kinds[ours[0]][0][0]
-        whole = torch.cat(list(read_tensors(path, ours)))
+        whole = torch.cat(list(read_tensors(path, kinds, ours)))
         shapes_agree = nemo_shape(bare_name(key), whole.shape) == tuple(tensor.shape)
         digests = [hashlib.sha256(bytes_of(part)).hexdigest() for part in (tensor.to(dtype or tensor.dtype), whole)]
         if digests[0] != digests[1] or not shapes_agree or target != (dtype or tensor.dtype):
             differing.append(key)
         found[key] = {"sha256": digests[0], "compared": "file" if tensor.dtype == target else "cast"}
-    untouched = [name for name in kinds if name not in {ours for group in names.values() for ours in group}]
+    touched = {ours for group in names.values() for ours in group}
+    untouched = [name for name in kinds if name not in touched]
     if differing or untouched:
         raise ValueError(f"'{path}' is not what the checkpoint holds: {(differing + untouched)[:5]} differ.")
     return found

@@ -96,8 +96,8 @@ class TorchFile:
 
     def load(self) -> dict[Any, Any]:
         """What the file holds, its tensors mapped from the disk."""
-        stand_ins = [(Inert, name) for name in self.names]
-        with refusing_fault(self.what), torch.serialization.safe_globals(stand_ins):  # type: ignore[arg-type]
+        stand_ins: list[Any] = [(Inert, name) for name in self.names]
+        with refusing_fault(self.what), torch.serialization.safe_globals(stand_ins):
             content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=self.is_zip)
         if not isinstance(content, dict):
             raise ValueError(f"{self.what} holds a {type(content).__name__}, but should hold weights by name.")
@@ -161,6 +161,7 @@ class RankWeights:
                 yield key, tensor
 
     def differ(self, key: str, rank: str) -> ValueError:
+        """The error of a rank that has another tensor under a key than the first that has one."""
         return ValueError(
             f"{self.what} has {shown(key)} in several ranks, but {rank} has another than {self.owners[key][0]}: NeMo's Imagen "
             "has no layers that are split over ranks. Convert the folder of a single rank."

@@ -10,7 +10,9 @@ from . import continuous_ddpm, discrete_ddpm, edm
 
 
 MIN_AUGMENTATION_SIGMA = 0.002  # NeMo's at inference; the conditioning value of 0 would be infinite
-AUGMENTATION_LEVELS = 1000  # of the form of discrete DDPM, with cosine betas
+# of the form of discrete DDPM
+AUGMENTATION_BETAS: discrete_ddpm.BetaSchedule = "squaredcos_cap_v2"
+AUGMENTATION_LEVELS = discrete_ddpm.DECLARED_LEVELS
 
 
 def upsample_low_res(low_res: torch.Tensor, size: tuple[int, int], antialias: bool = False) -> torch.Tensor:
@@ -29,6 +31,11 @@ def upsample_low_res(low_res: torch.Tensor, size: tuple[int, int], antialias: bo
         return F.interpolate(low_res, size, mode="bicubic")
     precise = low_res.to(torch.promote_types(low_res.dtype, torch.float32))  # it has no half precision on a CPU
     return F.interpolate(precise, size, mode="bicubic", antialias=True).to(low_res.dtype)
+
+
+def upsample_before_noise(low_res: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """The low-resolution image `(B, C, h, w)` at the size that `augment_upsampled` takes it: bilinear, corners aligned."""
+    return F.interpolate(low_res, size, mode="bilinear", align_corners=True)
 
 
 def augment_low_res(
@@ -73,7 +80,7 @@ def augmentation_sigma(index: torch.Tensor) -> torch.Tensor:
 
 def augmentation_log_snrs() -> torch.Tensor:
     """The log-SNR of each of the noise levels of `augment_upsampled`, `(1000,)` in float64, decreasing."""
-    return discrete_ddpm.trained_log_snrs(AUGMENTATION_LEVELS, "squaredcos_cap_v2", 0.0, 0.0)
+    return discrete_ddpm.declared_log_snrs(AUGMENTATION_BETAS)
 
 
 def augment_upsampled(

@@ -18,6 +18,7 @@ import torch
 BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"]
 BETA_SCHEDULES: tuple[str, ...] = get_args(BetaSchedule)
 
+DECLARED_LEVELS = 1000  # of the betas that a network declares by their name alone
 MAX_BETA = 0.999  # of "squaredcos_cap_v2", whose last beta is 1 without it
 
 # Where samplers of ours start at the latest, the `sigma_max` of Karras et al. 2022. The cosine betas go on to a sigma of
@@ -80,13 +81,13 @@ def trained_log_snrs(
 
 def declared_log_snrs(beta_schedule: BetaSchedule) -> torch.Tensor:
     """The log-SNR of every index of the 1000 that a network declares by this name: those of DDPM's own betas."""
-    return trained_log_snrs(1000, beta_schedule, 0.0001, 0.02)
+    return trained_log_snrs(DECLARED_LEVELS, beta_schedule, 0.0001, 0.02)
 
 
 def index_to_log_snr(index: torch.Tensor, log_snrs: torch.Tensor) -> torch.Tensor:
     """The log-SNR at indices of any shape, in their dtype, of float32 or float64; below 0 and above N-1 that of the end."""
     last = len(log_snrs) - 1
-    known = log_snrs.to(index.dtype).to(index.device)
+    known = _beside(index, log_snrs)
     index = index.clamp(0, last)
     below = index.floor().clamp(max=last - 1).long()
     return torch.lerp(known[below], known[below + 1], index - below)
@@ -94,7 +95,13 @@ def index_to_log_snr(index: torch.Tensor, log_snrs: torch.Tensor) -> torch.Tenso
 
 def log_snr_to_index(log_snr: torch.Tensor, log_snrs: torch.Tensor) -> torch.Tensor:
     """The index of log-SNRs of any shape, in their dtype, of float32 or float64; beyond the ends 0 or N-1."""
-    known = log_snrs.to(log_snr.dtype).to(log_snr.device)
+    known = _beside(log_snr, log_snrs)
     above = torch.searchsorted(-known, -log_snr.contiguous()).clamp(1, len(known) - 1)
     share = (known[above - 1] - log_snr) / (known[above - 1] - known[above])
     return above - 1 + share.clamp(0, 1)
+
+
+def _beside(values: torch.Tensor, log_snrs: torch.Tensor) -> torch.Tensor:
+    """The log-SNR of every index in the dtype of values and on their device; training asks at every step, and does not
+    wait for the device."""
+    return log_snrs.to(values.dtype).to(values.device, non_blocking=True)

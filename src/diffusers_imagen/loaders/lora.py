@@ -19,7 +19,7 @@ from ..utils.files import HUB_OPTIONS, whole_file
 from .lora_adapters import AdaptersMixin, require_peft
 from .lora_conversion import ALPHA, BARE, Adapter, Update, check_finite, group_weights, make_adapter, plain_name
 from .lora_files import SOURCE, StateDict, read_source
-from .lora_names import diffusers_names, first_names
+from .lora_names import diffusers_names, top_level_names
 from .lora_networks import check_hotswap, describe_adapter, hotswap_adapter, restored_after_error
 
 
@@ -286,7 +286,7 @@ class ImagenLoraLoaderMixin(AdaptersMixin):
         known = list(self._lora_loadable_modules)
         if component is not None:
             named = {str(key).split(".")[0] for key in state_dict}
-            children = first_names(self._lora_unets()[component])
+            children = top_level_names(self._lora_unets()[component])
             if len(named) == 1 and not named & {*children, "base_model", "module", "_orig_mod"}:
                 known += [name for name in named if not name.startswith(("lora_", "text_encoder"))]
         return known
@@ -297,7 +297,7 @@ class ImagenLoraLoaderMixin(AdaptersMixin):
         if place in self._lora_loadable_modules and set(updates) & set(present):
             return place
         layers = [layer for updated in updates.values() for layer in updated] if place == BARE else []
-        children = {name for unet in present.values() for name in first_names(unet)}
+        children = {name for unet in present.values() for name in top_level_names(unet)}
         firsts = list(dict.fromkeys(layer.split(".")[0] for layer in layers if not layer.startswith("lora_unet_")))
         foreign = [name for name in firsts if name not in children]
         if place == BARE and not foreign and len(present) == len(updates) == 1:

@@ -150,14 +150,16 @@ def adaptable_layers(unet: nn.Module) -> dict[str, tuple[str, Layer]]:
     return layers
 
 
-def named_layers(component: str, unet: nn.Module, updates: dict[str, Update]) -> dict[str, tuple[str, Layer]]:
-    """`adaptable_layers` by the names that updates have: a network's own, or diffusers' for DeepFloyd IF's networks.
+def named_layers(
+    component: str, unet: nn.Module, names: Mapping[str, str], updates: dict[str, Update]
+) -> dict[str, tuple[str, Layer]]:
+    """`adaptable_layers` by the names that updates have: a network's own, or diffusers' (`diffusers_names`).
 
     A few layers of residual blocks have the name of another in diffusers: diffusers' names go first, with a warning
     where all names are of both.
     """
     own = adaptable_layers(unet)
-    theirs = {name: own[ours] for name, ours in diffusers_names(unet).items() if ours in own}
+    theirs = {name: own[ours] for name, ours in names.items() if ours in own}
     found = [{layer: matches(layers, layer) for layer in updates} for layers in (theirs, own)]
     counts = [sum(map(bool, matched.values())) for matched in found]
     if counts[1] > counts[0] or not theirs:
@@ -173,9 +175,8 @@ def named_layers(component: str, unet: nn.Module, updates: dict[str, Update]) ->
     return theirs
 
 
-def without_idle(component: str, unet: nn.Module, updates: dict[str, Update]) -> dict[str, Update]:
+def without_idle(component: str, idle: set[str], updates: dict[str, Update]) -> dict[str, Update]:
     """Updates without those of layers that do nothing and are not there, with a warning; see `idle_layers`."""
-    idle = idle_layers(diffusers_names(unet))
     kept = {layer: update for layer, update in updates.items() if layer not in idle}
     if kept and len(kept) < len(updates):
         first = next(layer for layer in updates if layer in idle)
@@ -208,8 +209,9 @@ def make_adapter(
         ValueError: If the weights are not whole, not finite or do not fit the network, or the configuration does not
             fit the weights.
     """
-    updates = without_idle(component, unet, updates)
-    layers = named_layers(component, unet, updates)
+    theirs = diffusers_names(unet)
+    updates = without_idle(component, idle_layers(theirs), updates)
+    layers = named_layers(component, unet, theirs, updates)
     named = {place_of(component, layers, layer, update): update for layer, update in updates.items()}
     if len(named) != len(updates):
         raise ValueError(f"The weights for {component} change a layer twice, under its name and under kohya's.")

@@ -20,8 +20,8 @@ def diffusers_names(unet: nn.Module) -> dict[str, str]:
         return {}
 
 
-def first_names(unet: nn.Module) -> set[str]:
-    """What the names of a network's layers begin with, up to the first dot."""
+def top_level_names(unet: nn.Module) -> set[str]:
+    """What the names of a network's layers begin with, up to the first dot; its own, and diffusers' if there are any."""
     return {name.partition(".")[0] for name in [*dict(unet.named_children()), *diffusers_names(unet)]}
 
 

@@ -173,7 +173,7 @@ class ModelCardMixin:
         repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:
             if subfolder is None:
-                super().save_pretrained(folder, safe_serialization, variant)  # type: ignore[misc]
+                super().save_pretrained(folder, safe_serialization, variant)  # type: ignore[misc]  # of DiffusionPipeline
                 self.save_model_card(folder, repo_id, token)
             else:
                 self.save_pretrained(folder, safe_serialization, variant)

@@ -28,10 +28,11 @@ class License(NamedTuple):
     meaning: str  # in plain words
 
 
+DEEPFLOYD = "deepfloyd"
 DEEPFLOYD_LINK = "https://huggingface.co/spaces/DeepFloyd/deepfloyd-if-license"
 # the strictest first: it is the one that a card of several names
 LICENSES = {
-    "deepfloyd": License(
+    DEEPFLOYD: License(
         "DeepFloyd IF License",
         DEEPFLOYD_LINK,
         {"license": "other", "license_name": "deepfloyd-if-license", "license_link": DEEPFLOYD_LINK},

@@ -57,7 +57,6 @@ class ImagenPipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLoaderMix
     """
 
     model_cpu_offload_seq = "text_encoder->guidance_unet->unet->safety_checker"
-    _exclude_from_cpu_offload = ["watermarker"]
     _optional_components = ["tokenizer", "text_encoder", "guidance_unet", *SAFETY_PARTS]
 
     def __init__(

@@ -76,7 +76,6 @@ class ImagenCascadePipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLo
     """
 
     model_cpu_offload_seq = "->".join(["text_encoder", GUIDE, *(kind.unet for kind in STAGES), "safety_checker"])
-    _exclude_from_cpu_offload = ["watermarker"]
     _optional_components = [
         *("tokenizer", "text_encoder", GUIDE, *SAFETY_PARTS),
         *(part for kind in STAGES[1:] for part in (kind.unet, kind.scheduler)),
@@ -168,9 +167,8 @@ class ImagenCascadePipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLo
             values = {name: of_stage[setting] for name, of_stage in parts.items() if of_stage.get(setting) is not None}
             components[setting] = values or None
         components[GUIDE] = parts[BASE.name].get("guidance_unet")
-        components["clean_caption"] = bool(
-            parts[BASE.name].get("clean_caption")
-        )  # as the text encoder is that of base
+        # as the text encoder, that of the base stage
+        components["clean_caption"] = bool(parts[BASE.name].get("clean_caption"))
         factors = {kind: parts[kind.name].get("scale_factor") for kind in sources}
         pipe = cls(**components)
         check_stages(pipe.stages, pipe.text_width)

@@ -57,7 +57,6 @@ class ImagenSuperResolutionPipeline(ImagenPipelineMixin, DiffusionPipeline, Imag
     """
 
     model_cpu_offload_seq = "text_encoder->unet->safety_checker"
-    _exclude_from_cpu_offload = ["watermarker"]
     _optional_components = ["tokenizer", "text_encoder", *SAFETY_PARTS]
 
     def __init__(

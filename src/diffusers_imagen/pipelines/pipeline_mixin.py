@@ -20,7 +20,7 @@ from .loading.deepfloyd_repository import find_pipeline
 from .loading.folder_checks import SETTINGS
 from .loading.stage_loading import load_stages
 from .model_card import ModelCardMixin
-from .origin import check_origin, list_origins, warn_of_missing_filter
+from .origin import DEEPFLOYD, check_origin, list_origins, warn_of_missing_filter
 from .prompts import PROMPT_EMBEDS, Prompts
 from .stage_table import BASE, NETWORKS, SAFETY_PARTS, TEXT_PARTS
 from .stages import StageSource, check_components, check_stages, refuse_untrained
@@ -40,6 +40,7 @@ class ImagenPipelineMixin(ModelCardMixin):
     _execution_device: torch.device
     safety_checker: Any
     _callback_tensor_inputs = ["latents", *PROMPT_EMBEDS]
+    _exclude_from_cpu_offload = ["watermarker"]
     _lora_loadable_modules = list(NETWORKS)
     tiling: Tiling | None = None
     slice_size: int | None = None
@@ -106,8 +107,8 @@ class ImagenPipelineMixin(ModelCardMixin):
         self.check_origin(origin)
         settings = {"call_defaults": call_defaults, "clean_caption": clean_caption, "origin": origin}
         self.register_to_config(**settings)  # type: ignore[attr-defined]  # of ConfigMixin
-        keys = {part.get("license") for part in list_origins(origin)}
-        if "deepfloyd" in keys and self.safety_checker is None:
+        licenses = {part.get("license") for part in list_origins(origin)}
+        if DEEPFLOYD in licenses and self.safety_checker is None:
             warn_of_missing_filter(type(self).__name__)
 
     def check_call_defaults(self, call_defaults: Any) -> None:

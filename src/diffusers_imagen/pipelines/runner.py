@@ -5,11 +5,15 @@ import inspect
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..diffusion.augmentation import augment_low_res, augment_upsampled, upsample_low_res
+from ..diffusion.augmentation import (
+    augment_low_res,
+    augment_upsampled,
+    upsample_before_noise,
+    upsample_low_res,
+)
 from ..utils.arguments import as_integer, as_number, check_choice
 from . import inputs
 from .call_arguments import CallArguments
@@ -266,7 +270,7 @@ class StageRunner:
         plan, unet, timestep = self.plan, self.plan.stage.unet, None
         sigma, discrete = plan.settings.low_res_noise_level, unet.low_res_augmentation == "discrete"
         if discrete:
-            image = F.interpolate(image, plan.size, mode="bilinear", align_corners=True)
+            image = upsample_before_noise(image, plan.size)
         if unet.takes_low_res_noise_level:
             noise = randn_tensor(image.shape, self.generators, self.device, image.dtype)
             if discrete:

@@ -68,14 +68,19 @@ STAGES = (
     StageKind("sr1024", "Super-resolution", 1024, True, UPSCALING),
 )
 BASE = STAGES[0]
-# The most steps by default with a solver that takes the place of an ancestral sampler: of a base stage and of an upscaler.
-# Adams calls the network once a step, Heun twice. Figures in docs/deepfloyd.md.
+# Of a base stage and of an upscaler; Adams calls the network once a step, Heun twice. Figures in docs/deepfloyd.md.
 MOST_STEPS = {"adams": (31, 18), "heun": (18, 9)}
 # the networks of the pipelines of a single stage, and of a cascade
 NETWORKS = ("unet", *(kind.unet for kind in STAGES))
 TEXT_PARTS = ("tokenizer", "text_encoder")  # components of all pipelines that read texts
 # components of all pipelines that look at finished images, which come with DeepFloyd IF's weights
 SAFETY_PARTS = ("safety_checker", "feature_extractor", "watermarker")
+
+
+def most_steps(solver: str, takes_low_res: bool) -> int:
+    """The most steps that a stage has by default with a solver that takes the place of an ancestral sampler."""
+    base, upscaling = MOST_STEPS[solver]
+    return upscaling if takes_low_res else base
 
 
 def check_stage_names(name: str, value: Any) -> None:

@@ -374,8 +374,9 @@ class CacheWriter:
     def add(self, captions: list[str], embeds: list[torch.Tensor], lengths: list[int] | None = None) -> None:
         """Adds the embeddings `(tokens, E)` of captions that are not there yet, all to one shard.
 
-        Where padding is kept, they are `(max_length, E)`, and `lengths` says how many tokens each caption has. A run that goes on after it was killed thereby encodes the same batches as one that was not: how an encoder
-        rounds depends on what is in a batch.
+        A run that goes on after it was killed thereby encodes the same batches as one that was not: how an encoder rounds
+        depends on what is in a batch. Where padding is kept, the embeddings are `(max_length, E)`, and `lengths` says how
+        many tokens each caption has.
 
         Raises:
             ValueError: If some have another width, too many tokens, or are not finite in the cache's precision.

@@ -8,6 +8,7 @@ from huggingface_hub import snapshot_download
 from transformers import AutoModel, AutoModelForTextEncoding, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..utils.errors import describe_fault
+from ..utils.files import for_huggingface_hub
 from ..utils.modules import find_not_finite, is_quantized, quiet_transformers
 from .completeness import refuse_random_weights
 
@@ -33,12 +34,10 @@ def load_tokenizer(name: str, max_length: int | None = None, **hub: Any) -> tupl
         raise ValueError(f"`text_encoder` is {name!r}, a file, but should be a folder or a Hub id.")
     for subfolder, encoder in folders:
         try:
-            source, options = name, hub
-            if subfolder and not os.path.isdir(name):
-                # AutoTokenizer looks for more than there is, and offline takes that for an error
-                given = {key: value for key, value in hub.items() if key != "proxies"}
-                source, options = snapshot_download(name, allow_patterns=f"{subfolder}/*", **given), {}
-            tokenizer = AutoTokenizer.from_pretrained(source, subfolder=subfolder, trust_remote_code=False, **options)
+            if subfolder:
+                tokenizer = load_tokenizer_of_pipeline(name, hub)
+            else:
+                tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **hub)
         except Exception as error:  # tokenizers raises plain ones for what is in a file
             reason = describe_fault(error)
             continue
@@ -60,23 +59,37 @@ def load_tokenizer(name: str, max_length: int | None = None, **hub: Any) -> tupl
     raise ValueError(f"`text_encoder` is {name!r}, which has no tokenizer that can be loaded: {reason}")
 
 
+def load_tokenizer_of_pipeline(source: str, hub: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """The tokenizer in `tokenizer/` of a folder or Hub id, with the limit that it was saved with."""
+    if not os.path.isdir(source):
+        # AutoTokenizer looks for more than there is, and offline takes that for an error
+        source = snapshot_download(source, allow_patterns="tokenizer/*", **for_huggingface_hub(hub))
+    return AutoTokenizer.from_pretrained(source, subfolder="tokenizer", trust_remote_code=False)
+
+
 def load_encoder(
     name: str,
     subfolder: str,
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device | str,
-    dtype: torch.dtype,
+    dtype: torch.dtype | str,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """The frozen encoder alone: of T5 and its like, whose AutoModel has a decoder too, the class without it.
 
-    `kwargs` are for `from_pretrained`. A quantized encoder is loaded to its device, as it cannot be moved there.
+    `dtype` is that of the weights, or "auto": as they were saved. `kwargs` are for `from_pretrained`. A quantized encoder
+    is loaded to its device, as it cannot be moved there.
 
     Raises:
         ValueError: If there is none, it lacks weights or has some that are not finite, or the tokenizer is another's.
     """
     what = f"`text_encoder` is {name!r}"
-    options = {"subfolder": subfolder, "dtype": dtype, "trust_remote_code": False, "output_loading_info": True}
+    options: dict[str, Any] = {
+        "subfolder": subfolder,
+        "dtype": dtype,
+        "trust_remote_code": False,
+        "output_loading_info": True,
+    }
     if kwargs.get("quantization_config") is not None:
         options["device_map"] = {"": device}
     options |= kwargs
@@ -114,5 +127,5 @@ def load_text(name: str, max_length: int | None = None) -> dict[str, Any]:
         max_length (`int`, *optional*): Tokens that texts are to be cut or padded to; the tokenizer's own limit without.
     """
     tokenizer, subfolder = load_tokenizer(name, max_length)
-    encoder = load_encoder(name, subfolder, tokenizer, "cpu", "auto")  # type: ignore[arg-type]  # a type for transformers
+    encoder = load_encoder(name, subfolder, tokenizer, "cpu", "auto")
     return {"text_encoder": encoder, "tokenizer": tokenizer}

@@ -66,7 +66,7 @@ def check_conditioning(config: TrainingConfig, unet: StageNetwork) -> None:
         ValueError: If the network is one of discrete betas and they are not what it is trained for, its output is
             neither a prediction nor a prediction and a variance, or it gets its augmentation otherwise than configured.
     """
-    betas = getattr(unet, "trained_beta_schedule", None)
+    betas = unet.trained_beta_schedule
     has_variance = unet.out_channels == 2 * unet.in_channels
     if config.preconditioning != "discrete" and (betas is not None or has_variance):
         reason = (

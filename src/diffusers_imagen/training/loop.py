@@ -82,9 +82,10 @@ class Trainer:
         self.config, self.unet, self.text = config, unet, text  # `read_data` opens the text that the settings name
         self.accelerator = make_accelerator(config)
         self.pretrained = find_pretrained(config)
-        if self.pretrained.scheduler_for(config.preconditioning) is not None:
+        kept = self.pretrained.scheduler_for(config.preconditioning)
+        if kept is not None:  # its noise levels are those of the objective
             check_objective(config)
-        self.objective = make_objective(config, self.pretrained.scheduler_for(config.preconditioning))
+        self.objective = make_objective(config, kept)
         self.folder = OutputFolder(config)
         self.losses = Losses(loss=math.nan)
         names_text = bool(config.text_encoder) or config.embedding_cache is not None

@@ -5,13 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
-
 from ..models.unet_base import ConditionalUNet
 from ..pipelines.loading import deepfloyd_repository
-from ..pipelines.origin import check_origin
-from ..pipelines.stage_table import BASE, MOST_STEPS
+from ..pipelines.loading.folders import is_hub_id
+from ..pipelines.origin import DEEPFLOYD, check_origin
+from ..pipelines.stage_table import BASE, most_steps
 from ..schedulers import EDMHeunScheduler
 from ..schedulers.foreign_configs import is_discrete
 from ..utils.arguments import bad_argument
@@ -49,7 +47,7 @@ class PretrainedStage(NamedTuple):
         own = self.call_defaults if self.preconditioning == preconditioning else None
         call_defaults = {**sampling, **(own or {})} or None
         if call_defaults is not None and "num_inference_steps" in call_defaults and preconditioning == "discrete":
-            most = MOST_STEPS["adams"][upscales]
+            most = most_steps("adams", upscales)
             call_defaults["num_inference_steps"] = min(call_defaults["num_inference_steps"], most)
         return {"call_defaults": call_defaults, "clean_caption": self.clean_caption, "origin": self.origin}
 
@@ -63,10 +61,10 @@ def find_pretrained(config: TrainingConfig) -> PretrainedStage:
     if config.pretrained_model_name_or_path is None:
         return PretrainedStage()
     place, subfolder = place_of_network(config)
-    scheduler, index = read_scheduler(config), load_index(place)
+    scheduler, index = load_scheduler_config(place, subfolder), load_index(place)
     network = load_network_config(place, subfolder)
     if network.get("_class_name") == THEIR_NETWORK:
-        origin = {"license": deepfloyd_repository.LICENSE, **base_model(place, index)}
+        origin = {"license": DEEPFLOYD, **base_model(place, index)}
         defaults = deepfloyd_repository.call_defaults(network.get("class_embed_type") is not None)
         return PretrainedStage(scheduler, defaults, True, origin, deepfloyd_repository.MAX_TOKENS)
     try:
@@ -88,12 +86,16 @@ def place_of_network(config: TrainingConfig) -> tuple[str, str]:
 
 
 def read_scheduler(config: TrainingConfig) -> dict[str, Any] | None:
-    """The configuration of the stage's scheduler, which lies beside the network; None if there is none.
+    """The configuration of the scheduler of the stage that a run begins with, as `load_scheduler_config` has it."""
+    return load_scheduler_config(*place_of_network(config))
+
+
+def load_scheduler_config(place: str, subfolder: str) -> dict[str, Any] | None:
+    """The configuration of the scheduler beside the network in a subfolder; None if there is none.
 
     Raises:
         ValueError: If it is malformed.
     """
-    place, subfolder = place_of_network(config)
     part = subfolder.replace("unet", "scheduler")
     file = Path(place) / part / EDMHeunScheduler.config_name
     if file.exists():
@@ -118,12 +120,7 @@ def load_network_config(place: str, subfolder: str) -> dict[str, Any]:
 def base_model(place: str, index: Mapping[str, Any]) -> dict[str, str]:
     """The Hub id of a repository that was loaded or downloaded, as far as its folder tells."""
     name = index.get("_name_or_path") if Path(place).is_dir() else place
-    try:
-        validate_repo_id(str(name))
-    except HFValidationError:
-        return {}
-    is_id = isinstance(name, str) and name.count("/") == 1 and not os.path.exists(name)
-    return {"base_model": str(name)} if is_id else {}
+    return {"base_model": str(name)} if is_hub_id(name) else {}
 
 
 def read_settings(index: Mapping[str, Any], stage: str) -> tuple[Any, bool, Any]:

@@ -8,7 +8,7 @@ import shutil
 import socket
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,18 @@ def check_writable(path: PathLike, name: str) -> None:
                 file.write(b"probe")
         finally:
             probe.unlink(missing_ok=True)
+
+
+def for_huggingface_hub(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of HUB_OPTIONS that huggingface_hub takes: it has no proxies but those of the environment."""
+    return {name: value for name, value in options.items() if name != "proxies" and value is not None}
+
+
+def check_new_folder(path: PathLike, name: str) -> None:
+    """As `check_folder`; raises ValueError for a folder with something in it too."""
+    check_folder(path, name)
+    if os.path.isdir(path) and os.listdir(path):
+        raise ValueError(f"`{name}` is '{path}', which is not empty: name a new folder.")
 
 
 def check_folder(path: PathLike, name: str) -> None:

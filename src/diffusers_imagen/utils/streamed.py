@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,10 +30,11 @@ def write_tensors(path: Path, kinds: Mapping[str, Kind], tensors: Iterable[tuple
     Raises:
         ValueError: If a tensor is missing, comes twice, or is of another type or shape.
     """
-    header, places, end = {"__metadata__": {"format": "pt"}}, dict[str, int](), 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    places, end = dict[str, int](), 0
     for name, (dtype, shape) in kinds.items():
         places[name], size = end, math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [end, end + size]}  # type: ignore[dict-item]
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [end, end + size]}
         end += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -78,9 +80,8 @@ def read_kinds(path: Path) -> dict[str, tuple[Kind, int]]:
     return kinds
 
 
-def read_tensors(path: Path, names: Iterable[str]) -> Iterator[torch.Tensor]:
-    """These tensors of a safetensors file, in memory of their own; ValueError as in `read_kinds`."""
-    kinds = read_kinds(path)
+def read_tensors(path: Path, kinds: Mapping[str, tuple[Kind, int]], names: Iterable[str]) -> Iterator[torch.Tensor]:
+    """These tensors of a safetensors file, of which `read_kinds` gave the kinds, in memory of their own."""
     with open(path, "rb") as file:
         for name in names:
             (dtype, shape), start = kinds[name]

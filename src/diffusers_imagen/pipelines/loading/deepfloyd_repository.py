@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import torch
 from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
 from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
-from ...conversion.deepfloyd import config_from_deepfloyd, unet_from_deepfloyd
-from ...diffusion.continuous_ddpm import log_snr_to_sigma
-from ...diffusion.discrete_ddpm import BetaSchedule, declared_log_snrs
+from ...conversion.deepfloyd import BETA_SCHEDULE, config_from_deepfloyd, unet_from_deepfloyd
+from ...diffusion.augmentation import augmentation_sigma
+from ...diffusion.discrete_ddpm import DECLARED_LEVELS
 from ...utils.arguments import bad_argument, shown
 from ...utils.files import HUB_OPTIONS
 from ...utils.modules import quiet_transformers, unwrapped
+from ..origin import DEEPFLOYD
 from ..schedules import has_levels
 from ..stage_table import SAFETY_PARTS, TEXT_PARTS
 from .folder_checks import CONFIGS, INDEX, KINDS, check_component, find_class, read_config
@@ -44,10 +46,7 @@ COMPONENTS = {
 }
 MAX_TOKENS = 77  # that the networks were trained with; the tokenizer's own limit is 512
 BASE_RESOLUTION = 64  # of the images that stage II was trained to enlarge
-NUM_TRAIN_TIMESTEPS = 1000
-BETA_SCHEDULE: BetaSchedule = "squaredcos_cap_v2"
 NOISE_INDEX = 250  # of the low-resolution image, in IFSuperResolutionPipeline
-LICENSE = "deepfloyd"
 
 
 def is_deepfloyd(class_name: Any) -> bool:
@@ -59,7 +58,7 @@ def call_defaults(upscales: bool) -> dict[str, float]:
     """What IFPipeline and IFSuperResolutionPipeline are called with where a call does not say."""
     if not upscales:
         return {"num_inference_steps": 100, "guidance_scale": 7.0}
-    noise = log_snr_to_sigma(declared_log_snrs(BETA_SCHEDULE)[NOISE_INDEX]).item()
+    noise = augmentation_sigma(torch.tensor(NOISE_INDEX)).item()
     return {"num_inference_steps": 50, "guidance_scale": 4.0, "low_res_noise_level": noise}
 
 
@@ -134,9 +133,9 @@ def read_deepfloyd(folder: Path, index: dict[str, Any], left_out: Collection[str
 
 def check_scheduler(name: str, scheduler_class: Any, config: Mapping[str, Any]) -> None:
     """Raises ValueError for the configuration of a scheduler that does not fit IF's networks."""
-    count = config.get("num_train_timesteps", NUM_TRAIN_TIMESTEPS)
-    if count != NUM_TRAIN_TIMESTEPS:  # before so many betas are made
-        raise bad_argument(f"num_train_timesteps of {name}", count, f"{NUM_TRAIN_TIMESTEPS}, as in training")
+    count = config.get("num_train_timesteps", DECLARED_LEVELS)
+    if count != DECLARED_LEVELS:  # before so many betas are made
+        raise bad_argument(f"num_train_timesteps of {name}", count, f"{DECLARED_LEVELS}, as in training")
     config = scheduler_class.from_config(dict(config)).config
     if not has_levels(config, BETA_SCHEDULE):
         raise bad_argument(
@@ -218,7 +217,7 @@ def parts_of_deepfloyd(pipe: DiffusionPipeline, base_model: Any = None) -> dict[
         "scale_factor": scale_factor(unet.resolution) if unet.takes_low_res else None,
         "call_defaults": call_defaults(unet.takes_low_res),
         "clean_caption": True,
-        "origin": {**({"base_model": base_model} if is_hub_id(base_model) else {}), "license": LICENSE},
+        "origin": {**({"base_model": base_model} if is_hub_id(base_model) else {}), "license": DEEPFLOYD},
     }
 
 

@@ -110,9 +110,8 @@ def find_class(name: str, entry: Any, kind: type) -> Any:
     """The class that an entry of a `model_index.json` names, if it is of the right kind."""
     is_pair = isinstance(entry, (list, tuple)) and len(entry) == 2 and all(isinstance(part, str) for part in entry)
     found: Any = getattr(LIBRARIES.get(entry[0], diffusers), entry[1], None) if is_pair else None
-    is_known = isinstance(found, type) and (
-        entry[0] in LIBRARIES or entry[0] == found.__module__
-    )  # `register_network`
+    # a class that was given to `register_network` is saved with its module
+    is_known = isinstance(found, type) and (entry[0] in LIBRARIES or entry[0] == found.__module__)
     if not is_known or not issubclass(found, kind):
         registered = ", or a class that was given to `register_network`" if kind is StageNetwork else ""
         raise ValueError(
@@ -120,6 +119,11 @@ def find_class(name: str, entry: Any, kind: type) -> Any:
             f"there{registered}."
         )
     return found
+
+
+def configured_class(name: str, config: dict[str, Any]) -> Any:
+    """The class that the configuration of a stage's `unet` or `scheduler` names, if it is of the right kind."""
+    return find_class(name, ["diffusers", config.get("_class_name")], KINDS[name])
 
 
 def check_component(folder: Path, name: str, component_class: type, variant: str | None = None) -> None:
@@ -181,7 +185,7 @@ def describe_network(config: dict[str, Any]) -> StageNetwork:
     Raises:
         ValueError: If it describes none.
     """
-    unet_class = find_class("unet", ["diffusers", config.get("_class_name")], StageNetwork)
+    unet_class = configured_class("unet", config)
     with torch.device("meta"):
         return unet_class.from_config(config)
 

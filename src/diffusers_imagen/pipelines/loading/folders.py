@@ -14,12 +14,13 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers import AutoModelForTextEncoding, AutoTokenizer
+from transformers import AutoModelForTextEncoding
 
 from ...text.completeness import refuse_random_weights
+from ...text.pretrained import load_tokenizer_of_pipeline
 from ...utils.arguments import shown
 from ...utils.errors import is_out_of_memory, one_line
-from ...utils.files import HUB_OPTIONS
+from ...utils.files import HUB_OPTIONS, for_huggingface_hub
 from ...utils.modules import quiet_transformers
 from .folder_checks import (
     INDEX,
@@ -84,12 +85,12 @@ def refusal_of_hub(error: BaseException, source: str) -> str | None:
         page = f"{constants.ENDPOINT}/{source}"
         if isinstance(cause, GatedRepoError):
             return (
-                f"the repository is gated ({status}): accept its licence on {page}, and log in with `hf auth login` or "
+                f"the repository is gated ({status}): accept its license on {page}, and log in with `hf auth login` or "
                 "give `token`."
             )
         if status in (401, 403):
             return (
-                f"the Hub refuses it ({status}): if {page} exists, accept its licence there, and log in with `hf auth "
+                f"the Hub refuses it ({status}): if {page} exists, accept its license there, and log in with `hf auth "
                 "login` or give `token`."
             )
         cause = cause.__cause__ or cause.__context__
@@ -155,19 +156,14 @@ def owner_of(pipeline_class: type[DiffusionPipeline], index: str) -> type[Diffus
 
 def download_index(source: str, hub: dict[str, Any]) -> str:
     """The path of a repository's `model_index.json`."""
-    return hf_hub_download(source, INDEX, **given(hub))
+    return hf_hub_download(source, INDEX, **for_huggingface_hub(hub))
 
 
 def small_files(source: str, hub: dict[str, Any]) -> Path:
     """A folder with all JSON files of a folder or repository, of which those are downloaded and no weights."""
     if os.path.isdir(source):
         return Path(source)
-    return Path(snapshot_download(source, allow_patterns="*.json", **given(hub)))
-
-
-def given(hub: dict[str, Any]) -> dict[str, Any]:
-    """The options that huggingface_hub takes: it has no proxies but those of the environment."""
-    return {name: value for name, value in hub.items() if name != "proxies" and value is not None}
+    return Path(snapshot_download(source, allow_patterns="*.json", **for_huggingface_hub(hub)))
 
 
 # ---- text
@@ -192,8 +188,5 @@ def load_text_parts(source: str, **kwargs) -> dict[str, Any]:
             source, subfolder="text_encoder", output_loading_info=True, trust_remote_code=False, **hub, **networks
         )
         refuse_random_weights(f"The text encoder of '{source}'", found["missing_keys"])
-        # AutoTokenizer looks for more than there is, and offline takes that for an error
-        if not os.path.isdir(source):
-            source = snapshot_download(source, allow_patterns="tokenizer/*", **given(hub))
-        tokenizer = AutoTokenizer.from_pretrained(source, subfolder="tokenizer", trust_remote_code=False)
+        tokenizer = load_tokenizer_of_pipeline(source, hub)
     return {"text_encoder": encoder.eval(), "tokenizer": tokenizer}

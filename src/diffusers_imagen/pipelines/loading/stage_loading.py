@@ -27,8 +27,8 @@ from .folder_checks import (
     SETTINGS,
     check_component,
     check_index,
+    configured_class,
     describe_network,
-    find_class,
     read_config,
 )
 from .folders import (
@@ -338,10 +338,9 @@ def load_network_and_scheduler(source: str, hub: dict[str, Any], networks: dict[
     """The components in `unet/` and `scheduler/` of a folder or Hub repository."""
     folder = small_files(source, hub)
     config = read_config(folder / "scheduler" / CONFIGS["scheduler"])
-    scheduler_class = find_class("scheduler", ["diffusers", config.get("_class_name")], SchedulerMixin)
+    scheduler_class = configured_class("scheduler", config)
     if os.path.isdir(source):
-        config = read_config(Path(source, "unet", "config.json"))
-        unet_class = find_class("unet", ["diffusers", config.get("_class_name")], StageNetwork)
+        unet_class = configured_class("unet", read_config(Path(source, "unet", CONFIGS["unet"])))
         check_component(Path(source), "unet", unet_class, networks.get("variant"))
     parts = {
         "unet": AutoModel.from_pretrained(source, subfolder="unet", trust_remote_code=False, **hub, **networks),

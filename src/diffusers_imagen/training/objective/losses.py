@@ -6,7 +6,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ...diffusion.augmentation import AUGMENTATION_LEVELS, augment_low_res, augment_upsampled, augmentation_sigma
+from ...diffusion.augmentation import (
+    AUGMENTATION_LEVELS,
+    augment_low_res,
+    augment_upsampled,
+    augmentation_sigma,
+    upsample_before_noise,
+)
 from ...models.interface import LowResAugmentation
 from ...text.text_embeddings import drop_text
 from ..config import MIN_AUGMENTATION_SIGMA, TrainingConfig
@@ -42,8 +48,8 @@ def to_device(
         batch = batch._replace(text_mask=None)
     batch = Batch._make(None if x is None else x.to(device, non_blocking=True) for x in batch)
     if batch.low_res is not None and conditioning.low_res_augmentation == "discrete":
-        size = batch.images.shape[-2:]
-        batch = batch._replace(low_res=F.interpolate(batch.low_res, size, mode="bilinear", align_corners=True))
+        height, width = batch.images.shape[-2:]
+        batch = batch._replace(low_res=upsample_before_noise(batch.low_res, (height, width)))
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return batch._replace(images=batch.images.contiguous(memory_format=layout))
 

@@ -96,10 +96,7 @@ class DiscreteObjective(Objective):
     ):
         super().__init__(sigma_data, weighting)
         self.beta_schedule, self.scheduler_config = beta_schedule, scheduler_config
-        betas = EDMAdamsScheduler(preconditioning="discrete", beta_schedule=beta_schedule).config
-        self.log_snrs = discrete_ddpm.trained_log_snrs(
-            betas.num_train_timesteps, beta_schedule, betas.beta_start, betas.beta_end
-        )
+        self.log_snrs = discrete_ddpm.declared_log_snrs(beta_schedule)
 
     def draw_log_snr(self, count: int, generator: torch.Generator, stratified: bool = False) -> torch.Tensor:
         index = edm.draw_uniform(count, generator, stratified=stratified) * len(self.log_snrs)
