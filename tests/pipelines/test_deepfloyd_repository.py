@@ -131,6 +131,26 @@ def test_a_loaded_pipeline_shares_its_memory(folders):
         assert getattr(pipe, name) is getattr(loaded, name)
 
 
+def test_from_pipe_makes_a_stage_of_a_pipeline_of_diffusers():
+    theirs = stage_1()
+    ours = ImagenPipeline.from_pipe(theirs)
+    assert ours.config.call_defaults == repository.call_defaults(upscales=False) and ours.config.clean_caption
+    assert torch.equal(draw(ours), draw(ImagenPipeline.from_stage(theirs)))
+    assert ImagenPipeline.from_pipe(ours).unet is ours.unet
+    with pytest.raises(ValueError, match="a base stage, which enlarges no images"):
+        ImagenSuperResolutionPipeline.from_pipe(theirs)
+
+
+def test_options_of_loading_are_refused_where_nothing_is_loaded(folders):
+    first, second = stage_1(), stage_2()
+    with pytest.raises(ValueError, match="`dtype` is torch.float16, but is for loading"):
+        ImagenCascadePipeline.from_stages(first, second, dtype=torch.float16)
+    with pytest.raises(ValueError, match="`variant` is 'fp16', but is for loading"):
+        ImagenPipeline.from_stage(first, variant="fp16")
+    mixed = ImagenCascadePipeline.from_stages(first, folders["II"], dtype=torch.float16)
+    assert (mixed.base_unet.dtype, mixed.sr256_unet.dtype) == (torch.float32, torch.float16)
+
+
 def test_one_stage_alone(folders):
     first = DiffusionPipeline.from_pretrained(folders["I"])
     images = {name: draw(open_stage(folders["I"])) for name, open_stage in (
