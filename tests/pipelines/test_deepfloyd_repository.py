@@ -19,12 +19,13 @@ from diffusers import (
 from diffusers.pipelines.deepfloyd_if import pipeline_if_superresolution
 from diffusers.quantizers import PipelineQuantizationConfig
 from diffusers.utils.torch_utils import randn_tensor
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig, T5EncoderModel
 
 from diffusers_imagen import ImagenCascadePipeline, ImagenPipeline, ImagenSuperResolutionPipeline
 from diffusers_imagen.pipelines.inputs import per_image_generators
 from diffusers_imagen.pipelines.loading import deepfloyd_repository as repository
+from diffusers_imagen.text.pretrained import load_text
 
 
 STEPS, PROMPT = 5, "a red apple"
@@ -128,6 +129,26 @@ def test_a_loaded_pipeline_shares_its_memory(folders):
     assert ours == theirs
     for name in ("text_encoder", "scheduler", "safety_checker", "watermarker", "feature_extractor"):
         assert getattr(pipe, name) is getattr(loaded, name)
+
+
+def test_from_pipe_makes_a_stage_of_a_pipeline_of_diffusers():
+    theirs = stage_1()
+    ours = ImagenPipeline.from_pipe(theirs)
+    assert ours.config.call_defaults == repository.call_defaults(upscales=False) and ours.config.clean_caption
+    assert torch.equal(draw(ours), draw(ImagenPipeline.from_stage(theirs)))
+    assert ImagenPipeline.from_pipe(ours).unet is ours.unet
+    with pytest.raises(ValueError, match="a base stage, which enlarges no images"):
+        ImagenSuperResolutionPipeline.from_pipe(theirs)
+
+
+def test_options_of_loading_are_refused_where_nothing_is_loaded(folders):
+    first, second = stage_1(), stage_2()
+    with pytest.raises(ValueError, match="`dtype` is torch.float16, but is for loading"):
+        ImagenCascadePipeline.from_stages(first, second, dtype=torch.float16)
+    with pytest.raises(ValueError, match="`variant` is 'fp16', but is for loading"):
+        ImagenPipeline.from_stage(first, variant="fp16")
+    mixed = ImagenCascadePipeline.from_stages(first, folders["II"], dtype=torch.float16)
+    assert (mixed.base_unet.dtype, mixed.sr256_unet.dtype) == (torch.float32, torch.float16)
 
 
 def test_one_stage_alone(folders):
@@ -369,11 +390,76 @@ def test_loaded_pipelines_of_another_kind_are_refused():
         ImagenPipeline.from_stage(other)
 
 
-def test_a_network_that_lacks_weights_is_refused(copied, folders):
+UNET, WATERMARK = "unet/diffusion_pytorch_model.safetensors", "watermarker/diffusion_pytorch_model.safetensors"
+DAMAGE = {
+    "weights are missing": (UNET, lambda weights: weights.pop("conv_out.bias"), "unet' lacks weights: conv_out.bias"),
+    "weights of no layer": (
+        UNET,
+        lambda weights: weights.update({"extra.weight": torch.zeros(2)}),
+        "unet' has weights that its configuration has no place for: extra.weight",
+    ),
+    "other shapes": (
+        UNET,
+        lambda weights: weights.update({"conv_out.bias": torch.zeros(3)}),
+        "unet' has weights of other shapes than its configuration says: conv_out.bias",
+    ),
+    "integers": (
+        UNET,
+        lambda weights: weights.update({"conv_out.bias": torch.zeros(6, dtype=torch.int32)}),
+        "unet' has weights that are no numbers of floating point: conv_out.bias",
+    ),
+    "no watermark": (
+        WATERMARK,
+        lambda weights: weights.update({"other": weights.pop("watermark_image")}),
+        "watermarker' lacks weights: watermark_image",
+    ),
+    "a checker that finds nothing": (
+        "safety_checker/model.safetensors",
+        lambda weights: weights["p_head.bias"].fill_(float("nan")),
+        "`safety_checker` has weights that are not finite, p_head.bias among them",
+    ),
+}
+
+
+@pytest.mark.parametrize("file, damage, message", DAMAGE.values(), ids=DAMAGE)
+def test_damaged_weights_are_refused(copied, folders, file, damage, message):
     folder = copied("I")
     shutil.copytree(folders["I"], folder, dirs_exist_ok=True)
-    unet = DiffusionPipeline.from_pretrained(folder).unet
-    weights = {name: value for name, value in unet.state_dict().items() if name != "conv_out.bias"}
-    save_file(weights, folder / "unet" / "diffusion_pytorch_model.safetensors")
-    with pytest.raises(ValueError, match="`unet`, loaded from .*, lacks weights: conv_out.bias"):
+    weights = load_file(folder / file)
+    damage(weights)
+    save_file(weights, folder / file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=message):
         ImagenPipeline.from_stage(folder)
+
+
+def test_files_that_are_cut_off_or_missing_are_named(copied, folders):
+    folder = copied("I")
+    with pytest.raises(ValueError, match="unet' has no weights"):
+        ImagenPipeline.from_stage(folder)
+    shutil.copytree(folders["I"], folder, dirs_exist_ok=True)
+    (folder / UNET).write_bytes((folders["I"] / UNET).read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"diffusion_pytorch_model.safetensors' is no whole file of weights"):
+        ImagenPipeline.from_stage(folder)
+
+
+def test_a_watermark_may_be_in_bytes(copied, folders):
+    folder = copied("I")
+    shutil.copytree(folders["I"], folder, dirs_exist_ok=True)
+    save_file({"watermark_image": load_file(folder / WATERMARK)["watermark_image"].byte()}, folder / WATERMARK)
+    watermarks = (ImagenPipeline.from_stage(source).watermarker.watermark_image for source in (folder, folders["I"]))
+    assert torch.equal(*watermarks)
+
+
+def test_a_tokenizer_without_its_vocabulary_is_refused(copied, folders):
+    """To transformers' T5Tokenizer all words are one then, and all prompts one picture."""
+    folder = copied("I")
+    shutil.copytree(folders["I"], folder, dirs_exist_ok=True)
+    (folder / "tokenizer" / "spiece.model").unlink()
+    message = "tokenizer.* has no vocabulary but special tokens"
+    for load in (
+        lambda: ImagenPipeline.from_stage(folder),
+        lambda: ImagenPipeline.from_stage(folders["I"], text_encoder=folder),
+        lambda: load_text(str(folder)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load()

@@ -233,3 +233,7 @@ def test_options_are_those_of_files_and_those_of_networks():
     for name in ("subfolder", "trust_remote_code", "custom_pipeline"):
         with pytest.raises(ValueError, match=f"`{name}` is 'x', but should not be given"):
             split_options({name: "x"})
+    with pytest.raises(
+        ValueError, match="`requires_safety_checker` is False, but .*`safety_checker=None` alone leaves"
+    ):
+        split_options({"requires_safety_checker": False})

@@ -40,7 +40,7 @@ def add_model_arguments(command: Parser, sweeps: bool = False) -> None:
     add_stage_arguments(
         command,
         "folder or Hub id of a cascade, or of a base stage, such as DeepFloyd/IF-I-M-v1.0; default: the shipped cascade",
-        "model" if sweeps else "--model",
+        model="model" if sweeps else "--model",
     )
     command.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights; default: %(default)s")
     default = "model"

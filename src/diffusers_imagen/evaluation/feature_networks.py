@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from ..pipelines.folders import loading
+from ..pipelines.loading.folders import loading
 from ..utils.arguments import bad_argument
 from ..utils.errors import one_line
 from ..utils.modules import quiet_transformers

@@ -16,7 +16,7 @@ from ..utils.arguments import as_integer, shown
 from ..utils.modules import memory_of
 from . import inputs
 from .content_filter import check_filter
-from .loading.deepfloyd_repository import find_pipeline
+from .loading.deepfloyd_repository import find_pipeline, is_deepfloyd
 from .loading.folder_checks import SETTINGS
 from .loading.stage_loading import load_stages
 from .model_card import ModelCardMixin
@@ -58,6 +58,13 @@ class ImagenPipelineMixin(ModelCardMixin):
         if source is not None:
             return cls.from_stage(source, **options)
         return super().from_pretrained(pretrained_model_name_or_path, **options)  # type: ignore[misc]  # DiffusionPipeline
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
+        """As diffusers' `from_pipe`; makes a stage of a loaded pipeline of DeepFloyd IF too, as `from_stage` does."""
+        if is_deepfloyd(type(pipeline).__name__):
+            return cls.from_stage(pipeline, **kwargs)
+        return super().from_pipe(pipeline, **kwargs)  # type: ignore[misc]  # DiffusionPipeline
 
     @classmethod
     def from_stage(cls, source: StageSource, **kwargs: Any) -> Any:

@@ -12,6 +12,7 @@ from ..diffusion.discrete_ddpm import BETA_SCHEDULES, BetaSchedule, declared_log
 from ..schedulers.foreign_configs import DISCRETE_MEANINGS
 from ..schedulers.scheduling_utils import ImagenScheduler
 from ..utils.arguments import shown
+from ..utils.errors import one_line
 from .stages import Stage
 
 
@@ -108,7 +109,7 @@ def check_drives(scheduler: SchedulerMixin, stage: Stage, settings: StageSetting
         if isinstance(error, ValueError) and stage.name in str(error):
             raise
         raise ValueError(
-            f"The scheduler of the stage `{stage.name}`, a {type(scheduler).__name__}, cannot drive it: {error}"
+            f"The scheduler of the stage `{stage.name}`, a {type(scheduler).__name__}, cannot drive it: {one_line(error)}"
         ) from error
 
 

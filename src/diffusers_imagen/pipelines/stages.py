@@ -4,13 +4,14 @@ import os
 from typing import Any, NamedTuple
 
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers.pipelines.deepfloyd_if import IFSafetyChecker
 from diffusers.utils import logging
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models import EfficientUNetModel, ImagenUNetModel
 from ..models.interface import StageNetwork
-from ..text.completeness import random_weights, refuse_random_weights
-from ..utils.modules import first_names, is_offloaded, unwrapped
+from ..text.completeness import random_weights, refuse_empty_vocabulary, refuse_random_weights
+from ..utils.modules import find_not_finite, first_names, is_offloaded, unwrapped
 from .stage_table import CallDefaults, StageKind
 
 
@@ -166,7 +167,7 @@ def was_loaded(unet: StageNetwork) -> bool:
 
 
 def check_components(components: dict[str, Any]) -> None:
-    """Raises ValueError for a network of another kind, and for a loaded network or text encoder that lacks weights.
+    """Raises ValueError for a network of another kind, and for what was loaded and is not complete.
 
     Whatever made a pipeline, its components come by here: diffusers loads them without a word about what is missing.
     """
@@ -179,5 +180,10 @@ def check_components(components: dict[str, Any]) -> None:
                 f"`{name}` is a {type(component).__name__}, but should be an ImagenUNetModel, an EfficientUNetModel or another "
                 "StageNetwork."
             )
+        elif isinstance(component, PreTrainedTokenizerBase):
+            refuse_empty_vocabulary(f"`{name}`, loaded from '{component.name_or_path}',", component)
         elif isinstance(component, PreTrainedModel):
             refuse_random_weights(f"`{name}`, loaded from '{component.name_or_path}',", random_weights(component))
+            broken = find_not_finite(component) if isinstance(component, IFSafetyChecker) else None
+            if broken is not None:  # compared with a threshold, NaN would let everything pass
+                raise ValueError(f"`{name}` has weights that are not finite, {broken} among them: load it again.")

@@ -1,17 +1,19 @@
-"""Whether a text encoder has all of its weights: transformers fills in random numbers for what is missing."""
+"""Whether a text encoder has all of its weights, and its tokenizer its vocabulary: transformers makes up what is missing."""
 
 import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..utils.modules import first_names, is_offloaded, quiet_transformers
 
 
 # weights of a text encoder that its embeddings do not depend on: what a checkpoint lacks of them is no loss
 UNREAD = re.compile(r"(^|\.)(pooler|decoder|lm_head|cls|classifier|text_projection)\b")
+
+MOST_SPECIAL = 1000  # a tokenizer of more tokens has some for text; looking at all of a large one takes long
 
 
 def refuse_random_weights(description: str, missing: Iterable[str]) -> None:
@@ -21,6 +23,20 @@ def refuse_random_weights(description: str, missing: Iterable[str]) -> None:
         raise ValueError(
             f"{description} lacks weights: {first_names(missing)}. transformers fills them with random numbers; save "
             "it again from where it is complete."
+        )
+
+
+def refuse_empty_vocabulary(description: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError for a tokenizer whose file of the vocabulary was missing: to it, all texts are the same unknown one."""
+    if len(tokenizer) > MOST_SPECIAL:
+        return
+    pieces = [
+        piece for piece in set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens) if piece.strip(" \u2581")
+    ]
+    if not pieces:
+        raise ValueError(
+            f"{description} has no vocabulary but special tokens: the file of it is missing, tokenizer.json or that of "
+            "sentencepiece."
         )
 
 

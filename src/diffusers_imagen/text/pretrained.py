@@ -10,7 +10,7 @@ from transformers import AutoModel, AutoModelForTextEncoding, AutoTokenizer, Pre
 from ..utils.errors import describe_fault
 from ..utils.files import for_huggingface_hub
 from ..utils.modules import find_not_finite, is_quantized, quiet_transformers
-from .completeness import refuse_random_weights
+from .completeness import refuse_empty_vocabulary, refuse_random_weights
 
 
 NO_LIMIT = 1_000_000  # transformers writes 1e30 where a tokenizer's length was never set
@@ -41,6 +41,7 @@ def load_tokenizer(name: str, max_length: int | None = None, **hub: Any) -> tupl
         except Exception as error:  # tokenizers raises plain ones for what is in a file
             reason = describe_fault(error)
             continue
+        refuse_empty_vocabulary(f"`text_encoder` is {name!r}, whose tokenizer", tokenizer)
         limit = tokenizer.model_max_length
         if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit >= 1:
             raise ValueError(

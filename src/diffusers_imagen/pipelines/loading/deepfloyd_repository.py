@@ -25,7 +25,7 @@ from ...utils.modules import quiet_transformers, unwrapped
 from ..origin import DEEPFLOYD
 from ..schedules import has_levels
 from ..stage_table import SAFETY_PARTS, TEXT_PARTS
-from .folder_checks import CONFIGS, INDEX, KINDS, check_component, find_class, read_config
+from .folder_checks import CONFIGS, INDEX, KINDS, check_component, check_tensors, find_class, read_config
 from .folders import DOWNLOAD_OPTIONS, download_index, is_hub_id, refusal_of_hub
 
 
@@ -183,11 +183,28 @@ def load_deepfloyd(
         source = str(DiffusionPipeline.download(source, **hub, **chosen, **absent))
     else:
         base_model = read_config(Path(source, INDEX)).get("_name_or_path")
+    check_weights(Path(source), left_out, networks.get("variant"))
     with quiet_transformers():
         pipe = getattr(diffusers, class_name).from_pretrained(
             source, **networks, **absent, requires_safety_checker=False
         )
     return parts_of_deepfloyd(pipe, base_model)
+
+
+def check_weights(folder: Path, left_out: Collection[str], variant: str | None) -> None:
+    """Raises ValueError for networks whose files do not hold what their configurations say; reads headers alone.
+
+    diffusers would leave out what a network has no place for, and a watermark of zeros in the place of one that is missing.
+    """
+    for name in ("unet", "watermarker"):
+        path = folder / name
+        if name in left_out or not path.is_dir():
+            continue
+        if not any(file.suffix in (".safetensors", ".bin") for file in path.iterdir()):
+            raise ValueError(f"'{path}' has no weights.")
+        with torch.device("meta"):
+            network = COMPONENTS[name].from_config(read_config(path / CONFIGS[name]))
+        check_tensors(path, network, variant)
 
 
 def parts_of_deepfloyd(pipe: DiffusionPipeline, base_model: Any = None) -> dict[str, Any]:

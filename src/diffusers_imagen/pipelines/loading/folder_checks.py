@@ -152,15 +152,19 @@ def check_component(folder: Path, name: str, component_class: type, variant: str
             f"'{config_file}' is of {shown(config.get('_class_name'))}, but should be of {component_class.__name__}."
         )
     if issubclass(component_class, StageNetwork):
-        check_tensors(path, config, variant)
+        check_tensors(path, describe_network(config), variant)
 
 
-def check_tensors(folder: Path, config: dict[str, Any], variant: str | None) -> None:
-    """Raises ValueError unless a network's files hold its tensors, all and no others, as numbers of floating point.
+def check_tensors(folder: Path, network: torch.nn.Module, variant: str | None) -> None:
+    """Raises ValueError unless a network's files hold its tensors, all and no others, parameters in floating point.
 
     Nothing but headers is read.
+
+    Args:
+        folder: With the files.
+        network: As the configuration describes it, on any device.
+        variant: Of the files.
     """
-    network = describe_network(config)
     expected = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
     found = read_headers(folder, variant)
     if not found:
@@ -168,7 +172,8 @@ def check_tensors(folder: Path, config: dict[str, Any], variant: str | None) -> 
     missing = [name for name in expected if name not in found]
     others = [name for name in found if name not in expected]
     shapes = [name for name in expected if name in found and found[name][1] != expected[name]]
-    integers = [name for name, (dtype, _) in found.items() if not dtype.startswith(("F", "BF"))]
+    parameters = dict(network.named_parameters())  # a buffer, such as a watermark, may have bytes
+    integers = [name for name, (dtype, _) in found.items() if name in parameters and not dtype.startswith(("F", "BF"))]
     for names, reason in (
         (missing, "lacks weights"),
         (others, "has weights that its configuration has no place for"),

@@ -52,6 +52,11 @@ def split_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, An
     ):
         if options.get(name):
             raise ValueError(f"`{name}` is {options[name]!r}, but should not be given: {reason}.")
+    if "requires_safety_checker" in options:  # of diffusers' pipelines of DeepFloyd IF
+        raise ValueError(
+            f"`requires_safety_checker` is {options['requires_safety_checker']!r}, but should not be given: "
+            "`safety_checker=None` alone leaves the safety checker out."
+        )
     hub = {name: value for name, value in options.items() if name in HUB_OPTIONS}
     return hub, {name: value for name, value in options.items() if name not in HUB_OPTIONS}
 

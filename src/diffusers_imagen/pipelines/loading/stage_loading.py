@@ -92,6 +92,11 @@ def load_stages(
     hub, _ = split_options(options)
     for name, source in sources.items():  # before the first is loaded
         check_stage_source(name, source)
+    if not any(isinstance(source, (str, os.PathLike)) for source in (*sources.values(), given.get("text_encoder"))):
+        for name in (name for name, value in options.items() if value is not None):
+            raise ValueError(
+                f"`{name}` is {shown(options[name])}, but is for loading, and everything that is given is loaded already."
+            )
     described, first = [], next(iter(sources))
     for name, source in sources.items():
         described.append(describe_stage(name, source, hub, [*given, *(TEXT_PARTS if name != first else ())]))
