@@ -21,7 +21,7 @@ from ..utils.files import FolderHold, check_folder
 from ..utils.processes import on_main_process
 from .common import MAX_GUIDANCE, MAX_SEED, MAX_SIZE, check_device
 from .generate import read_lines
-from .model_arguments import SHIPPED_MODEL, add_model_arguments, check_model, load_stages, place, use_scheduler
+from .model_arguments import SHIPPED_MODEL, add_model_arguments, check_model, load_model, place, use_scheduler
 from .parser import Parser, check_prompt
 
 
@@ -114,7 +114,7 @@ def evaluate(args: argparse.Namespace) -> None:
     indices = choose("num-images", len(captions), args.num_images, args.seed)
     real = [] if reference is None else choose("num-reference", len(reference), args.num_reference, args.seed)
     features, clip = load_networks(args, state)
-    pipe = load_stages(args)
+    pipe = load_model(args)
     model = digest_networks(pipe)  # before it is placed, which may leave no weights to read
     use = scheduler_switch(pipe, args)
     settings, resolutions = list_settings(pipe, args, use)
