@@ -52,15 +52,14 @@ def test_the_way_there_and_back_gives_the_same_pipeline(make, ours, options, the
     assert images.std() > 0.05
 
 
-def test_a_scheduler_of_this_package_becomes_that_of_the_repository():
+def test_a_scheduler_of_this_package_becomes_that_of_the_repository_with_a_fixed_variance():
     theirs = stage_1()
     parts = {**parts_of(theirs), "scheduler": EDMAdamsScheduler.from_config(theirs.scheduler.config)}
     scheduler = pipeline_to_deepfloyd(ImagenPipeline(**parts)).scheduler
     assert type(scheduler) is DDPMScheduler
-    expected = inspect.signature(DDPMScheduler).parameters
-    assert {name: scheduler.config[name] for name in expected} == {
-        name: theirs.scheduler.config[name] for name in expected
-    }
+    expected = {name: theirs.scheduler.config[name] for name in inspect.signature(DDPMScheduler).parameters}
+    assert theirs.scheduler.config.variance_type == "learned_range"  # which training does not train
+    assert {name: scheduler.config[name] for name in expected} == {**expected, "variance_type": "fixed_small"}
 
 
 def test_a_stage_of_a_cascade_is_named(cascade):

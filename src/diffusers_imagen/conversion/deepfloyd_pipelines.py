@@ -52,7 +52,10 @@ def find_stage(pipe: DiffusionPipeline, name: str | None) -> Any:
 
 
 def scheduler_to_deepfloyd(scheduler: SchedulerMixin) -> SchedulerMixin:
-    """A scheduler that diffusers' pipelines of IF drive: its own as it is, for one of ours DDPM with learned variance."""
+    """A scheduler that diffusers' pipelines of IF drive: one of theirs as it is, for one of ours DDPM of fixed variance.
+
+    A stage that was trained further has a scheduler of ours, and the variance that its network predicts was not trained.
+    """
     if not hasattr(scheduler.config, "preconditioning"):
         return scheduler
     if not is_discrete(scheduler.config):
@@ -60,4 +63,4 @@ def scheduler_to_deepfloyd(scheduler: SchedulerMixin) -> SchedulerMixin:
             "preconditioning", scheduler.config.preconditioning, "'discrete' in a stage of DeepFloyd IF"
         )
     config = {name: value for name, value in scheduler.config.items() if name != "preconditioning"}
-    return DDPMScheduler.from_config(config, variance_type="learned_range")
+    return DDPMScheduler.from_config(config, variance_type="fixed_small")
