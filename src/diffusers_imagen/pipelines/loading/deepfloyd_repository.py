@@ -19,7 +19,7 @@ from transformers.utils import is_protobuf_available, is_sentencepiece_available
 from ...conversion.deepfloyd import config_from_deepfloyd, unet_from_deepfloyd
 from ...diffusion.continuous_ddpm import log_snr_to_sigma
 from ...diffusion.discrete_ddpm import BetaSchedule, declared_log_snrs
-from ...utils.arguments import bad_argument, shown
+from ...utils.arguments import as_number, bad_argument, shown
 from ...utils.files import HUB_OPTIONS
 from ...utils.modules import quiet_transformers, unwrapped
 from ..schedules import has_levels
@@ -47,6 +47,7 @@ MAX_TOKENS = 77  # that the networks were trained with; the tokenizer's own limi
 BASE_RESOLUTION = 64  # of the images that stage II was trained to enlarge
 NUM_TRAIN_TIMESTEPS = 1000
 BETA_SCHEDULE: BetaSchedule = "squaredcos_cap_v2"
+MAX_BOUND = 100.0  # of thresholded pictures; IF has 1.5 and 1
 NOISE_INDEX = 250  # of the low-resolution image, in IFSuperResolutionPipeline
 LICENSE = "deepfloyd"
 
@@ -148,6 +149,9 @@ def check_scheduler(name: str, scheduler_class: Any, config: Mapping[str, Any]) 
     prediction = config.get("prediction_type", "epsilon")
     if prediction != "epsilon":
         raise bad_argument(f"prediction_type of {name}", prediction, "'epsilon', as DeepFloyd IF predicts noise")
+    if config.get("thresholding"):  # diffusers takes any number, and draws white or black pictures with it
+        as_number(f"sample_max_value of {name}", config.get("sample_max_value"), 1.0, MAX_BOUND)
+        as_number(f"dynamic_thresholding_ratio of {name}", config.get("dynamic_thresholding_ratio"), 0.0, 1.0)
 
 
 def check_tokenizer_packages(folder: Path) -> None:
