@@ -165,3 +165,8 @@ def test_what_fails_in_the_middle_leaves_nothing(run, folder, repositories, monk
     code, _, error = run("convert-if", "--model", repositories["base"], "--output", "new")
     assert code == 2 and "no space left" in error[-1]
     assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_doctor_knows_a_repository(run, folder, repositories):
+    code, printed = run("doctor", repositories["base"])[:2]
+    assert code == 0 and "ImagenUNetModel: 6,592,566 weights, finite" in printed, printed

@@ -319,6 +319,16 @@ BAD_FILES = {
         {"prediction_type": "v_prediction"},
         "`prediction_type of scheduler` is 'v_prediction', but should be 'epsilon'",
     ),
+    "a bound of nothing": (
+        "scheduler/scheduler_config.json",
+        {"sample_max_value": -3},
+        "`sample_max_value of scheduler` is -3, but should be a finite number of at least 1",
+    ),
+    "a quantile of nothing": (
+        "scheduler/scheduler_config.json",
+        {"dynamic_thresholding_ratio": "a"},
+        "`dynamic_thresholding_ratio of scheduler` is 'a'",
+    ),
     "a component of others": ("model_index.json", {"vae": ["diffusers", "AutoencoderKL"]}, "has 'vae', which is no"),
     "code": ("model_index.json", {"unet": ["pipeline", "UNet2DConditionModel"]}, r"has \['pipeline', 'UNet2D"),
     "another pipeline": (

@@ -58,6 +58,12 @@ def test_a_saved_folder_has_a_card_with_the_license(base_unet, tmp_path):
     assert split((tmp_path / "copy" / "README.md").read_text())[0] == header
 
 
+@pytest.mark.parametrize("cleans, package", [(True, "'diffusers-imagen[deepfloyd]'"), (False, "diffusers-imagen")])
+def test_the_card_installs_what_cleaning_texts_needs(base_unet, cleans, package):
+    pipe = ImagenPipeline(base_unet, EDMHeunScheduler(), clean_caption=cleans)
+    assert f"```bash\npip install {package}\n```" in pipe.describe("me/mine")
+
+
 def test_a_card_that_is_there_stays_and_weights_of_our_own_get_none(base_unet, tmp_path):
     ImagenPipeline(base_unet, EDMHeunScheduler()).save_pretrained(tmp_path / "own")
     assert not (tmp_path / "own" / "README.md").exists()

@@ -1,6 +1,7 @@
 """How a training script ends: exit code, and one line of what was wrong."""
 
 import errno
+import logging
 import signal
 import sys
 from pathlib import Path
@@ -97,3 +98,12 @@ def test_what_the_hub_and_the_network_refuse_names_the_argument(make_config, mon
     else:
         with pytest.raises(ValueError, match="The run is whole in '.*', but was not uploaded to 'me/stage': "):
             export.upload_stage("me/stage", config, 4)
+
+
+def test_requests_to_the_hub_are_not_in_the_log(monkeypatch, capsys):
+    root, loggers = logging.getLogger(), [logging.getLogger(name) for name in ("httpx", "httpx2")]
+    monkeypatch.setattr(root, "level", logging.INFO)
+    for logger in loggers:
+        monkeypatch.setattr(logger, "level", logging.NOTSET)
+    ends(monkeypatch, capsys, "--preset nonsense")
+    assert [logger.getEffectiveLevel() for logger in loggers] == [logging.WARNING] * 2

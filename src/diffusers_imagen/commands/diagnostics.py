@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from diffusers import AutoModel
+from diffusers import AutoModel, UNet2DConditionModel
 from tqdm.auto import tqdm
 from transformers import AutoConfig
 
+from ..conversion.deepfloyd import unet_from_deepfloyd
 from ..models.interface import StageNetwork
 from ..pipelines.stages import missing_weights
 from ..text.cache import EmbeddingCache
@@ -238,6 +239,8 @@ def read_losses(path: Path) -> list[dict[str, Any]]:
 def examine_network(folder: Path, text_encoder: str | None) -> list[Finding]:
     """The weights of a network, and whether they go with the text encoder."""
     unet = AutoModel.from_pretrained(str(folder))
+    if isinstance(unet, UNet2DConditionModel):  # as DeepFloyd IF is published
+        unet = unet_from_deepfloyd(unet)
     if not isinstance(unet, StageNetwork):
         return [Finding(True, f"it is {type(unet).__name__}, but should be ImagenUNetModel or EfficientUNetModel")]
     missing = missing_weights(unet)

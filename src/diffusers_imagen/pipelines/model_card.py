@@ -26,7 +26,7 @@ CARD = """\
 ([arXiv 2205.11487](https://arxiv.org/abs/2205.11487)), diffusion in pixel space.
 
 ```bash
-pip install diffusers-imagen
+pip install {package_name}
 ```
 
 ```python
@@ -216,6 +216,7 @@ class ModelCardMixin:
             name=repo_id.split("/")[-1],
             title=type(self).__name__,
             package=PACKAGE,
+            package_name="'diffusers-imagen[deepfloyd]'" if self.config.get("clean_caption") else "diffusers-imagen",
             repo_id=repo_id,
             call=self.model_card_call(),
             parts="\n".join(parts),

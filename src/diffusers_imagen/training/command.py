@@ -28,6 +28,8 @@ def main(
         description (`str`, *optional*): What `--help` begins with.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    for name in ("httpx", "httpx2"):  # of huggingface_hub: a line for each file that it asks for
+        logging.getLogger(name).setLevel(logging.WARNING)
 
     def run() -> int:
         config = parse_args(description=description, config_class=config_class)

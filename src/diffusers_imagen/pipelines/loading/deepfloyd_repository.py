@@ -19,7 +19,7 @@ from transformers.utils import is_protobuf_available, is_sentencepiece_available
 from ...conversion.deepfloyd import BETA_SCHEDULE, config_from_deepfloyd, unet_from_deepfloyd
 from ...diffusion.augmentation import augmentation_sigma
 from ...diffusion.discrete_ddpm import DECLARED_LEVELS
-from ...utils.arguments import bad_argument, shown
+from ...utils.arguments import as_number, bad_argument, shown
 from ...utils.files import HUB_OPTIONS
 from ...utils.modules import quiet_transformers, unwrapped
 from ..origin import DEEPFLOYD
@@ -46,6 +46,7 @@ COMPONENTS = {
 }
 MAX_TOKENS = 77  # that the networks were trained with; the tokenizer's own limit is 512
 BASE_RESOLUTION = 64  # of the images that stage II was trained to enlarge
+MAX_BOUND = 100.0  # of thresholded pictures; IF has 1.5 and 1
 NOISE_INDEX = 250  # of the low-resolution image, in IFSuperResolutionPipeline
 
 
@@ -146,6 +147,9 @@ def check_scheduler(name: str, scheduler_class: Any, config: Mapping[str, Any]) 
     prediction = config.get("prediction_type", "epsilon")
     if prediction != "epsilon":
         raise bad_argument(f"prediction_type of {name}", prediction, "'epsilon', as DeepFloyd IF predicts noise")
+    if config.get("thresholding"):  # diffusers takes any number, and draws white or black pictures with it
+        as_number(f"sample_max_value of {name}", config.get("sample_max_value"), 1.0, MAX_BOUND)
+        as_number(f"dynamic_thresholding_ratio of {name}", config.get("dynamic_thresholding_ratio"), 0.0, 1.0)
 
 
 def check_tokenizer_packages(folder: Path) -> None:
