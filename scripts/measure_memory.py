@@ -17,9 +17,9 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+from benchmark_unet import peak_memory
 from diffusers.utils import logging
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import T5Config, T5EncoderModel
@@ -205,14 +205,7 @@ def profile_call(config: dict, dtype: torch.dtype) -> int:
     """The peak of a call in the CPU's allocator, in bytes."""
     call = Call(config, dtype)
     call.encode()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    held = peak = 0
-    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
+    return round(peak_memory(call, torch.device("cpu")) * 2**20)
 
 
 @contextmanager

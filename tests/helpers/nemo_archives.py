@@ -163,3 +163,18 @@ FORMS = [
     *("tar", "gzip", "ranks", "pipeline ranks", "torch_dist", "zarr", "unpacked"),
     *("lightning", "lightning, hparams.yaml"),
 ]
+
+
+def check_samples(pipe, vectors: dict[str, torch.Tensor]) -> None:
+    """A pipeline draws what NeMo v2.3.0's own sampler does: 6 steps, guidance 2, dynamic thresholding."""
+    images = pipe(
+        prompt_embeds=vectors["text_embed"],
+        prompt_attention_mask=vectors["text_mask"],
+        latents=vectors["edm_noise"],
+        num_inference_steps=6,
+        guidance_scale=2.0,
+        output_type="latent",
+    ).images
+    # the pipeline clamps what a stage hands on; NeMo does not
+    expected = vectors["edm_sample_6steps_cfg2_dynamic"].clamp(-1, 1)
+    torch.testing.assert_close(images, expected, atol=1e-4, rtol=0)

@@ -1,19 +1,15 @@
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoPipelineForText2Image, DiffusionPipeline, EDMDPMSolverMultistepScheduler, EDMEulerScheduler
+from nemo_archives import check_samples, read_case
 from PIL import Image
-from safetensors.torch import load_file
 
 from diffusers_imagen import EDMAdamsScheduler, EDMHeunScheduler, ImagenCascadePipeline
 from diffusers_imagen.conversion import load_nemo_unet
-
-
-NEMO = Path(__file__).parents[1] / "fixtures" / "nemo"
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -33,23 +29,10 @@ def count_calls(module: torch.nn.Module) -> list[int]:
 
 
 def test_samples_like_nemo():
-    """NeMo v2.3.0's own sampler: 6 steps, guidance 2, dynamic thresholding (shared/reference/nemo)."""
-    case = NEMO / "base_default_small"
-    weights = load_file(f"{case}.nemo_weights.safetensors")
-    vectors = load_file(f"{case}.io.safetensors")
-    unet = load_nemo_unet(json.loads(Path(f"{case}.json").read_text()), {k: v.float() for k, v in weights.items()})
+    config, weights, vectors = read_case("base_default_small")
+    unet = load_nemo_unet(config, weights)
     pipe = ImagenCascadePipeline(unet, EDMHeunScheduler(thresholding=True, dynamic_thresholding_ratio=0.995))
-    images = pipe(
-        prompt_embeds=vectors["text_embed"],
-        prompt_attention_mask=vectors["text_mask"],
-        latents=vectors["edm_noise"],
-        num_inference_steps=6,
-        guidance_scale=2.0,
-        output_type="latent",
-    ).images
-    # the pipeline clamps what a stage hands on; NeMo does not
-    expected = vectors["edm_sample_6steps_cfg2_dynamic"].clamp(-1, 1)
-    torch.testing.assert_close(images, expected, atol=1e-4, rtol=0)
+    check_samples(pipe, vectors)
 
 
 def test_stages_and_output_types(cascade):

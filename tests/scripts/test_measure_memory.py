@@ -14,6 +14,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "measure_memory.py"
 @pytest.fixture(scope="module")
 def script():
     with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPT.parent)
         spec = importlib.util.spec_from_file_location("measure_memory", SCRIPT)
         module = importlib.util.module_from_spec(spec)
         patch.setitem(sys.modules, "measure_memory", module)

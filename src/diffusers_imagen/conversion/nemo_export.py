@@ -52,12 +52,12 @@ def nemo_config(
     section = {**(recorded or {}), **described, "conditioning": conditioning}
     if recorded is not None:
         section["preconditioning"] = {**(recorded.get("preconditioning") or {}), **described["preconditioning"]}
-        if differing_entries(unet, section) == []:
+        if find_difference(unet, section) is None:
             return section
     section["unet"] = efficient_section(unet) if isinstance(unet, EfficientUNetModel) else unet_section(unet)
-    differing = differing_entries(unet, section)
-    if differing:
-        raise ValueError(f"NeMo has no network like this one: it differs in {first_names(differing)}.")
+    difference = find_difference(unet, section)
+    if difference is not None:
+        raise ValueError(f"NeMo has no network like this one: {difference}")
     return section
 
 
@@ -183,17 +183,18 @@ def efficient_section(unet: EfficientUNetModel) -> dict[str, Any]:
     }
 
 
-def differing_entries(unet: ImagenUNetModel | EfficientUNetModel, section: dict[str, Any]) -> list[str]:
-    """Entries of the network's configuration that the network of a NeMo section has otherwise."""
+def find_difference(unet: ImagenUNetModel | EfficientUNetModel, section: dict[str, Any]) -> str | None:
+    """How the network of a NeMo section differs from this one, in words; None if it does not."""
     try:
         with torch.device("meta"):
             other = unet_from_nemo_config(section)
-    except ValueError as error:
-        return [str(error)]
+    except ValueError as error:  # names the entry that NeMo cannot have so
+        return str(error)
     ours, theirs = comparable(unet), comparable(other)
-    return [name for name in ours if ours[name] != theirs.get(name)] + (
-        [] if type(unet) is type(other) else ["its class"]
-    )
+    differing = [name for name in ours if ours[name] != theirs.get(name)]
+    if type(unet) is not type(other):
+        differing.append("its class")
+    return f"it differs in {first_names(differing)}." if differing else None
 
 
 def comparable(unet: ImagenUNetModel | EfficientUNetModel) -> dict[str, Any]:
