@@ -72,6 +72,7 @@ LATER_OPTIONS = {
     "unet low_res_augmentation": "edm",
     "unet trained_beta_schedule": None,
     "unet low_res_upsampling": "bicubic",
+    "unet residual_scale": None,
 }
 
 

@@ -12,8 +12,10 @@ from ...diffusion.augmentation import (
     augment_upsampled,
     augmentation_sigma,
     upsample_before_noise,
+    upsample_low_res,
 )
-from ...models.interface import LowResAugmentation
+from ...diffusion.residual import SampleSpace
+from ...models.interface import LowResAugmentation, LowResUpsampling, StageNetwork
 from ...text.text_embeddings import drop_text
 from ..config import MIN_AUGMENTATION_SIGMA, TrainingConfig
 from ..data import Batch
@@ -30,11 +32,28 @@ class Conditioning:
 
     Attributes:
         low_res_augmentation (`str`): As `StageNetwork.low_res_augmentation`.
+        low_res_upsampling (`str`): As `StageNetwork.low_res_upsampling`.
+        residual_scale (`float`, *optional*): As `StageNetwork.residual_scale`.
         no_text (`torch.Tensor`, *optional*): `(1, L, E)`, what dropped captions become; zeros if None.
     """
 
     low_res_augmentation: LowResAugmentation = "edm"
+    low_res_upsampling: LowResUpsampling = "bicubic"
+    residual_scale: float | None = None
     no_text: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, unet: StageNetwork, no_text: torch.Tensor | None = None) -> "Conditioning":
+        """That of a network."""
+        return cls(unet.low_res_augmentation, unet.low_res_upsampling, unet.residual_scale, no_text)
+
+    def space(self, batch: Batch) -> SampleSpace:
+        """The space that the images of a batch are diffused in."""
+        if self.residual_scale is None or batch.low_res is None:
+            return SampleSpace()
+        antialias = self.low_res_upsampling == "bicubic_antialias"
+        height, width = batch.images.shape[-2:]
+        return SampleSpace(upsample_low_res(batch.low_res, (height, width), antialias), self.residual_scale)
 
 
 def to_device(
@@ -66,7 +85,7 @@ def denoising_loss(
 
     Of a network that predicts a variance beside the target, which comes first, the variance does not count.
     """
-    example = objective.example(batch.images, draws.noise, draws.log_snr)
+    example = objective.example(conditioning.space(batch).encode(batch.images), draws.noise, draws.log_snr)
     low_res, low_res_timestep = augment(batch.low_res, draws, config, conditioning.low_res_augmentation)
     output = unet(
         example.model_input,
