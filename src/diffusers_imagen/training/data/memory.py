@@ -11,7 +11,7 @@ from .batch import Samples
 from .captions import BadCaption
 from .data_config import DataConfig
 from .pixels import BadImage, name_image
-from .pyramid import crop, reduce, to_float
+from .pyramid import crop, crop_wider, reduce, to_float
 from .samples import SampleMaker
 from .slot_draws import RowOrder, SlotDraws
 from .sources import Rows, draw_weights
@@ -72,7 +72,7 @@ class CaptionedImages:
         corners = [self.maker.corner(self.pixels[0], slot) for slot in draws]
         return (
             torch.stack([crop(self.pixels[r], factor * i, factor * j, size) for r, (i, j) in zip(rows, corners)]),
-            torch.stack([crop(self.low_res[r], i, j, size // factor) for r, (i, j) in zip(rows, corners)]),
+            torch.stack([crop_wider(self.low_res[r], i, j, size // factor) for r, (i, j) in zip(rows, corners)]),
         )
 
 
