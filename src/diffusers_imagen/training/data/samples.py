@@ -9,7 +9,7 @@ from PIL import Image
 from .batch import Sample
 from .captions import caption_text, speaks_of_sides
 from .data_config import DataConfig
-from .pixels import check_size, fit_image, read_image
+from .pixels import fit_image, read_fitting, read_image
 from .pyramid import crop, crop_both, crop_wider, degrade, reduce, to_float
 from .slot_draws import CAPTION, CROP_LEFT, CROP_TOP, FLIP, PLACE_LEFT, PLACE_TOP, cumulate, pick, whole
 
@@ -77,9 +77,10 @@ class SampleMaker:
         self, row: dict[str, Any], draws: np.ndarray | None = None, shape: tuple[int, int] | None = None
     ) -> torch.Tensor:
         """The row's image, cropped and resized: `(3, H, W)` uint8."""
-        image = read_image(row[self.image_column], self.folder, self.config.background)
-        check_size(image, self.config.min_resolution)
-        return self.fit(image, *(shape or (self.config.resolution, self.config.resolution)), draws)
+        size = shape or (self.config.resolution, self.config.resolution)
+        where = self.folder, self.config.background
+        image = read_fitting(row[self.image_column], size, *where, self.config.min_resolution)
+        return self.fit(image, *size, draws)
 
     def low_resolution(
         self, row: dict[str, Any], draws: np.ndarray | None = None, shape: tuple[int, int] | None = None
