@@ -31,10 +31,15 @@ class Parser(argparse.ArgumentParser):
     """A parser that wants options in full, reports errors in one line, and knows the ranges of numbers.
 
     Subparsers are of the same class.
+
+    Args:
+        unread (`bool`): Whether its arguments are left as they are, `--help` too, for a parser that is loaded later: they
+            are the list `arguments` of the namespace.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, unread: bool = False, **kwargs):
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+        self.unread = unread
         self.ranges: dict[str, Range] = {}
         self.set_defaults(ranges=self.ranges)
 
@@ -49,6 +54,8 @@ class Parser(argparse.ArgumentParser):
         self.ranges[action.dest] = Range(flag, name or flag.lstrip("-"), lowest, highest)
 
     def parse_known_args(self, args=None, namespace=None):
+        if self.unread:
+            return argparse.Namespace(**self._defaults, arguments=list(args)), []
         namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:
             self.error(self.describe_unknown(unknown[0]))
