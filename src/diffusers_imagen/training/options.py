@@ -54,7 +54,7 @@ def parse_args(
 
     # HfArgumentParser takes a dataclass, its base class does not
     options = {"prog": program, "description": description, "allow_abbrev": False}
-    parser = OptionParser(config_class, **options)  # type: ignore[arg-type, misc]
+    parser = OptionParser(config_class, **options)  # type: ignore[arg-type]
     parser.add_argument("--config", metavar="FILE.yaml", help="File with the same names; flags win over it.")
     if given.config is not None:
         parser.set_defaults(**read_settings(given.config, config_class))
