@@ -32,14 +32,15 @@ class Parser(argparse.ArgumentParser):
 
     Subparsers are of the same class.
 
-    Args:
-        unread (`bool`): Whether its arguments are left as they are, `--help` too, for a parser that is loaded later: they
+    Attributes:
+        unread (`bool`): Whether its arguments are left as they are, `--help` too, for a parser that is made later: they
             are the list `arguments` of the namespace.
     """
 
-    def __init__(self, *args, unread: bool = False, **kwargs):
+    unread = False
+
+    def __init__(self, *args, **kwargs):
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
-        self.unread = unread
         self.ranges: dict[str, Range] = {}
         self.set_defaults(ranges=self.ranges)
 

@@ -1,5 +1,8 @@
 """`diffusers-imagen train`: one stage of a cascade, from images with captions."""
 
+from .parser import Parser
+
+
 DESCRIPTION = """Trains one stage of a cascade: a base network, or a super-resolution network with --low_resolution.
 The options are the fields of diffusers_imagen.training.TrainingConfig; --config FILE.yaml takes the same names.
 On several devices: accelerate launch -m diffusers_imagen.train, with the same options."""
@@ -7,7 +10,12 @@ On several devices: accelerate launch -m diffusers_imagen.train, with the same o
 
 def add_parser(commands) -> None:
     """Adds the command."""
-    command = commands.add_parser("train", help="train a stage of a cascade", unread=True)
+    add_arguments(commands.add_parser("train", help="train a stage of a cascade"))
+
+
+def add_arguments(command: Parser) -> None:
+    """Leaves the arguments to the parser of the configuration, which takes seconds to import."""
+    command.unread = True
     command.set_defaults(run=lambda args: train(args.arguments, command.prog))
 
 

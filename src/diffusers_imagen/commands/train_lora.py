@@ -1,6 +1,7 @@
 """`diffusers-imagen train-lora`: a LoRA adapter of one stage of a cascade."""
 
 from ..utils.packages import require_packages
+from .parser import Parser
 
 
 DESCRIPTION = """Trains a LoRA adapter of one stage of a cascade, of a super-resolution stage with --low_resolution.
@@ -11,7 +12,12 @@ On several devices: accelerate launch -m diffusers_imagen.train_lora, with the s
 
 def add_parser(commands) -> None:
     """Adds the command."""
-    command = commands.add_parser("train-lora", help="train a LoRA adapter of a stage", unread=True)
+    add_arguments(commands.add_parser("train-lora", help="train a LoRA adapter of a stage"))
+
+
+def add_arguments(command: Parser) -> None:
+    """Leaves the arguments to the parser of the configuration, which takes seconds to import."""
+    command.unread = True
     command.set_defaults(run=lambda args: train_lora(args.arguments, command.prog))
 
 
