@@ -5,11 +5,11 @@ from importlib.metadata import entry_points
 
 import pytest
 
-from diffusers_imagen import ImagenCascadePipeline
+from diffusers_imagen import ImagenCascadePipeline, shipped_cascade
 from diffusers_imagen.text.encoder import TextEncoder
 from diffusers_imagen.training import DreamBoothTrainingConfig, TrainingConfig
 from diffusers_imagen.utils import shipped
-from diffusers_imagen.utils.shipped import find_source, shipped_cascade
+from diffusers_imagen.utils.shipped import find_source
 
 
 MISSING = r"'imagen-emoji'.* is not installed: pip install 'diffusers-imagen\[emoji-weights\]', or .*\(--model\)"
