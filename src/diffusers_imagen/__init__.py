@@ -5,6 +5,7 @@ from importlib.metadata import version
 from .models import EfficientUNetModel, ImagenUNetModel
 from .pipelines import ImagenCascadePipeline, ImagenPipeline, ImagenPipelineOutput, ImagenSuperResolutionPipeline
 from .schedulers import ContinuousDDPMScheduler, EDMAdamsScheduler, EDMHeunScheduler
+from .utils.shipped import shipped_cascade
 
 
 __version__ = version("diffusers-imagen")
@@ -19,6 +20,7 @@ __all__ = [
     "ImagenSuperResolutionPipeline",
     "ImagenUNetModel",
     "register_network",
+    "shipped_cascade",
 ]
 
 from ._register import register_network

@@ -32,7 +32,7 @@ from diffusers_imagen.training import (
     Trainer,
     TrainingConfig,
 )
-from diffusers_imagen.training.command import main
+from diffusers_imagen.training.command import run_training
 from diffusers_imagen.training.data import Batch
 from diffusers_imagen.training.finetuning.dreambooth import make_trainer
 from diffusers_imagen.training.network import make_unet
@@ -40,6 +40,7 @@ from diffusers_imagen.training.objective.losses import Conditioning, denoising_l
 from diffusers_imagen.training.objective.objectives import make_objective
 from diffusers_imagen.training.objective.step_draws import StepDraws
 from diffusers_imagen.training.pretrained_stage import find_pretrained
+from diffusers_imagen.utils.errors import run_program
 
 
 DISCRETE = {"preconditioning": "discrete"}
@@ -118,7 +119,7 @@ def run_script(monkeypatch, settings: dict, config_class=TrainingConfig, trainer
     monkeypatch.setattr(sys, "argv", ["train.py", *flags])
     tiny_runs.reset_accelerate()
     with pytest.raises(SystemExit) as ended:
-        main(config_class, trainer)
+        run_program(lambda: run_training(config_class, trainer))
     return ended.value.code
 
 

@@ -19,9 +19,10 @@ from ..pipelines import ImagenCascadePipeline
 from ..schedulers.schedule_checks import MAX_STEPS
 from ..utils.files import FolderHold, check_folder
 from ..utils.processes import on_main_process
+from ..utils.shipped import NAME
 from .common import MAX_GUIDANCE, MAX_SEED, MAX_SIZE, check_device
 from .generate import read_lines
-from .model_arguments import SHIPPED_MODEL, add_model_arguments, check_model, load_model, place, use_scheduler
+from .model_arguments import add_model_arguments, check_model, load_model, place, use_scheduler
 from .parser import Parser, check_prompt
 
 
@@ -132,7 +133,7 @@ def evaluate(args: argparse.Namespace) -> None:
         seed=args.seed,
         batch_size=args.batch_size,
         resamples=args.resamples,
-        source=args.model or str(SHIPPED_MODEL),
+        source=args.model or NAME,
         model=model,
     )
     with ExitStack() as stack:

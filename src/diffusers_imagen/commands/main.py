@@ -18,6 +18,9 @@ from . import (
     generate,
     inpaint,
     reconstruct_ema,
+    train,
+    train_dreambooth,
+    train_lora,
     upscale,
 )
 from .parser import Parser, check_numbers
@@ -48,7 +51,8 @@ def make_parser() -> Parser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     drawing, data = (generate, upscale, inpaint, demo), (cache_embeddings, doctor, evaluate)
     weights = (convert_if, export_if, convert_nemo, export_nemo)
-    for command in (*drawing, *data, *weights, convert_config, reconstruct_ema):
+    training = (train, train_lora, train_dreambooth, reconstruct_ema)
+    for command in (*drawing, *training, *data, *weights, convert_config):
         command.add_parser(commands)
     return parser
 

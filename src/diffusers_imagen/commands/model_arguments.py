@@ -4,7 +4,6 @@ import argparse
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,11 +17,10 @@ from ..pipelines.loading.stage_loading import check_stage_source
 from ..pipelines.stage_table import STAGES, most_steps
 from ..pipelines.stages import check_stages, refuse_untrained
 from ..schedulers import EDMAdamsScheduler, EDMHeunScheduler
+from ..utils.shipped import find_source, shipped_cascade
 from .parser import Parser
 
 
-# an editable install finds the cascade that the repository ships
-SHIPPED_MODEL = Path(__file__).resolve().parents[3] / "checkpoints" / "imagen-emoji"
 UPSCALERS = tuple(kind.name for kind in STAGES if kind.takes_low_res)
 CASCADE = "ImagenCascadePipeline"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -104,9 +102,13 @@ def check_sources(given: dict[str, str], upscaler_alone: bool) -> None:
 
 
 def sources_of(args: argparse.Namespace) -> dict[str, str]:
-    """The folders and Hub ids of the stages that were named, by option; the shipped cascade if none was."""
+    """The folders and Hub ids of the stages that were named, by option; the shipped cascade if none was.
+
+    Raises:
+        ValueError: If that is not installed.
+    """
     given = {name: getattr(args, name) for name in ("model", *UPSCALERS) if getattr(args, name) is not None}
-    return given or {"model": str(SHIPPED_MODEL)}
+    return {name: str(find_source(source)) for name, source in given.items()} or {"model": str(shipped_cascade())}
 
 
 def load_pipeline(args: argparse.Namespace) -> ImagenCascadePipeline | ImagenSuperResolutionPipeline:
@@ -147,7 +149,7 @@ def compose_stages(given: dict[str, str], options: dict[str, Any]) -> ImagenCasc
 def load_options(args: argparse.Namespace) -> dict[str, Any]:
     """What loading is told beside the stages."""
     options = {"dtype": getattr(torch, args.dtype), "variant": args.variant}
-    return options if args.text_encoder is None else {**options, "text_encoder": args.text_encoder}
+    return options if args.text_encoder is None else {**options, "text_encoder": find_source(args.text_encoder)}
 
 
 def load_cascade(model: str, **options: Any) -> ImagenCascadePipeline:

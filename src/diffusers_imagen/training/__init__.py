@@ -1,5 +1,10 @@
 """From captioned images to a stage. READ SECOND."""
 
+from ..utils.packages import require_packages
+
+
+require_packages("training, or reading a data set,", "train", "datasets")
+
 from .config import TrainingConfig
 from .finetuning.dreambooth import DreamBoothLoraTrainer, DreamBoothTrainer
 from .finetuning.finetuning_config import DreamBoothTrainingConfig, LoraTrainingConfig

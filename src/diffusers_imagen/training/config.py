@@ -13,11 +13,14 @@ from ..diffusion.continuous_ddpm import PredictionType
 from ..diffusion.discrete_ddpm import BetaSchedule
 from ..diffusion.preconditioning import PRECONDITIONINGS, NetworkPreconditioning
 from ..utils.arguments import check_choice, check_exactly_one
+from ..utils.shipped import find_source
 from .data.data_config import DataConfig, arg
 from .objective.weightings import WEIGHTINGS
 
 
 POLYNOMIAL_END = 1e-7  # learning rate at the end of diffusers' polynomial schedule
+# each may be the name of the shipped cascade too
+NETWORK_SOURCES = {"pretrained_model_name_or_path", "model_config_name_or_path", "text_encoder", "class_model"}
 TRACKER_MODULES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}  # any of them serves
 
 # settings that have a meaning for one value of another setting only
@@ -41,8 +44,8 @@ class TrainingConfig(DataConfig):
     )
     pretrained_model_name_or_path: str | None = arg(
         None,
-        "Stage whose weights are trained further, or a cascade, of which the resolutions name the stage: a folder or a "
-        "Hub id.",
+        "Stage whose weights are trained further, or a cascade, of which the resolutions name the stage: a folder, a "
+        "Hub id, or imagen-emoji, the shipped cascade.",
         place="local_or_hub",
     )
     grow: bool = arg(False, "Put a finer level around the pretrained network, for images of twice the resolution.")
@@ -54,7 +57,9 @@ class TrainingConfig(DataConfig):
         None, "Network, by its config.json in a folder or on the Hub, trained from scratch.", place="local_or_hub"
     )
     text_encoder: str | None = arg(
-        None, "Folder with text_encoder/ and tokenizer/; None trains without text.", place="local_or_hub"
+        None,
+        "Folder or Hub id with text_encoder/ and tokenizer/, or imagen-emoji; None trains without text.",
+        place="local_or_hub",
     )
 
     preconditioning: NetworkPreconditioning = arg(
@@ -145,6 +150,9 @@ class TrainingConfig(DataConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        for name in NETWORK_SOURCES & {f.name for f in fields(self)}:
+            if getattr(self, name) is not None:
+                setattr(self, name, find_source(getattr(self, name)))
         names = ("preset", "model_config_name_or_path", "pretrained_model_name_or_path")
         check_exactly_one(**{name: getattr(self, name) for name in names})
         if self.pretrained_model_name_or_path is None:

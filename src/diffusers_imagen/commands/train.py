@@ -1,0 +1,28 @@
+"""`diffusers-imagen train`: one stage of a cascade, from images with captions."""
+
+from .parser import Parser
+
+
+DESCRIPTION = """Trains one stage of a cascade: a base network, or a super-resolution network with --low_resolution.
+The options are the fields of diffusers_imagen.training.TrainingConfig; --config FILE.yaml takes the same names.
+On several devices: accelerate launch -m diffusers_imagen.train, with the same options."""
+
+
+def add_parser(commands) -> None:
+    """Adds the command."""
+    add_arguments(commands.add_parser("train", help="train a stage of a cascade"))
+
+
+def add_arguments(command: Parser) -> None:
+    """Leaves the arguments to the parser of the configuration, which takes seconds to import."""
+    command.unread = True
+    command.set_defaults(run=lambda args: train(args.arguments, command.prog))
+
+
+def train(argv: list[str], program: str | None = None) -> int:
+    """Trains as flags say; `program` is what `--help` calls itself. Returns the exit code of `run_training`."""
+    # imports the packages of the extra `train`
+    from ..training import Trainer, TrainingConfig
+    from ..training.command import run_training
+
+    return run_training(TrainingConfig, Trainer, argv, program, DESCRIPTION)

@@ -1,0 +1,32 @@
+"""`diffusers-imagen train-dreambooth`: a stage of a cascade learns a subject from a few images of it."""
+
+from .parser import Parser
+
+
+DESCRIPTION = """Teaches one stage of a cascade a subject from a few images of it (DreamBooth), whole, or with --rank a
+LoRA adapter for pipe.load_lora_weights("OUTPUT_DIR").
+The options are those of `train-lora`, and the fields of diffusers_imagen.training.DreamBoothTrainingConfig.
+On several devices: accelerate launch -m diffusers_imagen.train_dreambooth, with the same options."""
+
+
+def add_parser(commands) -> None:
+    """Adds the command."""
+    add_arguments(
+        commands.add_parser("train-dreambooth", help="teach a stage a subject from a few images (DreamBooth)")
+    )
+
+
+def add_arguments(command: Parser) -> None:
+    """Leaves the arguments to the parser of the configuration, which takes seconds to import."""
+    command.unread = True
+    command.set_defaults(run=lambda args: train_dreambooth(args.arguments, command.prog))
+
+
+def train_dreambooth(argv: list[str], program: str | None = None) -> int:
+    """Trains as flags say; `program` is what `--help` calls itself. Returns the exit code of `run_training`."""
+    # imports the packages of the extra `train`
+    from ..training import DreamBoothTrainingConfig
+    from ..training.command import run_training
+    from ..training.finetuning.dreambooth import make_trainer
+
+    return run_training(DreamBoothTrainingConfig, make_trainer, argv, program, DESCRIPTION)
