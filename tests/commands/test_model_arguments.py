@@ -15,7 +15,7 @@ from diffusers_imagen import (
     ImagenSuperResolutionPipeline,
 )
 from diffusers_imagen.commands import model_arguments
-from diffusers_imagen.pipelines.loading import stage_loading
+from diffusers_imagen.pipelines.loading import folders, stage_loading
 
 
 @pytest.fixture
@@ -162,7 +162,7 @@ BAD = {
 
 @pytest.mark.parametrize("arguments, message", BAD.values(), ids=BAD)
 def test_what_does_not_go_together_is_refused_before_anything_loads(run, stages, monkeypatch, arguments, message):
-    monkeypatch.setattr(model_arguments, "load_pipeline_folder", None)
+    monkeypatch.setattr(folders, "load_pipeline_folder", None)
     monkeypatch.setattr(stage_loading, "load_described", None)
     message, *arguments = (text.format(**stages) for text in (message, *arguments))
     code, out, error = run(*arguments, "--output", "x.png")

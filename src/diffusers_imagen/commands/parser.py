@@ -2,9 +2,11 @@
 
 import argparse
 import difflib
+from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
 from ..utils.errors import USAGE
+from ..utils.flags import BothSpellings, hyphenated
 
 
 MAX_PROMPT_LENGTH = 10_000  # in characters; a text encoder reads some hundred tokens
@@ -27,7 +29,17 @@ class Range(NamedTuple):
             )
 
 
-class Parser(argparse.ArgumentParser):
+class Default(NamedTuple):
+    """A default that takes an import of seconds to find out: a command does it when it runs, and not for its help."""
+
+    text: str  # of the help
+    find: Callable[[], Any]
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class Parser(BothSpellings):
     """A parser that wants options in full, reports errors in one line, and knows the ranges of numbers.
 
     Subparsers are of the same class.
@@ -62,13 +74,20 @@ class Parser(argparse.ArgumentParser):
             return f"there is no option {name}: give the {positional} without it, in quotes if it has spaces"
         if not argument.startswith("-"):
             return f"unrecognized argument {argument!r}: one of several words needs quotes"
-        options = [option for action in self._actions for option in action.option_strings]
-        close = difflib.get_close_matches(name, options, n=1)
-        return f"there is no option {name}" + (f": did you mean {close[0]}?" if close else "")
+        options = {hyphenated(option): option for action in self._actions for option in action.option_strings}
+        close = difflib.get_close_matches(hyphenated(name), options, n=1)
+        return f"there is no option {name}" + (f": did you mean {options[close[0]]}?" if close else "")
 
     def error(self, message: str) -> NoReturn:
         line = " ".join(message.split())
         self.exit(USAGE, f"{self.prog}: error: {line[:500]} (see {self.prog} --help)\n")
+
+
+def find_defaults(args: argparse.Namespace) -> None:
+    """Put the values of the defaults that were left to be found."""
+    for name, value in vars(args).items():
+        if isinstance(value, Default):
+            setattr(args, name, value.find())
 
 
 def check_numbers(args: argparse.Namespace) -> None:

@@ -15,7 +15,8 @@ from ...diffusion.augmentation import (
 )
 from ...models.interface import LowResAugmentation
 from ...text.text_embeddings import drop_text
-from ..config import MIN_AUGMENTATION_SIGMA, TrainingConfig
+from ...utils.bounds import MIN_AUGMENTATION_SIGMA
+from ..config import TrainingConfig
 from ..data import Batch
 from .objectives import Objective
 from .step_draws import Draws
