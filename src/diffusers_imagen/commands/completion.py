@@ -1,7 +1,9 @@
-"""`diffusers-imagen completion`: what a shell needs to complete the commands and options of this one."""
+"""`diffusers-imagen completion`: what a shell needs to complete the commands and options of this one. Needs shtab."""
 
 import argparse
 import importlib.util
+from pathlib import Path
+from typing import Any
 
 from .parser import Parser
 
@@ -26,6 +28,17 @@ def completion(args: argparse.Namespace) -> None:
         raise ValueError("completion needs shtab: pip install 'diffusers-imagen[completion]'")
     import shtab
 
-    from .main import make_parser
+    from .main import COMMANDS, commands_of, make_parser
 
-    print(shtab.complete(make_parser(), shell=args.shell))
+    parser = make_parser()
+    for name, command in commands_of(parser).items():
+        command.description = COMMANDS[name].help  # in one line, beside the name
+        offer_files(command, shtab.FILE)
+    print(shtab.complete(parser, shell=args.shell))
+
+
+def offer_files(command: argparse.ArgumentParser, files: dict[str, Any]) -> None:
+    """Let names of files complete arguments that take any text, as shells do where they are told nothing."""
+    for action in command._actions:
+        if action.choices is None and action.nargs != 0 and action.type in (None, str, Path):
+            setattr(action, "complete", files)  # where shtab looks

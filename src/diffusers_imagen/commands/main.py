@@ -78,6 +78,11 @@ def make_parser(names: Collection[str] = tuple(COMMANDS)) -> Parser:
     return parser
 
 
+def commands_of(parser: Parser) -> dict[str, Parser]:
+    """The parsers of the commands of a command line, by name."""
+    return next(action.choices for action in parser._actions if isinstance(action.choices, dict))
+
+
 def describe_unknown(name: str) -> str:
     """What may have been meant by a command that does not exist."""
     close = difflib.get_close_matches(name.replace("_", "-"), COMMANDS, n=1)
