@@ -22,35 +22,35 @@ def add_arguments(command: Parser) -> None:
     )
     command.add_argument("output_dir", type=Path, help="folder of the cache")
     command.add_argument("--verify", action="store_true", help="check a finished cache by its checksums, and end")
-    command.add_argument("--text_encoder", help="folder or Hub id of the text encoder")
+    command.add_argument("--text-encoder", help="folder or Hub id of the text encoder")
     command.add_number(
-        "--tokenizer_max_length", int, 1, MANY, help="tokens of a caption; default: the tokenizer's limit"
+        "--tokenizer-max-length", int, 1, MANY, help="tokens of a caption; default: the tokenizer's limit"
     )
     command.add_argument("--variant", help="of the text encoder's files, such as fp16")
     command.add_argument(
-        "--keep_padding",
+        "--keep-padding",
         action="store_true",
         help="keep the encoder's embeddings at padded positions, for networks that attend to them, as DeepFloyd IF's",
     )
     command.add_argument(
-        "--clean_captions", action="store_true", help="clean captions before they are encoded, as DeepFloyd IF's"
+        "--clean-captions", action="store_true", help="clean captions before they are encoded, as DeepFloyd IF's"
     )
-    command.add_argument("--train_data_dir", help="folder with the data set")
-    command.add_argument("--dataset_name", help="data set on the Hub")
-    command.add_argument("--dataset_config_name", help="configuration of that data set")
-    command.add_argument("--cache_dir", help="where `datasets` keeps what it downloads")
-    command.add_argument("--caption_column", nargs="+", default=["text"], help="default: text")
-    command.add_argument("--image_column", default="image", help="default: %(default)s")
+    command.add_argument("--train-data-dir", help="folder with the data set")
+    command.add_argument("--dataset-name", help="data set on the Hub")
+    command.add_argument("--dataset-config-name", help="configuration of that data set")
+    command.add_argument("--cache-dir", help="where `datasets` keeps what it downloads")
+    command.add_argument("--caption-column", nargs="+", default=["text"], help="default: text")
+    command.add_argument("--image-column", default="image", help="default: %(default)s")
     command.add_argument("--splits", nargs="+", help="default: all")
     command.add_argument(
-        "--nemo_tars", nargs="+", type=Path, help="take the embeddings that NeMo pickled in these tar files"
+        "--nemo-tars", nargs="+", type=Path, help="take the embeddings that NeMo pickled in these tar files"
     )
-    command.add_argument("--nemo_key", default="t5_text", help="encoder's name in those pickles; default: %(default)s")
+    command.add_argument("--nemo-key", default="t5_text", help="encoder's name in those pickles; default: %(default)s")
     command.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="default: %(default)s")
     command.add_number(
-        "--batch_size", int, 1, MANY, default=256, help="captions encoded at once; default: %(default)s"
+        "--batch-size", int, 1, MANY, default=256, help="captions encoded at once; default: %(default)s"
     )
-    command.add_number("--shard_size_mb", float, 1e-6, MANY, default=128, help="default: %(default)s")
+    command.add_number("--shard-size-mb", float, 1e-6, MANY, default=128, help="default: %(default)s")
     command.add_argument("--device", default=DEVICE, help="default: %(default)s")
     command.set_defaults(run=cache_embeddings)
 

@@ -54,9 +54,12 @@ def main(argv: list[str] | None = None) -> int:
         if named not in (None, *COMMANDS):
             parser.error(describe_unknown(str(named)))
         args = parser.parse_args(arguments)
-        check_numbers(args)
-        find_defaults(args)
-        return args.run(args)
+        try:
+            check_numbers(args)
+            find_defaults(args)
+            return args.run(args)
+        except ValueError as error:
+            raise ValueError(commands_of(parser)[str(named)].with_flags(str(error))) from error
 
     return run_to_exit_code(run, "diffusers-imagen")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from .. import pipelines, schedulers
-from ..pipelines.stage_table import STAGES, most_steps
+from ..pipelines.stage_table import AS_BASE, AS_STAGES, AS_UPSCALER, STAGES, most_steps
 from .parser import Default, Parser
 
 
@@ -25,6 +25,12 @@ UPSCALERS = tuple(kind.name for kind in STAGES if kind.takes_low_res)
 CASCADE = "ImagenCascadePipeline"
 DTYPES = ("float32", "bfloat16", "float16")
 SCHEDULERS = {"adams": "EDMAdamsScheduler", "heun": "EDMHeunScheduler"}
+UPSCALER_FLAGS = [f"--{name}" for name in UPSCALERS]
+ADVICE = {  # where to give a stage, in the words of the command line
+    AS_UPSCALER: f"give it as {' or '.join(UPSCALER_FLAGS)}",
+    AS_BASE: "give it as --model",
+    AS_STAGES: f"give a base stage as --model, and super-resolution stages as {' and '.join(UPSCALER_FLAGS)}",
+}
 
 
 def find_device() -> str:
@@ -125,7 +131,10 @@ def load_pipeline(args: argparse.Namespace) -> "ImagenCascadePipeline | ImagenSu
     Raises:
         ValueError: If there is none, or one that was never trained, or its stages do not fit together.
     """
-    return place(load_model(args), args)
+    pipe = load_model(args)
+    if pipe.text_source is None and any(stage.reads_text for stage in pipe.stages):
+        raise ValueError("The model reads prompts, but has no text encoder: give --text-encoder.")
+    return place(pipe, args)
 
 
 def load_model(args: argparse.Namespace) -> "ImagenCascadePipeline | ImagenSuperResolutionPipeline":
@@ -215,10 +224,12 @@ def naming(argument: str, option: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        rest = str(error).removeprefix(f"`{argument}` is ")
-        if rest == str(error):
-            raise
-        raise ValueError(f"`{option}` is {rest}") from error
+        message = str(error)
+        for advice, own in ADVICE.items():
+            message = message.replace(advice, own)
+        if message.startswith(f"`{argument}` "):
+            message = f"`{option}`" + message.removeprefix(f"`{argument}`")
+        raise ValueError(message) from error
 
 
 def place(pipe: "DiffusionPipeline", args: argparse.Namespace) -> Any:

@@ -23,10 +23,7 @@ class Range(NamedTuple):
     def check(self, value: Any) -> None:
         """Raises ValueError for a number outside, or NaN."""
         if not self.lowest <= value <= self.highest:
-            flag = "" if self.flag.strip("-") == self.name else f" ({self.flag})"
-            raise ValueError(
-                f"`{self.name}` is {value}, but should be from {self.lowest:,} to {self.highest:,}{flag}."
-            )
+            raise ValueError(f"`{self.name}` is {value}, but should be from {self.lowest:,} to {self.highest:,}.")
 
 
 class Default(NamedTuple):
@@ -55,10 +52,21 @@ class Parser(BothSpellings):
     ) -> None:
         """Adds an option that takes numbers of a kind, from `lowest` to `highest`; see `check_numbers`.
 
-        `name` is what messages call it, where that is not its flag.
+        `name` is what messages call it, where that is not its flag: the argument of a pipeline.
         """
         action = self.add_argument(flag, type=kind, **kwargs)
         self.ranges[action.dest] = Range(flag, name or flag.lstrip("-"), lowest, highest)
+
+    def with_flags(self, message: str) -> str:
+        """A message about arguments, of which some are named as in Python, for somebody who gave them as options."""
+        for action in self._actions:
+            if action.option_strings:
+                message = message.replace(f"`{action.dest}`", f"`{action.option_strings[-1].lstrip('-')}`")
+        other = [
+            own for own in self.ranges.values() if own.name != own.flag.lstrip("-") and f"`{own.name}`" in message
+        ]
+        flags = ", ".join(own.flag for own in other if own.flag not in message)
+        return f"{message.rstrip('.')} ({flags})." if flags else message
 
     def parse_known_args(self, args=None, namespace=None):
         namespace, unknown = super().parse_known_args(args, namespace)
@@ -69,7 +77,10 @@ class Parser(BothSpellings):
     def describe_unknown(self, argument: str) -> str:
         """What may have been meant by an argument that has no place."""
         name = argument.split("=")[0]
-        positional = next((a.dest for a in self._actions if not a.option_strings and name == f"--{a.dest}"), None)
+        positionals = {
+            hyphenated(f"--{action.dest}"): action.dest for action in self._actions if not action.option_strings
+        }
+        positional = positionals.get(hyphenated(name))
         if positional is not None:
             return f"there is no option {name}: give the {positional} without it, in quotes if it has spaces"
         if not argument.startswith("-"):

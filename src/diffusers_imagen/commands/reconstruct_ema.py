@@ -14,10 +14,10 @@ def add_arguments(command: Parser) -> None:
     )
     command.add_argument("folder", metavar="run", type=Path, help="output folder of the run")
     command.add_argument(
-        "--ema_std", type=float, nargs="+", required=True, help="widths as shares of the run, such as 0.03 0.12"
+        "--ema-std", type=float, nargs="+", required=True, help="widths as shares of the run, such as 0.03 0.12"
     )
     command.add_argument("--step", type=int, help="as if the run had ended there; default: its last snapshot")
-    command.add_argument("--output_dir", type=Path, help="default: ema-WIDTH inside the run; for one width only")
+    command.add_argument("--output-dir", type=Path, help="default: ema-WIDTH inside the run; for one width only")
     command.set_defaults(run=reconstruct_ema)
 
 

@@ -71,6 +71,11 @@ TEXT_PARTS = ("tokenizer", "text_encoder")  # components of all pipelines that r
 # components of all pipelines that look at finished images, which come with DeepFloyd IF's weights
 SAFETY_PARTS = ("safety_checker", "feature_extractor", "watermarker")
 
+# what messages advise who calls this package; the command line has words of its own in their place
+AS_UPSCALER = "give it as an upscaler of ImagenCascadePipeline, or open it alone with ImagenSuperResolutionPipeline"
+AS_BASE = "give it as `base` of ImagenCascadePipeline, or open it alone with ImagenPipeline"
+AS_STAGES = "ImagenCascadePipeline.from_stages composes single stages, with from_pretrained each opens alone"
+
 
 def most_steps(solver: str, takes_low_res: bool) -> int:
     """The most steps that a stage has by default with a solver that takes the place of an ancestral sampler."""
