@@ -67,19 +67,19 @@ def test_verify_names_every_problem(data, encoder, tmp_path, capsys):
 
 
 WRONG = {
-    "no number": (["--shard_size_mb", "nan"], "`shard_size_mb` is nan"),
-    "an endless shard": (["--shard_size_mb", "inf"], "`shard_size_mb` is inf"),
-    "a shard of nothing": (["--shard_size_mb", "0"], "`shard_size_mb` is 0"),
-    "a negative shard": (["--shard_size_mb", "-1"], "`shard_size_mb` is -1"),
-    "a negative batch": (["--batch_size", "-1"], "`batch_size` is -1"),
-    "a huge batch": (["--batch_size", "100000000"], "`batch_size` is 100000000"),
-    "no tokens": (["--tokenizer_max_length", "0"], "`tokenizer_max_length` is 0"),
-    "negative tokens": (["--tokenizer_max_length", "-5"], "`tokenizer_max_length` is -5"),
+    "no number": (["--shard_size_mb", "nan"], "`shard-size-mb` is nan"),
+    "an endless shard": (["--shard_size_mb", "inf"], "`shard-size-mb` is inf"),
+    "a shard of nothing": (["--shard_size_mb", "0"], "`shard-size-mb` is 0"),
+    "a negative shard": (["--shard_size_mb", "-1"], "`shard-size-mb` is -1"),
+    "a negative batch": (["--batch_size", "-1"], "`batch-size` is -1"),
+    "a huge batch": (["--batch_size", "100000000"], "`batch-size` is 100000000"),
+    "no tokens": (["--tokenizer_max_length", "0"], "`tokenizer-max-length` is 0"),
+    "negative tokens": (["--tokenizer_max_length", "-5"], "`tokenizer-max-length` is -5"),
     "a device of nobody": (["--device", "toaster"], "`device` is 'toaster', which cannot be used"),
     "a device far away": (["--device", "cuda:99"], "`device` is 'cuda:99', which cannot be used"),
     "a device without numbers": (["--device", "meta"], "`device` is 'meta', which cannot be used"),
     "two data sets": (["--dataset_name", "a/b"], "and not both of them"),
-    "tar files and data": (["--nemo_tars", "a.tar"], "`nemo_tars` and `train_data_dir` are both given"),
+    "tar files and data": (["--nemo_tars", "a.tar"], "`nemo-tars` and `train-data-dir` are both given"),
 }
 
 
@@ -111,7 +111,7 @@ def test_an_output_folder_that_is_none_is_refused_before_anything_is_read(tmp_pa
 
 def test_nemo_files_that_are_none_are_refused(tmp_path, capsys):
     assert run(tmp_path / "c", "--nemo_tars", tmp_path, "--tokenizer_max_length", "4") == 2
-    assert f"`nemo_tars` has '{tmp_path}', which is no file" in capsys.readouterr().err
+    assert f"`nemo-tars` has '{tmp_path}', which is no file" in capsys.readouterr().err
     (tmp_path / "a.tar").write_bytes(b"all my work")
     assert run(tmp_path / "c", "--nemo_tars", tmp_path / "a.tar", "--tokenizer_max_length", "4") == 2
     assert "a.tar' cannot be read as a tar file" in capsys.readouterr().err
@@ -139,4 +139,4 @@ def test_a_cache_for_deepfloyd_if(data, tmp_path, monkeypatch, capsys):
     assert run(*arguments[:-3]) == 2 and "(cleans_captions True, not False)" in capsys.readouterr().err
     tars = [tmp_path / "d", "--nemo_tars", tmp_path / "a.tar", "--tokenizer_max_length", 77]
     assert run(*tars, "--keep_padding") == 2
-    assert "`nemo_tars` and `keep_padding` are both given" in capsys.readouterr().err
+    assert "`nemo-tars` and `keep-padding` are both given" in capsys.readouterr().err

@@ -150,7 +150,7 @@ def test_caches(tmp_path, capsys):
 
 def test_bad_arguments_are_one_line(tmp_path, capsys):
     assert cli.main(["doctor", str(tmp_path), "--num_images", "0"]) == 2
-    assert "`num_images` is 0" in capsys.readouterr().err
+    assert "`num-images` is 0" in capsys.readouterr().err
     assert cli.main(["doctor", str(tmp_path)]) == 2
     assert "which cannot be opened" in capsys.readouterr().err
 
@@ -231,7 +231,10 @@ def test_a_network_that_lacks_weights_is_a_finding(stage, capsys):
 def test_numbers_that_cannot_be_are_refused_before_anything_is_read(stage, capsys, option, value):
     assert cli.main(["doctor", str(stage), f"--{option}", value]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"diffusers-imagen: error: `{option}` is {value}") and error.count("\n") == 1
+    assert (
+        error.startswith(f"diffusers-imagen: error: `{option.replace('_', '-')}` is {value}")
+        and error.count("\n") == 1
+    )
 
 
 @pytest.mark.parametrize("name", ["fifo", "nowhere/at/all", "./nowhere", "no where"])

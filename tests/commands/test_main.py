@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusers_imagen import commands
+from diffusers_imagen.commands import generate as generate_command
 from diffusers_imagen.commands import main as cli
 
 
@@ -89,7 +89,7 @@ def test_an_interrupted_run_goes_on_with_the_same_images(model, prompts_file, tm
     common = ("--prompts-file", prompts_file, "--model", model, "--steps", 1, "--resolution", 16, "--batch-size", 1)
     assert generate(*common, "--output-dir", tmp_path / "whole") == 0
 
-    folder, save_image, saved = tmp_path / "parts", commands.generate.save_image, []
+    folder, save_image, saved = tmp_path / "parts", generate_command.save_image, []
 
     def interrupted(image, path):
         if saved:
@@ -97,19 +97,19 @@ def test_an_interrupted_run_goes_on_with_the_same_images(model, prompts_file, tm
         saved.append(path)
         save_image(image, path)
 
-    monkeypatch.setattr(commands.generate, "save_image", interrupted)
+    monkeypatch.setattr(generate_command, "save_image", interrupted)
     assert generate(*common, "--output-dir", folder) == 130
     assert [path.name for path in folder.iterdir()] == NAMES[:1]
     (folder / NAMES[0]).write_bytes(b"mine")
 
-    monkeypatch.setattr(commands.generate, "save_image", save_image)
+    monkeypatch.setattr(generate_command, "save_image", save_image)
     assert generate(*common, "--output-dir", folder) == 0
     assert "3 images, 2 of them new" in capsys.readouterr().out
     assert (folder / NAMES[0]).read_bytes() == b"mine"
     for name in NAMES[1:]:
         assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
-    monkeypatch.setattr(commands.generate, "load_pipeline", None)  # nothing to do needs no model
+    monkeypatch.setattr(generate_command, "load_pipeline", None)  # nothing to do needs no model
     assert generate(*common, "--output-dir", folder) == 0
     assert "all 3 images exist" in capsys.readouterr().out
 

@@ -15,7 +15,7 @@ from diffusers_imagen import (
     ImagenSuperResolutionPipeline,
 )
 from diffusers_imagen.commands import model_arguments
-from diffusers_imagen.pipelines.loading import stage_loading
+from diffusers_imagen.pipelines.loading import folders, stage_loading
 from diffusers_imagen.utils import shipped
 
 
@@ -81,7 +81,7 @@ def test_an_upscaler_alone_enlarges_a_picture(run, stages, cascade):
         drawn = expected(pipe, "a red apple", height=size[0], width=size[1], **settings)
         np.testing.assert_array_equal(pixels("x.png"), drawn)
     code, _, error = run(*common, "--resolution", 64)
-    assert code == 2 and "`output_resolution` is 64, but the one stage ends at 32." in error[-1]
+    assert code == 2 and "`output_resolution` is 64, but the one stage ends at 32 (--resolution)." in error[-1]
 
 
 SCHEDULERS = {"adams": (EDMAdamsScheduler, [31, 8]), "heun": (EDMHeunScheduler, [18, 8])}
@@ -163,7 +163,7 @@ BAD = {
 
 @pytest.mark.parametrize("arguments, message", BAD.values(), ids=BAD)
 def test_what_does_not_go_together_is_refused_before_anything_loads(run, stages, monkeypatch, arguments, message):
-    monkeypatch.setattr(model_arguments, "load_pipeline_folder", None)
+    monkeypatch.setattr(folders, "load_pipeline_folder", None)
     monkeypatch.setattr(stage_loading, "load_described", None)
     message, *arguments = (text.format(**stages) for text in (message, *arguments))
     code, out, error = run(*arguments, "--output", "x.png")

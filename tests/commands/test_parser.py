@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from diffusers_imagen import commands
+from diffusers_imagen.commands import common, demo, generate
 from diffusers_imagen.utils import errors
 
 
@@ -37,7 +37,7 @@ CASES = [(command, flag, value) for flag, (command, values) in NUMBERS.items() f
 @pytest.fixture(autouse=True)
 def no_model(monkeypatch):
     """Loading one would be a fault."""
-    for module in (commands.common, commands.generate, commands.demo):
+    for module in (common, generate, demo):
         monkeypatch.setattr(module, "load_pipeline", None)
 
 
@@ -117,14 +117,14 @@ def test_a_full_disk_is_found_before_a_model_loads(run, folder, monkeypatch):
         (["generate", "a", "red", "apple"], "unrecognized argument 'red': one of several words needs quotes"),
         (["doctor", "--res", "64", "x"], "there is no option --res"),
         (["cache-embeddings", "x", "--text_enc", "x"], "there is no option --text_enc"),
-        (["gen", "a"], "invalid choice: 'gen'"),
+        (["gen", "a"], "there is no command 'gen': the commands are generate, upscale"),
         (["--vers"], "COMMAND"),
         ([], "COMMAND"),
         (["generate", ""], "`prompt` is '', but should say what to draw"),
         (["inpaint", "picture.png", "mask.png", " "], "`prompt` is ' ', but should say what to draw"),
         (["generate", "\ud800"], "which is no text in UTF-8"),
         (["generate", "x" * 10_001], "`prompt` has 10,001 characters, but should have at most 10,000"),
-        (["generate", "a", "--negative-prompt", "\ud800"], "`negative_prompt` is '\\ud800', which is no text"),
+        (["generate", "a", "--negative-prompt", "\ud800"], "`negative-prompt` is '\\ud800', which is no text"),
     ],
 )
 def test_arguments_that_are_none_are_refused(run, folder, arguments, message):
@@ -144,7 +144,7 @@ def test_an_error_of_a_pipeline_is_one_line_and_writes_nothing(run, folder, monk
         def __call__(self, **kwargs):
             raise error
 
-    monkeypatch.setattr(commands.common, "load_pipeline", lambda *args: Pipe())
+    monkeypatch.setattr(common, "load_pipeline", lambda *args: Pipe())
     assert_refused(run, folder, [*GENERATE, "--output", "x.png"], "error: ")
 
 
@@ -155,7 +155,7 @@ def test_a_grid_too_large_for_its_format_is_found_before_anything_is_drawn(run, 
         def to(self, device):
             return self
 
-    monkeypatch.setattr(commands.common, "load_pipeline", lambda *args: Pipe())
+    monkeypatch.setattr(common, "load_pipeline", lambda *args: Pipe())
     arguments = [*GENERATE, "--grid", "--num-images", "17", "--output", "x.webp"]
     assert_refused(run, folder, arguments, "WEBP takes at most 16383 pixels of height and width, not 17408x1024")
 

@@ -18,9 +18,8 @@ gr = pytest.importorskip("gradio", reason="the demo needs gradio: pip install 'd
 
 from gradio.route_utils import delete_files_created_by_app  # noqa: E402
 
-from diffusers_imagen import commands  # noqa: E402
+from diffusers_imagen.commands import demo, webdemo  # noqa: E402
 from diffusers_imagen.commands import main as cli  # noqa: E402
-from diffusers_imagen.commands import webdemo  # noqa: E402
 
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -86,7 +85,7 @@ def test_without_gradio_the_command_says_what_to_install(monkeypatch, capsys):
 
 
 def test_an_address_that_cannot_be_served_is_refused_before_a_model_loads(monkeypatch, capsys):
-    monkeypatch.setattr(commands.demo, "load_pipeline", None)
+    monkeypatch.setattr(demo, "load_pipeline", None)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         for arguments, message in [
@@ -100,7 +99,7 @@ def test_an_address_that_cannot_be_served_is_refused_before_a_model_loads(monkey
             assert cli.main(["demo", *arguments]) == 2
             error = capsys.readouterr().err
             assert message in error and error.count("\n") == 1
-    assert 0 < commands.demo.find_port("127.0.0.1", 0) < 65536
+    assert 0 < demo.find_port("127.0.0.1", 0) < 65536
 
 
 @pytest.fixture

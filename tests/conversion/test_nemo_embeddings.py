@@ -126,7 +126,7 @@ def test_tar_shards_become_a_cache(tmp_path, capsys):
         members |= {f"{i}.jpg": b"", f"{i}.pickle": pickle.dumps(embeds), f"{i}.txt": f"caption {i % 3}".encode()}
     tar = write_tar(tmp_path / "0.tar", members)
     command = ["cache-embeddings", str(tmp_path / "c"), "--nemo_tars", tar, "--dtype", "float16"]
-    assert cli.main(command) == 2 and "`tokenizer_max_length` is not given" in capsys.readouterr().err
+    assert cli.main(command) == 2 and "`tokenizer-max-length` is not given" in capsys.readouterr().err
     assert cli.main([*command, "--tokenizer_max_length", "3"]) == 0
     assert "3 captions, 3.0 tokens" in capsys.readouterr().out
     cache = EmbeddingCache(tmp_path / "c")

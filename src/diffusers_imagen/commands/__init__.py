@@ -1,1 +1,1 @@
-"""One module a command of `diffusers-imagen`; each has `add_parser`."""
+"""One module a command of `diffusers-imagen`, in the table `main.COMMANDS`; each has `add_arguments`, and loads quickly."""

@@ -7,50 +7,52 @@ from pathlib import Path
 
 from ..utils.files import check_folder, refusing
 from .common import check_device
+from .model_arguments import DEVICE
+from .parser import Parser
 
 
 MANY = 2**16  # tokens, captions or MB: what is above is a slip, and would need more memory than there is
 
 
-def add_parser(commands) -> None:
-    """Adds the command to the command line."""
-    parser = commands.add_parser(
-        "cache-embeddings",
-        help="encode the captions of a data set once",
-        description="Writes the text embeddings of all captions, each once, for --embedding_cache of train_imagen.py. "
-        "A run that was ended goes on where it was when it is started again.",
+def add_arguments(command: Parser) -> None:
+    """Add the options of the command."""
+    command.description = (
+        "Writes the text embeddings of all captions, each once, for --embedding_cache of train_imagen.py. "
+        "A run that was ended goes on where it was when it is started again."
     )
-    parser.add_argument("output_dir", type=Path, help="folder of the cache")
-    parser.add_argument("--verify", action="store_true", help="check a finished cache by its checksums, and end")
-    parser.add_argument("--text_encoder", help="folder or Hub id of the text encoder")
-    parser.add_number(
-        "--tokenizer_max_length", int, 1, MANY, help="tokens of a caption; default: the tokenizer's limit"
+    command.add_argument("output_dir", type=Path, help="folder of the cache")
+    command.add_argument("--verify", action="store_true", help="check a finished cache by its checksums, and end")
+    command.add_argument("--text-encoder", help="folder or Hub id of the text encoder")
+    command.add_number(
+        "--tokenizer-max-length", int, 1, MANY, help="tokens of a caption; default: the tokenizer's limit"
     )
-    parser.add_argument("--variant", help="of the text encoder's files, such as fp16")
-    parser.add_argument(
-        "--keep_padding",
+    command.add_argument("--variant", help="of the text encoder's files, such as fp16")
+    command.add_argument(
+        "--keep-padding",
         action="store_true",
         help="keep the encoder's embeddings at padded positions, for networks that attend to them, as DeepFloyd IF's",
     )
-    parser.add_argument(
-        "--clean_captions", action="store_true", help="clean captions before they are encoded, as DeepFloyd IF's"
+    command.add_argument(
+        "--clean-captions", action="store_true", help="clean captions before they are encoded, as DeepFloyd IF's"
     )
-    parser.add_argument("--train_data_dir", help="folder with the data set")
-    parser.add_argument("--dataset_name", help="data set on the Hub")
-    parser.add_argument("--dataset_config_name", help="configuration of that data set")
-    parser.add_argument("--cache_dir", help="where `datasets` keeps what it downloads")
-    parser.add_argument("--caption_column", nargs="+", default=["text"], help="default: text")
-    parser.add_argument("--image_column", default="image", help="default: %(default)s")
-    parser.add_argument("--splits", nargs="+", help="default: all")
-    parser.add_argument(
-        "--nemo_tars", nargs="+", type=Path, help="take the embeddings that NeMo pickled in these tar files"
+    command.add_argument("--train-data-dir", help="folder with the data set")
+    command.add_argument("--dataset-name", help="data set on the Hub")
+    command.add_argument("--dataset-config-name", help="configuration of that data set")
+    command.add_argument("--cache-dir", help="where `datasets` keeps what it downloads")
+    command.add_argument("--caption-column", nargs="+", default=["text"], help="default: text")
+    command.add_argument("--image-column", default="image", help="default: %(default)s")
+    command.add_argument("--splits", nargs="+", help="default: all")
+    command.add_argument(
+        "--nemo-tars", nargs="+", type=Path, help="take the embeddings that NeMo pickled in these tar files"
     )
-    parser.add_argument("--nemo_key", default="t5_text", help="encoder's name in those pickles; default: %(default)s")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="default: %(default)s")
-    parser.add_number("--batch_size", int, 1, MANY, default=256, help="captions encoded at once; default: %(default)s")
-    parser.add_number("--shard_size_mb", float, 1e-6, MANY, default=128, help="default: %(default)s")
-    parser.add_argument("--device", help="default: cuda if there is one")
-    parser.set_defaults(run=cache_embeddings)
+    command.add_argument("--nemo-key", default="t5_text", help="encoder's name in those pickles; default: %(default)s")
+    command.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="default: %(default)s")
+    command.add_number(
+        "--batch-size", int, 1, MANY, default=256, help="captions encoded at once; default: %(default)s"
+    )
+    command.add_number("--shard-size-mb", float, 1e-6, MANY, default=128, help="default: %(default)s")
+    command.add_argument("--device", default=DEVICE, help="default: %(default)s")
+    command.set_defaults(run=cache_embeddings)
 
 
 def cache_embeddings(args: argparse.Namespace) -> None:
@@ -75,8 +77,7 @@ def check_sources(args: argparse.Namespace) -> None:
             raise ValueError("`text_encoder` is not given, but captions are encoded with one.")
         if len(data) != 1:
             raise ValueError("`train_data_dir` or `dataset_name` should be given, and not both of them.")
-        if args.device is not None:
-            check_device(args.device)
+        check_device(args.device)
         return
     others = [name for name in ("text_encoder", "variant", "keep_padding", "clean_captions") if getattr(args, name)]
     if data or others:
@@ -138,7 +139,7 @@ def encode_dataset(args: argparse.Namespace) -> int:
         # a folder that is not there yet is made, and held, when there is something to write
         hold = stack.enter_context(hold_cache(args.output_dir)) if args.output_dir.exists() else None
         captions = read_captions(args)
-        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(args.device)
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16  # T5 overflows in float16
         encoder = TextEncoder.from_pretrained(
             args.text_encoder,

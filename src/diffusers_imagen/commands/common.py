@@ -6,21 +6,22 @@ import re
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from diffusers import DiffusionPipeline
-from diffusers.utils import make_image_grid
 from PIL import Image
 
-from ..pipelines import ImagenSuperResolutionPipeline
+from .. import pipelines
 from ..pipelines.stage_table import STAGES
-from ..schedulers.schedule_checks import MAX_STEPS
+from ..utils.bounds import MAX_STEPS
 from ..utils.files import check_writable, whole_file
 from ..utils.images import BadImage
 from ..utils.images import read_image as read_picture
 from .model_arguments import check_model, load_pipeline
 from .parser import Parser, check_prompt
 
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 DEFAULT_OUTPUT = Path("output.png")
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -81,7 +82,7 @@ def add_sampling_arguments(command: Parser) -> None:
     command.add_argument("--grid", action="store_true", help="write all images into one file, side by side")
 
 
-def sampling_arguments(args: argparse.Namespace, pipe: DiffusionPipeline) -> dict:
+def sampling_arguments(args: argparse.Namespace, pipe: "DiffusionPipeline") -> dict:
     """What the pipeline is told of them, but for the number of images and the source of noise."""
     return {
         "negative_prompt": args.negative_prompt,
@@ -93,14 +94,14 @@ def sampling_arguments(args: argparse.Namespace, pipe: DiffusionPipeline) -> dic
     }
 
 
-def size_arguments(args: argparse.Namespace, pipe: DiffusionPipeline) -> dict[str, int | None]:
+def size_arguments(args: argparse.Namespace, pipe: "DiffusionPipeline") -> dict[str, int | None]:
     """The size of the result: of a cascade the stage to stop after, of an upscaler alone, by default its own resolution.
 
     Raises:
         ValueError: If a stage alone has another resolution than was asked for.
     """
     sizes = {"height": args.height, "width": args.width}
-    if not isinstance(pipe, ImagenSuperResolutionPipeline):
+    if not isinstance(pipe, pipelines.ImagenSuperResolutionPipeline):
         return {"output_resolution": args.resolution, **sizes}
     resolution = pipe.stages[0].resolution
     if args.resolution not in (None, resolution):
@@ -123,6 +124,9 @@ def check_sampling(args: argparse.Namespace, upscaler_alone: bool = False) -> No
 
 def make_images(args: argparse.Namespace, prepare: Callable = lambda pipe: None, **inputs) -> None:
     """Makes the pictures of one call of the pipeline, and writes them; after `check_sampling`."""
+    import torch
+    from diffusers.utils import make_image_grid
+
     pipe = load_pipeline(args)
     prepare(pipe)
     check_picture_size(args, pipe)
@@ -177,7 +181,7 @@ def check_output(args: argparse.Namespace) -> None:
                 raise ValueError(f"`output` is '{path}', which is the `{name}`: name another file.")
 
 
-def check_picture_size(args: argparse.Namespace, pipe: DiffusionPipeline) -> None:
+def check_picture_size(args: argparse.Namespace, pipe: "DiffusionPipeline") -> None:
     """Checks that the format of the output takes images of this size."""
     output = args.output or DEFAULT_OUTPUT
     format = FORMATS[output.suffix.lower()]
@@ -193,6 +197,8 @@ def check_picture_size(args: argparse.Namespace, pipe: DiffusionPipeline) -> Non
 
 def check_device(device: str) -> None:
     """Checks that there is such a device, and that tensors can be on it."""
+    import torch
+
     try:
         if torch.device(device).type == "meta":
             raise RuntimeError("tensors on it have no values")

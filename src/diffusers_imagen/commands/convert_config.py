@@ -5,22 +5,21 @@ import os
 from pathlib import Path
 
 from ..utils.files import check_writable, whole_folder, write_text
+from .parser import Parser
 
 
-def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Adds the command to the command line."""
-    parser = commands.add_parser(
-        "convert-config",
-        help="translate a NeMo configuration for training",
-        description="Translates the training sections of a NeMo Imagen configuration into the names of "
-        "train_imagen.py --config, says by name what has no counterpart, and refuses what would train something else.",
+def add_arguments(command: Parser) -> None:
+    """Add the options of the command."""
+    command.description = (
+        "Translates the training sections of a NeMo Imagen configuration into the names of "
+        "train_imagen.py --config, says by name what has no counterpart, and refuses what would train something else."
     )
-    parser.add_argument("nemo", type=Path, metavar="NEMO.yaml", help="NeMo's configuration")
-    parser.add_argument("--output", type=Path, required=True, metavar="RUN.yaml", help="file to write")
-    parser.add_argument(
+    command.add_argument("nemo", type=Path, metavar="NEMO.yaml", help="NeMo's configuration")
+    command.add_argument("--output", type=Path, required=True, metavar="RUN.yaml", help="file to write")
+    command.add_argument(
         "--network", type=Path, metavar="FOLDER", help="also write the network that it describes, with random weights"
     )
-    parser.set_defaults(run=convert_config)
+    command.set_defaults(run=convert_config)
 
 
 def convert_config(args: argparse.Namespace) -> None:

@@ -7,8 +7,6 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from ..pipelines.loading.deepfloyd_repository import is_deepfloyd
-from ..pipelines.model_card import new_card
 from ..utils.files import check_new_folder, whole_folder
 from .model_arguments import (
     DTYPES,
@@ -28,14 +26,12 @@ LICENSE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*")  # files of a repository tha
 NONE = "none"
 
 
-def add_parser(commands) -> None:
-    """Adds the command."""
-    command = commands.add_parser(
-        "convert-if",
-        help="write DeepFloyd IF in the format of this package",
-        description="Writes repositories or folders of DeepFloyd IF as one cascade, or one of them as a single stage: for "
+def add_arguments(command: Parser) -> None:
+    """Add the options of the command."""
+    command.description = (
+        "Writes repositories or folders of DeepFloyd IF as one cascade, or one of them as a single stage: for "
         "--model of the other commands, for from_pretrained, and to train further. All weights of the result are in "
-        "memory at once. For repositories that need a login, run `hf auth login` first.",
+        "memory at once. For repositories that need a login, run `hf auth login` first."
     )
     add_stage_arguments(command, "folder or Hub id of the base stage, such as DeepFloyd/IF-I-M-v1.0", ", or none")
     command.add_argument(
@@ -54,6 +50,8 @@ def add_output_argument(command: Parser) -> None:
 
 def convert_if(args: argparse.Namespace) -> None:
     """Writes the folder, whole or not at all, and says what is in it."""
+    from ..pipelines.model_card import new_card
+
     if args.model is None and all(getattr(args, name) is None for name in UPSCALERS):
         raise ValueError("`model` is not given: name the base stage, or a super-resolution stage alone as --sr256.")
     check_new_folder(args.output, "output")
@@ -72,6 +70,8 @@ def convert_if(args: argparse.Namespace) -> None:
 
 def check_if(given: dict[str, str]) -> None:
     """Refuses what is no stage of DeepFloyd IF."""
+    from ..pipelines.loading.deepfloyd_repository import is_deepfloyd
+
     for name, source in given.items():
         found = class_of(name, source)
         if not is_deepfloyd(found):

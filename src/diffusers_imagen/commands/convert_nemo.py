@@ -5,10 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..pipelines.model_card import new_card
 from ..pipelines.stage_table import STAGES, StageKind
 from ..utils.files import check_new_folder, sha256, whole_folder, write_json
 from .model_arguments import DTYPES
+from .parser import Parser
 
 
 RECORD, VERIFICATION = "nemo_conversion.json", "nemo_verification.json"
@@ -29,26 +29,24 @@ Converted from checkpoints of NVIDIA NeMo's Imagen by diffusers-imagen. No weigh
 """
 
 
-def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Adds the command to the command line."""
-    parser = commands.add_parser(
-        "convert-nemo",
-        help="convert checkpoints of NVIDIA NeMo's Imagen",
-        description="Converts .nemo archives and Lightning checkpoints of NVIDIA NeMo's Imagen: one to a stage, several "
-        "to a cascade. Nothing in them is run, and weights go to the disk one by one. Says what became of every key.",
+def add_arguments(command: Parser) -> None:
+    """Add the options of the command."""
+    command.description = (
+        "Converts .nemo archives and Lightning checkpoints of NVIDIA NeMo's Imagen: one to a stage, several "
+        "to a cascade. Nothing in them is run, and weights go to the disk one by one. Says what became of every key."
     )
-    parser.add_argument("base", type=Path, metavar="base.nemo", help="a stage: .nemo, its unpacked folder, or .ckpt")
-    parser.add_argument("--base-config", type=Path, metavar="YAML", help="its configuration, if it has none")
+    command.add_argument("base", type=Path, metavar="base.nemo", help="a stage: .nemo, its unpacked folder, or .ckpt")
+    command.add_argument("--base-config", type=Path, metavar="YAML", help="its configuration, if it has none")
     for kind in STAGES[1:]:
         resolution = f"super-resolution stage, {kind.resolution} px"
-        parser.add_argument(f"--{kind.name}", type=Path, metavar="sr.nemo", help=resolution)
-        parser.add_argument(f"--{kind.name}-config", type=Path, metavar="YAML", help="its configuration, likewise")
-    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="a new folder")
-    parser.add_argument("--text-encoder", metavar="MODEL", help="folder or Hub id of the encoder, to go along")
-    parser.add_argument("--ema", action="store_true", help="take the averages, of NAME-EMA.ckpt beside NAME.ckpt")
-    parser.add_argument("--dtype", choices=DTYPES, help="type of the weights; default: as in the checkpoint")
-    parser.add_argument("--verify", action="store_true", help="compare every written tensor with the checkpoint")
-    parser.set_defaults(run=convert_nemo)
+        command.add_argument(f"--{kind.name}", type=Path, metavar="sr.nemo", help=resolution)
+        command.add_argument(f"--{kind.name}-config", type=Path, metavar="YAML", help="its configuration, likewise")
+    command.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="a new folder")
+    command.add_argument("--text-encoder", metavar="MODEL", help="folder or Hub id of the encoder, to go along")
+    command.add_argument("--ema", action="store_true", help="take the averages, of NAME-EMA.ckpt beside NAME.ckpt")
+    command.add_argument("--dtype", choices=DTYPES, help="type of the weights; default: as in the checkpoint")
+    command.add_argument("--verify", action="store_true", help="compare every written tensor with the checkpoint")
+    command.set_defaults(run=convert_nemo)
 
 
 def convert_nemo(args: argparse.Namespace) -> None:
@@ -133,6 +131,8 @@ def make_pipeline(args: argparse.Namespace, stages: dict[StageKind, Any], folder
 
 def write_about(args: argparse.Namespace, pipe: Any, reports: dict[str, dict[str, Any]], folder: Path) -> None:
     """Writes the card, and the record of the conversion, with NeMo's configurations in it."""
+    from ..pipelines.model_card import new_card
+
     rows = (
         f"| `{name}` | `{report['source']}` | {report['parameters']:,} | {', '.join(report['dtypes'])} | "
         f"{', '.join(report['written'])} |"

@@ -13,13 +13,12 @@ from ..utils.arguments import bad_argument
 from ..utils.packages import require_packages
 from .common import check_device
 from .model_arguments import add_model_arguments, check_model, load_pipeline, sources_of
+from .parser import Parser
 
 
-def add_parser(commands) -> None:
-    """Adds the command."""
-    command = commands.add_parser(
-        "demo", help="draw in a browser", description="Serves a page to draw with. Needs gradio."
-    )
+def add_arguments(command: Parser) -> None:
+    """Add the options of the command."""
+    command.description = "Serves a page to draw with. Needs gradio."
     add_model_arguments(command)
     command.add_argument("--host", default="127.0.0.1", help="0.0.0.0 serves other machines too; default: %(default)s")
     command.add_number("--port", int, 0, 65535, default=7860, help="0 takes a free one; default: %(default)s")

@@ -5,29 +5,28 @@ import re
 from pathlib import Path
 
 from ..utils.arguments import bad_argument
+from .parser import Parser
 
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
-def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Adds the command to the command line."""
-    parser = commands.add_parser(
-        "doctor",
-        help="examine a data set, a trained stage or an embedding cache",
-        description="Says what is wrong with a data set, a stage, a cascade or an embedding cache. "
-        "The exit code is 1 if something is.",
+def add_arguments(command: Parser) -> None:
+    """Add the options of the command."""
+    command.description = (
+        "Says what is wrong with a data set, a stage, a cascade or an embedding cache. "
+        "The exit code is 1 if something is."
     )
-    parser.add_argument("path", help="folder of a data set, of a stage or of an embedding cache, or a Hub data set")
-    parser.add_argument("--resolution", type=int, default=64, help="training resolution; default: %(default)s")
-    parser.add_argument("--sigma_data", type=float, default=0.5, help="as configured; default: %(default)s")
-    parser.add_argument("--text_encoder", help="count tokens with its tokenizer, or compare widths with it")
-    parser.add_argument("--tokenizer_max_length", type=int, help="default: the tokenizer's limit")
-    parser.add_argument("--image_column", default="image", help="default: %(default)s")
-    parser.add_argument("--caption_column", nargs="+", default=["text"], help="default: text")
-    parser.add_argument("--split", default="train", help="default: %(default)s")
-    parser.add_argument("--num_images", type=int, default=1000, help="images that are opened; default: %(default)s")
-    parser.set_defaults(run=doctor)
+    command.add_argument("path", help="folder of a data set, of a stage or of an embedding cache, or a Hub data set")
+    command.add_argument("--resolution", type=int, default=64, help="training resolution; default: %(default)s")
+    command.add_argument("--sigma-data", type=float, default=0.5, help="as configured; default: %(default)s")
+    command.add_argument("--text-encoder", help="count tokens with its tokenizer, or compare widths with it")
+    command.add_argument("--tokenizer-max-length", type=int, help="default: the tokenizer's limit")
+    command.add_argument("--image-column", default="image", help="default: %(default)s")
+    command.add_argument("--caption-column", nargs="+", default=["text"], help="default: text")
+    command.add_argument("--split", default="train", help="default: %(default)s")
+    command.add_argument("--num-images", type=int, default=1000, help="images that are opened; default: %(default)s")
+    command.set_defaults(run=doctor)
 
 
 def doctor(args: argparse.Namespace) -> int:

@@ -8,17 +8,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from accelerate import PartialState
-
-from ..evaluation import METRICS, CaptionList, Evaluation, PictureSet, Setting, choose, load_clip, load_features
-from ..evaluation.drawing import digest_networks
-from ..evaluation.evaluator import DISTANCES, OF_FEATURES
-from ..evaluation.feature_networks import CLIP, NAMED, check_package
-from ..pipelines import ImagenCascadePipeline
-from ..schedulers.schedule_checks import MAX_STEPS
+from .. import evaluation
+from ..evaluation.choices import CLIP, DISTANCES, METRICS, NAMED, OF_FEATURES
+from ..utils.bounds import MAX_STEPS
 from ..utils.files import FolderHold, check_folder
-from ..utils.processes import on_main_process
 from ..utils.shipped import NAME
 from .common import MAX_GUIDANCE, MAX_SEED, MAX_SIZE, check_device
 from .generate import read_lines
@@ -27,6 +20,10 @@ from .parser import Parser, check_prompt
 
 
 if TYPE_CHECKING:
+    from accelerate import PartialState
+
+    from ..evaluation import PictureSet, Setting
+    from ..pipelines import ImagenCascadePipeline
     from .evaluated_data import DataPictures
 
 MOST = 10_000_000  # pictures
@@ -40,14 +37,12 @@ PACKAGES = {
 }
 
 
-def add_parser(commands) -> None:
-    """Adds the command."""
-    command = commands.add_parser(
-        "evaluate",
-        help="FID, KID, CLIP score and others of a model",
-        description="Draws a picture for each caption and compares them with real ones; writes report.html and "
+def add_arguments(command: Parser) -> None:
+    """Add the options of the command."""
+    command.description = (
+        "Draws a picture for each caption and compares them with real ones; writes report.html and "
         "results.json. Started again it goes on where it was. With several GPUs: accelerate launch -m "
-        "diffusers_imagen.commands.main evaluate ...",
+        "diffusers_imagen evaluate ..."
     )
     add_model_arguments(command, sweeps=True)
     add_data_arguments(command)
@@ -107,19 +102,26 @@ def by_stage(name: str, kind: type, lowest: float, highest: float) -> Callable[[
 
 def evaluate(args: argparse.Namespace) -> None:
     """Draws, measures and reports."""
+    import torch
+    from accelerate import PartialState
+
+    from ..utils.processes import on_main_process
+
     check_arguments(args)
     state = PartialState(cpu=torch.device(args.device).type == "cpu", timeout=LONGEST_WAIT)
     if state.num_processes > 1:
         args.device = str(state.device)
     captions, reference = open_captions(args), open_reference(args)
-    indices = choose("num-images", len(captions), args.num_images, args.seed)
-    real = [] if reference is None else choose("num-reference", len(reference), args.num_reference, args.seed)
+    indices = evaluation.choose("num-images", len(captions), args.num_images, args.seed)
+    real = (
+        [] if reference is None else evaluation.choose("num-reference", len(reference), args.num_reference, args.seed)
+    )
     features, clip = load_networks(args, state)
     pipe = load_model(args)
-    model = digest_networks(pipe)  # before it is placed, which may leave no weights to read
+    model = evaluation.drawing.digest_networks(pipe)  # before it is placed, which may leave no weights to read
     use = scheduler_switch(pipe, args)
     settings, resolutions = list_settings(pipe, args, use)
-    evaluation = Evaluation(
+    whole = evaluation.Evaluation(
         captions=captions,
         indices=indices,
         settings=settings,
@@ -138,7 +140,7 @@ def evaluate(args: argparse.Namespace) -> None:
     )
     with ExitStack() as stack:
         on_main_process(state, lambda: hold(stack, args.output_dir))
-        evaluation.run(pipe, use, state)
+        whole.run(pipe, use, state)
     if state.is_main_process:
         print(args.output_dir / "report.html")
 
@@ -155,7 +157,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     check_model(args)
     for metric in args.metrics:
         if metric in PACKAGES:
-            check_package(PACKAGES[metric], "metrics", metric)
+            evaluation.feature_networks.check_package(PACKAGES[metric], "metrics", metric)
     needs_reference = [metric for metric in args.metrics if metric in (*DISTANCES, "nearest")]
     if needs_reference and args.reference is None:
         raise ValueError(f"`metrics` has {needs_reference[0]!r}, which needs real pictures: give --reference.")
@@ -163,15 +165,17 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"`num-reference` is {args.num_reference}, but there is no `reference`.")
 
 
-def load_networks(args: argparse.Namespace, state: PartialState) -> tuple[Any, Any]:
+def load_networks(args: argparse.Namespace, state: "PartialState") -> tuple[Any, Any]:
     """What makes features and what compares pictures with captions, where a metric needs it."""
     with state.main_process_first():  # which downloads
-        features = load_features(args.features, args.device) if set(args.metrics) & set(OF_FEATURES) else None
-        clip = load_clip(args.clip_model, args.device) if "clip" in args.metrics else None
+        features = (
+            evaluation.load_features(args.features, args.device) if set(args.metrics) & set(OF_FEATURES) else None
+        )
+        clip = evaluation.load_clip(args.clip_model, args.device) if "clip" in args.metrics else None
     return features, clip
 
 
-def open_captions(args: argparse.Namespace) -> PictureSet:
+def open_captions(args: argparse.Namespace) -> "PictureSet":
     """What is drawn: lines of a file, or rows of a data set."""
     if not Path(args.captions).is_file():
         return open_data(args, "captions", with_text=True)
@@ -180,10 +184,10 @@ def open_captions(args: argparse.Namespace) -> PictureSet:
         raise ValueError(f"`captions` is '{args.captions}', which has no caption in it.")
     for line in lines:
         check_prompt("captions", line)
-    return CaptionList(lines, Path(args.captions).name)
+    return evaluation.CaptionList(lines, Path(args.captions).name)
 
 
-def open_reference(args: argparse.Namespace) -> PictureSet | None:
+def open_reference(args: argparse.Namespace) -> "PictureSet | None":
     """The real pictures, if there are any."""
     return None if args.reference is None else open_data(args, "reference", with_text=False)
 
@@ -198,7 +202,7 @@ def open_data(args: argparse.Namespace, name: str, with_text: bool) -> "DataPict
     )
 
 
-def scheduler_switch(pipe: ImagenCascadePipeline, args: argparse.Namespace) -> Callable[[str], None]:
+def scheduler_switch(pipe: "ImagenCascadePipeline", args: argparse.Namespace) -> Callable[[str], None]:
     """Puts the model where it computes; a function that gives its stages a sampler by name, or their own again."""
     own = {stage.kind.scheduler: stage.scheduler for stage in pipe.stages}
     defaults = pipe.config.call_defaults
@@ -215,8 +219,8 @@ def scheduler_switch(pipe: ImagenCascadePipeline, args: argparse.Namespace) -> C
 
 
 def list_settings(
-    pipe: ImagenCascadePipeline, args: argparse.Namespace, use: Callable[[str], None]
-) -> tuple[list[Setting], list[int]]:
+    pipe: "ImagenCascadePipeline", args: argparse.Namespace, use: Callable[[str], None]
+) -> "tuple[list[Setting], list[int]]":
     """All combinations of schedulers, steps and guidance, with a value for each stage, and the stages' resolutions."""
     settings = []
     for scheduler in dict.fromkeys(args.scheduler):
@@ -228,7 +232,7 @@ def list_settings(
             steps = [for_stages("steps", values, len(stages)) for values in args.steps]
         if args.guidance_scale is not None:
             guidance = [for_stages("guidance-scale", values, len(stages)) for values in args.guidance_scale]
-        settings += [Setting(scheduler, *values) for values in itertools.product(steps, guidance)]
+        settings += [evaluation.Setting(scheduler, *values) for values in itertools.product(steps, guidance)]
     return list(dict.fromkeys(settings)), [stage.resolution for stage in stages]
 
 

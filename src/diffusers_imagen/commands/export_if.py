@@ -1,19 +1,17 @@
 """`diffusers-imagen export-if`: a stage of DeepFloyd IF back in diffusers' format."""
 
 import argparse
+from typing import TYPE_CHECKING
 
-import torch
-from diffusers import DiffusionPipeline
-from huggingface_hub import ModelCard
-
-from ..conversion import pipeline_to_deepfloyd
-from ..pipelines.loading.folders import SINGLE_STAGES, check_source, load_pipeline_folder, loading
-from ..pipelines.model_card import PACKAGE, add_license, new_card
-from ..pipelines.origin import list_origins
+from .. import conversion
 from ..utils.files import check_new_folder, whole_folder
 from .convert_if import add_output_argument, copy_licenses, report
 from .model_arguments import CASCADE, DTYPES
+from .parser import Parser
 
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCard
 
 CARD = """\
 # {name}
@@ -22,13 +20,11 @@ A stage of DeepFloyd IF for `{class_name}` of diffusers, written by [diffusers-i
 """
 
 
-def add_parser(commands) -> None:
-    """Adds the command."""
-    command = commands.add_parser(
-        "export-if",
-        help="write a stage of DeepFloyd IF in diffusers' format",
-        description="Writes a stage of DeepFloyd IF that this package has, trained further or not, as the folder of an "
-        "IFPipeline or IFSuperResolutionPipeline of diffusers.",
+def add_arguments(command: Parser) -> None:
+    """Add the options of the command."""
+    command.description = (
+        "Writes a stage of DeepFloyd IF that this package has, trained further or not, as the folder of an "
+        "IFPipeline or IFSuperResolutionPipeline of diffusers."
     )
     command.add_argument("model", help="folder or Hub id of the stage, or of a cascade with it")
     command.add_argument("--stage", help="which one of a cascade: base or sr256")
@@ -40,6 +36,12 @@ def add_parser(commands) -> None:
 
 def export_if(args: argparse.Namespace) -> None:
     """Writes the folder, whole or not at all, and says what is in it."""
+    import torch
+    from diffusers import DiffusionPipeline
+
+    from ..pipelines.loading.folders import SINGLE_STAGES, check_source, load_pipeline_folder, loading
+    from ..pipelines.origin import list_origins
+
     check_new_folder(args.output, "output")
     check_source("model", args.model)
     with loading("model", args.model):
@@ -50,7 +52,7 @@ def export_if(args: argparse.Namespace) -> None:
             dtype=getattr(torch, args.dtype),
             variant=args.variant,
         )
-    theirs = pipeline_to_deepfloyd(pipe, args.stage)
+    theirs = conversion.pipeline_to_deepfloyd(pipe, args.stage)
     origin = pipe.config.origin or {}
     card = make_card(args.output.resolve().name, type(theirs).__name__, list_origins(origin.get(args.stage, origin)))
     with whole_folder(args.output) as partial:
@@ -60,8 +62,10 @@ def export_if(args: argparse.Namespace) -> None:
     report(args.output, theirs, licenses)
 
 
-def make_card(name: str, class_name: str, origins: list[dict[str, str]]) -> ModelCard:
+def make_card(name: str, class_name: str, origins: list[dict[str, str]]) -> "ModelCard":
     """A card with the license that copies and derivatives carry."""
+    from ..pipelines.model_card import PACKAGE, add_license, new_card
+
     card = new_card(CARD.format(name=name, class_name=class_name, package=PACKAGE))
     add_license(card, origins)
     return card

@@ -7,21 +7,20 @@ from typing import Any
 from ..pipelines.stage_table import STAGES
 from ..utils.files import check_writable, read_json_object
 from .convert_nemo import RECORD
+from .parser import Parser
 
 
-def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Adds the command to the command line."""
-    parser = commands.add_parser(
-        "export-nemo",
-        help="write a stage as an archive of NVIDIA NeMo",
-        description="Writes the network of a stage folder, or of one stage of a cascade, as a .nemo archive: NeMo's names, "
-        "its configuration, and the weights as they are. A stage that NeMo has no network for is refused.",
+def add_arguments(command: Parser) -> None:
+    """Add the options of the command."""
+    command.description = (
+        "Writes the network of a stage folder, or of one stage of a cascade, as a .nemo archive: NeMo's names, "
+        "its configuration, and the weights as they are. A stage that NeMo has no network for is refused."
     )
-    parser.add_argument("folder", type=Path, help="folder of a stage or a cascade")
+    command.add_argument("folder", type=Path, help="folder of a stage or a cascade")
     names = [kind.name for kind in STAGES]
-    parser.add_argument("--stage", choices=names, default=names[0], help="of a cascade; default: %(default)s")
-    parser.add_argument("--output", type=Path, required=True, metavar="base.nemo", help="file to write")
-    parser.set_defaults(run=export_nemo)
+    command.add_argument("--stage", choices=names, default=names[0], help="of a cascade; default: %(default)s")
+    command.add_argument("--output", type=Path, required=True, metavar="base.nemo", help="file to write")
+    command.set_defaults(run=export_nemo)
 
 
 def export_nemo(args: argparse.Namespace) -> None:

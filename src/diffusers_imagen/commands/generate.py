@@ -5,14 +5,12 @@ import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from tqdm import tqdm
 
-from ..pipelines import ImagenCascadePipeline
-from ..pipelines.pipeline_imagen import DEFAULT_STRENGTH
+from ..pipelines.stage_table import DEFAULT_STRENGTH
+from ..utils.bounds import MAX_STEPS
 from ..utils.files import LOCK, FolderHold, check_writable
 from .common import (
-    MAX_STEPS,
     add_sampling_arguments,
     check_device,
     check_sampling,
@@ -23,7 +21,7 @@ from .common import (
     slug_of,
 )
 from .model_arguments import add_model_arguments, check_model, load_pipeline
-from .parser import check_prompt, refuse_empty
+from .parser import Parser, check_prompt, refuse_empty
 
 
 DEFAULT_OUTPUT_DIR = Path("outputs")
@@ -31,9 +29,9 @@ MAX_FILE_BYTES = 32 * 2**20
 MAX_FILE_IMAGES = 100_000
 
 
-def add_parser(commands) -> None:
-    """Adds the command."""
-    command = commands.add_parser("generate", help="make pictures from prompts", description="Makes pictures.")
+def add_arguments(command: Parser) -> None:
+    """Add the options of the command."""
+    command.description = "Makes pictures."
     source = command.add_mutually_exclusive_group(required=True)
     source.add_argument("prompt", nargs="?", help="what to draw")
     source.add_argument(
@@ -43,7 +41,11 @@ def add_parser(commands) -> None:
     add_sampling_arguments(command)
     command.add_argument("--image", type=Path, help="picture to change, with --strength")
     command.add_number(
-        "--strength", float, 1 / MAX_STEPS, 1, help="how much of --image changes, above 0 and up to 1; default: 0.7"
+        "--strength",
+        float,
+        1 / MAX_STEPS,
+        1,
+        help=f"how much of --image changes, above 0 and up to 1; default: {DEFAULT_STRENGTH}",
     )
     command.add_argument(
         "--output-dir",
@@ -153,8 +155,10 @@ def draw_items(args: argparse.Namespace, items: list[Item], todo: list[Item]) ->
     return failed
 
 
-def draw_batch(pipe: ImagenCascadePipeline, batch: list[Item], arguments: dict[str, Any]) -> list[str]:
+def draw_batch(pipe: Any, batch: list[Item], arguments: dict[str, Any]) -> list[str]:
     """Makes images together, or one by one where that fails; returns what went wrong."""
+    import torch
+
     generators = [torch.Generator().manual_seed(item.seed) for item in batch]
     try:
         for item in batch:

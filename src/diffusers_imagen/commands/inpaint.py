@@ -3,16 +3,15 @@
 import argparse
 from pathlib import Path
 
-from .common import MAX_STEPS, add_sampling_arguments, check_sampling, make_images, read_image
+from ..utils.bounds import MAX_STEPS
+from .common import add_sampling_arguments, check_sampling, make_images, read_image
 from .model_arguments import add_model_arguments
-from .parser import refuse_empty
+from .parser import Parser, refuse_empty
 
 
-def add_parser(commands) -> None:
-    """Adds the command."""
-    command = commands.add_parser(
-        "inpaint", help="paint a part of a picture anew", description="Paints a part of a picture anew."
-    )
+def add_arguments(command: Parser) -> None:
+    """Add the options of the command."""
+    command.description = "Paints a part of a picture anew."
     command.add_argument("image", type=Path, help="image file")
     command.add_argument("mask", type=Path, help="image file of the same size, white where it is painted anew")
     command.add_argument("prompt", help="what to draw")

@@ -2,9 +2,11 @@
 
 import argparse
 import difflib
+from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
 from ..utils.errors import USAGE
+from ..utils.flags import BothSpellings, hyphenated
 
 
 MAX_PROMPT_LENGTH = 10_000  # in characters; a text encoder reads some hundred tokens
@@ -21,13 +23,20 @@ class Range(NamedTuple):
     def check(self, value: Any) -> None:
         """Raises ValueError for a number outside, or NaN."""
         if not self.lowest <= value <= self.highest:
-            flag = "" if self.flag.strip("-") == self.name else f" ({self.flag})"
-            raise ValueError(
-                f"`{self.name}` is {value}, but should be from {self.lowest:,} to {self.highest:,}{flag}."
-            )
+            raise ValueError(f"`{self.name}` is {value}, but should be from {self.lowest:,} to {self.highest:,}.")
 
 
-class Parser(argparse.ArgumentParser):
+class Default(NamedTuple):
+    """A default that takes an import of seconds to find out: a command does it when it runs, and not for its help."""
+
+    text: str  # of the help
+    find: Callable[[], Any]
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class Parser(BothSpellings):
     """A parser that wants options in full, reports errors in one line, and knows the ranges of numbers.
 
     Subparsers are of the same class.
@@ -49,10 +58,21 @@ class Parser(argparse.ArgumentParser):
     ) -> None:
         """Adds an option that takes numbers of a kind, from `lowest` to `highest`; see `check_numbers`.
 
-        `name` is what messages call it, where that is not its flag.
+        `name` is what messages call it, where that is not its flag: the argument of a pipeline.
         """
         action = self.add_argument(flag, type=kind, **kwargs)
         self.ranges[action.dest] = Range(flag, name or flag.lstrip("-"), lowest, highest)
+
+    def with_flags(self, message: str) -> str:
+        """A message about arguments, of which some are named as in Python, for somebody who gave them as options."""
+        for action in self._actions:
+            if action.option_strings:
+                message = message.replace(f"`{action.dest}`", f"`{action.option_strings[-1].lstrip('-')}`")
+        other = [
+            own for own in self.ranges.values() if own.name != own.flag.lstrip("-") and f"`{own.name}`" in message
+        ]
+        flags = ", ".join(own.flag for own in other if own.flag not in message)
+        return f"{message.rstrip('.')} ({flags})." if flags else message
 
     def parse_known_args(self, args=None, namespace=None):
         if self.unread:
@@ -65,18 +85,28 @@ class Parser(argparse.ArgumentParser):
     def describe_unknown(self, argument: str) -> str:
         """What may have been meant by an argument that has no place."""
         name = argument.split("=")[0]
-        positional = next((a.dest for a in self._actions if not a.option_strings and name == f"--{a.dest}"), None)
+        positionals = {
+            hyphenated(f"--{action.dest}"): action.dest for action in self._actions if not action.option_strings
+        }
+        positional = positionals.get(hyphenated(name))
         if positional is not None:
             return f"there is no option {name}: give the {positional} without it, in quotes if it has spaces"
         if not argument.startswith("-"):
             return f"unrecognized argument {argument!r}: one of several words needs quotes"
-        options = [option for action in self._actions for option in action.option_strings]
-        close = difflib.get_close_matches(name, options, n=1)
-        return f"there is no option {name}" + (f": did you mean {close[0]}?" if close else "")
+        options = {hyphenated(option): option for action in self._actions for option in action.option_strings}
+        close = difflib.get_close_matches(hyphenated(name), options, n=1)
+        return f"there is no option {name}" + (f": did you mean {options[close[0]]}?" if close else "")
 
     def error(self, message: str) -> NoReturn:
         line = " ".join(message.split())
         self.exit(USAGE, f"{self.prog}: error: {line[:500]} (see {self.prog} --help)\n")
+
+
+def find_defaults(args: argparse.Namespace) -> None:
+    """Put the values of the defaults that were left to be found."""
+    for name, value in vars(args).items():
+        if isinstance(value, Default):
+            setattr(args, name, value.find())
 
 
 def check_numbers(args: argparse.Namespace) -> None:

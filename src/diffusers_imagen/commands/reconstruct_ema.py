@@ -3,22 +3,22 @@
 import argparse
 from pathlib import Path
 
+from .parser import Parser
 
-def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Adds the command to the command line."""
-    parser = commands.add_parser(
-        "reconstruct-ema",
-        help="average the weights of a finished run over another length",
-        description="Solves for the weights of a run averaged with another width, from the snapshots that a run with "
-        "--ema_type power leaves, and writes a stage folder for each width.",
+
+def add_arguments(command: Parser) -> None:
+    """Add the options of the command."""
+    command.description = (
+        "Solves for the weights of a run averaged with another width, from the snapshots that a run with "
+        "--ema_type power leaves, and writes a stage folder for each width."
     )
-    parser.add_argument("folder", metavar="run", type=Path, help="output folder of the run")
-    parser.add_argument(
-        "--ema_std", type=float, nargs="+", required=True, help="widths as shares of the run, such as 0.03 0.12"
+    command.add_argument("folder", metavar="run", type=Path, help="output folder of the run")
+    command.add_argument(
+        "--ema-std", type=float, nargs="+", required=True, help="widths as shares of the run, such as 0.03 0.12"
     )
-    parser.add_argument("--step", type=int, help="as if the run had ended there; default: its last snapshot")
-    parser.add_argument("--output_dir", type=Path, help="default: ema-WIDTH inside the run; for one width only")
-    parser.set_defaults(run=reconstruct_ema)
+    command.add_argument("--step", type=int, help="as if the run had ended there; default: its last snapshot")
+    command.add_argument("--output-dir", type=Path, help="default: ema-WIDTH inside the run; for one width only")
+    command.set_defaults(run=reconstruct_ema)
 
 
 def reconstruct_ema(args: argparse.Namespace) -> None:

@@ -8,11 +8,6 @@ The options are the fields of diffusers_imagen.training.TrainingConfig; --config
 On several devices: accelerate launch -m diffusers_imagen.train, with the same options."""
 
 
-def add_parser(commands) -> None:
-    """Adds the command."""
-    add_arguments(commands.add_parser("train", help="train a stage of a cascade"))
-
-
 def add_arguments(command: Parser) -> None:
     """Leaves the arguments to the parser of the configuration, which takes seconds to import."""
     command.unread = True

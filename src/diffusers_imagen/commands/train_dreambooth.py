@@ -9,13 +9,6 @@ The options are those of `train-lora`, and the fields of diffusers_imagen.traini
 On several devices: accelerate launch -m diffusers_imagen.train_dreambooth, with the same options."""
 
 
-def add_parser(commands) -> None:
-    """Adds the command."""
-    add_arguments(
-        commands.add_parser("train-dreambooth", help="teach a stage a subject from a few images (DreamBooth)")
-    )
-
-
 def add_arguments(command: Parser) -> None:
     """Leaves the arguments to the parser of the configuration, which takes seconds to import."""
     command.unread = True

@@ -10,11 +10,6 @@ pipe.load_lora_weights("OUTPUT_DIR"), of a cascade with component="base_unet".
 On several devices: accelerate launch -m diffusers_imagen.train_lora, with the same options."""
 
 
-def add_parser(commands) -> None:
-    """Adds the command."""
-    add_arguments(commands.add_parser("train-lora", help="train a LoRA adapter of a stage"))
-
-
 def add_arguments(command: Parser) -> None:
     """Leaves the arguments to the parser of the configuration, which takes seconds to import."""
     command.unread = True

@@ -3,19 +3,18 @@
 import argparse
 from pathlib import Path
 
-from ..diffusion.augmentation import MIN_AUGMENTATION_SIGMA
+from ..utils.bounds import MIN_AUGMENTATION_SIGMA
 from .common import MAX_SIZE, add_sampling_arguments, check_sampling, make_images, read_image
 from .model_arguments import add_model_arguments
+from .parser import Parser
 
 
-def add_parser(commands) -> None:
-    """Adds the command."""
-    command = commands.add_parser(
-        "upscale",
-        help="make a picture larger",
-        description="Runs the super-resolution stages on a picture, which is first brought to the base resolution in "
+def add_arguments(command: Parser) -> None:
+    """Add the options of the command."""
+    command.description = (
+        "Runs the super-resolution stages on a picture, which is first brought to the base resolution in "
         "the proportions of --height and --width. A super-resolution stage alone, --sr256 or --sr1024 without --model, "
-        "does for one step.",
+        "does for one step."
     )
     command.add_argument("image", type=Path, help="image file")
     command.add_argument("--prompt", default="", help="what is on it; default: nothing is said")

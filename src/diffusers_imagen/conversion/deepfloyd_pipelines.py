@@ -2,13 +2,16 @@
 
 from typing import Any
 
-from diffusers import DDPMScheduler, DiffusionPipeline, IFPipeline, IFSuperResolutionPipeline, SchedulerMixin
+from diffusers import DDPMScheduler, DiffusionPipeline, SchedulerMixin
 
 from ..schedulers.foreign_configs import is_discrete
 from ..utils.arguments import bad_argument, check_choice
-from ..utils.modules import unwrapped
+from ..utils.modules import quiet_transformers, unwrapped
 from .deepfloyd import BETA_SCHEDULE, unet_to_deepfloyd
 
+
+with quiet_transformers():  # the import reports that torchvision is not installed
+    from diffusers import IFPipeline, IFSuperResolutionPipeline
 
 PARTS = ("tokenizer", "text_encoder", "safety_checker", "feature_extractor", "watermarker")  # beside the stage's own
 

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import SchedulerMixin
 
-from ..diffusion.augmentation import MIN_AUGMENTATION_SIGMA
 from ..models import EfficientUNetModel, ImagenUNetModel
 from ..schedulers import ContinuousDDPMScheduler, EDMHeunScheduler
 from ..utils.arguments import bad_argument
+from ..utils.bounds import MIN_AUGMENTATION_SIGMA
 from ..utils.files import whole_file
 from ..utils.streamed import Kind, bytes_of, read_kinds, read_tensors, write_tensors
 from .nemo import check_weight, unet_from_nemo_config

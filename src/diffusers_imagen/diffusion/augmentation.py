@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from . import continuous_ddpm, discrete_ddpm, edm
 
 
-MIN_AUGMENTATION_SIGMA = 0.002  # NeMo's at inference; the conditioning value of 0 would be infinite
 # of the form of discrete DDPM
 AUGMENTATION_BETAS: discrete_ddpm.BetaSchedule = "squaredcos_cap_v2"
 AUGMENTATION_LEVELS = discrete_ddpm.DECLARED_LEVELS

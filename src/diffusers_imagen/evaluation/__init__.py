@@ -1,12 +1,18 @@
 """Evaluation: pictures for captions, features of them, figures and reports."""
 
-from .drawing import Drawing, Setting, draw
-from .evaluator import METRICS, Evaluation
-from .feature_networks import FeatureNetwork, load_clip, load_features
-from .features import Features
-from .figures import Distances, Figure, frechet_distance, inception_score, kernel_distance, precision_recall
-from .picture_sets import CaptionList, PictureFiles, PictureSet, choose
+from typing import TYPE_CHECKING
 
+from ..utils.imports import lazy_names
+
+
+if TYPE_CHECKING:
+    from .choices import METRICS
+    from .drawing import Drawing, Setting, draw
+    from .evaluator import Evaluation
+    from .feature_networks import FeatureNetwork, load_clip, load_features
+    from .features import Features
+    from .figures import Distances, Figure, frechet_distance, inception_score, kernel_distance, precision_recall
+    from .picture_sets import CaptionList, PictureFiles, PictureSet, choose
 
 __all__ = [
     "METRICS",
@@ -29,3 +35,22 @@ __all__ = [
     "load_features",
     "precision_recall",
 ]
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        ".drawing": ("Drawing", "Setting", "draw"),
+        ".choices": ("METRICS",),
+        ".evaluator": ("Evaluation",),
+        ".feature_networks": ("FeatureNetwork", "load_clip", "load_features"),
+        ".features": ("Features",),
+        ".figures": (
+            "Distances",
+            "Figure",
+            "frechet_distance",
+            "inception_score",
+            "kernel_distance",
+            "precision_recall",
+        ),
+        ".picture_sets": ("CaptionList", "PictureFiles", "PictureSet", "choose"),
+    },
+)

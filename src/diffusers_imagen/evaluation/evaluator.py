@@ -12,6 +12,7 @@ from diffusers.utils import logging
 
 from ..utils.arguments import bad_argument
 from ..utils.files import write_text
+from .choices import DISTANCES, METRICS, OF_PAIRS
 from .drawing import Drawing, Setting, draw, network_calls
 from .feature_networks import ClipScores, FeatureNetwork
 from .features import Features
@@ -24,10 +25,6 @@ from .upscaling import consistency, upscaling_figures
 
 logger = logging.get_logger(__name__)
 
-DISTANCES = ("fid", "kid", "precision-recall")  # from the features of the reference
-OF_FEATURES = (*DISTANCES, "is", "nearest")
-OF_PAIRS = ("super-resolution",)  # from captions with pictures
-METRICS = (*OF_FEATURES, "clip", *OF_PAIRS)
 REAL, FLOOR = "real pictures of the captions", "reference, in two parts"
 SIZES_LOOKED_AT = 64
 INDEX = "captions.txt"

@@ -15,12 +15,11 @@ from ..pipelines.loading.folders import loading
 from ..utils.arguments import bad_argument
 from ..utils.errors import one_line
 from ..utils.modules import quiet_transformers
+from .choices import CLIP, NAMED
 from .drawing import digest_weights
 
 
 DINOV2 = "facebook/dinov2-large"  # the network of FD-DINOv2 in EDM2 (Karras et al. 2024, arXiv 2312.02696)
-CLIP = "openai/clip-vit-large-patch14"
-NAMED = ("inception", "dinov2", "clip", "efficientnet-lite0")
 
 
 class FeatureNetwork(Protocol):

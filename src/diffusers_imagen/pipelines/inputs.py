@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..diffusion.augmentation import MIN_AUGMENTATION_SIGMA
-from ..schedulers.schedule_checks import MAX_STEPS, as_values
+from ..schedulers.schedule_checks import as_values
 from ..utils.arguments import as_integer, as_number, is_number, shown, to_float
+from ..utils.bounds import MAX_GUIDANCE, MAX_NOISE_LEVEL, MAX_STEPS, MIN_AUGMENTATION_SIGMA
 from ..utils.tensors import check_tensor
 from .call_arguments import CallArguments, PerStage
 from .prompts import MAX_PROMPTS
 from .schedules import StageSettings
-from .stage_table import MAX_GUIDANCE, MAX_NOISE_LEVEL, check_stage_names
+from .stage_table import check_stage_names
 from .stages import Stage
 from .tiling import Tiling
 

@@ -15,7 +15,7 @@ from .image_inputs import ImageInput
 from .pipeline_mixin import ImagenPipelineMixin
 from .pipeline_output import ImagenPipelineOutput
 from .runner import Runner
-from .stage_table import BASE, SAFETY_PARTS
+from .stage_table import BASE, DEFAULT_STRENGTH, SAFETY_PARTS
 from .stages import Stage, UNet
 
 
@@ -29,7 +29,6 @@ EXAMPLE_DOC_STRING = """
         >>> image = pipe("a 3d render of a tiger face", generator=torch.Generator().manual_seed(0)).images[0]
         ```
 """
-DEFAULT_STRENGTH = 0.7  # that of DeepFloyd IF
 
 
 class ImagenPipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLoaderMixin):

@@ -3,14 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from ..diffusion.augmentation import MIN_AUGMENTATION_SIGMA
-from ..schedulers.schedule_checks import MAX_STEPS
 from ..utils.arguments import as_integer, as_number, bad_argument, check_choice, shown
-
-
-# Bounds of what one call may ask for: far beyond use, and below what would run until it is killed.
-MAX_NOISE_LEVEL = 1e6
-MAX_GUIDANCE = 1e6
+from ..utils.bounds import MAX_GUIDANCE, MAX_NOISE_LEVEL, MAX_STEPS, MIN_AUGMENTATION_SIGMA
 
 
 class CallDefaults(NamedTuple):
@@ -68,6 +62,7 @@ STAGES = (
     StageKind("sr1024", "Super-resolution", 1024, True, UPSCALING),
 )
 BASE = STAGES[0]
+DEFAULT_STRENGTH = 0.7  # how much of a picture the base stage changes; that of DeepFloyd IF
 # Of a base stage and of an upscaler; Adams calls the network once a step, Heun twice. Figures in docs/deepfloyd.md.
 MOST_STEPS = {"adams": (31, 18), "heun": (18, 9)}
 # the networks of the pipelines of a single stage, and of a cascade
@@ -75,6 +70,11 @@ NETWORKS = ("unet", *(kind.unet for kind in STAGES))
 TEXT_PARTS = ("tokenizer", "text_encoder")  # components of all pipelines that read texts
 # components of all pipelines that look at finished images, which come with DeepFloyd IF's weights
 SAFETY_PARTS = ("safety_checker", "feature_extractor", "watermarker")
+
+# what messages advise who calls this package; the command line has words of its own in their place
+AS_UPSCALER = "give it as an upscaler of ImagenCascadePipeline, or open it alone with ImagenSuperResolutionPipeline"
+AS_BASE = "give it as `base` of ImagenCascadePipeline, or open it alone with ImagenPipeline"
+AS_STAGES = "ImagenCascadePipeline.from_stages composes single stages, with from_pretrained each opens alone"
 
 
 def most_steps(solver: str, takes_low_res: bool) -> int:

@@ -6,13 +6,12 @@ import numpy as np
 import torch
 
 from ..utils.arguments import bad_argument, check_exactly_one, is_integer, is_number
+from ..utils.bounds import MAX_STEPS
 
 
 MIN_SIGMA, MAX_SIGMA = 1e-10, 1e10  # beyond, float32 overflows where noise levels are squared
 MIN_BETA, MAX_BETA = 1e-10, 0.99999  # at 0 a noise level equals the one before, at 1 no image is left
-# bounds far beyond use, and below what would run until it is killed
-MAX_STEPS = 10_000
-MAX_TRAIN_TIMESTEPS = 1_000_000
+MAX_TRAIN_TIMESTEPS = 1_000_000  # far beyond use, and below what would run until it is killed
 
 
 # ---- configurations

@@ -44,7 +44,7 @@ from .text_embeddings import TextEmbeddings, stack_padded, stack_unpadded
 logger = logging.get_logger(__name__)
 
 SHARD_BYTES = 128 * 2**20
-FLAGS = ("--keep_padding", "--clean_captions")  # of cache-embeddings
+FLAGS = ("--keep-padding", "--clean-captions")  # of cache-embeddings
 
 
 def caption_key(caption: str) -> tuple[int, int]:

@@ -3,14 +3,14 @@
 import functools
 import re
 import warnings
+from typing import Any
 
-from diffusers import IFPipeline
 from diffusers.utils import is_bs4_available, is_ftfy_available, logging
+
+from ..utils.modules import quiet_transformers
 
 
 logger = logging.get_logger(__name__)
-
-CLEANER = object.__new__(IFPipeline)  # without components, for its method
 
 # The time of diffusers' expressions grows with the square of a text's length, and with the third power of a number's. IF
 # reads 77 tokens: what is beyond this length is read only where nearly all that comes before it is removed.
@@ -39,9 +39,17 @@ def clean_caption(text: str) -> str:
     if LONG_NUMBER.search(text):
         return plain_caption(text)
     try:
-        return CLEANER._text_preprocessing([text], clean_caption=True)[0]
+        return cleaner()._text_preprocessing([text], clean_caption=True)[0]
     except Exception:  # of several kinds, for markup such as "<!["
         return plain_caption(text)
+
+
+@functools.cache
+def cleaner() -> Any:
+    """Return diffusers' `IFPipeline` without components, for its method."""
+    with quiet_transformers():  # its import reports that torchvision is not installed
+        from diffusers import IFPipeline
+    return object.__new__(IFPipeline)
 
 
 def plain_caption(text: str) -> str:

@@ -8,11 +8,11 @@ from typing import Literal
 from huggingface_hub import get_token
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from ..diffusion.augmentation import MIN_AUGMENTATION_SIGMA
 from ..diffusion.continuous_ddpm import PredictionType
 from ..diffusion.discrete_ddpm import BetaSchedule
 from ..diffusion.preconditioning import PRECONDITIONINGS, NetworkPreconditioning
 from ..utils.arguments import check_choice, check_exactly_one
+from ..utils.bounds import MIN_AUGMENTATION_SIGMA
 from ..utils.shipped import find_source
 from .data.data_config import DataConfig, arg
 from .objective.weightings import WEIGHTINGS

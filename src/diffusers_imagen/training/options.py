@@ -7,6 +7,7 @@ from typing import Any, NoReturn, TypeVar, get_args, get_origin
 
 from transformers import HfArgumentParser
 
+from ..utils.flags import BothSpellings
 from ..utils.yaml import read_yaml
 from .config import TrainingConfig
 from .settings import hints_of
@@ -15,7 +16,7 @@ from .settings import hints_of
 Config = TypeVar("Config", bound=TrainingConfig)
 
 
-class OneLineErrors(argparse.ArgumentParser):
+class OneLineErrors(BothSpellings):
     """A parser that raises instead of showing all options and leaving the process."""
 
     def error(self, message: str) -> NoReturn:

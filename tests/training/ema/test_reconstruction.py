@@ -146,16 +146,16 @@ def test_a_file_that_is_cut_and_one_that_is_none_are_refused_by_name(run, capsys
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--ema_std", "nan"], "`ema_std` is nan, but should be a share of the run"),
-        (["--ema_std", "0"], "`ema_std` is 0.0"),
-        (["--ema_std", "1e-300"], "`ema_std` is 1e-300"),
-        (["--ema_std", "0.1", "-1"], "`ema_std` is -1.0"),
-        (["--ema_std", "0.1", "0.1000000001"], "`ema_std` has 0.1 and 0.1000000001, which would both be written to"),
+        (["--ema_std", "nan"], "`ema-std` is nan, but should be a share of the run"),
+        (["--ema_std", "0"], "`ema-std` is 0.0"),
+        (["--ema_std", "1e-300"], "`ema-std` is 1e-300"),
+        (["--ema_std", "0.1", "-1"], "`ema-std` is -1.0"),
+        (["--ema_std", "0.1", "0.1000000001"], "`ema-std` has 0.1 and 0.1000000001, which would both be written to"),
         (["--ema_std", "0.1", "--step", "3"], "`step` is 3, but the snapshots are of steps 4 to 8"),
         (["--ema_std", "0.1", "--step", "-1"], "`step` is -1"),
         (["--ema_std", "0.1", "--step", "9"], "`step` is 9"),
         (["--ema_std", "0.1", "--output_dir", "/dev/null/a"], "nothing can be written to '/dev/null'"),
-        (["--ema_std", "0.1", "0.2", "--output_dir", "a"], "`output_dir` is given, but there are 2 widths"),
+        (["--ema_std", "0.1", "0.2", "--output_dir", "a"], "`output-dir` is given, but there are 2 widths"),
     ],
 )
 def test_widths_steps_and_folders_that_cannot_be_are_refused(run, capsys, arguments, message):

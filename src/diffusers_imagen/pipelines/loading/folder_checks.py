@@ -24,7 +24,7 @@ from ...utils.arguments import shown
 from ...utils.errors import one_line
 from ...utils.files import read_json_object
 from ...utils.modules import first_names
-from ..stage_table import BASE
+from ..stage_table import AS_STAGES, BASE
 
 
 INDEX = "model_index.json"
@@ -89,8 +89,7 @@ def check_index(index: dict[str, Any], class_names: tuple[str, ...]) -> dict[str
     class_name = index.get("_class_name")
     if not isinstance(class_name, str) or class_name not in class_names:
         raise ValueError(
-            f"its {INDEX} is of {shown(class_name)}, but should be of {' or '.join(class_names)}: "
-            "ImagenCascadePipeline.from_stages composes single stages, with from_pretrained each opens alone."
+            f"its {INDEX} is of {shown(class_name)}, but should be of {' or '.join(class_names)}: {AS_STAGES}."
         )
     classes = {}
     for name, entry in index.items():

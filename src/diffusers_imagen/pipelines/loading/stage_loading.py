@@ -18,7 +18,7 @@ from ...models.interface import StageNetwork
 from ...text.identity import encoder_width
 from ...utils.arguments import bad_argument, shown
 from ...utils.modules import unwrapped
-from ..stage_table import SAFETY_PARTS, TEXT_PARTS
+from ..stage_table import AS_BASE, AS_UPSCALER, SAFETY_PARTS, TEXT_PARTS
 from ..stages import StageSource
 from .deepfloyd_repository import MAX_TOKENS, is_deepfloyd, load_deepfloyd, parts_of_deepfloyd, read_deepfloyd
 from .folder_checks import (
@@ -150,14 +150,10 @@ def check_places(described: list[DescribedStage], upscales: dict[str, bool]) -> 
     for stage in described:
         if stage.takes_low_res and not upscales[stage.name]:
             raise ValueError(
-                f"`{stage.name}` is {stage.shown}, which enlarges images and is no base stage: give it as an upscaler of "
-                "ImagenCascadePipeline, or open it alone with ImagenSuperResolutionPipeline."
+                f"`{stage.name}` is {stage.shown}, which enlarges images and is no base stage: {AS_UPSCALER}."
             )
         if upscales[stage.name] and not stage.takes_low_res:
-            raise ValueError(
-                f"`{stage.name}` is {stage.shown}, a base stage, which enlarges no images: give it as `base` of "
-                "ImagenCascadePipeline, or open it alone with ImagenPipeline."
-            )
+            raise ValueError(f"`{stage.name}` is {stage.shown}, a base stage, which enlarges no images: {AS_BASE}.")
 
 
 def check_text_widths(described: list[DescribedStage], given: dict[str, Any], hub: dict[str, Any]) -> None:

@@ -17,7 +17,8 @@ from ...diffusion.augmentation import (
 from ...diffusion.residual import SampleSpace
 from ...models.interface import LowResAugmentation, LowResUpsampling, StageNetwork
 from ...text.text_embeddings import drop_text
-from ..config import MIN_AUGMENTATION_SIGMA, TrainingConfig
+from ...utils.bounds import MIN_AUGMENTATION_SIGMA
+from ..config import TrainingConfig
 from ..data import Batch
 from ..data.pyramid import SUPPORT
 from .objectives import Objective
