@@ -13,8 +13,8 @@ from accelerate import PartialState
 
 from ..evaluation import METRICS, CaptionList, Evaluation, PictureSet, Setting, choose, load_clip, load_features
 from ..evaluation.drawing import digest_networks
-from ..evaluation.evaluator import DISTANCES, OF_FEATURES
-from ..evaluation.feature_networks import CLIP, NAMED, check_package
+from ..evaluation.evaluator import DISTANCES, OF_FEATURES, check_installed
+from ..evaluation.feature_networks import CLIP, NAMED, load_in_turn
 from ..pipelines import ImagenCascadePipeline
 from ..schedulers.schedule_checks import MAX_STEPS
 from ..utils.files import FolderHold, check_folder
@@ -30,13 +30,6 @@ if TYPE_CHECKING:
 
 MOST = 10_000_000  # pictures
 LONGEST_WAIT = timedelta(days=7)  # of a process for the others
-PACKAGES = {
-    "fid": "torchmetrics",
-    "kid": "torchmetrics",
-    "is": "torchmetrics",
-    "super-resolution": "torchmetrics",
-    "precision-recall": "torch_fidelity",
-}
 
 
 def add_parser(commands) -> None:
@@ -152,9 +145,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     check_folder(args.output_dir, "output-dir")
     check_device(args.device)
     check_model(args)
-    for metric in args.metrics:
-        if metric in PACKAGES:
-            check_package(PACKAGES[metric], "metrics", metric)
+    check_installed(args.metrics)
     needs_reference = [metric for metric in args.metrics if metric in (*DISTANCES, "nearest")]
     if needs_reference and args.reference is None:
         raise ValueError(f"`metrics` has {needs_reference[0]!r}, which needs real pictures: give --reference.")
@@ -164,9 +155,11 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def load_networks(args: argparse.Namespace, state: PartialState) -> tuple[Any, Any]:
     """What makes features and what compares pictures with captions, where a metric needs it."""
-    with state.main_process_first():  # which downloads
-        features = load_features(args.features, args.device) if set(args.metrics) & set(OF_FEATURES) else None
-        clip = load_clip(args.clip_model, args.device) if "clip" in args.metrics else None
+    features = clip = None
+    if set(args.metrics) & set(OF_FEATURES):
+        features = load_in_turn(state, lambda: load_features(args.features, args.device))
+    if "clip" in args.metrics:
+        clip = load_in_turn(state, lambda: load_clip(args.clip_model, args.device))
     return features, clip
 
 

@@ -37,7 +37,7 @@ from .pretrained_stage import find_pretrained
 from .run_identity import TEXT_ENCODER, describe_run, in_json
 from .sampling import StagePipeline, draw_samples, read_prompts, show_samples, stage_pipeline
 from .states import NetworkState, OptimizerState
-from .validation import ValidationLoss
+from .validation.held_out_loss import ValidationLoss
 
 
 logger = logging.get_logger(__name__)
