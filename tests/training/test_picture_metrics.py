@@ -19,12 +19,12 @@ from tiny_runs import (
     settings,
 )
 
-from diffusers_imagen import ImagenPipeline, ImagenSuperResolutionPipeline, ImagenUNetModel
+from diffusers_imagen import EDMHeunScheduler, ImagenPipeline, ImagenSuperResolutionPipeline, ImagenUNetModel
 from diffusers_imagen.evaluation import Features, frechet_distance, kernel_distance, load_clip, load_features
 from diffusers_imagen.evaluation.drawing import seed_of
 from diffusers_imagen.evaluation.feature_networks import TransformersFeatures
 from diffusers_imagen.evaluation.picture_sets import fitted
-from diffusers_imagen.training import TrainingConfig, train
+from diffusers_imagen.training import LoraTrainer, LoraTrainingConfig, TrainingConfig, train
 from diffusers_imagen.training.data.pyramid import reduce, to_float
 
 
@@ -224,6 +224,28 @@ def test_a_network_without_text_and_a_stream_are_measured(measured, monkeypatch)
     (line,) = records(config.output_dir)
     assert line["setting"]["guidance"] == [1.0] and line["pictures"] == 4  # the first rows
     assert len({pixels.tobytes() for pixels in pictures(config.output_dir).values()}) == 4
+
+
+def test_an_adapter_is_measured_as_it_is_loaded(measured, tmp_path):
+    ImagenPipeline(make_unet(), EDMHeunScheduler()).save_pretrained(tmp_path / "base")
+    alike = {
+        "preset": None,
+        "pretrained_model_name_or_path": str(tmp_path / "base"),
+        "validation_metrics": ["nearest"],
+    }
+    config = measured(**alike, max_train_steps=2, learning_rate=0.1)
+    adapted = LoraTrainingConfig(**vars(config), rank=2)
+    unet = make_unet()
+    LoraTrainer(adapted, unet, encode).train()
+    (found,) = figures(config.output_dir)
+    assert found.keys() == {"nearest, median cosine", "share above 0.98"}
+    pipe = ImagenPipeline.from_pretrained(tmp_path / "base")
+    options = {"num_inference_steps": 2, **encode([f"text {HELD_OUT[0]}"]).for_pipeline(None)}
+    plain = np.array(pipe(**options, generator=torch.Generator().manual_seed(seed_of(0, 0))).images[0], dtype=int)
+    pipe.load_lora_weights(config.output_dir)
+    own = np.array(pipe(**options, generator=torch.Generator().manual_seed(seed_of(0, 0))).images[0], dtype=int)
+    first = pictures(config.output_dir)["00000000.png"]
+    assert np.abs(own - first).max() <= 1 < np.abs(plain - first).max()
 
 
 def test_pictures_that_are_not_finite_do_not_end_the_run(measured, monkeypatch, caplog):

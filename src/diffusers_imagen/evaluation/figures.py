@@ -172,17 +172,19 @@ class Distances(NamedTuple):
         return metric.upper() if self.suffix is None else f"{short}-{self.suffix}"
 
     def measure(self, features: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> dict[str, Figure]:
-        """The figures of pictures against real ones, by label."""
-        drawn, real = features["features"], reference["features"]
+        """The figures of pictures against real ones, by label; the inception score needs no real ones."""
         found: dict[str, Figure] = {}
+        if "is" in self.metrics:
+            found["IS"] = inception_score(features["logits"])
+        if not set(self.metrics) - {"is"}:
+            return found
+        drawn, real = features["features"], reference["features"]
         if "fid" in self.metrics:
             found[self.label("fid")] = frechet_distance(drawn, real, self.resamples)
         if "kid" in self.metrics:
             found[self.label("kid")] = kernel_distance(drawn, real)
         if "precision-recall" in self.metrics:
             found["precision"], found["recall"] = precision_recall(drawn, real)
-        if "is" in self.metrics:
-            found["IS"] = inception_score(features["logits"])
         return found
 
 

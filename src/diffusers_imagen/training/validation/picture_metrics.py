@@ -27,7 +27,7 @@ from ..data.row_pictures import RowPictures, at_hand
 from ..data.sources import open_rows
 from ..monitor import VALIDATION, Records
 from ..sampling import StagePipeline, prompt_arguments
-from .metric_settings import MOST_IMAGES, MOST_REFERENCE
+from .metric_settings import MOST_IMAGES, MOST_REFERENCE, USED_BY
 
 
 logger = logging.get_logger(__name__)
@@ -121,9 +121,10 @@ class PictureMetrics:
 
     def open_pictures(self, split: str, argument: str, with_text: bool) -> RowPictures:
         """The pictures of a split."""
-        config = self.config
-        most = max(config.validation_num_images or MOST_IMAGES, config.validation_num_reference or MOST_REFERENCE)
-        rows = at_hand(open_rows(config, split, with_text), most)
+        config, most = self.config, [self.config.validation_num_images or MOST_IMAGES]
+        if set(self.wanted) & set(USED_BY["validation_num_reference"]):
+            most.append(config.validation_num_reference or MOST_REFERENCE)
+        rows = at_hand(open_rows(config, split, with_text), max(most))
         return RowPictures(rows, config, split, argument, with_text)
 
     def choose_rows(self, name: str, pictures: RowPictures, metrics: tuple[str, ...], most: int) -> list[int]:
@@ -269,8 +270,8 @@ class PictureMetrics:
         low = self.config.low_resolution
         if low is None or "super-resolution" not in self.wanted:
             return {}
-        place = (self.indices, low, self.config.resolution, self.state)
-        own, bicubic = (upscaling_figures(files, self.held_out, *place)[method] for method in METHODS)
+        found = upscaling_figures(files, self.held_out, self.indices, low, self.config.resolution, self.state)
+        own, bicubic = (found[method] for method in METHODS)
         return own | {f"bicubic, {label}": figure for label, figure in bicubic.items()}
 
     def finish(self, step: int, made: dict[str, Features], figures: dict[str, Figure]) -> Row:
