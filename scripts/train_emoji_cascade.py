@@ -32,6 +32,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -136,8 +137,10 @@ class TimedTrainer(Trainer):
         most (`int`, *optional*): Steps that there are at most.
     """
 
-    def __init__(self, config: TrainingConfig, unet: Any, progress: Progress, most: int | None = None):
-        super().__init__(config, unet)
+    def __init__(
+        self, config: TrainingConfig, unet: Any, progress: Progress, most: int | None = None, text: Any = None
+    ):
+        super().__init__(config, unet, text)
         self.progress, self.most, self.began = progress, most, time.monotonic()
 
     def start(self) -> int:
@@ -181,7 +184,8 @@ class TimedTrainer(Trainer):
         super().after_step(done, progress, interruption)
 
     def validate(self, done: int) -> None:
-        with torch.compiler.set_stance("force_eager"):  # no graph of its own for a few batches
+        # a few batches are not worth a graph of their own
+        with torch.compiler.set_stance("force_eager") if self.config.torch_compile else nullcontext():
             super().validate(done)
 
 
