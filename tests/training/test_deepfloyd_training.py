@@ -142,7 +142,7 @@ def test_loss_and_gradient_are_those_of_diffusers(stage):
     config = TrainingConfig(preset="emoji_base_64", text_drop_rate=0.5, **DISCRETE)
     objective = make_objective(config)
     no_text = torch.randn(1, TOKENS, TEXT_WIDTH, generator=torch.Generator().manual_seed(4))
-    conditioning = Conditioning.of(ours, no_text)
+    conditioning = Conditioning.of(ours, no_text=no_text)
     given = to_device(batch, torch.device("cpu"), conditioning=conditioning)
     draws = StepDraws(objective, seed=0)
     draws.begin(0, 0, 4)

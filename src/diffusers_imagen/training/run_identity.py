@@ -26,7 +26,14 @@ ANOTHER_RUN = (
     ),
     *("train_split", "split_column", "styles", "balance_by", "weight_column", "max_train_samples"),
     *("resolution", "center_crop", "random_flip", "background", "min_resolution", "aspect_ratio_buckets"),
-    *("bucket_step", "low_resolution", "crop_size", "degradation_blur_sigma", "degradation_jpeg_quality"),
+    *(
+        "bucket_step",
+        "low_resolution",
+        "low_resolution_column",
+        "crop_size",
+        "degradation_blur_sigma",
+        "degradation_jpeg_quality",
+    ),
     *("tokenizer_max_length", "preconditioning", "sigma_data", "p_mean", "p_std", "prediction_type", "beta_schedule"),
     *("loss", "loss_weighting", "snr_gamma", "stratified_noise", "text_drop_rate"),
     *("noise_conditioning_augmentation", "use_ema", "ema_type", "ema_stds", "use_8bit_adam"),
@@ -72,7 +79,6 @@ LATER_OPTIONS = {
     "unet low_res_augmentation": "edm",
     "unet trained_beta_schedule": None,
     "unet low_res_upsampling": "bicubic",
-    "unet residual_scale": None,
 }
 
 

@@ -77,6 +77,9 @@ class DataConfig:
     bucket_step: int = arg(16, "Height and width of automatic buckets are multiples of this.")
 
     low_resolution: int | None = arg(None, "Resolution of the conditioning image of a super-resolution stage.")
+    low_resolution_column: str | None = arg(
+        None, "Column with the images that super-resolution enlarges; without it, reductions of the images."
+    )
     crop_size: int | None = arg(None, "Height and width of the aligned random crops that super-resolution trains on.")
     degradation_blur_sigma: list[float] | None = field(
         default=None,
@@ -106,6 +109,9 @@ class DataConfig:
             ) from None
         if self.crop_size is not None and self.low_resolution is None:
             raise ValueError(f"`crop_size` is {self.crop_size}, but only super-resolution (`low_resolution`) crops.")
+        if self.low_resolution_column is not None and self.low_resolution is None:
+            column = self.low_resolution_column
+            raise ValueError(f"`low_resolution_column` is {column!r}, but there is no `low_resolution` to read it at.")
         if self.low_resolution is not None:
             self._check_pyramid(self.low_resolution)
         self._check_degradation("degradation_blur_sigma", 0, float("inf"))
