@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUTPUT_DIR ?= outputs
 DATASET_DIR ?= data/emoji
-SOURCES := src scripts examples tests
+SOURCES := src scripts examples tests packages setup.py
 TEXTS := docs README.md CHANGELOG.md CONTRIBUTING.md
 
 # PROMPT reaches the script through the environment: quotes, dollar signs and other shell characters stay as they are typed.
@@ -21,7 +21,7 @@ endif
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := setup
-.PHONY: help setup venv demo test style quality docs dataset clean
+.PHONY: help setup venv demo test style quality docs dataset dist clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' \
@@ -58,8 +58,16 @@ docs: $(VENV)/.installed ## write the pages that are made of the code: docs/stru
 dataset: $(VENV)/.installed ## build the captioned emoji set in data/emoji (needs npm)
 	$(BIN)/python scripts/build_emoji_dataset.py --output_dir "$(DATASET_DIR)"
 
+dist: $(VENV)/.dist ## build the wheels and the source distribution in dist/, and check them
+	rm -rf dist build packages/emoji/build
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m build --no-isolation --wheel --outdir dist packages/emoji
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python scripts/check_dist.py dist
+
 clean: ## remove .venv, outputs, build products and caches
-	rm -rf $(VENV) outputs build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) outputs build dist src/*.egg-info packages/emoji/build packages/emoji/*.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
@@ -74,4 +82,8 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 
 $(VENV)/.quality: $(VENV)/.installed
 	$(BIN)/python -m pip install -c constraints.txt -e ".[quality]"
+	@touch $@
+
+$(VENV)/.dist: $(VENV)/.installed
+	$(BIN)/python -m pip install -c constraints.txt -e ".[dist]"
 	@touch $@

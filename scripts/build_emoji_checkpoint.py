@@ -56,7 +56,7 @@ A small Imagen cascade ([arXiv 2205.11487](https://arxiv.org/abs/2205.11487)) th
 import torch
 from diffusers_imagen import ImagenCascadePipeline
 
-pipe = ImagenCascadePipeline.from_pretrained("checkpoints/imagen-emoji")
+pipe = ImagenCascadePipeline.from_pretrained("imagen-emoji")
 out = pipe("a 3d render of a tiger face", generator=torch.Generator().manual_seed(0))
 out.images[0].save("tiger.png")
 ```

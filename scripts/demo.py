@@ -17,11 +17,12 @@ from diffusers_imagen.commands.common import (
     save_image,
     slug_of,
 )
-from diffusers_imagen.commands.model_arguments import SHIPPED_MODEL, load_cascade
+from diffusers_imagen.commands.model_arguments import load_cascade
 from diffusers_imagen.commands.parser import Parser, check_numbers, check_prompt, refuse_empty
 from diffusers_imagen.utils.errors import run_to_exit_code
 from diffusers_imagen.utils.files import check_writable
 from diffusers_imagen.utils.grid import captioned_grid
+from diffusers_imagen.utils.shipped import NAME, find_source
 
 
 PROMPTS = [
@@ -37,7 +38,7 @@ PROMPTS = [
 def parse_args() -> argparse.Namespace:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompt", action="append", help="your own prompt; may be given several times")
-    parser.add_argument("--model", default=str(SHIPPED_MODEL), help="folder or Hub id; default: the shipped cascade")
+    parser.add_argument("--model", default=NAME, help="folder or Hub id; default: the shipped cascade")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs"))
     per_stage = {"nargs": "+", "help": "one value a stage; default: each stage's own"}
     parser.add_number("--num_inference_steps", int, 1, MAX_STEPS, **per_stage)
@@ -55,7 +56,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     prompts = args.prompt or PROMPTS
-    pipe = load_cascade(args.model)
+    pipe = load_cascade(str(find_source(args.model)))
     out = pipe(
         prompts,
         num_inference_steps=args.num_inference_steps,

@@ -17,7 +17,7 @@ from diffusers_imagen.training.settings import hints_of
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "training_flags.md"
 INTRODUCTION = """# Training flags
 
-Written by `scripts/write_training_flags.py`. Each is a flag of `scripts/train_imagen.py`, an entry of the YAML file given as `--config`, and a field of `TrainingConfig`; [training.md](training.md) shows them at work.
+Written by `scripts/write_training_flags.py`. Each is a flag of `diffusers-imagen train` and of `scripts/train_imagen.py`, an entry of the YAML file given as `--config`, and a field of `TrainingConfig`; [training.md](training.md) shows them at work.
 
 The last column says what a run that goes on from a checkpoint may do with a setting:
 """
@@ -29,13 +29,17 @@ ON_RESUME = {
     "NOT_COMPARED": ("-", "it may change"),
 }
 SECTIONS = (
-    (DataConfig, "Data", "Of every training script."),
-    (TrainingConfig, "Network, objective and loop", "Of every training script."),
-    (LoraTrainingConfig, "LoRA", "Of `scripts/train_imagen_lora.py` and `scripts/train_imagen_dreambooth.py`."),
+    (DataConfig, "Data", "Of every training command."),
+    (TrainingConfig, "Network, objective and loop", "Of every training command."),
+    (
+        LoraTrainingConfig,
+        "LoRA",
+        "Of `train-lora` (`scripts/train_imagen_lora.py`) and `train-dreambooth` (`scripts/train_imagen_dreambooth.py`).",
+    ),
     (
         DreamBoothTrainingConfig,
         "DreamBooth",
-        "Of `scripts/train_imagen_dreambooth.py`, some with other defaults there.",
+        "Of `train-dreambooth`, some with other defaults there.",
     ),
 )
 

@@ -11,12 +11,13 @@ from types import ModuleType
 import pytest
 
 import diffusers_imagen
-from diffusers_imagen import conversion, evaluation, pipelines, schedulers
+from diffusers_imagen import conversion, diffusion, evaluation, pipelines, schedulers, training
 from diffusers_imagen._register import add_names
+from diffusers_imagen.training import data
 from diffusers_imagen.utils.imports import FINDER, AwaitedModules, after_import, lazy_names
 
 
-LAZY = (diffusers_imagen, conversion, evaluation, pipelines, schedulers)
+LAZY = (diffusers_imagen, conversion, data, diffusion, evaluation, pipelines, schedulers, training)
 SLOW = ("accelerate", "datasets", "diffusers", "peft", "torch", "transformers")
 
 
@@ -60,7 +61,7 @@ def test_names_are_those_that_type_checkers_see(package):
     tree = ast.parse(Path(package.__file__).read_text(encoding="utf-8"))
     (block,) = (node for node in tree.body if isinstance(node, ast.If) and node.test.id == "TYPE_CHECKING")
     typed = {name.name: f"{package.__name__}.{node.module}" for node in block.body for name in node.names}
-    assert set(package.__all__) - {"register_network"} == set(typed)
+    assert set(package.__all__) - {"register_network", "shipped_cascade"} == set(typed)
     for name, module in typed.items():
         assert getattr(package, name) is getattr(importlib.import_module(module), name)
     assert set(package.__all__) <= set(dir(package))

@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 
 from diffusers_imagen import EfficientUNetModel, ImagenCascadePipeline, ImagenUNetModel
-from diffusers_imagen.commands.model_arguments import SHIPPED_MODEL
+from diffusers_imagen.utils.shipped import shipped_cascade
 
 
 ROOT = Path(__file__).parents[1]
+SHIPPED_MODEL = shipped_cascade()
 MIB = 2**20
 
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from ._register import register, register_network
 from .utils.imports import lazy_names
+from .utils.shipped import shipped_cascade
 
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ __all__ = [
     "ImagenSuperResolutionPipeline",
     "ImagenUNetModel",
     "register_network",
+    "shipped_cascade",
 ]
 
 # torch, transformers and diffusers take seconds to import, and `--help` needs none of them

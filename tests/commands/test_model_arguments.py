@@ -16,6 +16,7 @@ from diffusers_imagen import (
 )
 from diffusers_imagen.commands import model_arguments
 from diffusers_imagen.pipelines.loading import folders, stage_loading
+from diffusers_imagen.utils import shipped
 
 
 @pytest.fixture
@@ -179,3 +180,30 @@ def test_a_folder_without_an_index_is_a_stage(run, stages, folder, cascade):
     (folder / "base" / "model_index.json").write_text(json.dumps([]))
     code, _, error = run("generate", "a red apple", "--model", stages["base"], *text)
     assert code == 2 and "holds a JSON list" in error[-1]
+
+
+DRAWING = {
+    "generate": ["a red apple"],
+    "upscale": ["picture.png"],
+    "inpaint": ["picture.png", "mask.png", "a red apple"],
+    "demo": ["--port", 0],
+    "evaluate": ["--captions", "prompts.txt", "--metrics", "nearest", "--reference", ".", "--output-dir", "out"],
+}
+
+
+@pytest.mark.parametrize("command", DRAWING)
+def test_without_a_model_and_without_the_shipped_one_a_line_says_what_to_install(run, folder, monkeypatch, command):
+    monkeypatch.setattr(shipped, "IN_A_CLONE", folder)
+    monkeypatch.setattr(shipped, "entry_points", lambda **chosen: ())
+    before = sorted(folder.iterdir())
+    code, _, error = run(command, *DRAWING[command])
+    assert code == 2 and len(error) == 1 and sorted(folder.iterdir()) == before
+    assert "pip install 'diffusers-imagen[emoji-weights]'" in error[0] and "(--model)" in error[0]
+
+
+def test_the_shipped_model_goes_by_its_name(run, stages, cascade, monkeypatch, folder):
+    monkeypatch.setattr(shipped, "IN_A_CLONE", folder / "cascade")
+    drawn = expected(cascade, "a red apple", num_inference_steps=2)
+    for model in ([], ["--model", "imagen-emoji"], ["--model", stages["cascade"], "--text-encoder", "imagen-emoji"]):
+        assert run("generate", "a red apple", "--steps", 2, "--output", "x.png", *model)[0] == 0
+        np.testing.assert_array_equal(pixels("x.png"), drawn)

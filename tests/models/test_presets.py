@@ -17,7 +17,7 @@ NEMO = {
 SHIPPED = {
     "emoji_base_32": (ImagenUNetModel, 13_401_988),
     "emoji_base_64": (ImagenUNetModel, 13_555_588),
-    "emoji_sr_256": (EfficientUNetModel, 5_348_372),
+    "emoji_sr_256": (EfficientUNetModel, 4_448_275),
 }
 
 

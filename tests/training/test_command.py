@@ -11,15 +11,16 @@ from huggingface_hub import errors as hub_errors
 from tiny_runs import encode, make_unet
 
 from diffusers_imagen.training import DreamBoothTrainingConfig, Trainer, TrainingConfig, export
-from diffusers_imagen.training.command import main
+from diffusers_imagen.training.command import run_training
 from diffusers_imagen.training.interruption import TrainingInterrupted
+from diffusers_imagen.utils.errors import run_program
 
 
 def ends(monkeypatch, capsys, flags: str, make_trainer=Trainer, config_class=TrainingConfig) -> tuple[int, str]:
     """Exit code, and what stderr says."""
     monkeypatch.setattr(sys, "argv", ["scripts/train.py", *flags.split()])
     with pytest.raises(SystemExit) as ended:
-        main(config_class, make_trainer)
+        run_program(lambda: run_training(config_class, lambda: make_trainer))
     return ended.value.code, capsys.readouterr().err
 
 

@@ -49,7 +49,10 @@ def test_misfits_of_a_base_network(settings, with_text, message):
 
 
 def test_misfits_of_a_super_resolution_network():
-    unet = create_unet("emoji_sr_256", **TINY, attention_types=(None, None, "cross"), layers_per_block=1)
+    conditioning = {"encoder_hid_dim": 384, "low_res_noise_conditioning": True}
+    unet = create_unet(
+        "emoji_sr_256", **TINY, **conditioning, attention_types=(None, None, "cross"), layers_per_block=1
+    )
     check_network(config_of(resolution=256, low_resolution=64, crop_size=64), unet, True)
     with pytest.raises(ValueError, match="`crop_size` gives images of 6x6, but .* multiples of 4"):
         check_network(config_of(resolution=256, low_resolution=128, crop_size=6), unet, True)

@@ -1,5 +1,6 @@
 """Images in the cells of a data set, in files of every quality."""
 
+import io
 import json
 import logging
 from dataclasses import replace
@@ -11,13 +12,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from diffusers_imagen.diffusion.augmentation import upsample_low_res
 from diffusers_imagen.training import TrainingConfig
 from diffusers_imagen.training.data import make_train_batches
 from diffusers_imagen.training.data.captions import speaks_of_sides
 from diffusers_imagen.training.data.data_config import make_buckets
-from diffusers_imagen.training.data.pixels import BadImage, fit_image, read_image
-from diffusers_imagen.training.data.pyramid import crop, crop_both, degrade, reduce, to_float
+from diffusers_imagen.training.data.pixels import BadImage, fit_image, read_fitting, read_image
+from diffusers_imagen.training.data.pyramid import SUPPORT, crop, crop_both, crop_wider, degrade, reduce, to_float
 from diffusers_imagen.training.data.slot_draws import DRAWS_PER_SLOT, JPEG
+from diffusers_imagen.training.objective.losses import Conditioning
 
 
 def test_images_are_cropped_before_they_are_resized():
@@ -82,7 +85,15 @@ def test_a_crop_of_the_reduction_is_that_of_the_whole_image():
         for top, left, size in ((0, 0, 16), (3, 5, 24), ((64 - 16) // factor, (96 - 16) // factor, 16), (0, 0, 64)):
             image, low_res = crop_both(pixels, factor, top, left, size)
             assert torch.equal(image, crop(pixels, top * factor, left * factor, size))
-            torch.testing.assert_close(low_res, crop(whole, top, left, size // factor), atol=2e-6, rtol=0)
+            padded = F.pad(whole[None], (SUPPORT,) * 4, mode="replicate")[0]
+            expected = crop(padded, top, left, size // factor + 2 * SUPPORT)
+            torch.testing.assert_close(low_res, expected, atol=2e-6, rtol=0)
+            assert torch.equal(crop_wider(whole, top, left, size // factor), expected)
+            # for a network that enlarges the crop as a pipeline enlarges the whole image
+            conditioning = Conditioning(low_res_margin=SUPPORT)
+            enlarged = crop(upsample_low_res(whole[None], (64, 96))[0], factor * top, factor * left, size)
+            own = conditioning.upsample(low_res[None], (size, size))[0]
+            torch.testing.assert_close(own, enlarged, atol=5e-6, rtol=0)
 
 
 def sr_config(**kwargs) -> TrainingConfig:
@@ -215,3 +226,46 @@ def test_a_batch_has_the_shape_of_its_images(tmp_path):
         grey = ((batch.images + 1) * 127.5).round().unique().tolist()
         seen.add((tuple(batch.images.shape[2:]), tuple(batch.low_res.shape[2:]), *grey))
     assert seen == {((8, 32), (2, 8), 100), ((32, 8), (8, 2), 200)}
+
+
+def jpeg(width: int, height: int, **options) -> bytes:
+    """Smooth colours under fine lines, as a JPEG file."""
+    x, y = np.meshgrid(np.arange(width), np.arange(height))
+    waves = [np.sin(x / 31) * 60 + np.sin(y / 17) * 50, np.cos((x + y) / 23) * 90, np.sin(x * y / 9000) * 70]
+    pixels = np.stack([128 + wave + 20 * ((x // 3 + y // 5) % 2) for wave in waves], axis=-1)
+    file = io.BytesIO()
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=92, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("width, height, side, decoded", [(800, 640, 64, (200, 160)), (1024, 512, 32, (128, 64))])
+def test_large_jpeg_files_are_decoded_at_a_part_of_their_size(width, height, side, decoded):
+    for options in ({}, {"progressive": True}):
+        file = jpeg(width, height, **options)
+        image = read_fitting(file, (side, side))
+        assert image.size == decoded
+        error = fit_image(image, side, side).astype(float) - fit_image(read_image(file), side, side)
+        assert 10 * np.log10(255**2 / np.mean(error**2)) > 44 and np.abs(error).max() <= 14
+
+
+def test_a_file_without_pixels_to_spare_is_decoded_as_it_is():
+    file = jpeg(120, 100)
+    assert np.array_equal(read_fitting(file, (64, 64)), read_image(file))
+    large = np.asarray(Image.open(io.BytesIO(jpeg(512, 512))))
+    png = io.BytesIO()
+    Image.fromarray(large).save(png, "PNG")
+    assert np.array_equal(read_fitting(png.getvalue(), (16, 16)), large)
+
+
+def test_the_smallest_side_is_that_of_the_file():
+    file = jpeg(512, 400)
+    assert read_fitting(file, (32, 32), min_resolution=400).size == (128, 100)
+    with pytest.raises(BadImage, match="512x400 is below `min_resolution` 401"):
+        read_fitting(file, (32, 32), min_resolution=401)
+
+
+def test_an_upright_picture_has_enough_pixels_both_ways():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    image = read_fitting(jpeg(800, 300, exif=exif), (64, 32))
+    assert image.size == (150, 400)

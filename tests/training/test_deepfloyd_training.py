@@ -32,7 +32,7 @@ from diffusers_imagen.training import (
     Trainer,
     TrainingConfig,
 )
-from diffusers_imagen.training.command import main
+from diffusers_imagen.training.command import run_training
 from diffusers_imagen.training.data import Batch
 from diffusers_imagen.training.finetuning.dreambooth import make_trainer
 from diffusers_imagen.training.network import make_unet
@@ -40,6 +40,7 @@ from diffusers_imagen.training.objective.losses import Conditioning, denoising_l
 from diffusers_imagen.training.objective.objectives import make_objective
 from diffusers_imagen.training.objective.step_draws import StepDraws
 from diffusers_imagen.training.pretrained_stage import find_pretrained
+from diffusers_imagen.utils.errors import run_program
 
 
 DISCRETE = {"preconditioning": "discrete"}
@@ -118,7 +119,7 @@ def run_script(monkeypatch, settings: dict, config_class=TrainingConfig, trainer
     monkeypatch.setattr(sys, "argv", ["train.py", *flags])
     tiny_runs.reset_accelerate()
     with pytest.raises(SystemExit) as ended:
-        main(config_class, trainer)
+        run_program(lambda: run_training(config_class, lambda: trainer))
     return ended.value.code
 
 
@@ -142,7 +143,7 @@ def test_loss_and_gradient_are_those_of_diffusers(stage):
     config = TrainingConfig(preset="emoji_base_64", text_drop_rate=0.5, **DISCRETE)
     objective = make_objective(config)
     no_text = torch.randn(1, TOKENS, TEXT_WIDTH, generator=torch.Generator().manual_seed(4))
-    conditioning = Conditioning(ours.low_res_augmentation, no_text)
+    conditioning = Conditioning.of(ours, no_text=no_text)
     given = to_device(batch, torch.device("cpu"), conditioning=conditioning)
     draws = StepDraws(objective, seed=0)
     draws.begin(0, 0, 4)

@@ -65,7 +65,7 @@ def test_a_super_resolution_stage_trains_on_aligned_crops(make_config):
     shapes = set()
     unet.register_forward_pre_hook(lambda module, args: shapes.add((args[0].shape, args[4].shape, args[5].shape)))
     train(config, unet, encode)
-    assert shapes == {((4, 3, 16, 16), (4, 3, 4, 4), (4,))}
+    assert shapes == {((4, 3, 16, 16), (4, 3, 16, 16), (4,))}  # enlarged with the surroundings of the crop
     curve = losses(config.output_dir)
     assert curve[-1] < 0.4 * curve[0]
     stage = EfficientUNetModel.from_pretrained(config.output_dir, subfolder="unet")

@@ -5,9 +5,11 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import pytest
 
+from diffusers_imagen.utils import files
 from diffusers_imagen.utils.files import (
     FolderHold,
     check_folder,
@@ -21,10 +23,10 @@ from diffusers_imagen.utils.files import (
 )
 
 
-HOLD = """
-import os, sys, time
-from diffusers_imagen.utils.files import FolderHold, check_writable, read_json_object, sha256, whole_file, whole_folder, write_json
-hold = FolderHold(sys.argv[1], "output_dir")
+# a module of files alone, as the whole package takes seconds to import
+HOLD = f"""
+import os, runpy, sys, time
+hold = runpy.run_path({files.__file__!r})["FolderHold"](sys.argv[1], "output_dir")
 if sys.argv[2] == "fork" and os.fork() == 0:
     time.sleep(60)
 print("held", flush=True)
@@ -58,12 +60,74 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
     assert os.listdir(tmp_path) == ["stage"] and (tmp_path / "stage" / "a").read_text() == "whole"
 
 
-def test_a_folder_is_written_where_a_killed_process_of_the_same_number_left_half(tmp_path):
-    """In a container the main process has the same number at every start."""
-    (partial_of(tmp_path / "stage") / "unet").mkdir(parents=True)
-    with whole_folder(tmp_path / "stage") as partial:
+WRITE = f"""
+import runpy, sys, time
+from pathlib import Path
+with runpy.run_path({files.__file__!r})["whole_folder"](sys.argv[1]) as partial:
+    Path(partial, "a").write_text("half")
+    print(partial.name, flush=True)
+    time.sleep(60)
+"""
+
+
+@contextmanager
+def write_elsewhere(folder):
+    """A process that is writing a folder, and is killed at the end; its name of what is half-written."""
+    process = subprocess.Popen([sys.executable, "-c", WRITE, str(folder)], stdout=subprocess.PIPE, text=True)
+    try:
+        yield process.stdout.readline().strip()
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+
+
+def write(folder) -> None:
+    with whole_folder(folder) as partial:
         (partial / "a").write_text("whole")
-    assert os.listdir(tmp_path) == ["stage"] and os.listdir(tmp_path / "stage") == ["a"]
+
+
+def test_what_a_killed_process_left_of_a_folder_goes_and_what_a_living_one_writes_stays(tmp_path):
+    with write_elsewhere(tmp_path / "stage") as half:
+        assert sorted(os.listdir(tmp_path)) == sorted([half, ".stage.partial.lock"])
+        with pytest.raises(ValueError, match="^'.*/stage' is being written by another process: wait for its end"):
+            write(tmp_path / "stage")
+        assert (tmp_path / half / "a").read_text() == "half"  # it goes on
+        write(tmp_path / "stage.1")  # others are no concern of it
+        assert sorted(os.listdir(tmp_path)) == sorted([half, ".stage.partial.lock", "stage.1"])
+    assert (tmp_path / half).is_dir()  # nobody removed it
+    write(tmp_path / "stage")
+    assert sorted(os.listdir(tmp_path)) == ["stage", "stage.1"]
+    assert (tmp_path / "stage" / "a").read_text() == "whole"
+
+
+def test_only_what_is_left_of_the_same_folder_goes(tmp_path):
+    """A number says nothing of whether its process lives: it may be another machine's, or this one's by chance."""
+    gone = [partial_of(tmp_path / "stage").name, ".stage.1.partial", f".stage.{os.getppid()}.partial"]
+    stays = [".stage.a.partial", ".stage.2.7.partial", ".other.7.partial", "stage.7.partial", ".stage.7.partial2"]
+    for name in (*gone, *stays):
+        (tmp_path / name / "unet").mkdir(parents=True)
+    (tmp_path / ".stage.8.partial").write_text("a file, which others write")
+    write(tmp_path / "stage")
+    assert sorted(os.listdir(tmp_path)) == sorted([*stays, ".stage.8.partial", "stage"])
+    assert os.listdir(tmp_path / "stage") == ["a"]
+
+
+def test_a_folder_is_written_once_at_a_time_in_a_process_too(tmp_path):
+    with whole_folder(tmp_path / "stage") as partial:
+        with pytest.raises(ValueError, match="being written"):
+            write(tmp_path / "stage")
+        assert partial.is_dir()
+    write(tmp_path / ("n" * 255))  # the longest name that there is
+    assert sorted(os.listdir(tmp_path)) == ["n" * 255, "stage"]
+
+
+def test_who_holds_a_folder_leaves_what_others_are_writing_into_it(tmp_path):
+    with write_elsewhere(tmp_path / "stage") as half:
+        FolderHold(tmp_path, "output_dir").release()
+        assert (tmp_path / half / "a").read_text() == "half"
+    FolderHold(tmp_path, "output_dir").release()
+    assert os.listdir(tmp_path) == [".lock"]
 
 
 def test_who_holds_a_folder_is_told_without_the_arguments_of_its_command(tmp_path, monkeypatch):

@@ -2,7 +2,6 @@
 
 import argparse
 import errno
-import importlib.util
 import ipaddress
 import os
 import signal
@@ -11,6 +10,7 @@ import sys
 import tempfile
 
 from ..utils.arguments import bad_argument
+from ..utils.packages import require_packages
 from .common import check_device
 from .model_arguments import add_model_arguments, check_model, load_pipeline, sources_of
 from .parser import Parser
@@ -28,8 +28,7 @@ def add_arguments(command: Parser) -> None:
 
 def demo(args: argparse.Namespace) -> None:
     """Serves the page until interrupted."""
-    if importlib.util.find_spec("gradio") is None:
-        raise ValueError("the demo needs gradio: pip install 'diffusers-imagen[demo]'")
+    require_packages("the demo", "demo", "gradio")
     check_device(args.device)
     check_model(args)
     port = find_port(args.host, args.port)

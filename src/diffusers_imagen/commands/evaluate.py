@@ -12,9 +12,10 @@ from .. import evaluation
 from ..evaluation.choices import CLIP, DISTANCES, METRICS, NAMED, OF_FEATURES
 from ..utils.bounds import MAX_STEPS
 from ..utils.files import FolderHold, check_folder
+from ..utils.shipped import NAME
 from .common import MAX_GUIDANCE, MAX_SEED, MAX_SIZE, check_device
 from .generate import read_lines
-from .model_arguments import SHIPPED_MODEL, add_model_arguments, check_model, load_model, place, use_scheduler
+from .model_arguments import add_model_arguments, check_model, load_model, place, use_scheduler
 from .parser import Parser, check_prompt
 
 
@@ -134,7 +135,7 @@ def evaluate(args: argparse.Namespace) -> None:
         seed=args.seed,
         batch_size=args.batch_size,
         resamples=args.resamples,
-        source=args.model or str(SHIPPED_MODEL),
+        source=args.model or NAME,
         model=model,
     )
     with ExitStack() as stack:

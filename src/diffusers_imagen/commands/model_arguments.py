@@ -4,13 +4,13 @@ import argparse
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from .. import pipelines, schedulers
 from ..pipelines.stage_table import AS_BASE, AS_STAGES, AS_UPSCALER, STAGES, most_steps
+from ..utils.shipped import find_source, shipped_cascade
 from .parser import Default, Parser
 
 
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
     from ..pipelines import ImagenCascadePipeline, ImagenSuperResolutionPipeline
 
-# an editable install finds the cascade that the repository ships
-SHIPPED_MODEL = Path(__file__).resolve().parents[3] / "checkpoints" / "imagen-emoji"
 UPSCALERS = tuple(kind.name for kind in STAGES if kind.takes_low_res)
 CASCADE = "ImagenCascadePipeline"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -120,9 +118,13 @@ def check_sources(given: dict[str, str], upscaler_alone: bool) -> None:
 
 
 def sources_of(args: argparse.Namespace) -> dict[str, str]:
-    """The folders and Hub ids of the stages that were named, by option; the shipped cascade if none was."""
+    """The folders and Hub ids of the stages that were named, by option; the shipped cascade if none was.
+
+    Raises:
+        ValueError: If that is not installed.
+    """
     given = {name: getattr(args, name) for name in ("model", *UPSCALERS) if getattr(args, name) is not None}
-    return given or {"model": str(SHIPPED_MODEL)}
+    return {name: str(find_source(source)) for name, source in given.items()} or {"model": str(shipped_cascade())}
 
 
 def load_pipeline(args: argparse.Namespace) -> "ImagenCascadePipeline | ImagenSuperResolutionPipeline":
@@ -170,7 +172,7 @@ def load_options(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     options = {"dtype": getattr(torch, args.dtype), "variant": args.variant}
-    return options if args.text_encoder is None else {**options, "text_encoder": args.text_encoder}
+    return options if args.text_encoder is None else {**options, "text_encoder": find_source(args.text_encoder)}
 
 
 def load_cascade(model: str, **options: Any) -> "ImagenCascadePipeline":

@@ -40,7 +40,13 @@ class Parser(BothSpellings):
     """A parser that wants options in full, reports errors in one line, and knows the ranges of numbers.
 
     Subparsers are of the same class.
+
+    Attributes:
+        unread (`bool`): Whether its arguments are left as they are, `--help` too, for a parser that is made later: they
+            are the list `arguments` of the namespace.
     """
+
+    unread = False
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
@@ -69,6 +75,8 @@ class Parser(BothSpellings):
         return f"{message.rstrip('.')} ({flags})." if flags else message
 
     def parse_known_args(self, args=None, namespace=None):
+        if self.unread:
+            return argparse.Namespace(**self._defaults, arguments=list(args)), []
         namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:
             self.error(self.describe_unknown(unknown[0]))

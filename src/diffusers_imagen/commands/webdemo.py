@@ -25,7 +25,7 @@ from ..pipelines import ImagenCascadePipeline
 from ..pipelines.content_filter import finish_images
 from ..pipelines.origin import licenses_of
 from ..utils.arguments import is_finite
-from .model_arguments import SHIPPED_MODEL
+from ..utils.shipped import NAME
 
 
 # what the shipped cascade draws, and what models draw that were trained on pictures of all kinds
@@ -237,7 +237,7 @@ def title(stage) -> str:
 
 def examples_for(sources: tuple[str, ...]) -> list[str]:
     """Prompts to try: of what the model was trained on."""
-    is_emoji = any(Path(source).name == SHIPPED_MODEL.name for source in sources)
+    is_emoji = any(Path(source).name == NAME for source in sources)
     return EMOJI_EXAMPLES if is_emoji else EXAMPLES
 
 

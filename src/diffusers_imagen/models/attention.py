@@ -12,6 +12,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import nn
 
 from .embeddings import TextContext, TextKeyValue
+from .normalization import GroupNorm
 
 
 AttentionType = Literal["self", "cross", "stacked", "fused"]  # each has its entry in ATTENTION_TYPES
@@ -129,13 +130,13 @@ class ImagenAttention(AttentionBlock, AttentionModuleMixin):
         self.reads_image = attention_type != "cross"
         self.reads_text = self.is_cross_attention = attention_type != "self"
 
-        self.norm = nn.GroupNorm(norm_num_groups, channels)
+        self.norm = GroupNorm(norm_num_groups, channels)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels if self.reads_image else context_dim, channels)
         self.to_v = nn.Linear(channels if self.reads_image else context_dim, channels)
-        self.norm_context = nn.GroupNorm(norm_num_groups, context_dim) if self.reads_text else None
+        self.norm_context = GroupNorm(norm_num_groups, context_dim) if self.reads_text else None
         fused = attention_type == "fused"  # a second norm of the image for its keys and values, and those of the text
-        self.norm_kv = nn.GroupNorm(norm_num_groups, channels) if fused and not shared_norm else None
+        self.norm_kv = GroupNorm(norm_num_groups, channels) if fused and not shared_norm else None
         self.add_k_proj = nn.Linear(context_dim, channels) if fused else None
         self.add_v_proj = nn.Linear(context_dim, channels) if fused else None
         self.to_out = nn.ModuleList([zero_init(nn.Linear(channels, channels))])
@@ -194,11 +195,11 @@ class StackedAttention(AttentionBlock):
 
     def __init__(self, channels: int, heads: int, context_dim: int, norm_num_groups: int = 32):
         super().__init__()
-        self.norm = nn.GroupNorm(norm_num_groups, channels)
+        self.norm = GroupNorm(norm_num_groups, channels)
         self.proj_in = nn.Conv2d(channels, channels, 1)
         self.attn1 = ImagenAttention(channels, heads, "self", norm_num_groups=norm_num_groups)
         self.attn2 = ImagenAttention(channels, heads, "cross", context_dim, norm_num_groups)
-        self.norm_ff = nn.GroupNorm(norm_num_groups, channels)
+        self.norm_ff = GroupNorm(norm_num_groups, channels)
         self.ff = FeedForward(channels, activation_fn="geglu")
         self.proj_out = zero_init(nn.Conv2d(channels, channels, 1))
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .attention import AttendedText, AttentionBlock, zero_init
+from .normalization import GroupNorm
 
 
 TimeScaleShift = Literal["default", "scale_shift"]
@@ -71,10 +72,10 @@ class ResBlock(nn.Module):
         self.act_fn, self.out_scale_factor = options.act_fn, options.out_scale_factor
         self.scale_shift = options.time_scale_shift == "scale_shift"
         self.shortcut_scale = 1.0 if options.shortcut_scale is None else options.shortcut_scale
-        self.norm1 = nn.GroupNorm(options.norm_num_groups, in_channels)
+        self.norm1 = GroupNorm(options.norm_num_groups, in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_emb_proj = nn.Linear(options.time_embedding_dim, out_channels * (2 if self.scale_shift else 1))
-        self.norm2 = nn.GroupNorm(options.norm_num_groups, out_channels)
+        self.norm2 = GroupNorm(options.norm_num_groups, out_channels)
         self.dropout = nn.Dropout(options.dropout)
         self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
 

@@ -88,6 +88,13 @@ def check_config(config: dict[str, Any], min_layers: int) -> None:
     for name in FLAGS:
         if name in config and not isinstance(config[name], bool):
             raise bad_argument(name, config[name], "True or False")
+    scale = config.get("residual_scale")
+    if scale is not None:
+        if not is_finite(scale) or scale <= 0:
+            raise bad_argument("residual_scale", scale, "None or a finite number above 0")
+        if not config["low_res_conditioning"] or config["out_channels"] != config["in_channels"]:
+            expected = "None but with `low_res_conditioning` and as many `out_channels` as `in_channels`"
+            raise bad_argument("residual_scale", scale, expected)
     dropout = config["dropout"]
     if not isinstance(dropout, (int, float)) or isinstance(dropout, bool) or not 0 <= dropout < 1:
         raise bad_argument("dropout", dropout, "a number from 0 to below 1")

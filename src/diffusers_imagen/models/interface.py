@@ -142,6 +142,15 @@ class StageNetwork(nn.Module):
         """
         return "bicubic"
 
+    @property
+    def residual_scale(self) -> float | None:
+        """The scale of the residuals that the network is trained to denoise: see `diffusion.residual`.
+
+        None, or the network denoises images. A pipeline adds the enlarged low-resolution image to the sample that the
+        scheduler ends with.
+        """
+        return None
+
     def encode_text(
         self, encoder_hidden_states: torch.Tensor, encoder_attention_mask: torch.Tensor | None = None
     ) -> Any:

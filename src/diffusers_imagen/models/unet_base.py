@@ -156,6 +156,10 @@ class ConditionalUNet(
     def low_res_upsampling(self) -> LowResUpsampling:
         return self.config.get("low_res_upsampling", "bicubic")
 
+    @property
+    def residual_scale(self) -> float | None:
+        return self.config.get("residual_scale")
+
     def zero_initialized(self) -> list[torch.Tensor]:
         return [module.conv2.weight for module in self.modules() if isinstance(module, ResBlock)]
 

@@ -44,6 +44,9 @@ class EfficientUNetModel(ConditionalUNet):
         norm_num_groups (`int`, defaults to 32): Groups of every normalisation.
         low_res_conditioning (`bool`, defaults to True): Whether a low-resolution image is concatenated to the input.
         low_res_noise_conditioning (`bool`): Whether the noise level of that image is an input too.
+        residual_scale (`float`, *optional*):
+            Denoise the difference between the image and its enlarged low-resolution image, divided by this, in place of
+            the image: see `diffusion.residual`. Above 0; about twice the standard deviation of that difference.
     """
 
     @register_to_config
@@ -69,6 +72,7 @@ class EfficientUNetModel(ConditionalUNet):
         norm_num_groups: int = 32,
         low_res_conditioning: bool = True,
         low_res_noise_conditioning: bool = False,
+        residual_scale: float | None = None,
     ):
         super().__init__()
         check_config(self.config, min_layers=1)

@@ -22,6 +22,7 @@ from .blocks import (
 from .config_checks import check_config, check_groups, check_integers, check_options, per_level
 from .embeddings import TextPooling
 from .interface import LowResAugmentation, LowResUpsampling
+from .normalization import GroupNorm
 from .unet_base import ConditionalUNet, count_heads
 
 
@@ -162,7 +163,7 @@ class ImagenUNetModel(ConditionalUNet):
             if level > 0:
                 self.upsamplers.append(make_upsampler(resample_type, channels, options))
 
-        self.norm_out = nn.GroupNorm(norm_num_groups, channels)
+        self.norm_out = GroupNorm(norm_num_groups, channels)
         self.conv_out = nn.Conv2d(channels, out_channels, conv_kernel_size, padding=conv_kernel_size // 2)
 
     @property

@@ -33,7 +33,7 @@ EXAMPLE_DOC_STRING = """
         >>> import torch
         >>> from diffusers_imagen import ImagenCascadePipeline
 
-        >>> pipe = ImagenCascadePipeline.from_pretrained("checkpoints/imagen-emoji")
+        >>> pipe = ImagenCascadePipeline.from_pretrained("imagen-emoji")
         >>> out = pipe("a 3d render of a tiger face", generator=torch.Generator().manual_seed(0))
         >>> out.images[0].save("tiger.png")  # out.stage_images has the images of every stage
         ```

@@ -14,6 +14,7 @@ from ..text.identity import encoder_width
 from ..text.source import TextSource
 from ..utils.arguments import as_integer, shown
 from ..utils.modules import memory_of
+from ..utils.shipped import find_source
 from . import inputs
 from .content_filter import check_filter
 from .loading.deepfloyd_repository import find_pipeline, is_deepfloyd
@@ -52,12 +53,13 @@ class ImagenPipelineMixin(ModelCardMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
         """
         As diffusers' `from_pretrained`; opens the folder or repository of a pipeline of DeepFloyd IF too, as `from_stage`
-        does.
+        does, and `"imagen-emoji"`, the cascade that ships with this package.
         """
-        source, options = find_pipeline(pretrained_model_name_or_path, kwargs)
+        place = find_source(pretrained_model_name_or_path)
+        source, options = find_pipeline(place, kwargs)
         if source is not None:
             return cls.from_stage(source, **options)
-        return super().from_pretrained(pretrained_model_name_or_path, **options)  # type: ignore[misc]  # DiffusionPipeline
+        return super().from_pretrained(place, **options)  # type: ignore[misc]  # DiffusionPipeline
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:

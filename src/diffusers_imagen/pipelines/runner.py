@@ -14,6 +14,7 @@ from ..diffusion.augmentation import (
     upsample_before_noise,
     upsample_low_res,
 )
+from ..diffusion.residual import SampleSpace
 from ..utils.arguments import as_integer, as_number, check_choice
 from . import inputs
 from .call_arguments import CallArguments
@@ -198,6 +199,7 @@ class StageRunner:
         self.pipe, self.generators = runner.pipe, request.generators
         self.device = self.pipe._execution_device
         self.watch = FiniteWatch(plan)
+        self.space = SampleSpace()
 
     def run(self, image: torch.Tensor | None) -> torch.Tensor:
         """Images `(B, C, H, W)` in [-1, 1].
@@ -211,6 +213,7 @@ class StageRunner:
             FloatingPointError: If the network, its guidance, the scheduler or a callback made values that are not finite.
         """
         plan, watch, scheduler = self.plan, self.watch, self.plan.scheduler
+        self.space = self.choose_space(image)
         latents, known = self.prepare_latents(image), self.prepare_known()
         untouched = copy.deepcopy(scheduler) if any(call.back_to is not None for call in plan.calls) else None
         begin_at(scheduler, plan.begins)
@@ -240,11 +243,21 @@ class StageRunner:
                     begin_at(scheduler, call.back_to)
                 watch.see(f"the step of its {type(scheduler).__name__} overflows", sample)
                 if self.request.callback.function is not None:
-                    sample = self.runner.call_back(self.request.callback, timestep, sample, self.text)
+                    shown = self.space.decode(sample)
+                    changed = self.runner.call_back(self.request.callback, timestep, shown, self.text)
+                    sample = sample if changed is shown else self.space.encode(changed)
                     watch.see("`callback_on_step_end` returned such `latents`", sample)
                 progress.update()
         watch.raise_unless_finite(self.text)  # before the clamp, which makes finite numbers of infinite ones
-        return sample.clamp(-1, 1)
+        return self.space.decode(sample).clamp(-1, 1)
+
+    def choose_space(self, image: torch.Tensor | None) -> SampleSpace:
+        """The space that the network denoises in, with its low-resolution image `(B, C, h, w)`."""
+        unet = self.plan.stage.unet
+        if image is None or unet.residual_scale is None:
+            return SampleSpace()
+        upsampled = upsample_low_res(image, self.plan.size, unet.low_res_upsampling == "bicubic_antialias")
+        return SampleSpace(upsampled.float(), unet.residual_scale)
 
     def prepare_latents(self, image: torch.Tensor | None) -> Latents:
         """What the stage starts from: noise, and the low-resolution image `(B, C, h, w)` with noise of its own."""
@@ -290,13 +303,13 @@ class StageRunner:
         if not plan.stage.is_base and not given.are_as_large_as(plan.size):
             return None
         where = plan.size, self.request.num_images, self.device
-        return KnownPixels(given.resized(*where), given.mask(*where))
+        return KnownPixels(self.space.encode(given.resized(*where)), given.mask(*where))
 
 
 class KnownPixels(NamedTuple):
     """Pixels that inpainting keeps."""
 
-    image: torch.Tensor  # (B, C, H, W) in [-1, 1]
+    image: torch.Tensor  # (B, C, H, W), in the space that the stage diffuses in
     repainted: torch.Tensor  # (B, 1, H, W), True where the image is painted anew
 
     def put_into(self, sample: torch.Tensor, noise_level: NoiseLevel, generators: Generators) -> torch.Tensor:

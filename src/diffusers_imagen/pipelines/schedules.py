@@ -91,6 +91,7 @@ def check_drives(scheduler: SchedulerMixin, stage: Stage, settings: StageSetting
             scheduler with other noise levels than the network was trained with.
     """
     check_trained_levels(scheduler, stage)
+    check_unclipped(scheduler, stage)
     if isinstance(scheduler, ImagenScheduler):
         return
     try:
@@ -127,6 +128,16 @@ def check_trained_levels(scheduler: SchedulerMixin, stage: Stage) -> None:
         f"{declared!r} that its network was trained with: make one by {way}.from_config(pipe.{stage.kind.scheduler}.config), "
         "or pipe.scheduler.config of a single stage, of the scheduler that was loaded with it."
     )
+
+
+def check_unclipped(scheduler: SchedulerMixin, stage: Stage) -> None:
+    """Raises ValueError for a scheduler that keeps within the range of images what are residuals."""
+    clips = next((name for name in ("thresholding", "clip_sample") if scheduler.config.get(name)), None)
+    if stage.unet.residual_scale is not None and clips is not None:
+        raise ValueError(
+            f"The scheduler of the stage `{stage.name}`, a {type(scheduler).__name__}, has `{clips}` True, but its network "
+            f"denoises residuals, which are not in [-1, 1]: make one by from_config(..., {clips}=False)."
+        )
 
 
 def has_levels(config: Mapping[str, Any], beta_schedule: BetaSchedule) -> bool:

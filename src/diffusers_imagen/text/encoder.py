@@ -13,6 +13,7 @@ from ..utils.arguments import shown
 from ..utils.errors import is_out_of_memory, one_line
 from ..utils.files import HUB_OPTIONS
 from ..utils.modules import find_not_finite
+from ..utils.shipped import find_source
 from .cleanup import clean_captions
 from .identity import describe_encoder, encoder_width
 from .pretrained import NO_LIMIT, load_encoder, load_tokenizer
@@ -61,7 +62,8 @@ class TextEncoder(TextSource):
         """An encoder that is in memory only while it is used.
 
         Args:
-            name (`str`): Folder or Hub id, with `text_encoder/` and `tokenizer/` or with the model itself.
+            name (`str`): Folder or Hub id, with `text_encoder/` and `tokenizer/` or with the model itself; or
+                `"imagen-emoji"`, the shipped cascade's.
             max_length (`int`, *optional*): Tokens of a text; the tokenizer's own limit without.
             device (`str` or `torch.device`), dtype (`torch.dtype`): Of the network.
             keeps_padding (`bool`), cleans_captions (`bool`): As the networks that read the embeddings were trained; both
@@ -72,6 +74,7 @@ class TextEncoder(TextSource):
         Raises:
             ValueError: If there is no such tokenizer or no limit of tokens; once it is used, if the network is damaged.
         """
+        name = str(find_source(name))
         hub = {option: value for option, value in kwargs.items() if option in HUB_OPTIONS}
         tokenizer, subfolder = load_tokenizer(name, max_length, **hub)
         load = functools.partial(load_encoder, name, subfolder, tokenizer, device, dtype, **kwargs)

@@ -201,7 +201,7 @@ class Trainer:
         no_text = None
         if text is not None and text.keeps_padding:
             no_text = text.no_text(text.encode([""])).embeds.float().to(self.accelerator.device)
-        self.conditioning = Conditioning(self.unet.low_res_augmentation, no_text)
+        self.conditioning = Conditioning.of(self.unet, config.crop_size is not None, no_text)
         self.prompts = read_prompts(config, text)
         self.batches = self.make_batches()
         self.validation, needs_encoder = None, self.batches.needs_encoder

@@ -35,6 +35,7 @@ def parse_args(
     argv: list[str] | None = None,
     description: str | None = None,
     config_class: type[Config] = TrainingConfig,  # type: ignore[assignment]  # mypy knows no defaults of type variables
+    program: str | None = None,
 ) -> Config:
     """The settings of a run from the command line; flags win over what `--config FILE.yaml` says.
 
@@ -42,6 +43,7 @@ def parse_args(
         argv (`list[str]`, *optional*): The flags; those of the process if None.
         description (`str`, *optional*): What `--help` begins with.
         config_class (`type`, defaults to `TrainingConfig`): Whose fields are the flags.
+        program (`str`, *optional*): What `--help` calls the program; without it, the file of the process.
 
     Raises:
         ValueError: If the file cannot be read, there is a name that is no option, or a value does not fit.
@@ -52,7 +54,8 @@ def parse_args(
     given, flags = file.parse_known_args(argv)
 
     # HfArgumentParser takes a dataclass, its base class does not
-    parser = OptionParser(config_class, description=description, allow_abbrev=False)  # type: ignore[arg-type]
+    options = {"prog": program, "description": description, "allow_abbrev": False}
+    parser = OptionParser(config_class, **options)  # type: ignore[arg-type]
     parser.add_argument("--config", metavar="FILE.yaml", help="File with the same names; flags win over it.")
     if given.config is not None:
         parser.set_defaults(**read_settings(given.config, config_class))

@@ -7,7 +7,7 @@ from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from ..utils.arguments import check_choice, shown
-from .ema.snapshots import MAX_STD, MIN_STD
+from ..utils.bounds import MAX_STD, MIN_STD
 
 
 class Bounds(NamedTuple):

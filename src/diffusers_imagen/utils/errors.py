@@ -4,6 +4,8 @@ import errno
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
 
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.errors import HfHubHTTPError
@@ -35,6 +37,11 @@ def run_to_exit_code(run: Callable[[], int | None], program: str) -> int:
         return USAGE
     finally:
         give_up_broken_stdout()
+
+
+def run_program(run: Callable[[], int | None]) -> NoReturn:
+    """Call what a file with a command line of its own does, and end the process with the exit code, as above."""
+    sys.exit(run_to_exit_code(run, Path(sys.argv[0]).name))
 
 
 def give_up_broken_stdout() -> None:

@@ -4,12 +4,13 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import stat
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import filelock
 PathLike = str | os.PathLike
 # of `from_pretrained` and `load_lora_weights`: where a file comes from
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+OF_A_PROCESS = re.compile(r"\.(.+)\.\d+\.partial", re.DOTALL)  # the names that `partial_of` gives
 LOCK, OWNER = ".lock", ".lock-owner.json"  # in a folder that is held; no part of what is in it
 
 
@@ -41,26 +43,65 @@ def whole_file(path: PathLike) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: PathLike) -> Iterator[Path]:
-    """As `whole_file`, for a folder that is not there yet, or is empty."""
+    """As `whole_file`, for a folder that is not there yet, or is empty, and that one process writes at a time.
+
+    Raises:
+        ValueError: If another process is writing it.
+    """
     path = Path(path)
     partial = partial_of(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with sole_writer(path):
+        try:
+            partial.mkdir()
+            yield partial
+            for file in partial.rglob("*"):
+                if file.is_file():
+                    sync(file)
+            os.replace(partial, path)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def sole_writer(path: Path) -> Iterator[None]:
+    """Inside, no other process writes the folder `path`; what killed processes left half-written of it is removed first.
+
+    The lock beside the folder is the operating system's, as that of a `FolderHold`: who has it knows that no process that
+    began to write the folder is alive, be it of another machine or container, where process numbers say nothing.
+
+    Raises:
+        ValueError: If another process is writing it.
+    """
+    place = path.with_name(f".{short_name(path)}.partial.lock")
+    lock = filelock.FileLock(place, timeout=0, thread_local=False)
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # of a killed process with the same number, as in a container
-        partial.mkdir(parents=True)
-        yield partial
-        for file in partial.rglob("*"):
-            if file.is_file():
-                sync(file)
-        os.replace(partial, path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        lock.acquire()
+    except (filelock.Timeout, RuntimeError) as error:  # RuntimeError: another object of this process
+        raise ValueError(
+            f"'{path}' is being written by another process: wait for its end, or name another folder."
+        ) from error
+    try:
+        for other in path.parent.iterdir():
+            left = OF_A_PROCESS.fullmatch(other.name)
+            if left is not None and left[1] == short_name(path) and other.is_dir():
+                shutil.rmtree(other, ignore_errors=True)
+        yield
+    finally:
+        with suppress(OSError):
+            place.unlink()  # while it is held: who waits for it finds that it is gone, and makes another
+        lock.release()
 
 
 def partial_of(path: Path) -> Path:
-    """Where a file or folder is written before it is moved into place; names are limited in bytes, to 255."""
-    name = os.fsdecode(os.fsencode(path.name)[:200])
-    return path.with_name(f".{name}.{os.getpid()}.partial")
+    """Where a file or folder is written before it is moved into place."""
+    return path.with_name(f".{short_name(path)}.{os.getpid()}.partial")
+
+
+def short_name(path: Path) -> str:
+    """A file's name as a part of another; names are limited in bytes, to 255."""
+    return os.fsdecode(os.fsencode(path.name)[:200])
 
 
 def remove(path: Path) -> None:
@@ -248,14 +289,25 @@ class FolderHold:
                 raise
             raise ValueError(f"`{name}` is '{folder}', which cannot be locked: {error.strerror or error}.") from error
         try:
-            for leftover in self.folder.glob(".*.partial"):  # of a process that was killed
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+            self._remove_leftovers()
             # without the command's arguments, among which may be a token
             owner = {"pid": os.getpid(), "host": socket.gethostname(), "command": Path(sys.argv[0]).name}
             write_json(self.folder / OWNER, owner)
         except BaseException:  # a full disk
             self._lock.release()
             raise
+
+    def _remove_leftovers(self) -> None:
+        """Removes what killed processes left half-written, but no folder that a living one is writing here."""
+        for leftover in self.folder.glob(".*.partial"):
+            written = OF_A_PROCESS.fullmatch(leftover.name)
+            if not leftover.is_dir():
+                leftover.unlink(missing_ok=True)
+            elif written is None:
+                shutil.rmtree(leftover)
+            else:
+                with suppress(ValueError), sole_writer(self.folder / written[1]):
+                    pass
 
     def release(self) -> None:
         """Lets others have the folder; a second call does nothing."""

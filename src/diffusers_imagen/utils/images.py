@@ -27,12 +27,14 @@ class BadImage(ValueError):
     """An image that cannot be used, and why."""
 
 
-def read_image(source: PictureSource, background: str = "white") -> Image.Image:
+def read_image(source: PictureSource, background: str = "white", at_least: int | None = None) -> Image.Image:
     """A picture, upright, as RGB.
 
     Args:
         source (`str`, `os.PathLike`, `bytes` or `PIL.Image.Image`): A file, the bytes of one, or a picture of any mode.
         background (`str`): Colour behind what is transparent.
+        at_least (`int`, *optional*): Pixels of height and width that suffice. A JPEG file of twice as many or more is
+            decoded at 1/2, 1/4 or 1/8 of its size, which takes a fraction of the time.
 
     Raises:
         BadImage: If it cannot be read to the end, or holds values that no picture has.
@@ -40,6 +42,8 @@ def read_image(source: PictureSource, background: str = "white") -> Image.Image:
     if isinstance(source, Image.Image):
         return _decode(source, background)
     with open_image(source) as image:
+        if at_least is not None:
+            image.draft(None, (at_least, at_least))  # of formats other than JPEG it changes nothing
         return _decode(image, background)
 
 

@@ -13,7 +13,7 @@ class Batch(NamedTuple):
     """One micro-batch of images and captions."""
 
     images: torch.Tensor  # (B, 3, H, W) in [-1, 1]
-    low_res: torch.Tensor | None  # (B, 3, h, w) in [-1, 1], aligned with the images
+    low_res: torch.Tensor | None  # (B, 3, h, w) in [-1, 1], aligned with the images; of crops with a margin
     text: torch.Tensor | None  # (B, L, E), zero at padded positions
     text_mask: torch.Tensor | None  # (B, L)
 

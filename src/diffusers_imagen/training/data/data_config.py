@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from diffusers.training_utils import parse_buckets_string
 from PIL import ImageColor
 
 from ..settings import check_settings
@@ -77,6 +76,9 @@ class DataConfig:
     bucket_step: int = arg(16, "Height and width of automatic buckets are multiples of this.")
 
     low_resolution: int | None = arg(None, "Resolution of the conditioning image of a super-resolution stage.")
+    low_resolution_column: str | None = arg(
+        None, "Column with the images that super-resolution enlarges; without it, reductions of the images."
+    )
     crop_size: int | None = arg(None, "Height and width of the aligned random crops that super-resolution trains on.")
     degradation_blur_sigma: list[float] | None = field(
         default=None,
@@ -106,6 +108,9 @@ class DataConfig:
             ) from None
         if self.crop_size is not None and self.low_resolution is None:
             raise ValueError(f"`crop_size` is {self.crop_size}, but only super-resolution (`low_resolution`) crops.")
+        if self.low_resolution_column is not None and self.low_resolution is None:
+            column = self.low_resolution_column
+            raise ValueError(f"`low_resolution_column` is {column!r}, but there is no `low_resolution` to read it at.")
         if self.low_resolution is not None:
             self._check_pyramid(self.low_resolution)
         self._check_degradation("degradation_blur_sigma", 0, float("inf"))
@@ -174,6 +179,8 @@ class DataConfig:
         if self.aspect_ratio_buckets == "auto":
             shapes = make_buckets(self.resolution, self.bucket_step)
         else:
+            from diffusers.training_utils import parse_buckets_string
+
             try:
                 shapes = parse_buckets_string(self.aspect_ratio_buckets)
             except ValueError as error:

@@ -30,7 +30,7 @@ def describe_data(rows: Rows, config: DataConfig) -> dict[str, Any]:
     if not rows.streaming:
         return {
             "rows of the data": len(rows.data),
-            "a digest of the captions": digest_columns(rows.data, rows.image_column),
+            "a digest of the captions": digest_columns(rows.data, rows.image_columns),
             "a digest of the images": digest_images(rows),
         }
     place = config.train_data_dir or config.dataset_name or ""
@@ -38,9 +38,9 @@ def describe_data(rows: Rows, config: DataConfig) -> dict[str, Any]:
     return {"shards of the data": rows.data.num_shards, "a digest of the data's files": files}
 
 
-def digest_columns(data: Dataset, image_column: str) -> str:
+def digest_columns(data: Dataset, image_columns: list[str]) -> str:
     """Of all cells but images, in order."""
-    columns = [name for name in data.column_names if name != image_column or is_text(data, name)]
+    columns = [name for name in data.column_names if name not in image_columns or is_text(data, name)]
     sha = hashlib.sha256(json.dumps(columns).encode())
     for part in data.select_columns(columns).iter(batch_size=1000) if columns else ():
         sha.update(json.dumps([part[name] for name in columns], default=str).encode())
@@ -57,7 +57,9 @@ def digest_images(rows: Rows) -> str:
     sha = hashlib.sha256()
     count = min(len(rows.data), IMAGES_READ)
     for place in np.linspace(0, len(rows.data) - 1, count).round().astype(int):
-        sha.update(hashlib.sha256(image_bytes(rows.data[int(place)][rows.image_column], rows.folder)).digest())
+        row = rows.data[int(place)]
+        for column in rows.image_columns:
+            sha.update(hashlib.sha256(image_bytes(row[column], rows.folder)).digest())
     return sha.hexdigest()[:16]
 
 

@@ -11,7 +11,7 @@ from .batch import Samples
 from .captions import BadCaption
 from .data_config import DataConfig
 from .pixels import BadImage, name_image
-from .pyramid import crop, reduce, to_float
+from .pyramid import crop, crop_wider, reduce, to_float
 from .samples import SampleMaker
 from .slot_draws import RowOrder, SlotDraws
 from .sources import Rows, draw_weights
@@ -39,8 +39,10 @@ class CaptionedImages:
     ):
         self.config = config
         self.maker = maker
-        self.pixels, self.captions, kept, self.skipped = load_samples(rows, maker, config.resolution)
-        self.low_res = reduce_all(self.pixels, config.factor) if config.low_resolution is not None else None
+        self.pixels, given, self.captions, kept, self.skipped = load_samples(rows, maker, config.resolution)
+        self.low_res = None
+        if config.low_resolution is not None:
+            self.low_res = reduce_all(self.pixels, config.factor) if given is None else to_float(given)
         weights = draw_weights(rows.data, config) if weighted else None
         self.order = RowOrder(len(kept), config.seed, None if weights is None else weights[kept])
         self.draws = SlotDraws(*seed)
@@ -72,7 +74,7 @@ class CaptionedImages:
         corners = [self.maker.corner(self.pixels[0], slot) for slot in draws]
         return (
             torch.stack([crop(self.pixels[r], factor * i, factor * j, size) for r, (i, j) in zip(rows, corners)]),
-            torch.stack([crop(self.low_res[r], i, j, size // factor) for r, (i, j) in zip(rows, corners)]),
+            torch.stack([crop_wider(self.low_res[r], i, j, size // factor) for r, (i, j) in zip(rows, corners)]),
         )
 
 
@@ -80,6 +82,7 @@ class Loaded(NamedTuple):
     """The rows of a data set that can be used."""
 
     pixels: torch.Tensor  # (N, 3, R, R) uint8
+    low_res: torch.Tensor | None  # (N, 3, r, r) uint8, where the data set has them
     captions: list[list[str]] | None  # one a column
     rows: np.ndarray  # (N,)
     skipped: dict[str, str]  # the others by name, and why
@@ -92,18 +95,22 @@ def load_samples(rows: Rows, maker: SampleMaker, resolution: int) -> Loaded:
         ValueError: If none can be used.
     """
 
-    def load(row: dict[str, Any]) -> tuple[torch.Tensor, list[str]] | Exception:
+    def load(row: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None, list[str]] | Exception:
         try:
             captions = maker.captions(row) if maker.with_text else []
-            return maker.pixels(row), captions
+            return maker.pixels(row), maker.low_resolution(row), captions
         except (BadImage, BadCaption) as error:
             return error
 
-    pixels = torch.empty(len(rows.data), resolution, resolution, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+    def room(side: int) -> torch.Tensor:
+        return torch.empty(len(rows.data), side, side, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+
+    pixels = room(resolution)
+    low_res = room(maker.config.low_resolution or 0) if rows.low_res_column else None
     kept: list[int] = []
     captions: list[list[str]] = []
     skipped: dict[str, str] = {}
-    columns = [rows.image_column, *(maker.config.caption_column if maker.with_text else [])]
+    columns = [*rows.image_columns, *(maker.config.caption_column if maker.with_text else [])]
     data = rows.data.select_columns(list(dict.fromkeys(columns)))
     with ThreadPoolExecutor() as pool, tqdm(total=len(data), desc="Loading images", mininterval=5) as progress:
         for start in range(0, len(data), READ_AT_ONCE):
@@ -113,13 +120,16 @@ def load_samples(rows: Rows, maker: SampleMaker, resolution: int) -> Loaded:
                     skipped[name_image(row[rows.image_column], i)] = str(loaded)
                 else:
                     pixels[len(kept)] = loaded[0]
-                    captions.append(loaded[1])
+                    if low_res is not None and loaded[1] is not None:
+                        low_res[len(kept)] = loaded[1]
+                    captions.append(loaded[2])
                     kept.append(i)
             progress.update(len(part))
     if not kept:
         name, reason = next(iter(skipped.items()))
         raise ValueError(f"None of the {len(rows.data)} images can be used; {name}: {reason}.")
-    return Loaded(pixels[: len(kept)], captions if maker.with_text else None, np.array(kept), skipped)
+    low_res = None if low_res is None else low_res[: len(kept)]
+    return Loaded(pixels[: len(kept)], low_res, captions if maker.with_text else None, np.array(kept), skipped)
 
 
 def reduce_all(pixels: torch.Tensor, factor: int) -> torch.Tensor:

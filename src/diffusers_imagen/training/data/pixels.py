@@ -16,18 +16,23 @@ from ...utils.images import BadImage
 STREAMED = r"(?:(?:zip|tar|gzip|bz2|xz|zstd|lz4)://(?:(?!::).)*::)*(?:hf://datasets/{name}[@/].*|(?:(?!://).)*)"
 
 
-def read_image(value: Any, folder: str = "", background: str = "white") -> Image.Image:
+# Pixels that an image is decoded with for one of its resolution, at least: with fewer, details between them are lost.
+OVERSAMPLING = 2
+
+
+def read_image(value: Any, folder: str = "", background: str = "white", at_least: int | None = None) -> Image.Image:
     """The image of a data set's cell, upright, as RGB.
 
     Args:
         value (`str`, `bytes`, `dict` or `PIL.Image.Image`): A path, bytes of a file, or what `datasets` makes of them.
         folder (`str`): Where relative paths begin, and which paths must not leave; without it any path will do.
         background (`str`): Colour behind transparent images.
+        at_least (`int`, *optional*): As `utils.images.read_image`.
 
     Raises:
         BadImage: If it cannot be read to the end, or the cell names what is no file of the data set.
     """
-    return pictures.read_image(find_source(value, folder), background)
+    return pictures.read_image(find_source(value, folder), background, at_least)
 
 
 def open_image(value: Any, folder: str = "") -> Image.Image:
@@ -102,6 +107,20 @@ def fit_image(image: Image.Image, height: int, width: int, top: float = 0.5, lef
     """
     fitted = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC, centering=(left, top))
     return np.asarray(fitted)
+
+
+def read_fitting(
+    value: Any, size: tuple[int, int], folder: str = "", background: str = "white", min_resolution: int | None = None
+) -> Image.Image:
+    """As `read_image`, with as many pixels as `fit_image` needs for that height and width.
+
+    Raises:
+        BadImage: As `read_image`, and for one whose height or width is below `min_resolution`.
+    """
+    if min_resolution is not None:
+        with open_image(value, folder) as image:
+            check_size(image, min_resolution)
+    return read_image(value, folder, background, OVERSAMPLING * max(size))
 
 
 def check_size(image: Image.Image, min_resolution: int | None) -> None:

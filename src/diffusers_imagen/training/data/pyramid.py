@@ -11,7 +11,7 @@ from .data_config import DataConfig
 from .slot_draws import BLUR, JPEG
 
 
-SUPPORT = 2  # a bicubic reduction sees so many low-resolution pixels to each side
+SUPPORT = 2  # a bicubic reduction, and an enlargement too, sees so many low-resolution pixels to each side
 
 
 def to_float(pixels: torch.Tensor) -> torch.Tensor:
@@ -26,7 +26,7 @@ def reduce(images: torch.Tensor, factor: int) -> torch.Tensor:
 
 
 def crop_both(pixels: torch.Tensor, factor: int, top: int, left: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A crop and the same crop of the reduction, for one image; only the crop's surroundings are reduced.
+    """A crop and the same crop of the reduction with a margin, for one image; only the crop's surroundings are reduced.
 
     Args:
         pixels (`torch.Tensor`): `(3, H, W)` uint8.
@@ -35,19 +35,31 @@ def crop_both(pixels: torch.Tensor, factor: int, top: int, left: int, size: int)
         size (`int`): Height and width of the crop, in pixels of the image.
 
     Returns:
-        `(3, size, size)` uint8, and `(3, size / factor, size / factor)` in [-1, 1].
+        `(3, size, size)` uint8, and `(3, size / factor + 2 SUPPORT, size / factor + 2 SUPPORT)` in [-1, 1].
     """
-    small = size // factor
-    first = [max(0, corner - SUPPORT) for corner in (top, left)]
-    last = [min(length // factor, corner + small + SUPPORT) for length, corner in zip(pixels.shape[-2:], (top, left))]
+    small, reach = size // factor, 2 * SUPPORT
+    first = [max(0, corner - reach) for corner in (top, left)]
+    last = [min(length // factor, corner + small + reach) for length, corner in zip(pixels.shape[-2:], (top, left))]
     window = pixels[:, first[0] * factor : last[0] * factor, first[1] * factor : last[1] * factor]
-    low_res = crop(reduce(to_float(window)[None], factor)[0], top - first[0], left - first[1], small)
-    return crop(pixels, factor * top, factor * left, size), low_res
+    low_res = reduce(to_float(window)[None], factor)[0]
+    return crop(pixels, factor * top, factor * left, size), crop_wider(low_res, top - first[0], left - first[1], small)
 
 
 def crop(image: torch.Tensor, top: int, left: int, size: int) -> torch.Tensor:
     """`(C, H, W)` to `(C, size, size)`."""
     return image[:, top : top + size, left : left + size]
+
+
+def crop_wider(low_res: torch.Tensor, top: int, left: int, size: int) -> torch.Tensor:
+    """`(C, h, w)` to `(C, size + 2 SUPPORT, size + 2 SUPPORT)`: a crop with what its enlargement sees around it.
+
+    Outside of the image its outermost pixels are repeated, as in bicubic interpolation.
+    """
+    rows, columns = (
+        torch.arange(corner - SUPPORT, corner + size + SUPPORT).clamp(0, length - 1)
+        for corner, length in zip((top, left), low_res.shape[-2:])
+    )
+    return low_res[:, rows][:, :, columns]
 
 
 def degrade(low_res: torch.Tensor, config: DataConfig, draws: np.ndarray) -> torch.Tensor:

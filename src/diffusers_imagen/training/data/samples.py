@@ -4,12 +4,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from .batch import Sample
 from .captions import caption_text, speaks_of_sides
 from .data_config import DataConfig
-from .pixels import check_size, fit_image, read_image
-from .pyramid import crop_both, degrade, reduce, to_float
+from .pixels import fit_image, read_fitting, read_image
+from .pyramid import crop, crop_both, crop_wider, degrade, reduce, to_float
 from .slot_draws import CAPTION, CROP_LEFT, CROP_TOP, FLIP, PLACE_LEFT, PLACE_TOP, cumulate, pick, whole
 
 
@@ -51,7 +52,7 @@ class SampleMaker:
         pixels = self.pixels(row, draws, shape)
         low_res = None
         if self.config.low_resolution is not None:
-            pixels, low_res = self.pyramid(pixels, draws)
+            pixels, low_res = self.pyramid(pixels, draws, self.low_resolution(row, draws, shape))
         return self.finish(pixels, low_res, caption, draws)
 
     def caption(self, row: dict[str, Any], draws: np.ndarray) -> str | None:
@@ -76,19 +77,41 @@ class SampleMaker:
         self, row: dict[str, Any], draws: np.ndarray | None = None, shape: tuple[int, int] | None = None
     ) -> torch.Tensor:
         """The row's image, cropped and resized: `(3, H, W)` uint8."""
-        image = read_image(row[self.image_column], self.folder, self.config.background)
-        check_size(image, self.config.min_resolution)
+        size = shape or (self.config.resolution, self.config.resolution)
+        where = self.folder, self.config.background
+        image = read_fitting(row[self.image_column], size, *where, self.config.min_resolution)
+        return self.fit(image, *size, draws)
+
+    def low_resolution(
+        self, row: dict[str, Any], draws: np.ndarray | None = None, shape: tuple[int, int] | None = None
+    ) -> torch.Tensor | None:
+        """The row's low-resolution image where it has one, cropped and resized as its image: `(3, h, w)` uint8."""
+        if self.config.low_resolution_column is None:
+            return None
+        image = read_image(row[self.config.low_resolution_column], self.folder, self.config.background)
         height, width = shape or (self.config.resolution, self.config.resolution)
+        return self.fit(image, height // self.config.factor, width // self.config.factor, draws)
+
+    def fit(self, image: Image.Image, height: int, width: int, draws: np.ndarray | None) -> torch.Tensor:
+        """An image at a size, the place of its crop as drawn: `(3, height, width)` uint8."""
         place = (0.5, 0.5)
         if draws is not None and self.augment and not self.config.center_crop:
             place = (draws[PLACE_TOP], draws[PLACE_LEFT])
         return torch.from_numpy(fit_image(image, height, width, *place).copy()).permute(2, 0, 1)
 
-    def pyramid(self, pixels: torch.Tensor, draws: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """The image, or a crop of it, as uint8 and its reduction."""
-        if self.config.crop_size is None:
-            return pixels, reduce(to_float(pixels)[None], self.config.factor)[0]
-        return crop_both(pixels, self.config.factor, *self.corner(pixels, draws), self.config.crop_size)
+    def pyramid(
+        self, pixels: torch.Tensor, draws: np.ndarray, low_res: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The image, or a crop of it, as uint8, and its low-resolution image in [-1, 1]: that of the row or a reduction."""
+        size, factor = self.config.crop_size, self.config.factor
+        if size is None:
+            low_res = reduce(to_float(pixels)[None], factor)[0] if low_res is None else to_float(low_res)
+            return pixels, low_res
+        corner = self.corner(pixels, draws)
+        if low_res is None:
+            return crop_both(pixels, factor, *corner, size)
+        image = crop(pixels, factor * corner[0], factor * corner[1], size)
+        return image, crop_wider(to_float(low_res), *corner, size // factor)
 
     def corner(self, pixels: torch.Tensor, draws: np.ndarray) -> tuple[int, int]:
         """Top and left of the slot's crop, on the grid of the reduction."""

@@ -52,6 +52,12 @@ class Rows(NamedTuple):
     data: Dataset | IterableDataset
     image_column: str
     folder: str  # where relative file names begin
+    low_res_column: str | None = None  # with the images that are enlarged, if not reductions of the others are
+
+    @property
+    def image_columns(self) -> list[str]:
+        """All columns with images."""
+        return [self.image_column, *([self.low_res_column] if self.low_res_column else [])]
 
     @property
     def streaming(self) -> bool:
@@ -87,13 +93,14 @@ def open_rows(config: DataConfig, split: str, with_text: bool = True) -> Rows:
     data = keep_rows(data, wanted, split)
     if config.max_train_samples is not None and split == config.train_split:
         data = take(data, config.max_train_samples, config.seed)
-    features = data.features
-    if features is not None and isinstance(features.get(image_column), Image):
-        data = data.cast_column(image_column, Image(decode=False))
+    image_columns = [image_column, *([config.low_resolution_column] if config.low_resolution_column else [])]
+    for column in image_columns:
+        if data.features is not None and isinstance(data.features.get(column), Image):
+            data = data.cast_column(column, Image(decode=False))
     if with_text and config.caption is not None:
         data = give_caption(data, config)
-    needed = [image_column, *(config.caption_column if with_text else []), *draw_columns(config)]
-    return Rows(data.select_columns(list(dict.fromkeys(needed))), image_column, folder)
+    needed = [*image_columns, *(config.caption_column if with_text else []), *draw_columns(config)]
+    return Rows(data.select_columns(list(dict.fromkeys(needed))), image_column, folder, config.low_resolution_column)
 
 
 def load_splits(config: DataConfig) -> tuple[dict[str, Dataset | IterableDataset], str]:
@@ -274,6 +281,7 @@ def check_columns(data, columns: list[str], config: DataConfig, with_text: bool)
     captions = config.caption_column if with_text and config.caption is None else []
     needed = {*captions, *draw_columns(config)}
     needed |= {"style"} if config.styles else set()
+    needed |= {config.low_resolution_column} if config.low_resolution_column else set()
     missing = needed - set(columns)
     if missing:
         raise ValueError(f"The data set lacks the columns {sorted(missing)}; it has {columns}.")

@@ -12,12 +12,15 @@ from ...diffusion.augmentation import (
     augment_upsampled,
     augmentation_sigma,
     upsample_before_noise,
+    upsample_low_res,
 )
-from ...models.interface import LowResAugmentation
+from ...diffusion.residual import SampleSpace
+from ...models.interface import LowResAugmentation, LowResUpsampling, StageNetwork
 from ...text.text_embeddings import drop_text
 from ...utils.bounds import MIN_AUGMENTATION_SIGMA
 from ..config import TrainingConfig
 from ..data import Batch
+from ..data.pyramid import SUPPORT
 from .objectives import Objective
 from .step_draws import Draws
 
@@ -31,11 +34,42 @@ class Conditioning:
 
     Attributes:
         low_res_augmentation (`str`): As `StageNetwork.low_res_augmentation`.
+        low_res_upsampling (`str`): As `StageNetwork.low_res_upsampling`.
+        residual_scale (`float`, *optional*): As `StageNetwork.residual_scale`.
+        low_res_margin (`int`): Pixels that low-resolution images have around what belongs to their crops.
         no_text (`torch.Tensor`, *optional*): `(1, L, E)`, what dropped captions become; zeros if None.
     """
 
     low_res_augmentation: LowResAugmentation = "edm"
+    low_res_upsampling: LowResUpsampling = "bicubic"
+    residual_scale: float | None = None
+    low_res_margin: int = 0
     no_text: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, unet: StageNetwork, crops: bool = False, no_text: torch.Tensor | None = None) -> "Conditioning":
+        """That of a network, which is trained on crops or on whole images."""
+        of_unet = unet.low_res_augmentation, unet.low_res_upsampling, unet.residual_scale
+        return cls(*of_unet, SUPPORT if crops else 0, no_text)
+
+    def upsample(self, low_res: torch.Tensor, size: tuple[int, int], before_noise: bool = False) -> torch.Tensor:
+        """Low-resolution images `(B, 3, h, w)` at the size of their images, as a pipeline upsamples them, less the margin."""
+        margin = self.low_res_margin
+        factor = size[0] // (low_res.shape[-2] - 2 * margin)
+        wider = size[0] + 2 * margin * factor, size[1] + 2 * margin * factor
+        if before_noise:
+            low_res = upsample_before_noise(low_res, wider)
+        else:
+            low_res = upsample_low_res(low_res, wider, self.low_res_upsampling == "bicubic_antialias")
+        top = left = margin * factor
+        return low_res[..., top : top + size[0], left : left + size[1]]
+
+    def space(self, batch: Batch) -> SampleSpace:
+        """The space that the images of a batch are diffused in."""
+        if self.residual_scale is None or batch.low_res is None:
+            return SampleSpace()
+        height, width = batch.images.shape[-2:]
+        return SampleSpace(self.upsample(batch.low_res, (height, width)), self.residual_scale)
 
 
 def to_device(
@@ -50,7 +84,7 @@ def to_device(
     batch = Batch._make(None if x is None else x.to(device, non_blocking=True) for x in batch)
     if batch.low_res is not None and conditioning.low_res_augmentation == "discrete":
         height, width = batch.images.shape[-2:]
-        batch = batch._replace(low_res=upsample_before_noise(batch.low_res, (height, width)))
+        batch = batch._replace(low_res=conditioning.upsample(batch.low_res, (height, width), before_noise=True))
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return batch._replace(images=batch.images.contiguous(memory_format=layout))
 
@@ -67,8 +101,11 @@ def denoising_loss(
 
     Of a network that predicts a variance beside the target, which comes first, the variance does not count.
     """
-    example = objective.example(batch.images, draws.noise, draws.log_snr)
+    example = objective.example(conditioning.space(batch).encode(batch.images), draws.noise, draws.log_snr)
     low_res, low_res_timestep = augment(batch.low_res, draws, config, conditioning.low_res_augmentation)
+    if low_res is not None and low_res.shape[-1] < batch.images.shape[-1] and conditioning.low_res_margin:
+        height, width = batch.images.shape[-2:]
+        low_res = conditioning.upsample(low_res, (height, width))
     output = unet(
         example.model_input,
         example.timestep,

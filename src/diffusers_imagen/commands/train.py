@@ -1,0 +1,30 @@
+"""`diffusers-imagen train`: one stage of a cascade, from images with captions."""
+
+from .parser import Parser
+
+
+DESCRIPTION = """Trains one stage of a cascade: a base network, or a super-resolution network with --low_resolution.
+The options are the fields of diffusers_imagen.training.TrainingConfig; --config FILE.yaml takes the same names.
+On several devices: accelerate launch -m diffusers_imagen.train, with the same options."""
+
+
+def add_arguments(command: Parser) -> None:
+    """Leave the arguments to the parser of the configuration."""
+    command.unread = True
+    command.set_defaults(run=lambda args: train(args.arguments, command.prog))
+
+
+def train(argv: list[str], program: str | None = None) -> int:
+    """Trains as flags say; `program` is what `--help` calls itself. Returns the exit code of `run_training`."""
+    # imports the packages of the extra `train`
+    from ..training import TrainingConfig
+    from ..training.command import run_training
+
+    return run_training(TrainingConfig, find_trainer, argv, program, DESCRIPTION)
+
+
+def find_trainer():
+    """Import what makes the run of a configuration and a network."""
+    from ..training import Trainer
+
+    return Trainer

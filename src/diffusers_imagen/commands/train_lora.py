@@ -1,0 +1,32 @@
+"""`diffusers-imagen train-lora`: a LoRA adapter of one stage of a cascade."""
+
+from ..utils.packages import require_packages
+from .parser import Parser
+
+
+DESCRIPTION = """Trains a LoRA adapter of one stage of a cascade, of a super-resolution stage with --low_resolution.
+The options are those of `train`, and the fields of diffusers_imagen.training.LoraTrainingConfig. The result is for
+pipe.load_lora_weights("OUTPUT_DIR"), of a cascade with component="base_unet".
+On several devices: accelerate launch -m diffusers_imagen.train_lora, with the same options."""
+
+
+def add_arguments(command: Parser) -> None:
+    """Leave the arguments to the parser of the configuration."""
+    command.unread = True
+    command.set_defaults(run=lambda args: train_lora(args.arguments, command.prog))
+
+
+def train_lora(argv: list[str], program: str | None = None) -> int:
+    """Trains as flags say; `program` is what `--help` calls itself. Returns the exit code of `run_training`."""
+    require_packages("training of adapters", "train", "datasets", "peft")
+    from ..training import LoraTrainingConfig
+    from ..training.command import run_training
+
+    return run_training(LoraTrainingConfig, find_trainer, argv, program, DESCRIPTION)
+
+
+def find_trainer():
+    """Import what makes the run of a configuration and a network."""
+    from ..training import LoraTrainer
+
+    return LoraTrainer
