@@ -11,12 +11,13 @@ from types import ModuleType
 import pytest
 
 import diffusers_imagen
-from diffusers_imagen import conversion, evaluation, pipelines, schedulers
+from diffusers_imagen import conversion, diffusion, evaluation, pipelines, schedulers, training
 from diffusers_imagen._register import add_names
+from diffusers_imagen.training import data
 from diffusers_imagen.utils.imports import FINDER, AwaitedModules, after_import, lazy_names
 
 
-LAZY = (diffusers_imagen, conversion, evaluation, pipelines, schedulers)
+LAZY = (diffusers_imagen, conversion, data, diffusion, evaluation, pipelines, schedulers, training)
 SLOW = ("accelerate", "datasets", "diffusers", "peft", "torch", "transformers")
 
 

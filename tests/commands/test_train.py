@@ -98,10 +98,10 @@ def test_a_command_makes_the_run_of_its_configuration(run, command, monkeypatch)
     started = []
     monkeypatch.setattr(training_command, "run_training", lambda *given: started.append(given) or 143)
     assert run(command, "--seed", "1")[0] == 143
-    ((config_class, make_trainer, argv, program, _),) = started
+    ((config_class, find_trainer, argv, program, _),) = started
     assert (config_class, argv, program) == (COMMANDS[command][1], ["--seed", "1"], f"diffusers-imagen {command}")
     makers = {"train": Trainer, "train-lora": LoraTrainer, "train-dreambooth": dreambooth.make_trainer}
-    assert make_trainer is makers[command]
+    assert find_trainer() is makers[command]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

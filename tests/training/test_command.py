@@ -20,7 +20,7 @@ def ends(monkeypatch, capsys, flags: str, make_trainer=Trainer, config_class=Tra
     """Exit code, and what stderr says."""
     monkeypatch.setattr(sys, "argv", ["scripts/train.py", *flags.split()])
     with pytest.raises(SystemExit) as ended:
-        run_program(lambda: run_training(config_class, make_trainer))
+        run_program(lambda: run_training(config_class, lambda: make_trainer))
     return ended.value.code, capsys.readouterr().err
 
 

@@ -119,7 +119,7 @@ def run_script(monkeypatch, settings: dict, config_class=TrainingConfig, trainer
     monkeypatch.setattr(sys, "argv", ["train.py", *flags])
     tiny_runs.reset_accelerate()
     with pytest.raises(SystemExit) as ended:
-        run_program(lambda: run_training(config_class, trainer))
+        run_program(lambda: run_training(config_class, lambda: trainer))
     return ended.value.code
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from diffusers_imagen.training import DreamBoothTrainingConfig, LoraTrainingConfig, TrainingConfig
-from diffusers_imagen.training.config import OF_CHOICES
+from diffusers_imagen.training.config import settings_of_choices
 from diffusers_imagen.training.export import public_settings
 from diffusers_imagen.training.settings import BOUNDS, hints_of
 
@@ -107,6 +107,9 @@ def test_the_error_says_value_and_bounds():
         TrainingConfig(preset="a", max_train_steps=10**5000)  # which Python does not print
 
 
+OF_CHOICES = settings_of_choices()
+
+
 @pytest.mark.parametrize("setting", OF_CHOICES)
 def test_a_setting_of_one_choice_is_refused_with_another(setting):
     """The help of such a setting begins with the choices that it is for."""
@@ -118,7 +121,9 @@ def test_a_setting_of_one_choice_is_refused_with_another(setting):
             said.get(choice, set()).add(field.name)
     listed = {choice: set(OF_CHOICES[setting].get(choice, ())) for choice in choices}
     for choice in choices:
-        assert said[choice] <= listed[choice], f"OF_CHOICES lacks {said[choice] - listed[choice]} of {choice!r}"
+        assert said[choice] <= listed[choice], (
+            f"settings_of_choices lacks {said[choice] - listed[choice]} of {choice!r}"
+        )
         assert listed[choice] <= set().union(*said.values()) | {"snr_gamma"}, "help should begin with the choice"
 
 

@@ -1,40 +1,56 @@
 """`diffusers-imagen completion`: what a shell needs to complete the commands and options of this one. Needs shtab."""
 
 import argparse
-import importlib.util
 from pathlib import Path
 from typing import Any
 
+from ..utils.packages import MissingPackages, require_packages
 from .parser import Parser
 
 
-SHELLS = {
-    "bash": 'eval "$(diffusers-imagen completion bash)" in ~/.bashrc',
-    "zsh": 'eval "$(diffusers-imagen completion zsh)" in ~/.zshrc, after compinit',
-    "fish": "diffusers-imagen completion fish | source in ~/.config/fish/config.fish",
+PLACES = {  # where shells look for it
+    "bash": "~/.local/share/bash-completion/completions/diffusers-imagen",
+    "zsh": "_diffusers-imagen in a folder of fpath",
+    "fish": "~/.config/fish/completions/diffusers-imagen.fish",
 }
 
 
 def add_arguments(command: Parser) -> None:
     """Add the options of the command."""
-    command.description = "Prints the completion script of a shell. " + "; ".join(SHELLS.values()) + "."
-    command.add_argument("shell", choices=tuple(SHELLS), help="the shell")
+    places = "; ".join(f"{shell}: {place}" for shell, place in PLACES.items())
+    command.description = (
+        f"Prints the completion script of a shell, for the file where the shell looks for it. {places}."
+    )
+    command.add_argument("shell", choices=tuple(PLACES), help="the shell")
     command.set_defaults(run=completion)
 
 
 def completion(args: argparse.Namespace) -> None:
     """Print the script."""
-    if importlib.util.find_spec("shtab") is None:
-        raise ValueError("completion needs shtab: pip install 'diffusers-imagen[completion]'")
+    require_packages("completion", "completion", "shtab")
     import shtab
 
     from .main import COMMANDS, commands_of, make_parser
 
     parser = make_parser()
-    for name, command in commands_of(parser).items():
+    commands: dict[str, Any] = commands_of(parser)
+    commands |= training_commands()
+    for name, command in commands.items():
         command.description = COMMANDS[name].help  # in one line, beside the name
         offer_files(command, shtab.FILE)
     print(shtab.complete(parser, shell=args.shell))
+
+
+def training_commands() -> dict[str, argparse.ArgumentParser]:
+    """The parsers of the training commands by name, which are made of configurations; none without training's packages."""
+    try:
+        from ..training import DreamBoothTrainingConfig, LoraTrainingConfig, TrainingConfig
+    except MissingPackages:
+        return {}
+    from ..training.options import OptionParser
+
+    configs: tuple[Any, ...] = (TrainingConfig, LoraTrainingConfig, DreamBoothTrainingConfig)
+    return dict(zip(("train", "train-lora", "train-dreambooth"), map(OptionParser, configs)))
 
 
 def offer_files(command: argparse.ArgumentParser, files: dict[str, Any]) -> None:

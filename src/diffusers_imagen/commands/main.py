@@ -27,6 +27,7 @@ COMMANDS = {
     "train": Command("train", "train a stage of a cascade"),
     "train-lora": Command("train_lora", "train a LoRA adapter of a stage"),
     "train-dreambooth": Command("train_dreambooth", "teach a stage a subject from a few images (DreamBooth)"),
+    "reconstruct-ema": Command("reconstruct_ema", "average the weights of a finished run over another length"),
     "cache-embeddings": Command("cache_embeddings", "encode the captions of a data set once"),
     "doctor": Command("doctor", "examine a data set, a trained stage or an embedding cache"),
     "evaluate": Command("evaluate", "FID, KID, CLIP score and others of a model"),
@@ -35,7 +36,6 @@ COMMANDS = {
     "convert-nemo": Command("convert_nemo", "convert checkpoints of NVIDIA NeMo's Imagen"),
     "export-nemo": Command("export_nemo", "write a stage as an archive of NVIDIA NeMo"),
     "convert-config": Command("convert_config", "translate a NeMo configuration for training"),
-    "reconstruct-ema": Command("reconstruct_ema", "average the weights of a finished run over another length"),
     "completion": Command("completion", "print a script that completes this command in a shell"),
 }
 

@@ -9,7 +9,7 @@ On several devices: accelerate launch -m diffusers_imagen.train, with the same o
 
 
 def add_arguments(command: Parser) -> None:
-    """Leaves the arguments to the parser of the configuration, which takes seconds to import."""
+    """Leave the arguments to the parser of the configuration."""
     command.unread = True
     command.set_defaults(run=lambda args: train(args.arguments, command.prog))
 
@@ -17,7 +17,14 @@ def add_arguments(command: Parser) -> None:
 def train(argv: list[str], program: str | None = None) -> int:
     """Trains as flags say; `program` is what `--help` calls itself. Returns the exit code of `run_training`."""
     # imports the packages of the extra `train`
-    from ..training import Trainer, TrainingConfig
+    from ..training import TrainingConfig
     from ..training.command import run_training
 
-    return run_training(TrainingConfig, Trainer, argv, program, DESCRIPTION)
+    return run_training(TrainingConfig, find_trainer, argv, program, DESCRIPTION)
+
+
+def find_trainer():
+    """Import what makes the run of a configuration and a network."""
+    from ..training import Trainer
+
+    return Trainer

@@ -10,7 +10,7 @@ On several devices: accelerate launch -m diffusers_imagen.train_dreambooth, with
 
 
 def add_arguments(command: Parser) -> None:
-    """Leaves the arguments to the parser of the configuration, which takes seconds to import."""
+    """Leave the arguments to the parser of the configuration."""
     command.unread = True
     command.set_defaults(run=lambda args: train_dreambooth(args.arguments, command.prog))
 
@@ -20,6 +20,12 @@ def train_dreambooth(argv: list[str], program: str | None = None) -> int:
     # imports the packages of the extra `train`
     from ..training import DreamBoothTrainingConfig
     from ..training.command import run_training
+
+    return run_training(DreamBoothTrainingConfig, find_trainer, argv, program, DESCRIPTION)
+
+
+def find_trainer():
+    """Import what makes the run of a configuration and a network."""
     from ..training.finetuning.dreambooth import make_trainer
 
-    return run_training(DreamBoothTrainingConfig, make_trainer, argv, program, DESCRIPTION)
+    return make_trainer

@@ -11,7 +11,7 @@ On several devices: accelerate launch -m diffusers_imagen.train_lora, with the s
 
 
 def add_arguments(command: Parser) -> None:
-    """Leaves the arguments to the parser of the configuration, which takes seconds to import."""
+    """Leave the arguments to the parser of the configuration."""
     command.unread = True
     command.set_defaults(run=lambda args: train_lora(args.arguments, command.prog))
 
@@ -19,7 +19,14 @@ def add_arguments(command: Parser) -> None:
 def train_lora(argv: list[str], program: str | None = None) -> int:
     """Trains as flags say; `program` is what `--help` calls itself. Returns the exit code of `run_training`."""
     require_packages("training of adapters", "train", "datasets", "peft")
-    from ..training import LoraTrainer, LoraTrainingConfig
+    from ..training import LoraTrainingConfig
     from ..training.command import run_training
 
-    return run_training(LoraTrainingConfig, LoraTrainer, argv, program, DESCRIPTION)
+    return run_training(LoraTrainingConfig, find_trainer, argv, program, DESCRIPTION)
+
+
+def find_trainer():
+    """Import what makes the run of a configuration and a network."""
+    from ..training import LoraTrainer
+
+    return LoraTrainer

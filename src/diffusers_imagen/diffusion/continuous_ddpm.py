@@ -17,10 +17,10 @@ from typing import Literal, NamedTuple, get_args
 import torch
 
 from .edm import Scalings, per_sample
+from .kinds import PredictionType
 
 
 NoiseSchedule = Literal["squaredcos_cap_v2", "linear"]
-PredictionType = Literal["epsilon", "sample", "v_prediction"]
 NOISE_SCHEDULES: tuple[str, ...] = get_args(NoiseSchedule)
 PREDICTION_TYPES: tuple[str, ...] = get_args(PredictionType)
 

@@ -10,12 +10,13 @@ whose rounding moves the lowest noise levels by a few ten-thousandths.
 
 import functools
 import math
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 
+from .kinds import BetaSchedule
 
-BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"]
+
 BETA_SCHEDULES: tuple[str, ...] = get_args(BetaSchedule)
 
 DECLARED_LEVELS = 1000  # of the betas that a network declares by their name alone

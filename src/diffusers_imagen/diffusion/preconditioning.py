@@ -10,14 +10,12 @@ A further kind of network is a further class here with its entry in `PRECONDITIO
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 
 from . import continuous_ddpm, discrete_ddpm, edm
-
-
-NetworkPreconditioning = Literal["edm", "variance_preserving", "discrete"]
+from .kinds import NetworkPreconditioning
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from diffusers.utils import logging
 
 from ..utils.arguments import bad_argument
 from ..utils.files import write_text
-from .choices import DISTANCES, METRICS, OF_PAIRS
+from .choices import DISTANCES, METRICS, OF_PAIRS, least_pictures
 from .drawing import Drawing, Setting, draw, network_calls
 from .feature_networks import ClipScores, FeatureNetwork, check_package
 from .features import Features
-from .figures import INCEPTION_SPLITS, NEIGHBOURS, SEED, Distances, Row, clip_score, sample_warnings
+from .figures import SEED, Distances, Row, clip_score, sample_warnings
 from .nearest import Nearest, find_nearest
 from .picture_sets import PictureSet
 from .reports import Report
@@ -32,7 +32,6 @@ PACKAGES = {
     "super-resolution": "torchmetrics",
     "precision-recall": "torch_fidelity",
 }
-LEAST = {"is": INCEPTION_SPLITS, "precision-recall": NEIGHBOURS + 1}  # pictures; of the others 2
 REAL, FLOOR = "real pictures of the captions", "reference, in two parts"
 SIZES_LOOKED_AT = 64
 INDEX = "captions.txt"
@@ -292,11 +291,6 @@ class Evaluation:
 def one_line(text: str) -> str:
     """A text without line breaks."""
     return " ".join(text.split())
-
-
-def least_pictures(metrics: Iterable[str]) -> int:
-    """The fewest pictures that metrics can be of."""
-    return max((LEAST.get(metric, 2) for metric in metrics), default=2)
 
 
 def check_installed(metrics: Iterable[str], argument: str = "metrics") -> None:

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from .choices import INCEPTION_SPLITS, NEIGHBOURS
 from .drawing import Setting
 
 
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000  # the defaults of torch-fidelity and torchmetrics
-INCEPTION_SPLITS = 10
-NEIGHBOURS, CHUNK = 3, 2048  # of precision and recall; distances of so many pictures at once
+CHUNK = 2048  # of precision and recall: distances of so many pictures at once
 # of torchmetrics' classes: one process has all features, and does not wait for the others
 ALONE: dict[str, Any] = {"sync_on_compute": False}
 SEED = 2020  # torch-fidelity's, of subsets and splits

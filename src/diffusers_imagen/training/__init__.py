@@ -1,18 +1,19 @@
 """From captioned images to a stage. READ SECOND."""
 
+from typing import TYPE_CHECKING
+
+from ..utils.imports import lazy_names
 from ..utils.packages import require_packages
 
 
-require_packages("training, or reading a data set,", "train", "datasets")
-
-from .config import TrainingConfig
-from .finetuning.dreambooth import DreamBoothLoraTrainer, DreamBoothTrainer
-from .finetuning.finetuning_config import DreamBoothTrainingConfig, LoraTrainingConfig
-from .finetuning.lora_trainer import LoraTrainer
-from .interruption import TrainingInterrupted
-from .loop import Trainer, train
-from .options import parse_args
-
+if TYPE_CHECKING:
+    from .config import TrainingConfig
+    from .finetuning.dreambooth import DreamBoothLoraTrainer, DreamBoothTrainer
+    from .finetuning.finetuning_config import DreamBoothTrainingConfig, LoraTrainingConfig
+    from .finetuning.lora_trainer import LoraTrainer
+    from .interruption import TrainingInterrupted
+    from .loop import Trainer, train
+    from .options import parse_args
 
 __all__ = [
     "DreamBoothLoraTrainer",
@@ -26,3 +27,16 @@ __all__ = [
     "parse_args",
     "train",
 ]
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        ".config": ("TrainingConfig",),
+        ".finetuning.dreambooth": ("DreamBoothLoraTrainer", "DreamBoothTrainer"),
+        ".finetuning.finetuning_config": ("DreamBoothTrainingConfig", "LoraTrainingConfig"),
+        ".finetuning.lora_trainer": ("LoraTrainer",),
+        ".interruption": ("TrainingInterrupted",),
+        ".loop": ("Trainer", "train"),
+        ".options": ("parse_args",),
+    },
+)
+require_packages("training, or reading a data set,", "train", "datasets")

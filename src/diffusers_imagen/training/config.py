@@ -8,14 +8,11 @@ from typing import Literal
 from huggingface_hub import get_token
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from ..diffusion.continuous_ddpm import PredictionType
-from ..diffusion.discrete_ddpm import BetaSchedule
-from ..diffusion.preconditioning import PRECONDITIONINGS, NetworkPreconditioning
+from ..diffusion.kinds import BetaSchedule, NetworkPreconditioning, PredictionType
 from ..utils.arguments import check_choice, check_exactly_one
 from ..utils.bounds import MIN_AUGMENTATION_SIGMA
 from ..utils.shipped import find_source
 from .data.data_config import arg
-from .objective.weightings import WEIGHTINGS
 from .validation.metric_settings import MetricSettings
 
 
@@ -23,16 +20,6 @@ POLYNOMIAL_END = 1e-7  # learning rate at the end of diffusers' polynomial sched
 # each may be the name of the shipped cascade too
 NETWORK_SOURCES = {"pretrained_model_name_or_path", "model_config_name_or_path", "text_encoder", "class_model"}
 TRACKER_MODULES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}  # any of them serves
-
-# settings that have a meaning for one value of another setting only
-OF_CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
-    "preconditioning": {
-        "edm": ("p_mean", "p_std"),
-        "variance_preserving": ("prediction_type", "beta_schedule", "snr_gamma"),
-        "discrete": ("beta_schedule", "snr_gamma"),
-    },
-    "loss_weighting": {name: weighting.settings for name, weighting in WEIGHTINGS.items()},
-}
 
 
 @dataclass
@@ -180,10 +167,13 @@ class TrainingConfig(MetricSettings):
         return []
 
     def _check_objective(self) -> None:
+        from ..diffusion.preconditioning import PRECONDITIONINGS
+        from .objective.weightings import WEIGHTINGS
+
         defaults = {
             f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(TrainingConfig)
         }
-        for setting, of_values in OF_CHOICES.items():
+        for setting, of_values in settings_of_choices().items():
             chosen = getattr(self, setting)
             for name in (name for names in of_values.values() for name in names):
                 if name not in of_values.get(chosen, ()) and getattr(self, name) != defaults[name]:
@@ -248,3 +238,17 @@ class TrainingConfig(MetricSettings):
             raise ValueError("`push_to_hub` is True, but there is no token: give `hub_token`, or `hf auth login`.")
         if not (token.isascii() and token.isprintable()) or " " in token:
             raise ValueError("`hub_token` has characters that no token has: is it whole, in one line?")
+
+
+def settings_of_choices() -> dict[str, dict[str, tuple[str, ...]]]:
+    """By setting and value, the settings that have a meaning for that one value only."""
+    from .objective.weightings import WEIGHTINGS
+
+    return {
+        "preconditioning": {
+            "edm": ("p_mean", "p_std"),
+            "variance_preserving": ("prediction_type", "beta_schedule", "snr_gamma"),
+            "discrete": ("beta_schedule", "snr_gamma"),
+        },
+        "loss_weighting": {name: weighting.settings for name, weighting in WEIGHTINGS.items()},
+    }

@@ -7,9 +7,8 @@ from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from ..pipelines.stage_table import MAX_GUIDANCE
-from ..schedulers.schedule_checks import MAX_STEPS
 from ..utils.arguments import check_choice, shown
-from .ema.snapshots import MAX_STD, MIN_STD
+from ..utils.bounds import MAX_STD, MAX_STEPS, MIN_STD
 
 
 class Bounds(NamedTuple):

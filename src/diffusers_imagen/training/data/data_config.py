@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from diffusers.training_utils import parse_buckets_string
 from PIL import ImageColor
 
 from ..settings import check_settings
@@ -180,6 +179,8 @@ class DataConfig:
         if self.aspect_ratio_buckets == "auto":
             shapes = make_buckets(self.resolution, self.bucket_step)
         else:
+            from diffusers.training_utils import parse_buckets_string
+
             try:
                 shapes = parse_buckets_string(self.aspect_ratio_buckets)
             except ValueError as error:

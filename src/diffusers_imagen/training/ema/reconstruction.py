@@ -9,10 +9,11 @@ import torch
 from diffusers.utils import logging
 from tqdm.auto import tqdm
 
+from ...utils.bounds import MAX_STD, MIN_STD
 from ...utils.files import read_json_object, whole_folder, write_json
 from ..network import load_unet
 from .averages import SNAPSHOTS, std_to_gamma
-from .snapshots import MAX_STD, MIN_STD, Snapshot, check_shapes, list_snapshots, read_tensors
+from .snapshots import Snapshot, check_shapes, list_snapshots, read_tensors
 
 
 logger = logging.get_logger(__name__)

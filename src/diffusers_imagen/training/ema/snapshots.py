@@ -8,10 +8,11 @@ import torch
 from diffusers.utils import logging
 from safetensors import SafetensorError, safe_open
 
+from ...utils.bounds import MAX_STD, MIN_STD
+
 
 logger = logging.get_logger(__name__)
 
-MIN_STD, MAX_STD = 1e-6, 0.25  # of a width; narrower than a step of any run, and wider than the method has
 DTYPES = ("F16", "BF16", "F32")
 
 

@@ -2,15 +2,15 @@
 
 from dataclasses import dataclass, field, fields
 from inspect import get_annotations
+from typing import TYPE_CHECKING
 
-from ...evaluation import METRICS
-from ...evaluation.choices import CLIP, DISTANCES, NAMED, OF_FEATURES
-from ...evaluation.evaluator import check_installed, least_pictures
-from ...evaluation.feature_networks import check_packages
-from ...models.interface import StageNetwork
+from ...evaluation.choices import CLIP, DISTANCES, METRICS, NAMED, OF_FEATURES, least_pictures
 from ...utils.arguments import bad_argument, check_choice
 from ..data.data_config import DataConfig, arg
 
+
+if TYPE_CHECKING:
+    from ...models.interface import StageNetwork
 
 MOST_IMAGES, MOST_REFERENCE = 256, 10_000  # where a run does not say
 # settings that some metrics alone have a use for
@@ -97,12 +97,16 @@ class MetricSettings(DataConfig):
 BESIDE = [name for name in get_annotations(MetricSettings) if name != "validation_metrics"]
 
 
-def check_metrics(config: MetricSettings, unet: StageNetwork) -> None:
+def check_metrics(config: MetricSettings, unet: "StageNetwork") -> None:
     """Checks that this machine can measure, and this network be measured.
 
     Raises:
         ValueError: If a package or a folder is not there, or the network reads no text that a metric or setting needs.
     """
+    # torch and transformers take seconds to import; --help should not
+    from ...evaluation.evaluator import check_installed
+    from ...evaluation.feature_networks import check_packages
+
     if config.validation_metrics is None:
         return
     check_installed(config.validation_metrics, "validation_metrics")

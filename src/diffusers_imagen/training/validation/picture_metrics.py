@@ -11,9 +11,8 @@ from accelerate.utils import DistributedType, gather_object
 from diffusers.utils import logging
 
 from ...evaluation import Distances, Drawing, Features, Setting, choose, draw, load_clip, load_features
-from ...evaluation.choices import DISTANCES, OF_FEATURES
+from ...evaluation.choices import DISTANCES, OF_FEATURES, least_pictures
 from ...evaluation.drawing import digest_networks, find_other, network_calls
-from ...evaluation.evaluator import least_pictures
 from ...evaluation.feature_networks import ClipScores, FeatureNetwork, load_in_turn
 from ...evaluation.figures import Figure, Row, clip_score, sample_warnings
 from ...evaluation.nearest import find_nearest
