@@ -17,8 +17,9 @@ A rehearsal on a CPU, in minutes, with a share of steps, pictures and batches:
     python scripts/train_emoji_cascade.py --work_dir runs/rehearsal --data data/emoji --scale 0.001 \
         --text_encoder checkpoints/imagen-emoji
 
-The minutes are divided among the phases that are left. A training phase times its first steps and takes as many as its
-minutes have room for; the loop is the package's own trainer.
+Super-resolution is trained on reductions, and at last on pictures that the base stage drew of them. The minutes are
+divided among the phases that are left. A training phase times its first steps and takes as many as its minutes have room
+for; the loop is the package's own trainer.
 """
 
 import argparse
@@ -72,7 +73,7 @@ CAPTIONS = ["text", "label", "tags"]
 TESTS = ("test_style", "test_tone", "test_concept")
 
 TIMED_STEPS = 40  # the first half of them compiles and finds its algorithms
-LEAST_SECONDS = 60.0  # of a call, for a run to be begun or gone on with
+LEAST_SECONDS = 60.0  # of a call, for what can go on in the next to be begun
 CHECKPOINT_SECONDS = 150.0
 
 PAIRS = {"train": 2000, "test_style": 400}  # rows that are paired with what the base stage draws of them
@@ -253,8 +254,6 @@ def network_of(preset: str) -> Any:
 def train_stage(recipe: Recipe) -> None:
     """Trains the stage of the phase that runs; TrainingInterrupted if it has to go on in another call."""
     stage = recipe.progress.phase
-    if recipe.progress.call_left < LEAST_SECONDS:
-        raise CallOver(f"{recipe.progress.call_left:.0f} s of the call are left, too few for {stage}")
     most = None if recipe.args.scale >= 1 else scaled(SCALED_STEPS[stage], recipe.args.scale, least=6)
     config = stage_config(recipe, stage)
     TimedTrainer(config, make_unet(config), recipe.progress, most).train()
@@ -456,6 +455,14 @@ def main() -> None:
                 print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
 
 
+def check_call(progress: Progress) -> None:
+    """Raises CallOver where what is left of the call is too little for the phase, or for a part that can go on later."""
+    goes_on = progress.phase in SETTINGS or progress.phase == "evaluate"
+    least = LEAST_SECONDS if goes_on else SHARES[progress.phase] * progress.total
+    if progress.call_left < least:
+        raise CallOver(f"{progress.call_left:.0f} s of the call are left, and {least:.0f} s are needed")
+
+
 def make(recipe: Recipe) -> None:
     """Goes through the phases that are left, until the call ends."""
     progress = recipe.progress
@@ -466,6 +473,7 @@ def make(recipe: Recipe) -> None:
         progress.begin(phase)
         print(f"{phase}: {progress.budget:.0f} s, {progress.seconds.get(phase, 0):.0f} s of them spent", flush=True)
         try:
+            check_call(progress)
             PHASES[phase](recipe)
         except (TrainingInterrupted, CallOver) as stopped:
             progress.tick(least=0)

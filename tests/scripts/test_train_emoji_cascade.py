@@ -327,6 +327,26 @@ def test_every_stage_has_settings_that_the_trainer_takes(scripts, tmp_path):
     assert (config.preset, config.grow) == ("emoji_base_64", False)
 
 
+def test_a_phase_is_not_begun_where_its_call_is_too_short(scripts, tmp_path, capsys):
+    cascade = scripts.train_emoji_cascade
+    for phase, enough, too_little in (("build", 46, 44), ("base_64", 61, 59), ("evaluate", 61, 59)):
+        for left in (enough, too_little):
+            progress = scripts.emoji_plan.Progress(tmp_path / "p.json", {}, 1500.0, time.monotonic() + left)
+            progress.begin(phase)
+            if left == enough:
+                cascade.check_call(progress)
+            else:
+                with pytest.raises(cascade.CallOver, match="of the call are left"):
+                    cascade.check_call(progress)
+
+    # the phases before are done, and the call is over: nothing is begun, and what is done is kept
+    progress.done = list(scripts.emoji_plan.SHARES)[:4]
+    progress.seconds = dict.fromkeys(progress.done, 1.0)
+    cascade.make(cascade.Recipe(SimpleNamespace(phases=None), progress))
+    assert "Go on with --resume." in capsys.readouterr().out
+    assert json.loads((tmp_path / "p.json").read_text())["done"] == progress.done
+
+
 # ---- what is brought home
 
 
