@@ -32,10 +32,10 @@ LARGER = 2.0  # a lossless picture may be so many times as large as the lossy on
 ROW_GROUP = 256
 
 
-class Encoded(NamedTuple):
-    """A picture as it is written."""
+class Measured(NamedTuple):
+    """What a picture took."""
 
-    data: bytes
+    bytes: int
     lossless: bool  # of the rounded picture
     squared_error: float  # mean over values of 0 to 255
 
@@ -60,7 +60,7 @@ def psnr(squared_error: float) -> float:
     return float("inf") if squared_error == 0 else 10 * float(np.log10(255**2 / squared_error))
 
 
-def encode(picture: Pictures.Image, quality: int) -> Encoded:
+def encode(picture: Pictures.Image, quality: int) -> tuple[bytes, Measured]:
     """An RGB picture as WebP: lossless and rounded if that is small enough, else lossy."""
     pixels = np.asarray(picture)
     lossy = as_webp(picture, quality=quality)
@@ -74,7 +74,7 @@ def encode(picture: Pictures.Image, quality: int) -> Encoded:
             data, lossless = exact, True
     with Pictures.open(io.BytesIO(data)) as read:
         error = np.asarray(read.convert("RGB")).astype(np.float64) - pixels
-    return Encoded(data, lossless, float(np.mean(error**2)))
+    return data, Measured(len(data), lossless, float(np.mean(error**2)))
 
 
 def as_webp(picture: Pictures.Image, **options: Any) -> bytes:
@@ -132,7 +132,7 @@ def pack(
     notices = {path.name: path.read_text(encoding="utf-8") for path in sorted((folder / "LICENSES").glob("*.txt"))}
     known = pack_features().arrow_schema
     schema = known.with_metadata({**known.metadata, NOTICES: json.dumps(notices).encode()})
-    written: dict[str, list[Encoded]] = {style: [] for style in styles}
+    written: dict[str, list[Measured]] = {style: [] for style in styles}
     target.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(target) as partial:
         with parquet.ParquetWriter(partial, schema, compression="zstd", write_statistics=False) as writer:
@@ -142,20 +142,20 @@ def pack(
     return {style: report_style(pictures) for style, pictures in written.items()}
 
 
-def packed_row(row: dict[str, Any], folder: Path, quality: int, written: dict[str, list[Encoded]]) -> dict[str, Any]:
-    """A row of the file; what it took is noted in `written`, without the picture itself."""
-    encoded = encode(read_image(str(folder / row["file_name"]), "white"), quality)
-    written[row["style"]].append(encoded._replace(data=bytes(len(encoded.data))))
-    image = {"bytes": encoded.data, "path": Path(row["file_name"]).with_suffix(".webp").name}
+def packed_row(row: dict[str, Any], folder: Path, quality: int, written: dict[str, list[Measured]]) -> dict[str, Any]:
+    """A row of the file; what its picture took is noted in `written`."""
+    data, measured = encode(read_image(str(folder / row["file_name"]), "white"), quality)
+    written[row["style"]].append(measured)
+    image = {"bytes": data, "path": Path(row["file_name"]).with_suffix(".webp").name}
     return {"image": image, **{name: row[name] for name in (*COLUMNS, *LISTS, *NUMBERS)}}
 
 
-def report_style(pictures: list[Encoded]) -> StyleReport:
+def report_style(pictures: list[Measured]) -> StyleReport:
     errors = [picture.squared_error for picture in pictures]
     return StyleReport(
         pictures=len(pictures),
         rounded=sum(picture.lossless for picture in pictures),
-        bytes=sum(len(picture.data) for picture in pictures),
+        bytes=sum(picture.bytes for picture in pictures),
         psnr=psnr(float(np.mean(errors))),
         lowest_psnr=psnr(max(errors)),
     )
@@ -187,9 +187,34 @@ def read_notices(packed: Path) -> dict[str, str]:
 def write_metadata(packed: Path, folder: Path) -> None:
     """metadata.jsonl and LICENSES/ of a packed file, as the image folder has them, without its pictures."""
     notices = read_notices(packed)
-    columns = [*COLUMNS, *LISTS, *NUMBERS]
     (folder / "LICENSES").mkdir(parents=True, exist_ok=True)
     for name, text in notices.items():
         write_text(folder / "LICENSES" / Path(name).name, text)
-    rows = parquet.read_table(packed, columns=columns).to_pylist()
+    write_rows(folder, parquet.read_table(packed, columns=[*COLUMNS, *LISTS, *NUMBERS]).to_pylist())
+
+
+def unpack(packed: Path, folder: Path, splits: dict[str, int]) -> int:
+    """Writes some rows of a packed file as an image folder; returns how many.
+
+    Args:
+        packed (`Path`): The file.
+        folder (`Path`): Which gets `images/` and metadata.jsonl.
+        splits (`dict[str, int]`): Rows of each split, at most, evenly spread.
+    """
+    table = parquet.read_table(packed)
+    found: dict[str, list[int]] = {}
+    for number, split in enumerate(table["split"].to_pylist()):
+        found.setdefault(split, []).append(number)
+    chosen = [i for split, most in splits.items() for i in found[split][:: max(1, -(-len(found[split]) // most))]]
+    rows = table.take(chosen).to_pylist()
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    for row in rows:
+        image = row.pop("image")
+        row["file_name"] = f"images/{Path(image['path']).name}"
+        (folder / row["file_name"]).write_bytes(image["bytes"])
+    write_rows(folder, rows)
+    return len(rows)
+
+
+def write_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
     write_text(folder / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows))

@@ -51,8 +51,9 @@ def parcel_files(folder: Path) -> list[Path]:
     """What is brought home of a recipe's folder; of weights those that a later stage does not hold."""
     runs = sorted(path for path in folder.glob("runs/*") if (path / "training.json").is_file())
     last = {path.name.partition(".")[0]: path for path in runs}
-    if "base_64" in last:
-        last.pop("base_32", None)
+    for earlier, later in (("base_32", "base_64"), ("super_resolution", "refine")):
+        if later in last:
+            last.pop(earlier, None)
     files = [folder / "progress.json"]
     for run in runs:
         files += [run / name for name in ("training.json", "losses.jsonl", "metrics.jsonl", "model_index.json")]

@@ -10,14 +10,23 @@ from diffusers_imagen.utils.files import read_json_object, write_json
 # shares of all minutes, and steps that the GPU is thought to have time for: `--scale` takes a part of them
 SHARES = {
     "data": 0.02,
-    "super_resolution": 0.29,
+    "super_resolution": 0.20,
     "embeddings": 0.02,
-    "base_32": 0.15,
-    "base_64": 0.38,
+    "base_32": 0.12,
+    "base_64": 0.34,
+    "pairs": 0.06,
+    "refine": 0.10,
     "build": 0.03,
     "evaluate": 0.11,
 }
-SCALED_STEPS = {"super_resolution": 6000, "base_32": 8000, "base_64": 8000}
+SCALED_STEPS = {"super_resolution": 5000, "base_32": 6000, "base_64": 6000, "refine": 2000}
+# what a phase leaves, and who reads it: it is made again where it was lost with its machine
+PRODUCTS = {
+    "data": ("data/emoji.parquet", tuple(SHARES)[1:]),
+    "embeddings": ("embeddings", ("base_32", "base_64")),
+    "pairs": ("pairs", ("refine",)),
+    "build": ("imagen-emoji", ("evaluate",)),
+}
 SHARE_USED = 0.97  # of the time for steps: they do not all take the same
 FINISH_SECONDS = 20.0  # of validation, export and checkpoint at the end of a run
 
@@ -79,6 +88,16 @@ def scaled(number: int, scale: float, least: int) -> int:
     return number if scale >= 1 else max(least, round(number * scale))
 
 
+def find_lost(folder: Path, done: list[str]) -> list[str]:
+    """Phases that are done, but whose files are not there and are still read by one that is not."""
+    waiting = set(SHARES) - set(done)
+    return [
+        phase
+        for phase, (product, readers) in PRODUCTS.items()
+        if phase in done and waiting & set(readers) and not (folder / product).exists()
+    ]
+
+
 class Progress:
     """What is done of a recipe, in `progress.json` of its folder.
 
@@ -108,7 +127,9 @@ class Progress:
         for name, value in self.recipe.items():
             if found["recipe"].get(name) != value:
                 raise ValueError(f"`{name}` is {value!r}, but '{self.path}' has {found['recipe'].get(name)!r}.")
-        self.seconds, self.done, self.steps = found["seconds"], found["done"], found["steps"]
+        self.seconds, self.steps = found["seconds"], found["steps"]
+        lost = find_lost(self.path.parent, found["done"])
+        self.done = [phase for phase in found["done"] if phase not in lost]
 
     @property
     def call_left(self) -> float:

