@@ -11,8 +11,10 @@ import diffusers
 from diffusers import ModelMixin, SchedulerMixin, pipelines
 from diffusers.pipelines import auto_pipeline, pipeline_loading_utils
 from diffusers.pipelines.deepfloyd_if import IFSafetyChecker
+from transformers import PreTrainedModel
 
 from .models.interface import StageNetwork
+from .text.reference import ReferencedTextEncoder
 
 
 COMPONENTS = (
@@ -21,6 +23,7 @@ COMPONENTS = (
     "ContinuousDDPMScheduler",
     "EDMAdamsScheduler",
     "EDMHeunScheduler",
+    "ReferencedTextEncoder",
 )
 PIPELINES = ("ImagenCascadePipeline", "ImagenPipeline", "ImagenSuperResolutionPipeline")
 
@@ -28,10 +31,12 @@ PIPELINES = ("ImagenCascadePipeline", "ImagenPipeline", "ImagenSuperResolutionPi
 def register(package: ModuleType) -> None:
     """Enters the package's models, schedulers and pipelines into diffusers' tables."""
     # the loader asks the package itself for the base classes that LOADABLE_CLASSES names
-    vars(package).update(ModelMixin=ModelMixin, SchedulerMixin=SchedulerMixin)
+    vars(package).update(ModelMixin=ModelMixin, SchedulerMixin=SchedulerMixin, PreTrainedModel=PreTrainedModel)
+    vars(package).update(ReferencedTextEncoder=ReferencedTextEncoder)
     pipeline_loading_utils.LOADABLE_CLASSES[package.__name__] = {
         "ModelMixin": ["save_pretrained", "from_pretrained"],
         "SchedulerMixin": ["save_pretrained", "from_pretrained"],
+        "PreTrainedModel": ["save_pretrained", "from_pretrained"],
     }
     for name in COMPONENTS + PIPELINES:
         if not hasattr(diffusers, name):

@@ -13,6 +13,7 @@ from huggingface_hub import create_repo, upload_folder
 
 from ..models.interface import StageNetwork
 from ..pipelines.origin import card_metadata, license_section
+from ..text.reference import EncoderParts
 from ..utils.errors import NETWORK, one_line
 from ..utils.files import read_json_object, remove, sha256, whole_folder, write_json
 from .config import TrainingConfig
@@ -22,11 +23,12 @@ from .sampling import SAMPLES, StagePipeline, sample_name, sample_step
 UPCOMING, REPLACED = ".stage.new", ".stage.replaced"
 RECORD, CARD_FILE = "training.json", "README.md"
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
-STAGE_PARTS = ("unet", "scheduler", "model_index.json", ADAPTER_FILE, CARD_FILE, RECORD)
+INDEX = "model_index.json"
+STAGE_PARTS = ("unet", "scheduler", "tokenizer", "text_encoder", INDEX, ADAPTER_FILE, CARD_FILE, RECORD)
 # of what a run writes, and of what else is in its folder, this is for others
 UPLOADED = (
     *("unet/config.json", "unet/*.safetensors", "unet/*.safetensors.index.json", "scheduler/scheduler_config.json"),
-    *("model_index.json", ADAPTER_FILE, CARD_FILE, RECORD),
+    *("tokenizer/*", "text_encoder/*.json", INDEX, ADAPTER_FILE, CARD_FILE, RECORD),
 )
 SECRET = ("hub_token",)
 OF_THIS_START = ("resume_from_checkpoint", "overwrite_output_dir")  # not of the run
@@ -110,16 +112,37 @@ def digest_stage(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): sha256(path) for path in files}
 
 
-def save_stage(pipe: StagePipeline, config: TrainingConfig, step: int, results: dict[str, float]) -> None:
-    """Writes the stage to `config.output_dir`: all of it beside its place first, then part by part into it."""
+def save_stage(
+    pipe: StagePipeline,
+    config: TrainingConfig,
+    step: int,
+    results: dict[str, float],
+    encoder: EncoderParts | None = None,
+) -> None:
+    """Writes the stage to `config.output_dir`: all of it beside its place first, then part by part into it.
+
+    Args:
+        pipe (`StagePipeline`): The stage, without its text encoder.
+        config (`TrainingConfig`), step (`int`), results (`dict[str, float]`): How it was trained.
+        encoder (`EncoderParts`, *optional*): Its text encoder, which is saved by reference.
+    """
     unet = pipe.unet
     with parts_of(config) as partial:
         unet.save_pretrained(partial / "unet")
         hide_place(partial / "unet" / "config.json")
         pipe.scheduler.save_pretrained(partial / "scheduler")
         pipe.save_config(partial)
+        save_encoder(encoder, config, partial)
         write_record(partial, config, step, results)
         (partial / CARD_FILE).write_text(model_card(unet, config, step, results, pipe.origins), encoding="utf-8")
+
+
+def save_encoder(encoder: EncoderParts | None, config: TrainingConfig, folder: Path) -> None:
+    """Writes the tokenizer and where the text encoder is into the folder of a stage, and enters them into its index."""
+    if encoder is None:
+        return
+    entries = encoder.save(folder, Path(config.output_dir))
+    write_json(folder / INDEX, {**read_json_object(folder / INDEX), **entries})
 
 
 def hide_place(path: Path) -> None:

@@ -162,7 +162,7 @@ class Trainer:
 
     def export(self, unet: StageNetwork, done: int, results: dict[str, float]) -> None:
         """Writes what is trained, with its averaged weights."""
-        save_stage(self.pipeline(unet), self.config, done, results)
+        save_stage(self.pipeline(unet), self.config, done, results, self.encoder)
 
     # ---- before the first step
 
@@ -200,7 +200,7 @@ class Trainer:
         check_text(self.unet, text)
         no_text = None
         if text is not None and text.keeps_padding:
-            no_text = text.no_text(text.encode([""])).embeds.float().to(self.accelerator.device)
+            no_text = text.encode([""]).embeds.float().to(self.accelerator.device)  # what `TextSource.no_text` repeats
         self.conditioning = Conditioning(self.unet.low_res_augmentation, no_text)
         self.prompts = read_prompts(config, text)
         self.batches = self.make_batches()
@@ -212,6 +212,7 @@ class Trainer:
             )
             needs_encoder |= held_out.needs_encoder
         identity = None if text is None else text.identity()
+        self.encoder = None if text is None else text.parts()
         self.checkpoints.run |= in_json({**(self.batches.content or {}), TEXT_ENCODER: identity})
         if text is not None and not needs_encoder:
             text.release()
