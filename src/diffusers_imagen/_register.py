@@ -14,6 +14,7 @@ from diffusers.pipelines.deepfloyd_if import IFSafetyChecker
 from transformers import PreTrainedModel
 
 from .models.interface import StageNetwork
+from .pipelines.adapted_network import AdaptedNetwork
 from .text.reference import ReferencedTextEncoder
 
 
@@ -23,6 +24,7 @@ COMPONENTS = (
     "ContinuousDDPMScheduler",
     "EDMAdamsScheduler",
     "EDMHeunScheduler",
+    "AdaptedNetwork",
     "ReferencedTextEncoder",
 )
 PIPELINES = ("ImagenCascadePipeline", "ImagenPipeline", "ImagenSuperResolutionPipeline")
@@ -32,7 +34,7 @@ def register(package: ModuleType) -> None:
     """Enters the package's models, schedulers and pipelines into diffusers' tables."""
     # the loader asks the package itself for the base classes that LOADABLE_CLASSES names
     vars(package).update(ModelMixin=ModelMixin, SchedulerMixin=SchedulerMixin, PreTrainedModel=PreTrainedModel)
-    vars(package).update(ReferencedTextEncoder=ReferencedTextEncoder)
+    vars(package).update(AdaptedNetwork=AdaptedNetwork, ReferencedTextEncoder=ReferencedTextEncoder)
     pipeline_loading_utils.LOADABLE_CLASSES[package.__name__] = {
         "ModelMixin": ["save_pretrained", "from_pretrained"],
         "SchedulerMixin": ["save_pretrained", "from_pretrained"],

@@ -187,7 +187,7 @@ def test_neither_secrets_nor_places_are_published(make_config, tmp_path, monkeyp
     """In files for others, and in what is uploaded of a folder with whatever else in it."""
     from huggingface_hub.utils import filter_repo_objects
 
-    from diffusers_imagen.training import export
+    from diffusers_imagen.training import export, stage_card
 
     (tmp_path / "small").mkdir()
     make_unet().save_pretrained(tmp_path / "small" / "unet")
@@ -220,6 +220,7 @@ def test_neither_secrets_nor_places_are_published(make_config, tmp_path, monkeyp
     uploaded = sorted(filter_repo_objects(paths, **kinds))
     assert uploaded == [
         "README.md",
+        "card_images/0.png",
         "model_index.json",
         "samples/step-000002.png",
         "scheduler/scheduler_config.json",
@@ -232,4 +233,4 @@ def test_neither_secrets_nor_places_are_published(make_config, tmp_path, monkeyp
         assert str(tmp_path).encode() not in content and b"hf_secret" not in content
     settings = json.loads((folder / "training.json").read_text())["config"]
     assert settings["pretrained_model_name_or_path"] == "small" and settings["text_encoder"] == "encoder"
-    assert settings["hub_model_id"] == "me/stage" and export.public_name("me/model") == "me/model"
+    assert settings["hub_model_id"] == "me/stage" and stage_card.public_name("me/model") == "me/model"

@@ -223,15 +223,23 @@ class ModelCardMixin:
             license="\n" + section if (section := license_section(self.origins)) else "",
         )
 
-    def model_card_call(self) -> str:
-        """The arguments of the snippet: a prompt, or where there is no text encoder, embeddings; an image to enlarge."""
+    def model_card_call(self, prompt: str | None = None) -> str:
+        """The arguments of the snippet: a prompt, or where there is no text encoder, embeddings; an image to enlarge.
+
+        Args:
+            prompt (`str`, *optional*): In the quotes of Python. If None, one that anything draws, where there is a text
+                encoder.
+        """
         unet = self.stages[0].unet
         width = unet.text_width
         arguments = []
-        if self.text_encoder is not None and self.tokenizer is not None:
-            arguments.append(f'"{self.model_card_prompt}"')
+        if prompt is None and self.text_encoder is not None and self.tokenizer is not None:
+            prompt = f'"{self.model_card_prompt}"'
+        if width is not None and prompt is not None:
+            arguments.append(prompt)
         elif width is not None:
-            arguments += [f"prompt_embeds=torch.zeros(1, 1, {width})", "prompt_attention_mask=torch.ones(1, 1)"]
+            for name in ("prompt", "negative_prompt") if unet.attends_padding else ("prompt",):
+                arguments += [f"{name}_embeds=torch.zeros(1, 1, {width})", f"{name}_attention_mask=torch.ones(1, 1)"]
         if unet.takes_low_res:
             low_resolution = unet.resolution // self.config.scale_factor
             arguments.append(f"image=torch.rand(3, {low_resolution}, {low_resolution})")

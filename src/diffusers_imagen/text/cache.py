@@ -18,6 +18,7 @@ from transformers import AutoConfig
 from ..utils.arguments import shown
 from ..utils.errors import describe_fault
 from ..utils.files import FolderHold, whole_file, whole_folder
+from ..utils.references import read_reference
 from .cache_files import (
     DTYPES,
     FORMAT,
@@ -40,7 +41,7 @@ from .cache_files import (
 from .encoder import TextEncoder
 from .identity import LATER, identity_mismatch
 from .pretrained import load_tokenizer_of_pipeline
-from .reference import EncoderParts, read_reference
+from .reference import EncoderParts
 from .source import TextSource
 from .text_embeddings import TextEmbeddings, stack_padded, stack_unpadded
 

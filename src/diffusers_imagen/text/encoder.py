@@ -13,10 +13,11 @@ from ..utils.arguments import shown
 from ..utils.errors import is_out_of_memory, one_line
 from ..utils.files import HUB_OPTIONS
 from ..utils.modules import find_not_finite
+from ..utils.references import Reference
 from .cleanup import clean_captions
 from .identity import describe_encoder, describe_weights, encoder_width
 from .pretrained import NO_LIMIT, load_encoder, load_tokenizer
-from .reference import EncoderParts, EncoderReference, reference_of
+from .reference import EncoderParts, reference_of
 from .source import TextSource, in_slices
 from .text_embeddings import TextEmbeddings, zero_padding
 
@@ -47,7 +48,7 @@ class TextEncoder(TextSource):
         self.tokenizer, self._model, self._load = tokenizer, model, load
         self.keeps_padding, self.cleans_captions = keeps_padding, cleans_captions
         self._identity: dict[str, Any] | None = None
-        self._find: Callable[..., EncoderReference] | None = None  # where it is, of one that is loaded when needed
+        self._find: Callable[..., Reference] | None = None  # where it is, of one that is loaded when needed
 
     @classmethod
     def from_pretrained(

@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 import numpy as np
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..utils.modules import is_quantized
@@ -27,13 +28,17 @@ def describe_encoder(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel)
 
 def describe_weights(model: PreTrainedModel) -> dict[str, Any]:
     """Kind and sizes of an encoder, and a sample of its weights; without that where they are quantized or elsewhere."""
-    description = {"class": type(model).__name__, "width": encoder_width(model.config)}
+    return {"class": type(model).__name__, "width": encoder_width(model.config), **sample_weights(model)}
+
+
+def sample_weights(model: nn.Module) -> dict[str, Any]:
+    """How many weights a model has, and a sample of them; nothing where they are quantized or elsewhere."""
     weights = sorted(model.named_parameters())
     if is_quantized(model) or any(weight.is_meta for _, weight in weights):
-        return description
+        return {}
     places = np.linspace(0, len(weights) - 1, PROBES).round().astype(int)
     probe = [weights[place][1].detach().flatten()[7 * i % weights[place][1].numel()] for i, place in enumerate(places)]
-    return description | {
+    return {
         "parameters": sum(weight.numel() for _, weight in weights),
         "weights": [float(value) for value in probe],
     }

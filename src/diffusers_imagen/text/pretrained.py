@@ -11,7 +11,7 @@ from ..utils.errors import describe_fault
 from ..utils.files import HUB_OPTIONS, for_huggingface_hub
 from ..utils.modules import find_not_finite, is_quantized
 from .completeness import refuse_empty_vocabulary, refuse_random_weights
-from .reference import find_reference, load_text_model
+from .reference import find_reference, load_reference, load_text_model
 
 
 NO_LIMIT = 1_000_000  # transformers writes 1e30 where a tokenizer's length was never set
@@ -126,7 +126,9 @@ def load_where_it_is(what: str, name: str, subfolder: str, options: dict[str, An
             refuse_random_weights(f"{what}, whose text encoder", [*info["missing_keys"], *mismatched])
             return model
     try:
-        return reference.load(**{option: value for option, value in options.items() if option != "revision"})
+        return load_reference(
+            reference, **{option: value for option, value in options.items() if option != "revision"}
+        )
     except ValueError as error:
         raise ValueError(f"{what}, which names a text encoder by reference, but {error}") from error
 

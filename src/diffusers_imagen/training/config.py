@@ -1,6 +1,7 @@
 """What a training run is told. Field names are those of diffusers' training scripts where they have one."""
 
 import importlib.util
+import re
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
@@ -141,6 +142,11 @@ class TrainingConfig(DataConfig):
     logging_steps: int = arg(10, "Steps between looks at the losses, each of which waits for the device.")
     push_to_hub: bool = arg(False, "Upload the trained stage.")
     hub_model_id: str | None = arg(None, "Repository to upload to; without it, the name of output_dir.")
+    license: str | None = arg(
+        None,
+        "License of the trained weights for their card, as the Hub calls it, such as apache-2.0; without it, that of the "
+        "weights that training begins with.",
+    )
     hub_token: str | None = arg(None, "Token to upload with; without it, that of `hf auth login`.")
 
     def __post_init__(self):
@@ -165,6 +171,8 @@ class TrainingConfig(DataConfig):
             )
         self._check_tracker()
         self._check_hub()
+        if self.license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", self.license):
+            raise ValueError(f"`license` is {self.license!r}, but should be a name like 'apache-2.0' or 'cc0-1.0'.")
 
     def tags(self) -> list[str]:
         """What a model card adds to the tags of all stages."""

@@ -24,7 +24,7 @@ from .config import TrainingConfig
 from .data import BatchStream, make_train_batches, make_validation_batches
 from .devices import describe_sharing, inner_network, make_accelerator, own_part, whole_network
 from .ema.averages import WeightAverages
-from .export import digest_stage, make_repository, public_settings, save_stage, upload_stage
+from .export import digest_stage, make_repository, save_stage, upload_stage
 from .interruption import Interruption, TrainingInterrupted
 from .monitor import RECORDS, ComputeClock, Losses, Monitor, Records, Stopwatch, describe_time, memory_used, not_finite
 from .network import check_finite, choose_attention, prepare_network, seeded_dropout
@@ -36,6 +36,7 @@ from .output_folder import OutputFolder
 from .pretrained_stage import find_pretrained
 from .run_identity import TEXT_ENCODER, describe_run, in_json
 from .sampling import StagePipeline, draw_samples, read_prompts, show_samples, stage_pipeline
+from .stage_card import public_settings
 from .states import NetworkState, OptimizerState
 from .validation import ValidationLoss
 
@@ -162,7 +163,7 @@ class Trainer:
 
     def export(self, unet: StageNetwork, done: int, results: dict[str, float]) -> None:
         """Writes what is trained, with its averaged weights."""
-        save_stage(self.pipeline(unet), self.config, done, results, self.encoder)
+        save_stage(self.pipeline(unet), self.config, done, results, self.pretrained, self.encoder)
 
     # ---- before the first step
 
@@ -260,6 +261,9 @@ class Trainer:
             self.check_place(found)
         self.schedule = learning_rates(config, self.optimizer.optimizer, found.step)
         self.repository = on_main_process(accelerator, lambda: make_repository(config))
+        config.hub_model_id = (
+            self.repository or config.hub_model_id
+        )  # with the user's name, as the card's Python needs it
         self.records = {name: Records(Path(config.output_dir) / f"{name}.jsonl") for name in RECORDS}
         self.losses["loss"] = self.monitor.running_loss(accelerator)
         if config.report_to:
@@ -447,7 +451,7 @@ class Trainer:
             if self.batches.skipped:
                 logger.info(f"{len(self.batches.skipped)} images were skipped, each named above.")
             if self.repository is not None:
-                upload_stage(self.repository, self.config, self.config.max_train_steps)
+                upload_stage(self.repository, self.config, self.config.max_train_steps, self.encoder)
         self.close()
         return self.losses | ({"overhead": 1 - compute / seconds} if steps else {})
 

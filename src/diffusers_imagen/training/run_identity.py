@@ -56,7 +56,7 @@ CHANGEABLE = (
 # where things are on this machine, what is shown, and how the run is started
 NOT_COMPARED = (
     *("output_dir", "cache_dir", "logging_dir", "resume_from_checkpoint", "overwrite_output_dir"),
-    *("validation_prompts", "validation_images", "push_to_hub", "hub_model_id", "hub_token"),
+    *("validation_prompts", "validation_images", "push_to_hub", "hub_model_id", "hub_token", "license"),
 )
 
 IMAGES_IN_A_STEP = "`train_batch_size` x `gradient_accumulation_steps` x processes ="
