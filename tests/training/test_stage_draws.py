@@ -241,7 +241,9 @@ def test_an_adapter_draws_with_the_network_that_it_was_trained_on(dreambooth, ca
     own = ImagenPipeline(unet, pipe.scheduler, pipe.tokenizer, pipe.text_encoder)
     np.testing.assert_array_equal(draw(pipe, "a red face"), draw(own, "a red face"))
     plain = ImagenPipeline.from_stage(
-        ImagenPipeline(tiny_runs.ImagenUNetModel.from_pretrained(cascade_folder, subfolder="base_unet"), pipe.scheduler),
+        ImagenPipeline(
+            tiny_runs.ImagenUNetModel.from_pretrained(cascade_folder, subfolder="base_unet"), pipe.scheduler
+        ),
         text_encoder=pipe.text_encoder,
         tokenizer=pipe.tokenizer,
     )
@@ -311,7 +313,9 @@ def test_an_upload_has_a_local_encoder_in_full(make_stage, encoder, monkeypatch,
     uploads: list[dict[str, bytes]] = []
 
     def upload_folder(folder_path, allow_patterns=None, ignore_patterns=None, **kwargs):
-        files = {path.relative_to(folder_path).as_posix(): path for path in Path(folder_path).rglob("*") if path.is_file()}
+        files = {
+            path.relative_to(folder_path).as_posix(): path for path in Path(folder_path).rglob("*") if path.is_file()
+        }
         names = filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
         uploads.append({name: files[name].read_bytes() for name in names})
 

@@ -62,7 +62,9 @@ def find_notices(folder: Path) -> list[str]:
     return sorted(name for name in names if is_small_file(folder, name))[:MOST_FILES]
 
 
-def find_card_folder(name: Any, token: str | None = None, revision: str | None = None) -> Path | None:
+def find_card_folder(
+    name: Any, token: str | None = None, revision: str | None = None, with_pictures: bool = True
+) -> Path | None:
     """The folder with the card of what was loaded from a folder or repository; of the latter, small files are downloaded.
 
     None if there is none, or the Hub cannot be asked, of which the log says that the card stays behind.
@@ -75,7 +77,7 @@ def find_card_folder(name: Any, token: str | None = None, revision: str | None =
         validate_repo_id(str(name))
     except HFValidationError:
         return None
-    patterns = [CARD_FILE, *NOTICES, *(f"*{end}" for end in PICTURES)]
+    patterns = [CARD_FILE, *NOTICES, *(f"*{end}" for end in PICTURES if with_pictures)]
     try:
         return Path(snapshot_download(str(name), allow_patterns=patterns, token=token, revision=revision))
     except Exception as error:  # whatever the network does

@@ -273,6 +273,7 @@ def open_text(
     max_length: int | None,
     keeps_padding: bool = False,
     cleans_captions: bool = False,
+    **options: Any,
 ) -> TextSource | None:
     """What makes the embeddings of a run whose settings are these; None if neither encoder nor cache is given.
 
@@ -281,6 +282,7 @@ def open_text(
         embedding_cache (`str`, *optional*): Folder of a cache.
         max_length (`int`, *optional*): Tokens of a text; the tokenizer's own limit without.
         keeps_padding (`bool`), cleans_captions (`bool`): What the network was, or is to be, trained with.
+        options: Of `TextEncoder.from_pretrained`, such as `revision` and `variant`.
 
     Raises:
         ValueError: If they cannot be opened, or the cache has embeddings of another kind.
@@ -288,7 +290,7 @@ def open_text(
     encoder = None
     if text_encoder:
         encoder = TextEncoder.from_pretrained(
-            text_encoder, max_length, keeps_padding=keeps_padding, cleans_captions=cleans_captions
+            text_encoder, max_length, keeps_padding=keeps_padding, cleans_captions=cleans_captions, **options
         )
     if embedding_cache is None:
         return encoder

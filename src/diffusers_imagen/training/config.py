@@ -1,6 +1,7 @@
 """What a training run is told. Field names are those of diffusers' training scripts where they have one."""
 
 import importlib.util
+import os
 import re
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -20,6 +21,9 @@ from .objective.weightings import WEIGHTINGS
 
 POLYNOMIAL_END = 1e-7  # learning rate at the end of diffusers' polynomial schedule
 TRACKER_MODULES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}  # any of them serves
+
+MAX_STEPS = 10**9
+OF_EPOCHS = {"num_train_epochs": "max_train_steps", "validation_epochs": "validation_steps"}
 
 # settings that have a meaning for one value of another setting only
 OF_CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -45,6 +49,13 @@ class TrainingConfig(DataConfig):
         "Stage whose weights are trained further, or a cascade, of which the resolutions name the stage: a folder or a "
         "Hub id.",
         place="local_or_hub",
+    )
+    revision: str | None = arg(
+        None,
+        "Branch, tag or commit of that repository on the Hub, and of text_encoder where that is the same repository.",
+    )
+    variant: str | None = arg(
+        None, "Of the weights' files in it, such as fp16, and of text_encoder where that is the same."
     )
     grow: bool = arg(False, "Put a finer level around the pretrained network, for images of twice the resolution.")
     layers_per_block: list[int] | None = field(
@@ -90,6 +101,7 @@ class TrainingConfig(DataConfig):
     )
 
     max_train_steps: int = arg(10_000, "Optimizer steps.")
+    num_train_epochs: int | None = arg(None, "In place of max_train_steps: how often all images are seen.")
     learning_rate: float = arg(4e-4, "Peak learning rate.")
     scale_lr: bool = arg(False, "Multiply the learning rate by the images of a step.")
     lr_scheduler: Literal[
@@ -131,9 +143,11 @@ class TrainingConfig(DataConfig):
     validation_steps: int | None = arg(
         None, "Steps between validation losses and sample grids; without it, checkpointing_steps."
     )
+    validation_epochs: int | None = arg(None, "In place of validation_steps: how often all images are seen between.")
     validation_prompts: list[str] | None = field(
         default=None, metadata={"help": "Prompts that samples are drawn for."}
     )
+    num_validation_images: int = arg(1, "Samples of each prompt.")
     validation_images: list[str] | None = arg(
         None, "For a super-resolution stage: the image of each prompt, to be enlarged.", place="local"
     )
@@ -161,6 +175,8 @@ class TrainingConfig(DataConfig):
                     f"`layers_per_block` is {self.layers_per_block}, but there is no `pretrained_model_name_or_path` to "
                     "change: a fresh network has those of its configuration."
                 )
+        self._check_source()
+        self._check_epochs()
         self._check_objective()
         self._check_ema()
         self._check_validation()
@@ -177,6 +193,53 @@ class TrainingConfig(DataConfig):
     def tags(self) -> list[str]:
         """What a model card adds to the tags of all stages."""
         return []
+
+    def hub_options(self, name: str) -> dict[str, str]:
+        """`revision` and `variant` of what is loaded from a folder or repository, as far as they are of that."""
+        is_source = name in (self.pretrained_model_name_or_path, self.model_config_name_or_path)
+        given = {"revision": self.revision, "variant": self.variant} if is_source else {}
+        return {option: value for option, value in given.items() if value is not None}
+
+    def set_epoch(self, steps: int | None) -> None:
+        """Turns numbers of epochs into numbers of steps, when it is known how many steps see all images.
+
+        Raises:
+            ValueError: If that is not known, as of a stream, or there are too many.
+        """
+        for name, of_steps in OF_EPOCHS.items():
+            epochs = getattr(self, name)
+            if epochs is None:
+                continue
+            if steps is None:
+                raise ValueError(
+                    f"`{name}` is {epochs}, but how many images a stream has is not known: give `{of_steps}`."
+                )
+            if epochs * steps > MAX_STEPS:
+                raise ValueError(
+                    f"`{name}` is {epochs}, which are {epochs * steps} steps, but {MAX_STEPS} are the most."
+                )
+            setattr(self, of_steps, epochs * steps)
+            setattr(self, name, None)
+
+    def _check_source(self) -> None:
+        source = self.pretrained_model_name_or_path or self.model_config_name_or_path
+        if self.revision is not None and (source is None or os.path.isdir(source)):
+            raise ValueError(
+                f"`revision` is {self.revision!r}, but nothing is loaded from the Hub that has revisions."
+            )
+        if self.variant is not None and self.pretrained_model_name_or_path is None:
+            raise ValueError(f"`variant` is {self.variant!r}, but no weights are loaded.")
+
+    def _check_epochs(self) -> None:
+        defaults = {f.name: f.default for f in fields(self)}
+        for name, of_steps in OF_EPOCHS.items():
+            value = getattr(self, of_steps)
+            if getattr(self, name) is not None and value not in (defaults[of_steps], MAX_STEPS):
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)} and `{of_steps}` {value}, but only one of them can be given."
+                )
+        if self.num_train_epochs is not None:
+            self.max_train_steps = MAX_STEPS  # until `set_epoch`
 
     def _check_objective(self) -> None:
         defaults = {

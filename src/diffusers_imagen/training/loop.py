@@ -196,7 +196,8 @@ class Trainer:
         if self.text is None:
             max_length = config.tokenizer_max_length or self.pretrained.max_length
             padding, cleans = self.unet.attends_padding, self.pretrained.clean_caption
-            self.text = open_text(config.text_encoder, config.embedding_cache, max_length, padding, cleans)
+            options = config.hub_options(config.text_encoder or "")
+            self.text = open_text(config.text_encoder, config.embedding_cache, max_length, padding, cleans, **options)
         text = self.text
         check_text(self.unet, text)
         no_text = None
@@ -205,6 +206,8 @@ class Trainer:
         self.conditioning = Conditioning(self.unet.low_res_augmentation, no_text)
         self.prompts = read_prompts(config, text)
         self.batches = self.make_batches()
+        images = self.batches.epoch
+        config.set_epoch(None if images is None else math.ceil(images / self.images_per_step))
         self.validation, needs_encoder = None, self.batches.needs_encoder
         if config.validation_split:
             held_out = make_validation_batches(config, text, *self.place)

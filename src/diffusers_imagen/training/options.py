@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any, NoReturn, TypeVar, get_args, get_origin
 
@@ -13,6 +14,38 @@ from .settings import hints_of
 
 
 Config = TypeVar("Config", bound=TrainingConfig)
+
+
+# flags of diffusers' training scripts that these have not, with the reason or what stands for them
+ELSEWHERE = {
+    "noise_offset": "it mends schedules that end before all of an image's mean is lost, as Stable Diffusion's; those here go "
+    "on to where nothing is left of it, in pixels as they are",
+    "input_perturbation": "noise on the noisy image that the network is not told of; --noise_conditioning_augmentation is "
+    "that of super-resolution, which it is told of",
+    "enable_xformers_memory_efficient_attention": "--attention_backend chooses the attention",
+    "local_rank": "`accelerate launch` numbers the processes",
+    "train_text_encoder": "the text encoder is frozen, as in Imagen",
+    "text_encoder_use_attention_mask": "the text encoder always gets its mask",
+    "pre_compute_text_embeddings": "captions are encoded once where they fit in memory, and --embedding_cache keeps them",
+    "skip_save_text_encoder": "the text encoder is saved by reference",
+    "class_labels_conditioning": "the network's configuration says what it is told besides the image",
+    "validation_scheduler": "samples are drawn by the scheduler that the stage is exported with",
+    "validation_prompt": "--validation_prompts takes one or several",
+    "class_data_root": "it is called --class_data_dir",
+    "proportion_empty_prompts": "it is called --text_drop_rate",
+    "offset_noise": "see --noise_offset: schedules here go on to where nothing is left of an image's mean",
+    "dream_training": "it is of latent diffusion; --loss_weighting and --preconditioning choose the objective",
+    "foreach_ema": "the averages are updated with foreach where that is faster",
+    "offload_ema": "the averages stay on the device; --use_ema False does without them",
+    "non_ema_revision": "a stage has one set of weights, the averaged ones; --revision chooses the commit",
+}
+
+
+def refuse_foreign(names: Iterable[str], where: str) -> None:
+    """Raises ValueError for the first name that is a flag of diffusers' scripts only, with what there is in its place."""
+    for name in names:
+        if name in ELSEWHERE:
+            raise ValueError(f"`{name}` is given{where}, which diffusers' scripts have and these have not: {ELSEWHERE[name]}.")
 
 
 class OneLineErrors(argparse.ArgumentParser):
@@ -46,16 +79,18 @@ def parse_args(
         ValueError: If the file cannot be read, there is a name that is no option, or a value does not fit.
     """
     argv = sys.argv[1:] if argv is None else argv
+    flags = (flag.split("=")[0].removeprefix("--").replace("-", "_") for flag in argv if flag.startswith("--"))
+    refuse_foreign(flags, "")
     file = OneLineErrors(add_help=False, allow_abbrev=False)
     file.add_argument("--config")
-    given, flags = file.parse_known_args(argv)
+    given, rest = file.parse_known_args(argv)
 
     # HfArgumentParser takes a dataclass, its base class does not
     parser = OptionParser(config_class, description=description, allow_abbrev=False)  # type: ignore[arg-type]
     parser.add_argument("--config", metavar="FILE.yaml", help="File with the same names; flags win over it.")
     if given.config is not None:
         parser.set_defaults(**read_settings(given.config, config_class))
-    namespace = parser.parse_args(flags)
+    namespace = parser.parse_args(rest)
     return config_class(**{f.name: getattr(namespace, f.name) for f in fields(config_class)})
 
 
@@ -69,6 +104,7 @@ def read_settings(path: str, config_class: type[TrainingConfig] = TrainingConfig
     if not isinstance(entries, dict):
         raise ValueError(f"`config` is '{path}', but should have a line `name: value` for each option.")
     known = {f.name for f in fields(config_class)}
+    refuse_foreign((name for name in entries if name not in known), f" in '{path}'")
     unknown = sorted(entries.keys() - known)
     if unknown:
         raise ValueError(f"`config` '{path}' has {unknown}, which are no options; --help lists those there are.")

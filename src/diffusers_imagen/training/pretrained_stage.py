@@ -65,9 +65,10 @@ def find_pretrained(config: TrainingConfig) -> PretrainedStage:
     if config.pretrained_model_name_or_path is None:
         return PretrainedStage()
     place, subfolder = place_of_network(config)
-    scheduler, index = load_scheduler_config(place, subfolder), load_index(place)
-    network = load_network_config(place, subfolder)
-    folder = find_card_folder(place)
+    revision = config.revision
+    scheduler, index = load_scheduler_config(place, subfolder, revision), load_index(place, revision)
+    network = load_network_config(place, subfolder, revision)
+    folder = find_card_folder(place, revision=revision, with_pictures=False)
     known = PretrainedStage(scheduler, part=subfolder, folder=folder, license=read_card_license(folder) or None)
     if network.get("_class_name") == THEIR_NETWORK:
         origin = {"license": DEEPFLOYD, **base_model(place, index)}
@@ -95,10 +96,10 @@ def place_of_network(config: TrainingConfig) -> tuple[str, str]:
 
 def read_scheduler(config: TrainingConfig) -> dict[str, Any] | None:
     """The configuration of the scheduler of the stage that a run begins with, as `load_scheduler_config` has it."""
-    return load_scheduler_config(*place_of_network(config))
+    return load_scheduler_config(*place_of_network(config), config.revision)
 
 
-def load_scheduler_config(place: str, subfolder: str) -> dict[str, Any] | None:
+def load_scheduler_config(place: str, subfolder: str, revision: str | None = None) -> dict[str, Any] | None:
     """The configuration of the scheduler beside the network in a subfolder; None if there is none.
 
     Raises:
@@ -111,15 +112,15 @@ def load_scheduler_config(place: str, subfolder: str) -> dict[str, Any] | None:
     if Path(place).is_dir():
         return None
     try:
-        return EDMHeunScheduler.load_config(place, subfolder=part)  # reads what any scheduler saved
+        return EDMHeunScheduler.load_config(place, subfolder=part, revision=revision)  # reads what any scheduler saved
     except OSError:
         return None
 
 
-def load_network_config(place: str, subfolder: str) -> dict[str, Any]:
+def load_network_config(place: str, subfolder: str, revision: str | None = None) -> dict[str, Any]:
     """The configuration of a network; nothing if it cannot be read, which the network's own loading says."""
     try:
-        found = ConditionalUNet.load_config(place, subfolder=subfolder)
+        found = ConditionalUNet.load_config(place, subfolder=subfolder, revision=revision)
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

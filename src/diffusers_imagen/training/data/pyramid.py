@@ -1,17 +1,20 @@
 """The conditioning image of a super-resolution stage: reduced, cropped at the same place, and made worse on purpose."""
 
+import functools
 import io
+import math
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
 
-from .data_config import DataConfig
+from .data_config import DataConfig, Interpolation
 from .slot_draws import BLUR, JPEG
 
 
-SUPPORT = 2  # a bicubic reduction sees so many low-resolution pixels to each side
+# low-resolution pixels to each side that a filter of Pillow sees
+SUPPORT = {"nearest": 0.5, "box": 0.5, "bilinear": 1.0, "hamming": 1.0, "bicubic": 2.0, "lanczos": 3.0}
 
 
 def to_float(pixels: torch.Tensor) -> torch.Tensor:
@@ -19,13 +22,43 @@ def to_float(pixels: torch.Tensor) -> torch.Tensor:
     return pixels.float().div_(127.5).sub_(1)
 
 
-def reduce(images: torch.Tensor, factor: int) -> torch.Tensor:
-    """`(B, 3, H, W)` in [-1, 1] to `(B, 3, H / factor, W / factor)`, antialiased."""
-    size = (images.shape[-2] // factor, images.shape[-1] // factor)
-    return F.interpolate(images, size, mode="bicubic", antialias=True).clamp(-1, 1)
+def reduce(images: torch.Tensor, factor: int, interpolation: Interpolation = "bicubic") -> torch.Tensor:
+    """`(B, 3, H, W)` in [-1, 1] to `(B, 3, H / factor, W / factor)`, antialiased by any filter but "nearest"."""
+    height, width = images.shape[-2] // factor, images.shape[-1] // factor
+    if interpolation == "bicubic":
+        return F.interpolate(images, (height, width), mode="bicubic", antialias=True).clamp(-1, 1)
+    rows, columns = (filter_weights(length, factor, interpolation) for length in (height, width))
+    reduced = rows @ images[..., : height * factor, : width * factor] @ columns.T
+    return reduced.clamp(-1, 1)
 
 
-def crop_both(pixels: torch.Tensor, factor: int, top: int, left: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+@functools.lru_cache(maxsize=64)
+def filter_weights(length: int, factor: int, interpolation: Interpolation) -> torch.Tensor:
+    """What each of `length` reduced pixels takes of each pixel, `(length, length * factor)`: Pillow's filters.
+
+    The filter is as many times wider as the image is reduced, is cut at the border, and has the sum 1.
+    """
+    centers = torch.arange(length, dtype=torch.float64)[:, None] + 0.5
+    places = (torch.arange(length * factor, dtype=torch.float64) + 0.5) / factor
+    x, support = places - centers, SUPPORT[interpolation]  # in reduced pixels
+    if interpolation == "nearest":
+        first = (torch.arange(length) + 0.5).mul(factor).long()
+        return F.one_hot(first, length * factor).float()
+    if interpolation == "box":
+        weights = torch.ones_like(x)
+    elif interpolation == "bilinear":
+        weights = 1 - x.abs()
+    elif interpolation == "hamming":
+        weights = torch.sinc(x) * (0.54 + 0.46 * torch.cos(math.pi * x))
+    else:
+        weights = torch.sinc(x) * torch.sinc(x / 3)
+    weights = weights * (x.abs() <= support)
+    return (weights / weights.sum(dim=1, keepdim=True)).float()
+
+
+def crop_both(
+    pixels: torch.Tensor, factor: int, top: int, left: int, size: int, interpolation: Interpolation = "bicubic"
+) -> tuple[torch.Tensor, torch.Tensor]:
     """A crop and the same crop of the reduction, for one image; only the crop's surroundings are reduced.
 
     Args:
@@ -33,15 +66,16 @@ def crop_both(pixels: torch.Tensor, factor: int, top: int, left: int, size: int)
         factor (`int`): H over the height of the reduction.
         top (`int`), left (`int`): The corner on the grid of the reduction.
         size (`int`): Height and width of the crop, in pixels of the image.
+        interpolation (`str`): Filter of the reduction.
 
     Returns:
         `(3, size, size)` uint8, and `(3, size / factor, size / factor)` in [-1, 1].
     """
-    small = size // factor
-    first = [max(0, corner - SUPPORT) for corner in (top, left)]
-    last = [min(length // factor, corner + small + SUPPORT) for length, corner in zip(pixels.shape[-2:], (top, left))]
+    small, margin = size // factor, math.ceil(SUPPORT[interpolation])
+    first = [max(0, corner - margin) for corner in (top, left)]
+    last = [min(length // factor, corner + small + margin) for length, corner in zip(pixels.shape[-2:], (top, left))]
     window = pixels[:, first[0] * factor : last[0] * factor, first[1] * factor : last[1] * factor]
-    low_res = crop(reduce(to_float(window)[None], factor)[0], top - first[0], left - first[1], small)
+    low_res = crop(reduce(to_float(window)[None], factor, interpolation)[0], top - first[0], left - first[1], small)
     return crop(pixels, factor * top, factor * left, size), low_res
 
 

@@ -82,13 +82,15 @@ class SampleMaker:
         place = (0.5, 0.5)
         if draws is not None and self.augment and not self.config.center_crop:
             place = (draws[PLACE_TOP], draws[PLACE_LEFT])
-        return torch.from_numpy(fit_image(image, height, width, *place).copy()).permute(2, 0, 1)
+        fitted = fit_image(image, height, width, *place, self.config.image_interpolation_mode)
+        return torch.from_numpy(fitted.copy()).permute(2, 0, 1)
 
     def pyramid(self, pixels: torch.Tensor, draws: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """The image, or a crop of it, as uint8 and its reduction."""
         if self.config.crop_size is None:
-            return pixels, reduce(to_float(pixels)[None], self.config.factor)[0]
-        return crop_both(pixels, self.config.factor, *self.corner(pixels, draws), self.config.crop_size)
+            return pixels, reduce(to_float(pixels)[None], self.config.factor, self.config.image_interpolation_mode)[0]
+        corner, interpolation = self.corner(pixels, draws), self.config.image_interpolation_mode
+        return crop_both(pixels, self.config.factor, *corner, self.config.crop_size, interpolation)
 
     def corner(self, pixels: torch.Tensor, draws: np.ndarray) -> tuple[int, int]:
         """Top and left of the slot's crop, on the grid of the reduction."""

@@ -26,7 +26,6 @@ from ..states import NetworkState
 from .finetuning_config import TARGET_MODULES, LoraTrainingConfig
 
 
-
 class LoraTrainer(Trainer):
     """A run of which only an adapter is trained, averaged, checkpointed and exported.
 
@@ -49,9 +48,9 @@ class LoraTrainer(Trainer):
         check_objective(config)
         targets = find_targets(unet, config.lora_target_modules)
         self.subfolder, self.base_digest = find_network(config), digest(unet)
-        self.network = reference_to(
-            str(config.pretrained_model_name_or_path), self.subfolder or "", identity=sample_weights(unet)
-        )
+        name = str(config.pretrained_model_name_or_path)
+        options = config.hub_options(name)
+        self.network = reference_to(name, self.subfolder or "", identity=sample_weights(unet), **options)
         unet.requires_grad_(False)
         alpha = config.rank if config.lora_alpha is None else config.lora_alpha
         with fresh_weights(config.seed):
