@@ -109,6 +109,7 @@ def test_the_same_data_elsewhere_and_what_a_user_may_change_go_on(
 def test_a_network_of_a_checkpoint_from_before_an_option_has_its_default(make_config):
     own = run_identity.describe_run(make_config(), make_unet(), "no")
     defaults = {f"unet {name}": p.default for name, p in signature(ImagenUNetModel.__init__).parameters.items()}
+    defaults |= {f.name: f.default for f in fields(TrainingConfig)}
     assert run_identity.LATER_OPTIONS.items() <= defaults.items()
     saved = {key: value for key, value in own.items() if key not in run_identity.LATER_OPTIONS}
     assert len(own) - len(saved) == len(run_identity.LATER_OPTIONS)

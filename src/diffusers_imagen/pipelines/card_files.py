@@ -27,7 +27,7 @@ MOST_FILES = 200
 
 def find_beside_card(folder: Path) -> list[str]:
     """The licenses and notices of a folder, and the pictures that its card shows, as paths from there."""
-    found = {path.relative_to(folder).as_posix() for pattern in NOTICES for path in folder.glob(pattern)}
+    found = set(find_notices(folder))
     card = folder / CARD_FILE
     if card.is_file():
         text = card.read_text(encoding="utf-8", errors="replace")
@@ -77,6 +77,8 @@ def find_card_folder(
         validate_repo_id(str(name))
     except HFValidationError:
         return None
+    if str(name).count("/") != 1:
+        return None  # a folder that is gone
     patterns = [CARD_FILE, *NOTICES, *(f"*{end}" for end in PICTURES if with_pictures)]
     try:
         return Path(snapshot_download(str(name), allow_patterns=patterns, token=token, revision=revision))

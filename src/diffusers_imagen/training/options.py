@@ -16,36 +16,42 @@ from .settings import hints_of
 Config = TypeVar("Config", bound=TrainingConfig)
 
 
-# flags of diffusers' training scripts that these have not, with the reason or what stands for them
+# flags of diffusers' training scripts that these do not have, with the reason or what stands for them
+OFFSET = (
+    "noise is independent in each pixel, as the samplers draw it; for brightness, which high noise levels decide, train on "
+    "more of those by a larger --p_mean"
+)
 ELSEWHERE = {
-    "noise_offset": "it mends schedules that end before all of an image's mean is lost, as Stable Diffusion's; those here go "
-    "on to where nothing is left of it, in pixels as they are",
-    "input_perturbation": "noise on the noisy image that the network is not told of; --noise_conditioning_augmentation is "
-    "that of super-resolution, which it is told of",
+    "noise_offset": OFFSET,
+    "offset_noise": OFFSET,
+    "input_perturbation": "--noise_conditioning_augmentation is the noise that a network is trained to expect",
+    "validation_prompt": "--validation_prompts takes one or several",
+    "validation_scheduler": "samples are drawn by the scheduler that the stage is exported with",
     "enable_xformers_memory_efficient_attention": "--attention_backend chooses the attention",
     "local_rank": "`accelerate launch` numbers the processes",
+    "set_grads_to_none": "gradients are always set to None",
+    "lr_power": "--lr_scheduler polynomial has the power 1",
+    "tracker_project_name": "trackers get the name diffusers-imagen",
     "train_text_encoder": "the text encoder is frozen, as in Imagen",
+    "tokenizer_name": "the tokenizer is that of --text_encoder",
     "text_encoder_use_attention_mask": "the text encoder always gets its mask",
-    "pre_compute_text_embeddings": "captions are encoded once where they fit in memory, and --embedding_cache keeps them",
-    "skip_save_text_encoder": "the text encoder is saved by reference",
-    "class_labels_conditioning": "the network's configuration says what it is told besides the image",
-    "validation_scheduler": "samples are drawn by the scheduler that the stage is exported with",
-    "validation_prompt": "--validation_prompts takes one or several",
-    "class_data_root": "it is called --class_data_dir",
-    "proportion_empty_prompts": "it is called --text_drop_rate",
-    "offset_noise": "see --noise_offset: schedules here go on to where nothing is left of an image's mean",
-    "dream_training": "it is of latent diffusion; --loss_weighting and --preconditioning choose the objective",
-    "foreach_ema": "the averages are updated with foreach where that is faster",
-    "offload_ema": "the averages stay on the device; --use_ema False does without them",
-    "non_ema_revision": "a stage has one set of weights, the averaged ones; --revision chooses the commit",
+    "pre_compute_text_embeddings": "captions are encoded once where they fit in memory; --embedding_cache keeps them on disk",
+    "skip_save_text_encoder": "the text encoder is saved by reference, without its weights",
+    "class_labels_conditioning": "the configuration of the network says what it is conditioned on",
+    "prior_generation_precision": "class images are drawn in --mixed_precision",
+    "proportion_empty_prompts": "--text_drop_rate is the rate of dropped captions",
+    "dream_training": "--preconditioning, --prediction_type and --loss_weighting choose the objective",
+    "non_ema_revision": "a stage has one set of weights, of which --revision chooses the commit",
 }
 
 
-def refuse_foreign(names: Iterable[str], where: str) -> None:
+def refuse_elsewhere(names: Iterable[str], where: str) -> None:
     """Raises ValueError for the first name that is a flag of diffusers' scripts only, with what there is in its place."""
     for name in names:
         if name in ELSEWHERE:
-            raise ValueError(f"`{name}` is given{where}, which diffusers' scripts have and these have not: {ELSEWHERE[name]}.")
+            raise ValueError(
+                f"`{name}`{where} is an option of diffusers' scripts, but not of these: {ELSEWHERE[name]}."
+            )
 
 
 class OneLineErrors(argparse.ArgumentParser):
@@ -80,7 +86,7 @@ def parse_args(
     """
     argv = sys.argv[1:] if argv is None else argv
     flags = (flag.split("=")[0].removeprefix("--").replace("-", "_") for flag in argv if flag.startswith("--"))
-    refuse_foreign(flags, "")
+    refuse_elsewhere(flags, "")
     file = OneLineErrors(add_help=False, allow_abbrev=False)
     file.add_argument("--config")
     given, rest = file.parse_known_args(argv)
@@ -104,7 +110,7 @@ def read_settings(path: str, config_class: type[TrainingConfig] = TrainingConfig
     if not isinstance(entries, dict):
         raise ValueError(f"`config` is '{path}', but should have a line `name: value` for each option.")
     known = {f.name for f in fields(config_class)}
-    refuse_foreign((name for name in entries if name not in known), f" in '{path}'")
+    refuse_elsewhere((name for name in entries if name not in known), f" in '{path}'")
     unknown = sorted(entries.keys() - known)
     if unknown:
         raise ValueError(f"`config` '{path}' has {unknown}, which are no options; --help lists those there are.")
