@@ -94,10 +94,16 @@ def find_network(config: TrainingConfig) -> str | None:
         return "unet"
     with torch.device("meta"):  # for their sizes, without memory for their weights
         networks = {part: fresh_unet(argument, name, part, config.revision) for part in parts}
-    takes_low_res = config.low_resolution is not None
+    takes_low_res, below = config.low_resolution is not None, None
     for part, unet in networks.items():
         if unet.takes_low_res == takes_low_res and (unet.resolution == config.resolution or not takes_low_res):
+            if takes_low_res and below is not None and config.low_resolution != below:
+                raise ValueError(
+                    f"`low_resolution` is {config.low_resolution}, but the stage below `{part}` of the cascade '{name}' makes "
+                    f"images of {below} px: set it to that."
+                )
             return part
+        below = unet.resolution
     sizes = [f"{unet.resolution} {'with' if unet.takes_low_res else 'without'} one" for unet in networks.values()]
     raise ValueError(
         f"`resolution` is {config.resolution} and `low_resolution` {config.low_resolution}, but should be those of a "
