@@ -1,7 +1,9 @@
 """Texts to embeddings: a tokenizer and an encoder that do not fit are refused in words."""
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from tiny_t5 import save_text_parts
 from transformers import BertTokenizerFast
 
 from diffusers_imagen.pipelines.loading.folders import load_text_parts
