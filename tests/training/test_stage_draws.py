@@ -22,6 +22,7 @@ from diffusers_imagen.text import TextEncoder
 from diffusers_imagen.text.cache import CacheWriter, save_parts, write_cache
 from diffusers_imagen.text.reference import ReferencedTextEncoder
 from diffusers_imagen.training import DreamBoothTrainingConfig, export, train
+from diffusers_imagen.training.ema.reconstruction import write_reconstructed
 from diffusers_imagen.training.finetuning.dreambooth import make_trainer
 from diffusers_imagen.training.network import make_unet
 from diffusers_imagen.utils.references import REFERENCE
@@ -331,3 +332,10 @@ def test_an_upload_has_a_local_encoder_in_full(make_stage, encoder, monkeypatch,
     shutil.rmtree(encoder)
     assert draw(DiffusionPipeline.from_pretrained(tmp_path / "elsewhere"), "a red apple").shape == (1, 16, 16, 3)
     assert 'from_pretrained("me/stage")' in (tmp_path / "elsewhere" / "README.md").read_text()
+
+
+def test_a_reconstructed_average_draws_too(make_stage, tmp_path):
+    out, _ = make_stage(use_ema=True, ema_type="power", max_train_steps=2, checkpointing_steps=1)
+    write_reconstructed(Path(out), {0.1: tmp_path / "deep" / "er" / "average"})
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "deep" / "er" / "average")
+    assert draw(pipe, "a red apple").shape == (1, 16, 16, 3)
