@@ -4,9 +4,10 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+from diffusers import SchedulerMixin
 
-from ... import schedulers
 from ...loaders.lora_adapters import check_adaptable, require_peft
 from ...loaders.lora_names import diffusers_names
 from ...models.interface import StageNetwork
@@ -77,20 +78,20 @@ class LoraTrainer(Trainer):
             )
             pipe = self.pipeline(unet)
             save_parts(pipe, config, self.encoder, partial)
-            self.save_network(unet, partial)
+            self.save_network(partial)
             write_record(partial, config, done, results)
             facts = self.describe_use(pipe)
             write_card(partial, config, done, facts, model_card(unet, config, done, results, facts))
 
-    def save_network(self, unet: StageNetwork, folder: Path) -> None:
+    def save_network(self, folder: Path) -> None:
         """Writes where the network is, and the scheduler of the stage that it is from, in place of the run's own."""
         write_reference(folder / "unet", self.network, Path(self.config.output_dir) / "unet")
         entries = {"unet": ["diffusers_imagen", "AdaptedNetwork"]}
         scheduler = self.pretrained.scheduler
-        if scheduler is not None and isinstance(scheduler.get("_class_name"), str):
+        scheduler_class = getattr(diffusers, str((scheduler or {}).get("_class_name")), None)
+        if scheduler is not None and isinstance(scheduler_class, type) and issubclass(scheduler_class, SchedulerMixin):
             write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-            library = "diffusers_imagen" if hasattr(schedulers, scheduler["_class_name"]) else "diffusers"
-            entries["scheduler"] = [library, scheduler["_class_name"]]
+            entries["scheduler"] = [scheduler_class.__module__.split(".")[0], scheduler_class.__name__]
         write_json(folder / INDEX, {**read_json_object(folder / INDEX), **entries})
 
     def describe_use(self, pipe: StagePipeline) -> CardFacts:
