@@ -5,28 +5,47 @@
         --text_encoder runs/text-encoder --dataset data/emoji --output_dir checkpoints/imagen-emoji
 
 Weights are written in half precision, in files of at most 16 MiB, with a model card and the notices of the works that
-the training pictures come from.
+the training pictures come from. It draws pictures for the card, which
+
+    python scripts/build_emoji_checkpoint.py --pictures_of checkpoints/imagen-emoji
+
+draws again, of a checkpoint that is there.
 """
 
 import argparse
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
 
 import torch
+import yaml
 from transformers import AutoModel, AutoTokenizer
 
 from diffusers_imagen import EDMAdamsScheduler, EfficientUNetModel, ImagenCascadePipeline, ImagenUNetModel
+from diffusers_imagen.commands.common import slug_of
 from diffusers_imagen.utils.errors import run_to_exit_code
-from diffusers_imagen.utils.files import check_writable
+from diffusers_imagen.utils.files import check_writable, whole_file, write_text
 
 
 MAX_SHARD_BYTES = 16 * 2**20 - 2**16  # a file is its tensors and a header
 BASE_SIGMA_MIN = 0.05  # little training is spent below it, and the noise it leaves is less than the network's own
 # Of the low-resolution image: pictures are nearer to real ones than with 0.1, the default (docs/evaluation.md).
 SR_NOISE_LEVEL = 0.002
+
+PICTURES = "pictures"  # folder of the checkpoint
+SHOWN = (
+    "a 3d render of a tiger face",
+    "a noto emoji of a red apple",
+    "a flat illustration of a house",
+    "a 3d render of a grinning face",
+    "a hamburger",
+    "a red automobile",
+)
+COLUMNS = 3
+MARK = "<!-- pictures -->"  # before and after those of the card
 
 LICENCE_FILES = {
     "3d": "lobehub-fluent-emoji-3d.txt",
@@ -45,9 +64,11 @@ tags:
 - text-to-image
 - diffusers
 - diffusers-imagen
----
+{widget}---
 
 # imagen-emoji
+
+{pictures}
 
 A small Imagen cascade ([arXiv 2205.11487](https://arxiv.org/abs/2205.11487)) that ships with diffusers-imagen: text to
 64 px to 256 px, on emoji.
@@ -96,12 +117,61 @@ The weights are under Apache-2.0. The pictures that they were trained on are the
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     runs = "stage folders of all runs that led to it, the last one is taken"
-    parser.add_argument("--base", type=Path, required=True, nargs="+", help=runs)
-    parser.add_argument("--sr256", type=Path, required=True, nargs="+", help=runs)
-    parser.add_argument("--text_encoder", type=Path, required=True, help="folder with text_encoder/ and tokenizer/")
-    parser.add_argument("--dataset", type=Path, required=True, help="the emoji imagefolder, for notices and counts")
-    parser.add_argument("--output_dir", type=Path, required=True)
-    return parser.parse_args()
+    parser.add_argument("--base", type=Path, nargs="+", help=runs)
+    parser.add_argument("--sr256", type=Path, nargs="+", help=runs)
+    parser.add_argument("--text_encoder", type=Path, help="folder with text_encoder/ and tokenizer/")
+    parser.add_argument("--dataset", type=Path, help="the emoji imagefolder, for notices and counts")
+    parser.add_argument("--output_dir", type=Path)
+    parser.add_argument(
+        "--pictures_of", type=Path, help="draw the card's pictures of this checkpoint, and nothing else"
+    )
+    args = parser.parse_args()
+    missing = [name for name, value in vars(args).items() if value is None and name != "pictures_of"]
+    if args.pictures_of is None and missing:
+        raise ValueError(f"`{missing[0]}` is not given.")
+    return args
+
+
+def draw_pictures(folder: Path, seed: int = 0) -> None:
+    """Draws what the card of a checkpoint shows into its folder, as PNGs of the last stage."""
+    pipe = ImagenCascadePipeline.from_pretrained(folder)
+    images = pipe(list(SHOWN), generator=torch.Generator().manual_seed(seed)).images
+    (folder / PICTURES).mkdir(exist_ok=True)
+    for prompt, image in zip(SHOWN, images):
+        with whole_file(folder / picture_of(prompt)) as partial:
+            image.save(partial, "PNG", optimize=True)
+
+
+def picture_of(prompt: str) -> str:
+    """Where the picture of a prompt is in a checkpoint."""
+    return f"{PICTURES}/{slug_of(prompt)}.png"
+
+
+def describe_widget() -> str:
+    """The pictures in the metadata of the card, which the Hub shows beside the prompts."""
+    widget = [{"text": prompt, "output": {"url": picture_of(prompt)}} for prompt in SHOWN]
+    return yaml.safe_dump({"widget": widget}, sort_keys=False)
+
+
+def describe_pictures() -> str:
+    """The pictures in the text of the card, as a table with the prompts below them."""
+    rows = [SHOWN[start : start + COLUMNS] for start in range(0, len(SHOWN), COLUMNS)]
+    lines = []
+    for number, row in enumerate(rows):
+        lines.append("| " + " | ".join(f"![{prompt}]({picture_of(prompt)})" for prompt in row) + " |")
+        lines += ["|" + ":---:|" * COLUMNS] if number == 0 else []
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join([MARK, *lines, MARK])
+
+
+def show_pictures(card: str) -> str:
+    """A card with the pictures in its metadata and below its title, in place of those that it had."""
+    _, header, body = card.split("---\n", 2)
+    data = {name: value for name, value in yaml.safe_load(header).items() if name != "widget"}
+    body = re.sub(rf"{MARK}.*?{MARK}\n*", "", body, flags=re.DOTALL)
+    title, rest = body.strip("\n").split("\n", 1)
+    text = "\n\n".join([title, describe_pictures(), rest.strip("\n")])
+    return f"---\n{yaml.safe_dump(data, sort_keys=False)}{describe_widget()}---\n\n{text}\n"
 
 
 def load_cascade(base: Path, sr256: Path, text_encoder: Path) -> ImagenCascadePipeline:
@@ -149,6 +219,8 @@ def write_card(args: argparse.Namespace, pipe: ImagenCascadePipeline, folder: Pa
     modules = ("text_encoder", "base_unet", "sr256_unet")
     parts = [(name, getattr(pipe, name)) for name in modules]
     card = CARD.format(
+        widget=describe_widget(),
+        pictures=describe_pictures(),
         parts="\n".join(
             f"| `{name}` | {type(module).__name__} | {sum(p.numel() for p in module.parameters()) / 1e6:.1f} M |"
             for name, module in parts
@@ -187,6 +259,11 @@ def change_config(path: Path, **changes) -> None:
 
 def main() -> None:
     args = parse_args()
+    if args.pictures_of is not None:
+        draw_pictures(args.pictures_of)
+        card = args.pictures_of / "README.md"
+        write_text(card, show_pictures(card.read_text()))
+        return
     if args.output_dir.exists():
         raise ValueError(f"`output_dir` is '{args.output_dir}', which exists already.")
     check_writable(args.output_dir, "output_dir")
@@ -201,6 +278,7 @@ def main() -> None:
     for path in partial.rglob("*.safetensors"):
         path.chmod(0o644)
     write_notices(args.dataset, write_card(args, pipe, partial), partial)
+    draw_pictures(partial)
     os.replace(partial, args.output_dir)
     sizes = [path.stat().st_size for path in args.output_dir.rglob("*") if path.is_file()]
     print(f"{args.output_dir}: {sum(sizes) / 2**20:.1f} MiB, largest file {max(sizes) / 2**20:.1f} MiB")

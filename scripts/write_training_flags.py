@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from diffusers_imagen.training import DreamBoothTrainingConfig, LoraTrainingConfig, TrainingConfig, run_identity
 from diffusers_imagen.training.data import DataConfig
+from diffusers_imagen.training.options import ELSEWHERE
 from diffusers_imagen.training.settings import hints_of
 from diffusers_imagen.training.validation.metric_settings import MetricSettings
 
@@ -21,6 +22,29 @@ INTRODUCTION = """# Training flags
 Written by `scripts/write_training_flags.py`. Each is a flag of `diffusers-imagen train` and of `scripts/train_imagen.py`, an entry of the YAML file given as `--config`, and a field of `TrainingConfig`; [training.md](training.md) shows them at work.
 
 The last column says what a run that goes on from a checkpoint may do with a setting:
+"""
+# of train_text_to_image.py, its LoRA script, train_dreambooth.py and its LoRA script, which train DeepFloyd IF too
+DIFFUSERS = """
+pretrained_model_name_or_path revision variant dataset_name dataset_config_name train_data_dir image_column caption_column
+max_train_samples cache_dir validation_prompts num_validation_images validation_epochs validation_steps validation_images
+output_dir logging_dir seed resolution center_crop random_flip image_interpolation_mode train_batch_size num_train_epochs
+max_train_steps gradient_accumulation_steps gradient_checkpointing learning_rate scale_lr lr_scheduler lr_warmup_steps
+lr_num_cycles snr_gamma use_8bit_adam allow_tf32 use_ema dataloader_num_workers adam_beta1 adam_beta2 adam_weight_decay
+adam_epsilon max_grad_norm push_to_hub hub_token hub_model_id prediction_type mixed_precision report_to checkpointing_steps
+checkpoints_total_limit resume_from_checkpoint rank tokenizer_max_length instance_data_dir instance_prompt class_data_dir
+class_prompt with_prior_preservation prior_loss_weight num_class_images sample_batch_size
+""".split()
+OTHERS = """## Flags of diffusers' scripts
+
+Of the flags of diffusers' `train_text_to_image.py`, `train_text_to_image_lora.py`, `train_dreambooth.py` and `train_dreambooth_lora.py`, these have the same name here:
+
+{same}.
+
+These are refused by name, in one line that says why:
+
+| diffusers' flag | here |
+| --- | --- |
+{refused}
 """
 ON_RESUME = {
     "ANOTHER_RUN": ("same", "it must be the same"),
@@ -87,7 +111,10 @@ def write_page() -> str:
             "| --- " * 5 + "|",
         ]
         lines += [describe(field, hints_of(settings)[field.name]) for field in own]
-    return "\n".join(lines) + "\n"
+    names = {field.name for field in fields(DreamBoothTrainingConfig)}
+    same = ", ".join(f"`{name}`" for name in DIFFUSERS if name in names)
+    refused = "\n".join(f"| `{name}` | {reason} |" for name, reason in ELSEWHERE.items())
+    return "\n".join(lines) + "\n\n" + OTHERS.format(same=same, refused=refused)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 import hub_server
 import numpy as np
 import pytest
+import tiny_runs
 import torch
 import yaml
 from deepfloyd_repository import stage_2, write_repository
@@ -264,3 +265,71 @@ def test_a_text_encoder_is_read_alone_and_again_offline(hub, client, tmp_path):
     expected = TextEncoder(tiny_tokenizer(), tiny_t5(), keeps_padding=True).encode(["a red apple"]).embeds
     for name in ("pipeline-0", "pipeline-1", "encoder-0", "encoder-1"):
         torch.testing.assert_close(torch.load(tmp_path / f"{name}.pt"), expected, atol=1e-6, rtol=0)
+
+
+PUSH_LICENSED = """
+import diffusers_imagen
+from diffusers import DiffusionPipeline
+from diffusers_imagen import ImagenCascadePipeline
+
+ImagenCascadePipeline.from_pretrained("model").push_to_hub("user/first")
+DiffusionPipeline.from_pretrained("user/first").push_to_hub("user/second")
+"""
+
+TRAIN = """
+import json
+from diffusers_imagen.training import TrainingConfig, train
+from diffusers_imagen.training.network import make_unet
+
+config = TrainingConfig(**json.load(open("settings.json")))
+train(config, make_unet(config))
+"""
+
+DRAW = """
+import torch
+import diffusers_imagen
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("stage")
+pipe("a red apple", num_inference_steps=2, generator=torch.Generator().manual_seed(0))
+print(type(pipe.text_encoder).__name__)
+"""
+
+
+def test_card_licenses_and_notices_of_a_pushed_cascade_travel_on(hub, client, tmp_path):
+    (tmp_path / "model" / "README.md").write_text("---\nlicense: apache-2.0\n---\n\n# Mine\n")
+    (tmp_path / "model" / "LICENSES").mkdir()
+    (tmp_path / "model" / "LICENSES" / "NOTICE.txt").write_text("made by many\n")
+    client.run(PUSH_LICENSED)
+    first, second = hub.repos["user/first"][-1], hub.repos["user/second"][-1]
+    assert (
+        set(first) == set(second)
+        and first["LICENSES/NOTICE.txt"] == second["LICENSES/NOTICE.txt"] == b"made by many\n"
+    )
+    for card in (first["README.md"].decode(), second["README.md"].decode()):
+        assert "license: apache-2.0" in card and card.endswith("# Mine\n") and str(tmp_path) not in card
+
+
+def test_a_stage_names_the_commit_of_its_encoder_and_draws_offline(hub, client, tmp_path):
+    """Its encoder is on the Hub, at a commit that is not the last any more; with the stage, it is uploaded by reference."""
+    for number in range(4):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        Image.new("RGB", (16, 16), (60 * number, 0, 0)).save(tmp_path / "data" / f"{number}.png")
+        (tmp_path / "data" / f"{number}.txt").write_text("a red apple")
+    settings = tiny_runs.settings("data", "stage", preset=None, pretrained_model_name_or_path="user/cascade")
+    settings |= {"text_encoder": "user/cascade", "revision": "first", "max_train_steps": 1, "resolution": 16}
+    settings |= {"push_to_hub": True, "hub_model_id": "user/stage", "hub_token": hub_server.TOKEN}
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    client.run(PUSH + 'pipe.push_to_hub("user/cascade")')
+    hub.repos["user/cascade"].append({"README.md": b"nothing else"})
+    home = {"HF_HOME": str(tmp_path / "home")}
+    client.run(TRAIN, **home)
+    reference = json.loads((tmp_path / "stage" / "text_encoder" / "reference.json").read_text())
+    assert reference["hub"] == "user/cascade" and reference["revision"] == hub_server.commit_sha("user/cascade", 0)
+    assert client.run(DRAW, **home, HF_HUB_OFFLINE="1").strip() == "BertModel"
+    pushed = hub.repos["user/stage"][-1]
+    assert json.loads(pushed["text_encoder/reference.json"]) == reference
+    assert not any(name.startswith("text_encoder/") and name.endswith(".safetensors") for name in pushed)
+    assert client.run(DRAW.replace('"stage"', '"user/stage"')).strip() == "BertModel"
+    header = yaml.safe_load(pushed["README.md"].decode().split("---\n")[1])
+    assert header["base_model"] == "user/cascade" and 'from_pretrained("user/stage")' in pushed["README.md"].decode()

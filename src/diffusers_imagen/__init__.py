@@ -51,6 +51,10 @@ __getattr__, __dir__ = lazy_names(
         ".utils.shipped": ("shipped_cascade",),
         # diffusers' loaders ask the package itself for the base classes that LOADABLE_CLASSES names
         "diffusers": ("ModelMixin", "SchedulerMixin"),
+        "transformers": ("PreTrainedModel",),
+        # and for what stands in a folder for parts that are elsewhere
+        ".pipelines.adapted_network": ("AdaptedNetwork",),
+        ".text.reference": ("ReferencedTextEncoder",),
     },
 )
 register()

@@ -21,6 +21,8 @@ COMPONENTS = (
     "ContinuousDDPMScheduler",
     "EDMAdamsScheduler",
     "EDMHeunScheduler",
+    "AdaptedNetwork",
+    "ReferencedTextEncoder",
 )
 PIPELINES = ("ImagenCascadePipeline", "ImagenPipeline", "ImagenSuperResolutionPipeline")
 
@@ -58,7 +60,7 @@ def add_names(module: ModuleType, names: tuple[str, ...]) -> None:
 def add_loadable_classes(module: Any) -> None:
     """Make a saved pipeline name this package, and not the module of a class, as where it is found."""
     methods = ["save_pretrained", "from_pretrained"]
-    module.LOADABLE_CLASSES[PACKAGE] = {"ModelMixin": methods, "SchedulerMixin": methods}
+    module.LOADABLE_CLASSES[PACKAGE] = dict.fromkeys(("ModelMixin", "SchedulerMixin", "PreTrainedModel"), methods)
 
 
 def add_tasks(module: Any) -> None:

@@ -40,13 +40,13 @@ def make_unet(seed: int = 0, text_width: int = TEXT_WIDTH) -> ImagenUNetModel:
         )
 
 
-def make_sr_unet(seed: int = 0) -> EfficientUNetModel:
+def make_sr_unet(seed: int = 0, text_width: int = TEXT_WIDTH) -> EfficientUNetModel:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return EfficientUNetModel(
             sample_size=32,
             attention_types=(None, "cross"),
-            encoder_hid_dim=TEXT_WIDTH,
+            encoder_hid_dim=text_width,
             low_res_noise_conditioning=True,
             **TINY,
         )

@@ -96,6 +96,41 @@ def test_models_that_are_on_no_hub_are_not_in_the_metadata():
     assert license_section([]) == "" and card_metadata([]) == {}
 
 
+def test_the_card_of_what_was_loaded_travels_with_its_notices(base_unet, tmp_path):
+    ImagenPipeline(base_unet, EDMHeunScheduler()).save_pretrained(tmp_path / "first")
+    (tmp_path / "secret.png").write_bytes(b"not of the card")
+    files = {
+        "README.md": "---\nlicense: mit\nwidget:\n- text: a\n  output:\n    url: pictures/a.png\n---\n"
+        "![b](pictures/b.jpg) ![c](../secret.png) ![d](https://example.com/d.png)\n",
+        "LICENSE": "do what you like",
+        "LICENSES/NOTICE.txt": "made by many",
+        "pictures/a.png": "a",
+        "pictures/b.jpg": "b",
+        "pictures/unseen.png": "c",
+        "notes.txt": "mine",
+    }
+    for name, content in files.items():
+        (tmp_path / "first" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "first" / name).write_text(content)
+    ImagenPipeline.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
+    found = {
+        path.relative_to(tmp_path / "second").as_posix() for path in (tmp_path / "second").rglob("*") if path.is_file()
+    }
+    weights = {"model_index.json", "scheduler/scheduler_config.json", "unet/config.json"}
+    assert found - weights - {"unet/diffusion_pytorch_model.safetensors"} == set(files) - {
+        "pictures/unseen.png",
+        "notes.txt",
+    }
+    for name in found & set(files):
+        assert (tmp_path / "second" / name).read_text() == files[name]
+    # what the folder has stays
+    (tmp_path / "third").mkdir()
+    (tmp_path / "third" / "README.md").write_text("mine")
+    ImagenPipeline.from_pretrained(tmp_path / "second").save_pretrained(tmp_path / "third")
+    assert (tmp_path / "third" / "README.md").read_text() == "mine"
+    assert (tmp_path / "third" / "LICENSES" / "NOTICE.txt").read_text() == "made by many"
+
+
 CARD = """\
 ---
 license: other

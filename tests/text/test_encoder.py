@@ -1,7 +1,9 @@
 """Texts to embeddings: a tokenizer and an encoder that do not fit are refused in words."""
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from tiny_t5 import save_text_parts
 from transformers import BertTokenizerFast
 
 from diffusers_imagen.pipelines.loading.folders import load_text_parts
@@ -48,3 +50,15 @@ def test_an_encoder_that_lacks_weights_is_refused_without_transformers_report(
     with pytest.raises(ValueError, match="lacks weights: embeddings.LayerNorm.weight"):
         load_text_parts(str(tmp_path))
     assert capfd.readouterr().err == ""
+
+
+def test_prompts_are_cleaned_once(tmp_path, monkeypatch):
+    """Cleaning a text twice may change it: `&amp;lt;` is `&lt;`, and then `<`."""
+    encoder = TextEncoder.from_pretrained(save_text_parts(tmp_path), 77, cleans_captions=True)
+    cleaned: list[list[str]] = []
+    monkeypatch.setattr(encoder, "cleaned", lambda texts: cleaned.append(texts) or [f"x{text}" for text in texts])
+    found = encoder.encode_prompts(["ab", "cd", "ef"], slice_size=2)
+    assert cleaned == [["ab", "cd", "ef"]]
+    monkeypatch.setattr(encoder, "cleaned", lambda texts: texts)
+    expected = encoder.encode(["xab", "xcd", "xef"])
+    torch.testing.assert_close(found.embeds, expected.embeds, rtol=0, atol=1e-5)

@@ -14,7 +14,7 @@ from transformers import T5Config, T5EncoderModel
 
 from diffusers_imagen import EDMHeunScheduler, ImagenPipeline
 from diffusers_imagen.conversion.deepfloyd import unet_from_deepfloyd
-from diffusers_imagen.text import TextEmbeddings, TextEncoder, pretrained
+from diffusers_imagen.text import TextEmbeddings, TextEncoder, reference
 from diffusers_imagen.text.identity import identity_mismatch
 from diffusers_imagen.utils.modules import find_not_finite, memory_of
 
@@ -150,7 +150,7 @@ class Quantized(torch.Tensor):
 
 def test_an_encoder_that_cannot_be_moved_or_examined(tmp_path, monkeypatch):
     """What quantization asks of the code around it, without a library for it."""
-    load, given = pretrained.AutoModelForTextEncoding.from_pretrained, {}
+    load, given = reference.AutoModelForTextEncoding.from_pretrained, {}
 
     def load_quantized(*args, quantization_config=None, device_map=None, **kwargs):
         given.update(quantization_config=quantization_config, device_map=device_map)
@@ -165,7 +165,7 @@ def test_an_encoder_that_cannot_be_moved_or_examined(tmp_path, monkeypatch):
 
     folder = save_text_parts(tmp_path)
     plain = TextEncoder.from_pretrained(folder)
-    monkeypatch.setattr(pretrained.AutoModelForTextEncoding, "from_pretrained", load_quantized)
+    monkeypatch.setattr(reference.AutoModelForTextEncoding, "from_pretrained", load_quantized)
     quantized = TextEncoder.from_pretrained(folder, quantization_config="a configuration")
     assert quantized.encode(PROMPTS).embeds.shape == (2, 77, 24)
     assert given == {"quantization_config": "a configuration", "device_map": {"": "cpu"}}

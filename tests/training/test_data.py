@@ -12,7 +12,7 @@ from text_sources import FunctionSource
 from diffusers_imagen.training import TrainingConfig
 from diffusers_imagen.training.data import Batch, make_train_batches
 from diffusers_imagen.training.data.batches import MemoryBatches
-from diffusers_imagen.training.data.pyramid import SUPPORT
+from diffusers_imagen.training.data.pyramid import MARGIN
 from diffusers_imagen.training.data.sources import draw_weights, open_rows
 
 
@@ -205,7 +205,7 @@ def test_crops_of_image_and_reduction_are_of_the_same_place(imagefolder, low_res
     batch = draw(config, 400)
     factor = SIDE // low_resolution
     small = crop // factor
-    wide = small + 2 * SUPPORT
+    wide = small + 2 * MARGIN
     assert batch.images.shape == (400, 3, crop, crop) and batch.low_res.shape == (400, 3, wide, wide)
 
     # PIL's own reduction of the whole image; it rounds to whole values
@@ -217,7 +217,7 @@ def test_crops_of_image_and_reduction_are_of_the_same_place(imagefolder, low_res
         assert left % factor == 0 and top % factor == 0
         i, j = top // factor, left // factor
         expected = reduction[i : i + small, j : j + small].astype(np.float32)
-        actual = low_res[:, SUPPORT:-SUPPORT, SUPPORT:-SUPPORT].permute(1, 2, 0).numpy() * 127.5 + 127.5
+        actual = low_res[:, MARGIN:-MARGIN, MARGIN:-MARGIN].permute(1, 2, 0).numpy() * 127.5 + 127.5
         assert np.abs(actual - expected).max() < 1.5
         corners.add((int(i), int(j)))
     places = low_resolution - small + 1

@@ -18,7 +18,7 @@ from diffusers_imagen.training.data import make_train_batches
 from diffusers_imagen.training.data.captions import speaks_of_sides
 from diffusers_imagen.training.data.data_config import make_buckets
 from diffusers_imagen.training.data.pixels import BadImage, fit_image, read_fitting, read_image
-from diffusers_imagen.training.data.pyramid import SUPPORT, crop, crop_both, crop_wider, degrade, reduce, to_float
+from diffusers_imagen.training.data.pyramid import MARGIN, crop, crop_both, crop_wider, degrade, reduce, to_float
 from diffusers_imagen.training.data.slot_draws import DRAWS_PER_SLOT, JPEG
 from diffusers_imagen.training.objective.losses import Conditioning
 
@@ -85,12 +85,12 @@ def test_a_crop_of_the_reduction_is_that_of_the_whole_image():
         for top, left, size in ((0, 0, 16), (3, 5, 24), ((64 - 16) // factor, (96 - 16) // factor, 16), (0, 0, 64)):
             image, low_res = crop_both(pixels, factor, top, left, size)
             assert torch.equal(image, crop(pixels, top * factor, left * factor, size))
-            padded = F.pad(whole[None], (SUPPORT,) * 4, mode="replicate")[0]
-            expected = crop(padded, top, left, size // factor + 2 * SUPPORT)
+            padded = F.pad(whole[None], (MARGIN,) * 4, mode="replicate")[0]
+            expected = crop(padded, top, left, size // factor + 2 * MARGIN)
             torch.testing.assert_close(low_res, expected, atol=2e-6, rtol=0)
             assert torch.equal(crop_wider(whole, top, left, size // factor), expected)
             # for a network that enlarges the crop as a pipeline enlarges the whole image
-            conditioning = Conditioning(low_res_margin=SUPPORT)
+            conditioning = Conditioning(low_res_margin=MARGIN)
             enlarged = crop(upsample_low_res(whole[None], (64, 96))[0], factor * top, factor * left, size)
             own = conditioning.upsample(low_res[None], (size, size))[0]
             torch.testing.assert_close(own, enlarged, atol=5e-6, rtol=0)

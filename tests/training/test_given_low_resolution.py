@@ -13,7 +13,7 @@ from PIL import Image
 
 from diffusers_imagen.training import TrainingConfig
 from diffusers_imagen.training.data import make_train_batches
-from diffusers_imagen.training.data.pyramid import SUPPORT
+from diffusers_imagen.training.data.pyramid import MARGIN
 from diffusers_imagen.training.data.sources import open_rows
 
 
@@ -72,9 +72,9 @@ def test_whole_pictures_come_with_theirs(folder, in_memory):
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_crops_are_of_the_same_place(folder, in_memory):
     batch = next(make_train_batches(make_config(folder, in_memory=in_memory, crop_size=16)))
-    assert batch.low_res.shape == (40, 3, 4 + 2 * SUPPORT, 4 + 2 * SUPPORT)
+    assert batch.low_res.shape == (40, 3, 4 + 2 * MARGIN, 4 + 2 * MARGIN)
     images, low_res = ((x * 127.5 + 127.5).round() for x in batch[:2])
-    inner = low_res[..., SUPPORT:-SUPPORT, SUPPORT:-SUPPORT]
+    inner = low_res[..., MARGIN:-MARGIN, MARGIN:-MARGIN]
     assert torch.equal(images[..., ::4, ::4], inner)  # both count their pixels on the grid of the picture
     assert len({tuple(image[:, 0, 0].tolist()) for image in images}) > 10
 

@@ -72,7 +72,8 @@ def test_weights_of_our_own_are_under_no_license_of_others(make_config):
     config = make_config(max_train_steps=1)
     train(config, make_unet(), encode)
     header, body = read_card(config.output_dir)
-    assert set(header) == {"library_name", "tags"} and "License" not in body
+    assert set(header) == {"license", "library_name", "pipeline_tag", "tags"} and "License" not in body
+    assert header["license"] == "unknown"
 
 
 def test_an_unknown_license_is_refused_before_training(make_config, stage):

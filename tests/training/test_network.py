@@ -10,7 +10,7 @@ from tiny_runs import are_equal, encode, exported, make_sr_unet, make_unet, weig
 from diffusers_imagen import EDMAdamsScheduler, EDMHeunScheduler, ImagenCascadePipeline, ImagenPipeline
 from diffusers_imagen.training import TrainingConfig, train
 from diffusers_imagen.training.compatibility import check_objective
-from diffusers_imagen.training.network import choose_attention, load_unet
+from diffusers_imagen.training.network import choose_attention, find_network, load_unet
 from diffusers_imagen.training.network import make_unet as make_network
 
 
@@ -197,3 +197,13 @@ def test_a_model_that_is_no_network_of_this_package_is_refused(tmp_path, text_en
     text_encoder.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="which has an BertModel, but should have an ImagenUNetModel"):
         make_network(TrainingConfig(pretrained_model_name_or_path=str(tmp_path)))
+
+
+def test_an_upscaler_of_a_cascade_enlarges_what_the_stage_below_makes(cascade, tmp_path):
+    """From 16 px to 32."""
+    cascade.save_pretrained(tmp_path)
+    sizes = {"pretrained_model_name_or_path": str(tmp_path), "resolution": 32}
+    assert find_network(TrainingConfig(**sizes, low_resolution=16)) == "sr256_unet"
+    message = "`low_resolution` is 8, but the stage below `sr256_unet` of the cascade .* makes images of 16 px"
+    with pytest.raises(ValueError, match=message):
+        find_network(TrainingConfig(**sizes, low_resolution=8))

@@ -109,6 +109,7 @@ def test_the_same_data_elsewhere_and_what_a_user_may_change_go_on(
 def test_a_network_of_a_checkpoint_from_before_an_option_has_its_default(make_config):
     own = run_identity.describe_run(make_config(), make_unet(), "no")
     defaults = {f"unet {name}": p.default for name, p in signature(ImagenUNetModel.__init__).parameters.items()}
+    defaults |= {f.name: f.default for f in fields(TrainingConfig)}
     assert run_identity.LATER_OPTIONS.items() <= defaults.items()
     saved = {key: value for key, value in own.items() if key not in run_identity.LATER_OPTIONS}
     assert len(own) - len(saved) == len(run_identity.LATER_OPTIONS)
@@ -187,7 +188,7 @@ def test_neither_secrets_nor_places_are_published(make_config, tmp_path, monkeyp
     """In files for others, and in what is uploaded of a folder with whatever else in it."""
     from huggingface_hub.utils import filter_repo_objects
 
-    from diffusers_imagen.training import export
+    from diffusers_imagen.training import export, stage_card
 
     (tmp_path / "small").mkdir()
     make_unet().save_pretrained(tmp_path / "small" / "unet")
@@ -220,6 +221,7 @@ def test_neither_secrets_nor_places_are_published(make_config, tmp_path, monkeyp
     uploaded = sorted(filter_repo_objects(paths, **kinds))
     assert uploaded == [
         "README.md",
+        "card_images/0.png",
         "model_index.json",
         "samples/step-000002.png",
         "scheduler/scheduler_config.json",
@@ -232,4 +234,4 @@ def test_neither_secrets_nor_places_are_published(make_config, tmp_path, monkeyp
         assert str(tmp_path).encode() not in content and b"hf_secret" not in content
     settings = json.loads((folder / "training.json").read_text())["config"]
     assert settings["pretrained_model_name_or_path"] == "small" and settings["text_encoder"] == "encoder"
-    assert settings["hub_model_id"] == "me/stage" and export.public_name("me/model") == "me/model"
+    assert settings["hub_model_id"] == "me/stage" and stage_card.public_name("me/model") == "me/model"

@@ -12,8 +12,8 @@ import pytest
 
 from diffusers_imagen.training import DreamBoothTrainingConfig, LoraTrainingConfig, TrainingConfig
 from diffusers_imagen.training.config import settings_of_choices
-from diffusers_imagen.training.export import public_settings
 from diffusers_imagen.training.settings import BOUNDS, hints_of
+from diffusers_imagen.training.stage_card import public_settings
 
 
 CLASSES = {

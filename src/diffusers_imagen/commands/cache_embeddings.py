@@ -131,7 +131,7 @@ def encode_dataset(args: argparse.Namespace) -> int:
     """Encodes what the cache lacks of the data set's captions."""
     import torch
 
-    from ..text.cache import CacheWriter, write_cache
+    from ..text.cache import CacheWriter, save_parts, write_cache
     from ..text.cache_files import hold_cache
     from ..text.encoder import TextEncoder
 
@@ -151,7 +151,9 @@ def encode_dataset(args: argparse.Namespace) -> int:
             variant=args.variant,
         )
         writer = CacheWriter(args.output_dir, encoder.identity(), args.dtype, args.shard_bytes, hold)
-        return write_cache(stack.enter_context(writer), captions, encoder, args.batch_size)
+        added = write_cache(stack.enter_context(writer), captions, encoder, args.batch_size)
+        save_parts(args.output_dir, encoder)
+        return added
 
 
 def read_captions(args: argparse.Namespace) -> list[str]:

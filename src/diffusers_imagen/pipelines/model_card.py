@@ -8,10 +8,11 @@ from typing import Any
 
 from diffusers.utils import logging
 from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
-from huggingface_hub import ModelCard, create_repo
+from huggingface_hub import ModelCard, create_repo, file_exists
 from torch import nn
 
 from ..utils.files import whole_file
+from .card_files import CARD_FILE, copy_card, find_card_folder
 from .origin import card_metadata, license_section, licenses_of, list_origins
 from .stages import Stage
 
@@ -108,8 +109,9 @@ class ModelCardMixin:
         r"""
         Saves all components to a folder. See [`DiffusionPipeline.save_pretrained`].
 
-        A pipeline that knows the `origin` of its weights writes a model card too, unless the folder has one: copies
-        carry the license.
+        The model card of what the pipeline was loaded from goes along, with its pictures, licenses and notices, unless
+        the folder has a card. A pipeline that knows the `origin` of its weights writes one at least: copies carry the
+        license.
 
         Args:
             save_directory (`str` or `os.PathLike`): Folder, made if it does not exist.
@@ -131,7 +133,8 @@ class ModelCardMixin:
         hub = {name: kwargs.pop(name, None) for name in ("repo_id", "private", "token", "commit_message", "create_pr")}
         if not push_to_hub:
             save(save_directory, safe_serialization, variant, max_shard_size, **kwargs)
-            path = Path(save_directory, "README.md")
+            self.copy_card(save_directory)
+            path = Path(save_directory, CARD_FILE)
             if self.origins and not path.exists():
                 name = Path(save_directory).resolve().name
                 self.write_card(new_card(self.describe(name)), path)
@@ -139,6 +142,7 @@ class ModelCardMixin:
         repo_id, private = hub.pop("repo_id") or Path(save_directory).resolve().name, hub.pop("private")
         repo_id = create_repo(repo_id, private=private, token=hub["token"], exist_ok=True).repo_id
         save(save_directory, safe_serialization, variant, max_shard_size, **kwargs)
+        self.copy_card(save_directory, repo_id, hub["token"])
         self.save_model_card(save_directory, repo_id, hub["token"])
         return self._upload_folder(save_directory, repo_id, **{**hub, "create_pr": bool(hub["create_pr"])})
 
@@ -154,7 +158,8 @@ class ModelCardMixin:
         subfolder: str | None = None,
     ) -> str:
         r"""
-        Uploads all components, with the repository's model card or, if it has none, a new one.
+        Uploads all components, with the repository's model card or, if it has none, that of what the pipeline was loaded
+        from, with its licenses and notices, or a new one.
 
         Args:
             repo_id (`str`): Repository, `name` or `user/name`, made if it does not exist.
@@ -174,6 +179,7 @@ class ModelCardMixin:
         with tempfile.TemporaryDirectory() as folder:
             if subfolder is None:
                 super().save_pretrained(folder, safe_serialization, variant)  # type: ignore[misc]  # of DiffusionPipeline
+                self.copy_card(folder, repo_id, token)
                 self.save_model_card(folder, repo_id, token)
             else:
                 self.save_pretrained(folder, safe_serialization, variant)
@@ -181,13 +187,27 @@ class ModelCardMixin:
                 folder, repo_id, token=token, commit_message=commit_message, create_pr=create_pr, subfolder=subfolder
             )
 
+    def copy_card(self, folder: str | os.PathLike, repo_id: str | None = None, token: str | None = None) -> None:
+        """Copies what the pipeline was loaded with of a card, its pictures, licenses and notices, to a folder.
+
+        Args:
+            folder (`str` or `os.PathLike`): Where what is there stays.
+            repo_id (`str`, *optional*): The repository that it goes to, whose own card, if it has one, stays.
+            token (`str`, *optional*): Hub token.
+        """
+        source = find_card_folder(self.config.get("_name_or_path"), token)
+        if source is None or source.resolve() == Path(folder).resolve():
+            return
+        has_card = repo_id is not None and file_exists(repo_id, CARD_FILE, token=token)
+        copy_card(source, Path(folder), with_card=not has_card)
+
     def save_model_card(self, folder: str | os.PathLike, repo_id: str, token: str | None = None) -> None:
         """Completes the folder's card, else the repository's, else a new one, and writes it to the folder.
 
         What a card says stays; `library_name`, `pipeline_tag` and tags that it lacks are added, and what the licenses
         of the weights ask for.
         """
-        path = Path(folder, "README.md")
+        path = Path(folder, CARD_FILE)
         card = load_or_create_model_card(
             str(path) if path.is_file() else repo_id,
             token=token,
@@ -202,6 +222,7 @@ class ModelCardMixin:
         populate_model_card(card, tags=[tag for tag in TAGS if tag not in (data.tags or [])])
         data.pipeline_tag = data.pipeline_tag or TAGS[0]
         add_license(card, self.origins)
+        data.license = data.license or "unknown"
         with whole_file(path) as partial:
             card.save(partial)
 
@@ -223,15 +244,23 @@ class ModelCardMixin:
             license="\n" + section if (section := license_section(self.origins)) else "",
         )
 
-    def model_card_call(self) -> str:
-        """The arguments of the snippet: a prompt, or where there is no text encoder, embeddings; an image to enlarge."""
+    def model_card_call(self, prompt: str | None = None) -> str:
+        """The arguments of the snippet: a prompt, or where there is no text encoder, embeddings; an image to enlarge.
+
+        Args:
+            prompt (`str`, *optional*): In the quotes of Python. If None, one that anything draws, where there is a text
+                encoder.
+        """
         unet = self.stages[0].unet
         width = unet.text_width
         arguments = []
-        if self.text_encoder is not None and self.tokenizer is not None:
-            arguments.append(f'"{self.model_card_prompt}"')
+        if prompt is None and self.text_encoder is not None and self.tokenizer is not None:
+            prompt = f'"{self.model_card_prompt}"'
+        if width is not None and prompt is not None:
+            arguments.append(prompt)
         elif width is not None:
-            arguments += [f"prompt_embeds=torch.zeros(1, 1, {width})", "prompt_attention_mask=torch.ones(1, 1)"]
+            for name in ("prompt", "negative_prompt") if unet.attends_padding else ("prompt",):
+                arguments += [f"{name}_embeds=torch.zeros(1, 1, {width})", f"{name}_attention_mask=torch.ones(1, 1)"]
         if unet.takes_low_res:
             low_resolution = unet.resolution // self.config.scale_factor
             arguments.append(f"image=torch.rand(3, {low_resolution}, {low_resolution})")

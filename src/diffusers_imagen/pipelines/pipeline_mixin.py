@@ -49,6 +49,26 @@ class ImagenPipelineMixin(ModelCardMixin):
     _guidance_scale = 1.0
     _interrupt = False
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Makes `DiffusionPipeline.from_pretrained` take components that are given, None too, as this class's does.
+
+        Called on the base class, it takes what has a default for a setting, and loads the component all the same.
+        """
+        super().__init_subclass__(**kwargs)
+        if "__init__" not in vars(cls):
+            return
+        first, *parameters = inspect.signature(cls.__init__).parameters.values()
+        optional = getattr(cls, "_optional_components", [])
+        named = [
+            parameter.replace(
+                kind=inspect.Parameter.KEYWORD_ONLY,
+                default=inspect.Parameter.empty if parameter.name in optional else parameter.default,
+            )
+            for parameter in parameters
+            if parameter.kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        ]
+        cls.__init__.__signature__ = inspect.Signature([first, *named])  # type: ignore[attr-defined]  # of a function
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
         """

@@ -13,9 +13,12 @@ from diffusers.utils import logging
 from safetensors import safe_open
 from safetensors.torch import save
 from tqdm.auto import tqdm
+from transformers import AutoConfig
 
 from ..utils.arguments import shown
-from ..utils.files import FolderHold, whole_file
+from ..utils.errors import describe_fault
+from ..utils.files import FolderHold, whole_file, whole_folder
+from ..utils.references import read_reference
 from .cache_files import (
     DTYPES,
     FORMAT,
@@ -37,6 +40,8 @@ from .cache_files import (
 )
 from .encoder import TextEncoder
 from .identity import LATER, identity_mismatch
+from .pretrained import load_tokenizer_of_pipeline
+from .reference import EncoderParts
 from .source import TextSource
 from .text_embeddings import TextEmbeddings, stack_padded, stack_unpadded
 
@@ -44,6 +49,7 @@ from .text_embeddings import TextEmbeddings, stack_padded, stack_unpadded
 logger = logging.get_logger(__name__)
 
 SHARD_BYTES = 128 * 2**20
+ENCODER = "encoder"  # folder of a cache
 FLAGS = ("--keep-padding", "--clean-captions")  # of cache-embeddings
 
 
@@ -102,6 +108,24 @@ class EmbeddingCache(TextSource):
     def identity(self) -> dict[str, Any]:
         """That of the encoder that made it."""
         return self.manifest["encoder"]
+
+    def parts(self) -> EncoderParts | None:
+        """Those that `save_parts` wrote.
+
+        Raises:
+            ValueError: If they cannot be read.
+        """
+        folder = self.folder / ENCODER
+        if not folder.is_dir():
+            return None  # of an earlier version, or of NeMo's embeddings
+        try:
+            tokenizer = load_tokenizer_of_pipeline(str(folder), {})
+            config = AutoConfig.from_pretrained(folder / "text_encoder", trust_remote_code=False)
+            return EncoderParts(tokenizer, config, read_reference(folder / "text_encoder"))
+        except Exception as error:  # whatever is in the files
+            raise ValueError(
+                f"`embedding_cache` is '{self.folder}', whose {ENCODER}/ is malformed: {describe_fault(error)}"
+            ) from error
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}, "_checked": set()}  # each process opens and checks its own
@@ -226,6 +250,9 @@ class CachedTextEncoder(TextSource):
     def identity(self) -> dict[str, Any]:
         return self.cache.identity()
 
+    def parts(self) -> EncoderParts | None:
+        return self.encoder.parts()
+
     def release(self) -> None:
         self.encoder.release()
 
@@ -246,6 +273,7 @@ def open_text(
     max_length: int | None,
     keeps_padding: bool = False,
     cleans_captions: bool = False,
+    **options: Any,
 ) -> TextSource | None:
     """What makes the embeddings of a run whose settings are these; None if neither encoder nor cache is given.
 
@@ -254,6 +282,7 @@ def open_text(
         embedding_cache (`str`, *optional*): Folder of a cache.
         max_length (`int`, *optional*): Tokens of a text; the tokenizer's own limit without.
         keeps_padding (`bool`), cleans_captions (`bool`): What the network was, or is to be, trained with.
+        options: Of `TextEncoder.from_pretrained`, such as `revision` and `variant`.
 
     Raises:
         ValueError: If they cannot be opened, or the cache has embeddings of another kind.
@@ -261,7 +290,7 @@ def open_text(
     encoder = None
     if text_encoder:
         encoder = TextEncoder.from_pretrained(
-            text_encoder, max_length, keeps_padding=keeps_padding, cleans_captions=cleans_captions
+            text_encoder, max_length, keeps_padding=keeps_padding, cleans_captions=cleans_captions, **options
         )
     if embedding_cache is None:
         return encoder
@@ -424,6 +453,14 @@ class CacheWriter:
         self.manifest["shards"] = sorted(shards, key=lambda shard: shard["file"])
         write_manifest(self.folder, self.manifest)
         self._clear()
+
+
+def save_parts(folder: Path, encoder: TextEncoder) -> None:
+    """Writes into a cache where its encoder is, with the tokenizer, for the stages that are trained with the cache."""
+    parts = encoder.parts()
+    if parts is not None and not (folder / ENCODER).is_dir():
+        with whole_folder(folder / ENCODER) as partial:
+            parts.save(partial, folder / ENCODER)
 
 
 def write_cache(writer: CacheWriter, captions: list[str], encoder: TextEncoder, batch_size: int = 256) -> int:

@@ -5,7 +5,8 @@ captions one after another without padding (the tensor's name is part of the for
 each begins, and `keys` `(captions, 2)`, the first 128 bits of the captions' SHA-256. Where the encoder has
 `keeps_padding`, `states` are `(captions * L, E)`, of all L positions of each caption, and `offsets` count the captions'
 own tokens as ever: they say what is padding. The manifest names the encoder, and the finished shards with their sizes and
-checksums: a shard that it does not name does not exist.
+checksums: a shard that it does not name does not exist. In `encoder/` is what a stage that is trained with the cache has of
+the encoder: see reference.py.
 
 No part is used unchecked. The manifest has a checksum of itself, and of each shard two: one of its index, which is the
 header, `keys` and `offsets`, and one of the whole file. The index is read and checked when a cache is opened, the whole

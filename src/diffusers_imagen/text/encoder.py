@@ -13,11 +13,13 @@ from ..utils.arguments import shown
 from ..utils.errors import is_out_of_memory, one_line
 from ..utils.files import HUB_OPTIONS
 from ..utils.modules import find_not_finite
+from ..utils.references import Reference
 from ..utils.shipped import find_source
 from .cleanup import clean_captions
-from .identity import describe_encoder, encoder_width
+from .identity import describe_encoder, describe_weights, encoder_width
 from .pretrained import NO_LIMIT, load_encoder, load_tokenizer
-from .source import TextSource
+from .reference import EncoderParts, reference_of
+from .source import TextSource, in_slices
 from .text_embeddings import TextEmbeddings, zero_padding
 
 
@@ -47,6 +49,7 @@ class TextEncoder(TextSource):
         self.tokenizer, self._model, self._load = tokenizer, model, load
         self.keeps_padding, self.cleans_captions = keeps_padding, cleans_captions
         self._identity: dict[str, Any] | None = None
+        self._find: Callable[..., Reference] | None = None  # where it is, of one that is loaded when needed
 
     @classmethod
     def from_pretrained(
@@ -78,7 +81,9 @@ class TextEncoder(TextSource):
         hub = {option: value for option, value in kwargs.items() if option in HUB_OPTIONS}
         tokenizer, subfolder = load_tokenizer(name, max_length, **hub)
         load = functools.partial(load_encoder, name, subfolder, tokenizer, device, dtype, **kwargs)
-        return cls(tokenizer, load=load, keeps_padding=keeps_padding, cleans_captions=cleans_captions)
+        encoder = cls(tokenizer, load=load, keeps_padding=keeps_padding, cleans_captions=cleans_captions)
+        encoder._find = functools.partial(reference_of, name, subfolder, kwargs.get("variant"), **hub)
+        return encoder
 
     @property
     def model(self) -> PreTrainedModel:
@@ -114,13 +119,17 @@ class TextEncoder(TextSource):
         self._identity = self._identity or describe_encoder(self.tokenizer, self.model)
         return {**self._identity, "keeps_padding": self.keeps_padding, "cleans_captions": self.cleans_captions}
 
+    def parts(self) -> EncoderParts | None:
+        if self._find is None:
+            return None
+        return EncoderParts(self.tokenizer, self.model.config, self._find(identity=describe_weights(self.model)))
+
     def release(self) -> None:
         """Takes a network out of memory that can be loaded again."""
         if self._load is not None:
             self._model = None
             free_memory()
 
-    @torch.no_grad()
     def encode(self, texts: list[str], padding: str = "max_length") -> TextEmbeddings:
         """Embeddings of the encoder's last layer, of texts cut or padded to `max_length`; `padding` is the tokenizer's.
 
@@ -128,9 +137,14 @@ class TextEncoder(TextSource):
             ValueError: If the tokenizer has no limit, the network does not fit it, or the embeddings are not finite:
                 half precision is too narrow for some encoders.
         """
+        return self.encode_cleaned(self.cleaned(texts), padding)
+
+    @torch.no_grad()
+    def encode_cleaned(self, texts: list[str], padding: str = "max_length") -> TextEmbeddings:
+        """As `encode`, of texts as `cleaned` returns them."""
         options = {"padding": padding, "max_length": self.max_length, "truncation": True, "return_tensors": "pt"}
         keep_in_fp32(self.model)
-        tokens = self.tokenizer(self.cleaned(texts), **options)
+        tokens = self.tokenizer(texts, **options)
         encoder = self.model.get_encoder() if self.model.config.is_encoder_decoder else self.model
         known = encoder.get_input_embeddings().num_embeddings
         if tokens.input_ids.max() >= known:  # on a GPU it would abort the process
@@ -167,7 +181,7 @@ class TextEncoder(TextSource):
             if len(ids) > room:
                 lost = shown(self.tokenizer.decode(ids[room:]))
                 logger.warning(f"The prompt {shown(text)} is cut to {self.max_length} tokens: {lost} is lost.")
-        return super().encode_prompts(texts, slice_size)
+        return in_slices(self.encode_cleaned, cleaned, slice_size)
 
     def unpadded(self, texts: list[str]) -> list[torch.Tensor]:
         """Embeddings of each text's own tokens, `(tokens, E)`, on the CPU.

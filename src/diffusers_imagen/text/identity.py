@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 import numpy as np
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..utils.modules import is_quantized
@@ -19,18 +20,25 @@ PROBE_TOLERANCE = 2**-7  # a weight in bfloat16 is off by 2^-8; weights that wer
 def describe_encoder(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> dict[str, Any]:
     """Kind, sizes, vocabulary, limit of tokens, and a sample of weights, which a quantized encoder does not have as such."""
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
-    description = {
-        "class": type(model).__name__,
+    return describe_weights(model) | {
         "vocabulary": hashlib.sha256(vocabulary.encode()).hexdigest()[:16],
         "max_length": tokenizer.model_max_length,
-        "width": encoder_width(model.config),
     }
-    if is_quantized(model):
-        return description
+
+
+def describe_weights(model: PreTrainedModel) -> dict[str, Any]:
+    """Kind and sizes of an encoder, and a sample of its weights; without that where they are quantized or elsewhere."""
+    return {"class": type(model).__name__, "width": encoder_width(model.config), **sample_weights(model)}
+
+
+def sample_weights(model: nn.Module) -> dict[str, Any]:
+    """How many weights a model has, and a sample of them; nothing where they are quantized or elsewhere."""
     weights = sorted(model.named_parameters())
+    if is_quantized(model) or any(weight.is_meta for _, weight in weights):
+        return {}
     places = np.linspace(0, len(weights) - 1, PROBES).round().astype(int)
     probe = [weights[place][1].detach().flatten()[7 * i % weights[place][1].numel()] for i, place in enumerate(places)]
-    return description | {
+    return {
         "parameters": sum(weight.numel() for _, weight in weights),
         "weights": [float(value) for value in probe],
     }

@@ -5,12 +5,13 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoModel, AutoModelForTextEncoding, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..utils.errors import describe_fault
-from ..utils.files import for_huggingface_hub
-from ..utils.modules import find_not_finite, is_quantized, quiet_transformers
+from ..utils.files import HUB_OPTIONS, for_huggingface_hub
+from ..utils.modules import find_not_finite, is_quantized
 from .completeness import refuse_empty_vocabulary, refuse_random_weights
+from .reference import find_reference, load_reference, load_text_model
 
 
 NO_LIMIT = 1_000_000  # transformers writes 1e30 where a tokenizer's length was never set
@@ -85,39 +86,51 @@ def load_encoder(
         ValueError: If there is none, it lacks weights or has some that are not finite, or the tokenizer is another's.
     """
     what = f"`text_encoder` is {name!r}"
-    options: dict[str, Any] = {
-        "subfolder": subfolder,
-        "dtype": dtype,
-        "trust_remote_code": False,
-        "output_loading_info": True,
-    }
+    options: dict[str, Any] = {"dtype": dtype}
     if kwargs.get("quantization_config") is not None:
         options["device_map"] = {"": device}
-    options |= kwargs
-    for auto_class in (AutoModelForTextEncoding, AutoModel):
+    model = load_where_it_is(what, name, subfolder, {**options, **kwargs})
+    broken = find_not_finite(model)
+    if broken is not None:
+        raise ValueError(f"{what}, whose text encoder has weights that are not finite, {broken} among them.")
+    known = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > known:  # another token would end in an error of indexing, on a GPU in an abort
+        raise ValueError(
+            f"{what}, whose tokenizer has {len(tokenizer)} tokens, but its encoder knows {known}: they do not belong "
+            "together."
+        )
+    model = model.eval().requires_grad_(False)
+    return model if is_quantized(model) else model.to(device)
+
+
+def load_where_it_is(what: str, name: str, subfolder: str, options: dict[str, Any]) -> PreTrainedModel:
+    """The encoder in a folder or repository, or the one that a stage there names by reference.
+
+    Raises:
+        ValueError: If there is none, or it lacks weights; begins with `what`.
+    """
+    hub = {option: value for option, value in options.items() if option in HUB_OPTIONS}
+    reference = find_reference(name, subfolder) if os.path.isdir(name) else None
+    if reference is None:
+        fixed = {"subfolder": subfolder, "trust_remote_code": False, "output_loading_info": True}
         try:
-            with quiet_transformers():
-                model, info = auto_class.from_pretrained(name, **options)
-        except ValueError as error:  # not a kind that transformers counts among text encoders
-            reason = describe_fault(error)
-            continue
+            model, info = load_text_model(name, **fixed, **options)
         except Exception as error:  # whatever a configuration or a file of weights makes of itself
-            reason = describe_fault(error)
-            break
-        mismatched = (str(entry[0]) for entry in info["mismatched_keys"])
-        refuse_random_weights(f"{what}, whose text encoder", [*info["missing_keys"], *mismatched])
-        broken = find_not_finite(model)
-        if broken is not None:
-            raise ValueError(f"{what}, whose text encoder has weights that are not finite, {broken} among them.")
-        known = model.get_input_embeddings().num_embeddings
-        if len(tokenizer) > known:  # another token would end in an error of indexing, on a GPU in an abort
-            raise ValueError(
-                f"{what}, whose tokenizer has {len(tokenizer)} tokens, but its encoder knows {known}: they do not belong "
-                "together."
-            )
-        model = model.eval().requires_grad_(False)
-        return model if is_quantized(model) else model.to(device)
-    raise ValueError(f"{what}, which has no encoder that can be loaded: {reason}")
+            reference = None if os.path.isdir(name) else find_reference(name, subfolder, **hub)
+            if reference is None:
+                raise ValueError(
+                    f"{what}, which has no encoder that can be loaded: {describe_fault(error)}"
+                ) from error
+        else:
+            mismatched = (str(entry[0]) for entry in info["mismatched_keys"])
+            refuse_random_weights(f"{what}, whose text encoder", [*info["missing_keys"], *mismatched])
+            return model
+    try:
+        return load_reference(
+            reference, **{option: value for option, value in options.items() if option != "revision"}
+        )
+    except ValueError as error:
+        raise ValueError(f"{what}, which names a text encoder by reference, but {error}") from error
 
 
 def load_text(name: str, max_length: int | None = None) -> dict[str, Any]:

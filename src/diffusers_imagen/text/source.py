@@ -1,7 +1,7 @@
 """Where text embeddings come from, for pipelines and training: an encoder, a cache, or several encoders."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from diffusers.utils import logging
 from tqdm.auto import tqdm
 
+from .reference import EncoderParts
 from .text_embeddings import TextEmbeddings, without_text
 
 
@@ -45,9 +46,7 @@ class TextSource(ABC):
 
     def encode_prompts(self, texts: list[str], slice_size: int | None = None) -> TextEmbeddings:
         """As `encode`, `slice_size` texts at once."""
-        size = slice_size or len(texts)
-        parts = [self.encode(texts[i : i + size]) for i in range(0, len(texts), size)]
-        return TextEmbeddings(*(torch.cat(tensors) for tensors in zip(*parts)))
+        return in_slices(self.encode, texts, slice_size)
 
     def no_text(self, text: TextEmbeddings) -> TextEmbeddings:
         """What stands for the absence of text beside `text`: zeros, or the empty text where padding is attended to."""
@@ -61,6 +60,11 @@ class TextSource(ABC):
 
     def identity(self) -> dict[str, Any] | None:
         """What tells the encoder from others, in JSON's types; None if that is not known."""
+        return None
+
+    def parts(self) -> EncoderParts | None:
+        """What a stage that is trained with it has of it: the tokenizer, and where the encoder is; None if that is not
+        known."""
         return None
 
     def release(self) -> None:
@@ -153,6 +157,15 @@ class EncodedCaptions(TextSource):
     def encode(self, texts: list[str]) -> TextEmbeddings:
         rows = torch.tensor([self.index[text] for text in texts])
         return TextEmbeddings(self.text.embeds[rows].float(), self.text.mask[rows])
+
+
+def in_slices(
+    encode: Callable[[list[str]], TextEmbeddings], texts: list[str], slice_size: int | None
+) -> TextEmbeddings:
+    """Embeddings of texts, `slice_size` of which are encoded at once."""
+    size = slice_size or len(texts)
+    parts = [encode(texts[i : i + size]) for i in range(0, len(texts), size)]
+    return TextEmbeddings(*(torch.cat(tensors) for tensors in zip(*parts)))
 
 
 def in_half(embeds: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,8 @@
 """What a training run is told. Field names are those of diffusers' training scripts where they have one."""
 
 import importlib.util
+import os
+import re
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
@@ -21,6 +23,9 @@ POLYNOMIAL_END = 1e-7  # learning rate at the end of diffusers' polynomial sched
 NETWORK_SOURCES = {"pretrained_model_name_or_path", "model_config_name_or_path", "text_encoder", "class_model"}
 TRACKER_MODULES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}  # any of them serves
 
+MAX_STEPS = 10**9
+OF_EPOCHS = {"num_train_epochs": "max_train_steps", "validation_epochs": "validation_steps"}
+
 
 @dataclass
 class TrainingConfig(MetricSettings):
@@ -35,6 +40,13 @@ class TrainingConfig(MetricSettings):
         "Stage whose weights are trained further, or a cascade, of which the resolutions name the stage: a folder, a "
         "Hub id, or imagen-emoji, the shipped cascade.",
         place="local_or_hub",
+    )
+    revision: str | None = arg(
+        None,
+        "Branch, tag or commit of that repository on the Hub, and of text_encoder where that is the same repository.",
+    )
+    variant: str | None = arg(
+        None, "Of the weights' files in it, such as fp16, and of text_encoder where that is the same."
     )
     grow: bool = arg(False, "Put a finer level around the pretrained network, for images of twice the resolution.")
     layers_per_block: list[int] | None = field(
@@ -82,6 +94,7 @@ class TrainingConfig(MetricSettings):
     )
 
     max_train_steps: int = arg(10_000, "Optimizer steps.")
+    num_train_epochs: int | None = arg(None, "In place of max_train_steps: how often all images are seen.")
     learning_rate: float = arg(4e-4, "Peak learning rate.")
     scale_lr: bool = arg(False, "Multiply the learning rate by the images of a step.")
     lr_scheduler: Literal[
@@ -123,9 +136,11 @@ class TrainingConfig(MetricSettings):
     validation_steps: int | None = arg(
         None, "Steps between validation losses, metrics and sample grids; without it, checkpointing_steps."
     )
+    validation_epochs: int | None = arg(None, "In place of validation_steps: how often all images are seen between.")
     validation_prompts: list[str] | None = field(
         default=None, metadata={"help": "Prompts that samples are drawn for."}
     )
+    num_validation_images: int = arg(1, "Samples of each prompt.")
     validation_images: list[str] | None = arg(
         None, "For a super-resolution stage: the image of each prompt, to be enlarged.", place="local"
     )
@@ -134,6 +149,11 @@ class TrainingConfig(MetricSettings):
     logging_steps: int = arg(10, "Steps between looks at the losses, each of which waits for the device.")
     push_to_hub: bool = arg(False, "Upload the trained stage.")
     hub_model_id: str | None = arg(None, "Repository to upload to; without it, the name of output_dir.")
+    license: str | None = arg(
+        None,
+        "License of the trained weights for their card, as the Hub calls it, such as apache-2.0; without it, that of the "
+        "weights that training begins with.",
+    )
     hub_token: str | None = arg(None, "Token to upload with; without it, that of `hf auth login`.")
 
     def __post_init__(self):
@@ -151,6 +171,8 @@ class TrainingConfig(MetricSettings):
                     f"`layers_per_block` is {self.layers_per_block}, but there is no `pretrained_model_name_or_path` to "
                     "change: a fresh network has those of its configuration."
                 )
+        self._check_source()
+        self._check_epochs()
         self._check_objective()
         self._check_ema()
         self._check_validation()
@@ -161,10 +183,59 @@ class TrainingConfig(MetricSettings):
             )
         self._check_tracker()
         self._check_hub()
+        if self.license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", self.license):
+            raise ValueError(f"`license` is {self.license!r}, but should be a name like 'apache-2.0' or 'cc0-1.0'.")
 
     def tags(self) -> list[str]:
         """What a model card adds to the tags of all stages."""
         return []
+
+    def hub_options(self, name: str) -> dict[str, str]:
+        """`revision` and `variant` of what is loaded from a folder or repository, as far as they are of that."""
+        is_source = name in (self.pretrained_model_name_or_path, self.model_config_name_or_path)
+        given = {"revision": self.revision, "variant": self.variant} if is_source else {}
+        return {option: value for option, value in given.items() if value is not None}
+
+    def set_epoch(self, steps: int | None) -> None:
+        """Turns numbers of epochs into numbers of steps, when it is known how many steps see all images.
+
+        Raises:
+            ValueError: If that is not known, as of a stream, or there are too many.
+        """
+        for name, of_steps in OF_EPOCHS.items():
+            epochs = getattr(self, name)
+            if epochs is None:
+                continue
+            if steps is None:
+                raise ValueError(
+                    f"`{name}` is {epochs}, but how many images a stream has is not known: give `{of_steps}`."
+                )
+            if epochs * steps > MAX_STEPS:
+                raise ValueError(
+                    f"`{name}` is {epochs}, which are {epochs * steps} steps, but {MAX_STEPS} are the most."
+                )
+            setattr(self, of_steps, epochs * steps)
+            setattr(self, name, None)
+
+    def _check_source(self) -> None:
+        source = self.pretrained_model_name_or_path or self.model_config_name_or_path
+        if self.revision is not None and (source is None or os.path.isdir(source)):
+            raise ValueError(
+                f"`revision` is {self.revision!r}, but nothing is loaded from the Hub that has revisions."
+            )
+        if self.variant is not None and self.pretrained_model_name_or_path is None:
+            raise ValueError(f"`variant` is {self.variant!r}, but no weights are loaded.")
+
+    def _check_epochs(self) -> None:
+        defaults = {f.name: f.default for f in fields(self)}
+        for name, of_steps in OF_EPOCHS.items():
+            value = getattr(self, of_steps)
+            if getattr(self, name) is not None and value not in (defaults[of_steps], MAX_STEPS):
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)} and `{of_steps}` {value}, but only one of them can be given."
+                )
+        if self.num_train_epochs is not None:
+            self.max_train_steps = MAX_STEPS  # until `set_epoch`
 
     def _check_objective(self) -> None:
         from ..diffusion.preconditioning import PRECONDITIONINGS

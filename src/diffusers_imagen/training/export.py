@@ -1,75 +1,58 @@
 """A trained network as a stage folder that opens as a pipeline, with a card and what it was trained with."""
 
-import json
+import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, fields
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
 
-import yaml
 from huggingface_hub import create_repo, upload_folder
 
-from ..models.interface import StageNetwork
-from ..pipelines.origin import card_metadata, license_section
+from ..pipelines.card_files import CARD_FILE, LICENSES, NOTICES, copy_card
+from ..text.reference import EncoderParts, load_reference
 from ..utils.errors import NETWORK, one_line
 from ..utils.files import read_json_object, remove, sha256, whole_folder, write_json
+from ..utils.references import REFERENCE, read_reference
 from .config import TrainingConfig
-from .monitor import VALIDATION
-from .sampling import SAMPLES, StagePipeline, sample_name, sample_step
+from .pretrained_stage import PretrainedStage
+from .sampling import StagePipeline
+from .stage_card import (
+    DRAW,
+    IN_CASCADE,
+    OF_THIS_START,
+    PICTURES,
+    CardFacts,
+    drawn_prompt,
+    last_name,
+    model_card,
+    public_name,
+    public_settings,
+    shown_sample,
+    write_pictures,
+)
 
 
 UPCOMING, REPLACED = ".stage.new", ".stage.replaced"
-RECORD, CARD_FILE = "training.json", "README.md"
+RECORD = "training.json"
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
-STAGE_PARTS = ("unet", "scheduler", "model_index.json", ADAPTER_FILE, CARD_FILE, RECORD)
+INDEX = "model_index.json"
+ENCODER_PARTS = ("tokenizer", "text_encoder")
+STAGE_PARTS = (
+    *("unet", "scheduler", *ENCODER_PARTS, INDEX, ADAPTER_FILE, CARD_FILE, RECORD),
+    *(PICTURES, LICENSES),
+)
 # of what a run writes, and of what else is in its folder, this is for others
 UPLOADED = (
-    *("unet/config.json", "unet/*.safetensors", "unet/*.safetensors.index.json", "scheduler/scheduler_config.json"),
-    *("model_index.json", ADAPTER_FILE, CARD_FILE, RECORD),
+    *(
+        "unet/config.json",
+        f"unet/{REFERENCE}",
+        "unet/*.safetensors",
+        "unet/*.safetensors.index.json",
+        "scheduler/scheduler_config.json",
+    ),
+    *("tokenizer/*", "text_encoder/*.json", INDEX, ADAPTER_FILE, CARD_FILE, RECORD, f"{PICTURES}/*.png", *NOTICES),
 )
-SECRET = ("hub_token",)
-OF_THIS_START = ("resume_from_checkpoint", "overwrite_output_dir")  # not of the run
-
-CARD = """---
-library_name: diffusers
-{metadata}tags:
-- {task}
-- diffusers
-- diffusers-training
-- diffusers-imagen{tags}
----
-
-# {name}
-
-{kind} of an Imagen cascade ([arXiv 2205.11487](https://arxiv.org/abs/2205.11487)), trained with diffusers-imagen.
-
-```python
-{usage}
-```
-
-## Data
-{data}
-
-## Training
-{unet_class} with {parameters:,} {parameters_kind}, trained as {objective}: {steps:,} steps, {images:,} images seen.
-
-{losses}
-{samples}
-## Configuration
-What is not the default:
-
-```yaml
-{settings}
-```
-{license}"""
-
-
-USAGE = """import diffusers_imagen
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("{name}")"""
 
 
 @contextmanager
@@ -106,21 +89,62 @@ def finish_move(folder: Path) -> None:
 
 def digest_stage(folder: Path) -> dict[str, str]:
     """SHA-256 of the files of a stage or an adapter, by name, but for the card, which a user may complete."""
-    parts = [folder / name for name in STAGE_PARTS if name != CARD_FILE]
+    parts = [folder / name for name in STAGE_PARTS if name not in (CARD_FILE, PICTURES, LICENSES)]
     files = [path for part in parts for path in (part, *sorted(part.rglob("*"))) if path.is_file()]
     return {path.relative_to(folder).as_posix(): sha256(path) for path in files}
 
 
-def save_stage(pipe: StagePipeline, config: TrainingConfig, step: int, results: dict[str, float]) -> None:
-    """Writes the stage to `config.output_dir`: all of it beside its place first, then part by part into it."""
+def save_stage(
+    pipe: StagePipeline,
+    config: TrainingConfig,
+    step: int,
+    results: dict[str, float],
+    pretrained: PretrainedStage = PretrainedStage(),
+    encoder: EncoderParts | None = None,
+) -> None:
+    """Writes the stage to `config.output_dir`: all of it beside its place first, then part by part into it.
+
+    Args:
+        pipe (`StagePipeline`): The stage, without its text encoder.
+        config (`TrainingConfig`), step (`int`), results (`dict[str, float]`): How it was trained.
+        pretrained (`PretrainedStage`): What it was made from.
+        encoder (`EncoderParts`, *optional*): Its text encoder, which is saved by reference.
+    """
     unet = pipe.unet
     with parts_of(config) as partial:
         unet.save_pretrained(partial / "unet")
-        hide_place(partial / "unet" / "config.json")
-        pipe.scheduler.save_pretrained(partial / "scheduler")
-        pipe.save_config(partial)
+        save_parts(pipe, config, encoder, partial)
+        call = pipe.model_card_call(None if encoder is None else drawn_prompt(config))
+        facts = CardFacts(pretrained, DRAW.replace("{call}", call), in_cascade(config, pretrained))
         write_record(partial, config, step, results)
-        (partial / CARD_FILE).write_text(model_card(unet, config, step, results, pipe.origins), encoding="utf-8")
+        write_card(partial, config, step, facts, model_card(unet, config, step, results, facts))
+
+
+def in_cascade(config: TrainingConfig, pretrained: PretrainedStage) -> str:
+    """What a card says of the cascade that a stage was made from and fits; nothing if there is none."""
+    if pretrained.part in (None, "unet") or config.grow or pretrained.preconditioning != config.preconditioning:
+        return ""
+    cascade = str(public_name(config.pretrained_model_name_or_path))
+    return IN_CASCADE.replace("{cascade}", cascade).replace("{part}", str(pretrained.part))
+
+
+def write_card(folder: Path, config: TrainingConfig, step: int, facts: CardFacts, text: str) -> None:
+    """Writes a card with its pictures, and the notices of the weights that training began with."""
+    write_pictures(folder, config, step)
+    (folder / CARD_FILE).write_text(text, encoding="utf-8")
+    if facts.pretrained.folder is not None:
+        copy_card(facts.pretrained.folder, folder, with_card=False)
+
+
+def save_parts(pipe: StagePipeline, config: TrainingConfig, encoder: EncoderParts | None, folder: Path) -> None:
+    """Writes the small files of a stage, and of its text encoder the tokenizer and where it is."""
+    pipe.unet.save_config(folder / "unet")
+    hide_place(folder / "unet" / "config.json")
+    pipe.scheduler.save_pretrained(folder / "scheduler")
+    pipe.save_config(folder)
+    if encoder is not None:
+        entries = encoder.save(folder, Path(config.output_dir))
+        write_json(folder / INDEX, {**read_json_object(folder / INDEX), **entries})
 
 
 def hide_place(path: Path) -> None:
@@ -134,105 +158,6 @@ def write_record(folder: Path, config: TrainingConfig, step: int, results: dict[
     """Writes what was trained how, as JSON."""
     settings = {name: value for name, value in public_settings(config).items() if name not in OF_THIS_START}
     write_json(folder / RECORD, {"step": step, **results, "config": settings})
-
-
-def public_settings(config: TrainingConfig) -> dict[str, Any]:
-    """The settings without secrets, and without places on this machine: of those their last name."""
-    settings = {name: value for name, value in asdict(config).items() if name not in SECRET}
-    for name, place in places(config).items():
-        reduce = last_name if place == "local" else public_name
-        value = settings[name]
-        settings[name] = [reduce(part) for part in value] if isinstance(value, list) else reduce(value)
-    return settings
-
-
-def places(config: TrainingConfig) -> dict[str, str]:
-    """The settings that can be places on this machine, with what `arg` says of each."""
-    return {f.name: f.metadata["place"] for f in fields(config) if "place" in f.metadata}
-
-
-def last_name(path: Any) -> Any:
-    """The last name of a path."""
-    return os.path.basename(os.path.abspath(path)) if isinstance(path, str) else path
-
-
-def public_name(name: Any) -> Any:
-    """A Hub id as it is, and of a place on this machine its last name."""
-    if not isinstance(name, str):
-        return name
-    is_local = name.startswith((".", "~", "/")) or "\\" in name or os.path.isabs(name) or os.path.exists(name)
-    return last_name(name) if is_local or name.count("/") > 1 else name
-
-
-def model_card(
-    unet: StageNetwork,
-    config: TrainingConfig,
-    step: int,
-    results: dict[str, float],
-    origins: list[dict[str, str]],
-    usage: str = USAGE,
-    adapter_of: str | None = None,
-) -> str:
-    """Data, configuration, steps, losses and sample images of a stage, and the license of what it was made from.
-
-    Args:
-        unet (`StageNetwork`), config (`TrainingConfig`): What was trained, and how.
-        step (`int`), results (`dict[str, float]`): How long, and with which losses.
-        origins (`list`): Where the weights that training began with are from, see `pipelines/origin.py`.
-        usage (`str`): Python that uses it, with `{name}` for its folder.
-        adapter_of (`str`, *optional*): The stage that was left as it is, if only an adapter was trained.
-    """
-    is_base = config.low_resolution is None
-    images = step * results.get("images_per_step", config.train_batch_size * config.gradient_accumulation_steps)
-    losses = {name: value for name, value in results.items() if "loss" in name or name.startswith(f"{VALIDATION}/")}
-    sample = shown_sample(config, step)
-    defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(config)}
-    hidden = {*OF_THIS_START, *(name for name, place in places(config).items() if place == "local")}
-    settings = {name: value for name, value in public_settings(config).items() if name not in hidden}
-    shown = {name: value for name, value in settings.items() if value != defaults[name]}
-    name = config.hub_model_id or last_name(config.output_dir)
-    stage = (
-        f"base stage, {config.resolution} px,"
-        if is_base
-        else f"super-resolution stage, {config.low_resolution} to {config.resolution} px,"
-    )
-    return CARD.format(
-        task="text-to-image" if is_base else "image-to-image",
-        tags="".join(f"\n- {tag}" for tag in config.tags()),
-        name=name,
-        kind=stage.capitalize() if adapter_of is None else f"LoRA adapter of `{adapter_of}`, {stage}",
-        usage=usage.format(name=name),
-        data=describe_data(config),
-        unet_class=type(unet).__name__,
-        parameters=unet.num_parameters(only_trainable=adapter_of is not None),
-        parameters_kind="parameters" if adapter_of is None else "parameters in its adapter",
-        objective="an EDM denoiser" if config.preconditioning == "edm" else f"a {config.prediction_type} predictor",
-        steps=step,
-        images=images,
-        losses="\n".join(
-            ["| loss | |", "|---|---|", *(f"| {name} | {value:.4f} |" for name, value in losses.items())]
-        ),
-        samples="" if sample is None else f"\n![{'; '.join(config.validation_prompts or [])}]({sample})\n",
-        settings="\n".join(f"{name}: {json.dumps(value)}" for name, value in shown.items()),
-        metadata=yaml.safe_dump(metadata, sort_keys=False) if (metadata := card_metadata(origins)) else "",
-        license="\n" + license_section(origins) if origins else "",
-    )
-
-
-def shown_sample(config: TrainingConfig, step: int) -> str | None:
-    """The pictures that the card of a step shows, the newest of them; None if there are none."""
-    folder = Path(config.output_dir) / SAMPLES
-    steps = [sample_step(path.name) for path in folder.glob("*.png")] if folder.is_dir() else []
-    newest = max((number for number in steps if number is not None and number <= step), default=None)
-    return None if newest is None else f"{SAMPLES}/{sample_name(newest)}"
-
-
-def describe_data(config: TrainingConfig) -> str:
-    """Where the images came from, in a sentence."""
-    name = public_name(config.dataset_name) or last_name(config.train_data_dir)
-    columns = ", ".join(f"`{column}`" for column in config.caption_column)
-    captions = f"captions from {columns}" if config.caption is None else f'all captioned "{config.caption}"'
-    return f"`{name}`, split `{config.train_split}`, {captions}."
 
 
 def make_repository(config: TrainingConfig) -> str | None:
@@ -253,15 +178,35 @@ def hub_errors(what: str) -> Iterator[None]:
         raise ValueError(f"{what}: {one_line(error)}") from error
 
 
-def upload_stage(repository: str, config: TrainingConfig, step: int) -> None:
-    """Uploads the stage and the pictures that its card shows: nothing else that is in the folder."""
+def upload_stage(repository: str, config: TrainingConfig, step: int, encoder: EncoderParts | None = None) -> None:
+    """Uploads the stage and the pictures that its card shows: nothing else that is in the folder.
+
+    A text encoder that is in a folder of this machine is uploaded in full, so that the stage draws elsewhere.
+    """
     sample = shown_sample(config, step)
+    is_local = encoder is not None and encoder.reference.is_local
+    left_out = [INDEX, "text_encoder/*"] if is_local else []
+    network = Path(config.output_dir, "unet")
+    if (network / REFERENCE).is_file() and read_reference(network).is_local:  # the adapter alone
+        left_out, is_local = [INDEX, *(f"{part}/*" for part in ("unet", "scheduler", *ENCODER_PARTS))], False
+    upload = functools.partial(
+        upload_folder, repo_id=repository, token=config.hub_token, commit_message=f"Stage after {step} steps"
+    )
     with hub_errors(f"The run is whole in '{config.output_dir}', but was not uploaded to '{repository}'"):
-        upload_folder(
-            repo_id=repository,
+        upload(
             folder_path=config.output_dir,
-            commit_message=f"Stage after {step} steps",
             allow_patterns=[*UPLOADED, *([] if sample is None else [sample])],
-            ignore_patterns=["checkpoint-*", f"{config.logging_dir.rstrip('/')}/*"],
-            token=config.hub_token,
+            ignore_patterns=["checkpoint-*", f"{config.logging_dir.rstrip('/')}/*", *left_out],
         )
+        if encoder is not None and is_local:  # last comes the index, that names it
+            with TemporaryDirectory() as folder:
+                save_whole_encoder(encoder, Path(config.output_dir), Path(folder))
+                upload(folder_path=folder)
+
+
+def save_whole_encoder(encoder: EncoderParts, stage: Path, folder: Path) -> None:
+    """Writes a text encoder and the index of a stage with it into a folder."""
+    model = load_reference(encoder.reference, dtype="auto")
+    model.save_pretrained(folder / "text_encoder")
+    entry = {"text_encoder": ["transformers", type(model).__name__]}
+    write_json(folder / INDEX, {**read_json_object(stage / INDEX), **entry})

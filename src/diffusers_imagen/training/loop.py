@@ -24,7 +24,7 @@ from .config import TrainingConfig
 from .data import BatchStream, make_train_batches, make_validation_batches
 from .devices import describe_sharing, inner_network, make_accelerator, own_part, whole_network
 from .ema.averages import WeightAverages
-from .export import digest_stage, make_repository, public_settings, save_stage, upload_stage
+from .export import digest_stage, make_repository, save_stage, upload_stage
 from .interruption import Interruption, TrainingInterrupted
 from .monitor import RECORDS, ComputeClock, Losses, Monitor, Records, Stopwatch, describe_time, memory_used, not_finite
 from .network import check_finite, choose_attention, prepare_network, seeded_dropout
@@ -36,6 +36,7 @@ from .output_folder import OutputFolder
 from .pretrained_stage import find_pretrained
 from .run_identity import TEXT_ENCODER, describe_run, in_json
 from .sampling import StagePipeline, draw_samples, read_prompts, show_samples, stage_pipeline
+from .stage_card import public_settings
 from .states import NetworkState, OptimizerState
 from .validation.held_out_loss import ValidationLoss
 from .validation.metric_settings import check_metrics
@@ -165,7 +166,7 @@ class Trainer:
 
     def export(self, unet: StageNetwork, done: int, results: dict[str, float]) -> None:
         """Writes what is trained, with its averaged weights."""
-        save_stage(self.pipeline(unet), self.config, done, results)
+        save_stage(self.pipeline(unet), self.config, done, results, self.pretrained, self.encoder)
 
     # ---- before the first step
 
@@ -198,17 +199,20 @@ class Trainer:
         if self.text is None:
             max_length = config.tokenizer_max_length or self.pretrained.max_length
             padding, cleans = self.unet.attends_padding, self.pretrained.clean_caption
-            self.text = open_text(config.text_encoder, config.embedding_cache, max_length, padding, cleans)
+            options = config.hub_options(config.text_encoder or "")
+            self.text = open_text(config.text_encoder, config.embedding_cache, max_length, padding, cleans, **options)
         text = self.text
         check_text(self.unet, text)
         no_text = None
         if text is not None and text.keeps_padding:
-            no_text = text.no_text(text.encode([""])).embeds.float().to(self.accelerator.device)
+            no_text = text.encode([""]).embeds.float().to(self.accelerator.device)  # what `TextSource.no_text` repeats
         self.conditioning = Conditioning.of(self.unet, config.crop_size is not None, no_text)
         self.prompts, self.metrics = read_prompts(config, text), None
         if config.validation_metrics is not None:
             self.metrics = PictureMetrics(config, text, self.pipeline(self.unet), self.accelerator)
         self.batches = self.make_batches()
+        images = self.batches.epoch
+        config.set_epoch(None if images is None else math.ceil(images / self.images_per_step))
         self.validation, needs_encoder = None, self.batches.needs_encoder
         needs_encoder |= self.metrics is not None and self.metrics.needs_encoder
         if config.validation_split:
@@ -218,6 +222,7 @@ class Trainer:
             )
             needs_encoder |= held_out.needs_encoder
         identity = None if text is None else text.identity()
+        self.encoder = None if text is None else text.parts()
         self.checkpoints.run |= in_json({**(self.batches.content or {}), TEXT_ENCODER: identity})
         if text is not None and not needs_encoder:
             text.release()
@@ -265,6 +270,9 @@ class Trainer:
             self.check_place(found)
         self.schedule = learning_rates(config, self.optimizer.optimizer, found.step)
         self.repository = on_main_process(accelerator, lambda: make_repository(config))
+        config.hub_model_id = (
+            self.repository or config.hub_model_id
+        )  # with the user's name, as the card's Python needs it
         self.records = {name: Records(Path(config.output_dir) / f"{name}.jsonl") for name in RECORDS}
         self.losses["loss"] = self.monitor.running_loss(accelerator)
         if self.metrics is not None:
@@ -460,7 +468,7 @@ class Trainer:
             if self.batches.skipped:
                 logger.info(f"{len(self.batches.skipped)} images were skipped, each named above.")
             if self.repository is not None:
-                upload_stage(self.repository, self.config, self.config.max_train_steps)
+                upload_stage(self.repository, self.config, self.config.max_train_steps, self.encoder)
         self.close()
         return self.losses | ({"overhead": 1 - compute / seconds} if steps else {})
 

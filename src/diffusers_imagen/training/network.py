@@ -69,8 +69,10 @@ def start_network(config: TrainingConfig) -> StageNetwork:
     if config.preset is not None:
         return create_unet(config.preset)
     if config.model_config_name_or_path is not None:
-        return fresh_unet("model_config_name_or_path", config.model_config_name_or_path, find_network(config))
-    return load_unet(str(config.pretrained_model_name_or_path), find_network(config))
+        name = config.model_config_name_or_path
+        return fresh_unet("model_config_name_or_path", name, find_network(config), config.revision)
+    name = str(config.pretrained_model_name_or_path)
+    return load_unet(name, find_network(config), **config.hub_options(name))
 
 
 def find_network(config: TrainingConfig) -> str | None:
@@ -86,16 +88,22 @@ def find_network(config: TrainingConfig) -> str | None:
     name = getattr(config, argument)
     if (Path(name) / "config.json").is_file():
         return None
-    index = load_index(name)
+    index = load_index(name, config.revision)
     parts = [part for part in OF_A_CASCADE if isinstance(index.get(part), list) and index[part][:1] != [None]]
     if not parts:
         return "unet"
     with torch.device("meta"):  # for their sizes, without memory for their weights
-        networks = {part: fresh_unet(argument, name, part) for part in parts}
-    takes_low_res = config.low_resolution is not None
+        networks = {part: fresh_unet(argument, name, part, config.revision) for part in parts}
+    takes_low_res, below = config.low_resolution is not None, None
     for part, unet in networks.items():
         if unet.takes_low_res == takes_low_res and (unet.resolution == config.resolution or not takes_low_res):
+            if takes_low_res and below is not None and config.low_resolution != below:
+                raise ValueError(
+                    f"`low_resolution` is {config.low_resolution}, but the stage below `{part}` of the cascade '{name}' makes "
+                    f"images of {below} px: set it to that."
+                )
             return part
+        below = unet.resolution
     sizes = [f"{unet.resolution} {'with' if unet.takes_low_res else 'without'} one" for unet in networks.values()]
     raise ValueError(
         f"`resolution` is {config.resolution} and `low_resolution` {config.low_resolution}, but should be those of a "
@@ -103,18 +111,18 @@ def find_network(config: TrainingConfig) -> str | None:
     )
 
 
-def load_index(name: str) -> dict[str, Any]:
+def load_index(name: str, revision: str | None = None) -> dict[str, Any]:
     """What a pipeline's model_index.json says; nothing for a stage that has none."""
     if Path(name).is_dir():
         index = Path(name) / DiffusionPipeline.config_name
         return read_json_object(index) if index.exists() else {}
     try:
-        return DiffusionPipeline.load_config(name)
+        return DiffusionPipeline.load_config(name, revision=revision)
     except OSError:
         return {}
 
 
-def fresh_unet(argument: str, name: str, subfolder: str | None) -> StageNetwork:
+def fresh_unet(argument: str, name: str, subfolder: str | None, revision: str | None = None) -> StageNetwork:
     """A network with fresh weights, of the config.json in a folder or on the Hub that an argument names.
 
     Raises:
@@ -122,7 +130,7 @@ def fresh_unet(argument: str, name: str, subfolder: str | None) -> StageNetwork:
     """
     what = f"`{argument}` is '{name}', "
     try:
-        found = ConditionalUNet.load_config(name, subfolder=subfolder)
+        found = ConditionalUNet.load_config(name, subfolder=subfolder, revision=revision)
     except Exception as error:
         raise ValueError(f"{what}which has no config.json: {describe_fault(error)}") from error
     if not isinstance(found, dict):
@@ -145,8 +153,8 @@ def find_network_class(what: str, config: dict[str, Any]) -> type[StageNetwork]:
     return network_class
 
 
-def load_unet(name: str, subfolder: str | None = "unet") -> StageNetwork:
-    """A network in a folder, or of a repository on the Hub.
+def load_unet(name: str, subfolder: str | None = "unet", **hub: str) -> StageNetwork:
+    """A network in a folder, or of a repository on the Hub, of which `hub` has `revision` and `variant`.
 
     Raises:
         ValueError: If there is none.
@@ -157,15 +165,15 @@ def load_unet(name: str, subfolder: str | None = "unet") -> StageNetwork:
             f"{what}which has no {subfolder or '.'}/config.json: give a stage, a cascade or the folder of a network."
         )
     try:
-        config = ConditionalUNet.load_config(name, subfolder=subfolder)
+        config = ConditionalUNet.load_config(name, subfolder=subfolder, revision=hub.get("revision"))
     except Exception as error:
         raise ValueError(f"{what}which has no network that can be loaded: {describe_fault(error)}") from error
     if isinstance(config, dict) and config.get("_class_name") == THEIR_NETWORK:
-        return load_deepfloyd(what, name, subfolder, config)
+        return load_deepfloyd(what, name, subfolder, config, **hub)
     if isinstance(config, dict) and "_class_name" in config:
         find_network_class(what, config)
     try:
-        unet = AutoModel.from_pretrained(name, subfolder=subfolder)  # knows our classes: they are registered
+        unet = AutoModel.from_pretrained(name, subfolder=subfolder, **hub)  # knows our classes: they are registered
     except Exception as error:  # whatever is in its files
         raise ValueError(f"{what}which has no network that can be loaded: {describe_fault(error)}") from error
     if not isinstance(unet, StageNetwork):
@@ -174,7 +182,7 @@ def load_unet(name: str, subfolder: str | None = "unet") -> StageNetwork:
     return unet
 
 
-def load_deepfloyd(what: str, name: str, subfolder: str | None, config: dict[str, Any]) -> StageNetwork:
+def load_deepfloyd(what: str, name: str, subfolder: str | None, config: dict[str, Any], **hub: str) -> StageNetwork:
     """A network of DeepFloyd IF in diffusers' format, with that configuration, as an `ImagenUNetModel`.
 
     Raises:
@@ -182,7 +190,7 @@ def load_deepfloyd(what: str, name: str, subfolder: str | None, config: dict[str
     """
     try:
         config_from_deepfloyd(config)  # before weights are downloaded
-        theirs = UNet2DConditionModel.from_pretrained(name, subfolder=subfolder)
+        theirs = UNet2DConditionModel.from_pretrained(name, subfolder=subfolder, **hub)
         refuse_missing(what, missing_weights(theirs))
         return unet_from_deepfloyd(theirs)
     except Exception as error:  # whatever is in its files

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any, NoReturn, TypeVar, get_args, get_origin
 
@@ -14,6 +15,44 @@ from .settings import hints_of
 
 
 Config = TypeVar("Config", bound=TrainingConfig)
+
+
+# flags of diffusers' training scripts that these do not have, with the reason or what stands for them
+OFFSET = (
+    "noise is independent in each pixel, as the samplers draw it; for brightness, which high noise levels decide, train on "
+    "more of those by a larger --p_mean"
+)
+ELSEWHERE = {
+    "noise_offset": OFFSET,
+    "offset_noise": OFFSET,
+    "input_perturbation": "--noise_conditioning_augmentation is the noise that a network is trained to expect",
+    "validation_prompt": "--validation_prompts takes one or several",
+    "validation_scheduler": "samples are drawn by the scheduler that the stage is exported with",
+    "enable_xformers_memory_efficient_attention": "--attention_backend chooses the attention",
+    "local_rank": "`accelerate launch` numbers the processes",
+    "set_grads_to_none": "gradients are always set to None",
+    "lr_power": "--lr_scheduler polynomial has the power 1",
+    "tracker_project_name": "trackers get the name diffusers-imagen",
+    "train_text_encoder": "the text encoder is frozen, as in Imagen",
+    "tokenizer_name": "the tokenizer is that of --text_encoder",
+    "text_encoder_use_attention_mask": "the text encoder always gets its mask",
+    "pre_compute_text_embeddings": "captions are encoded once where they fit in memory; --embedding_cache keeps them on disk",
+    "skip_save_text_encoder": "the text encoder is saved by reference, without its weights",
+    "class_labels_conditioning": "the configuration of the network says what it is conditioned on",
+    "prior_generation_precision": "class images are drawn in --mixed_precision",
+    "proportion_empty_prompts": "--text_drop_rate is the rate of dropped captions",
+    "dream_training": "--preconditioning, --prediction_type and --loss_weighting choose the objective",
+    "non_ema_revision": "a stage has one set of weights, of which --revision chooses the commit",
+}
+
+
+def refuse_elsewhere(names: Iterable[str], where: str) -> None:
+    """Raises ValueError for the first name that is a flag of diffusers' scripts only, with what there is in its place."""
+    for name in names:
+        if name in ELSEWHERE:
+            raise ValueError(
+                f"`{name}`{where} is an option of diffusers' scripts, but not of these: {ELSEWHERE[name]}."
+            )
 
 
 class OneLineErrors(BothSpellings):
@@ -49,9 +88,11 @@ def parse_args(
         ValueError: If the file cannot be read, there is a name that is no option, or a value does not fit.
     """
     argv = sys.argv[1:] if argv is None else argv
+    flags = (flag.split("=")[0].removeprefix("--").replace("-", "_") for flag in argv if flag.startswith("--"))
+    refuse_elsewhere(flags, "")
     file = OneLineErrors(add_help=False, allow_abbrev=False)
     file.add_argument("--config")
-    given, flags = file.parse_known_args(argv)
+    given, rest = file.parse_known_args(argv)
 
     # HfArgumentParser takes a dataclass, its base class does not
     options = {"prog": program, "description": description, "allow_abbrev": False}
@@ -59,7 +100,7 @@ def parse_args(
     parser.add_argument("--config", metavar="FILE.yaml", help="File with the same names; flags win over it.")
     if given.config is not None:
         parser.set_defaults(**read_settings(given.config, config_class))
-    namespace = parser.parse_args(flags)
+    namespace = parser.parse_args(rest)
     return config_class(**{f.name: getattr(namespace, f.name) for f in fields(config_class)})
 
 
@@ -73,6 +114,7 @@ def read_settings(path: str, config_class: type[TrainingConfig] = TrainingConfig
     if not isinstance(entries, dict):
         raise ValueError(f"`config` is '{path}', but should have a line `name: value` for each option.")
     known = {f.name for f in fields(config_class)}
+    refuse_elsewhere((name for name in entries if name not in known), f" in '{path}'")
     unknown = sorted(entries.keys() - known)
     if unknown:
         raise ValueError(f"`config` '{path}' has {unknown}, which are no options; --help lists those there are.")

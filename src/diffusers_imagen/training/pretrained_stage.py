@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..models.unet_base import ConditionalUNet
+from ..pipelines.card_files import find_card_folder, read_card_license
 from ..pipelines.loading import deepfloyd_repository
 from ..pipelines.loading.folders import is_hub_id
 from ..pipelines.origin import DEEPFLOYD, check_origin
@@ -26,6 +27,9 @@ class PretrainedStage(NamedTuple):
     clean_caption: bool = False
     origin: dict[str, str] | None = None
     max_length: int | None = None  # tokens of a text, where the kind of network says that
+    part: str | None = None  # the component of its pipeline that is trained further, such as `base_unet` of a cascade
+    folder: Path | None = None  # with its card and notices
+    license: dict[str, str] | None = None  # of its card's metadata
 
     @property
     def preconditioning(self) -> str | None:
@@ -61,18 +65,23 @@ def find_pretrained(config: TrainingConfig) -> PretrainedStage:
     if config.pretrained_model_name_or_path is None:
         return PretrainedStage()
     place, subfolder = place_of_network(config)
-    scheduler, index = load_scheduler_config(place, subfolder), load_index(place)
-    network = load_network_config(place, subfolder)
+    revision = config.revision
+    scheduler, index = load_scheduler_config(place, subfolder, revision), load_index(place, revision)
+    network = load_network_config(place, subfolder, revision)
+    folder = find_card_folder(place, revision=revision, with_pictures=False)
+    known = PretrainedStage(scheduler, part=subfolder, folder=folder, license=read_card_license(folder) or None)
     if network.get("_class_name") == THEIR_NETWORK:
         origin = {"license": DEEPFLOYD, **base_model(place, index)}
         defaults = deepfloyd_repository.call_defaults(network.get("class_embed_type") is not None)
-        return PretrainedStage(scheduler, defaults, True, origin, deepfloyd_repository.MAX_TOKENS)
+        max_length = deepfloyd_repository.MAX_TOKENS
+        return known._replace(call_defaults=defaults, clean_caption=True, origin=origin, max_length=max_length)
     try:
-        return PretrainedStage(scheduler, *read_settings(index, subfolder.removesuffix("_unet")))
+        call_defaults, clean_caption, origin = read_settings(index, subfolder.removesuffix("_unet"))
     except ValueError as error:
         raise ValueError(
             f"`pretrained_model_name_or_path` is '{place}', whose model_index.json is malformed: {error}"
         ) from error
+    return known._replace(call_defaults=call_defaults, clean_caption=clean_caption, origin=origin)
 
 
 def place_of_network(config: TrainingConfig) -> tuple[str, str]:
@@ -87,10 +96,10 @@ def place_of_network(config: TrainingConfig) -> tuple[str, str]:
 
 def read_scheduler(config: TrainingConfig) -> dict[str, Any] | None:
     """The configuration of the scheduler of the stage that a run begins with, as `load_scheduler_config` has it."""
-    return load_scheduler_config(*place_of_network(config))
+    return load_scheduler_config(*place_of_network(config), config.revision)
 
 
-def load_scheduler_config(place: str, subfolder: str) -> dict[str, Any] | None:
+def load_scheduler_config(place: str, subfolder: str, revision: str | None = None) -> dict[str, Any] | None:
     """The configuration of the scheduler beside the network in a subfolder; None if there is none.
 
     Raises:
@@ -103,15 +112,15 @@ def load_scheduler_config(place: str, subfolder: str) -> dict[str, Any] | None:
     if Path(place).is_dir():
         return None
     try:
-        return EDMHeunScheduler.load_config(place, subfolder=part)  # reads what any scheduler saved
+        return EDMHeunScheduler.load_config(place, subfolder=part, revision=revision)  # reads what any scheduler saved
     except OSError:
         return None
 
 
-def load_network_config(place: str, subfolder: str) -> dict[str, Any]:
+def load_network_config(place: str, subfolder: str, revision: str | None = None) -> dict[str, Any]:
     """The configuration of a network; nothing if it cannot be read, which the network's own loading says."""
     try:
-        found = ConditionalUNet.load_config(place, subfolder=subfolder)
+        found = ConditionalUNet.load_config(place, subfolder=subfolder, revision=revision)
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

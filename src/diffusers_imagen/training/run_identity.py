@@ -25,7 +25,15 @@ ANOTHER_RUN = (
         "caption",
     ),
     *("train_split", "split_column", "styles", "balance_by", "weight_column", "max_train_samples"),
-    *("resolution", "center_crop", "random_flip", "background", "min_resolution", "aspect_ratio_buckets"),
+    *(
+        "resolution",
+        "center_crop",
+        "image_interpolation_mode",
+        "random_flip",
+        "background",
+        "min_resolution",
+        "aspect_ratio_buckets",
+    ),
     *(
         "bucket_step",
         "low_resolution",
@@ -49,12 +57,29 @@ BY_CONTENT = (
 IN_A_STEP = ("train_batch_size", "gradient_accumulation_steps")
 # a checkpoint has what became of them
 AT_THE_START = (
-    *("pretrained_model_name_or_path", "grow", "layers_per_block", "preset", "model_config_name_or_path"),
+    *(
+        "pretrained_model_name_or_path",
+        "revision",
+        "variant",
+        "grow",
+        "layers_per_block",
+        "preset",
+        "model_config_name_or_path",
+    ),
     *("class_model", "num_class_images", "sample_batch_size"),
 )
 # a user may change them, and is told
 CHANGEABLE = (
-    *("max_train_steps", "learning_rate", "scale_lr", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles"),
+    *(
+        "max_train_steps",
+        "num_train_epochs",
+        "validation_epochs",
+        "learning_rate",
+        "scale_lr",
+        "lr_scheduler",
+        "lr_warmup_steps",
+        "lr_num_cycles",
+    ),
     *("adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm", "mixed_precision"),
     *("allow_tf32", "gradient_checkpointing", "channels_last", "torch_compile", "attention_backend", "ema_decay"),
     *("ema_snapshot_steps", "checkpointing_steps", "checkpoints_total_limit", "validation_steps", "validation_split"),
@@ -65,14 +90,24 @@ CHANGEABLE = (
 # where things are on this machine, what is shown, and how the run is started
 NOT_COMPARED = (
     *("output_dir", "cache_dir", "logging_dir", "resume_from_checkpoint", "overwrite_output_dir"),
-    *("validation_prompts", "validation_images", "validation_batch_size", "push_to_hub", "hub_model_id", "hub_token"),
+    *(
+        "validation_prompts",
+        "validation_images",
+        "num_validation_images",
+        "validation_batch_size",
+        "push_to_hub",
+        "hub_model_id",
+        "hub_token",
+        "license",
+    ),
 )
 
 IMAGES_IN_A_STEP = "`train_batch_size` x `gradient_accumulation_steps` x processes ="
 TEXT_ENCODER = "the text encoder"
 
-# Options that networks did not have at first, with the values that checkpoints without them stand for.
+# Options that networks and data did not have at first, with the values that checkpoints without them stand for.
 LATER_OPTIONS = {
+    "image_interpolation_mode": "bicubic",
     "unet act_fn": "silu",
     "unet resnet_out_scale_factor": 1.0,
     "unet shared_attention_norm": False,

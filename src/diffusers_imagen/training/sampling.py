@@ -69,7 +69,8 @@ def read_low_res(path: str, config: TrainingConfig) -> torch.Tensor:
     except BadImage as error:
         raise ValueError(f"`validation_images` has {path!r}, which cannot be used: {error}") from error
     resolution = config.low_resolution or config.resolution
-    return to_float(torch.from_numpy(fit_image(image, resolution, resolution).copy()).permute(2, 0, 1))
+    fitted = fit_image(image, resolution, resolution, interpolation=config.image_interpolation_mode)
+    return to_float(torch.from_numpy(fitted.copy()).permute(2, 0, 1))
 
 
 def stage_pipeline(
@@ -82,18 +83,22 @@ def stage_pipeline(
 
 
 def draw_samples(pipe: StagePipeline, prompts: Prompts, config: TrainingConfig) -> torch.Tensor:
-    """Images `(B, 3, H, W)` in [-1, 1] by the stage's own pipeline, with the same noise at every call."""
+    """Images `(B, 3, H, W)` in [-1, 1] by the stage's own pipeline, with the same noise at every call.
+
+    There are `num_validation_images` of each prompt, one after another.
+    """
+    number = config.num_validation_images
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(config.seed)
     inputs: dict[str, Any] = {"generator": generator, "output_type": "latent"}
     images = None if prompts.low_res is None else (prompts.low_res + 1) / 2
     if prompts.text is not None:
         given = {} if images is None else {"image": images}
-        return pipe(**prompts.text, **given, **inputs).images
+        return pipe(**prompts.text, **given, num_images_per_prompt=number, **inputs).images
     inputs["guidance_scale"] = 1.0
     if images is None:
-        return pipe(num_images_per_prompt=len(config.validation_prompts or []), **inputs).images
-    return torch.cat([pipe(image=image, **inputs).images for image in images])
+        return pipe(num_images_per_prompt=number * len(config.validation_prompts or []), **inputs).images
+    return torch.cat([pipe(image=image, num_images_per_prompt=number, **inputs).images for image in images])
 
 
 def sample_name(step: int) -> str:
@@ -112,18 +117,22 @@ def show_samples(accelerator: Accelerator, images: torch.Tensor, config: Trainin
     if not images.isfinite().all():
         logger.warning(f"The samples of step {step} are not finite: they are not written.")
         return
-    write_samples(images, config.output_dir, step)
-    log_samples(accelerator, images, config.validation_prompts or [], step)
+    write_samples(images, config.output_dir, step, rows=config.num_validation_images)
+    captions = [caption for caption in config.validation_prompts or [] for _ in range(config.num_validation_images)]
+    log_samples(accelerator, images, captions, step)
 
 
-def write_samples(images: torch.Tensor, output_dir: str, step: int) -> Path:
-    """The images side by side as a PNG."""
+def write_samples(images: torch.Tensor, output_dir: str, step: int, rows: int = 1) -> Path:
+    """The images as a PNG, a column of `rows` for each prompt."""
     pixels = to_uint8(images)
+    pixels = pixels.reshape(-1, rows, *pixels.shape[1:]).swapaxes(0, 1).reshape(pixels.shape)
     folder = Path(output_dir) / SAMPLES
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / sample_name(step)
     with whole_file(path) as partial:
-        make_image_grid([Image.fromarray(image) for image in pixels], rows=1, cols=len(pixels)).save(partial, "PNG")
+        make_image_grid([Image.fromarray(image) for image in pixels], rows, cols=len(pixels) // rows).save(
+            partial, "PNG"
+        )
     return path
 
 

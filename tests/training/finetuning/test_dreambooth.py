@@ -19,6 +19,7 @@ from diffusers_imagen import EDMHeunScheduler, EfficientUNetModel, ImagenCascade
 from diffusers_imagen.training import DreamBoothLoraTrainer, DreamBoothTrainer, DreamBoothTrainingConfig, export
 from diffusers_imagen.training.data import Batch, PairedBatches, make_train_batches
 from diffusers_imagen.training.data.pairs import interleave
+from diffusers_imagen.training.finetuning import class_images
 from diffusers_imagen.training.finetuning.class_images import draw_by_pipeline, missing_images
 from diffusers_imagen.training.finetuning.dreambooth import make_trainer
 from diffusers_imagen.utils.files import FolderHold
@@ -202,6 +203,25 @@ def test_another_pipeline_draws_the_class_of_a_super_resolution_stage(
     with pytest.raises(ValueError, match="`class_model` is 'nowhere', which cannot be loaded"):
         config = replace(config, class_model="nowhere", num_class_images=4, output_dir=str(tmp_path / "other"))
         DreamBoothTrainer(config, EfficientUNetModel.from_config(sr.config), encode).prepare()
+
+
+def test_flagged_class_images_are_drawn_again_or_left_out(tmp_path, monkeypatch):
+    """They are black, and would be learned."""
+    said: list[str] = []
+    monkeypatch.setattr(class_images.logger, "warning", said.append)
+    paths = [tmp_path / f"class-{number:05d}.png" for number in range(3)]
+    tries = [(number, attempt) for number in range(3) for attempt in range(4)]
+    seeds = {(i, attempt): class_images.make_generator(0, paths[i], attempt).initial_seed() for i, attempt in tries}
+    assert len(set(seeds.values())) == 12
+    flagged = {seeds[1, 0], seeds[1, 1], *(seeds[2, attempt] for attempt in range(4))}
+
+    def draw(generators):
+        seeds = [generator.initial_seed() for generator in generators]
+        return [None if seed in flagged else seed for seed in seeds]
+
+    found = dict(class_images.draw_unflagged(draw, 0, paths))
+    assert found == {paths[0]: seeds[0, 0], paths[1]: seeds[1, 2]}
+    assert said == ["The safety checker flagged class-00002.png in 4 attempts: these class images are left out."]
 
 
 def test_the_subject_is_learned_and_the_class_is_kept(make_subject_config, stage, tmp_path):

@@ -148,12 +148,12 @@ def test_what_is_written(make_lora_config, stage):
     checkpoint = folder / "checkpoint-2"
     assert set(load_file(checkpoint / "adapter.safetensors")) == set(trainer.names)
     assert not list(checkpoint.glob("model*"))
-    assert not (folder / "unet").exists() and not (folder / "model_index.json").exists()
+    assert sorted(path.name for path in (folder / "unet").iterdir()) == ["config.json", "reference.json"]
     assert json.loads((folder / "training.json").read_text())["config"]["rank"] == 2
     card = (folder / "README.md").read_text()
     count = sum(p.numel() for p in trainer.parameters)
     assert f"{count:,} parameters in its adapter" in card
-    assert 'pipe.load_lora_weights("lora")\n' in card
+    assert 'pipe.load_lora_weights("lora")\n' in card and 'DiffusionPipeline.from_pretrained("lora")\n' in card
     assert "- lora\n" in card
 
 

@@ -146,6 +146,8 @@ def check_component(folder: Path, name: str, component_class: type, variant: str
         return
     if issubclass(component_class, BaseImageProcessor):
         return
+    if getattr(component_class, "names_another", False):  # by reference: the configuration is of that one
+        component_class = configured_class("unet", config)
     if config.get("_class_name") != component_class.__name__:
         raise ValueError(
             f"'{config_file}' is of {shown(config.get('_class_name'))}, but should be of {component_class.__name__}."

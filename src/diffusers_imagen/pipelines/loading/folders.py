@@ -14,10 +14,8 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers import AutoModelForTextEncoding
 
-from ...text.completeness import refuse_random_weights
-from ...text.pretrained import load_tokenizer_of_pipeline
+from ...text.pretrained import load_tokenizer_of_pipeline, load_where_it_is
 from ...utils.arguments import shown
 from ...utils.errors import is_out_of_memory, one_line
 from ...utils.files import HUB_OPTIONS, for_huggingface_hub
@@ -189,9 +187,6 @@ def load_text_parts(source: str, **kwargs) -> dict[str, Any]:
         if os.path.isdir(source):
             folder = Path(source, "text_encoder")
             check_encoder(folder, read_config(folder / "config.json"))
-        encoder, found = AutoModelForTextEncoding.from_pretrained(
-            source, subfolder="text_encoder", output_loading_info=True, trust_remote_code=False, **hub, **networks
-        )
-        refuse_random_weights(f"The text encoder of '{source}'", found["missing_keys"])
+        encoder = load_where_it_is(f"`text_encoder` is '{source}'", source, "text_encoder", {**hub, **networks})
         tokenizer = load_tokenizer_of_pipeline(source, hub)
     return {"text_encoder": encoder.eval(), "tokenizer": tokenizer}

@@ -130,6 +130,11 @@ class BatchStream(Iterator[Batch]):
         return self.text is not None and self.text.needs_encoder
 
     @property
+    def epoch(self) -> int | None:
+        """Slots in which as many images are seen as there are; None if that is not known."""
+        return None
+
+    @property
     def stride(self) -> int:
         """Slots that all processes take together."""
         return self.config.train_batch_size * self.num_processes
@@ -174,6 +179,10 @@ class MemoryBatches(BatchStream):
         self.images = images
         self.report(images.skipped)
 
+    @property
+    def epoch(self) -> int | None:
+        return len(self.images)
+
     def _draw(self) -> Samples:
         return self.images.draw(self.first_slot, self.config.train_batch_size)
 
@@ -185,6 +194,10 @@ class LoaderBatches(BatchStream):
         super().__init__(config, text, process_index, num_processes)
         self.dataset = SlotDataset(rows, maker, order, draws, config.bucket_shapes(), text)
         self._batches: Iterator | None = None
+
+    @property
+    def epoch(self) -> int | None:
+        return len(self.dataset.rows.data)
 
     def _draw(self) -> Samples:
         if self._batches is None:
@@ -216,6 +229,10 @@ class StreamBatches(LoaderBatches):
         self.num_workers = max(1, config.dataloader_num_workers)
         self.places: list[dict | None] = [None] * self.num_workers
         self._batches = None
+
+    @property
+    def epoch(self) -> int | None:
+        return None
 
     def _draw(self) -> Samples:
         if self._batches is None:

@@ -8,6 +8,8 @@ from PIL import ImageColor
 from ..settings import check_settings
 
 
+Interpolation = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]  # of Pillow
+
 # width to height, from a panorama to a portrait of a whole person
 ASPECT_RATIOS = (2.0, 16 / 9, 3 / 2, 4 / 3, 5 / 4, 1.0, 4 / 5, 3 / 4, 2 / 3, 9 / 16, 1 / 2)
 
@@ -67,6 +69,9 @@ class DataConfig:
 
     resolution: int = arg(64, "Resolution of the images: their height and width.")
     center_crop: bool = arg(True, "Crop images that are not square at the centre; else at random.")
+    image_interpolation_mode: Interpolation = arg(
+        "bicubic", "Filter of resized images, of the low-resolution ones too; all but nearest are antialiased."
+    )
     random_flip: bool = arg(False, "Mirror every second image, except where its caption speaks of left or right.")
     background: str = arg("white", "Colour behind transparent images.")
     min_resolution: int | None = arg(None, "Skip images whose height or width is below this.")

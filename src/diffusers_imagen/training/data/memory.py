@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 
 from .batch import Samples
 from .captions import BadCaption
-from .data_config import DataConfig
+from .data_config import DataConfig, Interpolation
 from .pixels import BadImage, name_image
 from .pyramid import crop, crop_wider, reduce, to_float
 from .samples import SampleMaker
@@ -42,7 +42,11 @@ class CaptionedImages:
         self.pixels, given, self.captions, kept, self.skipped = load_samples(rows, maker, config.resolution)
         self.low_res = None
         if config.low_resolution is not None:
-            self.low_res = reduce_all(self.pixels, config.factor) if given is None else to_float(given)
+            self.low_res = (
+                reduce_all(self.pixels, config.factor, config.image_interpolation_mode)
+                if given is None
+                else to_float(given)
+            )
         weights = draw_weights(rows.data, config) if weighted else None
         self.order = RowOrder(len(kept), config.seed, None if weights is None else weights[kept])
         self.draws = SlotDraws(*seed)
@@ -132,10 +136,10 @@ def load_samples(rows: Rows, maker: SampleMaker, resolution: int) -> Loaded:
     return Loaded(pixels[: len(kept)], low_res, captions if maker.with_text else None, np.array(kept), skipped)
 
 
-def reduce_all(pixels: torch.Tensor, factor: int) -> torch.Tensor:
+def reduce_all(pixels: torch.Tensor, factor: int, interpolation: Interpolation) -> torch.Tensor:
     """Reductions of all images `(N, 3, R / factor, R / factor)` in float32, made once."""
     resolution = pixels.shape[-1] // factor
     low_res = torch.empty(len(pixels), 3, resolution, resolution)
     for start in range(0, len(pixels), 64):
-        low_res[start : start + 64] = reduce(to_float(pixels[start : start + 64]), factor)
+        low_res[start : start + 64] = reduce(to_float(pixels[start : start + 64]), factor, interpolation)
     return low_res

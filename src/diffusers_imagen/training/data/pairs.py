@@ -28,6 +28,11 @@ class PairedBatches(BatchStream):
         return any(stream.needs_encoder for stream in self.streams)
 
     @property
+    def epoch(self) -> int | None:
+        first = self.streams[0].epoch  # the subject's
+        return None if first is None else first * self.stride // self.streams[0].stride
+
+    @property
     def stride(self) -> int:
         return sum(stream.stride for stream in self.streams)
 

@@ -10,6 +10,7 @@ from PIL import Image, ImageOps
 
 from ...utils import images as pictures
 from ...utils.images import BadImage
+from .data_config import Interpolation
 
 
 # a file of a streamed data set, where `datasets` found it: in archives or not, of the repository {name} or at hand
@@ -98,14 +99,23 @@ def name_image(value: Any, row: Any) -> str:
     return value if isinstance(value, str) and value else f"row {row}"
 
 
-def fit_image(image: Image.Image, height: int, width: int, top: float = 0.5, left: float = 0.5) -> np.ndarray:
+def fit_image(
+    image: Image.Image,
+    height: int,
+    width: int,
+    top: float = 0.5,
+    left: float = 0.5,
+    interpolation: Interpolation = "bicubic",
+) -> np.ndarray:
     """The largest part of that shape, resized with antialiasing: `(height, width, 3)` uint8.
 
     Args:
         top (`float`): Where the part lies from the image's top (0) to its bottom (1).
         left (`float`): The same from left to right.
+        interpolation (`str`): The filter, one of Pillow's.
     """
-    fitted = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC, centering=(left, top))
+    method = Image.Resampling[interpolation.upper()]
+    fitted = ImageOps.fit(image, (width, height), method, centering=(left, top))
     return np.asarray(fitted)
 
 

@@ -97,19 +97,22 @@ class SampleMaker:
         place = (0.5, 0.5)
         if draws is not None and self.augment and not self.config.center_crop:
             place = (draws[PLACE_TOP], draws[PLACE_LEFT])
-        return torch.from_numpy(fit_image(image, height, width, *place).copy()).permute(2, 0, 1)
+        fitted = fit_image(image, height, width, *place, self.config.image_interpolation_mode)
+        return torch.from_numpy(fitted.copy()).permute(2, 0, 1)
 
     def pyramid(
         self, pixels: torch.Tensor, draws: np.ndarray, low_res: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The image, or a crop of it, as uint8, and its low-resolution image in [-1, 1]: that of the row or a reduction."""
-        size, factor = self.config.crop_size, self.config.factor
+        size, factor, interpolation = self.config.crop_size, self.config.factor, self.config.image_interpolation_mode
         if size is None:
-            low_res = reduce(to_float(pixels)[None], factor)[0] if low_res is None else to_float(low_res)
+            low_res = (
+                reduce(to_float(pixels)[None], factor, interpolation)[0] if low_res is None else to_float(low_res)
+            )
             return pixels, low_res
         corner = self.corner(pixels, draws)
         if low_res is None:
-            return crop_both(pixels, factor, *corner, size)
+            return crop_both(pixels, factor, *corner, size, interpolation)
         image = crop(pixels, factor * corner[0], factor * corner[1], size)
         return image, crop_wider(to_float(low_res), *corner, size // factor)
 

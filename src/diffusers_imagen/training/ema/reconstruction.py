@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from ...utils.bounds import MAX_STD, MIN_STD
 from ...utils.files import read_json_object, whole_folder, write_json
+from ...utils.references import REFERENCE, read_reference, write_reference
 from ..network import load_unet
 from .averages import SNAPSHOTS, std_to_gamma
 from .snapshots import Snapshot, check_shapes, list_snapshots, read_tensors
@@ -117,10 +118,20 @@ def write_reconstructed(run: Path, outputs: dict[float, Path], step: int | None 
             shutil.copytree(run / "scheduler", partial / "scheduler")
             if (run / "model_index.json").is_file():
                 shutil.copyfile(run / "model_index.json", partial / "model_index.json")
+            copy_encoder(run, partial, output)
             if record:  # losses and checksums are those of the weights that the run exported
                 settings = {"config": record["config"]} if "config" in record else {}
                 write_json(partial / RECORD, {"step": step, "ema_std": std, **settings})
     return errors
+
+
+def copy_encoder(run: Path, folder: Path, place: Path) -> None:
+    """Copies what a stage has of its text encoder to a folder that will be at `place`, which paths begin at."""
+    for part in ("tokenizer", "text_encoder"):
+        if (run / part).is_dir():
+            shutil.copytree(run / part, folder / part)
+    if (run / "text_encoder" / REFERENCE).is_file():
+        write_reference(folder / "text_encoder", read_reference(run / "text_encoder"), place / "text_encoder")
 
 
 def check_outputs(outputs: dict[float, Path]) -> None:

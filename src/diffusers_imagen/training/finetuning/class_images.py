@@ -1,6 +1,6 @@
 """The class images of DreamBooth: what a network draws of a subject's class before it is taught the subject."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -23,7 +23,13 @@ from .finetuning_config import DreamBoothTrainingConfig
 logger = logging.get_logger(__name__)
 
 CLASS_SEED = 32  # a word after the run's seed, unlike those of its data and steps
-Draw = Callable[[list[torch.Generator]], list[Image.Image]]
+FLAGS = (
+    "nsfw_detected",
+    "watermark_detected",
+    "nsfw_content_detected",
+)  # by image, of the outputs of diffusers' pipelines
+ATTEMPTS = 4  # to draw an image that the safety checker does not flag
+Draw = Callable[[list[torch.Generator]], list[Image.Image | None]]  # None for one that is flagged, and black
 
 
 def draw_class_images(
@@ -53,12 +59,23 @@ def draw_class_images(
         mine = wanted[accelerator.process_index :: accelerator.num_processes]
         with tqdm(total=len(mine), desc="Class images", disable=not accelerator.is_local_main_process) as progress:
             for start in range(0, len(mine), config.sample_batch_size):
-                paths = mine[start : start + config.sample_batch_size]
-                for path, image in zip(paths, draw([make_generator(config.seed, path) for path in paths])):
+                for path, image in draw_unflagged(draw, config.seed, mine[start : start + config.sample_batch_size]):
                     with whole_file(path) as partial:
                         image.save(partial, "PNG")
                     progress.update()
         accelerator.wait_for_everyone()
+
+
+def draw_unflagged(draw: Draw, seed: int, paths: list[Path]) -> Iterator[tuple[Path, Image.Image]]:
+    """Draws the images of paths; one that the safety checker flags again, with other noise, or at last it is left out."""
+    for attempt in range(ATTEMPTS):
+        images = draw([make_generator(seed, path, attempt) for path in paths])
+        yield from ((path, image) for path, image in zip(paths, images) if image is not None)
+        paths = [path for path, image in zip(paths, images) if image is None]
+        if not paths:
+            return
+    names = ", ".join(path.name for path in paths)
+    logger.warning(f"The safety checker flagged {names} in {ATTEMPTS} attempts: these class images are left out.")
 
 
 def missing_images(folder: Path, count: int) -> list[Path]:
@@ -68,10 +85,10 @@ def missing_images(folder: Path, count: int) -> list[Path]:
     return [path for path in paths if path not in there][: max(0, count - len(there))]
 
 
-def make_generator(seed: int, path: Path) -> torch.Generator:
-    """The noise of a class image, told by the number in its name."""
-    number = int(path.stem.split("-")[1])
-    words = np.random.SeedSequence(seed, spawn_key=(CLASS_SEED, number)).generate_state(1, np.uint64)
+def make_generator(seed: int, path: Path, attempt: int = 0) -> torch.Generator:
+    """The noise of a class image, told by the number in its name, and of another attempt at it."""
+    key = (CLASS_SEED, int(path.stem.split("-")[1]), *([attempt] if attempt else []))
+    words = np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(words[0]))
 
 
@@ -100,14 +117,16 @@ def draw_by_pipeline(config, accelerator: Accelerator) -> Draw:
         raise ValueError(f"{what}, which cannot be loaded: {describe_fault(error)}") from error
     pipe.set_progress_bar_config(disable=True)
 
-    def draw(generators: list[torch.Generator]) -> list[Image.Image]:
+    def draw(generators: list[torch.Generator]) -> list[Image.Image | None]:
         try:
-            images = pipe([config.class_prompt] * len(generators), generator=generators).images
+            output = pipe([config.class_prompt] * len(generators), generator=generators)
+            images = output.images
         except (TypeError, ValueError) as error:
             raise ValueError(f"{what}, which cannot draw `class_prompt`: {describe_fault(error)}") from error
         if len(images) != len(generators) or not all(isinstance(image, Image.Image) for image in images):
             raise ValueError(f"{what}, which draws no pictures.")
-        return images
+        flags = [flags for name in FLAGS if (flags := getattr(output, name, None))]
+        return [None if any(found[i] for found in flags) else image for i, image in enumerate(images)]
 
     return draw
 
@@ -118,7 +137,7 @@ def draw_by_stage(config, accelerator, pipe, text) -> Draw:
     pipe.unet.eval().to(accelerator.device)
     pipe.set_progress_bar_config(disable=True)
 
-    def draw(generators: list[torch.Generator]) -> list[Image.Image]:
+    def draw(generators: list[torch.Generator]) -> list[Image.Image | None]:
         with accelerator.autocast():
             return pipe(**prompt, num_images_per_prompt=len(generators), generator=generators).images
 

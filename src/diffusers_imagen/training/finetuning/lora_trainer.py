@@ -4,29 +4,27 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+from diffusers import SchedulerMixin
 
 from ...loaders.lora_adapters import check_adaptable, require_peft
 from ...loaders.lora_names import diffusers_names
 from ...models.interface import StageNetwork
 from ...pipelines import ImagenPipeline
-from ...pipelines.origin import list_origins
+from ...pipelines.adapted_network import ADAPTER
+from ...text.identity import sample_weights
+from ...utils.files import read_json_object, write_json
+from ...utils.references import reference_to, write_reference
 from ..compatibility import check_objective
 from ..devices import inner_network, is_spread
-from ..export import CARD_FILE, model_card, parts_of, write_record
+from ..export import INDEX, parts_of, save_parts, write_card, write_record
 from ..loop import Trainer
 from ..network import find_network, fresh_weights
+from ..sampling import StagePipeline
+from ..stage_card import ADAPTER_USE, DRAW, WITH_NETWORK, CardFacts, drawn_prompt, model_card, public_name
 from ..states import NetworkState
 from .finetuning_config import TARGET_MODULES, LoraTrainingConfig
-
-
-ADAPTER = "default"
-
-USAGE = """import diffusers_imagen
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("{stage}")
-pipe.load_lora_weights("{{name}}"{component})"""
 
 
 class LoraTrainer(Trainer):
@@ -51,6 +49,9 @@ class LoraTrainer(Trainer):
         check_objective(config)
         targets = find_targets(unet, config.lora_target_modules)
         self.subfolder, self.base_digest = find_network(config), digest(unet)
+        name = str(config.pretrained_model_name_or_path)
+        options = config.hub_options(name)
+        self.network = reference_to(name, self.subfolder or "", identity=sample_weights(unet), **options)
         unet.requires_grad_(False)
         alpha = config.rank if config.lora_alpha is None else config.lora_alpha
         with fresh_weights(config.seed):
@@ -64,22 +65,46 @@ class LoraTrainer(Trainer):
         return {"adapter": NetworkState(inner_network(self.accelerator, self.unet), self.names)}
 
     def export(self, unet: StageNetwork, done: int, results: dict[str, float]) -> None:
+        """Writes the adapter, and a stage that names the network by reference, which opens as a pipeline."""
         from peft.utils import get_peft_model_state_dict
 
-        stage = str(self.config.pretrained_model_name_or_path)
-        component = "" if self.subfolder in ("unet", None) else f', component="{self.subfolder}"'
-        usage = USAGE.format(stage=Path(stage).name if Path(stage).is_dir() else stage, component=component)
-        with parts_of(self.config) as partial:
+        config = self.config
+        with parts_of(config) as partial:
             ImagenPipeline.save_lora_weights(
                 partial,
                 unet=unet,
                 unet_lora_layers=get_peft_model_state_dict(unet, adapter_name=ADAPTER),
                 unet_lora_adapter_metadata=unet.peft_config[ADAPTER].to_dict(),
             )
-            write_record(partial, self.config, done, results)
-            origins = list_origins(self.pretrained.origin)
-            card = model_card(unet, self.config, done, results, origins, usage, adapter_of=Path(stage).name)
-            (partial / CARD_FILE).write_text(card, encoding="utf-8")
+            pipe = self.pipeline(unet)
+            save_parts(pipe, config, self.encoder, partial)
+            self.save_network(partial)
+            write_record(partial, config, done, results)
+            facts = self.describe_use(pipe)
+            write_card(partial, config, done, facts, model_card(unet, config, done, results, facts))
+
+    def save_network(self, folder: Path) -> None:
+        """Writes where the network is, and the scheduler of the stage that it is from, in place of the run's own."""
+        write_reference(folder / "unet", self.network, Path(self.config.output_dir) / "unet")
+        entries = {"unet": ["diffusers_imagen", "AdaptedNetwork"]}
+        scheduler = self.pretrained.scheduler
+        scheduler_class = getattr(diffusers, str((scheduler or {}).get("_class_name")), None)
+        if scheduler is not None and isinstance(scheduler_class, type) and issubclass(scheduler_class, SchedulerMixin):
+            write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+            entries["scheduler"] = [scheduler_class.__module__.split(".")[0], scheduler_class.__name__]
+        write_json(folder / INDEX, {**read_json_object(folder / INDEX), **entries})
+
+    def describe_use(self, pipe: StagePipeline) -> CardFacts:
+        """What the card says of where the adapter is from, and how it is used."""
+        config, stage = self.config, str(public_name(self.config.pretrained_model_name_or_path))
+        component = "" if self.subfolder in ("unet", None) else f', component="{self.subfolder}"'
+        call = pipe.model_card_call(None if self.encoder is None else drawn_prompt(config))
+        further = ADAPTER_USE.replace("{stage}", stage).replace("{component}", component)
+        usage = DRAW.replace("{call}", call)
+        if config.push_to_hub and self.network.is_local:  # only the adapter is uploaded
+            usage, further = WITH_NETWORK.replace("{stage}", stage).replace("{component}", component), ""
+            usage = usage.replace("{call}", call)
+        return CardFacts(self.pretrained, usage, further, Path(stage).name)
 
 
 def find_targets(unet: StageNetwork, targets: list[str]) -> list[str]:

@@ -20,7 +20,7 @@ from ...text.text_embeddings import drop_text
 from ...utils.bounds import MIN_AUGMENTATION_SIGMA
 from ..config import TrainingConfig
 from ..data import Batch
-from ..data.pyramid import SUPPORT
+from ..data.pyramid import MARGIN
 from .objectives import Objective
 from .step_draws import Draws
 
@@ -50,7 +50,7 @@ class Conditioning:
     def of(cls, unet: StageNetwork, crops: bool = False, no_text: torch.Tensor | None = None) -> "Conditioning":
         """That of a network, which is trained on crops or on whole images."""
         of_unet = unet.low_res_augmentation, unet.low_res_upsampling, unet.residual_scale
-        return cls(*of_unet, SUPPORT if crops else 0, no_text)
+        return cls(*of_unet, MARGIN if crops else 0, no_text)
 
     def upsample(self, low_res: torch.Tensor, size: tuple[int, int], before_noise: bool = False) -> torch.Tensor:
         """Low-resolution images `(B, 3, h, w)` at the size of their images, as a pipeline upsamples them, less the margin."""
