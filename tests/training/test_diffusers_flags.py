@@ -11,7 +11,7 @@ from tiny_runs import encode, make_unet, metrics
 
 from diffusers_imagen.training import DreamBoothTrainingConfig, Trainer, TrainingConfig, parse_args, train
 from diffusers_imagen.training.data import make_train_batches
-from diffusers_imagen.training.data.pyramid import SUPPORT, crop_both, reduce, to_float
+from diffusers_imagen.training.data.pyramid import MARGIN, SUPPORT, crop_both, reduce, to_float
 from diffusers_imagen.training.options import ELSEWHERE
 
 
