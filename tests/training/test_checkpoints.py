@@ -20,8 +20,7 @@ from diffusers_imagen.training.checkpoints import (
     list_checkpoints,
     seal,
 )
-from diffusers_imagen.training.deepspeed_files import check_files
-from diffusers_imagen.training.states import load_state, save_state
+from diffusers_imagen.training.states import check_deepspeed_files, load_state, save_state
 from diffusers_imagen.utils.files import read_json_object
 
 
@@ -235,14 +234,14 @@ def test_files_of_deepspeed_that_could_run_code_are_not_given_to_it(tmp_path):
     (tmp_path / "state").mkdir()
     torch.save({"module": {"a": torch.zeros(2)}}, tmp_path / "state" / "mp_rank_00_model_states.pt")
     (tmp_path / "latest").write_text("state")
-    check_files(tmp_path)
+    check_deepspeed_files(tmp_path)
     torch.save({"a": Hostile(tmp_path / "trace")}, tmp_path / "state" / "other.pt")
     with pytest.raises(ValueError, match="other.pt names .*mkdir, which could run code"):
-        check_files(tmp_path)
+        check_deepspeed_files(tmp_path)
     (tmp_path / "state" / "other.pt").write_bytes(pickle.dumps(Hostile(tmp_path / "trace")))
     with pytest.raises(ValueError, match="other.pt cannot be looked into"):
-        check_files(tmp_path)
+        check_deepspeed_files(tmp_path)
     shutil.move(tmp_path / "state" / "other.pt", tmp_path / "state" / "other.bin")
     with pytest.raises(ValueError, match="other.bin is no file of DeepSpeed's"):
-        check_files(tmp_path)
+        check_deepspeed_files(tmp_path)
     assert not (tmp_path / "trace").exists()

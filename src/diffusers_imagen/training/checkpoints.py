@@ -19,9 +19,8 @@ from diffusers.utils import logging
 from ..utils.errors import one_line
 from ..utils.files import read_json_object, remove, sha256, sync, write_json
 from .config import TrainingConfig
-from .deepspeed_files import check_files
 from .run_identity import changeable_settings, describe_changes, find_difference
-from .states import load_state, save_state
+from .states import check_deepspeed_files, load_state, save_state
 
 
 logger = logging.get_logger(__name__)
@@ -157,7 +156,7 @@ class Checkpoints:
                 if name not in files:
                     raise ValueError(f"{MANIFEST} names no {name}")
             if self.engine is not None:
-                check_files(folder / DEEPSPEED)
+                check_deepspeed_files(folder / DEEPSPEED)
                 self.engine.load_checkpoint(str(folder / DEEPSPEED), "state")
             for name, state in self.shared.items():
                 state.load_state_dict(load_state(folder / f"{name}.safetensors"))

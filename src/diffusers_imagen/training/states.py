@@ -1,7 +1,8 @@
 """State on disk as safetensors: nothing that is read can run code, and nothing is read that does not fit.
 
 A state is made of dictionaries, lists, numbers, strings and tensors. The tensors are those of the file; the rest is
-JSON in its metadata.
+JSON in its metadata. DeepSpeed reads its own files with pickle, which can run anything. They are looked at before: one that
+names something else than DeepSpeed's own few classes is not given to it.
 """
 
 import json
@@ -19,6 +20,14 @@ from .devices import own_part
 
 TREE = "state"  # the key of the metadata
 ADAMW = {"step", "exp_avg", "exp_avg_sq"}  # what torch's AdamW keeps of a parameter
+# what DeepSpeed's files name besides what `torch.load(weights_only=True)` allows
+DEEPSPEED_NAMES = {
+    "argparse.Namespace",
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+}
 
 
 def save_state(path: Path, state: Any) -> None:
@@ -172,3 +181,22 @@ def like(parameter: torch.nn.Parameter, name: str, value: torch.Tensor | float) 
         return value
     mesh, shape, stride = parameter.device_mesh, parameter.shape, parameter.stride()
     return DTensor.from_local(value.to(own.device), mesh, parameter.placements, shape=shape, stride=stride)
+
+
+def check_deepspeed_files(folder: Path) -> None:
+    """Refuses files of DeepSpeed that could run code.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    for path in sorted(folder.rglob("*")):
+        if not path.is_file() or path.name == "latest":
+            continue
+        if path.suffix != ".pt":
+            raise ValueError(f"{path.name} is no file of DeepSpeed's")
+        try:
+            unknown = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - DEEPSPEED_NAMES
+        except Exception as error:  # whatever a broken file brings it to
+            raise ValueError(f"{path.name} cannot be looked into ({type(error).__name__})") from error
+        if unknown:
+            raise ValueError(f"{path.name} names {sorted(unknown)[0]}, which could run code")
