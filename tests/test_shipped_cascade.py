@@ -15,7 +15,12 @@ from diffusers_imagen.utils.shipped import shipped_cascade
 
 
 ROOT = Path(__file__).parents[1]
-SHIPPED_MODEL = shipped_cascade()
+try:
+    SHIPPED_MODEL = shipped_cascade()
+except ValueError as missing:
+    if (ROOT / "packages").is_dir():  # a clone
+        raise
+    pytest.skip(str(missing), allow_module_level=True)  # a source distribution
 MIB = 2**20
 
 
