@@ -124,6 +124,7 @@ def main() -> None:
     args = parse_args()
     rows = read_rows(args)
     pipe = ImagenCascadePipeline.from_pretrained(args.pretrained_model_name_or_path)
+    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     side = pipe.base_unet.resolution
     with whole_folder(args.output_dir) as folder:
         given = (pair(args, row, side) for row in tqdm(rows, desc="Reducing"))

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 from diffusers_imagen.training import DreamBoothTrainingConfig, LoraTrainingConfig, TrainingConfig, run_identity
 from diffusers_imagen.training.data import DataConfig
 from diffusers_imagen.training.settings import hints_of
+from diffusers_imagen.training.validation.metric_settings import MetricSettings
 
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "training_flags.md"
@@ -31,6 +32,7 @@ ON_RESUME = {
 SECTIONS = (
     (DataConfig, "Data", "Of every training command."),
     (TrainingConfig, "Network, objective and loop", "Of every training command."),
+    (MetricSettings, "Metrics of held-out pictures", "Of every training command; see [evaluation.md](evaluation.md)."),
     (
         LoraTrainingConfig,
         "LoRA",

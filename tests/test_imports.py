@@ -61,7 +61,7 @@ def test_names_are_those_that_type_checkers_see(package):
     tree = ast.parse(Path(package.__file__).read_text(encoding="utf-8"))
     (block,) = (node for node in tree.body if isinstance(node, ast.If) and node.test.id == "TYPE_CHECKING")
     typed = {name.name: f"{package.__name__}.{node.module}" for node in block.body for name in node.names}
-    assert set(package.__all__) - {"register_network", "shipped_cascade"} == set(typed)
+    assert set(package.__all__) - {"register_network"} == set(typed)
     for name, module in typed.items():
         assert getattr(package, name) is getattr(importlib.import_module(module), name)
     assert set(package.__all__) <= set(dir(package))

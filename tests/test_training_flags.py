@@ -10,10 +10,11 @@ import pytest
 from diffusers_imagen.training import DreamBoothTrainingConfig, LoraTrainingConfig, TrainingConfig
 from diffusers_imagen.training.data import DataConfig
 from diffusers_imagen.training.data.data_config import arg
+from diffusers_imagen.training.validation.metric_settings import MetricSettings
 
 
 ROOT = Path(__file__).parents[1]
-SETTINGS = (DataConfig, TrainingConfig, LoraTrainingConfig, DreamBoothTrainingConfig)
+SETTINGS = (DataConfig, TrainingConfig, MetricSettings, LoraTrainingConfig, DreamBoothTrainingConfig)
 
 
 @pytest.fixture(scope="module")

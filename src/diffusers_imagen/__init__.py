@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING
 
 from ._register import register, register_network
 from .utils.imports import lazy_names
-from .utils.shipped import shipped_cascade
 
 
 if TYPE_CHECKING:
     from .models import EfficientUNetModel, ImagenUNetModel
     from .pipelines import ImagenCascadePipeline, ImagenPipeline, ImagenPipelineOutput, ImagenSuperResolutionPipeline
     from .schedulers import ContinuousDDPMScheduler, EDMAdamsScheduler, EDMHeunScheduler
+    from .utils.shipped import shipped_cascade
 
 __version__ = version("diffusers-imagen")
 __all__ = [
@@ -48,6 +48,7 @@ __getattr__, __dir__ = lazy_names(
         ".text": (),
         ".training": (),
         ".utils": (),
+        ".utils.shipped": ("shipped_cascade",),
         # diffusers' loaders ask the package itself for the base classes that LOADABLE_CLASSES names
         "diffusers": ("ModelMixin", "SchedulerMixin"),
     },

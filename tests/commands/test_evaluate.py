@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from diffusers_imagen import ImagenCascadePipeline
 from diffusers_imagen.commands.main import make_parser
 from diffusers_imagen.evaluation import METRICS, frechet_distance, kernel_distance
 from diffusers_imagen.evaluation.feature_networks import NAMED, load_clip, load_features
+from diffusers_imagen.training import TrainingConfig
 
 
 @pytest.fixture
@@ -126,7 +128,8 @@ def test_the_page_names_options_that_there_are():
     page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
     known = {option for action in evaluate_parser()._actions for option in action.option_strings}
     of_accelerate = {"--num_processes", "--cpu"}
-    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", page)) - of_accelerate <= known
+    of_training = {f"--{field.name}" for field in fields(TrainingConfig)}
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", page)) - of_accelerate - of_training <= known
     assert set(re.findall(r"^\| `([a-z0-9-]+)` \|", page, re.MULTILINE)) >= set(METRICS) | set(NAMED)
 
 

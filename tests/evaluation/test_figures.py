@@ -109,6 +109,13 @@ def test_distances_are_named_for_their_features():
     assert list(lite.measure(drawn, real)) == ["FD-EfficientNet-Lite0", "KD-EfficientNet-Lite0"]
 
 
+def test_what_needs_no_real_pictures_is_measured_without():
+    """As `--metrics is` or `nearest` alone."""
+    classes = {"features": some_features()[0], "logits": torch.zeros(60, 7)}
+    assert Distances(("is",), None, 0).measure(classes, {})["IS"].value == pytest.approx(1)
+    assert Distances((), None, 0).measure(classes, {}) == {}
+
+
 def test_too_few_pictures_are_said():
     distances = Distances(("fid", "kid"), None, 0)
     few = sample_warnings(distances, 500, 30_000, 2048)

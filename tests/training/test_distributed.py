@@ -1,10 +1,13 @@
 """Runs shared by two processes, through gloo on the CPU."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_evaluation import save_encoder
 from tiny_runs import are_equal, encode, exported, losses, make_unet, run_in_processes, settings, weights_of
 
 from diffusers_imagen.training import TrainingConfig, train
@@ -57,8 +60,11 @@ def test_a_network_that_is_spread_over_processes_is_trained_as_one(imagefolder, 
         **OPTIONS,
         "max_train_steps": 4,
         "checkpointing_steps": 2,
-        "validation_split": "validation",
+        "validation_split": "train",
         "validation_prompts": ["text 1"],
+        "validation_metrics": ["kid"],
+        "validation_features": save_encoder(tmp_path / "encoder"),
+        "validation_num_inference_steps": 2,
         "ema_type": "power",
     }
     train(
@@ -73,6 +79,10 @@ def test_a_network_that_is_spread_over_processes_is_trained_as_one(imagefolder, 
         torch.testing.assert_close(value, one[name], atol=2e-5, rtol=1e-4)
     samples = [np.array(Image.open(tmp_path / name / "samples" / "step-000004.png")) for name in ("one", "shared")]
     assert np.abs(samples[0].astype(int) - samples[1]).max() <= 1
+    lines = [(tmp_path / name / "validation.jsonl").read_text().splitlines() for name in ("one", "shared")]
+    for own, other in zip(*([json.loads(line) for line in some] for some in lines), strict=True):
+        figures = [record["figures"]["KD-encoder"]["value"] for record in (own, other)]
+        assert figures[1] == pytest.approx(figures[0], rel=1e-2) and own["step"] == other["step"]
     snapshots = [load_file(next((tmp_path / name / "ema-snapshots").glob("*4-0.1000*"))) for name in ("one", "shared")]
     for name, value in snapshots[0].items():
         torch.testing.assert_close(snapshots[1][name], value, atol=1e-3, rtol=1e-3)

@@ -24,7 +24,7 @@ from tiny_runs import (
 from diffusers_imagen import ContinuousDDPMScheduler, EDMHeunScheduler, EfficientUNetModel, ImagenUNetModel
 from diffusers_imagen.training import Trainer, TrainingConfig, train
 from diffusers_imagen.training.monitor import MAX_SKIPPED_IN_ROW, Monitor, describe_time
-from diffusers_imagen.training.validation import ValidationLoss
+from diffusers_imagen.training.validation.held_out_loss import ValidationLoss
 from diffusers_imagen.utils.files import LOCK
 
 

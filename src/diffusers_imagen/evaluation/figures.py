@@ -7,15 +7,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from .choices import INCEPTION_SPLITS, NEIGHBOURS
 from .drawing import Setting
 
 
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000  # the defaults of torch-fidelity and torchmetrics
-INCEPTION_SPLITS = 10
-NEIGHBOURS, CHUNK = 3, 2048  # of precision and recall; distances of so many pictures at once
+CHUNK = 2048  # of precision and recall: distances of so many pictures at once
 # of torchmetrics' classes: one process has all features, and does not wait for the others
 ALONE: dict[str, Any] = {"sync_on_compute": False}
 SEED = 2020  # torch-fidelity's, of subsets and splits
+CLIP_SCORE = "CLIP score"
 
 
 class Figure(NamedTuple):
@@ -61,6 +62,11 @@ def figure_of_mean(values: torch.Tensor) -> Figure:
     """The mean of a value a picture, with its standard error."""
     error = values.double().std().item() / math.sqrt(len(values)) if len(values) > 1 else None
     return Figure(values.double().mean().item(), error, "standard error of the mean over pictures")
+
+
+def clip_score(scores: dict[str, torch.Tensor]) -> dict[str, Figure]:
+    """The mean of what `ClipScores` gives, by its label."""
+    return {CLIP_SCORE: figure_of_mean(scores["features"][:, 0])}
 
 
 class GivenFeatures(torch.nn.Module):
@@ -166,17 +172,19 @@ class Distances(NamedTuple):
         return metric.upper() if self.suffix is None else f"{short}-{self.suffix}"
 
     def measure(self, features: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> dict[str, Figure]:
-        """The figures of pictures against real ones, by label."""
-        drawn, real = features["features"], reference["features"]
+        """The figures of pictures against real ones, by label; the inception score needs no real ones."""
         found: dict[str, Figure] = {}
+        if "is" in self.metrics:
+            found["IS"] = inception_score(features["logits"])
+        if not set(self.metrics) - {"is"}:
+            return found
+        drawn, real = features["features"], reference["features"]
         if "fid" in self.metrics:
             found[self.label("fid")] = frechet_distance(drawn, real, self.resamples)
         if "kid" in self.metrics:
             found[self.label("kid")] = kernel_distance(drawn, real)
         if "precision-recall" in self.metrics:
             found["precision"], found["recall"] = precision_recall(drawn, real)
-        if "is" in self.metrics:
-            found["IS"] = inception_score(features["logits"])
         return found
 
 

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .figures import Figure, figure_of_mean
+
 
 COPY = 0.98  # cosine from which two pictures count as the same
 CHUNK = 1024
@@ -15,6 +17,14 @@ class Nearest(NamedTuple):
 
     places: torch.Tensor  # (N,), among the reference
     cosines: torch.Tensor  # (N,)
+
+    def figures(self) -> dict[str, Figure]:
+        """What is said of all of them, by label."""
+        copies = (self.cosines > COPY).double()
+        return {
+            "nearest, median cosine": Figure(self.cosines.median().item()),
+            f"share above {COPY}": figure_of_mean(copies),
+        }
 
 
 def find_nearest(features: torch.Tensor, reference: torch.Tensor) -> Nearest:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..utils.files import whole_file
-from .figures import Row
+from .figures import CLIP_SCORE, Row
 
 
 class Curve(NamedTuple):
@@ -35,7 +35,7 @@ def guidance_of(row: Row) -> tuple[float, ...]:
 
 
 def clip_of(row: Row) -> float | None:
-    return row.figures["CLIP score"].value if "CLIP score" in row.figures else None
+    return row.figures[CLIP_SCORE].value if CLIP_SCORE in row.figures else None
 
 
 CURVES = (

@@ -1,6 +1,8 @@
 """Super-resolution against bicubic interpolation: PSNR, SSIM, and agreement with the small picture."""
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from PIL import Image
 from tqdm import tqdm
 
@@ -8,33 +10,42 @@ from .figures import Figure, figure_of_mean
 from .picture_sets import PictureSet, fitted, reduced, resized, to_tensor
 
 
+METHODS = ("super-resolution", "bicubic")
+MEASURES = ("PSNR (dB)", "SSIM", "consistency (dB)")
 PEAK = 100.0  # dB that stand for pictures without a difference, as for one of 1e-10 in the mean square
 
 
 def upscaling_figures(
-    drawn: PictureSet, real: PictureSet, indices: list[int], low: int, resolution: int
+    drawn: PictureSet,
+    real: PictureSet,
+    indices: list[int],
+    low: int,
+    resolution: int,
+    state: PartialState | None = None,
 ) -> dict[str, dict[str, Figure]]:
     """What super-resolution makes of reduced real pictures, against what bicubic interpolation makes of them.
 
     Args:
         drawn ([`PictureSet`]): Pictures of `resolution` that a stage drew.
         real ([`PictureSet`]): The pictures that were reduced to `low` for it, of the same numbers.
+        state ([`~accelerate.PartialState`], *optional*): Processes that share the work, all of which call this; without
+            it this one does all of it.
 
     Returns:
         By method, by label.
     """
-    rows: dict[str, list[torch.Tensor]] = {"super-resolution": [], "bicubic": []}
-    for index in tqdm(indices, desc=f"super-resolution to {resolution} px", unit="picture"):
-        small = reduced(real.picture(index), resolution, low)
-        target = to_tensor(fitted(real.picture(index), resolution))
+    place, count = (0, 1) if state is None else (state.process_index, state.num_processes)
+    label = f"super-resolution to {resolution} px"
+    own = []
+    for number in tqdm(range(place, len(indices), count), desc=label, unit="picture", disable=place > 0):
+        picture, index = real.picture(indices[number]), indices[number]
+        small, target = reduced(picture, resolution, low), to_tensor(fitted(picture, resolution))
         bicubic = small.resize((resolution, resolution), Image.Resampling.BICUBIC)
-        for method, picture in (("super-resolution", drawn.picture(index)), ("bicubic", bicubic)):
-            rows[method].append(compare(to_tensor(picture), target, to_tensor(small)))
-    labels = ("PSNR (dB)", "SSIM", "consistency (dB)")
-    return {
-        method: {label: figure_of_mean(values) for label, values in zip(labels, torch.stack(found).T)}
-        for method, found in rows.items()
-    }
+        found = [compare(to_tensor(one), target, to_tensor(small)) for one in (drawn.picture(index), bicubic)]
+        own.append((number, torch.stack(found)))
+    rows = own if count == 1 else gather_object(own)
+    by_method = torch.stack([found for _, found in sorted(rows, key=lambda row: row[0])], dim=-1)  # (2, 3, N)
+    return {method: dict(zip(MEASURES, map(figure_of_mean, values))) for method, values in zip(METHODS, by_method)}
 
 
 def compare(picture: torch.Tensor, target: torch.Tensor, small: torch.Tensor) -> torch.Tensor:

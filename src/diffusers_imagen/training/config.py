@@ -12,7 +12,8 @@ from ..diffusion.kinds import BetaSchedule, NetworkPreconditioning, PredictionTy
 from ..utils.arguments import check_choice, check_exactly_one
 from ..utils.bounds import MIN_AUGMENTATION_SIGMA
 from ..utils.shipped import find_source
-from .data.data_config import DataConfig, arg
+from .data.data_config import arg
+from .validation.metric_settings import MetricSettings
 
 
 POLYNOMIAL_END = 1e-7  # learning rate at the end of diffusers' polynomial schedule
@@ -22,7 +23,7 @@ TRACKER_MODULES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wa
 
 
 @dataclass
-class TrainingConfig(DataConfig):
+class TrainingConfig(MetricSettings):
     """Settings of one run, which trains one stage."""
 
     output_dir: str = arg("imagen-stage", "Where checkpoints and the trained stage are written.", place="local")
@@ -120,7 +121,7 @@ class TrainingConfig(DataConfig):
     checkpoints_total_limit: int = arg(2, "Checkpoints kept.")
     resume_from_checkpoint: str | None = arg(None, "A checkpoint folder, or `latest`.", place="local_or_hub")
     validation_steps: int | None = arg(
-        None, "Steps between validation losses and sample grids; without it, checkpointing_steps."
+        None, "Steps between validation losses, metrics and sample grids; without it, checkpointing_steps."
     )
     validation_prompts: list[str] | None = field(
         default=None, metadata={"help": "Prompts that samples are drawn for."}

@@ -16,6 +16,7 @@ from ..pipelines.origin import card_metadata, license_section
 from ..utils.errors import NETWORK, one_line
 from ..utils.files import read_json_object, remove, sha256, whole_folder, write_json
 from .config import TrainingConfig
+from .monitor import VALIDATION
 from .sampling import SAMPLES, StagePipeline, sample_name, sample_step
 
 
@@ -183,7 +184,7 @@ def model_card(
     """
     is_base = config.low_resolution is None
     images = step * results.get("images_per_step", config.train_batch_size * config.gradient_accumulation_steps)
-    losses = {name: value for name, value in results.items() if "loss" in name}
+    losses = {name: value for name, value in results.items() if "loss" in name or name.startswith(f"{VALIDATION}/")}
     sample = shown_sample(config, step)
     defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(config)}
     hidden = {*OF_THIS_START, *(name for name, place in places(config).items() if place == "local")}

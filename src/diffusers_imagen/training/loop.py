@@ -37,7 +37,9 @@ from .pretrained_stage import find_pretrained
 from .run_identity import TEXT_ENCODER, describe_run, in_json
 from .sampling import StagePipeline, draw_samples, read_prompts, show_samples, stage_pipeline
 from .states import NetworkState, OptimizerState
-from .validation import ValidationLoss
+from .validation.held_out_loss import ValidationLoss
+from .validation.metric_settings import check_metrics
+from .validation.picture_metrics import PictureMetrics
 
 
 logger = logging.get_logger(__name__)
@@ -90,6 +92,7 @@ class Trainer:
         self.losses = Losses(loss=math.nan)
         names_text = bool(config.text_encoder) or config.embedding_cache is not None
         check_network(config, unet, with_text=names_text or text is not None)
+        check_metrics(config, unet)
         check_modules(config, self.accelerator, self.objective.trained_modules)
         choose_attention(unet, config)
         self.adapt(unet)
@@ -202,9 +205,12 @@ class Trainer:
         if text is not None and text.keeps_padding:
             no_text = text.no_text(text.encode([""])).embeds.float().to(self.accelerator.device)
         self.conditioning = Conditioning.of(self.unet, config.crop_size is not None, no_text)
-        self.prompts = read_prompts(config, text)
+        self.prompts, self.metrics = read_prompts(config, text), None
+        if config.validation_metrics is not None:
+            self.metrics = PictureMetrics(config, text, self.pipeline(self.unet), self.accelerator)
         self.batches = self.make_batches()
         self.validation, needs_encoder = None, self.batches.needs_encoder
+        needs_encoder |= self.metrics is not None and self.metrics.needs_encoder
         if config.validation_split:
             held_out = make_validation_batches(config, text, *self.place)
             self.validation = ValidationLoss(
@@ -261,6 +267,8 @@ class Trainer:
         self.repository = on_main_process(accelerator, lambda: make_repository(config))
         self.records = {name: Records(Path(config.output_dir) / f"{name}.jsonl") for name in RECORDS}
         self.losses["loss"] = self.monitor.running_loss(accelerator)
+        if self.metrics is not None:
+            self.metrics.prepare()
         if config.report_to:
             settings = {name: str(value) for name, value in public_settings(config).items()}
             accelerator.init_trackers("diffusers-imagen", settings)
@@ -367,7 +375,8 @@ class Trainer:
         if not is_logged:
             self.log(done)
         if self.accelerator.is_main_process:
-            self.records["losses"].cut(done - 1)
+            for name in ("losses", "validation"):
+                self.records[name].cut(done - 1)
         self.write_results(done, last=True)
 
     def look_back(self, done: int) -> tuple[bool, bool]:
@@ -393,20 +402,25 @@ class Trainer:
         speed = {"images_per_second": rate, "memory_gib": memory_used(self.accelerator.device)}
         self.accelerator.log({**record, **speed}, step=done)
 
-    def record(self, name: str, done: int, record: dict[str, float]) -> None:
+    def record(self, name: str, done: int, record: dict[str, Any]) -> None:
         """Adds a line to a file of the run."""
         if self.accelerator.is_main_process:
             self.records[name].append(done, record)
 
     def validate(self, done: int) -> None:
-        """Loss on held-out rows and samples, with the averaged weights."""
+        """Loss on held-out rows, metrics of pictures and samples, with the averaged weights."""
+        found: dict[str, float] = {}
         with self.averages.applied(self.parameters):
             if self.validation is not None:
-                self.losses |= self.validation(self.accelerator, self.unet)
-                held_out = {name: value for name, value in self.losses.items() if name.startswith("validation")}
-                self.accelerator.log(held_out, step=done)
+                found |= self.validation(self.accelerator, self.unet)
+            if self.metrics is not None:
+                pipe = self.pipeline(whole_network(self.accelerator, self.unet))
+                found |= self.metrics(pipe, done, self.records["validation"])
             if self.prompts is not None:
                 self.sample(done)
+        self.losses.take_validation(found)
+        if found:
+            self.accelerator.log(found, step=done)
 
     def sample(self, done: int) -> None:
         """Draws the validation prompts and writes a grid; the other processes wait where they meet next."""

@@ -23,7 +23,8 @@ SIGMA_EDGES = (0.1, 0.3, 1.0, 3.0)
 BUCKETS = tuple(f"sigma_{low:g}_to_{high:g}" for low, high in zip((0.0, *SIGMA_EDGES), (*SIGMA_EDGES, float("inf"))))
 AVERAGED_STEPS = 100  # about as many as the running loss is an average of; a single batch says little
 MAX_SKIPPED_IN_ROW = 50
-RECORDS = ("metrics", "losses")  # names of the files of a run that have a line for a step
+VALIDATION = "validation"  # names of what a validation finds begin with it
+RECORDS = ("metrics", "losses", "validation")  # names of the files of a run that have a line for a step
 
 
 class NoiseLevelMeans:
@@ -46,7 +47,13 @@ class NoiseLevelMeans:
 
 
 class Losses(dict[str, float]):
-    """The last losses of a run, by their names."""
+    """The last losses of a run, and metrics of its pictures, by their names."""
+
+    def take_validation(self, found: dict[str, float]) -> None:
+        """Takes what the last validation found for what an earlier one did."""
+        for name in [name for name in self if name.startswith(VALIDATION)]:
+            del self[name]
+        self.update(found)
 
     def state_dict(self) -> dict[str, float]:
         return dict(self)
@@ -202,7 +209,7 @@ class Records:
     def __init__(self, path: Path):
         self.path = path
 
-    def append(self, step: int, record: dict[str, float]) -> None:
+    def append(self, step: int, record: dict[str, Any]) -> None:
         """Adds a line, or leaves the file as it was where there is no room for it."""
         if self.path.exists() and not self.path.is_file():  # to open a FIFO waits for a reader
             raise ValueError(f"'{self.path}' is no file, but should be one of a run, or not there: move it.")

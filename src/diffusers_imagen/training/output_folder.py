@@ -22,13 +22,18 @@ from .export import RECORD, STAGE_PARTS, finish_move
 from .monitor import RECORDS, Records
 from .run_identity import find_difference
 from .sampling import SAMPLES
+from .validation.picture_metrics import PICTURES, STEP
 
 
 logger = logging.get_logger(__name__)
 
 RUN = "run.json"  # what run began here, so that one killed before its first checkpoint can go on
 SET_ASIDE = "set-aside"
-NUMBERED = ((SAMPLES, re.compile(r"step-(\d+)\.png")), (SNAPSHOTS, re.compile(r"(\d+)-.*\.safetensors")))
+NUMBERED = (
+    (SAMPLES, re.compile(r"step-(\d+)\.png")),
+    (SNAPSHOTS, re.compile(r"(\d+)-.*\.safetensors")),
+    (PICTURES, STEP),
+)
 
 
 class Plan(NamedTuple):
@@ -119,12 +124,13 @@ class OutputFolder:
         self._set_aside(plan)
         for name, _ in NUMBERED:
             for leftover in (self.folder / name).glob(".*.partial"):  # of a process that was killed
-                leftover.unlink()
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         for name in RECORDS:
             Records(self.folder / f"{name}.jsonl").cut(plan.kept_step)
         if plan.again:
             for path in self._numbered_above(plan.kept_step):
-                path.unlink()
+                if not path.is_dir():  # the run comes to the same weights again, and goes on with pictures of them
+                    path.unlink()
         if not list_checkpoints(self.folder):
             write_json(self.folder / RUN, {"run": run, "from_step": found.step, "has_checkpoint": False})
 

@@ -58,12 +58,14 @@ CHANGEABLE = (
     *("adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm", "mixed_precision"),
     *("allow_tf32", "gradient_checkpointing", "channels_last", "torch_compile", "attention_backend", "ema_decay"),
     *("ema_snapshot_steps", "checkpointing_steps", "checkpoints_total_limit", "validation_steps", "validation_split"),
+    *("validation_metrics", "validation_features", "validation_clip_model", "validation_num_images"),
+    *("validation_num_reference", "validation_num_inference_steps", "validation_guidance_scale"),
     *("report_to", "logging_steps", "in_memory", "dataloader_num_workers", *IN_A_STEP),
 )
 # where things are on this machine, what is shown, and how the run is started
 NOT_COMPARED = (
     *("output_dir", "cache_dir", "logging_dir", "resume_from_checkpoint", "overwrite_output_dir"),
-    *("validation_prompts", "validation_images", "push_to_hub", "hub_model_id", "hub_token"),
+    *("validation_prompts", "validation_images", "validation_batch_size", "push_to_hub", "hub_model_id", "hub_token"),
 )
 
 IMAGES_IN_A_STEP = "`train_batch_size` x `gradient_accumulation_steps` x processes ="

@@ -6,8 +6,9 @@ from dataclasses import fields
 from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
+from ..pipelines.stage_table import MAX_GUIDANCE
 from ..utils.arguments import check_choice, shown
-from ..utils.bounds import MAX_STD, MIN_STD
+from ..utils.bounds import MAX_STD, MAX_STEPS, MIN_STD
 
 
 class Bounds(NamedTuple):
@@ -64,6 +65,11 @@ BOUNDS = {
     "ema_stds": Bounds(MIN_STD, MAX_STD, below=True, of="shares of the run"),
     "ema_snapshot_steps": STEPS,
     **dict.fromkeys(("checkpointing_steps", "checkpoints_total_limit", "validation_steps", "logging_steps"), STEPS),
+    "validation_num_images": Bounds(2, 10**7),
+    "validation_num_reference": Bounds(2, 10**7),
+    "validation_batch_size": COUNT,
+    "validation_num_inference_steps": Bounds(1, MAX_STEPS),
+    "validation_guidance_scale": Bounds(0, MAX_GUIDANCE),
     "rank": Bounds(1, 2**14),
     "lora_alpha": Bounds(0, 10**6, above=True),
     "prior_loss_weight": Bounds(0, 10**6, above=True),

@@ -31,7 +31,7 @@ def lazy_names(
         return value
 
     def names() -> list[str]:
-        submodules = (module[1:] for module in modules if module.startswith("."))
+        submodules = (module[1:] for module in modules if module.startswith(".") and "." not in module[1:])
         return sorted({*vars(sys.modules[package]), *homes, *submodules})
 
     return get, names

@@ -53,7 +53,7 @@ class DataConfig:
     )
     caption: str | None = arg(None, "One caption for all images, instead of columns.")
     train_split: str = arg("train", "Split to train on.")
-    validation_split: str | None = arg(None, "Split to measure the validation loss on.")
+    validation_split: str | None = arg(None, "Split to measure the validation loss and metrics on.")
     split_column: str = arg("split", "Where the data set has this column, splits are its values, not those it names.")
     styles: list[str] | None = field(default=None, metadata={"help": "Keep rows of these `style` values only."})
     balance_by: list[str] | None = field(

@@ -3,13 +3,13 @@
 import torch
 from accelerate import Accelerator
 
-from .config import TrainingConfig
-from .data import ValidationBatches
-from .data.slot_draws import VALIDATION_SEED
-from .monitor import NoiseLevelMeans
-from .objective.losses import Conditioning, denoising_loss, to_device
-from .objective.objectives import Objective
-from .objective.step_draws import StepDraws
+from ..config import TrainingConfig
+from ..data import ValidationBatches
+from ..data.slot_draws import VALIDATION_SEED
+from ..monitor import NoiseLevelMeans
+from ..objective.losses import Conditioning, denoising_loss, to_device
+from ..objective.objectives import Objective
+from ..objective.step_draws import StepDraws
 
 
 class ValidationLoss:

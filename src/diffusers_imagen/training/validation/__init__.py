@@ -1,0 +1,1 @@
+"""What is measured on held-out rows while a stage is trained: the loss, and metrics of pictures."""

@@ -1,0 +1,123 @@
+"""What a training run is told about metrics of held-out pictures, checked before anything is read."""
+
+from dataclasses import dataclass, field, fields
+from inspect import get_annotations
+from typing import TYPE_CHECKING
+
+from ...evaluation.choices import CLIP, DISTANCES, METRICS, NAMED, OF_FEATURES, least_pictures
+from ...utils.arguments import bad_argument, check_choice
+from ..data.data_config import DataConfig, arg
+
+
+if TYPE_CHECKING:
+    from ...models.interface import StageNetwork
+
+MOST_IMAGES, MOST_REFERENCE = 256, 10_000  # where a run does not say
+# settings that some metrics alone have a use for
+USED_BY = {
+    "validation_features": OF_FEATURES,
+    "validation_clip_model": ("clip",),
+    "validation_num_reference": (*DISTANCES, "nearest"),
+}
+
+
+@dataclass
+class MetricSettings(DataConfig):
+    """Metrics of pictures that a stage draws for held-out captions, or enlarges held-out pictures to."""
+
+    validation_metrics: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": f"Metrics of pictures drawn for captions of validation_split: {', '.join(METRICS)}, as "
+            "`diffusers-imagen evaluate` has them; a super-resolution stage enlarges reduced pictures of that split."
+        },
+    )
+    validation_features: str = arg(
+        "inception",
+        f"What distances are of: {', '.join(NAMED)}, or the folder of an image encoder.",
+        place="local_or_hub",
+    )
+    validation_clip_model: str = arg(CLIP, "Of the metric clip: folder or Hub id.", place="local_or_hub")
+    validation_num_images: int | None = arg(
+        None, f"Pictures that metrics are of, at random; without it, all rows up to {MOST_IMAGES}."
+    )
+    validation_num_reference: int | None = arg(
+        None,
+        "Real pictures that those are compared with, at random: of validation_split, and for the metric nearest of "
+        f"train_split; without it, all rows up to {MOST_REFERENCE:,}.",
+    )
+    validation_batch_size: int = arg(16, "Pictures that are drawn at once for metrics, a device.")
+    validation_num_inference_steps: int | None = arg(None, "Steps of those pictures; the stage's own if not given.")
+    validation_guidance_scale: float | None = arg(None, "Guidance of those pictures; the stage's own if not given.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_metrics()
+
+    def _check_metrics(self) -> None:
+        metrics = self.validation_metrics
+        defaults = {f.name: f.default for f in fields(MetricSettings) if f.name in BESIDE}
+        given = {name: value for name in BESIDE if (value := getattr(self, name)) != defaults[name]}
+        if metrics is None:
+            for name, value in given.items():
+                raise ValueError(f"`{name}` is {value!r}, but only `validation_metrics` draw pictures for it.")
+            return
+        if not metrics:
+            raise bad_argument("validation_metrics", metrics, f"some of {', '.join(METRICS)}")
+        for metric in metrics:
+            check_choice("validation_metrics", metric, METRICS)
+        for name, value in given.items():
+            if not set(USED_BY.get(name, metrics)) & set(metrics):
+                uses = " or ".join(map(repr, USED_BY[name]))
+                raise ValueError(f"`{name}` is {value!r}, but `validation_metrics` has no {uses} to use it.")
+        self._check_pictures(metrics)
+
+    def _check_pictures(self, metrics: list[str]) -> None:
+        """Refuses metrics of pictures that there are not, or of too few."""
+        if self.validation_split is None:
+            raise ValueError(
+                f"`validation_metrics` has {metrics[0]!r}, but there are no held-out pictures: give `validation_split`."
+            )
+        if "super-resolution" in metrics and self.low_resolution is None:
+            raise ValueError(
+                "`validation_metrics` has 'super-resolution', but this stage enlarges nothing: it has no "
+                "`low_resolution`."
+            )
+        if "is" in metrics and self.validation_features != "inception":
+            raise ValueError(
+                "`validation_metrics` has 'is', which is of Inception's classes, but `validation_features` is "
+                f"{self.validation_features!r}."
+            )
+        for name, of in (("validation_num_images", metrics), ("validation_num_reference", DISTANCES)):
+            count, least = getattr(self, name), least_pictures(metric for metric in metrics if metric in of)
+            if count is not None and count < least:
+                raise bad_argument(name, count, f"at least {least} for `validation_metrics` {' '.join(metrics)}")
+
+
+BESIDE = [name for name in get_annotations(MetricSettings) if name != "validation_metrics"]
+
+
+def check_metrics(config: MetricSettings, unet: "StageNetwork") -> None:
+    """Checks that this machine can measure, and this network be measured.
+
+    Raises:
+        ValueError: If a package or a folder is not there, or the network reads no text that a metric or setting needs.
+    """
+    # torch and transformers take seconds to import; --help should not
+    from ...evaluation.evaluator import check_installed
+    from ...evaluation.feature_networks import check_packages
+
+    if config.validation_metrics is None:
+        return
+    check_installed(config.validation_metrics, "validation_metrics")
+    if set(config.validation_metrics) & set(OF_FEATURES):
+        check_packages(config.validation_features, "validation_features")
+    if unet.text_width is not None:
+        return
+    if "clip" in config.validation_metrics:
+        raise ValueError("`validation_metrics` has 'clip', which needs captions, but this network reads no text.")
+    if config.validation_guidance_scale is not None:
+        raise ValueError(
+            f"`validation_guidance_scale` is {config.validation_guidance_scale}, but this network reads no text that "
+            "could guide it."
+        )
