@@ -22,7 +22,7 @@ TEXTS = torch.stack([torch.stack([WORDS[word] for word in prompt]) for prompt in
 
 
 def draw(color: str, shape: str, generator: torch.Generator) -> torch.Tensor:
-    """A shape of random place and size on white, in [-1, 1]: (3, SIZE, SIZE)."""
+    """Return a shape of random place and size on white, in [-1, 1]: (3, SIZE, SIZE)."""
     x, y, radius = (torch.tensor([28, 28, 20]) + torch.rand(3, generator=generator) * torch.tensor([8, 8, 4])).tolist()
     image = Image.new("RGB", (64, 64), "white")
     ImageDraw.Draw(image).regular_polygon((x, y, radius), SHAPES[shape], fill=color)
@@ -53,7 +53,7 @@ def train(unet: EfficientUNetModel, steps: int, generator: torch.Generator, batc
 
 @torch.no_grad()
 def sample(unet: EfficientUNetModel, generator: torch.Generator, steps: int = 16, scale: float = 1.5) -> torch.Tensor:
-    """An image of every prompt: (12, 3, SIZE, SIZE)."""
+    """Return an image of every prompt: (12, 3, SIZE, SIZE)."""
     scheduler = EDMAdamsScheduler(sigma_data=SIGMA_DATA)
     scheduler.set_timesteps(steps)
     x = torch.randn(len(PROMPTS), 3, SIZE, SIZE, generator=generator) * scheduler.init_noise_sigma

@@ -65,7 +65,7 @@ def write_data(folder: Path, resolution: int, tokens: int, width: int) -> None:
 
 
 def make_bare_step(trainer: Trainer, preset: str) -> Callable[[], None]:
-    """A step of forward, backward and optimizer on one fixed batch."""
+    """Return a step of forward, backward and optimizer on one fixed batch."""
     device = trainer.accelerator.device
     unet = create_unet(preset).at_resolution(trainer.config.resolution).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(unet.train().parameters(), lr=1e-4, fused=True)

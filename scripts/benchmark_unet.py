@@ -77,7 +77,7 @@ class EinsumAttnProcessor:
 
 
 def plain_resblock(self, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
-    """A residual block as the formula stands."""
+    """Return a residual block as the formula stands."""
     h = F.silu(self.norm1(x))
     if self.resample_branch is not None:
         h, x = self.resample_branch(h), self.resample_shortcut(x)
@@ -174,7 +174,7 @@ class SameInDiffusers(Diffusers):
 
 
 def make_inputs(unet: ConditionalUNet, batch_size: int, tokens: int) -> dict[str, torch.Tensor]:
-    """A batch of prompts, of which the even ones fill half of their tokens."""
+    """Return a batch of prompts, of which the even ones fill half of their tokens."""
     generator = torch.Generator().manual_seed(0)
     config, side = unet.config, unet.config.sample_size
     lengths = torch.full((batch_size, 1), tokens)
@@ -202,7 +202,7 @@ def count_flops(unet: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> int:
 
 
 def diffusers_unet(unet: ConditionalUNet, flops: int, inputs: dict[str, torch.Tensor]) -> UNet2DConditionModel:
-    """A UNet2DConditionModel with our levels and attention at the same ones, of the width that has the nearest FLOPs."""
+    """Return a UNet2DConditionModel with our levels and attention at the same ones, of the width that has the nearest FLOPs."""
     names = ("sample", "timestep", "encoder_hidden_states")
     inputs = {name: inputs[name] for name in names}
     config, groups = unet.config, unet.config.norm_num_groups
@@ -234,7 +234,7 @@ def diffusers_unet(unet: ConditionalUNet, flops: int, inputs: dict[str, torch.Te
 
 
 def peak_memory(call: Callable, device: torch.device) -> float:
-    """The most memory that a call holds beyond what was held before, in MiB."""
+    """Return the most memory that a call holds beyond what was held before, in MiB."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -264,7 +264,7 @@ def measure(calls: dict[str, Callable], device: torch.device, repeats: int, cloc
 
 
 def report(kind: str, batch_size: int, calls: dict[str, Callable], seconds: dict[str, float], device) -> None:
-    """Prints a row for each contender; ratios are its time over that of `ours`."""
+    """Print a row for each contender; ratios are its time over that of `ours`."""
     for name, call in calls.items():
         ratio = seconds[name] / seconds["ours"]
         memory = peak_memory(call, device)
@@ -274,7 +274,7 @@ def report(kind: str, batch_size: int, calls: dict[str, Callable], seconds: dict
 
 
 def make_networks(preset: str, tokens: int) -> dict[str, torch.nn.Module]:
-    """The networks of all contenders, ours first; prints how much they compute."""
+    """Return the networks of all contenders, ours first; prints how much they compute."""
     torch.manual_seed(0)
     if preset == DEEPFLOYD:
         theirs = UNet2DConditionModel(**DEEPFLOYD_CONFIG)
@@ -305,7 +305,7 @@ def make_contenders(
 
 
 def check_equal(contenders: dict[str, Contender]) -> None:
-    """Raises AssertionError if another contender with the weights of ours predicts something else."""
+    """Raise AssertionError if another contender with the weights of ours predicts something else."""
     expected = contenders["ours"].predict()
     for contender in contenders.values():
         if not (isinstance(contender, Diffusers) and not isinstance(contender, SameInDiffusers)):

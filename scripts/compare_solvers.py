@@ -73,7 +73,7 @@ class Mixture(NamedTuple):
     stds: torch.Tensor
 
     def denoise(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        """The mean of the clean points given noisy ones `(B, D)`."""
+        """Return the mean of the clean points given noisy ones `(B, D)`."""
         variance = self.stds**2 + sigma**2  # (K,)
         offset = x[:, None] - self.means  # (B, K, D)
         log_density = -offset.square().sum(-1) / (2 * variance) - self.means.shape[1] / 2 * variance.log()
@@ -81,7 +81,7 @@ class Mixture(NamedTuple):
         return (posterior[..., None] * (self.means + (self.stds**2 / variance)[:, None] * offset)).sum(1)
 
     def network(self, x_in: torch.Tensor, c_noise: torch.Tensor) -> torch.Tensor:
-        """The raw output F of an ideal EDM network."""
+        """Return the raw output F of an ideal EDM network."""
         sigma = edm.c_noise_to_sigma(c_noise.double())
         c_skip, c_out, c_in = edm.scalings(sigma, 0.5)
         x = x_in / c_in
@@ -111,7 +111,7 @@ def mixtures() -> list[Mixture]:
 
 
 def sample(scheduler, steps: int, mixture: Mixture, noise: torch.Tensor) -> torch.Tensor:
-    """The loop of any diffusers pipeline."""
+    """Return the loop of any diffusers pipeline."""
     scheduler.set_timesteps(steps)
     x = noise * scheduler.init_noise_sigma
     for t in scheduler.timesteps:

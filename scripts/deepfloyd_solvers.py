@@ -98,7 +98,7 @@ SOLVERS: dict[str, Callable[[dict[str, Any], int], Run]] = {
 
 
 def guided(unet: ImagenUNetModel, guidance: float, num_images: int) -> Callable:
-    """The network with its captions: `(B, 3, H, W)` and an index to the guided noise."""
+    """Return the network with its captions: `(B, 3, H, W)` and an index to the guided noise."""
     branches = conditioning_of(unet, num_images, LOW_RES_INDEX, seed=5)
     branches = branches[:1] if guidance == 1 else branches
     inputs = {
@@ -114,7 +114,7 @@ def guided(unet: ImagenUNetModel, guidance: float, num_images: int) -> Callable:
 
 
 def sample(run: Run, predict: Callable, noise: torch.Tensor) -> torch.Tensor:
-    """The loop of any diffusers pipeline."""
+    """Return the loop of any diffusers pipeline."""
     x = noise * run.start
     for t in run.scheduler.timesteps:
         x = run.scheduler.step(predict(run.scheduler.scale_model_input(x, t), t), t, x, **run.options).prev_sample
@@ -123,7 +123,7 @@ def sample(run: Run, predict: Callable, noise: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def errors(unet: ImagenUNetModel, setting: Setting, num_images: int) -> dict[str, list[float]]:
-    """The relative L2 distance to the reference, by solver, one for each of DEEPFLOYD_CALLS."""
+    """Return the relative L2 distance to the reference, by solver, one for each of DEEPFLOYD_CALLS."""
     predict = guided(unet, setting.guidance, num_images)
     noise = torch.randn(num_images, 3, unet.resolution, unet.resolution, generator=torch.Generator().manual_seed(0))
     exact = sample(of_edm(EDMHeunScheduler, setting.config, 2 * REFERENCE_STEPS), predict, noise)
@@ -135,7 +135,7 @@ def errors(unet: ImagenUNetModel, setting: Setting, num_images: int) -> dict[str
 
 
 def compare_deepfloyd(train_steps: int, num_images: int) -> tuple[str, dict[str, dict[str, list[float]]]]:
-    """Trains both stages; what they are, in words, and errors by setting and solver."""
+    """Train both stages; what they are, in words, and errors by setting and solver."""
     unets = {stage: train(config, train_steps, BATCH_SIZE) for stage, config in ((1, STAGE_1), (2, STAGE_2))}
     results = {}
     for setting in SETTINGS:

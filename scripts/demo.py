@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Makes pictures with the cascade that ships with the package: what `make demo` runs.
+"""Makes images with the cascade that ships with the package: what `make demo` runs.
 
 Writes one PNG an image and `demo.png`, a grid with the images of every stage beside each other, under their prompt.
 """

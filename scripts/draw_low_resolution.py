@@ -5,7 +5,7 @@
         --train_data_dir data/emoji --styles 3d flat noto --num_drawn 3000 --output_dir data/emoji-pairs
 
 A super-resolution stage that saw clean reductions alone takes every flaw of the stage below for detail. Here the base
-stage draws a picture's reduction anew from some noise on (image to image): what is shown stays where it is, and its edges
+stage draws an image's reduction anew from some noise on (image to image): what is shown stays where it is, and its edges
 and colours become those of the base stage. The Parquet files are read with `--low_resolution_column low_res`; they have
 every row of the data set with its reduction, and after those the drawn ones.
 """
@@ -62,14 +62,14 @@ def read_rows(args: argparse.Namespace) -> list[dict]:
 
 
 def png(pixels: np.ndarray) -> dict:
-    """A picture as a cell of a data set."""
+    """Return an image as a cell of a data set."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     return {"bytes": file.getvalue(), "path": None}
 
 
 def pair(args: argparse.Namespace, row: dict, low_resolution: int, drawn: np.ndarray | None = None) -> dict:
-    """A row with its picture and what is enlarged: `drawn` `(h, w, 3)` uint8, or the picture's reduction."""
+    """Return a row with its image and what is upsampled: `drawn` `(h, w, 3)` uint8, or the image's reduction."""
     image = read_image(row["file_name"], str(args.train_data_dir), "white")
     pixels = fit_image(image, args.resolution, args.resolution)
     if drawn is None:
@@ -100,7 +100,7 @@ def draw(args: argparse.Namespace, rows: list[dict], pipe: ImagenCascadePipeline
 
 
 def write(path: Path, rows: Iterator[dict]) -> int:
-    """Writes rows as a Parquet file, a group at a time; returns how many."""
+    """Write rows as a Parquet file, a group at a time; returns how many."""
     writer, group, count = None, [], 0
     for row in rows:
         group.append(row)

@@ -202,7 +202,7 @@ def count_call(config: dict, dtype: torch.dtype) -> tuple[int, int]:
 
 @torch.no_grad()
 def profile_call(config: dict, dtype: torch.dtype) -> int:
-    """The peak of a call in the CPU's allocator, in bytes."""
+    """Return the peak of a call in the CPU's allocator, in bytes."""
     call = Call(config, dtype)
     call.encode()
     return round(peak_memory(call, torch.device("cpu")) * 2**20)
@@ -210,7 +210,7 @@ def profile_call(config: dict, dtype: torch.dtype) -> int:
 
 @contextmanager
 def table(*headings: str) -> Iterator:
-    """Prints rows of a table in Markdown; ends with an empty line."""
+    """Print rows of a table in Markdown; ends with an empty line."""
     print(f"| {' | '.join(headings)} |\n{'|---' * len(headings)}|")
     yield lambda *cells: print(f"| {' | '.join(map(str, cells))} |", flush=True)
     print()
@@ -255,7 +255,7 @@ def print_tables() -> None:
 
 
 def print_check(name: str) -> None:
-    """Prints the counted peak of a network beside the allocator's."""
+    """Print the counted peak of a network beside the allocator's."""
     config = next(network for network in NETWORKS if network.name == name).config
     with table(f"a guided call of {name}, MiB", "counted", "CPU allocator") as row:
         for dtype in (torch.float32, torch.bfloat16):

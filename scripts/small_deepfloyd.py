@@ -70,7 +70,7 @@ class Conditioning(NamedTuple):
 
 
 def embed_captions(shapes: torch.Tensor, colours: torch.Tensor, backgrounds: torch.Tensor) -> torch.Tensor:
-    """The embeddings `(B, TOKENS, TEXT_WIDTH)` of what is drawn, three tensors `(B,)`."""
+    """Return the embeddings `(B, TOKENS, TEXT_WIDTH)` of what is drawn, three tensors `(B,)`."""
     text = no_text(len(shapes))
     for place, words in enumerate((shapes, colours, backgrounds)):
         text[:, place] = _vocabulary()[1 + 10 * place + words]
@@ -78,7 +78,7 @@ def embed_captions(shapes: torch.Tensor, colours: torch.Tensor, backgrounds: tor
 
 
 def no_text(count: int) -> torch.Tensor:
-    """The embeddings of captions of padding alone."""
+    """Return the embeddings of captions of padding alone."""
     return _vocabulary()[0].expand(count, TOKENS, TEXT_WIDTH).clone()
 
 
@@ -105,7 +105,7 @@ def draw_shapes(count: int, resolution: int, generator: torch.Generator) -> tupl
 def enlarge(
     images: torch.Tensor, index: torch.Tensor, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What stage II sees of images at its resolution, reduced and enlarged, with the noise of `index` `(B,)`; and that."""
+    """Return what stage II sees of images at its resolution, reduced and upsampled, with the noise of `index` `(B,)`; and that."""
     low_res = F.interpolate(images, (RESOLUTION, RESOLUTION), mode="area")
     upsampled = F.interpolate(low_res, images.shape[-2:], mode="bilinear", align_corners=True)
     noise = torch.randn(images.shape, generator=generator)
@@ -113,7 +113,7 @@ def enlarge(
 
 
 def train(config: dict, steps: int, batch_size: int, seed: int = 0) -> ImagenUNetModel:
-    """A network trained to predict the noise of DDPM's images; what it says of variances stays untrained."""
+    """Return a network trained to predict the noise of DDPM's images; what it says of variances stays untrained."""
     config_to_deepfloyd({**ImagenUNetModel(**config).config})  # raises if the network is none of IF's kind
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)

@@ -81,7 +81,7 @@ def train(steps: int, batch_size: int, generator: torch.Generator) -> Network:
 
 @torch.no_grad()
 def sample(network: Network, scheduler, steps: int, noise: torch.Tensor) -> torch.Tensor:
-    """The loop of any diffusers pipeline."""
+    """Return the loop of any diffusers pipeline."""
     scheduler.set_timesteps(steps)
     x = noise * scheduler.init_noise_sigma
     for t in scheduler.timesteps:

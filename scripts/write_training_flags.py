@@ -41,7 +41,7 @@ SECTIONS = (
 
 
 def show_type(hint: Any) -> str:
-    """A type as a reader of the table takes it: None is told by the default."""
+    """Return a type as a reader of the table takes it: None is told by the default."""
     if get_origin(hint) is Literal:
         return ", ".join(f"`{choice}`" for choice in get_args(hint))
     if get_origin(hint) is list:
@@ -56,7 +56,7 @@ def show_default(field: Field) -> str:
 
 
 def describe(field: Field, hint: Any) -> str:
-    """A line of the table."""
+    """Return a line of the table."""
     kept = next((word for name, (word, _) in ON_RESUME.items() if field.name in getattr(run_identity, name)), None)
     if kept is None:
         raise ValueError(

@@ -187,7 +187,7 @@ CONFIGS = {
     "no network": (b"unet: {embed_dim: 8}", "`unet_type` is None"),
     "a huge network": (
         b"unet_type: sr\nconditioning: {embed_dim: 96}\nunet: {embed_dim: 1024, image_size: 32, per_head_channels: 64}",
-        "make a network of about 31 billion parameters, but 10 billion are the most",
+        "make a network of about 31 billion parameters, but 10 billion is the maximum",
     ),
     "a wrong number": (
         b"unet_type: sr\nconditioning: {embed_dim: 96}\nunet: {embed_dim: 9.5, image_size: 32}",

@@ -79,7 +79,7 @@ BETA_SCHEDULE: BetaSchedule = (
 
 
 def config_from_deepfloyd(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration of an `ImagenUNetModel` that is a network of DeepFloyd IF.
+    """Return the configuration of an `ImagenUNetModel` that is a network of DeepFloyd IF.
 
     Args:
         config: That of diffusers' `UNet2DConditionModel`.
@@ -121,7 +121,7 @@ def config_from_deepfloyd(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def config_to_deepfloyd(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration of diffusers' `UNet2DConditionModel` for a network that was converted from there.
+    """Return the configuration of diffusers' `UNet2DConditionModel` for a network that was converted from there.
 
     Args:
         config: That of an `ImagenUNetModel`.
@@ -166,7 +166,7 @@ def config_to_deepfloyd(config: Mapping[str, Any]) -> dict[str, Any]:
 def unet_from_deepfloyd(
     unet: UNet2DConditionModel | Mapping[str, torch.Tensor], config: Mapping[str, Any] | None = None
 ) -> ImagenUNetModel:
-    """A network of DeepFloyd IF as an `ImagenUNetModel`, which shares the memory of its weights.
+    """Return a network of DeepFloyd IF as an `ImagenUNetModel`, which shares the memory of its weights.
 
     Args:
         unet: The network, or its weights by diffusers' names.
@@ -188,7 +188,7 @@ def unet_from_deepfloyd(
 
 
 def unet_to_deepfloyd(unet: ImagenUNetModel) -> UNet2DConditionModel:
-    """A network that `unet_from_deepfloyd` made, trained further or not, as diffusers has it; shares its memory.
+    """Return a network that `unet_from_deepfloyd` made, trained further or not, as diffusers has it; shares its memory.
 
     Raises:
         ValueError: If the network is none of DeepFloyd IF's.
@@ -202,7 +202,7 @@ def unet_to_deepfloyd(unet: ImagenUNetModel) -> UNet2DConditionModel:
 
 
 def check_kind(config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A configuration of `UNet2DConditionModel` with every entry, if it is of IF's kind; ValueError otherwise."""
+    """Return a configuration of `UNet2DConditionModel` with every entry, if it is of IF's kind; ValueError otherwise."""
     config = complete_config(config, UNet2DConditionModel)
     if config["encoder_hid_dim_type"] is None:  # diffusers fills these in where they are None
         config["encoder_hid_dim_type"] = "text_proj"
@@ -217,7 +217,7 @@ def check_kind(config: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def check_text(config: dict[str, Any]) -> None:
-    """Checks what else may differ between IF's networks, as far as `ImagenUNetModel` does not know it by that name."""
+    """Check what else may differ between IF's networks, as far as `ImagenUNetModel` does not know it by that name."""
     for name in ("sample_size", "encoder_hid_dim", "cross_attention_dim", "attention_head_dim"):
         check_integer(name, config[name], *RANGES[name])
     heads, width, cross = (
@@ -234,7 +234,7 @@ def check_text(config: dict[str, Any]) -> None:
 
 
 def layer_names(config: Mapping[str, Any]) -> dict[str, str]:
-    """The modules of diffusers' network that have weights, by name, each with its name in ours.
+    """Return the modules of diffusers' network that have weights, by name, each with its name in ours.
 
     Args:
         config: That of an `ImagenUNetModel`.
@@ -247,7 +247,7 @@ def layer_names(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def weight_names(config: dict[str, Any]) -> dict[str, str]:
-    """The weights of diffusers' network by name, each with its name in ours; `config` is diffusers'."""
+    """Return the weights of diffusers' network by name, each with its name in ours; `config` is diffusers'."""
     with torch.device("meta"):
         weights = UNet2DConditionModel(**config).state_dict()
     attention = CROSS_ATTENTION_LAYERS if config["only_cross_attention"] else ATTENTION_LAYERS

@@ -14,7 +14,7 @@ PARTS = ("tokenizer", "text_encoder", "safety_checker", "feature_extractor", "wa
 
 
 def pipeline_to_deepfloyd(pipe: DiffusionPipeline, stage: str | None = None) -> IFPipeline | IFSuperResolutionPipeline:
-    """A stage as diffusers' `IFPipeline` or `IFSuperResolutionPipeline`, which shares the memory of its weights.
+    """Return a stage as diffusers' `IFPipeline` or `IFSuperResolutionPipeline`, which shares the memory of its weights.
 
     Tokenizer, text encoder, safety checker and watermark are those of the pipeline. A scheduler of this package, which
     those pipelines do not drive, becomes the `DDPMScheduler` of its configuration.
@@ -41,7 +41,7 @@ def pipeline_to_deepfloyd(pipe: DiffusionPipeline, stage: str | None = None) -> 
 
 
 def find_stage(pipe: DiffusionPipeline, name: str | None) -> Any:
-    """The stage of this name; without one the only stage, ValueError if there are several."""
+    """Return the stage of this name; without one the only stage, ValueError if there are several."""
     stages = {stage.name: stage for stage in pipe.stages}
     if name is None and len(stages) > 1:
         raise bad_argument("stage", name, f"one of {', '.join(stages)}: diffusers has a pipeline a stage")
@@ -52,7 +52,7 @@ def find_stage(pipe: DiffusionPipeline, name: str | None) -> Any:
 
 
 def scheduler_to_deepfloyd(scheduler: SchedulerMixin) -> SchedulerMixin:
-    """A scheduler that diffusers' pipelines of IF drive: one of theirs as it is, for one of ours DDPM of fixed variance.
+    """Return a scheduler that diffusers' pipelines of IF drive: one of theirs as it is, for one of ours DDPM of fixed variance.
 
     A stage that was trained further has a scheduler of ours, and the variance that its network predicts was not trained.
     """

@@ -27,13 +27,13 @@ MODULES = {
 
 
 def defaults_of(network_class: type[nn.Module]) -> dict[str, Any]:
-    """The configuration of a network that is made without arguments."""
+    """Return the configuration of a network that is made without arguments."""
     parameters = inspect.signature(network_class.__init__).parameters
     return {name: parameter.default for name, parameter in parameters.items() if name != "self"}
 
 
 def complete_config(config: Any, network_class: type[nn.Module]) -> dict[str, Any]:
-    """A configuration with every entry, without what diffusers notes beside them; ValueError if it is of another class."""
+    """Return a configuration with every entry, without what diffusers notes beside them; ValueError if it is of another class."""
     if not isinstance(config, Mapping):
         raise bad_argument("config", config, f"a configuration of {network_class.__name__}")
     name = config.get("_class_name", network_class.__name__)
@@ -44,7 +44,7 @@ def complete_config(config: Any, network_class: type[nn.Module]) -> dict[str, An
 
 
 def check_fixed(config: dict[str, Any], fixed: dict[str, Any], free: Collection[str], family: str) -> None:
-    """Refuses an entry that is not `fixed`, with another value than there unless it is `free`; names it."""
+    """Refuse an entry that is not `fixed`, with another value than there unless it is `free`; names it."""
     for name, value in config.items():
         if name not in fixed:
             raise ValueError(f"`{name}` is {shown(value)}, but no network of {family} has it.")
@@ -53,7 +53,7 @@ def check_fixed(config: dict[str, Any], fixed: dict[str, Any], free: Collection[
 
 
 def check_levels(config: dict[str, Any]) -> None:
-    """Checks `block_out_channels`, `layers_per_block` and the types of the blocks, which must be mirrored."""
+    """Check `block_out_channels`, `layers_per_block` and the types of the blocks, which must be mirrored."""
     channels, down, up = (config[name] for name in ("block_out_channels", "down_block_types", "up_block_types"))
     check_integers("block_out_channels", channels, 1, MAX_CHANNELS, (1, MAX_LEVELS))
     layers = per_level("layers_per_block", config["layers_per_block"], len(channels))
@@ -68,13 +68,13 @@ def check_levels(config: dict[str, Any]) -> None:
 
 
 def level_modules(config: dict[str, Any]) -> dict[str, str]:
-    """The modules of the levels, and their places in ours."""
+    """Return the modules of the levels, and their places in ours."""
     layers = per_level("layers_per_block", config["layers_per_block"], len(config["block_out_channels"]))
     return block_names("down", layers) | block_names("up", [count + 1 for count in layers[::-1]])
 
 
 def block_names(way: str, layers: Sequence[int]) -> dict[str, str]:
-    """The modules of the way "down" or "up": diffusers counts the layers of each level, we count all blocks."""
+    """Return the modules of the way "down" or "up": diffusers counts the layers of each level, we count all blocks."""
     names, block = {}, 0
     for level, count in enumerate(layers):
         for layer in range(count):
@@ -97,7 +97,7 @@ def renamed(names: Sequence[str], modules: Mapping[str, str], attention: Mapping
 
 
 def take_weights(network: Any, source: nn.Module | Mapping[str, torch.Tensor], names: Mapping[str, str]) -> Any:
-    """Gives a network on the meta device the weights of another, without a copy: `names` leads from those to its own.
+    """Give a network on the meta device the weights of another, without a copy: `names` leads from those to its own.
 
     Raises:
         ValueError: For a weight that is missing, of another shape or not of the network; names it as the source does.
@@ -119,5 +119,5 @@ def take_weights(network: Any, source: nn.Module | Mapping[str, torch.Tensor], n
 
 
 def as_tuple(value: Any) -> Any:
-    """A list of a configuration that was read from a file as the tuple that it was."""
+    """Return a list of a configuration that was read from a file as the tuple that it was."""
     return tuple(value) if isinstance(value, list) else value

@@ -107,7 +107,7 @@ class PickleMachine:
         self.size = len(file.getbuffer())
 
     def run(self) -> Any:
-        """What the pickle holds: plain values, with `Global` and `Call` for all else."""
+        """Return what the pickle holds: plain values, with `Global` and `Call` for all else."""
         for count, (opcode, argument, _) in enumerate(pickletools.genops(self.file)):
             if count >= self.max_opcodes:
                 raise ValueError(f"it has more than {self.max_opcodes} opcodes")
@@ -250,7 +250,7 @@ class PickleMachine:
         return Call(kind, args)
 
     def _count(self, made: str | bytes) -> None:
-        """Refuses one part that many calls take: together they would make more than the file has."""
+        """Refuse one part that many calls take: together they would make more than the file has."""
         self.made += len(made)
         if self.made > 2 * self.size:
             raise ValueError("it makes more bytes than it has")

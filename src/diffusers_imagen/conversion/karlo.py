@@ -1,6 +1,6 @@
 """Super-resolution networks of Karlo (an unCLIP, arXiv 2204.06125) in diffusers' format, to ours: they read no text.
 
-Karlo enlarges from 64 to 256 pixels with two of them, one for the last step. diffusers holds each as a `UNet2DModel`.
+Karlo upsamples from 64 to 256 pixels with two of them, one for the last step. diffusers holds each as a `UNet2DModel`.
 """
 
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ COMMON = {"in_channels": 6, "add_attention": False}
 
 
 def config_from_karlo(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration of an `ImagenUNetModel` that is a super-resolution network of Karlo.
+    """Return the configuration of an `ImagenUNetModel` that is a super-resolution network of Karlo.
 
     Args:
         config: That of diffusers' `UNet2DModel`.
@@ -69,7 +69,7 @@ def config_from_karlo(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unet_from_karlo(unet: UNet2DModel) -> ImagenUNetModel:
-    """A super-resolution network of Karlo as an `ImagenUNetModel`, which shares the memory of its weights.
+    """Return a super-resolution network of Karlo as an `ImagenUNetModel`, which shares the memory of its weights.
 
     Raises:
         ValueError: For a network of another kind.

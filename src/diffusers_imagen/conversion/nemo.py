@@ -90,7 +90,7 @@ FLAGS = (
 def load_nemo_unet(
     model_config: dict[str, Any], state_dict: dict[str, torch.Tensor]
 ) -> ImagenUNetModel | EfficientUNetModel:
-    """Builds the network of a NeMo `model:` configuration and loads its weights.
+    """Build the network of a NeMo `model:` configuration and loads its weights.
 
     Args:
         model_config (`dict`): The `model:` section of NeMo's configuration.
@@ -117,7 +117,7 @@ def load_nemo_unet(
 
 
 def unet_from_nemo_config(model_config: dict[str, Any]) -> ImagenUNetModel | EfficientUNetModel:
-    """The network that NeMo's `model:` configuration describes, with random weights.
+    """Return the network that NeMo's `model:` configuration describes, with random weights.
 
     Options that the configuration leaves out have NeMo's defaults.
 
@@ -157,7 +157,7 @@ def unet_from_nemo_config(model_config: dict[str, Any]) -> ImagenUNetModel | Eff
 
 
 def _with_defaults(unet: Any, defaults: dict[str, Any]) -> dict[str, Any]:
-    """The `unet:` section with NeMo's defaults for what it leaves out."""
+    """Return the `unet:` section with NeMo's defaults for what it leaves out."""
     if not isinstance(unet, dict):
         raise bad_argument("unet", unet, "a section, with NeMo's options of the network")
     unknown = [key for key in unet if key not in defaults]
@@ -179,14 +179,14 @@ def _with_defaults(unet: Any, defaults: dict[str, Any]) -> dict[str, Any]:
 
 
 def _flag(key: str, value: Any) -> bool:
-    """A switch; NeMo's files have 0 and 1, too."""
+    """Return a switch; NeMo's files have 0 and 1, too."""
     if value not in (0, 1) or isinstance(value, float):
         raise bad_argument(key, value, "true or false")
     return bool(value)
 
 
 def _conditioning_width(model_config: dict[str, Any]) -> int:
-    """The width of the text, where the network's own section does not say it."""
+    """Return the width of the text, where the network's own section does not say it."""
     conditioning = model_config.get("conditioning")
     if not isinstance(conditioning, dict) or "embed_dim" not in conditioning:
         raise bad_argument("conditioning", conditioning, "a section with an `embed_dim`")
@@ -195,7 +195,7 @@ def _conditioning_width(model_config: dict[str, Any]) -> int:
 
 
 def check_weight(key: str, tensor: Any) -> None:
-    """Raises ValueError, which names the key, for what is no tensor of finite weights."""
+    """Raise ValueError, which names the key, for what is no tensor of finite weights."""
     if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
         raise ValueError(f"`state_dict` has a {type(tensor).__name__} under {shown(key)}, but should have a tensor.")
     if not tensor.is_floating_point() or tensor.is_meta or not tensor.ndim:

@@ -41,7 +41,7 @@ def open_nemo(
     name: str = "source",
     scratch: Path | None = None,
 ) -> Iterator[NemoCheckpoint]:
-    """Opens an archive or checkpoint for as long as the context lasts.
+    """Open an archive or checkpoint for as long as the context lasts.
 
     Args:
         source: A `.nemo` archive (tar, plain or compressed by gzip), the folder that it was unpacked to, a `.ckpt` of
@@ -69,7 +69,7 @@ def open_nemo(
 
 
 def find_source(source: str | os.PathLike, ema: bool, name: str) -> Path:
-    """The file or folder that is opened; ValueError if it is not there."""
+    """Return the file or folder that is opened; ValueError if it is not there."""
     if not isinstance(source, (str, os.PathLike)) or "\0" in os.fspath(source):
         raise bad_argument(name, source, "a file or folder of NeMo's")
     path = averaged(Path(source), name) if ema else Path(source)
@@ -79,7 +79,7 @@ def find_source(source: str | os.PathLike, ema: bool, name: str) -> Path:
 
 
 def averaged(path: Path, name: str) -> Path:
-    """The file of the averaged weights beside a checkpoint."""
+    """Return the file of the averaged weights beside a checkpoint."""
     if path.stem.endswith(EMA):
         return path
     companion = path.with_name(f"{path.stem}{EMA}{path.suffix}")
@@ -101,12 +101,12 @@ def kind_of(path: Path, what: str) -> str:
 
 
 def is_needed(name: PurePosixPath) -> bool:
-    """Whether a member of an archive is read: its configuration and weights, not what else NeMo packed."""
+    """Return whether a member of an archive is read: its configuration and weights, not what else NeMo packed."""
     return name.name == CONFIG or name.suffix == ".ckpt" or WEIGHTS in name.parts[:-1]
 
 
 def describe(path: Path, folder: Path | None, given: dict[str, Any] | None, what: str) -> NemoCheckpoint:
-    """A checkpoint of a file, or of the folder that an archive was unpacked to."""
+    """Return a checkpoint of a file, or of the folder that an archive was unpacked to."""
     weights = TorchFile(path, what) if folder is None else open_folder(folder, what)
     files = list(weights.ranks.values()) if isinstance(weights, RankWeights) else [weights]
     left_out = {
@@ -121,7 +121,7 @@ def describe(path: Path, folder: Path | None, given: dict[str, Any] | None, what
 
 
 def open_folder(folder: Path, what: str) -> Weights:
-    """The weights in a folder, in whichever form NeMo left them."""
+    """Return the weights in a folder, in whichever form NeMo left them."""
     places = [folder, *(place for place in folder.rglob(WEIGHTS) if place.is_dir())]
     distributed = [place for place in places if is_distributed(place)]
     if distributed:
@@ -142,7 +142,7 @@ def open_folder(folder: Path, what: str) -> Weights:
 def find_config(
     path: Path, folder: Path | None, given: dict[str, Any] | None, settings: list[dict | None], what: str
 ) -> dict[str, Any]:
-    """The `model:` section: the one that was given, in the archive, in the checkpoint, or beside it."""
+    """Return the `model:` section: the one that was given, in the archive, in the checkpoint, or beside it."""
     if given is not None:
         return given
     places = [] if folder is None else sorted(folder.rglob(CONFIG))[:1]
@@ -161,7 +161,7 @@ def find_config(
 
 
 def read_config(config: Config, name: str) -> dict[str, Any]:
-    """The `model:` section of a configuration that was given."""
+    """Return the `model:` section of a configuration that was given."""
     if isinstance(config, (str, os.PathLike)):
         found = model_section(read_yaml(config, name, number_keys=True))
     else:
@@ -172,7 +172,7 @@ def read_config(config: Config, name: str) -> dict[str, Any]:
 
 
 def model_section(config: Any) -> dict[str, Any] | None:
-    """The section with `unet` in it: the whole, or what is under `model`, or `cfg`, as Lightning calls it."""
+    """Return the section with `unet` in it: the whole, or what is under `model`, or `cfg`, as Lightning calls it."""
     for _ in range(4):
         if not isinstance(config, Mapping):
             return None

@@ -118,7 +118,7 @@ class TorchDistWeights:
             raise ValueError(f"{what} has a {METADATA} that cannot be read safely: {reason}") from error
 
     def take(self, folder: Path, content: Any) -> None:
-        """Takes down which tensors there are and where their parts are."""
+        """Take down which tensors there are and where their parts are."""
         fields = fields_of(content, "Metadata")
         places = {}
         for index, info in checked_dict(fields.get("storage_data")).items():
@@ -145,7 +145,7 @@ class TorchDistWeights:
             yield key, assembled(self.tensors[key], parts)
 
     def read_part(self, key: str, chunk: Chunk) -> torch.Tensor:
-        """A part, which is a file of `torch.save` within a file."""
+        """Return a part, which is a file of `torch.save` within a file."""
         with open(chunk.path, "rb") as file:
             file.seek(chunk.start)
             data = file.read(chunk.length)
@@ -219,7 +219,7 @@ class ZarrWeights:
 
 
 def open_distributed(folder: Path, what: str) -> TorchDistWeights | ZarrWeights:
-    """The weights of a distributed checkpoint, of either form.
+    """Return the weights of a distributed checkpoint, of either form.
 
     Raises:
         ValueError: If it is of neither.
@@ -236,14 +236,14 @@ def open_distributed(folder: Path, what: str) -> TorchDistWeights | ZarrWeights:
 
 
 def is_distributed(folder: Path) -> bool:
-    """Whether a folder looks like a distributed checkpoint."""
+    """Return whether a folder looks like a distributed checkpoint."""
     return any((folder / name).is_file() for name in (METADATA, DESCRIPTION)) or bool(
         next(folder.glob(f"*/{ARRAY}"), None)
     )
 
 
 def assembled(described: Described, parts: Iterator[tuple[Chunk, torch.Tensor]]) -> torch.Tensor:
-    """A tensor from its parts; one that has all of it is it."""
+    """Return a tensor from its parts; one that has all of it is it."""
     whole: torch.Tensor | None = None
     for chunk, part in parts:
         if chunk.sizes == described.shape:
@@ -255,14 +255,14 @@ def assembled(described: Described, parts: Iterator[tuple[Chunk, torch.Tensor]])
 
 
 def fields_of(value: Any, kind: str) -> dict[str, Any]:
-    """What an object of a kind was to be given."""
+    """Return what an object of a kind was to be given."""
     if type(value) is not Call or value.kind != kind or value.state is None or type(value.state[0]) is not dict:
         raise ValueError(f"it has something else in place of a {kind}")
     return value.state[0]
 
 
 def checked_dict(value: Any) -> Mapping[Any, Any]:
-    """A table of tensors or of their places, as it is."""
+    """Return a table of tensors or of their places, as it is."""
     if type(value) is not dict:
         raise ValueError("it lacks a table of its tensors")
     return value
@@ -280,7 +280,7 @@ def sizes_of(value: Any) -> tuple[int, ...]:
 
 
 def describe(value: Any) -> tuple[Described, list[tuple[tuple[int, ...], tuple[int, ...]]]]:
-    """A tensor, and offsets and sizes of its parts."""
+    """Return a tensor, and offsets and sizes of its parts."""
     fields = fields_of(value, "TensorStorageMetadata")
     properties = fields.get("properties")
     state = properties.state if type(properties) is Call and properties.kind == "TensorProperties" else None
@@ -303,7 +303,7 @@ def describe(value: Any) -> tuple[Described, list[tuple[tuple[int, ...], tuple[i
 
 
 def overlap(parts: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
-    """Whether two parts share a number; for more parts than are worth comparing one by one, whether two begin together."""
+    """Return whether two parts share a number; for more parts than are worth comparing one by one, whether two begin together."""
     if len(parts) > 256:
         return len({offsets for offsets, _ in parts}) < len(parts)
     return any(

@@ -98,7 +98,7 @@ def unpickle_embeddings(data: bytes, name: str = "the pickle") -> dict[str, torc
 
 
 def read_content(data: bytes) -> Content:
-    """Takes a file of `pickle`, or of `torch.save` in its zip or its older format, apart."""
+    """Take a file of `pickle`, or of `torch.save` in its zip or its older format, apart."""
     if data.startswith(ZIP):
         return read_zip(data)
     file = io.BytesIO(data)
@@ -109,7 +109,7 @@ def read_content(data: bytes) -> Content:
 
 
 def read_nested(data: bytes) -> Storage:
-    """A storage as `pickle` writes it: a file of `torch.save` with nothing else."""
+    """Return a storage as `pickle` writes it: a file of `torch.save` with nothing else."""
     file = io.BytesIO(data)
     if not data.startswith(ZIP) and PickleMachine(file).run() != LEGACY_MAGIC:
         raise ValueError("it has a file within it that is none of torch")
@@ -120,12 +120,12 @@ def read_nested(data: bytes) -> Storage:
 
 
 def no_storage(_) -> Storage:
-    """What a persistent id stands for where there are none."""
+    """Return what a persistent id stands for where there are none."""
     raise ValueError("it has a tensor without numbers")
 
 
 def note_storage(pid: Any) -> Call:
-    """A persistent id: ("storage", type, key, location, numbers, and of the older format None)."""
+    """Return a persistent id: ("storage", type, key, location, numbers, and of the older format None)."""
     if type(pid) is not tuple or pid[:1] != ("storage",) or pid[5:] not in ((), (None,)) or len(pid) < 5:
         raise ValueError("it has a persistent id that is no storage")
     _, kind, key, _, count = pid[:5]
@@ -135,7 +135,7 @@ def note_storage(pid: Any) -> Call:
 
 
 def read_legacy(file: io.BytesIO) -> Content:
-    """The rest of torch.save's older format: two pickles, the content, the keys of storages, and those."""
+    """Return the rest of torch.save's older format: two pickles, the content, the keys of storages, and those."""
     protocol = PickleMachine(file).run()
     if protocol != LEGACY_PROTOCOL:
         raise ValueError("it is of a format of torch that is not known")
@@ -204,7 +204,7 @@ def itemsize(dtype: str) -> int:
 
 
 def build_tensor(call: Call, content: Content) -> torch.Tensor:
-    """A tensor of torch: storage, first number, shape and strides."""
+    """Return a tensor of torch: storage, first number, shape and strides."""
     if len(call.args) < 4:
         raise ValueError("it has a tensor without a shape")
     storage, offset, size, stride = call.args[:4]
@@ -226,7 +226,7 @@ def build_tensor(call: Call, content: Content) -> torch.Tensor:
 
 
 def build_parameter(call: Call, content: Content) -> torch.Tensor:
-    """A parameter of torch is a tensor and whether it is trained."""
+    """Return a parameter of torch is a tensor and whether it is trained."""
     tensor = call.args[0] if call.args else None
     if type(tensor) is not Call or tensor.kind != "tensor":
         raise ValueError("it has a parameter that is no tensor")
@@ -234,7 +234,7 @@ def build_parameter(call: Call, content: Content) -> torch.Tensor:
 
 
 def build_array(call: Call, content: Content) -> torch.Tensor:
-    """An array of NumPy, by what `ndarray.__setstate__` was to be given."""
+    """Return an array of NumPy, by what `ndarray.__setstate__` was to be given."""
     if call.state is None or len(call.state) != 5:
         raise ValueError("it has an array without a state")
     _, shape, dtype, columns_first, data = call.state
@@ -242,7 +242,7 @@ def build_array(call: Call, content: Content) -> torch.Tensor:
 
 
 def build_buffer_array(call: Call, content: Content) -> torch.Tensor:
-    """An array of NumPy in protocol 5: `_frombuffer(data, dtype, shape, order)`."""
+    """Return an array of NumPy in protocol 5: `_frombuffer(data, dtype, shape, order)`."""
     if len(call.args) < 4:
         raise ValueError("it has an array without a shape")
     data, dtype, shape, order = call.args[:4]
@@ -299,7 +299,7 @@ def check_sizes(sizes: Any) -> tuple[int, ...]:
 
 
 def as_numbers(storage: Storage) -> torch.Tensor:
-    """The numbers of a storage `(N,)`, in this machine's byte order and memory of their own."""
+    """Return the numbers of a storage `(N,)`, in this machine's byte order and memory of their own."""
     if storage.dtype not in DTYPES:
         raise WrongType(storage.dtype)
     size = DTYPES[storage.dtype].itemsize

@@ -16,7 +16,7 @@ class Entry(NamedTuple):
     words: str = ""  # what it should be, where that is more than a type
 
     def read(self, name: str, value: Any) -> Any:
-        """The value, converted where YAML has another type for it, as text for `1e-8`, which has no point."""
+        """Return the value, converted where YAML has another type for it, as text for `1e-8`, which has no point."""
         if self.is_list:
             if not isinstance(value, list):
                 self.refuse(name, value)
@@ -41,7 +41,7 @@ class Entry(NamedTuple):
         raise bad_argument(name, value, self.describe())
 
     def describe(self) -> str:
-        """What it should be, in words."""
+        """Return what it should be, in words."""
         if self.words:
             return self.words
         words = "of type list, of " if self.is_list else "of type "

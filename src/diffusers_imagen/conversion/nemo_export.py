@@ -67,7 +67,7 @@ def export_nemo(
     config: Mapping[str, Any],
     output: str | os.PathLike,
 ) -> int:
-    """Writes a `.nemo` archive: the configuration, and the weights under NeMo's names and in their own type.
+    """Write a `.nemo` archive: the configuration, and the weights under NeMo's names and in their own type.
 
     Args:
         unet: The network, which may be on the meta device.
@@ -110,7 +110,7 @@ def add(tar: tarfile.TarFile, name: str, size: int, file: Any) -> None:
 
 
 def preconditioning(scheduler: SchedulerMixin) -> dict[str, Any]:
-    """What a scheduler says of how its network was trained, in NeMo's entries."""
+    """Return what a scheduler says of how its network was trained, in NeMo's entries."""
     config = scheduler.config
     kind = config.get("preconditioning", "edm")
     if kind == "edm":
@@ -131,7 +131,7 @@ def preconditioning(scheduler: SchedulerMixin) -> dict[str, Any]:
 
 
 def shared_section(unet: ImagenUNetModel | EfficientUNetModel) -> dict[str, Any]:
-    """The entries of `unet:` that both networks have."""
+    """Return the entries of `unet:` that both networks have."""
     config = unet.config
     width = (config.time_embedding_dim or 4 * config.block_out_channels[0]) // 4
     return {
@@ -198,7 +198,7 @@ def find_difference(unet: ImagenUNetModel | EfficientUNetModel, section: dict[st
 
 
 def comparable(unet: ImagenUNetModel | EfficientUNetModel) -> dict[str, Any]:
-    """A configuration in which networks that are the same have the same entries."""
+    """Return a configuration in which networks that are the same have the same entries."""
     config = {name: value for name, value in unet.config.items() if not name.startswith("_")}
     levels = len(config["block_out_channels"])
     config["time_embedding_dim"] = config["time_embedding_dim"] or 4 * config["block_out_channels"][0]

@@ -104,7 +104,7 @@ class KeyPlan(NamedTuple):
 
 
 def plan_keys(shapes: Mapping[str, Sequence[int]], model: ImagenUNetModel | EfficientUNetModel) -> KeyPlan:
-    """The places of a checkpoint's weights in the network that its configuration describes.
+    """Return the places of a checkpoint's weights in the network that its configuration describes.
 
     Args:
         shapes: Of each of the checkpoint's tensors, by its key there.
@@ -150,13 +150,13 @@ def plan_keys(shapes: Mapping[str, Sequence[int]], model: ImagenUNetModel | Effi
 
 
 def listed(names: Sequence[str]) -> str:
-    """The first of many names, none of them in full length, and how many there are beside them."""
+    """Return the first of many names, none of them in full length, and how many there are beside them."""
     text = str([name[:200] for name in names[:MAX_NAMES]])
     return text if len(names) <= MAX_NAMES else f"{text} and {len(names) - MAX_NAMES} others"
 
 
 def bare_name(key: str) -> str:
-    """A key without what wrappers put before it."""
+    """Return a key without what wrappers put before it."""
     return key[cast(re.Match, WRAPPERS.match(key)).end() :]
 
 
@@ -168,14 +168,14 @@ def why_dropped(key: str, efficient: bool) -> str | None:
 
 
 def share_of(shape: Sequence[int], count: int) -> tuple[int, ...]:
-    """The shape of one of several layers whose output channels lie one after another."""
+    """Return the shape of one of several layers whose output channels lie one after another."""
     if count > 1 and (not len(shape) or shape[0] % count):
         return (*shape, -1)  # fits nothing
     return (shape[0] // count, *shape[1:]) if len(shape) else ()
 
 
 def fits(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
-    """Whether a tensor has the numbers of ours: 1x1 convolutions over tokens are linear layers here."""
+    """Return whether a tensor has the numbers of ours: 1x1 convolutions over tokens are linear layers here."""
     return tuple(size for size in shape if size != 1) == tuple(size for size in expected if size != 1)
 
 
@@ -202,7 +202,7 @@ def nemo_names(model: ImagenUNetModel | EfficientUNetModel) -> dict[str, tuple[s
 
 
 def nemo_shape(name: str, shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape of NeMo's weight of this name, from that of ours: projections of tokens are 1x1 convolutions there."""
+    """Return the shape of NeMo's weight of this name, from that of ours: projections of tokens are 1x1 convolutions there."""
     layer = name.removesuffix(".weight")
     is_projection = layer != name and layer.rpartition(".")[2] in PROJECTIONS and len(shape) == 2
     return (*shape, 1) if is_projection else tuple(shape)
@@ -303,7 +303,7 @@ def _convert_key(name: str, positions: dict[str, str], stacked: bool) -> list[st
 
 
 def _longest_prefix(name: str, table: dict[str, Any]) -> str | None:
-    """The longest key of the table that is `name` or a dotted beginning of it."""
+    """Return the longest key of the table that is `name` or a dotted beginning of it."""
     parts = name.split(".")
     prefixes = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
     return next((prefix for prefix in prefixes if prefix in table), None)

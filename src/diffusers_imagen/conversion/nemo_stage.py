@@ -65,7 +65,7 @@ def load_nemo_stage(
     dtype: torch.dtype | None = None,
     name: str = "source",
 ) -> NemoStage:
-    """Loads a stage of a NeMo archive or checkpoint into memory, which holds one copy of its weights.
+    """Load a stage of a NeMo archive or checkpoint into memory, which holds one copy of its weights.
 
     Args:
         source (`str` or `os.PathLike`):
@@ -92,7 +92,7 @@ def load_nemo_stage(
 def write_nemo_stage(
     checkpoint: NemoCheckpoint, folder: Path, dtype: torch.dtype | None = None
 ) -> tuple[StageParts, StageReport]:
-    """Writes the network of an open checkpoint to a folder, tensor by tensor: `config.json` and the weights.
+    """Write the network of an open checkpoint to a folder, tensor by tensor: `config.json` and the weights.
 
     Returns:
         The stage without weights, its network on the meta device, and the report.
@@ -115,7 +115,7 @@ def write_nemo_stage(
 def verify_nemo_stage(
     checkpoint: NemoCheckpoint, folder: Path, dtype: torch.dtype | None = None
 ) -> dict[str, dict[str, str]]:
-    """Reads the weights of a written network back under NeMo's names and compares them with the checkpoint.
+    """Read the weights of a written network back under NeMo's names and compares them with the checkpoint.
 
     Returns:
         By key of the checkpoint, the SHA-256 of its tensor in the type of the written one, which both have, and `file`
@@ -146,7 +146,7 @@ def verify_nemo_stage(
 
 
 def cascade_components(stages: Mapping[str, StageParts]) -> dict[str, Any]:
-    """The arguments of a cascade's constructor for stages by name."""
+    """Return the arguments of a cascade's constructor for stages by name."""
     components: dict[str, Any] = {"call_defaults": {name: parts.call_defaults for name, parts in stages.items()}}
     for name, parts in stages.items():
         components |= {f"{name}_unet": parts.unet, f"{name}_scheduler": parts.scheduler}
@@ -154,13 +154,13 @@ def cascade_components(stages: Mapping[str, StageParts]) -> dict[str, Any]:
 
 
 def plan_stage(checkpoint: NemoCheckpoint) -> tuple[StageParts, KeyPlan]:
-    """The stage that a checkpoint's configuration describes, without weights, and the places of its weights."""
+    """Return the stage that a checkpoint's configuration describes, without weights, and the places of its weights."""
     parts = describe_stage(checkpoint.config)
     return parts, plan_keys({key: found.shape for key, found in checkpoint.weights.tensors.items()}, parts.unet)
 
 
 def describe_stage(config: dict[str, Any]) -> StageParts:
-    """The stage that a `model:` section describes, its network on the meta device.
+    """Return the stage that a `model:` section describes, its network on the meta device.
 
     Raises:
         ValueError: For a section that NeMo does not have, or a value that it has not.
@@ -224,7 +224,7 @@ def converted(
 
 
 def make_report(checkpoint: NemoCheckpoint, plan: KeyPlan, parts: StageParts, written: list[str]) -> StageReport:
-    """What became of a checkpoint."""
+    """Return what became of a checkpoint."""
     dtypes = {str(checkpoint.weights.tensors[key].dtype) for key in plan.targets}
     return StageReport(
         checkpoint.name,

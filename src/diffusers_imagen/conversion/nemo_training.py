@@ -50,13 +50,13 @@ class Entries:
         self.seen: set[str] = set()
 
     def get(self, name: str, default: Any = None) -> Any:
-        """A value, of the kind that `ENTRIES` has for it; the default if it is missing or null."""
+        """Return a value, of the kind that `ENTRIES` has for it; the default if it is missing or null."""
         self.seen.add(name)
         value = self.resolve(self.values.get(name))
         return default if value is None else ENTRIES[name].read(name, value)
 
     def resolve(self, value: Any) -> Any:
-        """Follows references such as `${trainer.precision}`."""
+        """Follow references such as `${trainer.precision}`."""
         for _ in range(8):
             reference = re.fullmatch(r"\$\{([\w.]+)\}", value) if isinstance(value, str) else None
             if reference is None:
@@ -65,7 +65,7 @@ class Entries:
         raise ValueError(f"{value!r} refers to itself.")
 
     def require(self, name: str) -> Any:
-        """A value that has to be there."""
+        """Return a value that has to be there."""
         value = self.get(name)
         if value is None:
             raise ValueError(f"The configuration lacks `{name}`.")
@@ -90,7 +90,7 @@ def flatten(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def translate_training(config: dict[str, Any]) -> Translation:
-    """The settings of a run from NeMo's whole configuration, with its `trainer:`, `exp_manager:` and `model:`.
+    """Return the settings of a run from NeMo's whole configuration, with its `trainer:`, `exp_manager:` and `model:`.
 
     What `model.unet` says of the network is not among them: that is `unet_from_nemo_config`'s.
 
@@ -123,7 +123,7 @@ def translate_training(config: dict[str, Any]) -> Translation:
 
 
 def objective(nemo: Entries) -> dict[str, Any]:
-    """What the network is trained for."""
+    """Return what the network is trained for."""
     section = "model.preconditioning"
     kind = nemo.get(f"{section}_type", "DDPM")
     loss = nemo.get(f"{section}.loss_type", "l2")
@@ -166,7 +166,7 @@ def optimizer(nemo: Entries) -> dict[str, Any]:
 
 
 def learning_rates(nemo: Entries, max_steps: int) -> dict[str, Any]:
-    """The schedule of the learning rate."""
+    """Return the schedule of the learning rate."""
     section = "model.optim.sched"
     name = nemo.get(f"{section}.name")
     warmup = nemo.get(f"{section}.warmup_steps")
@@ -213,7 +213,7 @@ def batch_sizes(nemo: Entries) -> dict[str, Any]:
 
 
 def averages(nemo: Entries) -> dict[str, Any]:
-    """The average of the weights."""
+    """Return the average of the weights."""
     section = "exp_manager.ema"
     decay = nemo.get(f"{section}.decay", 0.9999)
     interval = nemo.get(f"{section}.every_n_steps", 1)
@@ -254,7 +254,7 @@ def data(nemo: Entries, differences: list[str]) -> dict[str, Any]:
 
 
 def super_resolution(nemo: Entries, resolution: int, crop: int, differences: list[str]) -> dict[str, Any]:
-    """The conditioning image; adds to `differences`."""
+    """Return the conditioning image; adds to `differences`."""
     name = "model.data.train.target_resolutions"
     older = "model.data.train.corruption_aug.target_resolution"
     if name not in nemo.values and older in nemo.values:
@@ -279,7 +279,7 @@ def super_resolution(nemo: Entries, resolution: int, crop: int, differences: lis
 
 
 def crop_resolution(nemo: Entries, name: str, resolution: int) -> int:
-    """The resolution of the crop: NeMo has height and width as text."""
+    """Return the resolution of the crop: NeMo has height and width as text."""
     value = nemo.get(name)
     if value is None:
         return resolution
@@ -291,6 +291,6 @@ def crop_resolution(nemo: Entries, name: str, resolution: int) -> int:
 
 
 def to_be_given(settings: dict[str, Any], network: str | None = None) -> list[str]:
-    """What a run needs beside the settings."""
+    """Return what a run needs beside the settings."""
     needed = ["train_data_dir or dataset_name", "text_encoder or embedding_cache"]
     return needed + ["pretrained_model_name_or_path, preset or model_config_name_or_path"] * (network is None)

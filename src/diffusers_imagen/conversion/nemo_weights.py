@@ -95,7 +95,7 @@ class TorchFile:
             self.tensors[key] = Described(tuple(value.shape), value.dtype)
 
     def load(self) -> dict[Any, Any]:
-        """What the file holds, its tensors mapped from the disk."""
+        """Return what the file holds, its tensors mapped from the disk."""
         stand_ins: list[Any] = [(Inert, name) for name in self.names]
         with refusing_fault(self.what), torch.serialization.safe_globals(stand_ins):
             content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=self.is_zip)
@@ -104,7 +104,7 @@ class TorchFile:
         return content
 
     def select(self, content: dict[Any, Any]) -> Mapping[Any, Any]:
-        """The weights among it."""
+        """Return the weights among it."""
         return content["state_dict"] if self.is_checkpoint else content
 
     def read(self, keys: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -161,7 +161,7 @@ class RankWeights:
                 yield key, tensor
 
     def differ(self, key: str, rank: str) -> ValueError:
-        """The error of a rank that has another tensor under a key than the first that has one."""
+        """Return the error of a rank that has another tensor under a key than the first that has one."""
         return ValueError(
             f"{self.what} has {shown(key)} in several ranks, but {rank} has another than {self.owners[key][0]}: NeMo's Imagen "
             "has no layers that are split over ranks. Convert the folder of a single rank."
@@ -170,7 +170,7 @@ class RankWeights:
 
 @contextmanager
 def refusing_fault(what: str) -> Iterator[None]:
-    """Turns whatever torch raises for a file that it does not read into one line."""
+    """Turn whatever torch raises for a file that it does not read into one line."""
     try:
         yield
     except Exception as error:
@@ -186,12 +186,12 @@ def refusing_fault(what: str) -> Iterator[None]:
 
 
 def unknown_name(what: str, name: str) -> ValueError:
-    """The error of a file that names a class or function which no checkpoint of NeMo's needs."""
+    """Return the error of a file that names a class or function which no checkpoint of NeMo's needs."""
     return ValueError(f"{what} asks for {shown(name)}, which no weights need: nothing of it was run.")
 
 
 def check_file(path: Path, what: str) -> bool:
-    """Whether a file is of torch's zip format, whose entries are then found to be what they say."""
+    """Return whether a file is of torch's zip format, whose entries are then found to be what they say."""
     if not path.is_file():
         raise ValueError(f"{what} is no regular file." if path.exists() else f"{what} is not there.")
     with open(path, "rb") as file:
@@ -219,7 +219,7 @@ def check_file(path: Path, what: str) -> bool:
 
 
 def inert_names(path: Path, what: str) -> list[str]:
-    """The classes and functions that a file names and torch does not know to be harmless, which get a stand-in.
+    """Return the classes and functions that a file names and torch does not know to be harmless, which get a stand-in.
 
     Raises:
         ValueError: For one that no checkpoint of NeMo's needs.

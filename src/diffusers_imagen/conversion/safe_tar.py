@@ -25,7 +25,7 @@ class GuardedFile:
         self.seek, self.tell = file.seek, file.tell
 
     def read(self, size: int = -1) -> bytes:
-        """Reads a part of a header."""
+        """Read a part of a header."""
         if not 0 <= size <= self.left:
             raise ValueError(f"a header has more than {HEADER_BYTES} bytes")
         self.left -= size
@@ -33,7 +33,7 @@ class GuardedFile:
 
 
 def read_members(path: str | Path, limits: dict[str, int]) -> Iterator[tuple[PurePosixPath, bytes]]:
-    """Names and contents of a tar file's members with certain suffixes; the file may be compressed by gzip.
+    """Name and contents of a tar file's members with certain suffixes; the file may be compressed by gzip.
 
     Args:
         path (`str` or `Path`): The tar file.
@@ -57,7 +57,7 @@ def read_members(path: str | Path, limits: dict[str, int]) -> Iterator[tuple[Pur
 
 
 def extract_members(path: str | Path, folder: Path, wanted: Callable[[PurePosixPath], bool]) -> list[PurePosixPath]:
-    """Writes a tar file's wanted members into a folder under their own names, as plain files, one part at a time.
+    """Write a tar file's wanted members into a folder under their own names, as plain files, one part at a time.
 
     Args:
         path (`str` or `Path`): The tar file, which may be compressed by gzip.
@@ -100,7 +100,7 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
 
 
 def checked_members(path: Path, file: IO[bytes]) -> Iterator[tuple[PurePosixPath, tarfile.TarInfo]]:
-    """Names and headers of all members, none of which claims more bytes than the file can have."""
+    """Name and headers of all members, none of which claims more bytes than the file can have."""
     compressed, size = isinstance(file, gzip.GzipFile), path.stat().st_size
     limit = size * GZIP_RATIO + 2**20 if compressed else size
     for member in walk(path, file):
@@ -131,7 +131,7 @@ def walk(path: Path, file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
 
 
 def check_member(path: Path, member: tarfile.TarInfo, limit: int, compressed: bool) -> PurePosixPath:
-    """Refuses what no shard has; returns the member's name."""
+    """Refuse what no shard has; returns the member's name."""
     name = PurePosixPath(member.name)
     if name.is_absolute() or ".." in name.parts:
         raise ValueError(f"'{path}' has {shown(member.name)}, a name that leads out of a folder.")

@@ -1,4 +1,4 @@
-"""The mathematics of the package as pure functions: one formula, one home, cited there."""
+"""Diffusion formulas as pure functions, each with a reference to its source."""
 
 from .augmentation import augment_low_res
 from .guidance import classifier_free_guidance, rescale_guidance

@@ -1,4 +1,4 @@
-"""Evaluation: pictures for captions, features of them, figures and reports."""
+"""Evaluation: images for captions, features of them, figures and reports."""
 
 from .drawing import Drawing, Setting, draw
 from .evaluator import METRICS, Evaluation

@@ -1,4 +1,4 @@
-"""Pictures for captions, drawn by several processes, each caption with a seed of its own; a run that was ended goes on."""
+"""Images for captions, drawn by several processes, each caption with a seed of its own; a run that was ended goes on."""
 
 import hashlib
 import json
@@ -16,12 +16,12 @@ from ..utils.processes import on_main_process
 from .picture_sets import PictureFiles, PictureSet, reduced
 
 
-RECORD = "settings.json"  # beside the pictures: what they were drawn with
+RECORD = "settings.json"  # beside the images: what they were drawn with
 SAMPLED_VALUES = 256  # of a tensor: as many tell weights from others
 
 
 class Setting(NamedTuple):
-    """How pictures are drawn: a value a stage that runs."""
+    """How images are drawn: a value a stage that runs."""
 
     scheduler: str
     steps: tuple[int, ...]
@@ -35,7 +35,7 @@ class Setting(NamedTuple):
 
 
 def network_calls(stages: list[Stage], setting: Setting) -> int:
-    """Evaluations of the denoisers for a picture; one with guidance takes two passes of the network and counts once."""
+    """Evaluations of the denoisers for an image; one with guidance takes two passes of the network and counts once."""
     calls = 0
     for stage, steps in zip(stages, setting.steps):
         scheduler = type(stage.scheduler).from_config(stage.scheduler.config)
@@ -45,7 +45,7 @@ def network_calls(stages: list[Stage], setting: Setting) -> int:
 
 
 def digest_networks(pipe: DiffusionPipeline) -> str:
-    """A digest of the networks of a pipeline: names, shapes and some values of all their weights, and configurations."""
+    """Return a digest of the networks of a pipeline: names, shapes and some values of all their weights, and configurations."""
     sha = hashlib.sha256()
     for name, part in sorted(pipe.components.items()):
         config = getattr(part, "config", None)
@@ -58,7 +58,7 @@ def digest_networks(pipe: DiffusionPipeline) -> str:
 
 
 def digest_weights(network: torch.nn.Module) -> str:
-    """A digest of a network's weights."""
+    """Return a digest of a network's weights."""
     sha = hashlib.sha256()
     for name, value in sorted(network.state_dict().items()):
         flat = value.detach().reshape(-1)
@@ -69,7 +69,7 @@ def digest_weights(network: torch.nn.Module) -> str:
 
 
 def seed_of(seed: int, index: int) -> int:
-    """The seed of a caption's noise: of the caption's number alone, whatever else is drawn."""
+    """Return the seed of a caption's noise: of the caption's number alone, whatever else is drawn."""
     return int.from_bytes(hashlib.sha256(f"{seed} {index}".encode()).digest()[:8], "big") >> 1
 
 
@@ -84,8 +84,8 @@ class Drawing(NamedTuple):
         seed (`int`): Of all noise.
         model (`str`): The digest of the networks.
         resolution (`int`): Of the last stage that runs.
-        batch_size (`int`): Pictures at once.
-        enlarged (`int`, *optional*): Resolution to which pictures of the set are reduced, and enlarged from by the
+        batch_size (`int`): Images at once.
+        upsampled (`int`, *optional*): Resolution to which images of the set are reduced, and upsampled from by the
             stages after the first, of which the setting has the values; without it the first stage draws.
     """
 
@@ -100,7 +100,7 @@ class Drawing(NamedTuple):
     enlarged: int | None = None
 
     def record(self) -> dict[str, Any]:
-        """What tells the pictures from others."""
+        """Return what tells the images from others."""
         record = {
             "model": self.model,
             "captions": digest_json(self.captions.identity()),
@@ -112,23 +112,23 @@ class Drawing(NamedTuple):
         return json.loads(json.dumps(record))
 
     def files(self, resolution: int) -> PictureFiles:
-        """The pictures of a stage."""
+        """Return the images of a stage."""
         return PictureFiles(self.folder / str(resolution), self.captions, self.record(), self.setting.name)
 
 
 def digest_json(value: Any) -> str:
-    """A digest of what JSON can hold."""
+    """Return a digest of what JSON can hold."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def draw(pipe: DiffusionPipeline, drawing: Drawing, state: PartialState) -> None:
-    """Draws what is not there yet; all processes call this, and each draws its share.
+    """Draw what is not there yet; all processes call this, and each draws its share.
 
-    Batches are of captions that follow each other, whichever process draws them and whatever is there already: a picture
+    Batches are of captions that follow each other, whichever process draws them and whatever is there already: an image
     does not depend on the number of processes, nor on interruptions.
 
     Raises:
-        ValueError: If the folder has pictures of another model or other settings.
+        ValueError: If the folder has images of another model or other settings.
     """
     batches = on_main_process(state, lambda: prepare(drawing))
     todo = [batch for batch, is_done in batches if not is_done]
@@ -148,7 +148,7 @@ def draw(pipe: DiffusionPipeline, drawing: Drawing, state: PartialState) -> None
 
 
 def prepare(drawing: Drawing) -> list[tuple[list[int], bool]]:
-    """The batches, and whether their pictures are all there; the folder is made, and rid of what a killed run left."""
+    """Return the batches, and whether their images are all there; the folder is made, and rid of what a killed run left."""
     record, path = drawing.record(), drawing.folder / RECORD
     if path.exists():
         found = read_json_object(path)
@@ -171,7 +171,7 @@ def prepare(drawing: Drawing) -> list[tuple[list[int], bool]]:
 
 
 def draw_batch(pipe: DiffusionPipeline, drawing: Drawing, batch: list[int]) -> None:
-    """Draws and writes the pictures of some captions; those of the last stage, which say that all are there, come last."""
+    """Draw and writes the images of some captions; those of the last stage, which say that all are there, come last."""
     inputs: dict[str, Any] = {}
     if drawing.enlarged is not None:
         pictures = [drawing.captions.picture(index) for index in batch]

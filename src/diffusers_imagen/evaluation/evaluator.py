@@ -26,7 +26,7 @@ logger = logging.get_logger(__name__)
 
 DISTANCES = ("fid", "kid", "precision-recall")  # from the features of the reference
 OF_FEATURES = (*DISTANCES, "is", "nearest")
-OF_PAIRS = ("super-resolution",)  # from captions with pictures
+OF_PAIRS = ("super-resolution",)  # from captions with images
 METRICS = (*OF_FEATURES, "clip", *OF_PAIRS)
 REAL, FLOOR = "real pictures of the captions", "reference, in two parts"
 SIZES_LOOKED_AT = 64
@@ -38,18 +38,18 @@ class Evaluation:
     """What is drawn, and what it is measured by.
 
     Attributes:
-        captions ([`PictureSet`]): What is drawn, with the real pictures of the captions or without.
+        captions ([`PictureSet`]): What is drawn, with the real images of the captions or without.
         indices (`list[int]`): Of which captions.
-        settings (`list[Setting]`): How; pictures of all captions are drawn for each.
+        settings (`list[Setting]`): How; images of all captions are drawn for each.
         resolutions (`list[int]`): Of the stages that run, in pixels.
         folder (`Path`): Where everything goes.
         metrics (`tuple[str, ...]`): Of `METRICS`.
-        reference ([`PictureSet`], *optional*): Real pictures, for distances.
+        reference ([`PictureSet`], *optional*): Real images, for distances.
         reference_indices (`list[int]`): Which of them.
-        network ([`FeatureNetwork`], *optional*): What makes features of pictures.
-        clip ([`ClipScores`], *optional*): What compares pictures with captions.
+        network ([`FeatureNetwork`], *optional*): What makes features of images.
+        clip ([`ClipScores`], *optional*): What compares images with captions.
         seed (`int`): Of all noise.
-        batch_size (`int`): Pictures drawn at once.
+        batch_size (`int`): Images drawn at once.
         resamples (`int`): Bootstrap samples of the Frechet distance.
         source (`str`): The model, for the report.
         model (`str`): What tells its weights from others: `digest_networks` of the pipeline as it was loaded.
@@ -76,11 +76,11 @@ class Evaluation:
         check_inputs(self)
 
     def run(self, pipe: DiffusionPipeline, use: Callable[[str], Any], state: PartialState) -> None:
-        """Draws what is not there yet, and writes `report.html` and `results.json`; all processes call this.
+        """Draw what is not there yet, and writes `report.html` and `results.json`; all processes call this.
 
         Args:
             pipe ([`ImagenCascadePipeline`]): What draws.
-            use (`Callable`): Called with the scheduler of each setting before its pictures are drawn.
+            use (`Callable`): Called with the scheduler of each setting before its images are drawn.
             state ([`~accelerate.PartialState`]): The processes.
         """
         calls = {}
@@ -101,7 +101,7 @@ class Evaluation:
             self.report(calls, made)
 
     def drawing(self, setting: Setting, enlarges: bool = False) -> Drawing:
-        """What is drawn of a setting: all stages from noise, or those after the first from reduced real pictures."""
+        """Return what is drawn of a setting: all stages from noise, or those after the first from reduced real images."""
         enlarged = self.resolutions[0] if enlarges else None
         if enlarges:  # one and the same for settings of which the first stage alone differs
             setting = Setting(setting.scheduler, setting.steps[1:], setting.guidance[1:])
@@ -140,7 +140,7 @@ class Evaluation:
         return found
 
     def of(self, network: FeatureNetwork, pictures: PictureSet, indices: list[int], resolution: int) -> Features:
-        """Features of a set of pictures."""
+        """Features of a set of images."""
         return Features(self.folder / "cache", network, pictures, indices, resolution)
 
     # ---- figures
@@ -172,7 +172,7 @@ class Evaluation:
     def row(
         self, made: dict, name: str, resolution: int, reference: dict[str, torch.Tensor] | None, report: Report
     ) -> Row:
-        """The figures of a set of pictures."""
+        """Return the figures of a set of images."""
         row = Row(name, resolution, len(self.indices))
         features = self.load(made, "features", name, resolution)
         if features is not None and self.distances is not None:
@@ -190,7 +190,7 @@ class Evaluation:
         return row
 
     def floor(self, reference: dict[str, torch.Tensor], resolution: int) -> Row:
-        """The figures of real pictures of the reference, as many as were drawn or half of them, against the others."""
+        """Return the figures of real images of the reference, as many as were drawn or half of them, against the others."""
         count = len(self.reference_indices)
         size = min(len(self.indices), count // 2)
         order = torch.randperm(count, generator=torch.Generator().manual_seed(SEED))
@@ -215,14 +215,14 @@ class Evaluation:
         return Distances(metrics, self.network.suffix, self.resamples)
 
     def show_nearest(self, report: Report, drawn: PictureSet, nearest: Nearest) -> None:
-        """Puts the drawn pictures that are nearest to real ones into the report."""
+        """Put the drawn images that are nearest to real ones into the report."""
         assert self.reference is not None
         order = nearest.cosines.argsort(descending=True).tolist()
         places = [(self.indices[i], self.reference_indices[int(nearest.places[i])], i) for i in order[:8]]
         report.add_nearest(drawn, self.reference, [(a, b, nearest.cosines[i].item()) for a, b, i in places])
 
     def measure_upscaling(self, report: Report) -> None:
-        """Agreement of a cascade's stages, and super-resolution of real pictures against bicubic interpolation."""
+        """Agreement of a cascade's stages, and super-resolution of real images against bicubic interpolation."""
         first, *upscaled = self.resolutions
         for below, resolution in zip(self.resolutions, upscaled):
             for setting in self.settings:
@@ -242,7 +242,7 @@ class Evaluation:
     # ---- what the report says beside the figures
 
     def facts(self) -> dict[str, Any]:
-        """What was evaluated, on what."""
+        """Return what was evaluated, on what."""
         facts: dict[str, Any] = {
             "model": f"{self.source} ({self.model})",
             "stages (px)": ", ".join(map(str, self.resolutions)),
@@ -262,13 +262,13 @@ class Evaluation:
         return facts
 
     def reference_sizes(self) -> set[str]:
-        """The sizes of some pictures of the reference."""
+        """Return the sizes of some images of the reference."""
         assert self.reference is not None
         some = self.reference_indices[:: max(1, len(self.reference_indices) // SIZES_LOOKED_AT)]
         return {"{}x{}".format(*self.reference.picture(index).size) for index in some}
 
     def warnings(self) -> list[str]:
-        """What is to be said before figures are compared with others."""
+        """Return what is to be said before figures are compared with others."""
         warnings = []
         if self.distances is not None and self.network is not None:
             real = len(self.reference_indices) if self.reference is not None else len(self.indices)
@@ -287,12 +287,12 @@ class Evaluation:
 
 
 def one_line(text: str) -> str:
-    """A text without line breaks."""
+    """Return a text without line breaks."""
     return " ".join(text.split())
 
 
 def check_inputs(evaluation: Evaluation) -> None:
-    """Raises ValueError, which names the argument, for metrics that cannot be had of what is given."""
+    """Raise ValueError, which names the argument, for metrics that cannot be had of what is given."""
     metrics, count = evaluation.metrics, len(evaluation.indices)
     if not evaluation.settings or not metrics:
         raise bad_argument("metrics", list(metrics), f"some of {', '.join(METRICS)}")

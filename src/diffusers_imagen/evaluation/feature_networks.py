@@ -1,4 +1,4 @@
-"""Networks that turn pictures into features: Inception, DINOv2, CLIP, EfficientNet-Lite0, or one in a folder."""
+"""Networks that turn images into features: Inception, DINOv2, CLIP, EfficientNet-Lite0, or one in a folder."""
 
 import importlib
 import importlib.util
@@ -24,12 +24,12 @@ NAMED = ("inception", "dinov2", "clip", "efficientnet-lite0")
 
 
 class FeatureNetwork(Protocol):
-    """What makes features of pictures.
+    """What makes features of images.
 
     Attributes:
         suffix (`str`, *optional*): The name of the features in labels; None for Inception's, of which FID is.
         width (`int`): D, the number of features.
-        protocol (`str`): How pictures are brought to its size, for reports.
+        protocol (`str`): How images are brought to its size, for reports.
     """
 
     suffix: str | None
@@ -37,7 +37,7 @@ class FeatureNetwork(Protocol):
     protocol: str
 
     def identity(self) -> str:
-        """What tells its features from others."""
+        """Return what tells its features from others."""
 
     def __call__(self, pictures: list[Image.Image], captions: list[str]) -> dict[str, torch.Tensor]:
         """`features` of shape `(B, D)` in float32 on the CPU, and what else there is."""
@@ -136,7 +136,7 @@ class TransformersFeatures:
 
 
 class ClipScores:
-    """The cosine of the embeddings of a picture and its caption (Hessel et al. 2021, arXiv 2104.08718).
+    """The cosine of the embeddings of an image and its caption (Hessel et al. 2021, arXiv 2104.08718).
 
     Args:
         source (`str`): Folder or Hub id of a CLIP model of transformers.
@@ -170,7 +170,7 @@ class ClipScores:
 
 
 def load_features(source: str, device: str | torch.device = "cpu") -> FeatureNetwork:
-    """A feature network by its name or folder.
+    """Return a feature network by its name or folder.
 
     Raises:
         ValueError: In one line, if it cannot be had.
@@ -189,7 +189,7 @@ def load_features(source: str, device: str | torch.device = "cpu") -> FeatureNet
 
 
 def check_packages(source: str) -> None:
-    """Raises ValueError for a name of nothing, or a network whose package is not installed."""
+    """Raise ValueError for a name of nothing, or a network whose package is not installed."""
     if source not in NAMED and not Path(source).is_dir():
         raise bad_argument(
             "features", source, f"one of {', '.join(map(repr, NAMED))}, or the folder of an image encoder"
@@ -201,7 +201,7 @@ def check_packages(source: str) -> None:
 
 
 def check_package(package: str, name: str, value: str) -> None:
-    """Raises ValueError, which names the argument that needs it, for a package that cannot be imported."""
+    """Raise ValueError, which names the argument that needs it, for a package that cannot be imported."""
     try:
         importlib.import_module(package)
     except Exception as error:  # torchvision, which torch-fidelity needs, raises RuntimeError beside another torch
@@ -212,6 +212,6 @@ def check_package(package: str, name: str, value: str) -> None:
 
 
 def load_clip(source: str, device: str | torch.device = "cpu") -> ClipScores:
-    """The network of CLIP scores; ValueError, in one line, if it cannot be had."""
+    """Return the network of CLIP scores; ValueError, in one line, if it cannot be had."""
     with loading("clip-model", source):
         return ClipScores(source, device)

@@ -1,4 +1,4 @@
-"""Features of pictures, made by several processes and kept in files: what is there is not made again."""
+"""Features of images, made by several processes and kept in files: what is there is not made again."""
 
 from pathlib import Path
 from typing import Any
@@ -16,19 +16,19 @@ from .feature_networks import FeatureNetwork
 from .picture_sets import PictureSet, fitted
 
 
-SHARD = 512  # pictures of a file
-BATCH = 32  # pictures at once
+SHARD = 512  # images of a file
+BATCH = 32  # images at once
 
 
 class Features:
-    """The features of some pictures of a set at a resolution, in a folder of the cache that is theirs alone.
+    """The features of some images of a set at a resolution, in a folder of the cache that is theirs alone.
 
     Args:
         cache (`Path`): The folder of all features.
         network ([`FeatureNetwork`]): What makes them.
-        pictures ([`PictureSet`]): Of what.
-        indices (`list[int]`): Of which pictures of it.
-        resolution (`int`): To which pictures of another size are brought first.
+        images ([`PictureSet`]): Of what.
+        indices (`list[int]`): Of which images of it.
+        resolution (`int`): To which images of another size are brought first.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Features:
         return [self.folder / f"{start:08d}.safetensors" for start in range(0, len(self.indices), SHARD)]
 
     def make(self, state: PartialState) -> None:
-        """Makes what is not there yet; all processes call this, and each makes its share."""
+        """Make what is not there yet; all processes call this, and each makes its share."""
         todo = on_main_process(state, self.prepare)
         own = todo[state.process_index :: state.num_processes]
         label = f"features of {self.pictures.name} at {self.resolution} px"
@@ -53,14 +53,14 @@ class Features:
         state.wait_for_everyone()
 
     def prepare(self) -> list[int]:
-        """The numbers of the files that are to be made."""
+        """Return the numbers of the files that are to be made."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.glob(".*.partial"):
             leftover.unlink()
         return [number for number, path in enumerate(self.shards) if not path.is_file()]
 
     def make_shard(self, number: int) -> None:
-        """Makes a file."""
+        """Make a file."""
         indices = self.indices[number * SHARD : (number + 1) * SHARD]
         parts = []
         for start in range(0, len(indices), BATCH):

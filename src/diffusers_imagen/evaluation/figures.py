@@ -1,4 +1,4 @@
-"""Figures with their uncertainty, from features of pictures: FID, KID and others as torchmetrics and torch-fidelity compute them."""
+"""Figures with their uncertainty, from features of images: FID, KID and others as torchmetrics and torch-fidelity compute them."""
 
 import math
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from .drawing import Setting
 
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000  # the defaults of torch-fidelity and torchmetrics
 INCEPTION_SPLITS = 10
-NEIGHBOURS, CHUNK = 3, 2048  # of precision and recall; distances of so many pictures at once
+NEIGHBOURS, CHUNK = 3, 2048  # of precision and recall; distances of so many images at once
 # of torchmetrics' classes: one process has all features, and does not wait for the others
 ALONE: dict[str, Any] = {"sync_on_compute": False}
 SEED = 2020  # torch-fidelity's, of subsets and splits
@@ -34,14 +34,14 @@ class Figure(NamedTuple):
 
 @dataclass
 class Row:
-    """The figures of a set of pictures at a resolution."""
+    """The figures of a set of images at a resolution."""
 
     name: str
     resolution: int
     count: int
     figures: dict[str, Figure] = field(default_factory=dict)
-    setting: Setting | None = None  # None for real pictures
-    calls: int | None = None  # of the denoisers, for a picture
+    setting: Setting | None = None  # None for real images
+    calls: int | None = None  # of the denoisers, for an image
 
     def as_json(self) -> dict[str, Any]:
         """For `results.json`."""
@@ -58,7 +58,7 @@ class Row:
 
 
 def figure_of_mean(values: torch.Tensor) -> Figure:
-    """The mean of a value a picture, with its standard error."""
+    """Return the mean of a value an image, with its standard error."""
     error = values.double().std().item() / math.sqrt(len(values)) if len(values) > 1 else None
     return Figure(values.double().mean().item(), error, "standard error of the mean over pictures")
 
@@ -75,12 +75,12 @@ class GivenFeatures(torch.nn.Module):
 
 
 def frechet_distance(features: torch.Tensor, reference: torch.Tensor, resamples: int = 0) -> Figure:
-    """The Frechet distance of Gaussians fitted to features (Heusel et al. 2017, arXiv 1706.08500), by torchmetrics.
+    """Return the Frechet distance of Gaussians fitted to features (Heusel et al. 2017, arXiv 1706.08500), by torchmetrics.
 
     Args:
-        features (`torch.Tensor` of shape `(N, D)`): Of drawn pictures.
+        features (`torch.Tensor` of shape `(N, D)`): Of drawn images.
         reference (`torch.Tensor` of shape `(M, D)`): Of real ones.
-        resamples (`int`): Bootstrap samples of the drawn pictures, for the spread; each takes as long as the figure.
+        resamples (`int`): Bootstrap samples of the drawn images, for the spread; each takes as long as the figure.
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -100,9 +100,9 @@ def frechet_distance(features: torch.Tensor, reference: torch.Tensor, resamples:
 
 
 def kernel_distance(features: torch.Tensor, reference: torch.Tensor) -> Figure:
-    """The squared MMD of a cubic kernel (Binkowski et al. 2018, arXiv 1801.01401), by torchmetrics.
+    """Return the squared MMD of a cubic kernel (Binkowski et al. 2018, arXiv 1801.01401), by torchmetrics.
 
-    Subsets have 1,000 pictures, or as many as there are; they are those that torch-fidelity's KID draws.
+    Subsets have 1,000 images, or as many as there are; they are those that torch-fidelity's KID draws.
     """
     from torchmetrics.image.kid import poly_mmd
 
@@ -118,7 +118,7 @@ def kernel_distance(features: torch.Tensor, reference: torch.Tensor) -> Figure:
 
 
 def kid_subset_size(features: torch.Tensor, reference: torch.Tensor) -> int:
-    """Pictures of a subset."""
+    """Images of a subset."""
     return min(KID_SUBSET_SIZE, len(features), len(reference))
 
 
@@ -136,7 +136,7 @@ def precision_recall(features: torch.Tensor, reference: torch.Tensor) -> tuple[F
 
 
 def inception_score(logits: torch.Tensor) -> Figure:
-    """The inception score (Salimans et al. 2016, arXiv 1606.03498), by torchmetrics."""
+    """Return the inception score (Salimans et al. 2016, arXiv 1606.03498), by torchmetrics."""
     from torchmetrics.image.inception import InceptionScore
 
     metric = InceptionScore(GivenFeatures(logits.shape[1]), splits=INCEPTION_SPLITS, **ALONE)
@@ -161,12 +161,12 @@ class Distances(NamedTuple):
     resamples: int
 
     def label(self, metric: str) -> str:
-        """What a distance is called: FID and KID are those of Inception features alone."""
+        """Return what a distance is called: FID and KID are those of Inception features alone."""
         short = {"fid": "FD", "kid": "KD"}[metric]
         return metric.upper() if self.suffix is None else f"{short}-{self.suffix}"
 
     def measure(self, features: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> dict[str, Figure]:
-        """The figures of pictures against real ones, by label."""
+        """Return the figures of images against real ones, by label."""
         drawn, real = features["features"], reference["features"]
         found: dict[str, Figure] = {}
         if "fid" in self.metrics:
@@ -181,7 +181,7 @@ class Distances(NamedTuple):
 
 
 def sample_warnings(distances: Distances, drawn: int, real: int, width: int) -> list[str]:
-    """What is to be said of figures from too few pictures."""
+    """Return what is to be said of figures from too few images."""
     warnings = []
     few = min(drawn, real)
     if "fid" in distances.metrics:

@@ -1,4 +1,4 @@
-"""The real picture that is nearest to a drawn one, in centred features: whether pictures of the training set come back."""
+"""The real image that is nearest to a drawn one, in centred features: whether images of the training set come back."""
 
 from typing import NamedTuple
 
@@ -6,22 +6,22 @@ import torch
 import torch.nn.functional as F
 
 
-COPY = 0.98  # cosine from which two pictures count as the same
+COPY = 0.98  # cosine from which two images count as the same
 CHUNK = 1024
 
 
 class Nearest(NamedTuple):
-    """For each picture, the nearest of the reference."""
+    """For each image, the nearest of the reference."""
 
     places: torch.Tensor  # (N,), among the reference
     cosines: torch.Tensor  # (N,)
 
 
 def find_nearest(features: torch.Tensor, reference: torch.Tensor) -> Nearest:
-    """The nearest by cosine, after the mean of the reference is taken away.
+    """Return the nearest by cosine, after the mean of the reference is taken away.
 
     Args:
-        features (`torch.Tensor` of shape `(N, D)`): Of pictures.
+        features (`torch.Tensor` of shape `(N, D)`): Of images.
         reference (`torch.Tensor` of shape `(M, D)`): Of those among which the nearest is sought.
     """
     mean = reference.mean(0)

@@ -1,4 +1,4 @@
-"""Sets of numbered pictures and captions: those of a data set, of a file of captions, and those that were drawn."""
+"""Sets of numbered images and captions: those of a data set, of a file of captions, and those that were drawn."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ from ..utils.images import BadImage, read_image
 
 
 class PictureSet(Protocol):
-    """Pictures and captions by their number. Nothing of them but captions is kept in memory."""
+    """Images and captions by their number. Nothing of them but captions is kept in memory."""
 
     name: str  # in reports
     has_pictures: bool
@@ -22,17 +22,17 @@ class PictureSet(Protocol):
     def __len__(self) -> int: ...
 
     def caption(self, index: int) -> str:
-        """The caption of a picture; empty if there is none."""
+        """Return the caption of an image; empty if there is none."""
 
     def picture(self, index: int) -> Image.Image:
-        """A picture in RGB; ValueError if it cannot be read."""
+        """Return an image in RGB; ValueError if it cannot be read."""
 
     def identity(self) -> dict[str, Any]:
-        """What tells this set from others, as JSON: what is cached of it belongs to this."""
+        """Return what tells this set from others, as JSON: what is cached of it belongs to this."""
 
 
 class CaptionList:
-    """Captions without pictures."""
+    """Captions without images."""
 
     has_pictures = False
 
@@ -53,7 +53,7 @@ class CaptionList:
 
 
 class PictureFiles:
-    """Drawn pictures in a folder, named by the number of their caption.
+    """Drawn images in a folder, named by the number of their caption.
 
     Args:
         folder (`Path`): Where they are.
@@ -71,7 +71,7 @@ class PictureFiles:
         return len(self.captions)
 
     def path(self, index: int) -> Path:
-        """The file of a picture, whether it is there or not."""
+        """Return the file of an image, whether it is there or not."""
         return self.folder / f"{index:08d}.png"
 
     def caption(self, index: int) -> str:
@@ -106,18 +106,18 @@ def choose(name: str, count: int, wanted: int | None, seed: int) -> list[int]:
 
 
 def fitted(picture: Image.Image, resolution: int) -> Image.Image:
-    """The largest square at the centre, resized with antialiasing; a picture of that size as it is."""
+    """Return the largest square at the centre, resized with antialiasing; an image of that size as it is."""
     size = (resolution, resolution)
     return picture if picture.size == size else ImageOps.fit(picture, size, Image.Resampling.BICUBIC)
 
 
 def to_tensor(picture: Image.Image) -> torch.Tensor:
-    """A picture as `(3, H, W)` in [0, 1]."""
+    """Return an image as `(3, H, W)` in [0, 1]."""
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
 
 
 def from_tensor(pixels: torch.Tensor) -> Image.Image:
-    """`(3, H, W)` in [0, 1] as a picture."""
+    """`(3, H, W)` in [0, 1] as an image."""
     return Image.fromarray((pixels * 255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
 
 
@@ -128,5 +128,5 @@ def resized(pixels: torch.Tensor, resolution: int) -> torch.Tensor:
 
 
 def reduced(picture: Image.Image, resolution: int, low: int) -> Image.Image:
-    """A picture of `resolution`, as training would give it to a stage that enlarges pictures of `low`."""
+    """Return an image of `resolution`, as training would give it to a stage that upsamples images of `low`."""
     return from_tensor(resized(to_tensor(fitted(picture, resolution)), low))

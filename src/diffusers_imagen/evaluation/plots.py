@@ -51,7 +51,7 @@ def numbers(values: tuple) -> str:
 
 
 def draw_plots(folder: Path, rows: list[Row]) -> list[tuple[str, str]]:
-    """Draws the curves that the rows have points of, if matplotlib is installed; titles and files."""
+    """Draw the curves that the rows have points of, if matplotlib is installed; titles and files."""
     if importlib.util.find_spec("matplotlib") is None:
         return []
     made = []
@@ -69,7 +69,7 @@ def draw_plots(folder: Path, rows: list[Row]) -> list[tuple[str, str]]:
 
 
 def lines_of(curve: Curve, rows: list[Row]) -> dict[str, list[Row]]:
-    """The rows of each line, in order; lines of one point are none."""
+    """Return the rows of each line, in order; lines of one point are none."""
     lines: dict[str, list[Row]] = {}
     for row in rows:
         if curve.value(row) is not None:
@@ -80,7 +80,7 @@ def lines_of(curve: Curve, rows: list[Row]) -> dict[str, list[Row]]:
 
 
 def draw_plot(folder: Path, curve: Curve, lines: dict[str, list[Row]], label: str, resolution: int) -> tuple[str, str]:
-    """Writes one plot; its title and file."""
+    """Write one plot; its title and file."""
     from matplotlib.figure import Figure as Canvas
 
     canvas = Canvas(figsize=(6, 4), layout="constrained")

@@ -1,4 +1,4 @@
-"""The report of an evaluation: tables, JSON, plots and sheets of pictures, beside the pictures."""
+"""The report of an evaluation: tables, JSON, plots and sheets of images, beside the images."""
 
 import html
 import re
@@ -16,7 +16,7 @@ from .picture_sets import PictureSet, fitted
 from .plots import draw_plots
 
 
-SHEET, COLUMNS, SIDE = 36, 6, 128  # pictures of a contact sheet, of a row of it, and pixels of one at most
+SHEET, COLUMNS, SIDE = 36, 6, 128  # images of a contact sheet, of a row of it, and pixels of one at most
 STYLE = (
     "body{font:15px/1.4 sans-serif;max-width:1100px;margin:2em auto;padding:0 1em}table{border-collapse:collapse}"
     "td,th{border:1px solid #bbb;padding:.2em .6em;text-align:left}img{max-width:100%}"
@@ -34,7 +34,7 @@ class Report:
         warnings (`list[str]`): What is to be said before figures are compared with others.
         rows (`list[Row]`): Figures.
         upscaling (`list[dict]`): Figures of super-resolution.
-        sheets (`list[tuple[str, str]]`): Titles and files of pictures.
+        sheets (`list[tuple[str, str]]`): Titles and files of images.
     """
 
     folder: Path
@@ -45,11 +45,11 @@ class Report:
     sheets: list[tuple[str, str]] = field(default_factory=list)
 
     def add_upscaling(self, name: str, low: int, resolution: int, figures: dict[str, Figure]) -> None:
-        """Adds a row to the table of super-resolution."""
+        """Add a row to the table of super-resolution."""
         self.upscaling.append({"name": name, "from": low, "to": resolution, "figures": figures})
 
     def add_contact_sheet(self, pictures: PictureSet, indices: list[int], resolution: int) -> None:
-        """Adds unpicked pictures: of captions that are evenly spread over those that were drawn."""
+        """Add unpicked images: of captions that are evenly spread over those that were drawn."""
         some = spread(indices, SHEET)
         rows = -(-len(some) // COLUMNS)
         side = min(SIDE, resolution)
@@ -63,7 +63,7 @@ class Report:
         )
 
     def add_nearest(self, drawn: PictureSet, real: PictureSet, pairs: list[tuple[int, int, float]]) -> None:
-        """Adds drawn pictures, each beside the real one that is nearest to it."""
+        """Add drawn images, each beside the real one that is nearest to it."""
         rows = [[drawn.picture(one), real.picture(other)] for one, other, _ in pairs]
         captions = [f"{drawn.caption(one)}: cosine {cosine:.3f}" for one, _, cosine in pairs]
         resolution = rows[0][0].width
@@ -74,13 +74,13 @@ class Report:
         )
 
     def add_sheet(self, title: str, name: str, sheet: Image.Image) -> None:
-        """Adds a picture."""
+        """Add an image."""
         with whole_file(self.folder / name) as partial:
             sheet.save(partial, format="PNG")
         self.sheets.append((title, name))
 
     def write(self) -> None:
-        """Writes `report.html`, `results.json` and the plots."""
+        """Write `report.html`, `results.json` and the plots."""
         plots = draw_plots(self.folder, self.rows)
         write_json(self.folder / "results.json", self.as_json())
         body = ["<h1>Evaluation</h1>", facts_table(self.facts)]
@@ -110,7 +110,7 @@ class Report:
 
 
 def slug(name: str) -> str:
-    """A name as part of a file's name."""
+    """Return a name as part of a file's name."""
     return re.sub(r"[^\w.-]+", "-", name)
 
 
@@ -120,12 +120,12 @@ def spread(indices: list[int], count: int) -> list[int]:
 
 
 def facts_table(facts: dict[str, Any]) -> str:
-    """Names and values."""
+    """Name and values."""
     return table([], [[str(name), str(value)] for name, value in facts.items()])
 
 
 def figures_table(rows: list[Row]) -> str:
-    """The figures at one resolution."""
+    """Return the figures at one resolution."""
     labels = list(dict.fromkeys(label for row in rows for label in row.figures))
     cells = [
         [row.name, f"{row.count:,}", "" if row.calls is None else str(row.calls)]
@@ -140,7 +140,7 @@ def figures_table(rows: list[Row]) -> str:
 
 
 def upscaling_table(rows: list[dict[str, Any]]) -> str:
-    """The figures of super-resolution."""
+    """Return the figures of super-resolution."""
     labels = list(dict.fromkeys(label for row in rows for label in row["figures"]))
     cells = [
         [row["name"], f"{row['from']} to {row['to']}"]
@@ -152,12 +152,12 @@ def upscaling_table(rows: list[dict[str, Any]]) -> str:
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """A table of HTML."""
+    """Return a table of HTML."""
     top = "<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in head) + "</tr>" if head else ""
     lines = ["<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
     return f"<table>{top}{''.join(lines)}</table>"
 
 
 def picture(title: str, name: str) -> str:
-    """A picture with its title."""
+    """Return an image with its title."""
     return f'<figure><img src="{html.escape(name)}" alt=""><figcaption>{html.escape(title)}</figcaption></figure>'

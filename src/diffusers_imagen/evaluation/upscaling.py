@@ -1,4 +1,4 @@
-"""Super-resolution against bicubic interpolation: PSNR, SSIM, and agreement with the small picture."""
+"""Super-resolution against bicubic interpolation: PSNR, SSIM, and agreement with the small image."""
 
 import torch
 from PIL import Image
@@ -8,17 +8,17 @@ from .figures import Figure, figure_of_mean
 from .picture_sets import PictureSet, fitted, reduced, resized, to_tensor
 
 
-PEAK = 100.0  # dB that stand for pictures without a difference, as for one of 1e-10 in the mean square
+PEAK = 100.0  # dB that stand for images without a difference, as for one of 1e-10 in the mean square
 
 
 def upscaling_figures(
     drawn: PictureSet, real: PictureSet, indices: list[int], low: int, resolution: int
 ) -> dict[str, dict[str, Figure]]:
-    """What super-resolution makes of reduced real pictures, against what bicubic interpolation makes of them.
+    """Return what super-resolution makes of reduced real images, against what bicubic interpolation makes of them.
 
     Args:
-        drawn ([`PictureSet`]): Pictures of `resolution` that a stage drew.
-        real ([`PictureSet`]): The pictures that were reduced to `low` for it, of the same numbers.
+        drawn ([`PictureSet`]): Images of `resolution` that a stage drew.
+        real ([`PictureSet`]): The images that were reduced to `low` for it, of the same numbers.
 
     Returns:
         By method, by label.
@@ -38,7 +38,7 @@ def upscaling_figures(
 
 
 def compare(picture: torch.Tensor, target: torch.Tensor, small: torch.Tensor) -> torch.Tensor:
-    """PSNR and SSIM of a picture against its target, and PSNR of the reduced picture against the small one: `(3,)`."""
+    """PSNR and SSIM of an image against its target, and PSNR of the reduced image against the small one: `(3,)`."""
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     structure = structural_similarity_index_measure(picture[None], target[None], data_range=1.0)
@@ -55,7 +55,7 @@ def signal_to_noise(picture: torch.Tensor, target: torch.Tensor) -> torch.Tensor
 
 
 def consistency(drawn: PictureSet, below: PictureSet, indices: list[int], low: int) -> Figure:
-    """PSNR of a stage's pictures, reduced again, against those of the stage before it, from which it drew them."""
+    """PSNR of a stage's images, reduced again, against those of the stage before it, from which it drew them."""
     values = [
         signal_to_noise(resized(to_tensor(drawn.picture(index)), low), to_tensor(below.picture(index)))
         for index in indices

@@ -240,7 +240,7 @@ class ImagenLoraLoaderMixin(AdaptersMixin):
 
     @contextmanager
     def _without_offloading(self) -> Iterator[None]:
-        """Takes offloading off and puts it back, for all stages together and after an error too."""
+        """Take offloading off and puts it back, for all stages together and after an error too."""
         by_model, by_layer, by_group = self._optionally_disable_offloading(self)
         try:
             yield
@@ -257,7 +257,7 @@ class ImagenLoraLoaderMixin(AdaptersMixin):
     def _adapters_of(
         self, state_dict: StateDict, metadata: dict[str, Any] | None, component: str | None
     ) -> dict[str, Adapter]:
-        """What each network gets; a stage that this pipeline lacks is left out, with a warning."""
+        """Return what each network gets; a stage that this pipeline lacks is left out, with a warning."""
         present = self._lora_unets()
         if not state_dict:
             raise ValueError(f"`{SOURCE}` holds no weights.")
@@ -282,7 +282,7 @@ class ImagenLoraLoaderMixin(AdaptersMixin):
         return adapters
 
     def _known_prefixes(self, state_dict: StateDict, component: str | None) -> list[str]:
-        """What keys may begin with; with `component`, any name that all of them begin with."""
+        """Return what keys may begin with; with `component`, any name that all of them begin with."""
         known = list(self._lora_loadable_modules)
         if component is not None:
             named = {str(key).split(".")[0] for key in state_dict}
@@ -292,7 +292,7 @@ class ImagenLoraLoaderMixin(AdaptersMixin):
         return known
 
     def _place_of(self, place: str, updates: dict[str, dict[str, Update]]) -> str:
-        """The component that weights are for, where `component` does not say it."""
+        """Return the component that weights are for, where `component` does not say it."""
         present = self._lora_unets()
         if place in self._lora_loadable_modules and set(updates) & set(present):
             return place
@@ -311,7 +311,7 @@ class ImagenLoraLoaderMixin(AdaptersMixin):
 
 
 def check_options(options: dict[str, Any]) -> None:
-    """Raises ValueError for places of a file that cannot be."""
+    """Raise ValueError for places of a file that cannot be."""
     for name in ("weight_name", "subfolder", "revision", "cache_dir"):
         if not isinstance(options.get(name) or "", (str, os.PathLike)) or "\0" in str(options.get(name)):
             raise bad_argument(name, str(options[name]), "a string")
@@ -320,14 +320,14 @@ def check_options(options: dict[str, Any]) -> None:
 
 
 def config_of(metadata: dict[str, Any] | None, place: str) -> dict[str, Any]:
-    """The configuration of a component's weights, or the one that names no component, as peft's does."""
+    """Return the configuration of a component's weights, or the one that names no component, as peft's does."""
     metadata = metadata or {}
     own = {key.removeprefix(f"{place}."): value for key, value in metadata.items() if key.startswith(f"{place}.")}
     return own or {key: value for key, value in metadata.items() if "." not in key}
 
 
 def check_adapter_name(adapter_name: str | None, unets: dict[str, StageNetwork], hotswap: bool) -> None:
-    """Raises ValueError for what is no name, or, to hotswap, where nothing has it; before weights are looked for."""
+    """Raise ValueError for what is no name, or, to hotswap, where nothing has it; before weights are looked for."""
     if adapter_name is not None and (not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name):
         raise bad_argument("adapter_name", adapter_name, "a name without dots")
     if hotswap and not any(adapter_name in getattr(unet, "peft_config", {}) for unet in unets.values()):
@@ -336,7 +336,7 @@ def check_adapter_name(adapter_name: str | None, unets: dict[str, StageNetwork],
 
 
 def choose_adapter_name(adapter_name: str | None, unets: dict[str, StageNetwork], hotswap: bool) -> str:
-    """The given name, or the first default that no network uses.
+    """Return the given name, or the first default that no network uses.
 
     Raises ValueError if the name is taken, or, to hotswap, if a network has nothing of that name to replace.
     """
@@ -381,7 +381,7 @@ def check_serialization(
     safe_serialization: bool,
     configs: dict[str, dict[str, Any] | None],
 ) -> None:
-    """Raises ValueError for weights that cannot be written as is asked."""
+    """Raise ValueError for weights that cannot be written as is asked."""
     if not isinstance(save_directory, (str, os.PathLike)) or os.path.isfile(save_directory):
         raise bad_argument("save_directory", save_directory, "a folder")
     if weight_name is not None and (not isinstance(weight_name, str) or Path(weight_name).name != weight_name):

@@ -79,23 +79,23 @@ class AdaptersMixin(LoraBaseMixin):
         self._merged_adapters = networks._merged_adapters
 
     def unload_lora_weights(self) -> None:
-        """Takes all adapters out of the networks, which then are what they were before, but for what is fused."""
+        """Take all adapters out of the networks, which then are what they were before, but for what is fused."""
         self._networks().unload_lora_weights()
 
     def disable_lora(self) -> None:
-        """Makes the networks run without their adapters, until `enable_lora`."""
+        """Make the networks run without their adapters, until `enable_lora`."""
         self._networks().disable_lora()
 
     def enable_lora(self) -> None:
-        """Makes the networks run with their adapters again."""
+        """Make the networks run with their adapters again."""
         self._networks().enable_lora()
 
     def delete_adapters(self, adapter_names: list[str] | str) -> None:
-        """Takes adapters of these names out of all networks."""
+        """Take adapters of these names out of all networks."""
         self._networks().delete_adapters(self._checked_adapters(adapter_names))
 
     def get_active_adapters(self) -> list[str]:
-        """The names of the adapters that a network runs with."""
+        """Return the names of the adapters that a network runs with."""
         active: dict[str, None] = {}
         for name, unet in self._lora_unets().items():
             networks = LoraNetworks({name: unet}, set())
@@ -103,16 +103,16 @@ class AdaptersMixin(LoraBaseMixin):
         return list(active)
 
     def get_list_adapters(self) -> dict[str, list[str]]:
-        """The names of all adapters by component."""
+        """Return the names of all adapters by component."""
         require_peft()
         return LoraNetworks(self._lora_unets(), self._merged_adapters).get_list_adapters()
 
     def set_lora_device(self, adapter_names: list[str] | str, device: torch.device | str | int) -> None:
-        """Moves adapters to a device, as to the CPU while they are not active."""
+        """Move adapters to a device, as to the CPU while they are not active."""
         self._networks().set_lora_device(self._checked_adapters(adapter_names), device)
 
     def enable_lora_hotswap(self, **kwargs) -> None:
-        """Prepares the networks for adapters that replace each other, before the first is loaded.
+        """Prepare the networks for adapters that replace each other, before the first is loaded.
 
         Args:
             kwargs: `target_rank`, the highest rank that any of them has, and `check_compiled`, as in diffusers.
@@ -133,7 +133,7 @@ class AdaptersMixin(LoraBaseMixin):
             yield
 
     def _all_unets(self) -> dict[str, StageNetwork]:
-        """The networks that this pipeline has, by component, without torch.compile's wrapper."""
+        """Return the networks that this pipeline has, by component, without torch.compile's wrapper."""
         unets = {name: getattr(self, name, None) for name in self._lora_loadable_modules}
         return {name: unwrap_module(unet) for name, unet in unets.items() if unet is not None}
 
@@ -142,7 +142,7 @@ class AdaptersMixin(LoraBaseMixin):
         return {name: unet for name, unet in self._all_unets().items() if isinstance(unet, PeftAdapterMixin)}
 
     def _check_adaptable(self, components: Iterable[str] | None = None) -> None:
-        """Raises ValueError if one of these components can have no adapters; if None, if no network can."""
+        """Raise ValueError if one of these components can have no adapters; if None, if no network can."""
         if components is None:
             components = [] if self._lora_unets() else self._lora_loadable_modules
         for name, unet in self._all_unets().items():
@@ -150,7 +150,7 @@ class AdaptersMixin(LoraBaseMixin):
                 check_adaptable(name, unet)
 
     def _networks(self) -> "LoraNetworks":
-        """The networks for the methods of diffusers."""
+        """Return the networks for the methods of diffusers."""
         require_peft()
         self._check_adaptable()
         return LoraNetworks(self._lora_unets(), self._merged_adapters)
@@ -169,7 +169,7 @@ class AdaptersMixin(LoraBaseMixin):
         return found
 
     def _checked_adapters(self, adapter_names: list[str] | str) -> list[str]:
-        """Names of adapters as a list."""
+        """Name of adapters as a list."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         if not isinstance(names, (list, tuple)) or not names or not all(isinstance(name, str) for name in names):
             raise bad_argument("adapter_names", adapter_names, "a name or a list of names")
@@ -181,7 +181,7 @@ class AdaptersMixin(LoraBaseMixin):
         return list(names)
 
     def _expanded_weights(self, weights: Any) -> Any:
-        """An adapter's weights as diffusers takes them: a number, or by component a number or numbers by layer."""
+        """Return an adapter's weights as diffusers takes them: a number, or by component a number or numbers by layer."""
         if not isinstance(weights, dict):
             if weights is not None and not is_finite(weights):
                 raise ValueError(f"`adapter_weights` has {weights!r}, but should have numbers.")
@@ -212,7 +212,7 @@ class AdaptersMixin(LoraBaseMixin):
 
 @contextmanager
 def scaled_layers(unets: Iterable[StageNetwork], scale: float) -> Iterator[None]:
-    """Multiplies the weights of all adapters, and puts the old ones back."""
+    """Multiply the weights of all adapters, and puts the old ones back."""
     modules: Iterable[Any] = (module for unet in unets for module in unet.modules())
     layers = [module for module in modules if isinstance(getattr(module, "scaling", None), dict)]
     before = [dict(layer.scaling) for layer in layers]
@@ -236,13 +236,13 @@ class LoraNetworks(LoraBaseMixin):
 
 
 def require_peft() -> None:
-    """Says how to get what adapters need."""
+    """Say how to get what adapters need."""
     if not is_peft_available():
         raise ValueError("LoRA adapters need peft: pip install peft")
 
 
 def check_adaptable(name: str, unet: StageNetwork) -> None:
-    """Raises ValueError for a network without the methods of adapters, which diffusers' `PeftAdapterMixin` has."""
+    """Raise ValueError for a network without the methods of adapters, which diffusers' `PeftAdapterMixin` has."""
     if not isinstance(unet, PeftAdapterMixin):
         raise ValueError(
             f"`{name}` is of {type(unet).__name__}, but should be of a class of diffusers' PeftAdapterMixin to have LoRA "

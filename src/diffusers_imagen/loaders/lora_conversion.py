@@ -83,12 +83,12 @@ class Adapter:
 
 
 def plain_name(name: str) -> str:
-    """A key or a module's name without what torch.compile puts into it."""
+    """Return a key or a module's name without what torch.compile puts into it."""
     return ".".join(part for part in name.split(".") if part != WRAPPER)
 
 
 def split_key(key: str, components: list[str]) -> tuple[str, str, str]:
-    """The component, the layer and the part that a key names; the component is `BARE` if it names none."""
+    """Return the component, the layer and the part that a key names; the component is `BARE` if it names none."""
     name = plain_name(key).removeprefix("module.").removeprefix("base_model.model.")
     method = next((method for pattern, method in OTHER_METHODS.items() if re.search(pattern, name)), None)
     if method is not None:
@@ -110,7 +110,7 @@ def split_key(key: str, components: list[str]) -> tuple[str, str, str]:
 
 
 def group_weights(state_dict: StateDict, components: list[str]) -> dict[str, dict[str, Update]]:
-    """The updates by component and layer, as the keys name them; refuses two keys that say the same."""
+    """Return the updates by component and layer, as the keys name them; refuses two keys that say the same."""
     updates: dict[str, dict[str, Update]] = {}
     for key, value in state_dict.items():
         if not isinstance(key, str):
@@ -136,7 +136,7 @@ def describe_value(value: Any) -> str:
 
 
 def adaptable_layers(unet: nn.Module) -> dict[str, tuple[str, Layer]]:
-    """The layers that an adapter can change: by plain name, the name in the network and the layer without adapters."""
+    """Return the layers that an adapter can change: by plain name, the name in the network and the layer without adapters."""
     layers: dict[str, tuple[str, Layer]] = {}
     inside: list[str] = []
     for name, module in unet.named_modules():
@@ -176,7 +176,7 @@ def named_layers(
 
 
 def without_idle(component: str, idle: set[str], updates: dict[str, Update]) -> dict[str, Update]:
-    """Updates without those of layers that do nothing and are not there, with a warning; see `idle_layers`."""
+    """Update without those of layers that do nothing and are not there, with a warning; see `idle_layers`."""
     kept = {layer: update for layer, update in updates.items() if layer not in idle}
     if kept and len(kept) < len(updates):
         first = next(layer for layer in updates if layer in idle)
@@ -194,7 +194,7 @@ def make_adapter(
     config: dict[str, Any] | None,
     names: Mapping[str, str] | None = None,
 ) -> Adapter:
-    """What peft loads into a network.
+    """Return what peft loads into a network.
 
     Args:
         component (`str`): The network's name, for messages.
@@ -234,7 +234,7 @@ def make_adapter(
 
 
 def place_of(component: str, layers: dict[str, tuple[str, Layer]], layer: str, update: Update) -> str:
-    """The plain name of the layer that is meant."""
+    """Return the plain name of the layer that is meant."""
     found = matches(layers, layer)
     if len(found) == 1:
         return found[0]
@@ -248,7 +248,7 @@ def place_of(component: str, layers: dict[str, tuple[str, Layer]], layer: str, u
 
 
 def matches(layers: dict[str, tuple[str, Layer]], layer: str) -> list[str]:
-    """The plain names that a name may mean, which may be kohya's."""
+    """Return the plain names that a name may mean, which may be kohya's."""
     if layer in layers:
         return [layer]
     flat = layer.removeprefix("lora_unet_")
@@ -256,7 +256,7 @@ def matches(layers: dict[str, tuple[str, Layer]], layer: str) -> list[str]:
 
 
 def fit(layer: str, module: Layer, update: Update) -> StateDict:
-    """The parts of an update in the shapes that peft's layer for `module` has, by the ends of their keys."""
+    """Return the parts of an update in the shapes that peft's layer for `module` has, by the ends of their keys."""
     parts, keys = update.parts, update.keys
     missing = [part for part in (DOWN, UP) if part not in parts]
     if missing:
@@ -303,7 +303,7 @@ def fit(layer: str, module: Layer, update: Update) -> StateDict:
 
 
 def as_precise(key: str, value: torch.Tensor, module: Layer) -> torch.Tensor:
-    """A finite float tensor, at least as precise as the layer's weights, in float32 at most."""
+    """Return a finite float tensor, at least as precise as the layer's weights, in float32 at most."""
     if not value.is_floating_point():
         raise ValueError(f"The LoRA weights have {value.dtype} under '{key}', but should have floats.")
     if value.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -316,7 +316,7 @@ def as_precise(key: str, value: torch.Tensor, module: Layer) -> torch.Tensor:
 
 
 def check_finite(key: str, value: torch.Tensor) -> None:
-    """Raises ValueError for NaN or infinity among weights."""
+    """Raise ValueError for NaN or infinity among weights."""
     if not torch.isfinite(value).all():
         kind = "NaN" if value.isnan().any() else "infinity"
         raise ValueError(f"The LoRA weights have {kind} under '{key}': the file is damaged, or its training diverged.")
@@ -335,7 +335,7 @@ class Settings:
 
     @classmethod
     def read(cls, config: dict[str, Any], component: str) -> "Settings":
-        """Reads peft's settings; refuses values that they cannot have, and those that need other weights."""
+        """Read peft's settings; refuses values that they cannot have, and those that need other weights."""
         kind = getattr(config.get("peft_type"), "value", config.get("peft_type"))
         if kind not in (None, "LORA"):
             raise ValueError(f"`peft_type` of the adapter for {component} is {kind!r}, but should be 'LORA'.")
@@ -375,7 +375,7 @@ class Settings:
         return update.rank
 
     def alpha(self, layer: str, update: Update) -> float:
-        """The lora_alpha of a layer: of its key, of the configuration, or the rank."""
+        """Return the lora_alpha of a layer: of its key, of the configuration, or the rank."""
         told = matching(self.alpha_pattern, layer, self.lora_alpha)
         if ALPHA not in update.parts:
             return update.rank if told is None else told
@@ -390,7 +390,7 @@ class Settings:
 
 
 def number(config: dict[str, Any], name: str, component: str) -> float | None:
-    """A setting that is a finite number, or not there."""
+    """Return a setting that is a finite number, or not there."""
     value = config.get(name)
     if value is None:
         return None
@@ -400,7 +400,7 @@ def number(config: dict[str, Any], name: str, component: str) -> float | None:
 
 
 def patterns(config: dict[str, Any], name: str, component: str) -> dict[str, float]:
-    """A setting that has numbers by regular expression."""
+    """Return a setting that has numbers by regular expression."""
     found = config.get(name)
     if not found:
         return {}
@@ -418,7 +418,7 @@ def patterns(config: dict[str, Any], name: str, component: str) -> dict[str, flo
 
 
 def matching(found: dict[str, float], layer: str, default: float | None) -> float | None:
-    """The number whose pattern matches the end of a layer's name, as peft matches it."""
+    """Return the number whose pattern matches the end of a layer's name, as peft matches it."""
     for pattern, value in found.items():
         plain = pattern.removeprefix("^")
         if re.fullmatch(r"[\w.]+", plain):  # nearly all are, and comparing is a hundred times as fast

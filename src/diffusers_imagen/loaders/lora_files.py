@@ -29,7 +29,7 @@ NO_ADAPTER = ("scheduler", "optimizer", "checkpoint")  # in the names of files, 
 def read_source(
     source: str, weight_name: str | None, use_safetensors: bool | None, has_metadata: bool = False, **hub: Any
 ) -> tuple[StateDict, Metadata]:
-    """The weights, and the configuration that came with them: in the file, or beside it as peft writes it."""
+    """Return the weights, and the configuration that came with them: in the file, or beside it as peft writes it."""
     path = Path(source)
     if os.path.isfile(source):  # False for what is no path at all
         file, config = path, path.with_name(PEFT_CONFIG)
@@ -55,7 +55,7 @@ def read_source(
 
 
 def choose_name(names: list[str], use_safetensors: bool | None, place: str) -> str:
-    """The one file among others that has an adapter's weights."""
+    """Return the one file among others that has an adapter's weights."""
     allowed = (".safetensors",) if use_safetensors else PICKLED if use_safetensors is False else None
     for suffixes, known in (
         ((".safetensors",), (LORA_WEIGHT_NAME_SAFE, PEFT_WEIGHTS)),
@@ -95,7 +95,7 @@ def download(
 
 
 def guess_name(source: str, use_safetensors: bool | None, hub: dict[str, Any]) -> str:
-    """The name of the file of weights in a repository, or without a network the one that training writes."""
+    """Return the name of the file of weights in a repository, or without a network the one that training writes."""
     if hub.get("local_files_only") or constants.HF_HUB_OFFLINE:
         return LORA_WEIGHT_NAME if use_safetensors is False else LORA_WEIGHT_NAME_SAFE
     try:

@@ -11,7 +11,7 @@ PROJECTIONS = {"add_k_proj": "to_k", "add_v_proj": "to_v"}
 
 
 def diffusers_names(unet: nn.Module) -> dict[str, str]:
-    """The layers of a network of DeepFloyd IF's kind by diffusers' name, each with its own; none for other networks."""
+    """Return the layers of a network of DeepFloyd IF's kind by diffusers' name, each with its own; none for other networks."""
     if not isinstance(unet, ImagenUNetModel):
         return {}
     try:
@@ -21,7 +21,7 @@ def diffusers_names(unet: nn.Module) -> dict[str, str]:
 
 
 def top_level_names(unet: nn.Module) -> set[str]:
-    """What the names of a network's layers begin with, up to the first dot; its own, and diffusers' if there are any."""
+    """Return what the names of a network's layers begin with, up to the first dot; its own, and diffusers' if there are any."""
     return {name.partition(".")[0] for name in [*dict(unet.named_children()), *diffusers_names(unet)]}
 
 

@@ -65,23 +65,23 @@ class Snapshot:
 
 
 def copied(value: Any) -> Any:
-    """A copy of what is changed in place, else the value itself."""
+    """Return a copy of what is changed in place, else the value itself."""
     return value.copy() if type(value) in (dict, list, set) else value
 
 
 def own_scaling(layer: "LoraLayer", adapter_name: str) -> float:
-    """What a layer's update is multiplied by at weight 1."""
+    """Return what a layer's update is multiplied by at weight 1."""
     rank = layer.r[adapter_name]
     return layer.lora_alpha[adapter_name] / (math.sqrt(rank) if layer.use_rslora.get(adapter_name) else rank)
 
 
 def adapted_layers(unet: StageNetwork, adapter_name: str) -> "dict[str, LoraLayer]":
-    """The layers that have an adapter of this name."""
+    """Return the layers that have an adapter of this name."""
     return {name: layer for name, layer in unet.named_modules() if adapter_name in getattr(layer, "lora_alpha", {})}
 
 
 def describe_adapter(unet: StageNetwork, adapter_name: str) -> dict[str, Any]:
-    """The configuration to save with an adapter's weights: peft's, but with the ranks and scaling that the layers have.
+    """Return the configuration to save with an adapter's weights: peft's, but with the ranks and scaling that the layers have.
 
     `enable_lora_hotswap` and swapping change the ranks, and leave the scaling as it is.
     """
@@ -107,7 +107,7 @@ def describe_adapter(unet: StageNetwork, adapter_name: str) -> dict[str, Any]:
 
 
 def check_hotswap(component: str, unet: StageNetwork, adapter_name: str, adapter: Adapter) -> None:
-    """Raises ValueError unless an adapter can take the place of one in a network."""
+    """Raise ValueError unless an adapter can take the place of one in a network."""
     layers = adapted_layers(unet, adapter_name)
     config = unet.peft_config[adapter_name]
     missing = [name for name in adapter.config["target_modules"] if name not in layers]
@@ -122,7 +122,7 @@ def check_hotswap(component: str, unet: StageNetwork, adapter_name: str, adapter
 
 
 def hotswap_adapter(unet: StageNetwork, adapter_name: str, adapter: Adapter, low_cpu_mem_usage: bool) -> None:
-    """Puts an adapter's weights in the place of those of one that is there, which `check_hotswap` has passed.
+    """Put an adapter's weights in the place of those of one that is there, which `check_hotswap` has passed.
 
     The scaling of the old one stays, as what is saved and weighed later goes by it: the weights make up for it.
     """
@@ -152,7 +152,7 @@ def hotswap_adapter(unet: StageNetwork, adapter_name: str, adapter: Adapter, low
 
 
 def weights_by_layer(unet: StageNetwork, weights: dict[str, Any], component: str) -> dict[str, float]:
-    """The weight of each adapted layer, 1 where nothing names it; those first that others are a part of.
+    """Return the weight of each adapted layer, 1 where nothing names it; those first that others are a part of.
 
     Args:
         unet (`StageNetwork`): The network.

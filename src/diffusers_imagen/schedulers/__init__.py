@@ -1,4 +1,4 @@
-"""The samplers, as diffusers schedulers."""
+"""Schedulers (samplers), as diffusers schedulers."""
 
 from .scheduling_continuous_ddpm import ContinuousDDPMScheduler
 from .scheduling_edm_adams import EDMAdamsScheduler

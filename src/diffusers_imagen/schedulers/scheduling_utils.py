@@ -1,4 +1,4 @@
-"""What the schedulers of this package share: configuration, how the network was trained, the schedule, a step."""
+"""Base classes of the schedulers: configuration, preconditioning of the network, schedule and step."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -32,8 +32,8 @@ from .schedule_checks import (
 
 
 Generators = torch.Generator | list[torch.Generator] | None
-DISCRETE_SCHEDULERS = tuple(scheduler.name for scheduler in KarrasDiffusionSchedulers)  # whose configurations fit
-# the lowest and the highest value of every number of a configuration: beyond, float64 overflows, or memory ends
+DISCRETE_SCHEDULERS = tuple(scheduler.name for scheduler in KarrasDiffusionSchedulers)  # with compatible configurations
+# the range of every number in a configuration: outside it, float64 overflows or memory runs out
 NUMBERS = {
     "num_train_timesteps": (1, MAX_TRAIN_TIMESTEPS),
     **dict.fromkeys(("sigma_min", "sigma_max", "sigma_data"), (MIN_SIGMA, MAX_SIGMA)),
@@ -54,9 +54,9 @@ class ImagenSchedulerOutput(BaseOutput):
 
     Args:
         prev_sample (`torch.Tensor`, the sample's shape):
-            The sample at the next noise level, the next input of the loop.
+            The sample at the next noise level, the next model input.
         pred_original_sample (`torch.Tensor`, the sample's shape):
-            The denoised image of this call, thresholded as the configuration says; for previews.
+            The denoised image of this call, thresholded according to the configuration; for previews.
     """
 
     prev_sample: torch.Tensor
@@ -65,20 +65,20 @@ class ImagenSchedulerOutput(BaseOutput):
 
 class ImagenScheduler(SchedulerMixin, ConfigMixin):
     """
-    The base of this package's schedulers. It publishes `timesteps`, the values that its network is conditioned on, and
-    holds their EDM noise levels. A subclass has a constructor, `set_timesteps`, `scale_model_input`, `_advance`, the
-    arithmetic of a step, and `_mix`, that of `add_noise`.
+    Base class of this package's schedulers. It has `timesteps`, the conditioning values of the network, and their EDM
+    noise levels. A subclass has a constructor, `set_timesteps`, `scale_model_input`, `_advance`, which computes a step,
+    and `_mix`, which implements `add_noise`.
     """
 
     order = 1
     config: FrozenDict
     init_noise_sigma: float
     num_inference_steps: int | None = None  # None before `set_timesteps`
-    sigmas: torch.Tensor  # (calls + 1,), of the sample that each call takes, and of the last one's result
+    sigmas: torch.Tensor  # (calls + 1,), of each call's sample, and of the final result
     timesteps: torch.Tensor  # (calls,)
     _step_index: int | None
     _begin_index: int | None
-    # of each call, as Python numbers
+    # per call, as Python numbers
     _timestep_values: list[float]
     _c_skip: list[float]
     _c_out: list[float]
@@ -88,17 +88,17 @@ class ImagenScheduler(SchedulerMixin, ConfigMixin):
 
     def _check_config(self) -> None:
         """
-        Raises ValueError for values that no scheduler of this package can have; to be called by `__init__`.
+        Raise ValueError for values that no scheduler of this package supports; called by `__init__`.
 
-        Every value becomes an explicit one: diffusers' `from_config` drops what a live scheduler left at its default,
-        and the other class then takes its own default instead, which can be another noise schedule.
+        Every value is registered explicitly: diffusers' `from_config` drops values that a live scheduler left at their
+        default, and the other class then uses its own default, which may be another noise schedule.
         """
         if "_use_default_values" in self.config:
             self.register_to_config(_use_default_values=[])
         for name, value in dict(self.config).items():
             if name in NUMBERS and not (value is None and name in OPTIONAL_NUMBERS):
                 number = check_config_number(name, value, *NUMBERS[name])
-                if number is not value:  # one of NumPy's, which cannot be saved
+                if number is not value:  # NumPy numbers cannot be saved
                     self.register_to_config(**{name: number})
             elif name in ("thresholding", "clip_sample") and not isinstance(value, bool):
                 raise bad_argument(name, value, "True or False")
@@ -116,7 +116,7 @@ class ImagenScheduler(SchedulerMixin, ConfigMixin):
             raise bad_argument("clip_sample_range", config.clip_sample_range, "above 0")
 
     def _check_beta_config(self) -> None:
-        """Raises ValueError for betas that no network has, or that do not go with its preconditioning."""
+        """Raise ValueError for invalid betas, or for ones that do not match the preconditioning."""
         config = self.config
         kind, when = PRECONDITIONINGS[config.preconditioning], f" with `preconditioning` {config.preconditioning!r}"
         if config.trained_betas is not None:
@@ -132,13 +132,13 @@ class ImagenScheduler(SchedulerMixin, ConfigMixin):
     @classmethod
     def from_config(cls, config=None, return_unused_kwargs=False, **kwargs):
         """
-        As diffusers' `from_config`, with every value of the other scheduler's configuration kept, its defaults too.
+        Create a scheduler like diffusers' `from_config`, but keep all values of the other configuration, with defaults.
 
-        The configuration of a scheduler with discrete betas (DDPM, DDIM, DPM-Solver and their kin) becomes one of
+        The configuration of a scheduler with discrete betas (DDPM, DDIM, DPM-Solver and similar) is converted to
         `preconditioning="discrete"`. Its `variance_type` is dropped: a learned variance is not used here.
 
         Raises:
-            ValueError: for a configuration whose meaning this class cannot keep: betas rescaled to a final SNR of zero,
+            ValueError: for a configuration that this class does not support: betas rescaled to a final SNR of zero,
                 sigmas of flow matching, or sigmas other than the ones of Karras et al. that end in zero.
         """
         if not isinstance(config, dict):
@@ -160,16 +160,16 @@ class ImagenScheduler(SchedulerMixin, ConfigMixin):
         return make_preconditioning(self.config.preconditioning, self.config)
 
     def precondition_noise(self, sigma: float | torch.Tensor) -> torch.Tensor:
-        """The conditioning value of EDM noise levels: `c_noise`, or a variance-preserving network's log-SNR or index."""
+        """Return the conditioning value of EDM noise levels: `c_noise`, log-SNR or index, by the preconditioning."""
         return self._preconditioning.sigma_to_timestep(as_tensor("sigma", sigma))
 
     def timestep_to_sigma(self, timestep: float | torch.Tensor) -> torch.Tensor:
         """
-        The EDM noise level that a conditioning value, as published in `timesteps`, stands for.
+        Return the EDM noise level of a conditioning value, as in `timesteps`.
 
         Raises:
-            ValueError: for integers, unless the network is told an index, for indices beyond those of training, and for
-                half precision, which has lost the noise level.
+            ValueError: for integers, unless the network is conditioned on an index, for indices out of range, and for
+                half precision, which is too coarse.
         """
         timestep = as_tensor("timestep", timestep)
         if self._preconditioning.takes_index:
@@ -192,7 +192,7 @@ class ImagenScheduler(SchedulerMixin, ConfigMixin):
         self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: float | torch.Tensor
     ) -> torch.Tensor:
         """
-        The forward process, for training and for a start from an image: `original_samples + sigma * noise` of the EDM
+        Return the forward process, for training and for a start from an image: `original_samples + sigma * noise` of the EDM
         schedulers, `alpha * original_samples + sigma * noise` of the variance-preserving one.
 
         Args:
@@ -218,7 +218,7 @@ class ImagenScheduler(SchedulerMixin, ConfigMixin):
         return self._mix(original_samples, noise, timesteps)
 
     def _mix(self, x_0: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """The noisy images `(B, ...)` of `add_noise`, at one timestep or `(B,)`."""
+        """Return the noisy images `(B, ...)` of `add_noise`, at one timestep or `(B,)`."""
         raise NotImplementedError
 
     def _threshold(self, x_0: torch.Tensor) -> torch.Tensor:
@@ -242,7 +242,7 @@ class ImagenScheduler(SchedulerMixin, ConfigMixin):
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """
-        Starts the run inside the schedule, for image-to-image; to be called after `set_timesteps`.
+        Start the run inside the schedule, for image-to-image; to be called after `set_timesteps`.
 
         Raises:
             ValueError: if the index is not that of a first call of a step: a multiple of `order`.
@@ -254,7 +254,7 @@ class ImagenScheduler(SchedulerMixin, ConfigMixin):
         self._begin_index = int(begin_index)
 
     def _given_sigmas(self, sigmas: Any, timesteps: Any) -> torch.Tensor:
-        """The caller's own noise levels or conditioning values, as `(N,)` noise levels in float64."""
+        """Return the caller's own noise levels or conditioning values, as `(N,)` noise levels in float64."""
         if timesteps is not None:
             values = as_values("timesteps", timesteps)
             if self._preconditioning.takes_index:
@@ -271,7 +271,7 @@ class ImagenScheduler(SchedulerMixin, ConfigMixin):
         return self.timestep_to_sigma(timesteps)
 
     def _publish(self, sigmas: torch.Tensor, device: str | torch.device | None = None) -> None:
-        """Takes over a schedule, `(calls + 1,)` in float64 on the CPU, and forgets the run before it."""
+        """Take over a schedule, `(calls + 1,)` in float64 on the CPU, and forgets the run before it."""
         self.sigmas = sigmas.to(torch.float32)
         timesteps = self.precondition_noise(sigmas[:-1]).to(torch.float32)
         # the loop reads Python numbers: a tensor on an accelerator would have to be waited for
@@ -281,7 +281,7 @@ class ImagenScheduler(SchedulerMixin, ConfigMixin):
         self._begin_index = None
 
     def index_for_timestep(self, timestep: float | torch.Tensor) -> int | None:
-        """The index of a published timestep, the later one of two equal ones; None for any other value."""
+        """Return the index of a published timestep, the later one of two equal ones; None for any other value."""
         timestep = as_tensor("timestep", timestep)
         if timestep.numel() != 1:
             raise ValueError(f"`timestep` is of shape {tuple(timestep.shape)}, but should be one value.")
@@ -300,7 +300,7 @@ class ImagenScheduler(SchedulerMixin, ConfigMixin):
         return_dict: bool = True,
     ) -> ImagenSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
         """
-        Takes one call of the network into account, and returns the sample for the next one.
+        Take one call of the network into account, and returns the sample for the next one.
 
         Args:
             model_output (`torch.Tensor`):
@@ -334,11 +334,11 @@ class ImagenScheduler(SchedulerMixin, ConfigMixin):
         return ImagenSchedulerOutput(prev_sample=x_next, pred_original_sample=denoised)
 
     def _advance(self, x: torch.Tensor, denoised: torch.Tensor, index: int, generator: Generators) -> torch.Tensor:
-        """The next sample, given the one `x` of call `index` and its denoised image, all `(B, ...)` in one dtype."""
+        """Return the next sample, given the one `x` of call `index` and its denoised image, all `(B, ...)` in one dtype."""
         raise NotImplementedError
 
     def _start_step(self, model_output: torch.Tensor, timestep: float | torch.Tensor, sample: torch.Tensor) -> int:
-        """The index of this call of `step`, after checks of its arguments."""
+        """Return the index of this call of `step`, after checks of its arguments."""
         if self.num_inference_steps is None:
             raise bad_argument("num_inference_steps", None, "set: call `set_timesteps` before `step`")
         check_images(sample=sample, model_output=model_output)
@@ -353,7 +353,7 @@ class ImagenScheduler(SchedulerMixin, ConfigMixin):
         return index
 
     def _start(self, timestep: Any) -> int | None:
-        """The index of this call: the running one, else the one to start at, or None if the timestep names none."""
+        """Return the index of this call: the running one, else the one to start at, or None if the timestep names none."""
         if self._step_index is None and self.num_inference_steps is not None:
             begin = self._begin_index
             self._step_index = begin if begin is not None else self.index_for_timestep(timestep)
@@ -386,12 +386,12 @@ class EDMScheduler(ImagenScheduler):
         self._publish(torch.cat([sigmas, sigmas.new_zeros(1)]))
 
     def _default_sigmas(self, num_steps: int) -> torch.Tensor:
-        """The noise levels of a run of N steps, from `sigma_max` to `sigma_min`: `(N,)` in float64 on the CPU."""
+        """Return the noise levels of a run of N steps, from `sigma_max` to `sigma_min`: `(N,)` in float64 on the CPU."""
         raise NotImplementedError
 
     def _plan_calls(self, sigmas: torch.Tensor) -> torch.Tensor:
         """
-        Keeps what the steps between these noise levels `(N,)` need, sets `init_noise_sigma`, and forgets the run before.
+        Keep what the steps between these noise levels `(N,)` need, sets `init_noise_sigma`, and forgets the run before.
 
         Returns:
             The noise level of the sample that each call of `step` takes, and a final 0: `(calls + 1,)` in float64.
@@ -406,7 +406,7 @@ class EDMScheduler(ImagenScheduler):
         timesteps: list[float] | torch.Tensor | None = None,
     ) -> None:
         """
-        Lays out a run of N steps: `timesteps`, one for each call of the network, and, on the CPU, `sigmas`.
+        Lay out a run of N steps: `timesteps`, one for each call of the network, and, on the CPU, `sigmas`.
 
         `sigmas[i]` is the noise level of the sample that call i of `step` takes, the last one is 0.
 
@@ -437,7 +437,7 @@ class EDMScheduler(ImagenScheduler):
 
     def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor) -> torch.Tensor:
         """
-        The network's input, `c_in(sigma) * sample`, in the sample's shape and dtype.
+        Return the network's input, `c_in(sigma) * sample`, in the sample's shape and dtype.
 
         A timestep that is not of the schedule, or any before `set_timesteps`, is taken for the noise level it names.
         """
@@ -456,7 +456,7 @@ class EDMScheduler(ImagenScheduler):
     def precondition_outputs(
         self, sample: torch.Tensor, model_output: torch.Tensor, sigma: float | torch.Tensor
     ) -> torch.Tensor:
-        """The denoised image, not thresholded, of the network's output at `sample`; `sigma` is one or `(B,)`."""
+        """Return the denoised image, not thresholded, of the network's output at `sample`; `sigma` is one or `(B,)`."""
         check_images(sample=sample, model_output=model_output)
         scalings = self._preconditioning.scalings(edm.per_sample(as_tensor("sigma", sigma, sample), sample))
         return (scalings.c_skip * sample + scalings.c_out * model_output).to(sample.dtype)

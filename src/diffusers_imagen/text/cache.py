@@ -115,7 +115,7 @@ class EmbeddingCache(TextSource):
         return states[:tokens]
 
     def read(self, caption: str) -> tuple[torch.Tensor, int]:
-        """What the cache has of a caption, in its precision, and how many of that are its tokens.
+        """Return what the cache has of a caption, in its precision, and how many of that are its tokens.
 
         Returns:
             Embeddings `(tokens, E)`, or `(max_length, E)` where padding is kept, and the number of tokens.
@@ -146,7 +146,7 @@ class EmbeddingCache(TextSource):
         return stack_unpadded(states, self.max_length, self.width)
 
     def check_encoder(self, identity: dict[str, Any]) -> None:
-        """Refuses a cache of another encoder or length."""
+        """Refuse a cache of another encoder or length."""
         difference = identity_mismatch(self.manifest["encoder"], identity)
         if difference is not None:
             raise ValueError(
@@ -155,7 +155,7 @@ class EmbeddingCache(TextSource):
             )
 
     def check_kind(self, keeps_padding: bool, cleans_captions: bool) -> None:
-        """Refuses a cache of other embeddings than a network reads, in one line that says how to make them."""
+        """Refuse a cache of other embeddings than a network reads, in one line that says how to make them."""
         if (self.keeps_padding, self.cleans_captions) == (keeps_padding, cleans_captions):
             return
         raise ValueError(
@@ -165,7 +165,7 @@ class EmbeddingCache(TextSource):
         )
 
     def for_captions(self, captions: Iterable[str] | None) -> TextSource:
-        """The cache itself; refuses one that lacks captions, or the empty text where that stands for no text."""
+        """Return the cache itself; refuses one that lacks captions, or the empty text where that stands for no text."""
         total, missing = 0, []
         for caption in chain(captions or (), [""] if self.keeps_padding else []):
             total += 1
@@ -179,7 +179,7 @@ class EmbeddingCache(TextSource):
         return self
 
     def verify(self) -> list[str]:
-        """What is wrong with the shards, by checksum and content; empty if nothing is."""
+        """Return what is wrong with the shards, by checksum and content; empty if nothing is."""
         return find_problems(self.folder, self.manifest)
 
     @contextmanager
@@ -196,7 +196,7 @@ class EmbeddingCache(TextSource):
         return self._files[shard]
 
     def _check(self, shard: int) -> None:
-        """Refuses a shard with other bytes than were written; the whole file is read for that."""
+        """Refuse a shard with other bytes than were written; the whole file is read for that."""
         problem = checksum_problem(self.folder, self.manifest["shards"][shard])
         if problem is not None:
             raise ValueError(problem)
@@ -247,7 +247,7 @@ def open_text(
     keeps_padding: bool = False,
     cleans_captions: bool = False,
 ) -> TextSource | None:
-    """What makes the embeddings of a run whose settings are these; None if neither encoder nor cache is given.
+    """Return what makes the embeddings of a run whose settings are these; None if neither encoder nor cache is given.
 
     Args:
         text_encoder (`str`, *optional*): Folder or Hub id.
@@ -325,7 +325,7 @@ class CacheWriter:
         self._clear()
 
     def _begin(self) -> None:
-        """Takes over what is there, and writes the manifest before any shard."""
+        """Take over what is there, and writes the manifest before any shard."""
         found = None
         if (self.folder / MANIFEST).exists():
             found = read_manifest(self.folder, "output_dir")
@@ -341,7 +341,7 @@ class CacheWriter:
         self.close()
 
     def close(self) -> None:
-        """Lets others write into the folder; what was added since the last shard was written is dropped."""
+        """Let others write into the folder; what was added since the last shard was written is dropped."""
         self._hold.release()
         self._clear()
 
@@ -372,7 +372,7 @@ class CacheWriter:
         return caption_key(caption) in self.known
 
     def add(self, captions: list[str], embeds: list[torch.Tensor], lengths: list[int] | None = None) -> None:
-        """Adds the embeddings `(tokens, E)` of captions that are not there yet, all to one shard.
+        """Add the embeddings `(tokens, E)` of captions that are not there yet, all to one shard.
 
         A run that goes on after it was killed thereby encodes the same batches as one that was not: how an encoder rounds
         depends on what is in a batch. Where padding is kept, the embeddings are `(max_length, E)`, and `lengths` says how
@@ -407,7 +407,7 @@ class CacheWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what was added as a shard: beside its place, moved there, and only then named in the manifest."""
+        """Write what was added as a shard: beside its place, moved there, and only then named in the manifest."""
         if not self._keys:
             return
         taken = {shard["file"] for shard in self.manifest["shards"]}
@@ -427,7 +427,7 @@ class CacheWriter:
 
 
 def write_cache(writer: CacheWriter, captions: list[str], encoder: TextEncoder, batch_size: int = 256) -> int:
-    """Encodes the captions that the cache lacks, and the empty text where padding is kept; returns how many they were.
+    """Encode the captions that the cache lacks, and the empty text where padding is kept; returns how many they were.
 
     Args:
         writer (`CacheWriter`): The cache.

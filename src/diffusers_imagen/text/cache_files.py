@@ -51,12 +51,12 @@ class Index(NamedTuple):
 
 
 def is_count(value: Any, lowest: int = 0) -> bool:
-    """Whether a value of a manifest is a whole number."""
+    """Return whether a value of a manifest is a whole number."""
     return type(value) is int and lowest <= value < 2**63
 
 
 def is_checksum(value: Any) -> bool:
-    """Whether a value of a manifest is a SHA-256."""
+    """Return whether a value of a manifest is a SHA-256."""
     return type(value) is str and re.fullmatch(r"[0-9a-f]{64}", value) is not None
 
 
@@ -78,7 +78,7 @@ SHARD_FIELDS = {
 
 
 def is_encoder(value: Any) -> bool:
-    """Whether a value of a manifest describes an encoder."""
+    """Return whether a value of a manifest describes an encoder."""
     return (
         type(value) is dict
         and are_numbers(value.get("weights", []))
@@ -87,7 +87,7 @@ def is_encoder(value: Any) -> bool:
 
 
 def are_numbers(value: Any) -> bool:
-    """Whether a value of a manifest is a list of numbers."""
+    """Return whether a value of a manifest is a list of numbers."""
     return type(value) is list and all(type(number) in (int, float) for number in value)
 
 
@@ -106,12 +106,12 @@ def find_field_problem(value: Any, fields: dict, optional: dict) -> str | None:
 
 
 def keeps_padding(manifest: dict[str, Any]) -> bool:
-    """Whether a cache has embeddings of all positions."""
+    """Return whether a cache has embeddings of all positions."""
     return manifest["encoder"].get("keeps_padding", LATER["keeps_padding"])
 
 
 def check_manifest(manifest: dict[str, Any]) -> None:
-    """Checks the types and ranges of a manifest.
+    """Check the types and ranges of a manifest.
 
     Raises:
         ValueError: Says what is wrong, without the manifest's name.
@@ -130,19 +130,19 @@ def check_manifest(manifest: dict[str, Any]) -> None:
 
 
 def render_manifest(manifest: dict[str, Any]) -> str:
-    """The text of a manifest, with the checksum of its content."""
+    """Return the text of a manifest, with the checksum of its content."""
     content = {key: value for key, value in manifest.items() if key != "sha256"}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return json.dumps(content | {"sha256": hashlib.sha256(text.encode()).hexdigest()}, indent=1) + "\n"
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Writes the manifest of a cache, whole or not at all."""
+    """Write the manifest of a cache, whole or not at all."""
     write_text(folder / MANIFEST, render_manifest(manifest))
 
 
 def read_manifest(folder: Path, argument: str = "embedding_cache") -> dict[str, Any]:
-    """The manifest of a cache.
+    """Return the manifest of a cache.
 
     Args:
         folder (`Path`): The cache.
@@ -173,7 +173,7 @@ def read_manifest(folder: Path, argument: str = "embedding_cache") -> dict[str, 
 
 
 def size_problem(folder: Path, shard: dict[str, Any]) -> str | None:
-    """What is wrong with a shard, as far as a glance tells."""
+    """Return what is wrong with a shard, as far as a glance tells."""
     path = folder / shard["file"]
     if not path.is_file():
         return f"{shard['file']} is missing"
@@ -183,14 +183,14 @@ def size_problem(folder: Path, shard: dict[str, Any]) -> str | None:
 
 
 def checksum_problem(folder: Path, shard: dict[str, Any]) -> str | None:
-    """Whether a shard's content is another than what was written."""
+    """Return whether a shard's content is another than what was written."""
     if sha256(folder / shard["file"]) != shard["sha256"]:
         return f"{shard['file']} has another checksum than {MANIFEST} says"
     return None
 
 
 def content_problem(folder: Path, manifest: dict[str, Any], shard: dict[str, Any]) -> str | None:
-    """What is wrong with a shard, by size, checksums and content."""
+    """Return what is wrong with a shard, by size, checksums and content."""
     try:
         problem = size_problem(folder, shard) or checksum_problem(folder, shard)
         if problem is not None:
@@ -207,14 +207,14 @@ def content_problem(folder: Path, manifest: dict[str, Any], shard: dict[str, Any
 
 
 def find_problems(folder: Path, manifest: dict[str, Any]) -> list[str]:
-    """What is wrong with the shards that a manifest names; empty if nothing is."""
+    """Return what is wrong with the shards that a manifest names; empty if nothing is."""
     shards = tqdm(manifest["shards"], desc="Verifying", mininterval=5)
     problems = [content_problem(folder, manifest, shard) for shard in shards]
     return [problem for problem in problems if problem is not None]
 
 
 def open_shard(folder: Path, shard: dict[str, Any]) -> safe_open:
-    """A shard by memory mapping.
+    """Return a shard by memory mapping.
 
     Raises:
         ValueError: If it is no safetensors file.
@@ -254,12 +254,12 @@ def read_index(folder: Path, manifest: dict[str, Any], shard: dict[str, Any], fi
 
 
 def hash_index(header: bytes, keys: np.ndarray, offsets: np.ndarray) -> str:
-    """The checksum of a shard's index."""
+    """Return the checksum of a shard's index."""
     return hashlib.sha256(header + keys.tobytes() + offsets.tobytes()).hexdigest()
 
 
 def describe_shard(name: str, data: bytes, keys: np.ndarray, offsets: np.ndarray) -> dict[str, Any]:
-    """What the manifest says of a shard whose file is to have this content."""
+    """Return what the manifest says of a shard whose file is to have this content."""
     (length,) = struct.unpack("<Q", data[:8])
     return {
         "file": name,
@@ -272,7 +272,7 @@ def describe_shard(name: str, data: bytes, keys: np.ndarray, offsets: np.ndarray
 
 
 def check_folder(folder: Path) -> None:
-    """Refuses to build a cache where something else is.
+    """Refuse to build a cache where something else is.
 
     A folder without a manifest may have what a build leaves that is killed before it writes one.
 
@@ -293,7 +293,7 @@ def check_folder(folder: Path) -> None:
 
 
 def is_shard(path: Path) -> bool:
-    """Whether a file is a shard of some cache, by its name and its tensors."""
+    """Return whether a file is a shard of some cache, by its name and its tensors."""
     if not SHARD.fullmatch(path.name) or not path.is_file():
         return False
     try:
@@ -303,7 +303,7 @@ def is_shard(path: Path) -> bool:
 
 
 def hold_cache(folder: Path) -> FolderHold:
-    """Keeps other builds out of a folder; readers need not ask.
+    """Keep other builds out of a folder; readers need not ask.
 
     Raises:
         ValueError: If something else is in it, or another process builds a cache there.
@@ -313,7 +313,7 @@ def hold_cache(folder: Path) -> FolderHold:
 
 
 def remove_leftovers(folder: Path, manifest: dict[str, Any]) -> None:
-    """Removes what killed builds left: half-written files, and shards that the manifest does not name."""
+    """Remove what killed builds left: half-written files, and shards that the manifest does not name."""
     named = {shard["file"] for shard in manifest["shards"]}
     for name in os.listdir(folder):
         if LEFTOVER.fullmatch(name) or (SHARD.fullmatch(name) and name not in named):

@@ -34,7 +34,7 @@ def clean_captions(texts: list[str]) -> list[str]:
 
 
 def clean_caption(text: str) -> str:
-    """A single text, cleaned."""
+    """Return a single text, cleaned."""
     text = text[:MAX_CLEANED]
     if LONG_NUMBER.search(text):
         return plain_caption(text)
@@ -45,13 +45,13 @@ def clean_caption(text: str) -> str:
 
 
 def plain_caption(text: str) -> str:
-    """The form of a text that needs no packages."""
+    """Return the form of a text that needs no packages."""
     return text.lower().strip()
 
 
 @functools.cache
 def warn_of_missing_packages() -> None:
-    """Says once that texts are not quite those of training."""
+    """Say once that texts are not quite those of training."""
     logger.warning(
         "Texts are only put in lower case and stripped, because beautifulsoup4 or ftfy is not installed; "
         "`pip install diffusers-imagen[deepfloyd]` cleans them as DeepFloyd IF was trained."

@@ -17,7 +17,7 @@ MOST_SPECIAL = 1000  # a tokenizer of more tokens has some for text; looking at 
 
 
 def refuse_random_weights(description: str, missing: Iterable[str]) -> None:
-    """Raises ValueError for a text encoder whose checkpoint lacks weights that its embeddings depend on."""
+    """Raise ValueError for a text encoder whose checkpoint lacks weights that its embeddings depend on."""
     missing = sorted(name for name in missing if not UNREAD.search(name))
     if missing:
         raise ValueError(
@@ -27,7 +27,7 @@ def refuse_random_weights(description: str, missing: Iterable[str]) -> None:
 
 
 def refuse_empty_vocabulary(description: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises ValueError for a tokenizer whose file of the vocabulary was missing: to it, all texts are the same unknown one."""
+    """Raise ValueError for a tokenizer whose file of the vocabulary was missing: to it, all texts are the same unknown one."""
     if len(tokenizer) > MOST_SPECIAL:
         return
     pieces = [

@@ -58,7 +58,7 @@ class TextEncoder(TextSource):
         cleans_captions: bool = False,
         **kwargs: Any,
     ) -> "TextEncoder":
-        """An encoder that is in memory only while it is used.
+        """Return an encoder that is in memory only while it is used.
 
         Args:
             name (`str`): Folder or Hub id, with `text_encoder/` and `tokenizer/` or with the model itself.
@@ -107,12 +107,12 @@ class TextEncoder(TextSource):
         return encoder_width(self.model.config)
 
     def identity(self) -> dict[str, Any]:
-        """What tells this encoder from others: kind, sizes, vocabulary, limit, a sample of weights, and how it is used."""
+        """Return what tells this encoder from others: kind, sizes, vocabulary, limit, a sample of weights, and how it is used."""
         self._identity = self._identity or describe_encoder(self.tokenizer, self.model)
         return {**self._identity, "keeps_padding": self.keeps_padding, "cleans_captions": self.cleans_captions}
 
     def release(self) -> None:
-        """Takes a network out of memory that can be loaded again."""
+        """Take a network out of memory that can be loaded again."""
         if self._load is not None:
             self._model = None
             free_memory()
@@ -202,7 +202,7 @@ def text_lengths(text: TextEmbeddings) -> list[int]:
 
 
 def keep_in_fp32(text_encoder: PreTrainedModel | None) -> None:
-    """Keeps in float32 the layers of an encoder that float16 is too narrow for: `wo` of T5.
+    """Keep in float32 the layers of an encoder that float16 is too narrow for: `wo` of T5.
 
     transformers does so when it loads the encoder in float16, but `.to(torch.float16)` undoes it, and the embeddings
     overflow (diffusers issue 8604).

@@ -17,7 +17,7 @@ NO_LIMIT = 1_000_000  # transformers writes 1e30 where a tokenizer's length was 
 
 
 def load_tokenizer(name: str, max_length: int | None = None, **hub: Any) -> tuple[PreTrainedTokenizerBase, str]:
-    """The tokenizer of a pipeline folder or of a model, and the subfolder that the encoder is in.
+    """Return the tokenizer of a pipeline folder or of a model, and the subfolder that the encoder is in.
 
     Args:
         name (`str`): Folder or Hub id.
@@ -61,7 +61,7 @@ def load_tokenizer(name: str, max_length: int | None = None, **hub: Any) -> tupl
 
 
 def load_tokenizer_of_pipeline(source: str, hub: dict[str, Any]) -> PreTrainedTokenizerBase:
-    """The tokenizer in `tokenizer/` of a folder or Hub id, with the limit that it was saved with."""
+    """Return the tokenizer in `tokenizer/` of a folder or Hub id, with the limit that it was saved with."""
     if not os.path.isdir(source):
         # AutoTokenizer looks for more than there is, and offline takes that for an error
         source = snapshot_download(source, allow_patterns="tokenizer/*", **for_huggingface_hub(hub))
@@ -76,7 +76,7 @@ def load_encoder(
     dtype: torch.dtype | str,
     **kwargs: Any,
 ) -> PreTrainedModel:
-    """The frozen encoder alone: of T5 and its like, whose AutoModel has a decoder too, the class without it.
+    """Return the frozen encoder alone: of T5 and its like, whose AutoModel has a decoder too, the class without it.
 
     `dtype` is that of the weights, or "auto": as they were saved. `kwargs` are for `from_pretrained`. A quantized encoder
     is loaded to its device, as it cannot be moved there.
@@ -121,7 +121,7 @@ def load_encoder(
 
 
 def load_text(name: str, max_length: int | None = None) -> dict[str, Any]:
-    """A pipeline's `text_encoder`, in the type that its weights have, and `tokenizer`; ValueError as above.
+    """Return a pipeline's `text_encoder`, in the type that its weights have, and `tokenizer`; ValueError as above.
 
     Args:
         name (`str`): Folder or Hub id, of a pipeline or of a model.

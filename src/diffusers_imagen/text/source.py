@@ -50,24 +50,24 @@ class TextSource(ABC):
         return TextEmbeddings(*(torch.cat(tensors) for tensors in zip(*parts)))
 
     def no_text(self, text: TextEmbeddings) -> TextEmbeddings:
-        """What stands for the absence of text beside `text`: zeros, or the empty text where padding is attended to."""
+        """Return what stands for the absence of text beside `text`: zeros, or the empty text where padding is attended to."""
         if not self.keeps_padding:
             return without_text(text)
         return self.encode([""]).repeated(len(text.embeds))
 
     def __contains__(self, text: str) -> bool:
-        """Whether `encode` takes this text."""
+        """Return whether `encode` takes this text."""
         return True
 
     def identity(self) -> dict[str, Any] | None:
-        """What tells the encoder from others, in JSON's types; None if that is not known."""
+        """Return what tells the encoder from others, in JSON's types; None if that is not known."""
         return None
 
     def release(self) -> None:
-        """Frees the memory of the encoder; it comes back when it is needed."""
+        """Free the memory of the encoder; it comes back when it is needed."""
 
     def for_captions(self, captions: Iterable[str] | None) -> "TextSource":
-        """What batches of these captions are encoded with; None are those of a stream, which are not known before.
+        """Return what batches of these captions are encoded with; None are those of a stream, which are not known before.
 
         All are encoded now if their embeddings fit in memory, or else each batch's when it is drawn.
         """

@@ -16,7 +16,7 @@ class TextEmbeddings(NamedTuple):
     mask: torch.Tensor  # (B, L) bool, True where a token counts
 
     def for_pipeline(self, negative: "TextEmbeddings | None" = None) -> dict[str, torch.Tensor]:
-        """The arguments of a pipeline's call.
+        """Return the arguments of a pipeline's call.
 
         Args:
             negative ([`TextEmbeddings`], *optional*): Of negative prompts, one for each prompt or one for all; of no
@@ -37,7 +37,7 @@ class TextEmbeddings(NamedTuple):
         }
 
     def repeated(self, number: int) -> "TextEmbeddings":
-        """A single text as a batch of as many; a batch of that size as it is."""
+        """Return a single text as a batch of as many; a batch of that size as it is."""
         return TextEmbeddings(*(tensor.expand(number, *tensor.shape[1:]) for tensor in self))
 
 
@@ -47,7 +47,7 @@ def zero_padding(embeds: torch.Tensor, mask: torch.Tensor) -> TextEmbeddings:
 
 
 def pad_tokens(text: TextEmbeddings, length: int) -> TextEmbeddings:
-    """Adds padding until there are `length` tokens."""
+    """Add padding until there are `length` tokens."""
     missing = length - text.mask.shape[1]
     return TextEmbeddings(functional.pad(text.embeds, (0, 0, 0, missing)), functional.pad(text.mask, (0, missing)))
 
@@ -69,7 +69,7 @@ def stack_unpadded(texts: list[torch.Tensor], length: int, width: int) -> TextEm
 
 
 def without_text(text: TextEmbeddings) -> TextEmbeddings:
-    """What stands for no text beside a prompt: zeros under the prompt's mask, as `drop_text` shows them in training."""
+    """Return what stands for no text beside a prompt: zeros under the prompt's mask, as `drop_text` shows them in training."""
     return TextEmbeddings(torch.zeros_like(text.embeds), text.mask)
 
 

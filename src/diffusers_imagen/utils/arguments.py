@@ -11,7 +11,7 @@ SHOWN_CHARACTERS = 120
 
 
 def shown(value: Any) -> str:
-    """A value for a message: short, however large the value is, and for any object."""
+    """Return a value for a message: short, however large the value is, and for any object."""
     shape = getattr(value, "shape", None)
     if isinstance(shape, tuple) and shape:
         return f"a {type(value).__name__} of shape {tuple(shape)}"
@@ -25,40 +25,40 @@ def shown(value: Any) -> str:
 
 
 def bad_argument(name: str, value: Any, expected: str) -> ValueError:
-    """The error of a wrong argument, in the one form that this package has."""
+    """Return the error of a wrong argument, in the one form that this package has."""
     return ValueError(f"`{name}` is {shown(value)}, but should be {expected}.")
 
 
 def check_choice(name: str, value: Any, choices: Collection[str | None], when: str = "") -> None:
-    """Raises ValueError, which names the choices that there are `when` something is given, for any other value."""
+    """Raise ValueError, which names the choices that there are `when` something is given, for any other value."""
     if not isinstance(value, (str, NoneType)) or value not in choices:
         raise bad_argument(name, value, f"one of {', '.join(map(repr, choices))}{when}")
 
 
 def check_exactly_one(**values: Any) -> None:
-    """Raises ValueError unless one of the arguments is given, and the others are None."""
+    """Raise ValueError unless one of the arguments is given, and the others are None."""
     if sum(value is not None for value in values.values()) != 1:
         names, given = (", ".join(texts) for texts in ([f"`{name}`" for name in values], map(shown, values.values())))
         raise ValueError(f"Exactly one of {names} should be given, but they are {given}.")
 
 
 def is_integer(value: Any) -> bool:
-    """Whether a value is a whole number of Python's or NumPy's kinds, and no boolean."""
+    """Return whether a value is a whole number of Python's or NumPy's kinds, and no boolean."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a real number of Python's or NumPy's kinds, and no boolean; NaN and infinity are."""
+    """Return whether a value is a real number of Python's or NumPy's kinds, and no boolean; NaN and infinity are."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def is_finite(value: Any) -> bool:
-    """Whether a value is a number of `is_number`, and a finite one in floating point."""
+    """Return whether a value is a number of `is_number`, and a finite one in floating point."""
     return is_number(value) and math.isfinite(to_float(value))
 
 
 def as_integer(name: str, value: Any, minimum: int = 1, maximum: int | None = None) -> int:
-    """A whole number as an `int`.
+    """Return a whole number as an `int`.
 
     Raises:
         ValueError: If it is none, or not between the bounds; names the argument.
@@ -70,7 +70,7 @@ def as_integer(name: str, value: Any, minimum: int = 1, maximum: int | None = No
 
 
 def as_number(name: str, value: Any, minimum: float = -math.inf, maximum: float = math.inf) -> float:
-    """A finite number as a `float`.
+    """Return a finite number as a `float`.
 
     Raises:
         ValueError: If it is none, or not between the bounds; names the argument.
@@ -82,7 +82,7 @@ def as_number(name: str, value: Any, minimum: float = -math.inf, maximum: float 
 
 
 def to_float(value: Any) -> float:
-    """A number as a `float`; infinite where an integer is beyond floating point."""
+    """Return a number as a `float`; infinite where an integer is beyond floating point."""
     try:
         return float(value)
     except OverflowError:

@@ -20,7 +20,7 @@ EXPECTED = (ValueError, OSError, FloatingPointError, MemoryError, DecompressionB
 
 
 def run_to_exit_code(run: Callable[[], int | None], program: str) -> int:
-    """Calls a command; an expected error is one line on stderr and exit code 2, an interruption exit code 130."""
+    """Call a command; an expected error is one line on stderr and exit code 2, an interruption exit code 130."""
     try:
         code = run() or 0
         sys.stdout.flush()
@@ -38,7 +38,7 @@ def run_to_exit_code(run: Callable[[], int | None], program: str) -> int:
 
 
 def give_up_broken_stdout() -> None:
-    """Lets an output that nobody reads, or that is full, end without a second error when the interpreter closes it."""
+    """Let an output that nobody reads, or that is full, end without a second error when the interpreter closes it."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError):
@@ -46,7 +46,7 @@ def give_up_broken_stdout() -> None:
 
 
 def describe(error: BaseException) -> str | None:
-    """An error as one line; None for an error that nobody expects."""
+    """Return an error as one line; None for an error that nobody expects."""
     if isinstance(error, BrokenPipeError):
         return "the output was closed before everything was written to it."
     if isinstance(error, HfHubHTTPError):
@@ -65,18 +65,18 @@ def describe(error: BaseException) -> str | None:
 
 
 def of_file(error: OSError) -> str:
-    """The file that an error of the operating system is about."""
+    """Return the file that an error of the operating system is about."""
     return f": '{error.filename}'" if error.filename else ""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether it is torch's error for a full GPU, or for more than the CPU's memory."""
+    """Return whether it is torch's error for a full GPU, or for more than the CPU's memory."""
     # torch takes seconds to import, and need not be
     return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate" in str(error)
 
 
 def one_line(error: BaseException) -> str:
-    """The text of an error in one line; of one that a DataLoader's worker met, without its traceback."""
+    """Return the text of an error in one line; of one that a DataLoader's worker met, without its traceback."""
     text = str(error).strip()
     if text.startswith("Caught ") and "\nOriginal Traceback (most recent call last):\n" in text:
         text = text.splitlines()[-1].partition(": ")[2]
@@ -84,7 +84,7 @@ def one_line(error: BaseException) -> str:
 
 
 def describe_fault(error: Exception) -> str:
-    """The first line of an error that a library met in a file, with its kind where the text alone says little."""
+    """Return the first line of an error that a library met in a file, with its kind where the text alone says little."""
     lines = str(error).strip().splitlines()
     kind = "" if isinstance(error, (OSError, ValueError)) and lines else f"{type(error).__name__}: "
     return kind + (lines[0][:300] if lines else "")

@@ -64,7 +64,7 @@ def partial_of(path: Path) -> Path:
 
 
 def remove(path: Path) -> None:
-    """Deletes a file or a folder, if it is there. It is gone from its place at once: nobody finds half of it."""
+    """Delete a file or a folder, if it is there. It is gone from its place at once: nobody finds half of it."""
     if path.exists():
         doomed = path.with_name(f".{path.name}.removed.partial")
         os.replace(path, doomed)
@@ -72,7 +72,7 @@ def remove(path: Path) -> None:
 
 
 def check_writable(path: PathLike, name: str) -> None:
-    """Finds out whether a file can be written, by writing a few bytes beside it; folders that lack are not made.
+    """Find out whether a file can be written, by writing a few bytes beside it; folders that lack are not made.
 
     Args:
         path (`str` or `os.PathLike`): The file, which may be there already.
@@ -117,7 +117,7 @@ def check_new_folder(path: PathLike, name: str) -> None:
 
 
 def check_folder(path: PathLike, name: str) -> None:
-    """Finds out, without a change, whether files can be written into a folder, which need not be there yet.
+    """Find out, without a change, whether files can be written into a folder, which need not be there yet.
 
     Args:
         path (`str` or `os.PathLike`): The folder.
@@ -144,7 +144,7 @@ def check_folder(path: PathLike, name: str) -> None:
 
 @contextmanager
 def refusing(path: PathLike, name: str) -> Iterator[None]:
-    """Turns an OSError into a ValueError that names the argument."""
+    """Turn an OSError into a ValueError that names the argument."""
     try:
         yield
     except OSError as error:
@@ -152,7 +152,7 @@ def refusing(path: PathLike, name: str) -> Iterator[None]:
 
 
 def nearest_existing(path: PathLike) -> Path:
-    """The path, or the nearest folder above it that there is, be it a link to nothing; OSError as in `check_name`."""
+    """Return the path, or the nearest folder above it that there is, be it a link to nothing; OSError as in `check_name`."""
     path = Path(path).absolute()
     while not os.path.lexists(path):
         check_name(path)
@@ -161,7 +161,7 @@ def nearest_existing(path: PathLike) -> Path:
 
 
 def check_name(path: Path) -> None:
-    """Raises OSError for a name that no file of a file system can have, whether its folder is there or not."""
+    """Raise OSError for a name that no file of a file system can have, whether its folder is there or not."""
     if len(os.fsencode(path.name)) > 255:
         raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), str(path))
     try:
@@ -171,24 +171,24 @@ def check_name(path: Path) -> None:
 
 
 def describe_kind(mode: int) -> str:
-    """What is in the place of a file, of the mode that `os.stat` tells."""
+    """Return what is in the place of a file, of the mode that `os.stat` tells."""
     kinds = {"a folder": stat.S_ISDIR, "a FIFO": stat.S_ISFIFO, "a socket": stat.S_ISSOCK}
     return next((kind for kind, matches in kinds.items() if matches(mode)), "a device")
 
 
 def write_text(path: PathLike, text: str) -> None:
-    """Writes a text file in UTF-8, whole or not at all."""
+    """Write a text file in UTF-8, whole or not at all."""
     with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: PathLike, value: Any, indent: int = 2) -> None:
-    """Writes a JSON file, whole or not at all."""
+    """Write a JSON file, whole or not at all."""
     write_text(path, json.dumps(value, indent=indent) + "\n")
 
 
 def read_json_object(path: PathLike) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Return the object in a JSON file.
 
     Raises:
         ValueError: If the file cannot be read, is not JSON, or holds something else than an object; names the file.
@@ -203,7 +203,7 @@ def read_json_object(path: PathLike) -> dict[str, Any]:
 
 
 def sync(path: PathLike) -> None:
-    """Waits until a file is on the disk."""
+    """Wait until a file is on the disk."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 
@@ -258,7 +258,7 @@ class FolderHold:
             raise
 
     def release(self) -> None:
-        """Lets others have the folder; a second call does nothing."""
+        """Let others have the folder; a second call does nothing."""
         if self._lock.is_locked:
             (self.folder / OWNER).unlink(missing_ok=True)
             self._lock.release()

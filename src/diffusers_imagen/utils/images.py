@@ -1,4 +1,4 @@
-"""The one reader of pictures, for training, pipelines and commands: any mode and depth to upright RGB.
+"""The one reader of images, for training, pipelines and commands: any mode and depth to upright RGB.
 
 Every failure is a `BadImage` that says why; nothing is opened that is no regular file, and no other program is called.
 """
@@ -17,9 +17,9 @@ PictureSource = str | os.PathLike | bytes | Image.Image
 
 # EPS and WMF are drawn by other programs, FITS is unpacked without a limit, and of the others Pillow knows the name only
 REFUSED_FORMATS = {"EPS", "WMF", "FITS", "BUFR", "GRIB", "HDF5", "MPEG"}
-# pictures to everybody, but not to Pillow alone: they are counted, and named when they cannot be read
+# images to everybody, but not to Pillow alone: they are counted, and named when they cannot be read
 FOREIGN_EXTENSIONS = {".heic", ".heif", ".jxl", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw"}
-NEARLY_ONE = 2.0  # floating-point pictures up to here are in [0, 1], where sharpening may have overshot
+NEARLY_ONE = 2.0  # floating-point images up to here are in [0, 1], where sharpening may have overshot
 NEARLY_ZERO = -1 / 510  # what rounds to 0
 
 
@@ -28,14 +28,14 @@ class BadImage(ValueError):
 
 
 def read_image(source: PictureSource, background: str = "white") -> Image.Image:
-    """A picture, upright, as RGB.
+    """Return an image, upright, as RGB.
 
     Args:
-        source (`str`, `os.PathLike`, `bytes` or `PIL.Image.Image`): A file, the bytes of one, or a picture of any mode.
+        source (`str`, `os.PathLike`, `bytes` or `PIL.Image.Image`): A file, the bytes of one, or an image of any mode.
         background (`str`): Colour behind what is transparent.
 
     Raises:
-        BadImage: If it cannot be read to the end, or holds values that no picture has.
+        BadImage: If it cannot be read to the end, or holds values that no image has.
     """
     if isinstance(source, Image.Image):
         return _decode(source, background)
@@ -58,7 +58,7 @@ def open_image(source: PictureSource) -> Image.Image:
 
 
 def check_regular(path: str | os.PathLike) -> None:
-    """Refuses what is no regular file, before it is opened: reading a pipe or a device may never end.
+    """Refuse what is no regular file, before it is opened: reading a pipe or a device may never end.
 
     Raises:
         BadImage: If there is a folder, pipe, socket or device.
@@ -79,7 +79,7 @@ def readable_formats() -> tuple[str, ...]:
 
 @cache
 def picture_extensions() -> frozenset[str]:
-    """Endings of files that count as pictures, in lower case, with their dot."""
+    """Endings of files that count as images, in lower case, with their dot."""
     formats = set(readable_formats())
     known = {extension for extension, name in Image.registered_extensions().items() if name in formats}
     return frozenset(known | FOREIGN_EXTENSIONS)
@@ -120,7 +120,7 @@ def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """A picture of one channel in integers of 16 or 32 bits, or in floating point, as L; LA if a value is transparent."""
+    """Return an image of one channel in integers of 16 or 32 bits, or in floating point, as L; LA if a value is transparent."""
     values = np.asarray(image)
     white = white_of_floats(values) if image.mode == "F" else white_of_integers(values)
     pixels = (values * np.float32(255 / white)).round().clip(0, 255).astype(np.uint8)
@@ -132,7 +132,7 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
 
 
 def white_of_integers(values: Any) -> int:
-    """The value that stands for white, 255 or 65535: by the type, or of a wider one by the largest value.
+    """Return the value that stands for white, 255 or 65535: by the type, or of a wider one by the largest value.
 
     Args:
         values (`np.ndarray`): Integers.
@@ -149,7 +149,7 @@ def white_of_integers(values: Any) -> int:
 
 
 def white_of_floats(values: Any) -> int:
-    """The value that stands for white in a floating-point picture, by the largest value: 1, 255 or 65535.
+    """Return the value that stands for white in a floating-point image, by the largest value: 1, 255 or 65535.
 
     Raises:
         BadImage: If values are not finite, negative, or above 65535.

@@ -10,17 +10,17 @@ from transformers.utils import logging as transformers_logging
 
 
 def unwrapped(module: Any) -> Any:
-    """The network that `torch.compile` wrapped; anything else as it is."""
+    """Return the network that `torch.compile` wrapped; anything else as it is."""
     return module._orig_mod if is_compiled_module(module) else module
 
 
 def is_offloaded(module: torch.nn.Module) -> bool:
-    """Whether weights may be elsewhere, with the meta device in their place."""
+    """Return whether weights may be elsewhere, with the meta device in their place."""
     return any(hasattr(part, "_hf_hook") for part in module.modules())
 
 
 def is_quantized(module: torch.nn.Module) -> bool:
-    """Whether a library holds weights in its own form, as bitsandbytes and torchao do, and not as floating-point numbers."""
+    """Return whether a library holds weights in its own form, as bitsandbytes and torchao do, and not as floating-point numbers."""
     return getattr(module, "hf_quantizer", None) is not None
 
 
@@ -33,12 +33,12 @@ def memory_of(tensor: torch.Tensor) -> int:
 
 
 def first_names(names: list[str]) -> str:
-    """A few of many names."""
+    """Return a few of many names."""
     return ", ".join(names[:3]) + (" and others" if len(names) > 3 else "")
 
 
 def find_not_finite(module: torch.nn.Module) -> str | None:
-    """The name of the first weight or buffer that holds NaN or infinity, of those that are not offloaded elsewhere.
+    """Return the name of the first weight or buffer that holds NaN or infinity, of those that are not offloaded elsewhere.
 
     Quantized weights are passed over, which are integers, or of torchao's kinds of tensor, that call themselves floats.
     """

@@ -11,7 +11,7 @@ Result = TypeVar("Result")
 
 
 def on_main_process(state: Accelerator | PartialState, do: Callable[[], Result]) -> Result:
-    """Calls a function in the main process; the others get what it returns, or raise what it raises, so that all of
+    """Call a function in the main process; the others get what it returns, or raise what it raises, so that all of
     them go on or all end. All processes call this."""
     result: Any = None
     failure = None

@@ -17,7 +17,7 @@ Kind = tuple[torch.dtype, tuple[int, ...]]
 
 
 def write_tensors(path: Path, kinds: Mapping[str, Kind], tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
-    """Writes a safetensors file.
+    """Write a safetensors file.
 
     Args:
         path (`Path`): The file.
@@ -92,5 +92,5 @@ def read_tensors(path: Path, kinds: Mapping[str, tuple[Kind, int]], names: Itera
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The numbers of a tensor, one after another."""
+    """Return the numbers of a tensor, one after another."""
     return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data

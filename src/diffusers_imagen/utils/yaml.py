@@ -15,7 +15,7 @@ STRING, INTEGER = "tag:yaml.org,2002:str", "tag:yaml.org,2002:int"
 
 
 def read_yaml(path: str | os.PathLike, name: str, number_keys: bool = False) -> Any:
-    """The content of a YAML file: dicts with strings as keys, lists, strings, numbers, booleans, dates and None.
+    """Return the content of a YAML file: dicts with strings as keys, lists, strings, numbers, booleans, dates and None.
 
     Args:
         path (`str` or `os.PathLike`): The file.
@@ -37,7 +37,7 @@ def read_yaml(path: str | os.PathLike, name: str, number_keys: bool = False) -> 
 
 
 def read_bytes(path: Path) -> bytes:
-    """A file that is small enough."""
+    """Return a file that is small enough."""
     if not path.exists():
         raise ValueError("there is no such file")
     if not path.is_file():  # reading a FIFO or a device may have no end
@@ -50,7 +50,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def load(content: bytes, number_keys: bool = False) -> Any:
-    """The value of a YAML document."""
+    """Return the value of a YAML document."""
     loader = BoundedLoader(content)
     loader.number_keys = number_keys
     try:
@@ -95,7 +95,7 @@ class BoundedLoader(yaml.SafeLoader):
 
 
 def count_values(root: yaml.Node) -> None:
-    """Refuses a document that is too large with its aliases followed, or contains itself."""
+    """Refuse a document that is too large with its aliases followed, or contains itself."""
     counts: dict[yaml.Node, int] = {}  # 0: being counted
 
     def count(node: yaml.Node) -> int:
@@ -112,14 +112,14 @@ def count_values(root: yaml.Node) -> None:
 
 
 def children(node: yaml.Node) -> list[yaml.Node]:
-    """The nodes right below one."""
+    """Return the nodes right below one."""
     if isinstance(node, yaml.MappingNode):
         return [part for pair in node.value for part in pair]
     return node.value if isinstance(node, yaml.SequenceNode) else []
 
 
 def refusal(problem: str, mark: yaml.Mark) -> yaml.MarkedYAMLError:
-    """An error that tells the line."""
+    """Return an error that tells the line."""
     return yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
 
 
