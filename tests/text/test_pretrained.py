@@ -86,11 +86,11 @@ def test_a_run_keeps_the_encoder_only_where_it_encodes_each_batch(folder, make_c
 def test_what_is_no_encoder_is_named(folder, tmp_path, tokenizer):
     with pytest.raises(ValueError, match=f"`text_encoder` is '{tmp_path}', which has no tokenizer"):
         TextEncoder.from_pretrained(str(tmp_path))
-    with pytest.raises(ValueError, match="`tokenizer_max_length` is 9, but the tokenizer of .* ends at 8"):
+    with pytest.raises(ValueError, match="`tokenizer_max_length` is 9, but the tokenizer of .* has the limit 8"):
         TextEncoder.from_pretrained(folder, max_length=9)
     tokenizer.model_max_length = 10**30
     tokenizer.save_pretrained(tmp_path / "endless" / "tokenizer")
-    with pytest.raises(ValueError, match="has no limit of tokens: give `tokenizer_max_length`"):
+    with pytest.raises(ValueError, match="has no maximum length: set `tokenizer_max_length`"):
         TextEncoder.from_pretrained(str(tmp_path / "endless"))
     endless = TextEncoder.from_pretrained(str(tmp_path / "endless"), max_length=8)
     with pytest.raises(ValueError, match="which has no encoder that can be loaded"):
@@ -133,7 +133,7 @@ def test_weights_that_no_state_depends_on_may_be_missing(folder, tokenizer, text
 def test_a_tokenizer_with_more_tokens_than_the_encoder_knows_is_refused(folder, tokenizer):
     tokenizer.add_tokens(["another"])
     tokenizer.save_pretrained(f"{folder}/tokenizer")
-    with pytest.raises(ValueError, match="whose tokenizer has 13 tokens, but its encoder knows 12"):
+    with pytest.raises(ValueError, match="whose tokenizer has 13 tokens, but its encoder 12"):
         TextEncoder.from_pretrained(folder).encode(CAPTIONS)
 
 

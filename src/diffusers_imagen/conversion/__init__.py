@@ -1,4 +1,4 @@
-"""Checkpoints and configurations of other implementations, read as data."""
+"""Conversion of checkpoints and configurations of other implementations, without executing code from files."""
 
 from .deepfloyd import unet_from_deepfloyd, unet_to_deepfloyd
 from .deepfloyd_pipelines import pipeline_to_deepfloyd

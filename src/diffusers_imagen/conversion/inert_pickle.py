@@ -1,9 +1,9 @@
-"""Pickles read as data: what a file asks to be called is noted, and never called.
+"""Safe reading of pickles: calls in a file are recorded and never executed.
 
-`pickletools` of the standard library takes a pickle apart; the few opcodes that dictionaries, lists, numbers, text,
-arrays and tensors need are carried out here, with stand-ins in place of classes and functions. No object of NumPy or
-torch is made, called or changed. Each opcode takes a bounded time and makes no more than its own bytes; keys of
-dictionaries are text, so that no file decides how anything is hashed or compared.
+The standard library's `pickletools` parses a pickle; the few opcodes that dictionaries, lists, numbers, text, arrays
+and tensors need are implemented here, with placeholders for classes and functions. No object of NumPy or torch is
+created, called or changed. Each opcode takes bounded time and creates no more than its own bytes; keys of
+dictionaries are text, so that no file controls hashing or comparison.
 """
 
 import pickletools
@@ -13,8 +13,8 @@ from io import BytesIO
 from typing import Any, NamedTuple
 
 
-MAX_OPCODES = 2**16  # a dictionary of NeMo's has some dozens
-# how the functions and classes are called that arrays and tensors are made of; a file that names others is refused
+MAX_OPCODES = 2**16  # a dictionary of NeMo has some dozens
+# names of the functions and classes used to build arrays and tensors; a file with others is rejected
 KINDS = {
     ("numpy", "ndarray"): "ndarray",
     ("numpy", "dtype"): "dtype",
@@ -32,7 +32,7 @@ for core in ("numpy.core", "numpy._core"):  # numpy 1, numpy 2
     KINDS[f"{core}.multiarray", "_reconstruct"] = "array"
     KINDS[f"{core}.multiarray", "scalar"] = "scalar"
     KINDS[f"{core}.numeric", "_frombuffer"] = "buffer_array"
-# torch's storages by the dtype of their numbers
+# torch's storage types by dtype
 STORAGES = {
     "Half": "float16",
     "Float": "float32",
@@ -51,7 +51,7 @@ KINDS |= {("torch", f"{name}Storage"): dtype for name, dtype in STORAGES.items()
 
 # the others are named only
 CALLED = {"dtype", "array", "buffer_array", "scalar", "tensor", "parameter", "device", "Size"}
-DTYPE = re.compile(r"[<>=|]?[biufcSU]\d{1,4}")  # not objects, nor what is made of several
+DTYPE = re.compile(r"[<>=|]?[biufcSU]\d{1,4}")  # no objects or structured types
 
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 VALUES = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "FLOAT", "BINFLOAT"}
@@ -61,13 +61,13 @@ TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 class Global(NamedTuple):
-    """A class or function that a pickle names, by its kind in `KINDS`."""
+    """Class or function named in a pickle, by its kind in `KINDS`."""
 
     kind: str
 
 
 class Call:
-    """A call that a pickle asks for: of what kind, with what, and the state that the result was to be given."""
+    """Recorded call in a pickle: its kind, its arguments, and the state to set on the result."""
 
     __slots__ = ("kind", "args", "state")
 
@@ -77,21 +77,21 @@ class Call:
 
 
 class PickleMachine:
-    """Carries out one pickle. A subclass may know more names, and what to do with them.
+    """Interpreter of one pickle. A subclass may support more names.
 
     Args:
-        file (`io.BytesIO`): Is read up to the end of the pickle.
-        persistent (`Callable`, *optional*): What a persistent id stands for; a pickle that has any is refused without.
-        nested (`Callable`, *optional*): What the bytes of a file within it, a storage of torch, stand for; likewise.
+        file (`io.BytesIO`): Read up to the end of the pickle.
+        persistent (`Callable`, *optional*): Resolves persistent ids; without it, a pickle that has any is rejected.
+        nested (`Callable`, *optional*): Resolves the bytes of a nested file, a storage of torch; likewise.
 
     Raises:
-        ValueError: For an opcode, a class or a function that embeddings do not need; other exceptions where the pickle is
+        ValueError: For an opcode, a class or a function that embeddings do not need; other exceptions if the pickle is
             damaged.
     """
 
     kinds = KINDS
     max_opcodes = MAX_OPCODES
-    key_types: tuple[type, ...] = (str,)  # what may be a key of a dictionary
+    key_types: tuple[type, ...] = (str,)  # allowed types of dictionary keys
 
     def __init__(
         self,
@@ -103,11 +103,11 @@ class PickleMachine:
         self.stack: list[Any] = []
         self.outer: list[list[Any]] = []  # the stacks below each mark
         self.memo: dict[int, Any] = {}
-        self.made = 0  # bytes that calls took
+        self.made = 0  # total bytes passed to calls
         self.size = len(file.getbuffer())
 
     def run(self) -> Any:
-        """Return what the pickle holds: plain values, with `Global` and `Call` for all else."""
+        """Return the content of the pickle: plain values, with `Global` and `Call` for everything else."""
         for count, (opcode, argument, _) in enumerate(pickletools.genops(self.file)):
             if count >= self.max_opcodes:
                 raise ValueError(f"it has more than {self.max_opcodes} opcodes")
@@ -238,7 +238,7 @@ class PickleMachine:
                 raise ValueError("it has a file within it that is no storage")
             self._count(args[0])
             return self.nested(args[0])
-        if kind == "encode":  # bytes, in the protocols that have none
+        if kind == "encode":  # bytes, in protocols without a bytes type
             if len(args) != 2 or type(args[0]) is not str or args[1] not in ("latin1", "latin-1"):
                 raise ValueError("it encodes what is not bytes as text")
             self._count(args[0])
@@ -250,7 +250,7 @@ class PickleMachine:
         return Call(kind, args)
 
     def _count(self, made: str | bytes) -> None:
-        """Refuse one part that many calls take: together they would make more than the file has."""
+        """Raise ValueError if a part is used by many calls, which would create more bytes than the file has."""
         self.made += len(made)
         if self.made > 2 * self.size:
             raise ValueError("it makes more bytes than it has")
@@ -261,7 +261,7 @@ class PickleMachine:
             if type(state) is not tuple or (target.kind == "dtype" and any(part is not None for part in state[2:5])):
                 raise ValueError("it sets a state that no array has")
             target.state = state
-        elif type(target) is not dict:  # torch's ordered dictionaries have attributes, which are dropped
+        elif type(target) is not dict:  # attributes of torch's ordered dictionaries are dropped
             raise ValueError(f"it sets the state of {type(target).__name__}")
         self._push(target)
 

@@ -1,7 +1,7 @@
-"""Distributed checkpoints of Megatron Core and torch, folders of many files, read without running what they hold.
+"""Reading of distributed checkpoints of Megatron Core and torch, folders of many files, without executing code.
 
-Two forms: `torch_dist`, of `torch.distributed.checkpoint`, where a pickle `.metadata` says which part of a tensor is where
-in the files `*.distcp`; and `zarr`, a folder for each tensor.
+Two formats are supported: `torch_dist`, of `torch.distributed.checkpoint`, where a pickle `.metadata` locates the parts
+of each tensor in the files `*.distcp`; and `zarr`, with one folder per tensor.
 """
 
 import io
@@ -20,7 +20,7 @@ from .nemo_weights import Described, refusing_fault
 
 
 METADATA, DESCRIPTION, ARRAY = ".metadata", "metadata.json", ".zarray"
-MAX_METADATA = 2**26  # bytes; that of a thousand tensors on a hundred GPUs has ten million
+MAX_METADATA = 2**26  # bytes; a thousand tensors on a hundred GPUs need ten million
 MAX_DIMENSIONS = 8
 MAX_CHUNKS = 2**20
 DTYPES = {
@@ -57,17 +57,17 @@ NAMES = {
 
 
 class Chunk(NamedTuple):
-    """A part of a tensor, and where it is."""
+    """Part of a tensor, and its location."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     path: Path
-    start: int  # in the file, in bytes
+    start: int  # offset in the file, in bytes
     length: int
 
 
 class MetadataMachine(PickleMachine):
-    """The pickle of a distributed checkpoint's `.metadata`: its classes become `Call`s that hold their state."""
+    """Interpreter of a distributed checkpoint's `.metadata`: classes become `Call`s with their state."""
 
     kinds = NAMES
     max_opcodes = 2**23
@@ -92,33 +92,33 @@ class MetadataMachine(PickleMachine):
 
 
 class TorchDistWeights:
-    """The tensors of a folder of `torch.distributed.checkpoint`.
+    """Tensors of a folder of `torch.distributed.checkpoint`.
 
     Args:
-        folder (`Path`): Has a `.metadata` and the files that it names.
-        what (`str`): What messages call it.
+        folder (`Path`): The folder, with a `.metadata` and the files that it names.
+        what (`str`): Description of the folder, for messages.
 
     Raises:
-        ValueError: If a file is missing, damaged, or asks for code, or a tensor is not whole.
+        ValueError: If a file is missing, damaged, or would execute code, or a tensor is incomplete.
     """
 
     def __init__(self, folder: Path, what: str):
         self.what = what
         self.tensors: dict[str, Described] = {}
         self.chunks: dict[str, list[Chunk]] = {}
-        self.dropped: list[str] = []  # entries that are no tensors
+        self.dropped: list[str] = []  # entries that are not tensors
         path = folder / METADATA
         if path.stat().st_size > MAX_METADATA:
             raise ValueError(f"{what} has a {METADATA} that has more than {MAX_METADATA} bytes.")
         try:
             content = MetadataMachine(io.BytesIO(path.read_bytes())).run()
             self.take(folder, content)
-        except Exception as error:  # a damaged pickle raises whatever it stumbles over
+        except Exception as error:  # damaged pickles raise errors of any type
             reason = error or type(error).__name__
             raise ValueError(f"{what} has a {METADATA} that cannot be read safely: {reason}") from error
 
     def take(self, folder: Path, content: Any) -> None:
-        """Take down which tensors there are and where their parts are."""
+        """Record the tensors and the locations of their parts."""
         fields = fields_of(content, "Metadata")
         places = {}
         for index, info in checked_dict(fields.get("storage_data")).items():
@@ -139,13 +139,13 @@ class TorchDistWeights:
             self.chunks[key] = [place_of(folder, places, key, *part) for part in parts]
 
     def read(self, keys: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """These tensors, each put together from its parts."""
+        """Yield these tensors, each assembled from its parts."""
         for key in keys:
             parts = ((chunk, self.read_part(key, chunk)) for chunk in self.chunks[key])
             yield key, assembled(self.tensors[key], parts)
 
     def read_part(self, key: str, chunk: Chunk) -> torch.Tensor:
-        """Return a part, which is a file of `torch.save` within a file."""
+        """Read a part, which is a file of `torch.save` embedded in a file."""
         with open(chunk.path, "rb") as file:
             file.seek(chunk.start)
             data = file.read(chunk.length)
@@ -159,7 +159,7 @@ class TorchDistWeights:
 
 
 class ZarrWeights:
-    """The tensors of a folder of Megatron Core's format `zarr`: uncompressed arrays, a folder each.
+    """Tensors of a folder in Megatron Core's format `zarr`: uncompressed arrays, one folder each.
 
     Raises:
         ValueError: If an array is compressed, damaged or incomplete.
@@ -193,12 +193,12 @@ class ZarrWeights:
             self.grids[key] = tuple(chunks)
 
     def read(self, keys: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """These tensors, each put together from its chunks."""
+        """Yield these tensors, each assembled from its chunks."""
         for key in keys:
             yield key, assembled(self.tensors[key], self.read_chunks(key))
 
     def read_chunks(self, key: str) -> Iterator[tuple[Chunk, torch.Tensor]]:
-        """The chunks of an array; those at the end of a dimension reach beyond it."""
+        """Yield the chunks of an array; those at the end of a dimension may extend beyond it."""
         described, grid = self.tensors[key], self.grids[key]
         counts = [-(-size // step) for size, step in zip(described.shape, grid)]
         if math.prod(counts) > MAX_CHUNKS:
@@ -219,10 +219,10 @@ class ZarrWeights:
 
 
 def open_distributed(folder: Path, what: str) -> TorchDistWeights | ZarrWeights:
-    """Return the weights of a distributed checkpoint, of either form.
+    """Open the weights of a distributed checkpoint in either format.
 
     Raises:
-        ValueError: If it is of neither.
+        ValueError: If the format is not supported.
     """
     if (folder / METADATA).is_file():
         return TorchDistWeights(folder, what)
@@ -230,7 +230,7 @@ def open_distributed(folder: Path, what: str) -> TorchDistWeights | ZarrWeights:
         return ZarrWeights(folder, what)
     backend = read_json_object(folder / DESCRIPTION).get("sharded_backend") if is_distributed(folder) else None
     raise ValueError(
-        f"{what} has weights of the form {shown(backend)}, which is not read: torch_dist and zarr are. Write it as a plain "
+        f"{what} has weights in the format {shown(backend)}, but should have torch_dist or zarr. Write it as a plain "
         "state dict with NeMo."
     )
 
@@ -243,7 +243,7 @@ def is_distributed(folder: Path) -> bool:
 
 
 def assembled(described: Described, parts: Iterator[tuple[Chunk, torch.Tensor]]) -> torch.Tensor:
-    """Return a tensor from its parts; one that has all of it is it."""
+    """Assemble a tensor from its parts; a part that covers the whole tensor is returned unchanged."""
     whole: torch.Tensor | None = None
     for chunk, part in parts:
         if chunk.sizes == described.shape:
@@ -255,21 +255,21 @@ def assembled(described: Described, parts: Iterator[tuple[Chunk, torch.Tensor]])
 
 
 def fields_of(value: Any, kind: str) -> dict[str, Any]:
-    """Return what an object of a kind was to be given."""
+    """Return the fields of an object of the given kind."""
     if type(value) is not Call or value.kind != kind or value.state is None or type(value.state[0]) is not dict:
         raise ValueError(f"it has something else in place of a {kind}")
     return value.state[0]
 
 
 def checked_dict(value: Any) -> Mapping[Any, Any]:
-    """Return a table of tensors or of their places, as it is."""
+    """Return the mapping of tensors or of their locations; raise ValueError unless it is one."""
     if type(value) is not dict:
         raise ValueError("it lacks a table of its tensors")
     return value
 
 
 def sizes_of(value: Any) -> tuple[int, ...]:
-    """Sizes or offsets."""
+    """Return sizes or offsets."""
     if type(value) is Call and value.kind == "Size" and len(value.args) == 1:
         value = value.args[0]
     if type(value) not in (tuple, list) or len(value) > MAX_DIMENSIONS:
@@ -280,7 +280,7 @@ def sizes_of(value: Any) -> tuple[int, ...]:
 
 
 def describe(value: Any) -> tuple[Described, list[tuple[tuple[int, ...], tuple[int, ...]]]]:
-    """Return a tensor, and offsets and sizes of its parts."""
+    """Return the description of a tensor, and offsets and sizes of its parts."""
     fields = fields_of(value, "TensorStorageMetadata")
     properties = fields.get("properties")
     state = properties.state if type(properties) is Call and properties.kind == "TensorProperties" else None
@@ -303,7 +303,7 @@ def describe(value: Any) -> tuple[Described, list[tuple[tuple[int, ...], tuple[i
 
 
 def overlap(parts: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
-    """Return whether two parts share a number; for more parts than are worth comparing one by one, whether two begin together."""
+    """Return whether two parts overlap; for too many parts to compare pairwise, whether two have the same start."""
     if len(parts) > 256:
         return len({offsets for offsets, _ in parts}) < len(parts)
     return any(
@@ -314,7 +314,7 @@ def overlap(parts: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
 
 
 def place_of(folder: Path, places: dict, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Chunk:
-    """Where a part is, if that is within a file of the folder."""
+    """Return the location of a part; raise ValueError unless it is within a file of the folder."""
     info = places.get((key, offsets))
     if info is None:
         raise ValueError(f"it does not say where {shown(key)} is")

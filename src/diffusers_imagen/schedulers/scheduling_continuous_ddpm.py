@@ -164,7 +164,7 @@ class ContinuousDDPMScheduler(ImagenScheduler):
         return ddpm.log_snr_to_sigma(self._log_snr(timesteps, torch.float64))
 
     def _set_coefficients(self, log_snr: torch.Tensor) -> None:
-        """Keep the coefficients of each step between these bounds as Python numbers, computed in float64."""
+        """Store the coefficients of each step as Python numbers, computed in float64."""
         alpha = ddpm.alpha_sigma(log_snr[:-1]).alpha
         scalings = self._preconditioning.scalings(ddpm.log_snr_to_sigma(log_snr[:-1]))
         # these scalings are for the EDM image, which is x_t / alpha

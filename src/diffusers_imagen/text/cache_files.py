@@ -1,16 +1,16 @@
-"""The files of an embedding cache: what is in them, and how damage is told.
+"""File format of an embedding cache, and its integrity checks.
 
-A cache is a folder of safetensors shards and a manifest.json. A shard has `states` `(tokens, E)`, the embeddings of its
-captions one after another without padding (the tensor's name is part of the format), `offsets` `(captions + 1,)`, where
-each begins, and `keys` `(captions, 2)`, the first 128 bits of the captions' SHA-256. Where the encoder has
-`keeps_padding`, `states` are `(captions * L, E)`, of all L positions of each caption, and `offsets` count the captions'
-own tokens as ever: they say what is padding. The manifest names the encoder, and the finished shards with their sizes and
-checksums: a shard that it does not name does not exist.
+A cache is a folder of safetensors shards and a manifest.json. A shard has `states` `(tokens, E)`, the concatenated
+embeddings of its captions without padding (the tensor's name is part of the format), `offsets` `(captions + 1,)`, where
+each begins, and `keys` `(captions, 2)`, the first 128 bits of the captions' SHA-256. If the encoder has
+`keeps_padding`, `states` are `(captions * L, E)`, for all L positions of each caption, and `offsets` still count the
+captions' tokens, which distinguishes them from padding. The manifest has the encoder's identity, and the finished shards
+with their sizes and checksums: shards that it does not list are ignored.
 
-No part is used unchecked. The manifest has a checksum of itself, and of each shard two: one of its index, which is the
-header, `keys` and `offsets`, and one of the whole file. The index is read and checked when a cache is opened, the whole
-file when its first embeddings are read. Caches of earlier versions have neither the manifest's checksum nor those of
-the indices; their shards are checked whole when they are opened.
+Every part is checked before use. The manifest has a checksum of itself, and two per shard: one of its index, which is
+the header, `keys` and `offsets`, and one of the whole file. The index is read and checked when a cache is opened, the
+whole file when its first embeddings are read. Caches of earlier versions have neither the manifest's checksum nor those
+of the indices; their shards are checked completely when they are opened.
 """
 
 import hashlib
@@ -33,17 +33,17 @@ from .identity import LATER
 FORMAT = 1
 MANIFEST = "manifest.json"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-TYPE_NAMES = {"bfloat16": "BF16", "float16": "F16"}  # as safetensors calls them
+TYPE_NAMES = {"bfloat16": "BF16", "float16": "F16"}  # safetensors' names
 SHARD = re.compile(r"shard-\d{5,9}\.safetensors")
-# what a killed build had begun to write
+# unfinished files of a killed build
 LEFTOVER = re.compile(rf"\.?({SHARD.pattern}|{re.escape(MANIFEST)}|{re.escape(OWNER)})(\.\d+)?\.partial")
-HEADER_BYTES = 2**16  # of a shard
-CAPTION_NUMBERS = 2**27  # of one caption, padded: 512 MiB in float32
-MEND = "run cache-embeddings again to mend it"
+HEADER_BYTES = 2**16  # per shard
+CAPTION_NUMBERS = 2**27  # per caption, padded: 512 MiB in float32
+MEND = "run cache-embeddings again to repair it"
 
 
 class Index(NamedTuple):
-    """What is known of a shard before its embeddings are read."""
+    """Index of a shard, read before its embeddings."""
 
     keys: np.ndarray  # (captions, 2)
     offsets: np.ndarray  # (captions + 1,)
@@ -51,7 +51,7 @@ class Index(NamedTuple):
 
 
 def is_count(value: Any, lowest: int = 0) -> bool:
-    """Return whether a value of a manifest is a whole number."""
+    """Return whether a value of a manifest is an integer of at least `lowest`."""
     return type(value) is int and lowest <= value < 2**63
 
 
@@ -92,7 +92,7 @@ def are_numbers(value: Any) -> bool:
 
 
 def find_field_problem(value: Any, fields: dict, optional: dict) -> str | None:
-    """Which field of an object is missing, wrong, or none that is known."""
+    """Describe a field of an object that is missing, invalid or unknown; None if there is none."""
     if type(value) is not dict:
         return f"is {type(value).__name__}, not an object"
     for name, check in (fields | optional).items():
@@ -102,11 +102,11 @@ def find_field_problem(value: Any, fields: dict, optional: dict) -> str | None:
             text = json.dumps(value[name])
             return f"has {name!r}: {text if len(text) <= 60 else f'{text[:60]}...'}"
     unknown = sorted(value.keys() - fields.keys() - optional.keys())
-    return f"has {unknown[0][:60]!r}, which is not known" if unknown else None
+    return f"has {unknown[0][:60]!r}, which is unknown" if unknown else None
 
 
 def keeps_padding(manifest: dict[str, Any]) -> bool:
-    """Return whether a cache has embeddings of all positions."""
+    """Return whether a cache has embeddings of all positions, including padding."""
     return manifest["encoder"].get("keeps_padding", LATER["keeps_padding"])
 
 
@@ -114,11 +114,11 @@ def check_manifest(manifest: dict[str, Any]) -> None:
     """Check the types and ranges of a manifest.
 
     Raises:
-        ValueError: Says what is wrong, without the manifest's name.
+        ValueError: Describes the problem, without the manifest's name.
     """
     problem = find_field_problem(manifest, MANIFEST_FIELDS, {"sha256": is_checksum})
     if problem is None and manifest["max_length"] * manifest["width"] > CAPTION_NUMBERS:
-        problem = f"has embeddings of {manifest['max_length']} tokens and width {manifest['width']}, which is too much"
+        problem = f"has embeddings of {manifest['max_length']} tokens and width {manifest['width']}, which is too large"
     if problem is not None:
         raise ValueError(problem)
     for i, shard in enumerate(manifest["shards"]):
@@ -130,26 +130,26 @@ def check_manifest(manifest: dict[str, Any]) -> None:
 
 
 def render_manifest(manifest: dict[str, Any]) -> str:
-    """Return the text of a manifest, with the checksum of its content."""
+    """Return the manifest as text, with the checksum of its content."""
     content = {key: value for key, value in manifest.items() if key != "sha256"}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return json.dumps(content | {"sha256": hashlib.sha256(text.encode()).hexdigest()}, indent=1) + "\n"
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write the manifest of a cache, whole or not at all."""
+    """Write the manifest of a cache atomically."""
     write_text(folder / MANIFEST, render_manifest(manifest))
 
 
 def read_manifest(folder: Path, argument: str = "embedding_cache") -> dict[str, Any]:
-    """Return the manifest of a cache.
+    """Read and check the manifest of a cache.
 
     Args:
         folder (`Path`): The cache.
-        argument (`str`): The argument that named it, for the message.
+        argument (`str`): The argument's name, for the message.
 
     Raises:
-        ValueError: If there is none, or it is not as it was written.
+        ValueError: If there is none, or it was modified or damaged.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -173,7 +173,7 @@ def read_manifest(folder: Path, argument: str = "embedding_cache") -> dict[str, 
 
 
 def size_problem(folder: Path, shard: dict[str, Any]) -> str | None:
-    """Return what is wrong with a shard, as far as a glance tells."""
+    """Check that a shard exists and its size; return a description of the problem, or None."""
     path = folder / shard["file"]
     if not path.is_file():
         return f"{shard['file']} is missing"
@@ -183,14 +183,14 @@ def size_problem(folder: Path, shard: dict[str, Any]) -> str | None:
 
 
 def checksum_problem(folder: Path, shard: dict[str, Any]) -> str | None:
-    """Return whether a shard's content is another than what was written."""
+    """Check a shard's checksum; return a description of the problem, or None."""
     if sha256(folder / shard["file"]) != shard["sha256"]:
         return f"{shard['file']} has another checksum than {MANIFEST} says"
     return None
 
 
 def content_problem(folder: Path, manifest: dict[str, Any], shard: dict[str, Any]) -> str | None:
-    """Return what is wrong with a shard, by size, checksums and content."""
+    """Check a shard's size, checksums and content; return a description of the problem, or None."""
     try:
         problem = size_problem(folder, shard) or checksum_problem(folder, shard)
         if problem is not None:
@@ -207,17 +207,17 @@ def content_problem(folder: Path, manifest: dict[str, Any], shard: dict[str, Any
 
 
 def find_problems(folder: Path, manifest: dict[str, Any]) -> list[str]:
-    """Return what is wrong with the shards that a manifest names; empty if nothing is."""
+    """Check all shards of a manifest; return a list of problems, empty if there are none."""
     shards = tqdm(manifest["shards"], desc="Verifying", mininterval=5)
     problems = [content_problem(folder, manifest, shard) for shard in shards]
     return [problem for problem in problems if problem is not None]
 
 
 def open_shard(folder: Path, shard: dict[str, Any]) -> safe_open:
-    """Return a shard by memory mapping.
+    """Open a shard by memory mapping.
 
     Raises:
-        ValueError: If it is no safetensors file.
+        ValueError: If it is not a safetensors file.
     """
     try:
         return safe_open(folder / shard["file"], framework="pt")
@@ -226,10 +226,10 @@ def open_shard(folder: Path, shard: dict[str, Any]) -> safe_open:
 
 
 def read_index(folder: Path, manifest: dict[str, Any], shard: dict[str, Any], file: safe_open) -> Index:
-    """Keys and offsets of a shard, checked.
+    """Read and check the keys and offsets of a shard.
 
     Raises:
-        ValueError: If they are not those that were written, or do not fit the manifest.
+        ValueError: If they were modified, or do not match the manifest.
     """
     name, captions, tokens = shard["file"], shard["captions"], shard["tokens"]
     rows = captions * manifest["max_length"] if keeps_padding(manifest) else tokens
@@ -259,7 +259,7 @@ def hash_index(header: bytes, keys: np.ndarray, offsets: np.ndarray) -> str:
 
 
 def describe_shard(name: str, data: bytes, keys: np.ndarray, offsets: np.ndarray) -> dict[str, Any]:
-    """Return what the manifest says of a shard whose file is to have this content."""
+    """Create the manifest's entry for a shard with this content."""
     (length,) = struct.unpack("<Q", data[:8])
     return {
         "file": name,
@@ -272,12 +272,12 @@ def describe_shard(name: str, data: bytes, keys: np.ndarray, offsets: np.ndarray
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse to build a cache where something else is.
+    """Check that a cache can be built in a folder: it must be new, empty or a cache.
 
-    A folder without a manifest may have what a build leaves that is killed before it writes one.
+    Without a manifest, unfinished files of a killed build are allowed.
 
     Raises:
-        ValueError: If it is no folder, or has files of another kind and no manifest.
+        ValueError: If it is not a folder, or has other files and no manifest.
     """
     if not os.path.lexists(folder):
         return
@@ -293,7 +293,7 @@ def check_folder(folder: Path) -> None:
 
 
 def is_shard(path: Path) -> bool:
-    """Return whether a file is a shard of some cache, by its name and its tensors."""
+    """Return whether a file is a shard of a cache, by its name and tensors."""
     if not SHARD.fullmatch(path.name) or not path.is_file():
         return False
     try:
@@ -303,17 +303,17 @@ def is_shard(path: Path) -> bool:
 
 
 def hold_cache(folder: Path) -> FolderHold:
-    """Keep other builds out of a folder; readers need not ask.
+    """Lock a folder against other builds; readers do not need the lock.
 
     Raises:
-        ValueError: If something else is in it, or another process builds a cache there.
+        ValueError: If the folder has other content, or another process builds a cache there.
     """
     check_folder(folder)
     return FolderHold(folder, "output_dir")
 
 
 def remove_leftovers(folder: Path, manifest: dict[str, Any]) -> None:
-    """Remove what killed builds left: half-written files, and shards that the manifest does not name."""
+    """Remove unfinished files of killed builds, and shards that the manifest does not list."""
     named = {shard["file"] for shard in manifest["shards"]}
     for name in os.listdir(folder):
         if LEFTOVER.fullmatch(name) or (SHARD.fullmatch(name) and name not in named):
