@@ -1,7 +1,7 @@
-"""Builds the captioned emoji dataset: six styles of one emoji vocabulary as a Hugging Face image folder.
+"""Build the captioned emoji dataset: six styles of one emoji vocabulary as a Hugging Face image folder.
 
 The artwork and the names come from pinned npm packages, fetched with `npm pack`. They are joined on the Unicode code
-point, captioned from the CLDR labels and split by a hash, so that every run on every machine gives the same rows:
+point, captioned from the CLDR labels and split by a hash, so that the rows are the same for every run on every machine:
 
     python scripts/build_emoji_dataset.py --output_dir emoji --styles flat noto --resolution 256
 
@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 DEFAULT_CACHE_DIR = Path.home() / ".cache" / "diffusers-imagen" / "emoji-sources"
 NATIVE_RESOLUTION = 256
-ARTWORK_SHARE = 240 / 256  # the share of the frame that vector artwork fills
+ARTWORK_SHARE = 240 / 256  # the fraction of the frame that vector artwork fills
 
 TONES = ("", "light", "medium-light", "medium", "medium-dark", "dark")
 LEFT_OUT_GROUPS = {"components", "symbols", "flags"}
@@ -41,7 +41,7 @@ TEST_CONCEPT_SHARE = 0.03
 TEST_TONE_SHARE = 0.10
 TEST_STYLE_SHARE = 0.08
 TEST_STYLE_MIN_STYLES = 4
-# How often training may draw a thing: what people ask for first more often than what is in no file, which has 1.
+# Sampling weights in training: higher for frequently requested things; others have 1.
 WEIGHTS = {
     label: int(weight)
     for weight, label in (
@@ -136,7 +136,7 @@ STYLES = {
 
 @dataclass(frozen=True)
 class Emoji:
-    """What Unicode and CLDR say about one code point sequence."""
+    """Unicode and CLDR data of one code point sequence."""
 
     concept: str
     label: str
@@ -166,7 +166,7 @@ class Row:
         return f"images/{self.style}_{self.code_point}.png"
 
     def metadata(self) -> dict[str, str | int | list[str]]:
-        """Return the row as one line of `metadata.jsonl`; every key has one type, as Arrow wants it."""
+        """Return the row as one line of `metadata.jsonl`; every key has one type, as Arrow requires."""
         columns = ("style", "concept", "split", "label", "group", "tags", "icon_set", "icon_name", "code_point")
         return {
             "file_name": self.file_name,
@@ -181,7 +181,7 @@ class Row:
 
 
 def fetch_package(package: Package, cache_dir: Path) -> Path:
-    """Unpack `package` under `cache_dir`, unless it is already there, and returns its folder."""
+    """Unpack `package` under `cache_dir`, unless it is already there, and return its folder."""
     folder = cache_dir / f"{package.slug}-{package.version}"
     if folder.is_dir():
         return folder
@@ -213,7 +213,7 @@ def npm_pack(package: Package, folder: Path) -> Path:
 
 
 def normalize_code_point(code_point: str) -> str:
-    """Lower-case a dash-joined code point sequence and drops the emoji variation selector."""
+    """Lower-case a dash-joined code point sequence and drop the emoji variation selector."""
     return "-".join(part for part in code_point.lower().split("-") if part != "fe0f")
 
 
@@ -354,7 +354,7 @@ def load_sources(cache_dir: Path) -> tuple[dict[str, Path], dict[str, Artwork], 
 
 
 def render(source: bytes, is_vector: bool, resolution: int) -> Image.Image:
-    """Draw an icon on a transparent square. Vector artwork leaves a small margin, pixel artwork stays as it is."""
+    """Draw an icon on a transparent square. Vector artwork gets a small margin, pixel artwork is unchanged."""
     if is_vector:
         import resvg_py
 
@@ -370,7 +370,7 @@ def render(source: bytes, is_vector: bool, resolution: int) -> Image.Image:
 
 
 def render_to_file(job: tuple[Path, bytes, bool, int]) -> None:
-    """Render one icon into a PNG file, unless the file is there already in this resolution."""
+    """Render one icon into a PNG file, unless the file exists already at this resolution."""
     file, source, is_vector, resolution = job
     if file.exists():
         with Image.open(file) as existing:
@@ -409,7 +409,7 @@ def read_json(file: Path):
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a text file at once, so that no reader sees half of it."""
+    """Write a text file atomically."""
     file.parent.mkdir(parents=True, exist_ok=True)
     scratch = file.with_name(f".{file.name}.tmp")
     scratch.write_text(text, encoding="utf-8")
@@ -449,7 +449,7 @@ def write_licences(styles: list[Style], folders: dict[str, Path], output_dir: Pa
 
 
 def check_no_strays(rows: list[Row], output_dir: Path) -> None:
-    """Refuse a folder that holds images of another selection: they would slip into the dataset."""
+    """Raise an error if the folder has images of another selection, which would become part of the dataset."""
     expected = {Path(row.file_name).name for row in rows}
     for file in (output_dir / "images").glob("*.png"):
         if file.name not in expected:
@@ -460,7 +460,7 @@ def check_no_strays(rows: list[Row], output_dir: Path) -> None:
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read and checks the command line."""
+    """Parse and check the command line."""
     parser = argparse.ArgumentParser(
         description="Builds the captioned emoji dataset as an image folder.", allow_abbrev=False
     )
@@ -508,7 +508,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    # not needed to build, and it takes torch's seconds to import
+    # only needed for this message, and slow to import because of torch
     from diffusers_imagen.utils.errors import run_to_exit_code
 
     sys.exit(run_to_exit_code(main, "build_emoji_dataset.py"))

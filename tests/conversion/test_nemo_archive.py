@@ -345,7 +345,9 @@ def test_an_unknown_form_is_refused_with_what_to_do(files, tmp_path):
     description = {"model_weights/metadata.json": b'{"sharded_backend": "tensorstore"}'}
     path = pack(tmp_path / "base.nemo", {"model_config.yaml": files["model_config.yaml"], **description})
     refuse(
-        path, tmp_path, "has weights in the format 'tensorstore', but should have torch_dist or zarr. Write it as a plain state dict"
+        path,
+        tmp_path,
+        "has weights in the format 'tensorstore', but should have torch_dist or zarr. Write it as a plain state dict",
     )
 
 

@@ -234,12 +234,12 @@ FAULTS = {
     "a text encoder": (lambda w: {"lora_te_text_model_x.lora_down.weight": torch.ones(2, 8)}, "a text encoder"),
     "text_encoder": (lambda w: {"text_encoder.x.lora_A.weight": torch.ones(2, 8)}, "adapts a text encoder"),
     "base weights": (lambda w: {f"unet.{QUERY}.base_layer.weight": torch.ones(8, 8)}, "the network's own weights"),
-    "something else": (lambda w: {"unet.conv_in.weight": torch.ones(8, 3, 3, 3)}, "which is of no LoRA adapter"),
-    "two adapters": (lambda w: {A.replace(".weight", ".two.weight"): w[A]}, "of which only one can be loaded"),
+    "something else": (lambda w: {"unet.conv_in.weight": torch.ones(8, 3, 3, 3)}, "which is not a LoRA key"),
+    "two adapters": (lambda w: {A.replace(".weight", ".two.weight"): w[A]}, "only one of which can be loaded"),
     "twice": (lambda w: {f"lora_unet_{QUERY.replace('.', '_')}.lora_down.weight": w[A]}, "do not say|are for"),
     "some magnitudes": (lambda w: {f"unet.{QUERY}.lora_magnitude_vector": torch.ones(16)}, "in 1 of 3 layers"),
     "some biases": (lambda w: {f"unet.{QUERY}.lora_B.bias": torch.ones(16)}, "in 1 of 3 layers"),
-    "a bias of the other": (lambda w: {f"unet.{QUERY}.lora_A.bias": torch.ones(2)}, "of no LoRA adapter"),
+    "a bias of the other": (lambda w: {f"unet.{QUERY}.lora_A.bias": torch.ones(2)}, "is not a LoRA key"),
 }
 
 

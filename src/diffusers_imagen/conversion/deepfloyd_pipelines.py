@@ -10,7 +10,13 @@ from ..utils.modules import unwrapped
 from .deepfloyd import BETA_SCHEDULE, unet_to_deepfloyd
 
 
-PARTS = ("tokenizer", "text_encoder", "safety_checker", "feature_extractor", "watermarker")  # besides network and scheduler
+PARTS = (
+    "tokenizer",
+    "text_encoder",
+    "safety_checker",
+    "feature_extractor",
+    "watermarker",
+)  # besides network and scheduler
 
 
 def pipeline_to_deepfloyd(pipe: DiffusionPipeline, stage: str | None = None) -> IFPipeline | IFSuperResolutionPipeline:

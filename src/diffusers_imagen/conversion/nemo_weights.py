@@ -17,7 +17,7 @@ from ..utils.arguments import shown
 from ..utils.errors import describe_fault, is_out_of_memory
 
 
-MAX_ENTRIES = 2**18  # per file, one per tensor
+MAX_ENTRIES = 2**18  # per file: one per tensor
 MAX_PICKLE = 2**28  # bytes of the pickle that describes the tensors
 # Pages of a memory-mapped file that have been read count as the process's memory until the file is closed.
 MAPPED_BYTES = 2**30

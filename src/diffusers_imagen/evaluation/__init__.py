@@ -1,4 +1,4 @@
-"""Evaluation: images for captions, features of them, figures and reports."""
+"""Evaluation: image generation from captions, features, metrics and reports."""
 
 from .drawing import Drawing, Setting, draw
 from .evaluator import METRICS, Evaluation

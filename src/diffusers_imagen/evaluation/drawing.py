@@ -1,4 +1,4 @@
-"""Images for captions, drawn by several processes, each caption with a seed of its own; a run that was ended goes on."""
+"""Generation of images from captions by several processes, with one seed per caption; interrupted runs are resumed."""
 
 import hashlib
 import json
@@ -16,12 +16,12 @@ from ..utils.processes import on_main_process
 from .picture_sets import PictureFiles, PictureSet, reduced
 
 
-RECORD = "settings.json"  # beside the images: what they were drawn with
-SAMPLED_VALUES = 256  # of a tensor: as many tell weights from others
+RECORD = "settings.json"  # next to the images: the settings with which they were generated
+SAMPLED_VALUES = 256  # per tensor: enough to distinguish weights
 
 
 class Setting(NamedTuple):
-    """How images are drawn: a value a stage that runs."""
+    """Sampling settings of images, with one value per stage that runs."""
 
     scheduler: str
     steps: tuple[int, ...]
@@ -29,13 +29,13 @@ class Setting(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Its name in reports and of its folder."""
+        """Name in reports and of its folder."""
         guidance, steps = ("-".join(f"{value:g}" for value in values) for values in (self.guidance, self.steps))
         return f"{self.scheduler}_steps-{steps}_guidance-{guidance}"
 
 
 def network_calls(stages: list[Stage], setting: Setting) -> int:
-    """Evaluations of the denoisers for an image; one with guidance takes two passes of the network and counts once."""
+    """Count denoiser evaluations per image; an evaluation with guidance takes two network passes and counts once."""
     calls = 0
     for stage, steps in zip(stages, setting.steps):
         scheduler = type(stage.scheduler).from_config(stage.scheduler.config)
@@ -45,7 +45,7 @@ def network_calls(stages: list[Stage], setting: Setting) -> int:
 
 
 def digest_networks(pipe: DiffusionPipeline) -> str:
-    """Return a digest of the networks of a pipeline: names, shapes and some values of all their weights, and configurations."""
+    """Return a digest of a pipeline's networks: configurations, and names, shapes and some values of all weights."""
     sha = hashlib.sha256()
     for name, part in sorted(pipe.components.items()):
         config = getattr(part, "config", None)
@@ -69,24 +69,24 @@ def digest_weights(network: torch.nn.Module) -> str:
 
 
 def seed_of(seed: int, index: int) -> int:
-    """Return the seed of a caption's noise: of the caption's number alone, whatever else is drawn."""
+    """Return the seed of a caption's noise, which depends only on the caption's index."""
     return int.from_bytes(hashlib.sha256(f"{seed} {index}".encode()).digest()[:8], "big") >> 1
 
 
 class Drawing(NamedTuple):
-    """What is drawn of a setting.
+    """Images to generate with a setting.
 
     Attributes:
-        captions ([`PictureSet`]): What to draw.
-        indices (`list[int]`): Of which captions.
-        folder (`Path`): Of the setting; each stage has a folder in it.
-        setting ([`Setting`]): How.
-        seed (`int`): Of all noise.
-        model (`str`): The digest of the networks.
-        resolution (`int`): Of the last stage that runs.
-        batch_size (`int`): Images at once.
-        upsampled (`int`, *optional*): Resolution to which images of the set are reduced, and upsampled from by the
-            stages after the first, of which the setting has the values; without it the first stage draws.
+        captions ([`PictureSet`]): Captions, with images or without.
+        indices (`list[int]`): Indices of the captions to use.
+        folder (`Path`): Folder of the setting, with one folder per stage.
+        setting ([`Setting`]): Sampling settings.
+        seed (`int`): Seed of all noise.
+        model (`str`): Digest of the networks.
+        resolution (`int`): Resolution of the last stage that runs.
+        batch_size (`int`): Images per batch.
+        enlarged (`int`, *optional*): Resolution to which images of the set are downsampled, as input of the stages after
+            the first; the setting then has values for those only. Without it, all stages run.
     """
 
     captions: PictureSet
@@ -100,7 +100,7 @@ class Drawing(NamedTuple):
     enlarged: int | None = None
 
     def record(self) -> dict[str, Any]:
-        """Return what tells the images from others."""
+        """Return the settings that identify the images."""
         record = {
             "model": self.model,
             "captions": digest_json(self.captions.identity()),
@@ -117,15 +117,15 @@ class Drawing(NamedTuple):
 
 
 def digest_json(value: Any) -> str:
-    """Return a digest of what JSON can hold."""
+    """Return a digest of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def draw(pipe: DiffusionPipeline, drawing: Drawing, state: PartialState) -> None:
-    """Draw what is not there yet; all processes call this, and each draws its share.
+    """Generate missing images; all processes call this, and each generates its share.
 
-    Batches are of captions that follow each other, whichever process draws them and whatever is there already: an image
-    does not depend on the number of processes, nor on interruptions.
+    Batches consist of consecutive captions, independent of the process and of existing images: an image depends neither
+    on the number of processes nor on interruptions.
 
     Raises:
         ValueError: If the folder has images of another model or other settings.
@@ -148,7 +148,7 @@ def draw(pipe: DiffusionPipeline, drawing: Drawing, state: PartialState) -> None
 
 
 def prepare(drawing: Drawing) -> list[tuple[list[int], bool]]:
-    """Return the batches, and whether their images are all there; the folder is made, and rid of what a killed run left."""
+    """Return the batches and whether they are complete; create the folder, and remove leftovers of killed runs."""
     record, path = drawing.record(), drawing.folder / RECORD
     if path.exists():
         found = read_json_object(path)
@@ -156,11 +156,11 @@ def prepare(drawing: Drawing) -> list[tuple[list[int], bool]]:
         if different:
             name = different[0]
             raise ValueError(
-                f"`output-dir` has pictures in '{drawing.folder}' whose {name} is {found.get(name)!r}, not "
+                f"`output-dir` has images in '{drawing.folder}' whose {name} is {found.get(name)!r}, not "
                 f"{record[name]!r}: name another folder, or delete that one."
             )
     elif drawing.folder.exists() and any(drawing.folder.iterdir()):
-        raise ValueError(f"`output-dir` has '{drawing.folder}', of which nothing says what is in it: delete it.")
+        raise ValueError(f"`output-dir` has '{drawing.folder}', which has no record of its settings: delete it.")
     drawing.folder.mkdir(parents=True, exist_ok=True)
     write_json(path, record)
     for leftover in drawing.folder.rglob(".*.partial"):
@@ -171,7 +171,7 @@ def prepare(drawing: Drawing) -> list[tuple[list[int], bool]]:
 
 
 def draw_batch(pipe: DiffusionPipeline, drawing: Drawing, batch: list[int]) -> None:
-    """Draw and writes the images of some captions; those of the last stage, which say that all are there, come last."""
+    """Generate and write the images of a batch; the last stage's are written last, and mark the batch as complete."""
     inputs: dict[str, Any] = {}
     if drawing.enlarged is not None:
         pictures = [drawing.captions.picture(index) for index in batch]

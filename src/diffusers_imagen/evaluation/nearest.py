@@ -1,4 +1,4 @@
-"""The real image that is nearest to a drawn one, in centred features: whether images of the training set come back."""
+"""Nearest real images of generated images by centered features, to detect copies of the training set."""
 
 from typing import NamedTuple
 
@@ -6,23 +6,23 @@ import torch
 import torch.nn.functional as F
 
 
-COPY = 0.98  # cosine from which two images count as the same
+COPY = 0.98  # cosine above which two images count as copies
 CHUNK = 1024
 
 
 class Nearest(NamedTuple):
-    """For each image, the nearest of the reference."""
+    """Nearest reference image of each image."""
 
-    places: torch.Tensor  # (N,), among the reference
+    places: torch.Tensor  # (N,), indices into the reference
     cosines: torch.Tensor  # (N,)
 
 
 def find_nearest(features: torch.Tensor, reference: torch.Tensor) -> Nearest:
-    """Return the nearest by cosine, after the mean of the reference is taken away.
+    """Find the nearest reference images by cosine, after subtracting the mean of the reference.
 
     Args:
-        features (`torch.Tensor` of shape `(N, D)`): Of images.
-        reference (`torch.Tensor` of shape `(M, D)`): Of those among which the nearest is sought.
+        features (`torch.Tensor` of shape `(N, D)`): Features of images.
+        reference (`torch.Tensor` of shape `(M, D)`): Features of the reference.
     """
     mean = reference.mean(0)
     real = F.normalize(reference - mean, dim=1)

@@ -1,4 +1,4 @@
-"""The report of an evaluation: tables, JSON, plots and sheets of images, beside the images."""
+"""Evaluation reports: tables, JSON, plots and contact sheets."""
 
 import html
 import re
@@ -16,7 +16,7 @@ from .picture_sets import PictureSet, fitted
 from .plots import draw_plots
 
 
-SHEET, COLUMNS, SIDE = 36, 6, 128  # images of a contact sheet, of a row of it, and pixels of one at most
+SHEET, COLUMNS, SIDE = 36, 6, 128  # images per contact sheet, images per row, and maximum size of an image in pixels
 STYLE = (
     "body{font:15px/1.4 sans-serif;max-width:1100px;margin:2em auto;padding:0 1em}table{border-collapse:collapse}"
     "td,th{border:1px solid #bbb;padding:.2em .6em;text-align:left}img{max-width:100%}"
@@ -26,14 +26,14 @@ STYLE = (
 
 @dataclass
 class Report:
-    """What is written in the end.
+    """Content of a report.
 
     Attributes:
-        folder (`Path`): Where to.
-        facts (`dict`): What was evaluated.
-        warnings (`list[str]`): What is to be said before figures are compared with others.
-        rows (`list[Row]`): Figures.
-        upscaling (`list[dict]`): Figures of super-resolution.
+        folder (`Path`): Output folder.
+        facts (`dict`): Settings of the evaluation.
+        warnings (`list[str]`): Warnings about comparing the metrics with others.
+        rows (`list[Row]`): Metrics.
+        upscaling (`list[dict]`): Metrics of super-resolution.
         sheets (`list[tuple[str, str]]`): Titles and files of images.
     """
 
@@ -49,7 +49,7 @@ class Report:
         self.upscaling.append({"name": name, "from": low, "to": resolution, "figures": figures})
 
     def add_contact_sheet(self, pictures: PictureSet, indices: list[int], resolution: int) -> None:
-        """Add unpicked images: of captions that are evenly spread over those that were drawn."""
+        """Add uncurated images, of evenly spaced captions."""
         some = spread(indices, SHEET)
         rows = -(-len(some) // COLUMNS)
         side = min(SIDE, resolution)
@@ -63,7 +63,7 @@ class Report:
         )
 
     def add_nearest(self, drawn: PictureSet, real: PictureSet, pairs: list[tuple[int, int, float]]) -> None:
-        """Add drawn images, each beside the real one that is nearest to it."""
+        """Add generated images, each next to its nearest real image."""
         rows = [[drawn.picture(one), real.picture(other)] for one, other, _ in pairs]
         captions = [f"{drawn.caption(one)}: cosine {cosine:.3f}" for one, _, cosine in pairs]
         resolution = rows[0][0].width
@@ -93,7 +93,7 @@ class Report:
         if self.upscaling:
             body += ["<h2>Super-resolution</h2>", upscaling_table(self.upscaling)]
         body += ["<h2>Curves</h2>"] * bool(plots) + [picture(title, name) for title, name in plots]
-        body += ["<h2>Pictures</h2>"] * bool(self.sheets) + [picture(title, name) for title, name in self.sheets]
+        body += ["<h2>Images</h2>"] * bool(self.sheets) + [picture(title, name) for title, name in self.sheets]
         page = f'<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>Evaluation</title><style>{STYLE}</style>'
         write_text(self.folder / "report.html", page + "\n".join(body) + "</html>\n")
 
@@ -110,22 +110,22 @@ class Report:
 
 
 def slug(name: str) -> str:
-    """Return a name as part of a file's name."""
+    """Convert a name to a part of a file name."""
     return re.sub(r"[^\w.-]+", "-", name)
 
 
 def spread(indices: list[int], count: int) -> list[int]:
-    """So many of them, evenly spread."""
+    """Return `count` evenly spaced indices."""
     return indices[:: max(1, len(indices) // count)][:count]
 
 
 def facts_table(facts: dict[str, Any]) -> str:
-    """Name and values."""
+    """Return the HTML table of names and values."""
     return table([], [[str(name), str(value)] for name, value in facts.items()])
 
 
 def figures_table(rows: list[Row]) -> str:
-    """Return the figures at one resolution."""
+    """Return the HTML table of metrics at one resolution."""
     labels = list(dict.fromkeys(label for row in rows for label in row.figures))
     cells = [
         [row.name, f"{row.count:,}", "" if row.calls is None else str(row.calls)]
@@ -140,24 +140,24 @@ def figures_table(rows: list[Row]) -> str:
 
 
 def upscaling_table(rows: list[dict[str, Any]]) -> str:
-    """Return the figures of super-resolution."""
+    """Return the HTML table of super-resolution metrics."""
     labels = list(dict.fromkeys(label for row in rows for label in row["figures"]))
     cells = [
         [row["name"], f"{row['from']} to {row['to']}"]
         + [row["figures"][label].text() if label in row["figures"] else "" for label in labels]
         for row in rows
     ]
-    note = "<p>Consistency: PSNR of the result, reduced again, against the picture that was enlarged.</p>"
+    note = "<p>Consistency: PSNR of the result, downsampled again, against the image that was upsampled.</p>"
     return table(["", "px", *labels], cells) + note
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """Return a table of HTML."""
+    """Return an HTML table."""
     top = "<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in head) + "</tr>" if head else ""
     lines = ["<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
     return f"<table>{top}{''.join(lines)}</table>"
 
 
 def picture(title: str, name: str) -> str:
-    """Return an image with its title."""
+    """Return an HTML figure of an image with its title."""
     return f'<figure><img src="{html.escape(name)}" alt=""><figcaption>{html.escape(title)}</figcaption></figure>'

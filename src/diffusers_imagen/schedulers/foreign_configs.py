@@ -11,7 +11,9 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from ..utils.arguments import bad_argument
 
 
-NO_BETAS = "none: EDM noise levels"  # the `beta_schedule` of EDM networks, which makes discrete schedulers raise an error
+NO_BETAS = (
+    "none: EDM noise levels"  # the `beta_schedule` of EDM networks, which makes discrete schedulers raise an error
+)
 
 # required values of entries, if present, because this package supports no others
 EDM_MEANINGS = {"sigma_schedule": "karras", "final_sigmas_type": "zero"}

@@ -32,7 +32,9 @@ from .schedule_checks import (
 
 
 Generators = torch.Generator | list[torch.Generator] | None
-DISCRETE_SCHEDULERS = tuple(scheduler.name for scheduler in KarrasDiffusionSchedulers)  # with compatible configurations
+DISCRETE_SCHEDULERS = tuple(
+    scheduler.name for scheduler in KarrasDiffusionSchedulers
+)  # with compatible configurations
 # the range of every number in a configuration: outside it, float64 overflows or memory runs out
 NUMBERS = {
     "num_train_timesteps": (1, MAX_TRAIN_TIMESTEPS),

@@ -383,9 +383,7 @@ class CacheWriter:
         """
         length, width = self.manifest["max_length"], self.manifest["width"]
         if self.keeps_padding is (lengths is None):
-            raise ValueError(
-                f"`lengths` is {shown(lengths)}, but should be given if and only if padding is kept."
-            )
+            raise ValueError(f"`lengths` is {shown(lengths)}, but should be given if and only if padding is kept.")
         up_to = "" if self.keeps_padding else "up to "
         for caption, own, tokens in zip(captions, embeds, lengths or map(len, embeds), strict=True):
             if own.ndim != 2 or own.shape[1] != width or len(own) > length or (not up_to and len(own) < length):

@@ -118,7 +118,9 @@ def check_manifest(manifest: dict[str, Any]) -> None:
     """
     problem = find_field_problem(manifest, MANIFEST_FIELDS, {"sha256": is_checksum})
     if problem is None and manifest["max_length"] * manifest["width"] > CAPTION_NUMBERS:
-        problem = f"has embeddings of {manifest['max_length']} tokens and width {manifest['width']}, which is too large"
+        problem = (
+            f"has embeddings of {manifest['max_length']} tokens and width {manifest['width']}, which is too large"
+        )
     if problem is not None:
         raise ValueError(problem)
     for i, shard in enumerate(manifest["shards"]):

@@ -50,11 +50,11 @@ def load_tokenizer(name: str, max_length: int | None = None, **hub: Any) -> tupl
         if tokenizer.pad_token is None:
             raise ValueError(f"`text_encoder` is {name!r}, whose tokenizer has no padding token.")
         if max_length is None and limit > NO_LIMIT:
-            raise ValueError(
-                f"The tokenizer of {name!r} has no maximum length: set `tokenizer_max_length`, e.g. 128."
-            )
+            raise ValueError(f"The tokenizer of {name!r} has no maximum length: set `tokenizer_max_length`, e.g. 128.")
         if max_length is not None and max_length > limit:
-            raise ValueError(f"`tokenizer_max_length` is {max_length}, but the tokenizer of {name!r} has the limit {limit}.")
+            raise ValueError(
+                f"`tokenizer_max_length` is {max_length}, but the tokenizer of {name!r} has the limit {limit}."
+            )
         tokenizer.model_max_length = limit if max_length is None else max_length
         return tokenizer, encoder
     raise ValueError(f"`text_encoder` is {name!r}, which has no tokenizer that can be loaded: {reason}")

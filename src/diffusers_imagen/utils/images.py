@@ -15,9 +15,9 @@ from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
 PictureSource = str | os.PathLike | bytes | Image.Image
 
-# EPS and WMF are drawn by other programs, FITS is unpacked without a limit, and of the others Pillow knows the name only
+# EPS and WMF are rendered by other programs, FITS is decompressed without a limit, and Pillow cannot decode the others
 REFUSED_FORMATS = {"EPS", "WMF", "FITS", "BUFR", "GRIB", "HDF5", "MPEG"}
-# images to everybody, but not to Pillow alone: they are counted, and named when they cannot be read
+# image formats that Pillow does not read by itself: such files are counted, and reported as unreadable
 FOREIGN_EXTENSIONS = {".heic", ".heif", ".jxl", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw"}
 NEARLY_ONE = 2.0  # floating-point images up to here count as [0, 1], with overshoot from sharpening
 NEARLY_ZERO = -1 / 510  # rounds to 0
@@ -44,7 +44,7 @@ def read_image(source: PictureSource, background: str = "white") -> Image.Image:
 
 
 def open_image(source: PictureSource) -> Image.Image:
-    """As `read_image`, up to the header only: size and mode are known, pixels are not."""
+    """Read the header of an image like `read_image`: its size and mode, but not its pixels."""
     if isinstance(source, Image.Image):
         return source
     try:
@@ -52,7 +52,7 @@ def open_image(source: PictureSource) -> Image.Image:
             return Image.open(io.BytesIO(source), formats=readable_formats())
         check_regular(source)
         return Image.open(source, formats=readable_formats())
-    # readers of damaged files raise whatever they stumble over
+    # damaged files raise errors of any type
     except Exception as error:
         raise _as_bad_image(error) from error
 
