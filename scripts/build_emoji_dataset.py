@@ -365,7 +365,7 @@ def render(source: bytes, is_vector: bool, resolution: int) -> Image.Image:
     frame = Image.new("RGBA", (resolution, resolution))
     frame.paste(picture, ((resolution - picture.width) // 2, (resolution - picture.height) // 2))
     if frame.getchannel("A").getbbox() is None:
-        raise ValueError("the picture is blank")
+        raise ValueError("the image is blank")
     return frame
 
 
@@ -444,7 +444,7 @@ def write_licences(styles: list[Style], folders: dict[str, Path], output_dir: Pa
         write_text(output_dir / "LICENSES" / f"{style.package.slug}.txt", text)
     credits = [f"{style.name}: {style.credit}" for style in styles]
     credits.append("captions: labels and tags of emojibase-data, copyright Miles Johnson (MIT), from Unicode CLDR.")
-    header = "The pictures and captions of this dataset come from the works below.\n\n"
+    header = "The images and captions of this dataset come from the works below.\n\n"
     write_text(output_dir / "LICENSES" / "NOTICE.txt", header + "\n".join(credits) + "\n")
 
 

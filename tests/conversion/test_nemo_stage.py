@@ -169,7 +169,7 @@ def test_averages_are_those_of_the_companion(tmp_path):
     averages = {key: value / 2 for key, value in weights.items()}
     path = write_form("lightning", tmp_path, config, weights)
     with pytest.raises(
-        ValueError, match="`ema` is given, but `source` is '.*', beside which there is no '.*-EMA.ckpt'"
+        ValueError, match="`ema` is given, but `source` is '.*', next to which there is no '.*-EMA.ckpt'"
     ):
         load_nemo_stage(path, ema=True)
     other = write_form("lightning", tmp_path / "ema", config, averages)

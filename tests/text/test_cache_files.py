@@ -253,7 +253,7 @@ def test_a_manifest_that_is_none_is_refused_by_name_and_no_other_file_is_opened(
 
 @pytest.mark.parametrize(
     "field, value, message",
-    [("captions", 4, "other tensors"), ("tokens", 1, "other tensors"), ("bytes", 1, "bytes, not 1")],
+    [("captions", 4, "different tensors"), ("tokens", 1, "different tensors"), ("bytes", 1, "bytes, not 1")],
 )
 def test_a_manifest_that_does_not_fit_its_shards_is_refused(cache, field, value, message):
     manifest = json.loads((cache / "manifest.json").read_text())

@@ -113,7 +113,7 @@ class PickleMachine:
                 raise ValueError(f"it has more than {self.max_opcodes} opcodes")
             if opcode.name == "STOP":
                 if self.outer or len(self.stack) != 1:
-                    raise ValueError("it ends with more or less than one value")
+                    raise ValueError("it does not end with exactly one value")
                 return self.stack[0]
             self._step(opcode.name, argument)
         raise ValueError("it has no end")
@@ -128,12 +128,12 @@ class PickleMachine:
             stack[-TUPLES[name] :] = [tuple(self._top(TUPLES[name]))]
         elif name in ("BINGET", "GET", "LONG_BINGET"):
             if argument not in self.memo:
-                raise ValueError("it refers to a part that it does not have")
+                raise ValueError("it refers to a missing part")
             stack.append(self.memo[argument])
         elif name in ("BINPUT", "PUT", "LONG_BINPUT", "MEMOIZE"):
             place = len(self.memo) if name == "MEMOIZE" else argument
             if not 0 <= place < self.max_opcodes:
-                raise ValueError("it numbers its parts beyond any that it has")
+                raise ValueError("it uses a part number out of range")
             (self.memo[place],) = self._top(1)
         elif name not in ("PROTO", "FRAME"):
             operation = getattr(self, f"_do_{name.lower()}", None)
@@ -143,7 +143,7 @@ class PickleMachine:
 
     def _top(self, count: int) -> list[Any]:
         if len(self.stack) < count:
-            raise ValueError("it takes more from its stack than is there")
+            raise ValueError("it takes more values from its stack than it has")
         return self.stack[-count:]
 
     def _pop(self, count: int) -> list[Any]:
@@ -153,7 +153,7 @@ class PickleMachine:
 
     def _pop_mark(self) -> list[Any]:
         if not self.outer:
-            raise ValueError("it has an end of a group without its begin")
+            raise ValueError("it has the end of a group without its start")
         values, self.stack = self.stack, self.outer.pop()
         return values
 
@@ -196,7 +196,7 @@ class PickleMachine:
     def _set_items(self, items: list[Any]) -> None:
         (target,) = self._top(1)
         if type(target) is not dict or len(items) % 2:
-            raise ValueError("it sets items of what is no dictionary")
+            raise ValueError("it sets items of a value that is not a dictionary")
         for key, value in zip(items[::2], items[1::2]):
             if type(key) not in self.key_types:
                 raise ValueError(f"it has a dictionary with a key of type {type(key).__name__}, but keys are text")
@@ -205,7 +205,7 @@ class PickleMachine:
     def _extend(self, values: list[Any]) -> None:
         (target,) = self._top(1)
         if type(target) is not list:
-            raise ValueError("it appends to what is no list")
+            raise ValueError("it appends to a value that is not a list")
         target.extend(values)
 
     def _do_global(self, argument: str) -> None:
@@ -217,7 +217,7 @@ class PickleMachine:
 
     def _find(self, module: Any, name: Any) -> None:
         if type(module) is not str or type(name) is not str:
-            raise ValueError("it names a class by what is no text")
+            raise ValueError("it names a class by a value that is not text")
         if (module, name) not in self.kinds:
             raise ValueError(f"it asks for {f'{module}.{name}'[:100]!r}, which is not needed there")
         self._push(Global(self.kinds[module, name]))
@@ -225,7 +225,7 @@ class PickleMachine:
     def _do_reduce(self, _) -> None:
         function, args = self._pop(2)
         if type(function) is not Global or type(args) is not tuple:
-            raise ValueError("it calls what is no function")
+            raise ValueError("it calls a value that is not a function")
         self._push(self._call(function.kind, args))
 
     def _call(self, kind: str, args: tuple) -> Any:
@@ -235,7 +235,7 @@ class PickleMachine:
             return b""
         if kind == "storage_bytes":
             if self.nested is None or len(args) != 1 or type(args[0]) is not bytes:
-                raise ValueError("it has a file within it that is no storage")
+                raise ValueError("it has a nested file that is not a storage")
             self._count(args[0])
             return self.nested(args[0])
         if kind == "encode":  # bytes, in protocols without a bytes type
@@ -246,20 +246,20 @@ class PickleMachine:
         if kind not in CALLED:
             raise ValueError(f"it calls {kind}, which is not needed there")
         if kind == "dtype" and (not args or type(args[0]) is not str or not DTYPE.fullmatch(args[0])):
-            raise ValueError("it has a type of arrays that is none of numbers or text")
+            raise ValueError("it has an array type that is neither numbers nor text")
         return Call(kind, args)
 
     def _count(self, made: str | bytes) -> None:
         """Raise ValueError if a part is used by many calls, which would create more bytes than the file has."""
         self.made += len(made)
         if self.made > 2 * self.size:
-            raise ValueError("it makes more bytes than it has")
+            raise ValueError("it creates more bytes than it has")
 
     def _do_build(self, _) -> None:
         target, state = self._pop(2)
         if type(target) is Call and target.state is None and target.kind in ("array", "dtype"):
             if type(state) is not tuple or (target.kind == "dtype" and any(part is not None for part in state[2:5])):
-                raise ValueError("it sets a state that no array has")
+                raise ValueError("it sets an invalid state of an array")
             target.state = state
         elif type(target) is not dict:  # attributes of torch's ordered dictionaries are dropped
             raise ValueError(f"it sets the state of {type(target).__name__}")

@@ -208,7 +208,7 @@ def check_weight(key: str, tensor: Any) -> None:
 
 
 def _imagen_unet(unet: dict[str, Any], shared: dict[str, Any], is_super_resolution: bool) -> ImagenUNetModel:
-    """NeMo's `UNetModel`."""
+    """Build the counterpart of NeMo's `UNetModel`."""
     layers = unet["num_res_blocks"]
     # NeMo rounds these down to strides, and ignores strides without a level
     strides = {unet["image_size"] // resolution for resolution in unet["attention_resolutions"]}
@@ -226,7 +226,7 @@ def _imagen_unet(unet: dict[str, Any], shared: dict[str, Any], is_super_resoluti
 
 
 def _efficient_unet(unet: dict[str, Any], shared: dict[str, Any]) -> EfficientUNetModel:
-    """NeMo's `EfficientUNetModel`."""
+    """Build the counterpart of NeMo's `EfficientUNetModel`."""
     if unet["stride"] != 2:
         raise bad_argument("stride", unet["stride"], "2: NeMo's levels do not fit together otherwise")
     return EfficientUNetModel(

@@ -74,7 +74,7 @@ def find_source(source: str | os.PathLike, ema: bool, name: str) -> Path:
         raise bad_argument(name, source, "a file or folder of NeMo's")
     path = averaged(Path(source), name) if ema else Path(source)
     if not path.exists():
-        raise ValueError(f"`{name}` is '{path}', which is not there.")
+        raise ValueError(f"`{name}` is '{path}', which does not exist.")
     return path
 
 
@@ -85,8 +85,8 @@ def averaged(path: Path, name: str) -> Path:
     companion = path.with_name(f"{path.stem}{EMA}{path.suffix}")
     if not companion.exists():
         raise ValueError(
-            f"`ema` is given, but `{name}` is '{path}', beside which there is no '{companion.name}': NeMo writes averages "
-            "there, or as the weights of the archive itself; name the file, or leave `ema` out."
+            f"`ema` is given, but `{name}` is '{path}', next to which there is no '{companion.name}': NeMo writes averages "
+            "there, or as the weights of the archive itself; specify the file, or omit `ema`."
         )
     return companion
 
@@ -115,7 +115,7 @@ def describe(path: Path, folder: Path | None, given: dict[str, Any] | None, what
         if isinstance(file, TorchFile)
         for section in file.sections
     }
-    left_out |= dict.fromkeys(getattr(weights, "dropped", ()), "no tensor of weights")
+    left_out |= dict.fromkeys(getattr(weights, "dropped", ()), "not a tensor of weights")
     settings = [file.settings for file in files if isinstance(file, TorchFile)]
     return NemoCheckpoint(path.name, find_config(path, folder, given, settings, what), weights, left_out)
 
@@ -133,7 +133,7 @@ def open_folder(folder: Path, what: str) -> Weights:
         return RankWeights(opened, what)
     if len(files) != 1:
         raise ValueError(
-            f"{what} has {len(files)} files of weights, {[path.name for path in files[:5]]}, but should have one, one a "
+            f"{what} has {len(files)} files of weights, {[path.name for path in files[:5]]}, but should have one, one per "
             "rank, or a distributed checkpoint."
         )
     return TorchFile(files[0], what)
@@ -155,7 +155,7 @@ def find_config(
         found = model_section(read_yaml(files[0], HPARAMS, number_keys=True)) if files else None
     if found is None:
         raise ValueError(
-            f"{what} has no configuration with a section `unet`: give NeMo's YAML, or Lightning's {HPARAMS}, beside it."
+            f"{what} has no configuration with a section `unet`: specify NeMo's YAML, or put Lightning's {HPARAMS} next to it."
         )
     return found
 

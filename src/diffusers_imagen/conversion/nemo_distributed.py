@@ -86,7 +86,7 @@ class MetadataMachine(PickleMachine):
     def _do_build(self, _) -> None:
         target, state = self._pop(2)
         if type(target) is not Call or target.state is not None or type(state) not in (dict, tuple):
-            raise ValueError("it sets the state of what has none")
+            raise ValueError("it sets the state of a value that has none")
         target.state = state if type(state) is tuple else (state,)
         self._push(target)
 
@@ -127,14 +127,14 @@ class TorchDistWeights:
             places[at.get("fqn"), () if offset is None else sizes_of(offset)] = fields_of(info, "_StorageInfo")
         for key, value in checked_dict(fields.get("state_dict_metadata")).items():
             if type(key) is not str:
-                raise ValueError("it has an entry whose name is no text")
+                raise ValueError("it has an entry whose name is not text")
             if type(value) is Call and value.kind == "BytesStorageMetadata":
                 self.dropped.append(key)
                 continue
             described, parts = describe(value)
             whole = math.prod(described.shape)
             if sum(math.prod(sizes) for _, sizes in parts) != whole or overlap(parts):
-                raise ValueError(f"the parts of {shown(key)} do not make the whole of {described.shape}")
+                raise ValueError(f"the parts of {shown(key)} do not cover {described.shape}")
             self.tensors[key] = described
             self.chunks[key] = [place_of(folder, places, key, *part) for part in parts]
 
@@ -185,7 +185,7 @@ class ZarrWeights:
                 )
             sizes = [*shape, *chunks]
             if any(type(size) is not int or not 1 <= size < 2**40 for size in sizes) or len(shape) > MAX_DIMENSIONS:
-                raise ValueError(f"{what} has {shown(key)} of a shape that is none.")
+                raise ValueError(f"{what} has {shown(key)} with an invalid shape.")
             if not isinstance(dtype, str) or dtype not in ZARR_DTYPES:
                 self.dropped.append(key)
                 continue
@@ -257,7 +257,7 @@ def assembled(described: Described, parts: Iterator[tuple[Chunk, torch.Tensor]])
 def fields_of(value: Any, kind: str) -> dict[str, Any]:
     """Return the fields of an object of the given kind."""
     if type(value) is not Call or value.kind != kind or value.state is None or type(value.state[0]) is not dict:
-        raise ValueError(f"it has something else in place of a {kind}")
+        raise ValueError(f"it should have a {kind}")
     return value.state[0]
 
 
@@ -273,9 +273,9 @@ def sizes_of(value: Any) -> tuple[int, ...]:
     if type(value) is Call and value.kind == "Size" and len(value.args) == 1:
         value = value.args[0]
     if type(value) not in (tuple, list) or len(value) > MAX_DIMENSIONS:
-        raise ValueError("it has a shape that is none")
+        raise ValueError("it has an invalid shape")
     if any(type(size) is not int or not 0 <= size < 2**40 for size in value):
-        raise ValueError("it has a shape that is none")
+        raise ValueError("it has an invalid shape")
     return tuple(value)
 
 
@@ -286,7 +286,7 @@ def describe(value: Any) -> tuple[Described, list[tuple[tuple[int, ...], tuple[i
     state = properties.state if type(properties) is Call and properties.kind == "TensorProperties" else None
     dtype = state[0].get("dtype") if state and type(state[0]) is dict else state[0] if state else None
     if type(dtype) is not Global or dtype.kind not in DTYPES:
-        raise ValueError("it has a tensor of a type that is not known")
+        raise ValueError("it has a tensor of an unknown dtype")
     shape, chunks = sizes_of(fields.get("size")), fields.get("chunks")
     if type(chunks) is not list or not 1 <= len(chunks) <= MAX_CHUNKS:
         raise ValueError("it has a tensor without parts")
@@ -295,9 +295,9 @@ def describe(value: Any) -> tuple[Described, list[tuple[tuple[int, ...], tuple[i
         part = fields_of(chunk, "ChunkStorageMetadata")
         offsets, sizes = sizes_of(part.get("offsets")), sizes_of(part.get("sizes"))
         if not len(offsets) == len(sizes) == len(shape):
-            raise ValueError("it has a part of another number of dimensions than its tensor")
+            raise ValueError("it has a part with a different number of dimensions than its tensor")
         if any(at + size > whole for at, size, whole in zip(offsets, sizes, shape)):
-            raise ValueError("it has a part that reaches out of its tensor")
+            raise ValueError("it has a part that extends beyond its tensor")
         parts.append((offsets, sizes))
     return Described(shape, DTYPES[dtype.kind]), parts
 
@@ -317,7 +317,7 @@ def place_of(folder: Path, places: dict, key: str, offsets: tuple[int, ...], siz
     """Return the location of a part; raise ValueError unless it is within a file of the folder."""
     info = places.get((key, offsets))
     if info is None:
-        raise ValueError(f"it does not say where {shown(key)} is")
+        raise ValueError(f"it has no location for {shown(key)} is")
     name, start, length = (info.get(field) for field in ("relative_path", "offset", "length"))
     if info.get("transform_descriptors"):
         raise ValueError(f"{shown(key)} is compressed or encrypted")
@@ -325,7 +325,7 @@ def place_of(folder: Path, places: dict, key: str, offsets: tuple[int, ...], siz
         raise ValueError(f"it has {shown(name)} for a file of the folder")
     path = folder / name
     if type(start) is not int or type(length) is not int or start < 0 or length < 0:
-        raise ValueError(f"it has a place that is none for {shown(key)}")
+        raise ValueError(f"it has an invalid location for {shown(key)}")
     if path.is_symlink() or not path.is_file() or path.stat().st_size < start + length:
         raise ValueError(f"the file '{name}' is missing or cut")
     return Chunk(offsets, sizes, path, start, length)

@@ -112,10 +112,10 @@ def read_nested(data: bytes) -> Storage:
     """Read a storage as `pickle` writes it: a file of `torch.save` that contains only the storage."""
     file = io.BytesIO(data)
     if not data.startswith(ZIP) and PickleMachine(file).run() != LEGACY_MAGIC:
-        raise ValueError("it has a file within it that is none of torch")
+        raise ValueError("it has a nested file that is not torch's")
     content = read_zip(data) if data.startswith(ZIP) else read_legacy(file)
     if type(content.value) is not Call or content.value.kind != "storage":
-        raise ValueError("it has a file within it that is no storage")
+        raise ValueError("it has a nested file that is not a storage")
     return content.read_storage(content.value)
 
 
@@ -127,7 +127,7 @@ def no_storage(_) -> Storage:
 def note_storage(pid: Any) -> Call:
     """Record a persistent id: ("storage", type, key, location, count, and in the older format None)."""
     if type(pid) is not tuple or pid[:1] != ("storage",) or pid[5:] not in ((), (None,)) or len(pid) < 5:
-        raise ValueError("it has a persistent id that is no storage")
+        raise ValueError("it has a persistent id that is not a storage")
     _, kind, key, _, count = pid[:5]
     if type(key) is not str or type(count) is not int or count < 0:
         raise ValueError("it has a storage without a name or a size")
@@ -138,7 +138,7 @@ def read_legacy(file: io.BytesIO) -> Content:
     """Read the rest of torch.save's older format: two pickles, the content, the keys of the storages, and their data."""
     protocol = PickleMachine(file).run()
     if protocol != LEGACY_PROTOCOL:
-        raise ValueError("it is of a format of torch that is not known")
+        raise ValueError("it has an unknown format of torch")
     PickleMachine(file).run()  # about the machine; numbers are always little-endian
     storages: dict[str, Call] = {}
 
@@ -150,11 +150,11 @@ def read_legacy(file: io.BytesIO) -> Content:
     numbers = {}
     keys = PickleMachine(file).run()
     if type(keys) is not list or any(type(key) is not str or key not in storages for key in keys):
-        raise ValueError("it lists storages that no tensor has")
+        raise ValueError("it lists storages that no tensor uses")
     for key in keys:
         kind, _, count = storages[key].args
         if key in numbers or int.from_bytes(file.read(8), "little", signed=True) != count:
-            raise ValueError("it has a storage of another size than it says")
+            raise ValueError("it has a storage whose size differs from its declared size")
         size = itemsize(kind)
         numbers[key] = file.read(count * size)
         if len(numbers[key]) != count * size:
@@ -181,7 +181,7 @@ def read_zip(data: bytes) -> Content:
 
     folders = [name.partition("/")[0] for name in entries if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(folders) != 1:
-        raise ValueError("it is a zip file, but not one of torch.save")
+        raise ValueError("it is a zip file, but not from torch.save")
     (folder,) = folders
     big_endian = f"{folder}/byteorder" in entries and read(f"{folder}/byteorder") == b"big"
 
@@ -189,7 +189,7 @@ def read_zip(data: bytes) -> Content:
         kind, key, count = call.args
         numbers = read(f"{folder}/data/{key}")
         if len(numbers) != count * itemsize(kind):
-            raise ValueError("it has a storage of another size than it says")
+            raise ValueError("it has a storage whose size differs from its declared size")
         return Storage(kind, numbers, big_endian)
 
     return Content(PickleMachine(io.BytesIO(read(f"{folder}/data.pkl")), note_storage).run(), read_storage)
@@ -216,7 +216,7 @@ def build_tensor(call: Call, content: Content) -> torch.Tensor:
     size, stride = check_sizes(size), check_sizes(stride)
     (offset,) = check_sizes((offset,))
     if len(stride) != len(size):
-        raise ValueError("it has a tensor with more or less strides than sizes")
+        raise ValueError("it has a tensor with different numbers of strides and sizes")
     count, last = math.prod(size), offset + sum((length - 1) * step for length, step in zip(size, stride))
     if count > len(numbers) or (count and last >= len(numbers)):
         raise ValueError("it has a tensor with more numbers than its storage")
@@ -229,7 +229,7 @@ def build_parameter(call: Call, content: Content) -> torch.Tensor:
     """Build a torch parameter, recorded as a tensor and whether it requires gradients."""
     tensor = call.args[0] if call.args else None
     if type(tensor) is not Call or tensor.kind != "tensor":
-        raise ValueError("it has a parameter that is no tensor")
+        raise ValueError("it has a parameter that is not a tensor")
     return build_tensor(tensor, content)
 
 
@@ -247,7 +247,7 @@ def build_buffer_array(call: Call, content: Content) -> torch.Tensor:
         raise ValueError("it has an array without a shape")
     data, dtype, shape, order = call.args[:4]
     if order not in ("C", "F"):
-        raise ValueError("it has an array of an order that is not known")
+        raise ValueError("it has an array of unknown order")
     return of_array(data, dtype, shape, order == "F")
 
 
@@ -283,7 +283,7 @@ def read_dtype(dtype: Any) -> tuple[str, bool]:
     name = "bool" if code[1] == "b" else f"{NUMPY_KINDS[code[1]]}{8 * int(code[2])}"
     order = dtype.state[1] if dtype.state is not None and len(dtype.state) > 1 else "<"
     if order not in ("<", ">", "=", "|"):
-        raise ValueError("it has an array of a byte order that is not known")
+        raise ValueError("it has an array of unknown byte order")
     return name, order == ">"
 
 
@@ -294,7 +294,7 @@ def check_sizes(sizes: Any) -> tuple[int, ...]:
     if type(sizes) is not tuple or len(sizes) > 3:
         raise ValueError("it has an array of more than three dimensions")
     if any(type(size) is not int or not 0 <= size <= PICKLE_BYTES for size in sizes):
-        raise ValueError("it has an array with sizes that are none")
+        raise ValueError("it has an array with invalid sizes")
     return sizes
 
 
@@ -304,7 +304,7 @@ def as_numbers(storage: Storage) -> torch.Tensor:
         raise WrongType(storage.dtype)
     size = DTYPES[storage.dtype].itemsize
     if len(storage.data) % size:
-        raise ValueError("it has an array that ends within a number")
+        raise ValueError("it has an array whose size is not a multiple of its item size")
     words = np.frombuffer(storage.data, f"{'>' if storage.big_endian else '<'}i{size}").astype(f"=i{size}")
     return torch.from_numpy(words).view(DTYPES[storage.dtype])
 
@@ -324,7 +324,7 @@ def read_tar(path: str | Path, key: str) -> Iterator[tuple[str, torch.Tensor]]:
         stem, suffix = name.with_suffix("").as_posix(), name.suffix.lower()
         parts = waiting.setdefault(stem, {})
         if SUFFIXES[suffix] in parts:
-            raise ValueError(f"{path}: {shown(stem)} has two members that are its {SUFFIXES[suffix]}.")
+            raise ValueError(f"{path}: {shown(stem)} has two members with the suffix {SUFFIXES[suffix]}.")
         parts[SUFFIXES[suffix]] = data
         if len(parts) < 2:
             continue
@@ -340,4 +340,4 @@ def read_tar(path: str | Path, key: str) -> Iterator[tuple[str, torch.Tensor]]:
         yield caption, embeds[key]
     alone = [stem for stem, parts in waiting.items() if "pickle" in parts]
     if alone:
-        raise ValueError(f"{path}: {len(alone)} pickles have no caption (.txt) beside them, such as {alone[0]!r}.")
+        raise ValueError(f"{path}: {len(alone)} pickles have no caption (.txt) next to them, such as {alone[0]!r}.")

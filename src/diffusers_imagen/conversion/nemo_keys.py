@@ -24,7 +24,7 @@ TWIN, FIRST_CONVOLUTION = "init_conv.0.", "input_blocks.0.0."
 OTHERS = {
     r"(state_dict\.)?((model|module)\.)*text_encoder\.": "the frozen text encoder, which is specified separately",
     r"(optimizer|optimizer_states|lr_schedulers|chained_\d+\.optimizer)\b": "state of the optimizer, which is not carried over",
-    r".*\._extra_state(/|$)": "state of Transformer Engine's FP8 layers, which holds no weight",
+    r".*\._extra_state(/|$)": "state of Transformer Engine's FP8 layers, which has no weights",
 }
 
 # Positions in the network that both have; the functions below number those of the blocks.

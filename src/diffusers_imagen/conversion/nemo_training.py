@@ -149,7 +149,7 @@ def objective(nemo: Entries) -> dict[str, Any]:
 
 
 def optimizer(nemo: Entries) -> dict[str, Any]:
-    """AdamW's settings."""
+    """Return the settings of AdamW."""
     name = nemo.require("model.optim.name")
     if name not in WEIGHT_DECAY:
         nemo.refuse("model.optim.name", f"but training has AdamW only, which NeMo calls {list(WEIGHT_DECAY)}.")

@@ -193,7 +193,7 @@ def unknown_name(what: str, name: str) -> ValueError:
 def check_file(path: Path, what: str) -> bool:
     """Return whether a file is in torch's zip format, after checking its entries."""
     if not path.is_file():
-        raise ValueError(f"{what} is no regular file." if path.exists() else f"{what} is not there.")
+        raise ValueError(f"{what} is no regular file." if path.exists() else f"{what} does not exist.")
     with open(path, "rb") as file:
         if file.read(4) != ZIP:
             return False
@@ -214,7 +214,7 @@ def check_file(path: Path, what: str) -> bool:
         raise ValueError(f"{what} has {len(entries)} entries, more than {MAX_ENTRIES} or several of one name.")
     total = sum(entry.file_size for entry in entries)
     if total > size:
-        raise ValueError(f"{what} has entries of {total} bytes in {size}: it is damaged, or made to fill the disk.")
+        raise ValueError(f"{what} has entries of {total} bytes in {size}: it is damaged or malicious.")
     return True
 
 

@@ -134,15 +134,15 @@ def check_member(path: Path, member: tarfile.TarInfo, limit: int, compressed: bo
     """Check a member's type, name and size; return its name."""
     name = PurePosixPath(member.name)
     if name.is_absolute() or ".." in name.parts:
-        raise ValueError(f"'{path}' has {shown(member.name)}, a name that leads out of a folder.")
+        raise ValueError(f"'{path}' has {shown(member.name)}, a name that points outside the folder.")
     if not (member.isdir() or member.isfile()) or member.issparse():
         raise ValueError(
-            f"'{path}' has {shown(member.name)}, which is no plain file: links, devices and the like are not read."
+            f"'{path}' has {shown(member.name)}, which is not a regular file: links, devices and the like are not supported."
         )
     if member.size < 0:
         raise ValueError(f"'{path}' has {shown(member.name)} of {member.size} bytes.")
     if member.offset_data + member.size > limit:
-        what = f"more than {GZIP_RATIO} times what it is compressed to" if compressed else "beyond the end of the file"
+        what = f"more than {GZIP_RATIO} times its compressed size" if compressed else "beyond the end of the file"
         raise ValueError(f"'{path}' has {shown(member.name)} of {member.size} bytes, {what}: it is cut or damaged.")
     return name
 

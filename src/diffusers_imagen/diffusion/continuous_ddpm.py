@@ -50,7 +50,10 @@ def _check_precision(name: str, value: torch.Tensor) -> None:
 
 
 def log_snr_cosine(t: torch.Tensor, s: float = 0.008) -> torch.Tensor:
-    """Cosine schedule, `alpha = cos(pi/2 * (t + s) / (1 + s))` (Nichol and Dhariwal 2021, eq. 17): from 8.8 to -33.9."""
+    """Return the cosine schedule, `alpha = cos(pi/2 * (t + s) / (1 + s))` (Nichol and Dhariwal 2021, eq. 17).
+
+    The log-SNR decreases from 8.8 to -33.9.
+    """
     _check_precision("t", t)
     # the cosine is computed as the sine of the complementary angle, which is accurate near t = 1
     alpha = torch.sin(math.pi / 2 * (1 - t) / (1 + s))
@@ -59,7 +62,7 @@ def log_snr_cosine(t: torch.Tensor, s: float = 0.008) -> torch.Tensor:
 
 
 def log_snr_linear(t: torch.Tensor) -> torch.Tensor:
-    """DDPM's linear betas in continuous time, `-ln(expm1(1e-4 + 10 t^2))` (Kingma et al. 2021): from 9.2 to -10."""
+    """Return `-ln(expm1(1e-4 + 10 t^2))`, DDPM's linear betas in continuous time (Kingma et al. 2021): 9.2 to -10."""
     _check_precision("t", t)
     return -torch.log(torch.expm1(1e-4 + 10 * t**2))
 

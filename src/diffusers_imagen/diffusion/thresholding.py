@@ -35,7 +35,7 @@ def dynamic_threshold(x_0: torch.Tensor, ratio: float = 0.995, max_value: float 
 def _quantile_per_image(values: torch.Tensor, ratio: float) -> torch.Tensor:
     """Return the linearly interpolated quantile of each row of `(B, n)`: `(B,)`.
 
-    `torch.quantile` sorts all values, and before torch 2.13 refuses more than 16 million of them, which six 1024 px
+    `torch.quantile` sorts all values, and before torch 2.13 rejects more than 16 million of them, which six 1024 px
     images have; an upper quantile needs only the few largest.
     """
     rank = ratio * (values.shape[1] - 1)

@@ -57,7 +57,7 @@ class Report:
         small += [Image.new("RGB", (side, side), "white")] * (rows * COLUMNS - len(small))
         captions = "; ".join(pictures.caption(index) for index in some)
         self.add_sheet(
-            f"{pictures.name}: unpicked, by row: {captions}",
+            f"{pictures.name}: uncurated, by row: {captions}",
             f"contact_{slug(pictures.name)}.png",
             make_image_grid(small, rows, COLUMNS),
         )
@@ -134,9 +134,7 @@ def figures_table(rows: list[Row]) -> str:
     ]
     spreads = {label: row.figures[label].of for row in rows for label in labels if label in row.figures}
     notes = "; ".join(f"{label}: {of}" for label, of in spreads.items() if of)
-    return table(["", "pictures", "evaluations", *labels], cells) + (
-        f"<p>± {html.escape(notes)}.</p>" if notes else ""
-    )
+    return table(["", "images", "evaluations", *labels], cells) + (f"<p>± {html.escape(notes)}.</p>" if notes else "")
 
 
 def upscaling_table(rows: list[dict[str, Any]]) -> str:

@@ -24,7 +24,7 @@ def upscaling_figures(
         Metrics by method and label.
     """
     rows: dict[str, list[torch.Tensor]] = {"super-resolution": [], "bicubic": []}
-    for index in tqdm(indices, desc=f"super-resolution to {resolution} px", unit="picture"):
+    for index in tqdm(indices, desc=f"super-resolution to {resolution} px", unit="image"):
         small = reduced(real.picture(index), resolution, low)
         target = to_tensor(fitted(real.picture(index), resolution))
         bicubic = small.resize((resolution, resolution), Image.Resampling.BICUBIC)

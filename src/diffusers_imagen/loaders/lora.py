@@ -75,7 +75,7 @@ class ImagenLoraLoaderMixin(AdaptersMixin):
             raise ValueError(f"`{unknown[0]}` is not an option of loading LoRA weights, which are {options}.")
         source = pretrained_model_name_or_path_or_dict
         if not isinstance(source, (str, os.PathLike, dict)) or source == "":
-            raise bad_argument(SOURCE, source, "a path, a name on the Hub or weights by key")
+            raise bad_argument(SOURCE, source, "a path, a Hub id or weights by key")
         if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(key, str) for key in metadata)):
             raise ValueError(f"`metadata` is a {type(metadata).__name__}, but should be a dict with names as keys.")
         check_options(kwargs)
@@ -260,7 +260,7 @@ class ImagenLoraLoaderMixin(AdaptersMixin):
         """Return the adapter of each network; weights for missing stages are skipped with a warning."""
         present = self._lora_unets()
         if not state_dict:
-            raise ValueError(f"`{SOURCE}` holds no weights.")
+            raise ValueError(f"`{SOURCE}` has no weights.")
         updates = group_weights(state_dict, self._known_prefixes(state_dict, component))
         self._check_adaptable(updates)
         if component is not None and len(updates) != 1:

@@ -43,7 +43,7 @@ def read_source(
     else:
         file, config = download(source, weight_name, use_safetensors, hub)
     if file.suffix in PICKLED and use_safetensors:
-        raise ValueError(f"`use_safetensors` is True, but '{file}' is no safetensors file.")
+        raise ValueError(f"`use_safetensors` is True, but '{file}' is not a safetensors file.")
     state_dict, metadata = read_pickle(file) if file.suffix in PICKLED else read_safetensors(file)
     if has_metadata:
         return state_dict, metadata
@@ -80,7 +80,7 @@ def download(
         validate_repo_id(source)
     except HFValidationError as error:
         raise ValueError(
-            f"`{SOURCE}` is '{source[:200]}', which is no file, no folder and no name on the Hub."
+            f"`{SOURCE}` is '{source[:200]}', which is neither a file, nor a folder, nor a Hub id."
         ) from error
     if os.path.exists(source):
         raise ValueError(f"`{SOURCE}` is '{source}', which is no regular file.")

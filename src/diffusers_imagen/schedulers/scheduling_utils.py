@@ -266,7 +266,9 @@ class ImagenScheduler(SchedulerMixin, ConfigMixin):
         low, high = self._preconditioning.sigma_range
         # tolerance for values rounded to float32
         if given.min() < low * (1 - 1e-6) or given.max() > high * (1 + 1e-6):
-            raise bad_argument("sigmas", sigmas, f"a list of noise levels of training, in [{low:g}, {high:g}]")
+            raise bad_argument(
+                "sigmas", sigmas, f"a list of noise levels within the range of training, in [{low:g}, {high:g}]"
+            )
         return given
 
     def _timesteps_to_sigmas(self, timesteps: torch.Tensor) -> torch.Tensor:
@@ -360,7 +362,7 @@ class ImagenScheduler(SchedulerMixin, ConfigMixin):
             begin = self._begin_index
             self._step_index = begin if begin is not None else self.index_for_timestep(timestep)
         if self._step_index is not None and self._step_index >= len(self._timestep_values):
-            expected = "one of a call: all of them have been made; call `set_timesteps` before the next run"
+            expected = "the index of a call, but the run has ended: call `set_timesteps` before the next one"
             raise bad_argument("step_index", self._step_index, expected)
         return self._step_index
 

@@ -165,7 +165,7 @@ def read_manifest(folder: Path, argument: str = "embedding_cache") -> dict[str, 
         except ValueError as error:
             raise ValueError(f"'{path}' {error}") from error
         if "sha256" in manifest and render_manifest(manifest).encode() != path.read_bytes():
-            raise ValueError(f"'{path}' is not as it was written: its checksum is another")
+            raise ValueError(f"'{path}' was modified: its checksum does not match")
     except ValueError as error:
         raise ValueError(
             f"`{argument}` is '{folder}', whose manifest is damaged: {error}; delete it and run cache-embeddings "
@@ -187,7 +187,7 @@ def size_problem(folder: Path, shard: dict[str, Any]) -> str | None:
 def checksum_problem(folder: Path, shard: dict[str, Any]) -> str | None:
     """Check a shard's checksum; return a description of the problem, or None."""
     if sha256(folder / shard["file"]) != shard["sha256"]:
-        return f"{shard['file']} has another checksum than {MANIFEST} says"
+        return f"{shard['file']} has a different checksum than in {MANIFEST}"
     return None
 
 
@@ -242,16 +242,16 @@ def read_index(folder: Path, manifest: dict[str, Any], shard: dict[str, Any], fi
     }
     found = {key: (file.get_slice(key).get_shape(), file.get_slice(key).get_dtype()) for key in file.keys()}
     if found != expected:
-        raise ValueError(f"{name} has other tensors than {MANIFEST} says")
+        raise ValueError(f"{name} has different tensors than in {MANIFEST}")
     keys, offsets = file.get_tensor("keys").numpy(), file.get_tensor("offsets").numpy()
     with open(folder / name, "rb") as raw:
         (length,) = struct.unpack("<Q", raw.read(8))
         index = Index(keys, offsets, hash_index(raw.read(min(length, HEADER_BYTES)), keys, offsets))
     if shard.get("index_sha256", index.sha256) != index.sha256:
-        raise ValueError(f"{name} has another index than {MANIFEST} says")
+        raise ValueError(f"{name} has a different index than in {MANIFEST}")
     lengths = np.diff(offsets)
     if offsets[0] != 0 or offsets[-1] != tokens or lengths.min() < 0 or lengths.max() > manifest["max_length"]:
-        raise ValueError(f"{name} has offsets that do not fit its embeddings")
+        raise ValueError(f"{name} has offsets that do not match its embeddings")
     return index
 
 

@@ -44,7 +44,7 @@ def encoder_width(config: PretrainedConfig) -> int:
     """
     width = getattr(config, "d_model", None) or getattr(config, "hidden_size", None)
     if not isinstance(width, int):
-        raise ValueError(f"{type(config).__name__} has no width (`hidden_size`): it is no text encoder's.")
+        raise ValueError(f"{type(config).__name__} has no width (`hidden_size`): it is not a text encoder.")
     return width
 
 

@@ -57,7 +57,7 @@ def load_tokenizer(name: str, max_length: int | None = None, **hub: Any) -> tupl
             )
         tokenizer.model_max_length = limit if max_length is None else max_length
         return tokenizer, encoder
-    raise ValueError(f"`text_encoder` is {name!r}, which has no tokenizer that can be loaded: {reason}")
+    raise ValueError(f"`text_encoder` is {name!r}, whose tokenizer cannot be loaded: {reason}")
 
 
 def load_tokenizer_of_pipeline(source: str, hub: dict[str, Any]) -> PreTrainedTokenizerBase:
@@ -116,7 +116,7 @@ def load_encoder(
             )
         model = model.eval().requires_grad_(False)
         return model if is_quantized(model) else model.to(device)
-    raise ValueError(f"{what}, which has no encoder that can be loaded: {reason}")
+    raise ValueError(f"{what}, whose encoder cannot be loaded: {reason}")
 
 
 def load_text(name: str, max_length: int | None = None) -> dict[str, Any]:

@@ -85,9 +85,9 @@ def check_writable(path: PathLike, name: str) -> None:
     try:
         os.fsencode(path)
     except UnicodeEncodeError:
-        raise ValueError(f"`{name}` is {str(path)!r}, which no file can be called.") from None
+        raise ValueError(f"`{name}` is {str(path)!r}, which is not a valid file name.") from None
     if path.name in ("", "..") or "\0" in str(path):
-        raise ValueError(f"`{name}` is {str(path)!r}, which no file can be called.")
+        raise ValueError(f"`{name}` is {str(path)!r}, which is not a valid file name.")
     with refusing(path, name):
         check_name(path)
         if path.exists() and not path.is_file():
@@ -131,7 +131,7 @@ def check_folder(path: PathLike, name: str) -> None:
     except UnicodeEncodeError:  # model cards and records refer to the folder in UTF-8
         raise ValueError(f"`{name}` is {str(path)!r}, which is not UTF-8.") from None
     if not os.fspath(path) or "\0" in str(path):
-        raise ValueError(f"`{name}` is {str(path)!r}, which no folder can be called.")
+        raise ValueError(f"`{name}` is {str(path)!r}, which is not a valid folder name.")
     with refusing(path, name):
         folder = nearest_existing(path)
         if not folder.is_dir():

@@ -17,7 +17,7 @@ PictureSource = str | os.PathLike | bytes | Image.Image
 
 # EPS and WMF are rendered by other programs, FITS is decompressed without a limit, and Pillow cannot decode the others
 REFUSED_FORMATS = {"EPS", "WMF", "FITS", "BUFR", "GRIB", "HDF5", "MPEG"}
-# image formats that Pillow does not read by itself: such files are counted, and reported as unreadable
+# image formats that Pillow does not read without plugins: such files are counted, and reported as unreadable
 FOREIGN_EXTENSIONS = {".heic", ".heif", ".jxl", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw"}
 NEARLY_ONE = 2.0  # floating-point images up to here count as [0, 1], with overshoot from sharpening
 NEARLY_ZERO = -1 / 510  # rounds to 0

@@ -62,7 +62,7 @@ def read_kinds(path: Path) -> dict[str, tuple[Kind, int]]:
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 0 < length <= min(MAX_HEADER, size - 8):
-            raise ValueError(f"'{path}' is no safetensors file, or cut.")
+            raise ValueError(f"'{path}' is not a safetensors file, or cut.")
         try:
             header = json.loads(file.read(length))
             found = {name: entry for name, entry in header.items() if name != "__metadata__"}
@@ -71,10 +71,10 @@ def read_kinds(path: Path) -> dict[str, tuple[Kind, int]]:
                 for name, entry in found.items()
             }
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-            raise ValueError(f"'{path}' is no safetensors file of floating-point numbers: {error}") from error
+            raise ValueError(f"'{path}' is not a safetensors file of floating-point numbers: {error}") from error
     for name, ((dtype, shape), start) in kinds.items():
         if any(type(part) is not int or part < 0 for part in (start, *shape)):
-            raise ValueError(f"'{path}' has {name!r} of a shape that is none.")
+            raise ValueError(f"'{path}' has {name!r} with an invalid shape.")
         if start + math.prod(shape) * dtype.itemsize > size:
             raise ValueError(f"'{path}' is cut: {name!r} is beyond its end.")
     return kinds

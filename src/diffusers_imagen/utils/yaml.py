@@ -87,7 +87,7 @@ class BoundedLoader(yaml.SafeLoader):
             if self.number_keys and key.tag == INTEGER:
                 key.tag = STRING
             if key.tag not in (STRING, MERGE) or not isinstance(key, yaml.ScalarNode):
-                raise refusal("a key is no string (quote it)", key.start_mark)
+                raise refusal("a key is not a string (quote it)", key.start_mark)
             if key.value in seen:
                 raise refusal(f"it has the key {key.value[:60]!r} twice", key.start_mark)
             seen.add(key.value)
