@@ -17,12 +17,12 @@ from diffusers_imagen.diffusion.training_examples import edm_example
 SIZE, SIGMA_DATA = 16, 0.7
 COLORS, SHAPES = ("red", "green", "blue", "orange"), {"circle": 60, "square": 4, "triangle": 3}  # names and corners
 PROMPTS = [(color, shape) for color in COLORS for shape in SHAPES]
-WORDS = dict(zip((*COLORS, *SHAPES), torch.eye(8)))  # in the place of a text encoder: an axis for each word
+WORDS = dict(zip((*COLORS, *SHAPES), torch.eye(8)))  # instead of a text encoder: one axis per word
 TEXTS = torch.stack([torch.stack([WORDS[word] for word in prompt]) for prompt in PROMPTS])  # (12, 2, 8)
 
 
 def draw(color: str, shape: str, generator: torch.Generator) -> torch.Tensor:
-    """A shape of random place and size on white, in [-1, 1]: (3, SIZE, SIZE)."""
+    """Draw a shape of random position and size on white, in [-1, 1]: (3, SIZE, SIZE)."""
     x, y, radius = (torch.tensor([28, 28, 20]) + torch.rand(3, generator=generator) * torch.tensor([8, 8, 4])).tolist()
     image = Image.new("RGB", (64, 64), "white")
     ImageDraw.Draw(image).regular_polygon((x, y, radius), SHAPES[shape], fill=color)
@@ -37,7 +37,9 @@ def train(unet: EfficientUNetModel, steps: int, generator: torch.Generator, batc
     for _ in (progress := tqdm(range(steps), "Training")):
         chosen = torch.randint(len(PROMPTS), (batch_size,), generator=generator)
         x_0 = torch.stack([draw(*PROMPTS[i], generator) for i in chosen])  # (B, 3, SIZE, SIZE)
-        has_text = torch.rand(batch_size, 1, 1, generator=generator) > 0.1  # images without text are for guidance
+        has_text = (
+            torch.rand(batch_size, 1, 1, generator=generator) > 0.1
+        )  # images without text are for guidance training
         sigma = edm.draw_sigma(batch_size, generator=generator)  # (B,)
         example = edm_example(x_0, torch.randn(x_0.shape, generator=generator), sigma, SIGMA_DATA)
         output = unet(example.model_input, example.timestep, TEXTS[chosen] * has_text).sample
@@ -53,7 +55,7 @@ def train(unet: EfficientUNetModel, steps: int, generator: torch.Generator, batc
 
 @torch.no_grad()
 def sample(unet: EfficientUNetModel, generator: torch.Generator, steps: int = 16, scale: float = 1.5) -> torch.Tensor:
-    """An image of every prompt: (12, 3, SIZE, SIZE)."""
+    """Generate an image of every prompt: (12, 3, SIZE, SIZE)."""
     scheduler = EDMAdamsScheduler(sigma_data=SIGMA_DATA)
     scheduler.set_timesteps(steps)
     x = torch.randn(len(PROMPTS), 3, SIZE, SIZE, generator=generator) * scheduler.init_noise_sigma
@@ -65,7 +67,7 @@ def sample(unet: EfficientUNetModel, generator: torch.Generator, steps: int = 16
 
 
 def main(output: str = "minimal.png", steps: int = 800) -> None:
-    torch.manual_seed(0)  # of the network's first weights
+    torch.manual_seed(0)  # for the network's initial weights
     unet = EfficientUNetModel(SIZE, 3, 3, (32, 64, 64), (1, 2, 1), attention_types=(None, None, "fused"), encoder_hid_dim=8,
                               attention_head_dim=32, norm_num_groups=8, low_res_conditioning=False)  # fmt: skip
     generator = torch.Generator().manual_seed(0)

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""What the training loop costs beside forward, backward and optimizer, and how fast cached data comes.
+"""Benchmark the overhead of the training loop over forward, backward and optimizer, and the speed of cached data.
 
     python scripts/benchmark_training.py --preset emoji_base_64 --resolution 64 --train_batch_size 16
 
-Steps of the loop and of a bare one (same network, one fixed batch, no averages, no clipping, no draws) take turns in
-one process, so that a busy machine slows both. Images and captions are noise.
+Steps of the loop and of a bare one (same network, one fixed batch, no averages, no clipping, no random numbers)
+alternate in one process, so that other load affects both. Images and captions are noise.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--crop_size", type=int)
     parser.add_argument("--train_batch_size", type=int, default=16)
     parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="bf16")
-    parser.add_number("--tokens", int, 3, 4096, default=32, help="tokens of a caption; default: %(default)s")
+    parser.add_number("--tokens", int, 3, 4096, default=32, help="tokens per caption; default: %(default)s")
     parser.add_number("--steps", int, 1, 10**6, default=20, help="timed steps of each loop; default: %(default)s")
     args = parser.parse_args()
     check_numbers(args)
@@ -48,7 +48,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def write_data(folder: Path, resolution: int, tokens: int, width: int) -> None:
-    """Noise as images, and as text embeddings in an embedding cache."""
+    """Write noise as images, and as text embeddings in an embedding cache."""
     rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
     (folder / "data").mkdir()
     rows = []
@@ -65,7 +65,7 @@ def write_data(folder: Path, resolution: int, tokens: int, width: int) -> None:
 
 
 def make_bare_step(trainer: Trainer, preset: str) -> Callable[[], None]:
-    """A step of forward, backward and optimizer on one fixed batch."""
+    """Return a step of forward, backward and optimizer on one fixed batch."""
     device = trainer.accelerator.device
     unet = create_unet(preset).at_resolution(trainer.config.resolution).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(unet.train().parameters(), lr=1e-4, fused=True)
@@ -87,7 +87,7 @@ def make_bare_step(trainer: Trainer, preset: str) -> Callable[[], None]:
 
 
 def timed(function: Callable[[], None]) -> tuple[float, float]:
-    """Seconds on the clock and of this process's CPU time."""
+    """Return wall-clock seconds and this process's CPU seconds."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     start = time.perf_counter(), time.process_time()
@@ -98,7 +98,7 @@ def timed(function: Callable[[], None]) -> tuple[float, float]:
 
 
 def data_rate(config: TrainingConfig, in_memory: bool, batches: int = 20) -> float:
-    """Images a second from the embedding cache and from memory, or from files."""
+    """Return images per second with the embedding cache and images from memory or from files."""
     config.in_memory = in_memory
     stream = make_train_batches(config, EmbeddingCache(config.embedding_cache))
     next(stream)

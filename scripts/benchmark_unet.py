@@ -1,21 +1,21 @@
 #!/usr/bin/env python
-"""Times a network against a plain transcription of itself and against diffusers' UNet2DConditionModel.
+"""Benchmark a network against a straightforward implementation of it and diffusers' UNet2DConditionModel.
 
     python scripts/benchmark_unet.py --preset emoji_base_64 --batch_size 1 4
 
-Three contenders make the same guided prediction (a conditional and an unconditional one), and the same training step:
+Three contenders compute the same guided prediction (a conditional and an unconditional one), and the same training step:
 
-- `ours`: both predictions in one batch, the text encoded beforehand, attention through diffusers' backends,
+- `ours`: both predictions in one batch, the text encoded in advance, attention through diffusers' backends,
   channels_last. `--compile` adds torch.compile.
-- `plain`: the same layers run as they are usually written: two passes, each of which encodes the text, attention by
-  einsum, every operation on memory of its own. Its prediction is checked against ours.
+- `plain`: the same layers in a straightforward implementation: two passes, each of which encodes the text, attention by
+  einsum, no operation in place. Its prediction is checked against ours.
 - `diffusers`: a UNet2DConditionModel with the same levels and a width that gives about as many FLOPs, both predictions
   in one batch.
 
-They take turns within one run, so that a ratio compares times of the same minutes; the table has medians.
+They alternate within one run, so that a ratio compares times of the same minutes; the table has medians.
 
-`--preset IF-I-M` has a network of the size of DeepFloyd IF's medium stage I, with random weights. The contenders are then
-`ours`, `ours, text every call`, which encodes the text anew in each, and `diffusers`, the UNet2DConditionModel that ours
+`--preset IF-I-M` builds a network of the size of DeepFloyd IF's medium stage I, with random weights. The contenders are then
+`ours`, `ours, text every call`, which encodes the text again in each call, and `diffusers`, the UNet2DConditionModel that ours
 was converted from: the same network, whose prediction is checked against ours.
 """
 
@@ -45,7 +45,7 @@ from diffusers_imagen.utils.errors import run_to_exit_code
 
 GUIDANCE = 4.0
 DEEPFLOYD = "IF-I-M"
-# As DeepFloyd/IF-I-M-v1.0 has it, 371,605,830 parameters; what diffusers' script for IF's checkpoints writes.
+# The configuration of DeepFloyd/IF-I-M-v1.0, 371,605,830 parameters, as written by diffusers' conversion script.
 DEEPFLOYD_CONFIG = {
     "sample_size": 64,
     "in_channels": 3,
@@ -66,7 +66,7 @@ DEEPFLOYD_CONFIG = {
 
 
 class EinsumAttnProcessor:
-    """Attention as the formula stands."""
+    """Attention as in the formula."""
 
     def __call__(self, attn, hidden_states, text=None):
         query, key, value, mask = attn.project(hidden_states, text)
@@ -77,7 +77,7 @@ class EinsumAttnProcessor:
 
 
 def plain_resblock(self, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
-    """A residual block as the formula stands."""
+    """Compute a residual block as in the formula."""
     h = F.silu(self.norm1(x))
     if self.resample_branch is not None:
         h, x = self.resample_branch(h), self.resample_shortcut(x)
@@ -95,7 +95,7 @@ def plain_resblock(self, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
 
 
 class Contender:
-    """A network, and how it is called: `predict` with guidance, `train` for the gradients of one batch."""
+    """Network with methods `predict`, with guidance, and `train`, which computes the gradients of one batch."""
 
     def __init__(self, unet: torch.nn.Module, inputs: dict[str, torch.Tensor]):
         self.unet, self.inputs = unet, inputs
@@ -127,7 +127,7 @@ class Ours(Contender):
 
 
 class TextEveryCall(Ours):
-    """Ours, given embeddings in place of what `encode_text` makes of them."""
+    """Ours, called with text embeddings instead of the result of `encode_text`."""
 
     def __init__(self, unet: ConditionalUNet, inputs: dict[str, torch.Tensor], compiled: bool):
         super().__init__(unet, inputs, compiled)
@@ -163,7 +163,7 @@ class Diffusers(Contender):
 
 
 class SameInDiffusers(Diffusers):
-    """DeepFloyd IF's network in diffusers, which gets no mask."""
+    """DeepFloyd IF's network in diffusers, called without a mask."""
 
     def __init__(self, unet: UNet2DConditionModel, inputs: dict[str, torch.Tensor]):
         super().__init__(unet, inputs)
@@ -174,7 +174,7 @@ class SameInDiffusers(Diffusers):
 
 
 def make_inputs(unet: ConditionalUNet, batch_size: int, tokens: int) -> dict[str, torch.Tensor]:
-    """A batch of prompts, of which the even ones fill half of their tokens."""
+    """Return inputs for a batch of prompts, of which the even ones use half of their tokens."""
     generator = torch.Generator().manual_seed(0)
     config, side = unet.config, unet.config.sample_size
     lengths = torch.full((batch_size, 1), tokens)
@@ -195,14 +195,14 @@ def make_inputs(unet: ConditionalUNet, batch_size: int, tokens: int) -> dict[str
 
 
 def count_flops(unet: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> int:
-    """FLOPs of one prediction for one image, counted without computing it."""
+    """Count the FLOPs of one prediction for one image, without computing it."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         unet.to("meta")(**{name: value[:1].to("meta") for name, value in inputs.items()})
     return counter.get_total_flops()
 
 
 def diffusers_unet(unet: ConditionalUNet, flops: int, inputs: dict[str, torch.Tensor]) -> UNet2DConditionModel:
-    """A UNet2DConditionModel with our levels and attention at the same ones, of the width that has the nearest FLOPs."""
+    """Create a UNet2DConditionModel with the same levels and attention, and the width with the nearest FLOPs."""
     names = ("sample", "timestep", "encoder_hidden_states")
     inputs = {name: inputs[name] for name in names}
     config, groups = unet.config, unet.config.norm_num_groups
@@ -234,7 +234,7 @@ def diffusers_unet(unet: ConditionalUNet, flops: int, inputs: dict[str, torch.Te
 
 
 def peak_memory(call: Callable, device: torch.device) -> float:
-    """The most memory that a call holds beyond what was held before, in MiB."""
+    """Return the peak memory of a call beyond what was allocated before, in MiB."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -251,7 +251,7 @@ def peak_memory(call: Callable, device: torch.device) -> float:
 
 
 def measure(calls: dict[str, Callable], device: torch.device, repeats: int, clock: Callable) -> dict[str, float]:
-    """Median seconds of each call by the clock; they take turns, and the first round does not count."""
+    """Return the median seconds of each call; calls alternate, and the first round is not counted."""
     times = {name: [] for name in calls}
     for _ in tqdm(range(repeats + 1), leave=False, disable=None):
         for name, call in calls.items():
@@ -264,7 +264,7 @@ def measure(calls: dict[str, Callable], device: torch.device, repeats: int, cloc
 
 
 def report(kind: str, batch_size: int, calls: dict[str, Callable], seconds: dict[str, float], device) -> None:
-    """Prints a row for each contender; ratios are its time over that of `ours`."""
+    """Print a row for each contender; ratios are its time over that of `ours`."""
     for name, call in calls.items():
         ratio = seconds[name] / seconds["ours"]
         memory = peak_memory(call, device)
@@ -274,7 +274,7 @@ def report(kind: str, batch_size: int, calls: dict[str, Callable], seconds: dict
 
 
 def make_networks(preset: str, tokens: int) -> dict[str, torch.nn.Module]:
-    """The networks of all contenders, ours first; prints how much they compute."""
+    """Create the networks of all contenders, ours first, and print their FLOPs."""
     torch.manual_seed(0)
     if preset == DEEPFLOYD:
         theirs = UNet2DConditionModel(**DEEPFLOYD_CONFIG)
@@ -288,7 +288,7 @@ def make_networks(preset: str, tokens: int) -> dict[str, torch.nn.Module]:
         flops = count_flops(create_unet(preset), inputs)
     other = diffusers_unet(unet, flops, inputs)
     other_flops = count_flops(UNet2DConditionModel.from_config(other.config), Diffusers(other, inputs).inputs)
-    print(f"{preset}: {flops / 1e9:.2f} GFLOP a prediction; UNet2DConditionModel: {other_flops / 1e9:.2f} GFLOP")
+    print(f"{preset}: {flops / 1e9:.2f} GFLOP per prediction; UNet2DConditionModel: {other_flops / 1e9:.2f} GFLOP")
     return {"ours": unet, "plain": plain, "diffusers": other}
 
 
@@ -305,7 +305,7 @@ def make_contenders(
 
 
 def check_equal(contenders: dict[str, Contender]) -> None:
-    """Raises AssertionError if another contender with the weights of ours predicts something else."""
+    """Raise AssertionError if the prediction of another contender with the same weights differs."""
     expected = contenders["ours"].predict()
     for contender in contenders.values():
         if not (isinstance(contender, Diffusers) and not isinstance(contender, SameInDiffusers)):
@@ -317,13 +317,13 @@ def main() -> None:
     parser.add_argument("--preset", choices=[*PRESETS, DEEPFLOYD], default="emoji_base_64")
     parser.add_number("--batch_size", int, 1, 4096, nargs="+", default=[1, 4])
     parser.add_number("--tokens", int, 1, 4096, default=128, help="text tokens; default: %(default)s")
-    parser.add_number("--repeats", int, 1, 10**6, default=10, help="rounds that count; default: %(default)s")
+    parser.add_number("--repeats", int, 1, 10**6, default=10, help="measured rounds; default: %(default)s")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="compile our network")
-    parser.add_argument("--no_training", action="store_true", help="leave the training step out")
+    parser.add_argument("--no_training", action="store_true", help="skip the training step")
     parser.add_argument(
-        "--cpu_time", action="store_true", help="time of the processor, not of the wall, on a CPU that others use too"
+        "--cpu_time", action="store_true", help="measure CPU time instead of wall-clock time, on a shared CPU"
     )
     args = parser.parse_args()
     check_numbers(args)
@@ -331,7 +331,9 @@ def main() -> None:
     logging.set_verbosity_error()
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     if args.cpu_time and device.type != "cpu":
-        raise ValueError(f"`cpu_time` is given with `device` '{device}', which works while the processor does not.")
+        raise ValueError(
+            f"`cpu_time` is given with `device` '{device}', which runs asynchronously: CPU time does not measure it."
+        )
     clock = time.process_time if args.cpu_time else time.perf_counter
 
     networks = make_networks(args.preset, args.tokens)

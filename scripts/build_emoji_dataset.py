@@ -1,7 +1,7 @@
-"""Builds the captioned emoji dataset: six styles of one emoji vocabulary as a Hugging Face image folder.
+"""Build the captioned emoji dataset: six styles of one emoji vocabulary as a Hugging Face image folder.
 
 The artwork and the names come from pinned npm packages, fetched with `npm pack`. They are joined on the Unicode code
-point, captioned from the CLDR labels and split by a hash, so that every run on every machine gives the same rows:
+point, captioned from the CLDR labels and split by a hash, so that the rows are the same for every run on every machine:
 
     python scripts/build_emoji_dataset.py --output_dir emoji --styles flat noto --resolution 256
 
@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 DEFAULT_CACHE_DIR = Path.home() / ".cache" / "diffusers-imagen" / "emoji-sources"
 NATIVE_RESOLUTION = 256
-ARTWORK_SHARE = 240 / 256  # the share of the frame that vector artwork fills
+ARTWORK_SHARE = 240 / 256  # the fraction of the frame that vector artwork fills
 
 TONES = ("", "light", "medium-light", "medium", "medium-dark", "dark")
 LEFT_OUT_GROUPS = {"components", "symbols", "flags"}
@@ -41,7 +41,7 @@ TEST_CONCEPT_SHARE = 0.03
 TEST_TONE_SHARE = 0.10
 TEST_STYLE_SHARE = 0.08
 TEST_STYLE_MIN_STYLES = 4
-# How often training may draw a thing: what people ask for first more often than what is in no file, which has 1.
+# Sampling weights in training: higher for frequently requested things; others have 1.
 WEIGHTS = {
     label: int(weight)
     for weight, label in (
@@ -136,7 +136,7 @@ STYLES = {
 
 @dataclass(frozen=True)
 class Emoji:
-    """What Unicode and CLDR say about one code point sequence."""
+    """Unicode and CLDR data of one code point sequence."""
 
     concept: str
     label: str
@@ -147,7 +147,7 @@ class Emoji:
 
 @dataclass(frozen=True)
 class Row:
-    """One captioned picture. `concept` is the label without its skin tone."""
+    """One captioned image. `concept` is the label without its skin tone."""
 
     style: str
     icon_set: str
@@ -166,7 +166,7 @@ class Row:
         return f"images/{self.style}_{self.code_point}.png"
 
     def metadata(self) -> dict[str, str | int | list[str]]:
-        """The row as one line of `metadata.jsonl`; every key has one type, as Arrow wants it."""
+        """Return the row as one line of `metadata.jsonl`; every key has one type, as Arrow requires."""
         columns = ("style", "concept", "split", "label", "group", "tags", "icon_set", "icon_name", "code_point")
         return {
             "file_name": self.file_name,
@@ -181,7 +181,7 @@ class Row:
 
 
 def fetch_package(package: Package, cache_dir: Path) -> Path:
-    """Unpacks `package` under `cache_dir`, unless it is already there, and returns its folder."""
+    """Unpack `package` under `cache_dir`, unless it is already there, and return its folder."""
     folder = cache_dir / f"{package.slug}-{package.version}"
     if folder.is_dir():
         return folder
@@ -196,7 +196,7 @@ def fetch_package(package: Package, cache_dir: Path) -> Path:
 
 
 def npm_pack(package: Package, folder: Path) -> Path:
-    """Downloads the tarball of `package` into `folder`."""
+    """Download the tarball of `package` into `folder`."""
     npm = shutil.which("npm")
     if npm is None:
         raise SystemExit(f"npm is needed to download {package.spec} but was not found on PATH.")
@@ -213,12 +213,12 @@ def npm_pack(package: Package, folder: Path) -> Path:
 
 
 def normalize_code_point(code_point: str) -> str:
-    """Lower-cases a dash-joined code point sequence and drops the emoji variation selector."""
+    """Lower-case a dash-joined code point sequence and drop the emoji variation selector."""
     return "-".join(part for part in code_point.lower().split("-") if part != "fe0f")
 
 
 def read_emoji(folder: Path) -> dict[str, Emoji]:
-    """Reads the pictorial emoji of emojibase by code point. Skin-tone variants share the tags of their base."""
+    """Read the pictorial emoji of emojibase by code point. Skin-tone variants share the tags of their base."""
     groups = {group["order"]: group["message"] for group in read_json(folder / "en" / "messages.json")["groups"]}
     emoji = {}
     for base in read_json(folder / "en" / "data.json"):
@@ -233,12 +233,12 @@ def read_emoji(folder: Path) -> dict[str, Emoji]:
 
 
 def label_slug(label: str) -> str:
-    """The icon name that belongs to a CLDR label: "man: dark skin tone, bald" is "man-dark-skin-tone-bald"."""
+    """Return the icon name that belongs to a CLDR label: "man: dark skin tone, bald" is "man-dark-skin-tone-bald"."""
     return re.sub(r"[^a-z0-9]+", "-", label.lower().replace("’", "")).strip("-")
 
 
 class Artwork:
-    """The pictures of one style, by code point."""
+    """The images of one style, by code point."""
 
     def __init__(self, style: Style, folder: Path, emoji: dict[str, Emoji]):
         self.style, self.folder = style, folder
@@ -246,12 +246,12 @@ class Artwork:
             self.icons = read_json(folder / "icons.json")
             self.names = self._vector_names(emoji)
         else:
-            # A few pictures come twice, with and without variation selectors; the first by name is taken.
+            # A few images come twice, with and without variation selectors; the first by name is taken.
             files = sorted((folder / "assets").glob("*.webp"), reverse=True)
             self.names = {normalize_code_point(file.stem): file.name for file in files}
 
     def _vector_names(self, emoji: dict[str, Emoji]) -> dict[str, str]:
-        """Maps code points to icon names; a set without such a map is matched by the labels of the emoji."""
+        """Map code points to icon names; a set without such a map is matched by the labels of the emoji."""
         characters = read_json(self.folder / "chars.json")
         if characters:
             return {normalize_code_point(code_point): name for code_point, name in characters.items()}
@@ -259,7 +259,7 @@ class Artwork:
         return {code_point: slug for code_point, slug in slugs.items() if slug in self.icons["icons"]}
 
     def source(self, icon_name: str) -> bytes:
-        """The SVG or WebP document of an icon."""
+        """Return the SVG or WebP document of an icon."""
         if not self.style.is_vector:
             return (self.folder / "assets" / icon_name).read_bytes()
         icon = self.icons["icons"][icon_name]
@@ -274,13 +274,13 @@ class Artwork:
 
 
 def tone_words(tone: int | list[int] | None) -> str:
-    """Names a skin tone, or the tones of two people: 5 is "dark" and [5, 1] is "dark and light"."""
+    """Name a skin tone, or the tones of two people: 5 is "dark" and [5, 1] is "dark and light"."""
     tones = tone if isinstance(tone, list) else [tone or 0]
     return " and ".join(TONES[number] for number in tones)
 
 
 def article(concept: str) -> str:
-    """The article in front of a concept, with its space. Plurals have none."""
+    """Return the article in front of a concept, with its space. Plurals have none."""
     noun = re.split(r":| with | of ", concept)[0]
     if noun.endswith("s") and not noun.endswith(("ss", "us", "tennis")):
         return ""
@@ -289,18 +289,18 @@ def article(concept: str) -> str:
 
 
 def make_caption(style: str, concept: str, tone: int | list[int] | None) -> str:
-    """Writes the caption: "a 3d render of a person, red hair, medium-light skin"."""
+    """Write the caption: "a 3d render of a person, red hair, medium-light skin"."""
     skin = f", {tone_words(tone)} skin" if tone else ""
     return f"{STYLES[style].phrase} {article(concept)}{concept.replace(':', ',')}{skin}"
 
 
 def hash_unit(*parts) -> float:
-    """Hashes `parts` to a number in [0, 1) that does not depend on the machine or on other rows."""
+    """Hash `parts` to a number in [0, 1) that does not depend on the machine or on other rows."""
     return int(hashlib.sha256("|".join(map(str, parts)).encode()).hexdigest()[:8], 16) / 2**32
 
 
 def choose_split(concept: str, tone: int | list[int] | None, style: str, num_styles: int) -> str:
-    """Assigns a row to a split; `num_styles` is the number of styles in which the concept exists.
+    """Assign a row to a split; `num_styles` is the number of styles in which the concept exists.
 
     Whole concepts are held out first, then skin tones of a concept across all styles, then styles of a concept.
     """
@@ -314,7 +314,7 @@ def choose_split(concept: str, tone: int | list[int] | None, style: str, num_sty
 
 
 def iter_pictures(artwork: Artwork, emoji: dict[str, Emoji]) -> Iterator[tuple[str, str]]:
-    """Yields (code point, icon name) of the distinct pictures of a style; of equal pictures the first is kept."""
+    """Yield (code point, icon name) of the distinct images of a style; of equal images the first is kept."""
     seen = set()
     for code_point in sorted(artwork.names.keys() & emoji.keys()):
         icon_name = artwork.names[code_point]
@@ -325,7 +325,7 @@ def iter_pictures(artwork: Artwork, emoji: dict[str, Emoji]) -> Iterator[tuple[s
 
 
 def build_rows(artworks: Iterable[Artwork], emoji: dict[str, Emoji]) -> list[Row]:
-    """Joins artwork and names. All styles take part, since the splits ask in how many styles a concept exists."""
+    """Join artwork and names. All styles take part, since the splits ask in how many styles a concept exists."""
     pictures = [(artwork.style, *picture) for artwork in artworks for picture in iter_pictures(artwork, emoji)]
     styles_of = defaultdict(set)
     for style, code_point, _ in pictures:
@@ -342,7 +342,7 @@ def build_rows(artworks: Iterable[Artwork], emoji: dict[str, Emoji]) -> list[Row
 
 
 def load_sources(cache_dir: Path) -> tuple[dict[str, Path], dict[str, Artwork], list[Row]]:
-    """Returns the package folders and the artwork by style, and the rows of all styles."""
+    """Return the package folders and the artwork by style, and the rows of all styles."""
     folders = {name: fetch_package(style.package, cache_dir) for name, style in STYLES.items()}
     folders[NAMES.name] = fetch_package(NAMES, cache_dir)
     emoji = read_emoji(folders[NAMES.name])
@@ -354,7 +354,7 @@ def load_sources(cache_dir: Path) -> tuple[dict[str, Path], dict[str, Artwork], 
 
 
 def render(source: bytes, is_vector: bool, resolution: int) -> Image.Image:
-    """Draws an icon on a transparent square. Vector artwork leaves a small margin, pixel artwork stays as it is."""
+    """Draw an icon on a transparent square. Vector artwork gets a small margin, pixel artwork is unchanged."""
     if is_vector:
         import resvg_py
 
@@ -365,12 +365,12 @@ def render(source: bytes, is_vector: bool, resolution: int) -> Image.Image:
     frame = Image.new("RGBA", (resolution, resolution))
     frame.paste(picture, ((resolution - picture.width) // 2, (resolution - picture.height) // 2))
     if frame.getchannel("A").getbbox() is None:
-        raise ValueError("the picture is blank")
+        raise ValueError("the image is blank")
     return frame
 
 
 def render_to_file(job: tuple[Path, bytes, bool, int]) -> None:
-    """Renders one icon into a PNG file, unless the file is there already in this resolution."""
+    """Render one icon into a PNG file, unless the file exists already at this resolution."""
     file, source, is_vector, resolution = job
     if file.exists():
         with Image.open(file) as existing:
@@ -388,7 +388,7 @@ def render_to_file(job: tuple[Path, bytes, bool, int]) -> None:
 def render_rows(
     rows: list[Row], artworks: dict[str, Artwork], output_dir: Path, resolution: int, num_workers: int
 ) -> None:
-    """Renders all rows in parallel processes."""
+    """Render all rows in parallel processes."""
 
     def job(row: Row) -> tuple[Path, bytes, bool, int]:
         source = artworks[row.style].source(row.icon_name)
@@ -404,12 +404,12 @@ def render_rows(
 
 
 def read_json(file: Path):
-    """Reads a JSON file."""
+    """Read a JSON file."""
     return json.loads(file.read_text(encoding="utf-8"))
 
 
 def write_text(file: Path, text: str) -> None:
-    """Writes a text file at once, so that no reader sees half of it."""
+    """Write a text file atomically."""
     file.parent.mkdir(parents=True, exist_ok=True)
     scratch = file.with_name(f".{file.name}.tmp")
     scratch.write_text(text, encoding="utf-8")
@@ -417,7 +417,7 @@ def write_text(file: Path, text: str) -> None:
 
 
 def licence_text(folder: Path) -> str:
-    """The licence file of an unpacked package, or else what its metadata says about author and licence."""
+    """Return the licence file of an unpacked package, or else what its metadata says about author and licence."""
     for file in sorted(folder.iterdir()):
         if re.match(r"licen[cs]e", file.name, re.IGNORECASE):
             return file.read_text(encoding="utf-8")
@@ -437,19 +437,19 @@ def licence_text(folder: Path) -> str:
 
 
 def write_licences(styles: list[Style], folders: dict[str, Path], output_dir: Path) -> None:
-    """Collects one licence file per package, and a notice that credits the authors of the chosen styles."""
+    """Collect one licence file per package, and a notice that credits the authors of the chosen styles."""
     write_text(output_dir / "LICENSES" / f"{NAMES.slug}.txt", licence_text(folders[NAMES.name]))
     for style in styles:
         text = f"{licence_text(folders[style.name])}\n{style.credit}\n"
         write_text(output_dir / "LICENSES" / f"{style.package.slug}.txt", text)
     credits = [f"{style.name}: {style.credit}" for style in styles]
     credits.append("captions: labels and tags of emojibase-data, copyright Miles Johnson (MIT), from Unicode CLDR.")
-    header = "The pictures and captions of this dataset come from the works below.\n\n"
+    header = "The images and captions of this dataset come from the works below.\n\n"
     write_text(output_dir / "LICENSES" / "NOTICE.txt", header + "\n".join(credits) + "\n")
 
 
 def check_no_strays(rows: list[Row], output_dir: Path) -> None:
-    """Refuses a folder that holds pictures of another selection: they would slip into the dataset."""
+    """Raise an error if the folder has images of another selection, which would become part of the dataset."""
     expected = {Path(row.file_name).name for row in rows}
     for file in (output_dir / "images").glob("*.png"):
         if file.name not in expected:
@@ -460,7 +460,7 @@ def check_no_strays(rows: list[Row], output_dir: Path) -> None:
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Reads and checks the command line."""
+    """Parse and check the command line."""
     parser = argparse.ArgumentParser(
         description="Builds the captioned emoji dataset as an image folder.", allow_abbrev=False
     )
@@ -495,7 +495,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Builds the dataset."""
+    """Build the dataset."""
     args = parse_args(arguments)
     folders, artworks, rows = load_sources(args.cache_dir)
     rows = [row for row in rows if row.style in args.styles]
@@ -508,7 +508,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    # not needed to build, and it takes torch's seconds to import
+    # only needed for this message, and slow to import because of torch
     from diffusers_imagen.utils.errors import run_to_exit_code
 
     sys.exit(run_to_exit_code(main, "build_emoji_dataset.py"))

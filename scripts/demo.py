@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Makes pictures with the cascade that ships with the package: what `make demo` runs.
+"""Generate images with the shipped cascade; run by `make demo`.
 
-Writes one PNG an image and `demo.png`, a grid with the images of every stage beside each other, under their prompt.
+Writes one PNG per image and `demo.png`, a grid with the images of every stage side by side, under their prompt.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--prompt", action="append", help="your own prompt; may be given several times")
     parser.add_argument("--model", default=NAME, help="folder or Hub id; default: the shipped cascade")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs"))
-    per_stage = {"nargs": "+", "help": "one value a stage; default: each stage's own"}
+    per_stage = {"nargs": "+", "help": "one value per stage; default: those of the stage"}
     parser.add_number("--num_inference_steps", int, 1, MAX_STEPS, **per_stage)
     parser.add_number("--guidance_scale", float, 0, MAX_GUIDANCE, **per_stage)
     parser.add_number("--seed", int, 0, MAX_SEED, default=0)

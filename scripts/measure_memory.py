@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Computes what DeepFloyd IF's cascade needs of memory: weights, and what a guided call holds beside them.
+"""Compute the memory requirements of DeepFloyd IF's cascade: weights, and the peak memory of a guided call.
 
     python scripts/measure_memory.py --check I-M
 
-Weights are counted from configurations. A call is run on tensors without data, which have the shapes, dtypes and
-lifetimes of a call on a CPU; its peak is that of all tensors alive at once. What kernels and libraries hold within an
-operation, and what an allocator keeps, is not counted. `--check` runs a network with data as well, in float32 and
-bfloat16, and compares with the profiler's record of PyTorch's CPU allocator.
+Weights are counted from configurations. A call is simulated with tensors without data, which have the shapes, dtypes
+and lifetimes of a call on a CPU; its peak is that of all live tensors. Temporary memory of kernels and libraries, and
+memory cached by an allocator, are not counted. `--check` also runs a network with data, in float32 and bfloat16, and
+compares with the profiler's record of PyTorch's CPU allocator.
 """
 
 import argparse
@@ -52,7 +52,7 @@ KIND = {
 
 
 class Network(NamedTuple):
-    """A network of IF: its place in the cascade, widths of its levels, and their source."""
+    """Network of IF: its stage in the cascade, widths of its levels, and their source."""
 
     name: str
     stage: int
@@ -61,7 +61,7 @@ class Network(NamedTuple):
 
     @property
     def config(self) -> dict:
-        """That of an `ImagenUNetModel`."""
+        """Return the configuration of an `ImagenUNetModel`."""
         kind = {**KIND, "block_out_channels": self.widths, "sinusoidal_dim": self.widths[0]}
         if self.stage == 1:
             levels = {"sample_size": 64, "layers_per_block": 3, "attention_resolutions": (32, 16, 8)}
@@ -103,10 +103,10 @@ def make_text_encoder() -> T5EncoderModel:
 
 
 def text_encoder_bytes(model: T5EncoderModel) -> dict[str, float]:
-    """Bytes of the weights by format, as transformers and bitsandbytes lay them out.
+    """Return the bytes of the weights by format, as stored by transformers and bitsandbytes.
 
-    In float16, `wo` stays in float32, and no quantization touches it. Quantized are the other linear layers: to a byte
-    a weight and a float32 for each row, or to half a byte and a float32 for each 64 weights. The rest is in float16.
+    In float16, `wo` stays in float32 and is not quantized. The other linear layers are quantized to one byte per weight
+    and a float32 per row, or to half a byte and a float32 per 64 weights. The rest is in float16.
     """
     kept = [*get_keys_to_not_convert(model), *model._keep_in_fp32_modules]
     total = count(model)
@@ -136,7 +136,7 @@ class LiveMemory(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.held = self.peak = 0
-        self.known: dict[int, weakref.finalize] = {}  # by the address of a storage
+        self.known: dict[int, weakref.finalize] = {}  # by storage address
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         for tensor in _tensors((args, kwargs)):
@@ -164,7 +164,7 @@ def _tensors(values) -> Iterator[torch.Tensor]:
 
 
 class Call:
-    """A guided call for one image, the text encoded beforehand."""
+    """Guided call for one image, with the text encoded in advance."""
 
     def __init__(self, config: dict, dtype: torch.dtype):
         standard = torch.get_default_dtype()
@@ -190,7 +190,7 @@ class Call:
 
 @torch.no_grad()
 def count_call(config: dict, dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes of what `encode_text` makes, held over all steps, and the peak of a call beside it."""
+    """Return the bytes of the result of `encode_text`, kept for all steps, and the additional peak of a call."""
     with FakeTensorMode():
         call = Call(config, dtype)
         with LiveMemory() as text:
@@ -202,7 +202,7 @@ def count_call(config: dict, dtype: torch.dtype) -> tuple[int, int]:
 
 @torch.no_grad()
 def profile_call(config: dict, dtype: torch.dtype) -> int:
-    """The peak of a call in the CPU's allocator, in bytes."""
+    """Return the peak of a call in the CPU's allocator, in bytes."""
     call = Call(config, dtype)
     call.encode()
     return round(peak_memory(call, torch.device("cpu")) * 2**20)
@@ -210,7 +210,7 @@ def profile_call(config: dict, dtype: torch.dtype) -> int:
 
 @contextmanager
 def table(*headings: str) -> Iterator:
-    """Prints rows of a table in Markdown; ends with an empty line."""
+    """Print rows of a Markdown table, followed by an empty line."""
     print(f"| {' | '.join(headings)} |\n{'|---' * len(headings)}|")
     yield lambda *cells: print(f"| {' | '.join(map(str, cells))} |", flush=True)
     print()
@@ -255,7 +255,7 @@ def print_tables() -> None:
 
 
 def print_check(name: str) -> None:
-    """Prints the counted peak of a network beside the allocator's."""
+    """Print the counted peak of a network and the allocator's."""
     config = next(network for network in NETWORKS if network.name == name).config
     with table(f"a guided call of {name}, MiB", "counted", "CPU allocator") as row:
         for dtype in (torch.float32, torch.bfloat16):

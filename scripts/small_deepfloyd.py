@@ -1,7 +1,7 @@
-"""Small networks of the kind of DeepFloyd IF's, trained here on drawn shapes: `compare_solvers.py` samples them.
+"""Small networks of DeepFloyd IF's architecture, trained on synthetic shapes, for `compare_solvers.py`.
 
-Stage I draws 16 pixels from a caption; stage II makes 32 of them. A caption has a token each for shape, colour and
-background, and padding; tokens are vectors drawn at random, in the place of T5's.
+Stage I generates 16 x 16 pixels from a caption; stage II upsamples them to 32 x 32. A caption has one token each for
+shape, color and background, and padding; tokens are random vectors instead of T5's embeddings.
 """
 
 from typing import NamedTuple
@@ -19,14 +19,14 @@ from diffusers_imagen.diffusion.discrete_ddpm import trained_log_snrs
 
 RESOLUTION, UPSCALED = 16, 32
 TOKENS, TEXT_WIDTH = 7, 24
-DROPPED = 0.1  # share of captions that training leaves out
-LOG_SNRS = trained_log_snrs(1000, "squaredcos_cap_v2", 0.0, 0.0)  # of the betas of IF
+DROPPED = 0.1  # fraction of captions dropped in training
+LOG_SNRS = trained_log_snrs(1000, "squaredcos_cap_v2", 0.0, 0.0)  # of IF's betas
 # in [-1, 1]
 COLOURS = torch.tensor([(1, -1, -1), (-1, 0.6, -1), (-0.8, -0.6, 1), (1, 0.9, -1), (0.9, -1, 0.9), (-1, 0.8, 0.9)])
 BACKGROUNDS = torch.tensor([-0.9, 0.0, 0.9])
 SHAPES = 3  # disc, square, diamond
 
-# The options that all of IF's networks have, as `conversion.deepfloyd` sets them.
+# The options of all IF networks, as set by `conversion.deepfloyd`.
 KIND = {
     "out_channels": 6,
     "encoder_hid_dim": TEXT_WIDTH,
@@ -62,15 +62,15 @@ STAGE_2 = {
 
 
 class Conditioning(NamedTuple):
-    """What a network is told beside the noisy image and its noise level."""
+    """Conditioning of a network besides the noise level."""
 
     encoder_hidden_states: torch.Tensor  # (B, TOKENS, TEXT_WIDTH)
-    low_res_sample: torch.Tensor | None = None  # (B, 3, UPSCALED, UPSCALED), upsampled and with its noise
-    low_res_timestep: torch.Tensor | None = None  # (B,), the index of that noise
+    low_res_sample: torch.Tensor | None = None  # (B, 3, UPSCALED, UPSCALED), upsampled and noisy
+    low_res_timestep: torch.Tensor | None = None  # (B,), the index of its noise level
 
 
 def embed_captions(shapes: torch.Tensor, colours: torch.Tensor, backgrounds: torch.Tensor) -> torch.Tensor:
-    """The embeddings `(B, TOKENS, TEXT_WIDTH)` of what is drawn, three tensors `(B,)`."""
+    """Return the embeddings `(B, TOKENS, TEXT_WIDTH)` of captions, given as three index tensors `(B,)`."""
     text = no_text(len(shapes))
     for place, words in enumerate((shapes, colours, backgrounds)):
         text[:, place] = _vocabulary()[1 + 10 * place + words]
@@ -78,7 +78,7 @@ def embed_captions(shapes: torch.Tensor, colours: torch.Tensor, backgrounds: tor
 
 
 def no_text(count: int) -> torch.Tensor:
-    """The embeddings of captions of padding alone."""
+    """Return the embeddings of captions that consist of padding."""
     return _vocabulary()[0].expand(count, TOKENS, TEXT_WIDTH).clone()
 
 
@@ -87,7 +87,7 @@ def _vocabulary() -> torch.Tensor:
 
 
 def draw_shapes(count: int, resolution: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images `(B, 3, resolution, resolution)` in [-1, 1], each with a shape anywhere, and their captions' embeddings."""
+    """Draw images `(B, 3, resolution, resolution)` in [-1, 1], each with a shape, and their captions' embeddings."""
     shapes, colours, backgrounds = (
         torch.randint(n, (count,), generator=generator) for n in (SHAPES, len(COLOURS), len(BACKGROUNDS))
     )
@@ -105,7 +105,7 @@ def draw_shapes(count: int, resolution: int, generator: torch.Generator) -> tupl
 def enlarge(
     images: torch.Tensor, index: torch.Tensor, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What stage II sees of images at its resolution, reduced and enlarged, with the noise of `index` `(B,)`; and that."""
+    """Return the low-resolution input of stage II: images downsampled, upsampled, with noise of `index` `(B,)`."""
     low_res = F.interpolate(images, (RESOLUTION, RESOLUTION), mode="area")
     upsampled = F.interpolate(low_res, images.shape[-2:], mode="bilinear", align_corners=True)
     noise = torch.randn(images.shape, generator=generator)
@@ -113,8 +113,10 @@ def enlarge(
 
 
 def train(config: dict, steps: int, batch_size: int, seed: int = 0) -> ImagenUNetModel:
-    """A network trained to predict the noise of DDPM's images; what it says of variances stays untrained."""
-    config_to_deepfloyd({**ImagenUNetModel(**config).config})  # raises if the network is none of IF's kind
+    """Train a network to predict DDPM's noise; its prediction of the variance is not trained."""
+    config_to_deepfloyd(
+        {**ImagenUNetModel(**config).config}
+    )  # raises an error unless the network has IF's architecture
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     unet = ImagenUNetModel(**config).to(memory_format=torch.channels_last)
@@ -145,7 +147,7 @@ def train(config: dict, steps: int, batch_size: int, seed: int = 0) -> ImagenUNe
 def conditioning_of(
     unet: ImagenUNetModel, count: int, low_res_index: int, seed: int
 ) -> tuple[Conditioning, Conditioning]:
-    """That of `count` captions not seen with these images, and the same without text, for guidance."""
+    """Return the conditioning of `count` unseen combinations of captions and images, with text and without."""
     generator = torch.Generator().manual_seed(seed)
     images, text = draw_shapes(count, unet.resolution, generator)
     conditional = Conditioning(text)

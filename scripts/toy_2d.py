@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Trains a small network on eight Gaussians in the plane, and draws samples of each scheduler beside the truth.
+"""Train a small network on eight Gaussians in the plane, and plot samples of each scheduler next to the data.
 
 python scripts/toy_2d.py --output outputs/toy_2d.png
 """
@@ -22,8 +22,8 @@ from diffusers_imagen.utils.files import check_writable, whole_file
 
 
 SIGMA_DATA = 0.5
-RESOLUTION = 240  # of a panel, in pixels
-# scheduler, steps, calls of the network
+RESOLUTION = 240  # per panel, in pixels
+# scheduler, steps, network calls
 RUNS = [
     (EDMAdamsScheduler(), 8, 8),
     (EDMDPMSolverMultistepScheduler(), 8, 8),
@@ -37,7 +37,7 @@ RUNS = [
 
 
 class Network(torch.nn.Module):
-    """An MLP on Fourier features of the scaled point and of c_noise."""
+    """MLP on Fourier features of the scaled point and of c_noise."""
 
     def __init__(self, width: int = 192):
         super().__init__()
@@ -56,7 +56,7 @@ class Network(torch.nn.Module):
 
 
 def draw_points(count: int, generator: torch.Generator) -> torch.Tensor:
-    """Points `(count, 2)` of eight Gaussians on a circle, of standard deviation 0.5 in each coordinate."""
+    """Draw points `(count, 2)` from eight Gaussians on a circle, with standard deviation 0.5 in each coordinate."""
     angle = torch.randint(8, (count,), generator=generator) * (math.pi / 4)
     centres = torch.stack([angle.cos(), angle.sin()], dim=-1) * SIGMA_DATA * math.sqrt(2)
     return centres + 0.03 * torch.randn(count, 2, generator=generator)
@@ -81,7 +81,7 @@ def train(steps: int, batch_size: int, generator: torch.Generator) -> Network:
 
 @torch.no_grad()
 def sample(network: Network, scheduler, steps: int, noise: torch.Tensor) -> torch.Tensor:
-    """The loop of any diffusers pipeline."""
+    """Run the sampling loop of diffusers' pipelines."""
     scheduler.set_timesteps(steps)
     x = noise * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
@@ -93,7 +93,7 @@ def scatter(points: torch.Tensor, title: str) -> Image.Image:
     image = Image.new("RGB", (RESOLUTION, RESOLUTION + 42), "white")
     draw = ImageDraw.Draw(image)
     draw.multiline_text((RESOLUTION / 2, 4), title, "black", ImageFont.load_default(13), anchor="ma", align="center")
-    points = points[(points.abs() < 0.99).all(dim=-1)]  # what a coarse schedule leaves outside is not drawn
+    points = points[(points.abs() < 0.99).all(dim=-1)]  # points outside the panel are not drawn
     for x, y in ((points + 1) / 2 * RESOLUTION).tolist():
         draw.ellipse([x - 1, y + 41, x + 1, y + 43], "#1f4e9c")
     return image
@@ -111,7 +111,7 @@ def main() -> None:
     if args.output.suffix.lower() != ".png":
         raise ValueError(f"`output` is '{args.output}', but should end in .png.")
     check_writable(args.output, "output")
-    torch.manual_seed(args.seed)  # diffusers' schedulers and the network's initial weights draw from the global one
+    torch.manual_seed(args.seed)  # diffusers' schedulers and the network's initialization use the global generator
     generator = torch.Generator().manual_seed(args.seed)
     network = train(args.steps, args.batch_size, generator)
     noise = torch.randn(args.num_points, 2, generator=generator)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Writes the tree of docs/structure.md, from the first line of every module: a part of `make docs`.
+"""Write the tree of docs/structure.md, from the first line of every module; part of `make docs`.
 
 python scripts/write_structure.py
 """
@@ -18,7 +18,7 @@ COLUMN = 40
 
 
 def read_layers(page: str) -> list[list[str]]:
-    """The packages of each layer, lowest first, from the line of the page that begins with the lowest."""
+    """Return the packages of each layer, lowest first, from the line of the page that begins with the lowest."""
     found = LAYERS.search(page)
     if found is None:
         raise ValueError(f"{PAGE} has no line of layers such as `diffusion, utils <- models <- pipelines`.")
@@ -26,19 +26,19 @@ def read_layers(page: str) -> list[list[str]]:
 
 
 def first_line(path: Path) -> str:
-    """The first line of a module's docstring."""
+    """Return the first line of a module's docstring."""
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     return text.partition("\n")[0].removesuffix(".")
 
 
 def describe(path: Path, depth: int) -> str:
-    """The line of a module or package, under as many folders."""
+    """Return the line of a module or package, indented by its depth."""
     name = f"{path.parent.name}/" if path.name == "__init__.py" and path.parent != PACKAGE else path.name
     return f"{'  ' * depth + name:<{COLUMN}}{first_line(path)}".rstrip()
 
 
 def describe_package(folder: Path, order: list[str], depth: int = 0) -> list[str]:
-    """A package, its modules by name, then the packages in it: first those of `order`, then the others by name."""
+    """Return the lines of a package, its modules by name, and its packages: those of `order` first, others by name."""
     lines = ["src/diffusers_imagen/"] if depth == 0 else [describe(folder / "__init__.py", depth)]
     modules = [path for path in sorted(folder.glob("*.py")) if path.name != "__init__.py" or depth == 0]
     lines += [describe(path, depth + 1) for path in modules]
@@ -49,7 +49,7 @@ def describe_package(folder: Path, order: list[str], depth: int = 0) -> list[str
 
 
 def write_tree(page: str) -> str:
-    """The page with its tree as the modules are now."""
+    """Return the page with an updated tree."""
     order = [package for layer in read_layers(page) for package in layer]
     lines = describe_package(PACKAGE, order)
     for folder in ("scripts", "examples"):

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Writes docs/training_flags.md, a table of every setting of a training run: a part of `make docs`.
+"""Write docs/training_flags.md, a table of all settings of a training run; part of `make docs`.
 
 python scripts/write_training_flags.py
 """
@@ -71,7 +71,7 @@ SECTIONS = (
 
 
 def show_type(hint: Any) -> str:
-    """A type as a reader of the table takes it: None is told by the default."""
+    """Format a type for the table, without None, which the default shows."""
     if get_origin(hint) is Literal:
         return ", ".join(f"`{choice}`" for choice in get_args(hint))
     if get_origin(hint) is list:
@@ -86,7 +86,7 @@ def show_default(field: Field) -> str:
 
 
 def describe(field: Field, hint: Any) -> str:
-    """A line of the table."""
+    """Return the table row of a setting."""
     kept = next((word for name, (word, _) in ON_RESUME.items() if field.name in getattr(run_identity, name)), None)
     if kept is None:
         raise ValueError(

@@ -260,7 +260,7 @@ def test_a_text_encoder_is_read_alone_and_again_offline(hub, client, tmp_path):
         hub.fill(f"user/{name}", commit, dict.fromkeys(commit, b"[]"))
     hub.private = True
     message = client.run(ENCODE.replace("TOKEN,", f"{hub_server.TOKEN!r},"))
-    assert "`text_encoder` is 'user/other', which has no tokenizer that can be loaded" in message
+    assert "`text_encoder` is 'user/other', whose tokenizer cannot be loaded" in message
     assert message.count("\n") == 1
     expected = TextEncoder(tiny_tokenizer(), tiny_t5(), keeps_padding=True).encode(["a red apple"]).embeds
     for name in ("pipeline-0", "pipeline-1", "encoder-0", "encoder-1"):

@@ -145,7 +145,7 @@ def test_caches(tmp_path, capsys):
     path = tmp_path / "c" / "shard-00000.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\1")
     code, wrong, _ = run(capsys, tmp_path / "c")
-    assert code == 1 and "another checksum" in wrong[0]
+    assert code == 1 and "a different checksum" in wrong[0]
 
 
 def test_bad_arguments_are_one_line(tmp_path, capsys):

@@ -62,7 +62,7 @@ def test_everything_is_measured_and_reported(run, options, data, tmp_path, encod
 
     found, results = figures(folder), json.loads((folder / "results.json").read_text())
     names = [f"model_steps-{steps}_guidance-{guidance}" for steps in ("1-1", "2-1") for guidance in ("1-1", "3-1")]
-    real = ["real pictures of the captions", "reference, in two parts: 6 against 14"]
+    real = ["real images of the captions", "reference, split in two: 6 against 14"]
     assert found.keys() == {(name, resolution) for name in names + real for resolution in (16, 32)}
     assert {row["name"]: row["evaluations"] for row in results["figures"]} == {
         **{name: 2 if "1-1_" in name else 4 for name in names},
@@ -178,7 +178,7 @@ def no_network(url, **options):
     [
         (
             ["--metrics", "super-resolution"],
-            "`metrics` has 'super-resolution', which needs the pictures of the captions",
+            "`metrics` has 'super-resolution', which needs the images of the captions",
         ),
         (["--num-images", "13"], "`num-images` is 13, but should be at most 12"),
         (["--num-reference", "21"], "`num-reference` is 21, but should be at most 20"),
@@ -212,7 +212,7 @@ def test_what_cannot_be_done_is_one_line_before_anything_is_drawn(
 
 def test_distances_need_real_pictures(run, model, data, tmp_path):
     code, _, lines = run("evaluate", model, "--captions", data["file"], "--output-dir", tmp_path / "out")
-    assert code == 2 and "`metrics` has 'fid', which needs real pictures: give --reference." in lines[-1]
+    assert code == 2 and "`metrics` has 'fid', which needs real images: set --reference." in lines[-1]
 
 
 def test_features_are_finite_or_refused(run, options, data, encoder, monkeypatch):

@@ -80,8 +80,8 @@ OUTPUTS = {
     "ф" * 200 + ".png": "File name too long",
     "new/" + "x" * 300 + "/x.png": "File name too long",
     "/proc/x.png": "cannot be written",
-    "a\0b.png": "no file can be called",
-    "\ud800.png": "no file can be called",
+    "a\0b.png": "not a valid file name",
+    "\ud800.png": "not a valid file name",
     "picture.png": "which is the `image`: name another file",
     "mask.png": "which is the `mask`: name another file",
 }

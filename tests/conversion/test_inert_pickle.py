@@ -301,7 +301,7 @@ def test_a_bomb_takes_a_few_times_its_own_size(title):
 def test_a_machine_without_a_meaning_for_persistent_ids_and_files_refuses_them():
     with pytest.raises(ValueError, match="persistent id"):
         PickleMachine(io.BytesIO(b"NQ.")).run()
-    with pytest.raises(ValueError, match="a file within it"):
+    with pytest.raises(ValueError, match="a nested file"):
         PickleMachine(io.BytesIO(call("torch.storage", "_load_from_bytes", raw(legacy())) + END)).run()
 
 

@@ -107,8 +107,8 @@ def test_missing_keys_are_named(case, key, names):
     del weights[PREFIX + key]
     with pytest.raises(ValueError) as error:
         load_nemo_unet(config, weights)
-    assert f"Parameters without a key: {names}." in str(error.value)
-    assert "Keys without a place: []." in str(error.value)
+    assert f"Missing parameters: {names}." in str(error.value)
+    assert "Unexpected keys: []." in str(error.value)
 
 
 @pytest.mark.parametrize("case", ["base_default_small", "sr_fused"])
@@ -118,17 +118,17 @@ def test_leftover_keys_are_named(case, key):
     weights[PREFIX + key] = torch.zeros(2)
     with pytest.raises(ValueError) as error:
         load_nemo_unet(config, weights)
-    place = str(error.value).split("Parameters without a key")[0]
+    place = str(error.value).split("Missing parameters")[0]
     # a key that is understood, but whose network has no such parameter, goes by our name
     assert PREFIX + key in place or "text_embedding.null_token" in place
-    assert "Parameters without a key: []." in str(error.value)
+    assert "Missing parameters: []." in str(error.value)
 
 
 @pytest.mark.parametrize("layer", ["in_layers.7.weight", "out_layers.0.scale"])
 def test_leftover_layers_of_a_block_are_named(layer):
     config, weights, _ = read_case("base_default_small")
     weights[f"{PREFIX}middle_block.0.{layer}"] = torch.zeros(2)
-    with pytest.raises(ValueError, match="Keys without a place"):
+    with pytest.raises(ValueError, match="Unexpected keys"):
         load_nemo_unet(config, weights)
 
 

@@ -48,14 +48,14 @@ def negative(name: str, kind: bytes = b"0") -> bytes:
 GOOD = of("0.txt")
 LONG = "folder/" * 30 + "name.txt"
 HOSTILE = {
-    "an absolute name": (archive(GOOD, of("/etc/0.txt")), "'/etc/0.txt', a name that leads out of a folder"),
-    "a name that leads up": (archive(GOOD, of("a/../../0.txt")), "'a/../../0.txt', a name that leads out"),
-    "a folder that leads up": (archive(GOOD, header("..", type=tarfile.DIRTYPE)), "'..', a name that leads out"),
+    "an absolute name": (archive(GOOD, of("/etc/0.txt")), "'/etc/0.txt', a name that points outside the folder"),
+    "a name that leads up": (archive(GOOD, of("a/../../0.txt")), "'a/../../0.txt', a name that points outside"),
+    "a folder that leads up": (archive(GOOD, header("..", type=tarfile.DIRTYPE)), "'..', a name that points outside"),
     "a symbolic link": (archive(GOOD, header("1.txt", type=tarfile.SYMTYPE, linkname="/etc/passwd")), "'1.txt', which is"),
-    "a hard link": (archive(GOOD, header("1.txt", type=tarfile.LNKTYPE, linkname="0.txt")), "'1.txt', which is no plain"),
-    "a device": (archive(GOOD, header("1.txt", type=tarfile.CHRTYPE)), "'1.txt', which is no plain file"),
-    "a pipe": (archive(GOOD, header("1.txt", type=tarfile.FIFOTYPE)), "'1.txt', which is no plain file"),
-    "a sparse file": (archive(GOOD, header("1.txt", type=tarfile.GNUTYPE_SPARSE)), "'1.txt', which is no plain file"),
+    "a hard link": (archive(GOOD, header("1.txt", type=tarfile.LNKTYPE, linkname="0.txt")), "'1.txt', which is not a regular"),
+    "a device": (archive(GOOD, header("1.txt", type=tarfile.CHRTYPE)), "'1.txt', which is not a regular file"),
+    "a pipe": (archive(GOOD, header("1.txt", type=tarfile.FIFOTYPE)), "'1.txt', which is not a regular file"),
+    "a sparse file": (archive(GOOD, header("1.txt", type=tarfile.GNUTYPE_SPARSE)), "'1.txt', which is not a regular file"),
     "a huge size": (archive(GOOD, header("1.txt", size=2**60)), "'1.txt' of 1152921504606846976 bytes, beyond the end"),
     "a size beyond the end": (archive(GOOD, header("1.jpg", size=5000)), "'1.jpg' of 5000 bytes, beyond the end"),
     "a size beyond the limit": (archive(GOOD, of("1.txt", bytes(1001))), "'1.txt' of 1001 bytes, more than 1000"),
@@ -80,7 +80,7 @@ HOSTILE = {
     "a flipped byte of a gzip": (gzip.compress(archive(GOOD), mtime=0)[:30] + b"\xff" * 8, "cannot be read as a tar file"),
     "a gzip bomb": (
         gzip.compress(archive(GOOD, header("1.jpg", size=2**30))),
-        "'1.jpg' of 1073741824 bytes, more than 50 times what it is compressed to",
+        "'1.jpg' of 1073741824 bytes, more than 50 times its compressed size",
     ),
     "another compression": (b"BZh91AY&SY" + bytes(600), "cannot be read as a tar file"),
 }  # fmt: skip

@@ -86,14 +86,14 @@ def test_a_run_that_was_ended_goes_on(cascade, drawing, state, tmp_path, monkeyp
 )
 def test_pictures_of_another_kind_are_not_taken_for_these(cascade, drawing, state, change, named):
     draw(cascade, drawing, state)
-    with pytest.raises(ValueError, match=f"`output-dir` has pictures in .*whose {named}"):
+    with pytest.raises(ValueError, match=f"`output-dir` has images in .*whose {named}"):
         draw(cascade, drawing._replace(**change), state)
 
 
 def test_pictures_of_unknown_origin_are_refused(cascade, drawing, state):
     drawing.folder.mkdir()
     (drawing.folder / "x.png").write_bytes(b"")
-    with pytest.raises(ValueError, match="of which nothing says what is in it"):
+    with pytest.raises(ValueError, match="which has no record of its settings"):
         draw(cascade, drawing, state)
 
 

@@ -94,7 +94,7 @@ def test_kohyas_files_load_by_the_networks_own_names(pipe, cascade, tmp_path, dt
     rounded = {layer: [factor.to(dtype).float() for factor in pair] for layer, pair in made.items()}
     pipe.load_lora_weights(str(tmp_path / "kohya.safetensors"))
     check(pipe, rounded, ALPHA / 2)
-    with pytest.raises(ValueError, match="do not say which network .* `component` says which one"):
+    with pytest.raises(ValueError, match="do not say which network .* Set `component` to"):
         cascade.load_lora_weights(tmp_path)
     pipe.unload_lora_weights()
     cascade.load_lora_weights(tmp_path, component="base_unet")
@@ -234,12 +234,12 @@ FAULTS = {
     "a text encoder": (lambda w: {"lora_te_text_model_x.lora_down.weight": torch.ones(2, 8)}, "a text encoder"),
     "text_encoder": (lambda w: {"text_encoder.x.lora_A.weight": torch.ones(2, 8)}, "adapts a text encoder"),
     "base weights": (lambda w: {f"unet.{QUERY}.base_layer.weight": torch.ones(8, 8)}, "the network's own weights"),
-    "something else": (lambda w: {"unet.conv_in.weight": torch.ones(8, 3, 3, 3)}, "which is of no LoRA adapter"),
-    "two adapters": (lambda w: {A.replace(".weight", ".two.weight"): w[A]}, "of which only one can be loaded"),
+    "something else": (lambda w: {"unet.conv_in.weight": torch.ones(8, 3, 3, 3)}, "which is not a LoRA key"),
+    "two adapters": (lambda w: {A.replace(".weight", ".two.weight"): w[A]}, "only one of which can be loaded"),
     "twice": (lambda w: {f"lora_unet_{QUERY.replace('.', '_')}.lora_down.weight": w[A]}, "do not say|are for"),
     "some magnitudes": (lambda w: {f"unet.{QUERY}.lora_magnitude_vector": torch.ones(16)}, "in 1 of 3 layers"),
     "some biases": (lambda w: {f"unet.{QUERY}.lora_B.bias": torch.ones(16)}, "in 1 of 3 layers"),
-    "a bias of the other": (lambda w: {f"unet.{QUERY}.lora_A.bias": torch.ones(2)}, "of no LoRA adapter"),
+    "a bias of the other": (lambda w: {f"unet.{QUERY}.lora_A.bias": torch.ones(2)}, "is not a LoRA key"),
 }
 
 
@@ -347,7 +347,7 @@ def test_keys_without_layers_load_nothing_and_nothing_at_all_is_refused(pipe, ca
     with caplog.at_level("WARNING", logger="diffusers_imagen"):
         pipe.load_lora_weights({"lora_foo": torch.tensor(2.0)})
     assert "nothing is loaded" in caplog.text and pipe.get_list_adapters() == {}
-    with pytest.raises(ValueError, match="holds no weights"):
+    with pytest.raises(ValueError, match="has no weights"):
         pipe.load_lora_weights({})
 
 

@@ -178,7 +178,7 @@ def test_without_a_network_the_file_that_training_writes_is_looked_for(hub, tmp_
         ({"weight_name": "../x.safetensors"}, "`weight_name` is '../x.safetensors', but"),
         ({"weight_name": {"a": 1}}, "`weight_name` is"),
         ({"save_function": 7}, "`save_function` is a int"),
-        ({"text_encoder_lora_layers": {"a": torch.ones(1)}}, "`text_encoder_lora_layers` is not known"),
+        ({"text_encoder_lora_layers": {"a": torch.ones(1)}}, "`text_encoder_lora_layers` is unknown"),
         ({"unet_lora_layers": [1]}, "`unet_lora_layers` is a list"),
         ({"unet_lora_layers": {"x.lora_A.weight": torch.full((1,), torch.nan)}}, "have NaN under 'x.lora_A.weight'"),
     ],

@@ -56,7 +56,9 @@ def test_values_that_make_no_network_are_refused_by_name(network_class):
 def test_bounds_are_said():
     with pytest.raises(ValueError, match="`layers_per_block` is .*1000000.*, but should be .* from 0 to 128"):
         ImagenUNetModel(**{**UNET, "layers_per_block": 1_000_000})
-    with pytest.raises(ValueError, match="make a network of about 60 billion parameters, but 10 billion are the most"):
+    with pytest.raises(
+        ValueError, match="make a network of about 60 billion parameters, but 10 billion is the maximum"
+    ):
         ImagenUNetModel(**{**UNET, "block_out_channels": (16_384, 16_384), "attention_head_dim": 64})
 
 

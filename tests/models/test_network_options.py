@@ -193,7 +193,9 @@ def test_a_network_of_discrete_augmentation_takes_the_low_resolution_image_upsam
     unet, other = build(**LOW_RES, low_res_augmentation="discrete"), build(**LOW_RES)
     assert (unet.low_res_augmentation, other.low_res_augmentation) == ("discrete", "edm")
     inputs = inputs_for(unet)
-    with pytest.raises(ValueError, match="`low_res_sample` is 4x4, but should be 16x16: .* after they were upsampled"):
+    with pytest.raises(
+        ValueError, match="`low_res_sample` is 4x4, but should be 16x16: .* noise was added after upsampling"
+    ):
         run(unet, inputs)
     inputs["low_res_sample"] = draw(2, 3, SIZE, SIZE)
     assert torch.equal(run(unet, inputs), run(other, inputs))

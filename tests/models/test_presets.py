@@ -73,6 +73,6 @@ def test_an_unknown_preset_is_refused_with_the_choices():
     with pytest.raises(ValueError, match=r"`preset` is \['a'\], but should be one of"):
         create_unet(["a"])
     with pytest.raises(
-        ValueError, match="`channels` is no entry of the configuration of 'emoji_base_64', which has sa"
+        ValueError, match="`channels` is not an entry of the configuration of 'emoji_base_64', which has sa"
     ):
         create_unet("emoji_base_64", channels=3)

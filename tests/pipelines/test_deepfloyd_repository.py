@@ -465,7 +465,7 @@ def test_a_tokenizer_without_its_vocabulary_is_refused(copied, folders):
     folder = copied("I")
     shutil.copytree(folders["I"], folder, dirs_exist_ok=True)
     (folder / "tokenizer" / "spiece.model").unlink()
-    message = "tokenizer.* has no vocabulary but special tokens"
+    message = "tokenizer.* has no vocabulary except special tokens"
     for load in (
         lambda: ImagenPipeline.from_stage(folder),
         lambda: ImagenPipeline.from_stage(folders["I"], text_encoder=folder),

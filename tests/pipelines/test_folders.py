@@ -195,7 +195,7 @@ def test_an_encoder_that_lacks_weights_is_refused_wherever_it_is_loaded(loader, 
         "from_stages": ImagenCascadePipeline.from_stages,
         "text parts": lambda folder: load_text_parts(str(folder)),
     }.get(loader, ImagenPipeline.from_pretrained)
-    with pytest.raises(ValueError, match=f"lacks weights: {QUERY}. transformers fills them with random numbers"):
+    with pytest.raises(ValueError, match=f"lacks weights: {QUERY}. transformers initializes them randomly"):
         load(tmp_path)
 
 

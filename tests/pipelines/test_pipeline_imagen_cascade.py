@@ -354,7 +354,7 @@ def test_an_encoder_of_another_width_is_refused(cascade):
 def test_an_encoder_that_overflows_is_refused(cascade):
     with torch.no_grad():
         cascade.text_encoder.embeddings.LayerNorm.weight.fill_(math.inf)
-    with pytest.raises(ValueError, match="makes embeddings that are not finite: load it in torch.bfloat16"):
+    with pytest.raises(ValueError, match="returned embeddings that are not finite: load it in torch.bfloat16"):
         run(cascade)
 
 

@@ -243,8 +243,8 @@ def test_timesteps_and_sigmas_of_the_caller(scheduler_class):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"sigmas": [1.0, 0.002]}, r"`sigmas` is \[1.0, 0.002\], but .* noise levels of training, in \[0.00642541, 20291"),
-        ({"sigmas": [3e4, 1.0]}, "`sigmas` is .*noise levels of training"),
+        ({"sigmas": [1.0, 0.002]}, r"`sigmas` is \[1.0, 0.002\], but .* noise levels within the range of training, in \[0.00642541, 20291"),
+        ({"sigmas": [3e4, 1.0]}, "`sigmas` is .*noise levels within the range of training"),
         ({"timesteps": [1000, 500]}, r"`timesteps` is \[1000, 500\], but should be in \[0, 999\]"),
         ({"timesteps": [500.0, -0.5]}, r"`timesteps` .* in \[0, 999\], the indices"),
         ({"timesteps": [float("nan")]}, r"`timesteps` .* in \[0, 999\], the indices"),

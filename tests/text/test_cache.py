@@ -186,7 +186,7 @@ def test_the_command_says_what_is_missing(config, tmp_path, capsys):
         return capsys.readouterr().err
 
     assert "`text_encoder` is not given" in run("--train_data_dir", config.train_data_dir)
-    assert "has no tokenizer that can be loaded" in run(
+    assert "whose tokenizer cannot be loaded" in run(
         "--train_data_dir", config.train_data_dir, "--text_encoder", str(tmp_path)
     )
     assert "`batch_size` is 0" in run("--batch_size", "0")

@@ -216,7 +216,7 @@ MANIFESTS = {
     "no width": ({"width": 0}, "has 'width': 0"),
     "a width that is true": ({"width": True}, "has 'width': true"),
     "a broken width": ({"width": 4.5}, "has 'width': 4.5"),
-    "a huge width": ({"width": 10**9}, "which is too much"),
+    "a huge width": ({"width": 10**9}, "which is too large"),
     "a negative length": ({"max_length": -1}, "has 'max_length': -1"),
     "an endless length": ({"max_length": 10**30}, "has 'max_length': 1000"),
     "another dtype": ({"dtype": "int8"}, "has 'dtype': \"int8\""),
@@ -233,7 +233,7 @@ MANIFESTS = {
     "captions of text": (shard(**FIRST | {"captions": "3"}), "has 'captions'"),
     "a short checksum": (shard(**FIRST | {"sha256": "0"}), "has 'sha256'"),
     "a shard twice": ({"shards": [FIRST, FIRST]}, "names a shard twice"),
-    "more than there is": ({"extra": 1}, "has 'extra', which is not known"),
+    "more than there is": ({"extra": 1}, "has 'extra', which is unknown"),
 }
 
 
@@ -253,7 +253,7 @@ def test_a_manifest_that_is_none_is_refused_by_name_and_no_other_file_is_opened(
 
 @pytest.mark.parametrize(
     "field, value, message",
-    [("captions", 4, "other tensors"), ("tokens", 1, "other tensors"), ("bytes", 1, "bytes, not 1")],
+    [("captions", 4, "different tensors"), ("tokens", 1, "different tensors"), ("bytes", 1, "bytes, not 1")],
 )
 def test_a_manifest_that_does_not_fit_its_shards_is_refused(cache, field, value, message):
     manifest = json.loads((cache / "manifest.json").read_text())

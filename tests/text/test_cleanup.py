@@ -106,7 +106,7 @@ def test_a_cut_text_is_named_as_it_is_encoded(without_packages, caplog):
     encoder = TextEncoder(tiny_tokenizer(8), tiny_t5(), cleans_captions=True)
     text = encoder.encode_prompts(["  ABCDEFGHIJ  "])
     (message,) = [record.getMessage() for record in caplog.records if "is cut" in record.getMessage()]
-    assert "'abcdefghij' is cut to 8 tokens: 'ghij' is lost" in message
+    assert "'abcdefghij' is truncated to 8 tokens: 'ghij' is lost" in message
     plain = TextEncoder(tiny_tokenizer(8), tiny_t5()).encode(["abcdefghij"])
     assert torch.equal(text.embeds, plain.embeds)
     assert encoder.count_tokens(["  ABC  "]) == [5]

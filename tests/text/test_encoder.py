@@ -25,7 +25,7 @@ def test_a_limit_that_was_never_set_is_refused(tokenizer, text_encoder):
 
 def test_more_tokens_than_the_encoder_has_positions_are_refused(tokenizer, text_encoder):
     tokenizer.model_max_length = 9
-    with pytest.raises(ValueError, match="`text_encoder` cannot take the 9 tokens that `tokenizer` makes: "):
+    with pytest.raises(ValueError, match="`text_encoder` does not support the 9 tokens of `tokenizer`: "):
         TextEncoder(tokenizer, text_encoder).encode(["a"])
 
 
@@ -33,7 +33,7 @@ def test_tokens_that_the_encoder_does_not_know_are_refused(text_encoder):
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(7)), "new"]
     tokenizer = BertTokenizerFast(vocab={word: i for i, word in enumerate(words)}, model_max_length=8)
     assert TextEncoder(tokenizer, text_encoder).encode(["6"])[0].shape == (1, 8, 16)
-    with pytest.raises(ValueError, match="`tokenizer` makes the token 12, but `text_encoder` knows 12: "):
+    with pytest.raises(ValueError, match="`tokenizer` returned the token 12, but `text_encoder` has 12 tokens"):
         TextEncoder(tokenizer, text_encoder).encode(["new"])
 
 

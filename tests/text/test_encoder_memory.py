@@ -84,7 +84,7 @@ def test_files_of_a_variant_are_loaded(tmp_path):
     assert half.model.dtype == torch.float16
     assert half.model.encoder.block[0].layer[1].DenseReluDense.wo.weight.dtype == torch.float32
     assert half.encode(PROMPTS).for_pipeline()["prompt_embeds"].dtype == torch.float32
-    with pytest.raises(ValueError, match="has no encoder that can be loaded"):
+    with pytest.raises(ValueError, match="whose encoder cannot be loaded"):
         TextEncoder.from_pretrained(str(tmp_path)).encode(PROMPTS)
 
 

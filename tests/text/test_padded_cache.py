@@ -148,7 +148,7 @@ def test_damage_is_noticed(cache):
     whole = path.read_bytes()
     for place in (12, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        with pytest.raises(ValueError, match=f"`embedding_cache` .*{name}.*; run cache-embeddings again to mend it"):
+        with pytest.raises(ValueError, match=f"`embedding_cache` .*{name}.*; run cache-embeddings again to repair it"):
             EmbeddingCache(cache.folder).encode([*CAPTIONS, ""])
     path.write_bytes(whole)
     assert EmbeddingCache(cache.folder).verify() == []
@@ -169,5 +169,5 @@ def test_what_is_added_must_have_all_positions(encoder, tmp_path):
     with pytest.raises(ValueError, match="`lengths` has 10 for 'a', but should have 0 to 9"):
         writer.add(["a"], [torch.zeros(LENGTH, WIDTH)], [10])
     other = CacheWriter(tmp_path / "d", TextEncoder(encoder.tokenizer, encoder.model).identity())
-    with pytest.raises(ValueError, match=r"`lengths` is \[4\], but should be given where padding is kept, and only"):
+    with pytest.raises(ValueError, match=r"`lengths` is \[4\], but should be given if and only if"):
         other.add(["a"], [torch.zeros(4, WIDTH)], [4])

@@ -198,9 +198,9 @@ def test_a_folder_is_held_once_in_a_process_too(tmp_path):
         ("я" * 128, "File name too long"),
         ("new/" + "x" * 256 + "/a", "File name too long"),
         ("a/" * 3000 + "a", "File name too long"),
-        ("..", "no file can be called"),
-        ("a\0b/c", "no file can be called"),
-        ("\ud800", "no file can be called"),
+        ("..", "not a valid file name"),
+        ("a\0b/c", "not a valid file name"),
+        ("\ud800", "not a valid file name"),
         ("/proc/a", "cannot be written"),
     ],
 )
@@ -230,8 +230,8 @@ def test_the_longest_name_can_be_written_whole(tmp_path):
 @pytest.mark.parametrize(
     ("place", "what"),
     [
-        ("", "which no folder can be called"),
-        ("\0", "which no folder can be called"),
+        ("", "which is not a valid folder name"),
+        ("\0", "which is not a valid folder name"),
         ("\udcff", "which is not UTF-8"),
         ("file", "which is a file, but should be a folder"),
         ("file/sub", "which needs the folder '.*file', which is a file, but should be a folder"),

@@ -53,16 +53,16 @@ def test_tensors_that_are_missing_or_of_another_kind(tmp_path):
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        (b"{", "is no safetensors file"),
-        (b"[]", "is no safetensors file"),
+        (b"{", "is not a safetensors file"),
+        (b"[]", "is not a safetensors file"),
         (
             json.dumps({"a": {"dtype": "I64", "shape": [1], "data_offsets": [0, 8]}}).encode(),
-            "no safetensors file of fl",
+            "not a safetensors file of fl",
         ),
         (json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode(), "is cut: 'a' is beyond"),
         (
             json.dumps({"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}).encode(),
-            "of a shape that is none",
+            "with an invalid shape",
         ),
     ],
 )
@@ -72,5 +72,5 @@ def test_headers_that_are_none(header, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         read_kinds(path)
     path.write_bytes(bytes(4))
-    with pytest.raises(ValueError, match="is no safetensors file, or cut"):
+    with pytest.raises(ValueError, match="is not a safetensors file, or cut"):
         read_kinds(path)

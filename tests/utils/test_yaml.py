@@ -44,9 +44,9 @@ def test_a_configuration_is_read(tmp_path, content, value):
         ("a: {" * 1000, f"it is nested more than {MAX_DEPTH} deep (line 1)"),
         ("a" * (MAX_BYTES + 1), f"it has more than {MAX_BYTES:,} bytes"),
         ("a: 1\nb: 2\na: 3\n", "it has the key 'a' twice (line 3)"),
-        ("1: a\n", "a key is no string (quote it) (line 1)"),
-        ("yes: a\n", "a key is no string (quote it) (line 1)"),
-        ("? [a]\n: b\n", "a key is no string (quote it) (line 1)"),
+        ("1: a\n", "a key is not a string (quote it) (line 1)"),
+        ("yes: a\n", "a key is not a string (quote it) (line 1)"),
+        ("? [a]\n: b\n", "a key is not a string (quote it) (line 1)"),
         ("a: !!python/object/apply:os.system [touch pwned]\n", "it has the tag 'tag:yaml.org,2002:python/object/apply:os.system'"),
         ("a: !!bool x\n", "it has the tag 'tag:yaml.org,2002:bool'"),
         ("a: 2026-99-99\n", "month must be in 1..12"),
@@ -81,7 +81,7 @@ def test_keys_may_be_numbers_where_that_is_asked_for(tmp_path):
     path = tmp_path / "x.yaml"
     path.write_text("radius: {8: 1, a: 2}")
     assert read_yaml(path, "x", number_keys=True) == {"radius": {"8": 1, "a": 2}}
-    for text, message in (("{8: 1, '8': 2}", "it has the key '8' twice"), ("{1.5: 1}", "a key is no string")):
+    for text, message in (("{8: 1, '8': 2}", "it has the key '8' twice"), ("{1.5: 1}", "a key is not a string")):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             read_yaml(path, "x", number_keys=True)

@@ -1,4 +1,4 @@
-"""Checkpoints and configurations of other implementations, read as data."""
+"""Conversion of checkpoints and configurations of other implementations, without executing code from files."""
 
 from typing import TYPE_CHECKING
 

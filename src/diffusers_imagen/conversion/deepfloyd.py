@@ -1,8 +1,8 @@
-"""Networks of DeepFloyd IF in diffusers' format, to ours and back: a renaming of weights, none of which changes.
+"""Conversion of DeepFloyd IF's U-Nets between diffusers' format and this package's: weights are renamed, not changed.
 
-IF's U-Net and `ImagenUNetModel` both follow Nichol and Dhariwal 2021 (arXiv 2102.09672); what IF does otherwise,
-`ImagenUNetModel` has as options. diffusers holds it as a `UNet2DConditionModel`, of which IF is one kind among many:
-a configuration of another kind is refused.
+IF's U-Net and `ImagenUNetModel` both follow Nichol and Dhariwal 2021 (arXiv 2102.09672); `ImagenUNetModel` has options
+for the differences. diffusers represents it as a `UNet2DConditionModel`, which covers many other architectures: their
+configurations raise an error.
 """
 
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ from .diffusers_unet import (
 )
 
 
-# Modules that only IF's networks have, and their places in ours.
+# Modules that only IF's networks have, and their names in this package's.
 TEXT_MODULES = {
     "class_embedding": "low_res_time_embedding.mlp",
     "encoder_hid_proj": "text_embedding.proj",
@@ -41,19 +41,19 @@ TEXT_MODULES = {
     "add_embedding.norm2": "text_embedding.pooling.norm2",
     "mid_block.attentions.0": "mid_blocks.0.attention",
 }
-# Layers of attention with other names; those of residual blocks, of embeddings and of pooling have the same ones.
+# Attention layers with other names; layers of residual blocks, embeddings and pooling have the same names.
 ATTENTION_LAYERS = {"group_norm": "norm", "norm_cross": "norm_context"}
 CROSS_ATTENTION_LAYERS = {**ATTENTION_LAYERS, "add_k_proj": "to_k", "add_v_proj": "to_v"}
 
-# Entries of diffusers' configuration in which IF's networks differ; `check_kind` and `ImagenUNetModel` check them.
+# Entries of diffusers' configuration that vary among IF's networks; `check_kind` and `ImagenUNetModel` check them.
 FREE = {
     *("sample_size", "block_out_channels", "layers_per_block", "down_block_types", "up_block_types"),
     *("attention_head_dim", "only_cross_attention", "mid_block_only_cross_attention", "time_embedding_dim", "dropout"),
     *("encoder_hid_dim", "cross_attention_dim", "addition_embed_type_num_heads", "class_embed_type"),
 }
-# Entries that have one value in all of them, and not diffusers' default.
+# Entries that have the same value in all of them, other than diffusers' default.
 COMMON = {
-    "out_channels": 6,  # noise, and the variance that DDPM's "learned_range" reads
+    "out_channels": 6,  # noise, and the variance for DDPM's "learned_range"
     "act_fn": "gelu",
     "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
     "cross_attention_norm": "group_norm",
@@ -61,12 +61,12 @@ COMMON = {
     "encoder_hid_dim_type": "text_proj",
     "addition_embed_type": "text",
 }
-# By `class_embed_type`: stage I, and stage II, which is told the noise level of its low-resolution image.
+# By `class_embed_type`: stage I, and stage II, which is conditioned on its low-resolution image's noise level.
 STAGES: dict[str | None, dict[str, Any]] = {
     None: {"in_channels": 3},
     "timestep": {
         "in_channels": 6,
-        "time_embedding_act_fn": "gelu",  # the same as the activation at the entrance of every block, which stage I has
+        "time_embedding_act_fn": "gelu",  # equivalent to the activation at the start of every block in stage I
         "resnet_skip_time_act": True,
         "resnet_out_scale_factor": 1 / 0.7071,
         "mid_block_scale_factor": 1 / 0.7071,
@@ -74,18 +74,18 @@ STAGES: dict[str | None, dict[str, Any]] = {
 }
 DEFAULTS = defaults_of(UNet2DConditionModel)
 BETA_SCHEDULE: BetaSchedule = (
-    "squaredcos_cap_v2"  # of 1000 noise levels, for all networks and the low-resolution image
+    "squaredcos_cap_v2"  # with 1000 noise levels, for all networks and the low-resolution image
 )
 
 
 def config_from_deepfloyd(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration of an `ImagenUNetModel` that is a network of DeepFloyd IF.
+    """Convert the configuration of a DeepFloyd IF network to that of an `ImagenUNetModel`.
 
     Args:
-        config: That of diffusers' `UNet2DConditionModel`.
+        config: Configuration of diffusers' `UNet2DConditionModel`.
 
     Raises:
-        ValueError: For a configuration of another kind than IF's published networks; names the entry.
+        ValueError: For a configuration that differs from IF's published networks; names the entry.
     """
     config = check_kind(config)
     resolution, channels = config["sample_size"], tuple(config["block_out_channels"])
@@ -121,13 +121,13 @@ def config_from_deepfloyd(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def config_to_deepfloyd(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration of diffusers' `UNet2DConditionModel` for a network that was converted from there.
+    """Convert the configuration of an `ImagenUNetModel` back to that of diffusers' `UNet2DConditionModel`.
 
     Args:
-        config: That of an `ImagenUNetModel`.
+        config: Configuration of an `ImagenUNetModel`.
 
     Raises:
-        ValueError: If it is none of DeepFloyd IF's; names the entry.
+        ValueError: If it is not a DeepFloyd IF network; names the entry.
     """
     channels, resolution = config["block_out_channels"], config["sample_size"]
     strides = {resolution // attended for attended in config["attention_resolutions"]}
@@ -155,7 +155,7 @@ def config_to_deepfloyd(config: Mapping[str, Any]) -> dict[str, Any]:
         "addition_embed_type_num_heads": config["text_pooling_num_heads"] or DEFAULTS["addition_embed_type_num_heads"],
     }
     expected = {**defaults_of(ImagenUNetModel), **config_from_deepfloyd(theirs)}
-    if config.get("trained_beta_schedule") is None:  # not declared, as by networks of before this option
+    if config.get("trained_beta_schedule") is None:  # not declared, as in networks saved before this option existed
         del expected["trained_beta_schedule"]
     for name, value in config.items():
         if name in expected and as_tuple(value) != as_tuple(expected[name]):
@@ -166,14 +166,14 @@ def config_to_deepfloyd(config: Mapping[str, Any]) -> dict[str, Any]:
 def unet_from_deepfloyd(
     unet: UNet2DConditionModel | Mapping[str, torch.Tensor], config: Mapping[str, Any] | None = None
 ) -> ImagenUNetModel:
-    """A network of DeepFloyd IF as an `ImagenUNetModel`, which shares the memory of its weights.
+    """Convert a network of DeepFloyd IF to an `ImagenUNetModel`, which shares the memory of its weights.
 
     Args:
         unet: The network, or its weights by diffusers' names.
-        config: The configuration of `UNet2DConditionModel` that belongs to weights; None with a network.
+        config: The weights' `UNet2DConditionModel` configuration; None with a network.
 
     Raises:
-        ValueError: For a configuration of another kind than IF's published networks, or weights that do not fit it.
+        ValueError: For a configuration that differs from IF's published networks, or weights that do not match it.
     """
     if isinstance(unet, nn.Module):
         if config is not None:
@@ -188,10 +188,10 @@ def unet_from_deepfloyd(
 
 
 def unet_to_deepfloyd(unet: ImagenUNetModel) -> UNet2DConditionModel:
-    """A network that `unet_from_deepfloyd` made, trained further or not, as diffusers has it; shares its memory.
+    """Convert a network from `unet_from_deepfloyd`, possibly fine-tuned, back to diffusers' class; it shares its memory.
 
     Raises:
-        ValueError: If the network is none of DeepFloyd IF's.
+        ValueError: If it is not a DeepFloyd IF network.
     """
     if not isinstance(unet, ImagenUNetModel):
         raise ValueError(f"`unet` is a {type(unet).__name__}, but should be an ImagenUNetModel.")
@@ -202,7 +202,7 @@ def unet_to_deepfloyd(unet: ImagenUNetModel) -> UNet2DConditionModel:
 
 
 def check_kind(config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A configuration of `UNet2DConditionModel` with every entry, if it is of IF's kind; ValueError otherwise."""
+    """Return a complete configuration of `UNet2DConditionModel`; raise ValueError unless it is one of IF's networks."""
     config = complete_config(config, UNet2DConditionModel)
     if config["encoder_hid_dim_type"] is None:  # diffusers fills these in where they are None
         config["encoder_hid_dim_type"] = "text_proj"
@@ -217,7 +217,7 @@ def check_kind(config: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def check_text(config: dict[str, Any]) -> None:
-    """Checks what else may differ between IF's networks, as far as `ImagenUNetModel` does not know it by that name."""
+    """Check the remaining entries that vary among IF's networks and that `ImagenUNetModel` does not check itself."""
     for name in ("sample_size", "encoder_hid_dim", "cross_attention_dim", "attention_head_dim"):
         check_integer(name, config[name], *RANGES[name])
     heads, width, cross = (
@@ -234,20 +234,20 @@ def check_text(config: dict[str, Any]) -> None:
 
 
 def layer_names(config: Mapping[str, Any]) -> dict[str, str]:
-    """The modules of diffusers' network that have weights, by name, each with its name in ours.
+    """Map the names of diffusers' modules that have weights to their names in this package's network.
 
     Args:
-        config: That of an `ImagenUNetModel`.
+        config: Configuration of an `ImagenUNetModel`.
 
     Raises:
-        ValueError: If it is none of DeepFloyd IF's; names the entry.
+        ValueError: If it is not a DeepFloyd IF network; names the entry.
     """
     names = weight_names(config_to_deepfloyd(config))
     return {name.rpartition(".")[0]: ours.rpartition(".")[0] for name, ours in names.items()}
 
 
 def weight_names(config: dict[str, Any]) -> dict[str, str]:
-    """The weights of diffusers' network by name, each with its name in ours; `config` is diffusers'."""
+    """Map the names of diffusers' weights to their names in this package's network; `config` is diffusers'."""
     with torch.device("meta"):
         weights = UNet2DConditionModel(**config).state_dict()
     attention = CROSS_ATTENTION_LAYERS if config["only_cross_attention"] else ATTENTION_LAYERS

@@ -1,4 +1,4 @@
-"""A stage of DeepFloyd IF, trained further or not, as the pipeline of diffusers that it came from."""
+"""Conversion of a stage of DeepFloyd IF, possibly fine-tuned, back to diffusers' pipelines."""
 
 from typing import Any
 
@@ -17,17 +17,17 @@ PARTS = ("tokenizer", "text_encoder", "safety_checker", "feature_extractor", "wa
 
 
 def pipeline_to_deepfloyd(pipe: DiffusionPipeline, stage: str | None = None) -> IFPipeline | IFSuperResolutionPipeline:
-    """A stage as diffusers' `IFPipeline` or `IFSuperResolutionPipeline`, which shares the memory of its weights.
+    """Convert a stage to diffusers' `IFPipeline` or `IFSuperResolutionPipeline`, which shares the memory of its weights.
 
-    Tokenizer, text encoder, safety checker and watermark are those of the pipeline. A scheduler of this package, which
-    those pipelines do not drive, becomes the `DDPMScheduler` of its configuration.
+    Tokenizer, text encoder, safety checker and watermarker are the pipeline's. A scheduler of this package, which those
+    pipelines do not support, is converted to the `DDPMScheduler` of its configuration.
 
     Args:
-        pipe ([`ImagenPipeline`], [`ImagenSuperResolutionPipeline`] or [`ImagenCascadePipeline`]): What has the stage.
-        stage (`str`, *optional*): Its name, where there are several.
+        pipe ([`ImagenPipeline`], [`ImagenSuperResolutionPipeline`] or [`ImagenCascadePipeline`]): Pipeline with the stage.
+        stage (`str`, *optional*): The stage's name, if there are several.
 
     Raises:
-        ValueError: If there is no such stage, or its network or scheduler is none of DeepFloyd IF's.
+        ValueError: If there is no such stage, or its network or scheduler is not one of DeepFloyd IF's.
     """
     found = find_stage(pipe, stage)
     parts = {name: getattr(pipe, name) for name in PARTS}
@@ -44,10 +44,10 @@ def pipeline_to_deepfloyd(pipe: DiffusionPipeline, stage: str | None = None) -> 
 
 
 def find_stage(pipe: DiffusionPipeline, name: str | None) -> Any:
-    """The stage of this name; without one the only stage, ValueError if there are several."""
+    """Return the stage of this name; without a name, the only stage; raise ValueError if there are several."""
     stages = {stage.name: stage for stage in pipe.stages}
     if name is None and len(stages) > 1:
-        raise bad_argument("stage", name, f"one of {', '.join(stages)}: diffusers has a pipeline a stage")
+        raise bad_argument("stage", name, f"one of {', '.join(stages)}: diffusers has one pipeline per stage")
     if name is None:
         name = next(iter(stages))
     check_choice("stage", name, tuple(stages))
@@ -55,9 +55,9 @@ def find_stage(pipe: DiffusionPipeline, name: str | None) -> Any:
 
 
 def scheduler_to_deepfloyd(scheduler: SchedulerMixin) -> SchedulerMixin:
-    """A scheduler that diffusers' pipelines of IF drive: one of theirs as it is, for one of ours DDPM of fixed variance.
+    """Return a scheduler for diffusers' IF pipelines: diffusers' own unchanged, for one of this package fixed-variance DDPM.
 
-    A stage that was trained further has a scheduler of ours, and the variance that its network predicts was not trained.
+    A fine-tuned stage has a scheduler of this package, and the variance that its network predicts was not trained.
     """
     if not hasattr(scheduler.config, "preconditioning"):
         return scheduler

@@ -1,4 +1,4 @@
-"""What the conversions of diffusers' U-Nets share: configurations with every entry, names of blocks, weights in place."""
+"""Shared code for converting diffusers' U-Nets: complete configurations, names of blocks, and assignment of weights."""
 
 import inspect
 from collections.abc import Collection, Mapping, Sequence
@@ -11,11 +11,11 @@ from ..models.config_checks import MAX_CHANNELS, MAX_LAYERS, MAX_LEVELS, check_i
 from ..utils.arguments import bad_argument, check_choice, shown
 
 
-# The blocks that a level may have, and whether they have attention.
+# Supported block types, and whether they have attention.
 DOWN_BLOCKS = {"ResnetDownsampleBlock2D": False, "SimpleCrossAttnDownBlock2D": True}
 UP_BLOCKS = {"ResnetUpsampleBlock2D": False, "SimpleCrossAttnUpBlock2D": True}
 
-# Modules that every network has, and their places in ours; those of the levels are counted in `level_modules`.
+# Modules of every network, and their names in this package; `level_modules` has those of the levels.
 MODULES = {
     "conv_in": "conv_in",
     "time_embedding": "time_embedding.mlp",
@@ -27,13 +27,13 @@ MODULES = {
 
 
 def defaults_of(network_class: type[nn.Module]) -> dict[str, Any]:
-    """The configuration of a network that is made without arguments."""
+    """Return the default configuration of a network class."""
     parameters = inspect.signature(network_class.__init__).parameters
     return {name: parameter.default for name, parameter in parameters.items() if name != "self"}
 
 
 def complete_config(config: Any, network_class: type[nn.Module]) -> dict[str, Any]:
-    """A configuration with every entry, without what diffusers notes beside them; ValueError if it is of another class."""
+    """Complete a configuration with defaults, without diffusers' metadata; raise ValueError if it is of another class."""
     if not isinstance(config, Mapping):
         raise bad_argument("config", config, f"a configuration of {network_class.__name__}")
     name = config.get("_class_name", network_class.__name__)
@@ -44,16 +44,16 @@ def complete_config(config: Any, network_class: type[nn.Module]) -> dict[str, An
 
 
 def check_fixed(config: dict[str, Any], fixed: dict[str, Any], free: Collection[str], family: str) -> None:
-    """Refuses an entry that is not `fixed`, with another value than there unless it is `free`; names it."""
+    """Raise ValueError for an entry that is not in `fixed` or differs from it, unless it is in `free`; names the entry."""
     for name, value in config.items():
         if name not in fixed:
-            raise ValueError(f"`{name}` is {shown(value)}, but no network of {family} has it.")
+            raise ValueError(f"`{name}` is {shown(value)}, but networks of {family} do not have it.")
         if name not in free and value != fixed[name]:
             raise bad_argument(name, value, f"{fixed[name]!r} in a network of {family}")
 
 
 def check_levels(config: dict[str, Any]) -> None:
-    """Checks `block_out_channels`, `layers_per_block` and the types of the blocks, which must be mirrored."""
+    """Check `block_out_channels`, `layers_per_block` and the types of the blocks, which must be mirrored."""
     channels, down, up = (config[name] for name in ("block_out_channels", "down_block_types", "up_block_types"))
     check_integers("block_out_channels", channels, 1, MAX_CHANNELS, (1, MAX_LEVELS))
     layers = per_level("layers_per_block", config["layers_per_block"], len(channels))
@@ -68,13 +68,13 @@ def check_levels(config: dict[str, Any]) -> None:
 
 
 def level_modules(config: dict[str, Any]) -> dict[str, str]:
-    """The modules of the levels, and their places in ours."""
+    """Map the names of the levels' modules to their names in this package's network."""
     layers = per_level("layers_per_block", config["layers_per_block"], len(config["block_out_channels"]))
     return block_names("down", layers) | block_names("up", [count + 1 for count in layers[::-1]])
 
 
 def block_names(way: str, layers: Sequence[int]) -> dict[str, str]:
-    """The modules of the way "down" or "up": diffusers counts the layers of each level, we count all blocks."""
+    """Map the modules of "down" or "up": diffusers numbers layers per level, this package numbers all blocks."""
     names, block = {}, 0
     for level, count in enumerate(layers):
         for layer in range(count):
@@ -86,7 +86,7 @@ def block_names(way: str, layers: Sequence[int]) -> dict[str, str]:
 
 
 def renamed(names: Sequence[str], modules: Mapping[str, str], attention: Mapping[str, str]) -> dict[str, str]:
-    """Each weight's name in our network: by the place of its module, and by the name of its layer in attention."""
+    """Map each weight's name to that in this package's network, by its module and by its layer within attention."""
     new_names = {}
     for name in names:
         module = max((module for module in modules if name.startswith(f"{module}.")), key=len)
@@ -97,10 +97,10 @@ def renamed(names: Sequence[str], modules: Mapping[str, str], attention: Mapping
 
 
 def take_weights(network: Any, source: nn.Module | Mapping[str, torch.Tensor], names: Mapping[str, str]) -> Any:
-    """Gives a network on the meta device the weights of another, without a copy: `names` leads from those to its own.
+    """Assign the weights of another network to one on the meta device, without a copy; `names` maps theirs to its own.
 
     Raises:
-        ValueError: For a weight that is missing, of another shape or not of the network; names it as the source does.
+        ValueError: For a weight that is missing, unexpected or of another shape; names it as in the source.
     """
     weights = source.state_dict() if isinstance(source, nn.Module) else source
     for name in [*names, *weights]:
@@ -119,5 +119,5 @@ def take_weights(network: Any, source: nn.Module | Mapping[str, torch.Tensor], n
 
 
 def as_tuple(value: Any) -> Any:
-    """A list of a configuration that was read from a file as the tuple that it was."""
+    """Convert a list from a configuration file to a tuple, recursively."""
     return tuple(value) if isinstance(value, list) else value

@@ -1,9 +1,9 @@
-"""Pickles read as data: what a file asks to be called is noted, and never called.
+"""Safe reading of pickles: calls in a file are recorded and never executed.
 
-`pickletools` of the standard library takes a pickle apart; the few opcodes that dictionaries, lists, numbers, text,
-arrays and tensors need are carried out here, with stand-ins in place of classes and functions. No object of NumPy or
-torch is made, called or changed. Each opcode takes a bounded time and makes no more than its own bytes; keys of
-dictionaries are text, so that no file decides how anything is hashed or compared.
+The standard library's `pickletools` parses a pickle; the few opcodes that dictionaries, lists, numbers, text, arrays
+and tensors need are implemented here, with placeholders for classes and functions. No object of NumPy or torch is
+created, called or changed. Each opcode takes bounded time and creates no more than its own bytes; keys of
+dictionaries are text, so that no file controls hashing or comparison.
 """
 
 import pickletools
@@ -13,8 +13,8 @@ from io import BytesIO
 from typing import Any, NamedTuple
 
 
-MAX_OPCODES = 2**16  # a dictionary of NeMo's has some dozens
-# how the functions and classes are called that arrays and tensors are made of; a file that names others is refused
+MAX_OPCODES = 2**16  # a dictionary of NeMo has some dozens
+# names of the functions and classes used to build arrays and tensors; a file with others is rejected
 KINDS = {
     ("numpy", "ndarray"): "ndarray",
     ("numpy", "dtype"): "dtype",
@@ -32,7 +32,7 @@ for core in ("numpy.core", "numpy._core"):  # numpy 1, numpy 2
     KINDS[f"{core}.multiarray", "_reconstruct"] = "array"
     KINDS[f"{core}.multiarray", "scalar"] = "scalar"
     KINDS[f"{core}.numeric", "_frombuffer"] = "buffer_array"
-# torch's storages by the dtype of their numbers
+# torch's storage types by dtype
 STORAGES = {
     "Half": "float16",
     "Float": "float32",
@@ -51,7 +51,7 @@ KINDS |= {("torch", f"{name}Storage"): dtype for name, dtype in STORAGES.items()
 
 # the others are named only
 CALLED = {"dtype", "array", "buffer_array", "scalar", "tensor", "parameter", "device", "Size"}
-DTYPE = re.compile(r"[<>=|]?[biufcSU]\d{1,4}")  # not objects, nor what is made of several
+DTYPE = re.compile(r"[<>=|]?[biufcSU]\d{1,4}")  # no objects or structured types
 
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 VALUES = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "FLOAT", "BINFLOAT"}
@@ -61,13 +61,13 @@ TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 class Global(NamedTuple):
-    """A class or function that a pickle names, by its kind in `KINDS`."""
+    """Class or function named in a pickle, by its kind in `KINDS`."""
 
     kind: str
 
 
 class Call:
-    """A call that a pickle asks for: of what kind, with what, and the state that the result was to be given."""
+    """Recorded call in a pickle: its kind, its arguments, and the state to set on the result."""
 
     __slots__ = ("kind", "args", "state")
 
@@ -77,21 +77,21 @@ class Call:
 
 
 class PickleMachine:
-    """Carries out one pickle. A subclass may know more names, and what to do with them.
+    """Interpreter of one pickle. A subclass may support more names.
 
     Args:
-        file (`io.BytesIO`): Is read up to the end of the pickle.
-        persistent (`Callable`, *optional*): What a persistent id stands for; a pickle that has any is refused without.
-        nested (`Callable`, *optional*): What the bytes of a file within it, a storage of torch, stand for; likewise.
+        file (`io.BytesIO`): Read up to the end of the pickle.
+        persistent (`Callable`, *optional*): Resolves persistent ids; without it, a pickle that has any is rejected.
+        nested (`Callable`, *optional*): Resolves the bytes of a nested file, a storage of torch; likewise.
 
     Raises:
-        ValueError: For an opcode, a class or a function that embeddings do not need; other exceptions where the pickle is
+        ValueError: For an opcode, a class or a function that embeddings do not need; other exceptions if the pickle is
             damaged.
     """
 
     kinds = KINDS
     max_opcodes = MAX_OPCODES
-    key_types: tuple[type, ...] = (str,)  # what may be a key of a dictionary
+    key_types: tuple[type, ...] = (str,)  # allowed types of dictionary keys
 
     def __init__(
         self,
@@ -103,17 +103,17 @@ class PickleMachine:
         self.stack: list[Any] = []
         self.outer: list[list[Any]] = []  # the stacks below each mark
         self.memo: dict[int, Any] = {}
-        self.made = 0  # bytes that calls took
+        self.made = 0  # total bytes passed to calls
         self.size = len(file.getbuffer())
 
     def run(self) -> Any:
-        """What the pickle holds: plain values, with `Global` and `Call` for all else."""
+        """Return the content of the pickle: plain values, with `Global` and `Call` for everything else."""
         for count, (opcode, argument, _) in enumerate(pickletools.genops(self.file)):
             if count >= self.max_opcodes:
                 raise ValueError(f"it has more than {self.max_opcodes} opcodes")
             if opcode.name == "STOP":
                 if self.outer or len(self.stack) != 1:
-                    raise ValueError("it ends with more or less than one value")
+                    raise ValueError("it does not end with exactly one value")
                 return self.stack[0]
             self._step(opcode.name, argument)
         raise ValueError("it has no end")
@@ -128,12 +128,12 @@ class PickleMachine:
             stack[-TUPLES[name] :] = [tuple(self._top(TUPLES[name]))]
         elif name in ("BINGET", "GET", "LONG_BINGET"):
             if argument not in self.memo:
-                raise ValueError("it refers to a part that it does not have")
+                raise ValueError("it refers to a missing part")
             stack.append(self.memo[argument])
         elif name in ("BINPUT", "PUT", "LONG_BINPUT", "MEMOIZE"):
             place = len(self.memo) if name == "MEMOIZE" else argument
             if not 0 <= place < self.max_opcodes:
-                raise ValueError("it numbers its parts beyond any that it has")
+                raise ValueError("it uses a part number out of range")
             (self.memo[place],) = self._top(1)
         elif name not in ("PROTO", "FRAME"):
             operation = getattr(self, f"_do_{name.lower()}", None)
@@ -143,7 +143,7 @@ class PickleMachine:
 
     def _top(self, count: int) -> list[Any]:
         if len(self.stack) < count:
-            raise ValueError("it takes more from its stack than is there")
+            raise ValueError("it takes more values from its stack than it has")
         return self.stack[-count:]
 
     def _pop(self, count: int) -> list[Any]:
@@ -153,7 +153,7 @@ class PickleMachine:
 
     def _pop_mark(self) -> list[Any]:
         if not self.outer:
-            raise ValueError("it has an end of a group without its begin")
+            raise ValueError("it has the end of a group without its start")
         values, self.stack = self.stack, self.outer.pop()
         return values
 
@@ -196,7 +196,7 @@ class PickleMachine:
     def _set_items(self, items: list[Any]) -> None:
         (target,) = self._top(1)
         if type(target) is not dict or len(items) % 2:
-            raise ValueError("it sets items of what is no dictionary")
+            raise ValueError("it sets items of a value that is not a dictionary")
         for key, value in zip(items[::2], items[1::2]):
             if type(key) not in self.key_types:
                 raise ValueError(f"it has a dictionary with a key of type {type(key).__name__}, but keys are text")
@@ -205,7 +205,7 @@ class PickleMachine:
     def _extend(self, values: list[Any]) -> None:
         (target,) = self._top(1)
         if type(target) is not list:
-            raise ValueError("it appends to what is no list")
+            raise ValueError("it appends to a value that is not a list")
         target.extend(values)
 
     def _do_global(self, argument: str) -> None:
@@ -217,7 +217,7 @@ class PickleMachine:
 
     def _find(self, module: Any, name: Any) -> None:
         if type(module) is not str or type(name) is not str:
-            raise ValueError("it names a class by what is no text")
+            raise ValueError("it names a class by a value that is not text")
         if (module, name) not in self.kinds:
             raise ValueError(f"it asks for {f'{module}.{name}'[:100]!r}, which is not needed there")
         self._push(Global(self.kinds[module, name]))
@@ -225,7 +225,7 @@ class PickleMachine:
     def _do_reduce(self, _) -> None:
         function, args = self._pop(2)
         if type(function) is not Global or type(args) is not tuple:
-            raise ValueError("it calls what is no function")
+            raise ValueError("it calls a value that is not a function")
         self._push(self._call(function.kind, args))
 
     def _call(self, kind: str, args: tuple) -> Any:
@@ -235,10 +235,10 @@ class PickleMachine:
             return b""
         if kind == "storage_bytes":
             if self.nested is None or len(args) != 1 or type(args[0]) is not bytes:
-                raise ValueError("it has a file within it that is no storage")
+                raise ValueError("it has a nested file that is not a storage")
             self._count(args[0])
             return self.nested(args[0])
-        if kind == "encode":  # bytes, in the protocols that have none
+        if kind == "encode":  # bytes, in protocols without a bytes type
             if len(args) != 2 or type(args[0]) is not str or args[1] not in ("latin1", "latin-1"):
                 raise ValueError("it encodes what is not bytes as text")
             self._count(args[0])
@@ -246,22 +246,22 @@ class PickleMachine:
         if kind not in CALLED:
             raise ValueError(f"it calls {kind}, which is not needed there")
         if kind == "dtype" and (not args or type(args[0]) is not str or not DTYPE.fullmatch(args[0])):
-            raise ValueError("it has a type of arrays that is none of numbers or text")
+            raise ValueError("it has an array type that is neither numbers nor text")
         return Call(kind, args)
 
     def _count(self, made: str | bytes) -> None:
-        """Refuses one part that many calls take: together they would make more than the file has."""
+        """Raise ValueError if a part is used by many calls, which would create more bytes than the file has."""
         self.made += len(made)
         if self.made > 2 * self.size:
-            raise ValueError("it makes more bytes than it has")
+            raise ValueError("it creates more bytes than it has")
 
     def _do_build(self, _) -> None:
         target, state = self._pop(2)
         if type(target) is Call and target.state is None and target.kind in ("array", "dtype"):
             if type(state) is not tuple or (target.kind == "dtype" and any(part is not None for part in state[2:5])):
-                raise ValueError("it sets a state that no array has")
+                raise ValueError("it sets an invalid state of an array")
             target.state = state
-        elif type(target) is not dict:  # torch's ordered dictionaries have attributes, which are dropped
+        elif type(target) is not dict:  # attributes of torch's ordered dictionaries are dropped
             raise ValueError(f"it sets the state of {type(target).__name__}")
         self._push(target)
 

@@ -1,6 +1,6 @@
-"""Super-resolution networks of Karlo (an unCLIP, arXiv 2204.06125) in diffusers' format, to ours: they read no text.
+"""Conversion of Karlo's super-resolution U-Nets (unCLIP, arXiv 2204.06125; without text) from diffusers' format.
 
-Karlo enlarges from 64 to 256 pixels with two of them, one for the last step. diffusers holds each as a `UNet2DModel`.
+Karlo upsamples from 64 to 256 pixels with two of them, one for the last step. In diffusers, each is a `UNet2DModel`.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ from .diffusers_unet import (
 )
 
 
-# Entries of diffusers' configuration in which Karlo's networks may differ, and those that are not diffusers' default.
+# Entries of diffusers' configuration that may vary among Karlo's networks, and those that differ from the default.
 FREE = {
     *("sample_size", "block_out_channels", "layers_per_block", "down_block_types", "up_block_types"),
     *("resnet_time_scale_shift", "time_embedding_dim", "dropout"),
@@ -34,13 +34,13 @@ COMMON = {"in_channels": 6, "add_attention": False}
 
 
 def config_from_karlo(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration of an `ImagenUNetModel` that is a super-resolution network of Karlo.
+    """Convert the configuration of a Karlo super-resolution network to that of an `ImagenUNetModel`.
 
     Args:
-        config: That of diffusers' `UNet2DModel`.
+        config: Configuration of diffusers' `UNet2DModel`.
 
     Raises:
-        ValueError: For a configuration of another kind than Karlo's; names the entry.
+        ValueError: For a configuration that differs from Karlo's; names the entry.
     """
     config = complete_config(config, UNet2DModel)
     check_fixed(config, {**defaults_of(UNet2DModel), **COMMON}, FREE, "Karlo")
@@ -69,10 +69,10 @@ def config_from_karlo(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unet_from_karlo(unet: UNet2DModel) -> ImagenUNetModel:
-    """A super-resolution network of Karlo as an `ImagenUNetModel`, which shares the memory of its weights.
+    """Convert a super-resolution network of Karlo to an `ImagenUNetModel`, which shares the memory of its weights.
 
     Raises:
-        ValueError: For a network of another kind.
+        ValueError: For any other network.
     """
     if not isinstance(unet, UNet2DModel):
         raise ValueError(f"`unet` is a {type(unet).__name__}, but should be a UNet2DModel.")

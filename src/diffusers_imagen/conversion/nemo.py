@@ -1,4 +1,4 @@
-"""Configurations of NVIDIA NeMo's Imagen (removed from NeMo in v2.5) to our networks, and weights in memory into them."""
+"""Networks from configurations and weights of NVIDIA NeMo's Imagen (removed from NeMo in v2.5)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,20 +12,20 @@ from ..utils.arguments import bad_argument, shown
 from .nemo_keys import plan_keys, why_dropped
 
 
-# What NeMo's networks take, and what they take it to be where a configuration is silent.
+# Options of NeMo's networks, and their defaults.
 REQUIRED = object()
 SHARED_DEFAULTS = {
     "embed_dim": REQUIRED,
     "image_size": REQUIRED,
     "channels": 3,
-    "text_embed_dim": None,  # NeMo's model fills in the width of its conditioning
+    "text_embed_dim": None,  # NeMo's model sets the width of its conditioning
     "per_head_channels": 64,
     "attention_type": "fused",
     "feature_pooling_type": "attention",
     "learned_sinu_pos_emb_dim": 16,
     "use_null_token": False,
     "init_conv_kernel_size": 3,
-    "gradient_checkpointing": False,  # a matter of training, with `flash_attention`: no network differs by them
+    "gradient_checkpointing": False,  # training only, like `flash_attention`: they do not change the network
     "flash_attention": False,
     "stable_attention": True,
     "scale_shift_norm": True,
@@ -53,13 +53,13 @@ EFFICIENT_DEFAULTS = {
     "skip_connection_scaling": False,
 }
 
-# What values NeMo's options may have; the network that they describe checks them together.
+# Allowed values of NeMo's options; the network checks their combination.
 INTEGERS = {
     "embed_dim": (1, MAX_CHANNELS),
     "image_size": RANGES["sample_size"],
     "channels": RANGES["in_channels"],
     "text_embed_dim": RANGES["encoder_hid_dim"],
-    "per_head_channels": (-1, MAX_CHANNELS),  # -1: as many as `num_attn_heads` leaves
+    "per_head_channels": (-1, MAX_CHANNELS),  # -1: the channels divided by `num_attn_heads`
     "num_attn_heads": RANGES["num_attention_heads"],
     "learned_sinu_pos_emb_dim": (0, 65_536),
     "init_conv_kernel_size": RANGES["conv_kernel_size"],
@@ -90,7 +90,7 @@ FLAGS = (
 def load_nemo_unet(
     model_config: dict[str, Any], state_dict: dict[str, torch.Tensor]
 ) -> ImagenUNetModel | EfficientUNetModel:
-    """Builds the network of a NeMo `model:` configuration and loads its weights.
+    """Build the network of a NeMo `model:` configuration and load its weights.
 
     Args:
         model_config (`dict`): The `model:` section of NeMo's configuration.
@@ -98,7 +98,7 @@ def load_nemo_unet(
             Weights under NeMo's names, with or without the prefixes `model.`, `model.model.unet.` and `_orig_mod.`.
 
     Raises:
-        ValueError: If a key has no place in the network, or the network has a parameter without a key; all are named.
+        ValueError: If a key has no counterpart in the network, or a parameter has no key; names all of them.
     """
     if not isinstance(state_dict, Mapping):
         raise ValueError(f"`state_dict` is a {type(state_dict).__name__}, but should map NeMo's names to tensors.")
@@ -117,12 +117,12 @@ def load_nemo_unet(
 
 
 def unet_from_nemo_config(model_config: dict[str, Any]) -> ImagenUNetModel | EfficientUNetModel:
-    """The network that NeMo's `model:` configuration describes, with random weights.
+    """Build the network of NeMo's `model:` configuration, with random weights.
 
-    Options that the configuration leaves out have NeMo's defaults.
+    Missing options have NeMo's defaults.
 
     Raises:
-        ValueError: For an option, or a value of one, that NeMo's networks do not have.
+        ValueError: For an option or a value that NeMo's networks do not support.
     """
     if not isinstance(model_config, dict):
         raise bad_argument("model_config", model_config, "the `model:` section, a mapping")
@@ -157,7 +157,7 @@ def unet_from_nemo_config(model_config: dict[str, Any]) -> ImagenUNetModel | Eff
 
 
 def _with_defaults(unet: Any, defaults: dict[str, Any]) -> dict[str, Any]:
-    """The `unet:` section with NeMo's defaults for what it leaves out."""
+    """Complete the `unet:` section with NeMo's defaults."""
     if not isinstance(unet, dict):
         raise bad_argument("unet", unet, "a section, with NeMo's options of the network")
     unknown = [key for key in unet if key not in defaults]
@@ -179,14 +179,14 @@ def _with_defaults(unet: Any, defaults: dict[str, Any]) -> dict[str, Any]:
 
 
 def _flag(key: str, value: Any) -> bool:
-    """A switch; NeMo's files have 0 and 1, too."""
+    """Return a boolean; NeMo's files also use 0 and 1."""
     if value not in (0, 1) or isinstance(value, float):
         raise bad_argument(key, value, "true or false")
     return bool(value)
 
 
 def _conditioning_width(model_config: dict[str, Any]) -> int:
-    """The width of the text, where the network's own section does not say it."""
+    """Return the width of the text embeddings, if the network's section does not specify it."""
     conditioning = model_config.get("conditioning")
     if not isinstance(conditioning, dict) or "embed_dim" not in conditioning:
         raise bad_argument("conditioning", conditioning, "a section with an `embed_dim`")
@@ -195,7 +195,7 @@ def _conditioning_width(model_config: dict[str, Any]) -> int:
 
 
 def check_weight(key: str, tensor: Any) -> None:
-    """Raises ValueError, which names the key, for what is no tensor of finite weights."""
+    """Raise a ValueError that names the key unless the value is a tensor of finite weights."""
     if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
         raise ValueError(f"`state_dict` has a {type(tensor).__name__} under {shown(key)}, but should have a tensor.")
     if not tensor.is_floating_point() or tensor.is_meta or not tensor.ndim:
@@ -208,9 +208,9 @@ def check_weight(key: str, tensor: Any) -> None:
 
 
 def _imagen_unet(unet: dict[str, Any], shared: dict[str, Any], is_super_resolution: bool) -> ImagenUNetModel:
-    """NeMo's `UNetModel`."""
+    """Build the counterpart of NeMo's `UNetModel`."""
     layers = unet["num_res_blocks"]
-    # NeMo puts attention at the strides that these floor to, and ignores those that no level has
+    # NeMo rounds these down to strides, and ignores strides without a level
     strides = {unet["image_size"] // resolution for resolution in unet["attention_resolutions"]}
     strides &= {2**level for level in range(len(unet["channel_mult"]))}
     return ImagenUNetModel(
@@ -226,7 +226,7 @@ def _imagen_unet(unet: dict[str, Any], shared: dict[str, Any], is_super_resoluti
 
 
 def _efficient_unet(unet: dict[str, Any], shared: dict[str, Any]) -> EfficientUNetModel:
-    """NeMo's `EfficientUNetModel`."""
+    """Build the counterpart of NeMo's `EfficientUNetModel`."""
     if unet["stride"] != 2:
         raise bad_argument("stride", unet["stride"], "2: NeMo's levels do not fit together otherwise")
     return EfficientUNetModel(

@@ -1,4 +1,4 @@
-"""What NeMo left on the disk: archives `.nemo`, Lightning's checkpoints and their folders, opened for conversion."""
+"""Reading of NeMo's checkpoint files: `.nemo` archives, Lightning checkpoints and their folders."""
 
 import os
 import re
@@ -16,21 +16,21 @@ from .safe_tar import extract_members
 
 
 CONFIG, WEIGHTS = "model_config.yaml", "model_weights"
-HPARAMS = "hparams.yaml"  # that Lightning's loggers write, beside the folder of checkpoints
-EMA = "-EMA"  # at the end of the name of the averaged weights
-PICKLE = b"\x80"  # how torch's older files begin
+HPARAMS = "hparams.yaml"  # written by Lightning's loggers, next to the folder of checkpoints
+EMA = "-EMA"  # suffix of the name of the averaged weights
+PICKLE = b"\x80"  # first byte of torch's older files
 RANK = re.compile(r"mp_rank_\d+|tp_rank_\d+(_pp_rank_\d+)?")
 
 Config = str | os.PathLike | Mapping[str, Any]
 
 
 class NemoCheckpoint(NamedTuple):
-    """A checkpoint that is open."""
+    """An open checkpoint."""
 
-    name: str  # of its file
+    name: str  # name of the file
     config: dict[str, Any]  # the `model:` section
     weights: Weights
-    left_out: dict[str, str]  # what else it holds, and why that is not converted
+    left_out: dict[str, str]  # content that is not converted, and why
 
 
 @contextmanager
@@ -41,19 +41,19 @@ def open_nemo(
     name: str = "source",
     scratch: Path | None = None,
 ) -> Iterator[NemoCheckpoint]:
-    """Opens an archive or checkpoint for as long as the context lasts.
+    """Open an archive or checkpoint, as a context manager.
 
     Args:
-        source: A `.nemo` archive (tar, plain or compressed by gzip), the folder that it was unpacked to, a `.ckpt` of
-            Lightning, or the folder of a distributed one.
-        config: NeMo's configuration, where `source` has none, or another is to be taken: a YAML file or a mapping, the
-            whole of it, the `model:` section, or Lightning's `hparams.yaml`.
-        ema: Whether to take the averaged weights, which NeMo wrote beside as `NAME-EMA.ckpt`.
-        name: The argument that named the source, for messages.
-        scratch: A folder for the weights of an archive while they are read; by default one of the system.
+        source: A `.nemo` archive (tar, plain or gzip-compressed), the folder it was unpacked to, a Lightning `.ckpt`, or
+            the folder of a distributed one.
+        config: NeMo's configuration, if `source` has none or to override it: a YAML file or a mapping, complete, the
+            `model:` section, or Lightning's `hparams.yaml`.
+        ema: Whether to use the averaged weights, which NeMo writes next to it as `NAME-EMA.ckpt`.
+        name: The argument's name, for messages.
+        scratch: A temporary folder for the weights of an archive; by default the system's.
 
     Raises:
-        ValueError: If there is no such checkpoint, it is damaged or asks for code, or has no configuration.
+        ValueError: If the checkpoint does not exist, is damaged, would execute code, or has no configuration.
     """
     path = find_source(source, ema, name)
     what = f"`{name}` is '{path}', which"
@@ -69,44 +69,44 @@ def open_nemo(
 
 
 def find_source(source: str | os.PathLike, ema: bool, name: str) -> Path:
-    """The file or folder that is opened; ValueError if it is not there."""
+    """Return the file or folder to open; raise ValueError if it does not exist."""
     if not isinstance(source, (str, os.PathLike)) or "\0" in os.fspath(source):
         raise bad_argument(name, source, "a file or folder of NeMo's")
     path = averaged(Path(source), name) if ema else Path(source)
     if not path.exists():
-        raise ValueError(f"`{name}` is '{path}', which is not there.")
+        raise ValueError(f"`{name}` is '{path}', which does not exist.")
     return path
 
 
 def averaged(path: Path, name: str) -> Path:
-    """The file of the averaged weights beside a checkpoint."""
+    """Return the file of the averaged weights next to a checkpoint."""
     if path.stem.endswith(EMA):
         return path
     companion = path.with_name(f"{path.stem}{EMA}{path.suffix}")
     if not companion.exists():
         raise ValueError(
-            f"`ema` is given, but `{name}` is '{path}', beside which there is no '{companion.name}': NeMo writes averages "
-            "there, or as the weights of the archive itself; name the file, or leave `ema` out."
+            f"`ema` is given, but `{name}` is '{path}', next to which there is no '{companion.name}': NeMo writes averages "
+            "there, or as the weights of the archive itself; specify the file, or omit `ema`."
         )
     return companion
 
 
 def kind_of(path: Path, what: str) -> str:
-    """ "torch" for a file of `torch.save`, by how it begins; else "tar"."""
+    """Return "torch" for a file of `torch.save`, detected by its first bytes, else "tar"."""
     if not path.is_file():
-        raise ValueError(f"{what} is no regular file.")  # a pipe would never end
+        raise ValueError(f"{what} is no regular file.")  # a pipe might never end
     with open(path, "rb") as file:
         begin = file.read(4)
     return "torch" if begin == ZIP or begin[:1] == PICKLE else "tar"
 
 
 def is_needed(name: PurePosixPath) -> bool:
-    """Whether a member of an archive is read: its configuration and weights, not what else NeMo packed."""
+    """Return whether a member of an archive is needed: only the configuration and weights are."""
     return name.name == CONFIG or name.suffix == ".ckpt" or WEIGHTS in name.parts[:-1]
 
 
 def describe(path: Path, folder: Path | None, given: dict[str, Any] | None, what: str) -> NemoCheckpoint:
-    """A checkpoint of a file, or of the folder that an archive was unpacked to."""
+    """Open the checkpoint of a file, or of the folder that an archive was unpacked to."""
     weights = TorchFile(path, what) if folder is None else open_folder(folder, what)
     files = list(weights.ranks.values()) if isinstance(weights, RankWeights) else [weights]
     left_out = {
@@ -115,13 +115,13 @@ def describe(path: Path, folder: Path | None, given: dict[str, Any] | None, what
         if isinstance(file, TorchFile)
         for section in file.sections
     }
-    left_out |= dict.fromkeys(getattr(weights, "dropped", ()), "no tensor of weights")
+    left_out |= dict.fromkeys(getattr(weights, "dropped", ()), "not a tensor of weights")
     settings = [file.settings for file in files if isinstance(file, TorchFile)]
     return NemoCheckpoint(path.name, find_config(path, folder, given, settings, what), weights, left_out)
 
 
 def open_folder(folder: Path, what: str) -> Weights:
-    """The weights in a folder, in whichever form NeMo left them."""
+    """Open the weights in a folder, in any of NeMo's formats."""
     places = [folder, *(place for place in folder.rglob(WEIGHTS) if place.is_dir())]
     distributed = [place for place in places if is_distributed(place)]
     if distributed:
@@ -133,7 +133,7 @@ def open_folder(folder: Path, what: str) -> Weights:
         return RankWeights(opened, what)
     if len(files) != 1:
         raise ValueError(
-            f"{what} has {len(files)} files of weights, {[path.name for path in files[:5]]}, but should have one, one a "
+            f"{what} has {len(files)} files of weights, {[path.name for path in files[:5]]}, but should have one, one per "
             "rank, or a distributed checkpoint."
         )
     return TorchFile(files[0], what)
@@ -142,7 +142,7 @@ def open_folder(folder: Path, what: str) -> Weights:
 def find_config(
     path: Path, folder: Path | None, given: dict[str, Any] | None, settings: list[dict | None], what: str
 ) -> dict[str, Any]:
-    """The `model:` section: the one that was given, in the archive, in the checkpoint, or beside it."""
+    """Return the `model:` section: the given one, or from the archive, the checkpoint, or its folder."""
     if given is not None:
         return given
     places = [] if folder is None else sorted(folder.rglob(CONFIG))[:1]
@@ -155,13 +155,13 @@ def find_config(
         found = model_section(read_yaml(files[0], HPARAMS, number_keys=True)) if files else None
     if found is None:
         raise ValueError(
-            f"{what} has no configuration with a section `unet`: give NeMo's YAML, or Lightning's {HPARAMS}, beside it."
+            f"{what} has no configuration with a section `unet`: specify NeMo's YAML, or put Lightning's {HPARAMS} next to it."
         )
     return found
 
 
 def read_config(config: Config, name: str) -> dict[str, Any]:
-    """The `model:` section of a configuration that was given."""
+    """Return the `model:` section of a given configuration."""
     if isinstance(config, (str, os.PathLike)):
         found = model_section(read_yaml(config, name, number_keys=True))
     else:
@@ -172,7 +172,7 @@ def read_config(config: Config, name: str) -> dict[str, Any]:
 
 
 def model_section(config: Any) -> dict[str, Any] | None:
-    """The section with `unet` in it: the whole, or what is under `model`, or `cfg`, as Lightning calls it."""
+    """Return the section that has `unet`: the whole, or `model`, or Lightning's `cfg`."""
     for _ in range(4):
         if not isinstance(config, Mapping):
             return None

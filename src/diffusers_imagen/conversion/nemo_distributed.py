@@ -1,7 +1,7 @@
-"""Distributed checkpoints of Megatron Core and torch, folders of many files, read without running what they hold.
+"""Reading of distributed checkpoints of Megatron Core and torch, folders of many files, without executing code.
 
-Two forms: `torch_dist`, of `torch.distributed.checkpoint`, where a pickle `.metadata` says which part of a tensor is where
-in the files `*.distcp`; and `zarr`, a folder for each tensor.
+Two formats are supported: `torch_dist`, of `torch.distributed.checkpoint`, where a pickle `.metadata` locates the parts
+of each tensor in the files `*.distcp`; and `zarr`, with one folder per tensor.
 """
 
 import io
@@ -20,7 +20,7 @@ from .nemo_weights import Described, refusing_fault
 
 
 METADATA, DESCRIPTION, ARRAY = ".metadata", "metadata.json", ".zarray"
-MAX_METADATA = 2**26  # bytes; that of a thousand tensors on a hundred GPUs has ten million
+MAX_METADATA = 2**26  # bytes; a thousand tensors on a hundred GPUs need ten million
 MAX_DIMENSIONS = 8
 MAX_CHUNKS = 2**20
 DTYPES = {
@@ -57,17 +57,17 @@ NAMES = {
 
 
 class Chunk(NamedTuple):
-    """A part of a tensor, and where it is."""
+    """Part of a tensor, and its location."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     path: Path
-    start: int  # in the file, in bytes
+    start: int  # offset in the file, in bytes
     length: int
 
 
 class MetadataMachine(PickleMachine):
-    """The pickle of a distributed checkpoint's `.metadata`: its classes become `Call`s that hold their state."""
+    """Interpreter of a distributed checkpoint's `.metadata`: classes become `Call`s with their state."""
 
     kinds = NAMES
     max_opcodes = 2**23
@@ -86,39 +86,39 @@ class MetadataMachine(PickleMachine):
     def _do_build(self, _) -> None:
         target, state = self._pop(2)
         if type(target) is not Call or target.state is not None or type(state) not in (dict, tuple):
-            raise ValueError("it sets the state of what has none")
+            raise ValueError("it sets the state of a value that has none")
         target.state = state if type(state) is tuple else (state,)
         self._push(target)
 
 
 class TorchDistWeights:
-    """The tensors of a folder of `torch.distributed.checkpoint`.
+    """Tensors of a folder of `torch.distributed.checkpoint`.
 
     Args:
-        folder (`Path`): Has a `.metadata` and the files that it names.
-        what (`str`): What messages call it.
+        folder (`Path`): The folder, with a `.metadata` and the files that it names.
+        what (`str`): Description of the folder, for messages.
 
     Raises:
-        ValueError: If a file is missing, damaged, or asks for code, or a tensor is not whole.
+        ValueError: If a file is missing, damaged, or would execute code, or a tensor is incomplete.
     """
 
     def __init__(self, folder: Path, what: str):
         self.what = what
         self.tensors: dict[str, Described] = {}
         self.chunks: dict[str, list[Chunk]] = {}
-        self.dropped: list[str] = []  # entries that are no tensors
+        self.dropped: list[str] = []  # entries that are not tensors
         path = folder / METADATA
         if path.stat().st_size > MAX_METADATA:
             raise ValueError(f"{what} has a {METADATA} that has more than {MAX_METADATA} bytes.")
         try:
             content = MetadataMachine(io.BytesIO(path.read_bytes())).run()
             self.take(folder, content)
-        except Exception as error:  # a damaged pickle raises whatever it stumbles over
+        except Exception as error:  # damaged pickles raise errors of any type
             reason = error or type(error).__name__
             raise ValueError(f"{what} has a {METADATA} that cannot be read safely: {reason}") from error
 
     def take(self, folder: Path, content: Any) -> None:
-        """Takes down which tensors there are and where their parts are."""
+        """Record the tensors and the locations of their parts."""
         fields = fields_of(content, "Metadata")
         places = {}
         for index, info in checked_dict(fields.get("storage_data")).items():
@@ -127,25 +127,25 @@ class TorchDistWeights:
             places[at.get("fqn"), () if offset is None else sizes_of(offset)] = fields_of(info, "_StorageInfo")
         for key, value in checked_dict(fields.get("state_dict_metadata")).items():
             if type(key) is not str:
-                raise ValueError("it has an entry whose name is no text")
+                raise ValueError("it has an entry whose name is not text")
             if type(value) is Call and value.kind == "BytesStorageMetadata":
                 self.dropped.append(key)
                 continue
             described, parts = describe(value)
             whole = math.prod(described.shape)
             if sum(math.prod(sizes) for _, sizes in parts) != whole or overlap(parts):
-                raise ValueError(f"the parts of {shown(key)} do not make the whole of {described.shape}")
+                raise ValueError(f"the parts of {shown(key)} do not cover {described.shape}")
             self.tensors[key] = described
             self.chunks[key] = [place_of(folder, places, key, *part) for part in parts]
 
     def read(self, keys: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """These tensors, each put together from its parts."""
+        """Yield these tensors, each assembled from its parts."""
         for key in keys:
             parts = ((chunk, self.read_part(key, chunk)) for chunk in self.chunks[key])
             yield key, assembled(self.tensors[key], parts)
 
     def read_part(self, key: str, chunk: Chunk) -> torch.Tensor:
-        """A part, which is a file of `torch.save` within a file."""
+        """Read a part, which is a file of `torch.save` embedded in a file."""
         with open(chunk.path, "rb") as file:
             file.seek(chunk.start)
             data = file.read(chunk.length)
@@ -159,7 +159,7 @@ class TorchDistWeights:
 
 
 class ZarrWeights:
-    """The tensors of a folder of Megatron Core's format `zarr`: uncompressed arrays, a folder each.
+    """Tensors of a folder in Megatron Core's format `zarr`: uncompressed arrays, one folder each.
 
     Raises:
         ValueError: If an array is compressed, damaged or incomplete.
@@ -185,7 +185,7 @@ class ZarrWeights:
                 )
             sizes = [*shape, *chunks]
             if any(type(size) is not int or not 1 <= size < 2**40 for size in sizes) or len(shape) > MAX_DIMENSIONS:
-                raise ValueError(f"{what} has {shown(key)} of a shape that is none.")
+                raise ValueError(f"{what} has {shown(key)} with an invalid shape.")
             if not isinstance(dtype, str) or dtype not in ZARR_DTYPES:
                 self.dropped.append(key)
                 continue
@@ -193,12 +193,12 @@ class ZarrWeights:
             self.grids[key] = tuple(chunks)
 
     def read(self, keys: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """These tensors, each put together from its chunks."""
+        """Yield these tensors, each assembled from its chunks."""
         for key in keys:
             yield key, assembled(self.tensors[key], self.read_chunks(key))
 
     def read_chunks(self, key: str) -> Iterator[tuple[Chunk, torch.Tensor]]:
-        """The chunks of an array; those at the end of a dimension reach beyond it."""
+        """Yield the chunks of an array; those at the end of a dimension may extend beyond it."""
         described, grid = self.tensors[key], self.grids[key]
         counts = [-(-size // step) for size, step in zip(described.shape, grid)]
         if math.prod(counts) > MAX_CHUNKS:
@@ -219,10 +219,10 @@ class ZarrWeights:
 
 
 def open_distributed(folder: Path, what: str) -> TorchDistWeights | ZarrWeights:
-    """The weights of a distributed checkpoint, of either form.
+    """Open the weights of a distributed checkpoint in either format.
 
     Raises:
-        ValueError: If it is of neither.
+        ValueError: If the format is not supported.
     """
     if (folder / METADATA).is_file():
         return TorchDistWeights(folder, what)
@@ -230,20 +230,20 @@ def open_distributed(folder: Path, what: str) -> TorchDistWeights | ZarrWeights:
         return ZarrWeights(folder, what)
     backend = read_json_object(folder / DESCRIPTION).get("sharded_backend") if is_distributed(folder) else None
     raise ValueError(
-        f"{what} has weights of the form {shown(backend)}, which is not read: torch_dist and zarr are. Write it as a plain "
+        f"{what} has weights in the format {shown(backend)}, but should have torch_dist or zarr. Write it as a plain "
         "state dict with NeMo."
     )
 
 
 def is_distributed(folder: Path) -> bool:
-    """Whether a folder looks like a distributed checkpoint."""
+    """Return whether a folder looks like a distributed checkpoint."""
     return any((folder / name).is_file() for name in (METADATA, DESCRIPTION)) or bool(
         next(folder.glob(f"*/{ARRAY}"), None)
     )
 
 
 def assembled(described: Described, parts: Iterator[tuple[Chunk, torch.Tensor]]) -> torch.Tensor:
-    """A tensor from its parts; one that has all of it is it."""
+    """Assemble a tensor from its parts; a part that covers the whole tensor is returned unchanged."""
     whole: torch.Tensor | None = None
     for chunk, part in parts:
         if chunk.sizes == described.shape:
@@ -255,38 +255,38 @@ def assembled(described: Described, parts: Iterator[tuple[Chunk, torch.Tensor]])
 
 
 def fields_of(value: Any, kind: str) -> dict[str, Any]:
-    """What an object of a kind was to be given."""
+    """Return the fields of an object of the given kind."""
     if type(value) is not Call or value.kind != kind or value.state is None or type(value.state[0]) is not dict:
-        raise ValueError(f"it has something else in place of a {kind}")
+        raise ValueError(f"it should have a {kind}")
     return value.state[0]
 
 
 def checked_dict(value: Any) -> Mapping[Any, Any]:
-    """A table of tensors or of their places, as it is."""
+    """Return the mapping of tensors or of their locations; raise ValueError unless it is one."""
     if type(value) is not dict:
         raise ValueError("it lacks a table of its tensors")
     return value
 
 
 def sizes_of(value: Any) -> tuple[int, ...]:
-    """Sizes or offsets."""
+    """Return sizes or offsets."""
     if type(value) is Call and value.kind == "Size" and len(value.args) == 1:
         value = value.args[0]
     if type(value) not in (tuple, list) or len(value) > MAX_DIMENSIONS:
-        raise ValueError("it has a shape that is none")
+        raise ValueError("it has an invalid shape")
     if any(type(size) is not int or not 0 <= size < 2**40 for size in value):
-        raise ValueError("it has a shape that is none")
+        raise ValueError("it has an invalid shape")
     return tuple(value)
 
 
 def describe(value: Any) -> tuple[Described, list[tuple[tuple[int, ...], tuple[int, ...]]]]:
-    """A tensor, and offsets and sizes of its parts."""
+    """Return the description of a tensor, and offsets and sizes of its parts."""
     fields = fields_of(value, "TensorStorageMetadata")
     properties = fields.get("properties")
     state = properties.state if type(properties) is Call and properties.kind == "TensorProperties" else None
     dtype = state[0].get("dtype") if state and type(state[0]) is dict else state[0] if state else None
     if type(dtype) is not Global or dtype.kind not in DTYPES:
-        raise ValueError("it has a tensor of a type that is not known")
+        raise ValueError("it has a tensor of an unknown dtype")
     shape, chunks = sizes_of(fields.get("size")), fields.get("chunks")
     if type(chunks) is not list or not 1 <= len(chunks) <= MAX_CHUNKS:
         raise ValueError("it has a tensor without parts")
@@ -295,15 +295,15 @@ def describe(value: Any) -> tuple[Described, list[tuple[tuple[int, ...], tuple[i
         part = fields_of(chunk, "ChunkStorageMetadata")
         offsets, sizes = sizes_of(part.get("offsets")), sizes_of(part.get("sizes"))
         if not len(offsets) == len(sizes) == len(shape):
-            raise ValueError("it has a part of another number of dimensions than its tensor")
+            raise ValueError("it has a part with a different number of dimensions than its tensor")
         if any(at + size > whole for at, size, whole in zip(offsets, sizes, shape)):
-            raise ValueError("it has a part that reaches out of its tensor")
+            raise ValueError("it has a part that extends beyond its tensor")
         parts.append((offsets, sizes))
     return Described(shape, DTYPES[dtype.kind]), parts
 
 
 def overlap(parts: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
-    """Whether two parts share a number; for more parts than are worth comparing one by one, whether two begin together."""
+    """Return whether two parts overlap; for too many parts to compare pairwise, whether two have the same start."""
     if len(parts) > 256:
         return len({offsets for offsets, _ in parts}) < len(parts)
     return any(
@@ -314,10 +314,10 @@ def overlap(parts: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
 
 
 def place_of(folder: Path, places: dict, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Chunk:
-    """Where a part is, if that is within a file of the folder."""
+    """Return the location of a part; raise ValueError unless it is within a file of the folder."""
     info = places.get((key, offsets))
     if info is None:
-        raise ValueError(f"it does not say where {shown(key)} is")
+        raise ValueError(f"it has no location for {shown(key)} is")
     name, start, length = (info.get(field) for field in ("relative_path", "offset", "length"))
     if info.get("transform_descriptors"):
         raise ValueError(f"{shown(key)} is compressed or encrypted")
@@ -325,7 +325,7 @@ def place_of(folder: Path, places: dict, key: str, offsets: tuple[int, ...], siz
         raise ValueError(f"it has {shown(name)} for a file of the folder")
     path = folder / name
     if type(start) is not int or type(length) is not int or start < 0 or length < 0:
-        raise ValueError(f"it has a place that is none for {shown(key)}")
+        raise ValueError(f"it has an invalid location for {shown(key)}")
     if path.is_symlink() or not path.is_file() or path.stat().st_size < start + length:
         raise ValueError(f"the file '{name}' is missing or cut")
     return Chunk(offsets, sizes, path, start, length)

@@ -1,4 +1,4 @@
-"""What NeMo's training entries may be: type and range of each that is translated, by its dotted name."""
+"""Types and ranges of the NeMo training entries that are translated, by dotted name."""
 
 import math
 from typing import Any, NamedTuple
@@ -7,16 +7,16 @@ from ..utils.arguments import bad_argument
 
 
 class Entry(NamedTuple):
-    """What an entry may be: a value of a type, for numbers within a range, both ends included."""
+    """Allowed values of an entry: a type, and for numbers a closed range."""
 
     type: type
     lowest: float = -math.inf
     highest: float = math.inf
     is_list: bool = False
-    words: str = ""  # what it should be, where that is more than a type
+    words: str = ""  # description, if more than the type
 
     def read(self, name: str, value: Any) -> Any:
-        """The value, converted where YAML has another type for it, as text for `1e-8`, which has no point."""
+        """Check and return the value, converted if YAML parses another type, such as text for `1e-8`."""
         if self.is_list:
             if not isinstance(value, list):
                 self.refuse(name, value)
@@ -41,7 +41,7 @@ class Entry(NamedTuple):
         raise bad_argument(name, value, self.describe())
 
     def describe(self) -> str:
-        """What it should be, in words."""
+        """Describe the allowed values, for messages."""
         if self.words:
             return self.words
         words = "of type list, of " if self.is_list else "of type "
@@ -112,5 +112,5 @@ ENTRIES = {
     "model.optim.sched.min_lr": Entry(float, 0, 1),
     "model.optim.sched.constant_steps": COUNT_OR_NONE,
 }
-# what entries are in
+# sections that contain entries
 SECTIONS = {name.rsplit(".", depth)[0] for name in ENTRIES for depth in range(1, name.count(".") + 1)}

@@ -1,4 +1,4 @@
-"""Our networks as NeMo's archives: the reverse of the conversion, for those who go on with NeMo."""
+"""Export of networks to NeMo's archives, the reverse of the conversion."""
 
 import io
 import os
@@ -29,17 +29,17 @@ def nemo_config(
     token_length: int | None = None,
     recorded: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """NeMo's `model:` section of a network.
+    """Create NeMo's `model:` section for a network.
 
     Args:
         unet: The network, which may be on the meta device.
-        scheduler: Its scheduler, which says how it was trained.
-        token_length: Tokens of a text.
-        recorded: The section that it was converted from. What this says of the network is taken if it is still so, and
-            in any case what else it says.
+        scheduler: Its scheduler, whose configuration describes how it was trained.
+        token_length: Number of tokens per prompt.
+        recorded: The section that it was converted from. Its `unet:` section is kept if it still describes the network;
+            its other entries are always kept.
 
     Raises:
-        ValueError: If NeMo has no such network; names the entry of its configuration.
+        ValueError: If NeMo does not support such a network; names the entry of its configuration.
     """
     described = {"unet_type": "sr" if isinstance(unet, EfficientUNetModel) else "base", **preconditioning(scheduler)}
     if unet.takes_low_res and isinstance(unet, ImagenUNetModel):
@@ -67,19 +67,19 @@ def export_nemo(
     config: Mapping[str, Any],
     output: str | os.PathLike,
 ) -> int:
-    """Writes a `.nemo` archive: the configuration, and the weights under NeMo's names and in their own type.
+    """Write a `.nemo` archive: the configuration, and the weights under NeMo's names, in their dtype.
 
     Args:
         unet: The network, which may be on the meta device.
-        weights: Its weights by our names, which may be mapped from a file.
-        config: NeMo's `model:` section, of `nemo_config`.
-        output: The file.
+        weights: Its weights by this package's names, which may be memory-mapped.
+        config: NeMo's `model:` section, from `nemo_config`.
+        output: The file to write.
 
     Returns:
         The number of tensors.
 
     Raises:
-        ValueError: If NeMo has no place for a weight.
+        ValueError: If a weight has no counterpart in NeMo.
     """
     names = nemo_names(unet)
     state_dict = {}
@@ -103,14 +103,14 @@ def export_nemo(
 
 
 def add(tar: tarfile.TarFile, name: str, size: int, file: Any) -> None:
-    """A member of plain bytes, without this machine's user and times."""
+    """Add a regular file to the archive, without user names and times of this machine."""
     member = tarfile.TarInfo(name)
     member.size = size
     tar.addfile(member, file)
 
 
 def preconditioning(scheduler: SchedulerMixin) -> dict[str, Any]:
-    """What a scheduler says of how its network was trained, in NeMo's entries."""
+    """Return NeMo's entries for the preconditioning in a scheduler's configuration."""
     config = scheduler.config
     kind = config.get("preconditioning", "edm")
     if kind == "edm":
@@ -131,7 +131,7 @@ def preconditioning(scheduler: SchedulerMixin) -> dict[str, Any]:
 
 
 def shared_section(unet: ImagenUNetModel | EfficientUNetModel) -> dict[str, Any]:
-    """The entries of `unet:` that both networks have."""
+    """Return the entries of `unet:` shared by both networks."""
     config = unet.config
     width = (config.time_embedding_dim or 4 * config.block_out_channels[0]) // 4
     return {
@@ -153,7 +153,7 @@ def shared_section(unet: ImagenUNetModel | EfficientUNetModel) -> dict[str, Any]
 
 
 def unet_section(unet: ImagenUNetModel) -> dict[str, Any]:
-    """`unet:` of NeMo's `UNetModel`."""
+    """Return the `unet:` section for NeMo's `UNetModel`."""
     layers = unet.config.layers_per_block
     return {
         **shared_section(unet),
@@ -169,7 +169,7 @@ def unet_section(unet: ImagenUNetModel) -> dict[str, Any]:
 
 
 def efficient_section(unet: EfficientUNetModel) -> dict[str, Any]:
-    """`unet:` of NeMo's `EfficientUNetModel`."""
+    """Return the `unet:` section for NeMo's `EfficientUNetModel`."""
     levels = len(unet.config.block_out_channels)
     layers, kinds = unet.config.layers_per_block, unet.config.attention_types
     kinds = [kinds] * levels if isinstance(kinds, (str, type(None))) else list(kinds)
@@ -184,11 +184,11 @@ def efficient_section(unet: EfficientUNetModel) -> dict[str, Any]:
 
 
 def find_difference(unet: ImagenUNetModel | EfficientUNetModel, section: dict[str, Any]) -> str | None:
-    """How the network of a NeMo section differs from this one, in words; None if it does not."""
+    """Describe how the network of a NeMo section differs from this one; None if it does not."""
     try:
         with torch.device("meta"):
             other = unet_from_nemo_config(section)
-    except ValueError as error:  # names the entry that NeMo cannot have so
+    except ValueError as error:  # names the entry that NeMo does not support
         return str(error)
     ours, theirs = comparable(unet), comparable(other)
     differing = [name for name in ours if ours[name] != theirs.get(name)]
@@ -198,7 +198,7 @@ def find_difference(unet: ImagenUNetModel | EfficientUNetModel, section: dict[st
 
 
 def comparable(unet: ImagenUNetModel | EfficientUNetModel) -> dict[str, Any]:
-    """A configuration in which networks that are the same have the same entries."""
+    """Return a normalized configuration, which is equal for equivalent networks."""
     config = {name: value for name, value in unet.config.items() if not name.startswith("_")}
     levels = len(config["block_out_channels"])
     config["time_embedding_dim"] = config["time_embedding_dim"] or 4 * config["block_out_channels"][0]

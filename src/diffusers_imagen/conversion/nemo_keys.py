@@ -1,6 +1,6 @@
-"""The names of weights in checkpoints of NeMo's Imagen, and where each belongs in our networks.
+"""Mapping of weight names between checkpoints of NeMo's Imagen and this package's networks.
 
-A NeMo key is read in three parts, each with a table: where the block sits, which layer of the block, weight or bias.
+A NeMo key has three parts, each with a table: position of the block, layer of the block, and weight or bias.
 """
 
 import re
@@ -14,20 +14,20 @@ from ..utils.arguments import shown
 from ..utils.modules import first_names
 
 
-MAX_NAMES = 20  # in a message
-PREFIX = "model.model.unet."  # of a network's weights in what NeMo wrote
-# what stands before the name of a weight: Lightning's and Megatron's modules, and torch.compile's
+MAX_NAMES = 20  # per message
+PREFIX = "model.model.unet."  # of a network's weights in NeMo's checkpoints
+# prefixes of a weight's name: from Lightning, Megatron and torch.compile
 WRAPPERS = re.compile(r"(state_dict\.)?((model|module|unet|_orig_mod)\.)*")
 # NeMo registers the first convolution of its U-Net twice, and loads it from the second
 TWIN, FIRST_CONVOLUTION = "init_conv.0.", "input_blocks.0.0."
-# of what else is among the weights, why it has no place in a network
+# other entries among the weights, and why they are not converted
 OTHERS = {
-    r"(state_dict\.)?((model|module)\.)*text_encoder\.": "the frozen text encoder, which is given by itself",
+    r"(state_dict\.)?((model|module)\.)*text_encoder\.": "the frozen text encoder, which is specified separately",
     r"(optimizer|optimizer_states|lr_schedulers|chained_\d+\.optimizer)\b": "state of the optimizer, which is not carried over",
-    r".*\._extra_state(/|$)": "state of Transformer Engine's FP8 layers, which holds no weight",
+    r".*\._extra_state(/|$)": "state of Transformer Engine's FP8 layers, which has no weights",
 }
 
-# Position in the network, of what both have; those of the blocks are counted in the functions below.
+# Positions in the network that both have; the functions below number those of the blocks.
 SHARED_POSITIONS = {
     "time_embed.0.weights": "time_embedding.sinusoid.weight",
     "time_embed.1": "time_embedding.mlp.linear_1",
@@ -45,7 +45,7 @@ SHARED_POSITIONS = {
     "null_text_embedding": "text_embedding.null_token",
 }
 
-# Layer of a block. A tuple splits the output channels of one NeMo layer over several of ours.
+# Layer of a block. A tuple splits the output channels of one NeMo layer over several layers here.
 RESNET_LAYERS = {
     "in_layers.0": "norm1",
     "in_layers.2": "conv1",
@@ -83,7 +83,7 @@ STACKED_LAYERS = {
 
 UNET_ONLY, EFFICIENT_ONLY = ("skip_connection", "out_layers.3"), ("shortcut", "out_layers.2")
 PROJECTIONS = ("q", "qkv", "kv", "kv_self", "kv_context", "proj_out")
-# Which layers attention of a kind has.
+# Layers of each attention type.
 LAYERS_OF_KIND = {
     "self": ["norm", "qkv", "proj_out"],
     "cross": ["norm", "norm_context", "q", "kv", "proj_out"],
@@ -97,22 +97,22 @@ LAYERS_OF_KIND["stacked"] = [
 
 
 class KeyPlan(NamedTuple):
-    """What becomes of each key of a checkpoint."""
+    """Assignment of each key of a checkpoint."""
 
-    targets: dict[str, tuple[str, ...]]  # our names; of several, each has a share of the output channels
-    dropped: dict[str, str]  # and why
+    targets: dict[str, tuple[str, ...]]  # this package's names; several split the output channels
+    dropped: dict[str, str]  # keys and reasons
 
 
 def plan_keys(shapes: Mapping[str, Sequence[int]], model: ImagenUNetModel | EfficientUNetModel) -> KeyPlan:
-    """The places of a checkpoint's weights in the network that its configuration describes.
+    """Assign the weights of a checkpoint to the parameters of a network.
 
     Args:
-        shapes: Of each of the checkpoint's tensors, by its key there.
+        shapes: Shapes of the checkpoint's tensors, by key.
         model: The network, which may be on the meta device.
 
     Raises:
-        ValueError: If a key has no place, two have one, the network has a parameter without a key, or a shape differs;
-            all are named.
+        ValueError: If a key has no parameter, two keys have the same one, a parameter has no key, or a shape differs;
+            names all of them.
     """
     efficient = isinstance(model, EfficientUNetModel)
     positions = _positions(model)
@@ -140,50 +140,50 @@ def plan_keys(shapes: Mapping[str, Sequence[int]], model: ImagenUNetModel | Effi
         sizes |= {name: (part, expected[name]) for name in names if not fits(part, expected[name])}
     if sizes:
         sizes = dict(islice(sizes.items(), MAX_NAMES))
-        raise ValueError(f"`state_dict` does not fit the configuration. Shapes that are, and that should be: {sizes}.")
+        raise ValueError(f"`state_dict` does not fit the configuration. Actual and expected shapes: {sizes}.")
     if leftovers or gaps:
         raise ValueError(
-            f"`state_dict` does not fit the configuration. Keys without a place: {listed(leftovers)}. "
-            f"Parameters without a key: {listed(gaps)}."
+            f"`state_dict` does not fit the configuration. Unexpected keys: {listed(leftovers)}. "
+            f"Missing parameters: {listed(gaps)}."
         )
     return plan
 
 
 def listed(names: Sequence[str]) -> str:
-    """The first of many names, none of them in full length, and how many there are beside them."""
+    """List the first of many names, shortened, and the number of others."""
     text = str([name[:200] for name in names[:MAX_NAMES]])
     return text if len(names) <= MAX_NAMES else f"{text} and {len(names) - MAX_NAMES} others"
 
 
 def bare_name(key: str) -> str:
-    """A key without what wrappers put before it."""
+    """Return a key without the prefixes added by wrappers."""
     return key[cast(re.Match, WRAPPERS.match(key)).end() :]
 
 
 def why_dropped(key: str, efficient: bool) -> str | None:
-    """Why a key's tensor is left out on purpose; None if it is not."""
+    """Return the reason why a key's tensor is skipped intentionally; None if it is not."""
     if not efficient and bare_name(key).startswith(TWIN):
         return f"the same layer as {FIRST_CONVOLUTION.rstrip('.')}, which NeMo registers twice"
     return next((reason for pattern, reason in OTHERS.items() if re.match(pattern, key)), None)
 
 
 def share_of(shape: Sequence[int], count: int) -> tuple[int, ...]:
-    """The shape of one of several layers whose output channels lie one after another."""
+    """Return the shape of one of several layers whose output channels are concatenated."""
     if count > 1 and (not len(shape) or shape[0] % count):
-        return (*shape, -1)  # fits nothing
+        return (*shape, -1)  # matches nothing
     return (shape[0] // count, *shape[1:]) if len(shape) else ()
 
 
 def fits(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
-    """Whether a tensor has the numbers of ours: 1x1 convolutions over tokens are linear layers here."""
+    """Return whether the shapes are equivalent: 1x1 convolutions over tokens are linear layers here."""
     return tuple(size for size in shape if size != 1) == tuple(size for size in expected if size != 1)
 
 
 def nemo_names(model: ImagenUNetModel | EfficientUNetModel) -> dict[str, tuple[str, ...]]:
-    """Our names by those, without a prefix, that NeMo has for a network's weights: the reverse of `plan_keys`.
+    """Map NeMo's names of a network's weights, without prefix, to this package's: the reverse of `plan_keys`.
 
     Raises:
-        ValueError: For a weight that NeMo's networks do not have.
+        ValueError: For a weight without a counterpart in NeMo's networks.
     """
     efficient = isinstance(model, EfficientUNetModel)
     positions = _positions(model)
@@ -202,14 +202,14 @@ def nemo_names(model: ImagenUNetModel | EfficientUNetModel) -> dict[str, tuple[s
 
 
 def nemo_shape(name: str, shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape of NeMo's weight of this name, from that of ours: projections of tokens are 1x1 convolutions there."""
+    """Return the shape of a weight in NeMo, where projections of tokens are 1x1 convolutions."""
     layer = name.removesuffix(".weight")
     is_projection = layer != name and layer.rpartition(".")[2] in PROJECTIONS and len(shape) == 2
     return (*shape, 1) if is_projection else tuple(shape)
 
 
 def candidates(positions: Mapping[str, str], kinds: Iterable[str], efficient: bool) -> Iterable[str]:
-    """Every name that a weight of NeMo's may have in a network with these kinds of attention."""
+    """Generate all possible NeMo weight names in a network with these attention types."""
     attention = [layer for kind in kinds for layer in LAYERS_OF_KIND[kind]]
     resnet = [layer for layer in RESNET_LAYERS if layer not in (UNET_ONLY if efficient else EFFICIENT_ONLY)]
     for position, place in positions.items():
@@ -221,12 +221,12 @@ def candidates(positions: Mapping[str, str], kinds: Iterable[str], efficient: bo
 
 
 def _positions(model: ImagenUNetModel | EfficientUNetModel) -> dict[str, str]:
-    """NeMo's positions of a network's parts, each with the name of ours."""
+    """Map NeMo's positions of a network's modules to this package's names."""
     return _efficient_positions(model) if isinstance(model, EfficientUNetModel) else _unet_positions(model)
 
 
 def _unet_positions(model: ImagenUNetModel) -> dict[str, str]:
-    """Positions of a U-Net: NeMo numbers blocks and resamplers through, first down, then up."""
+    """Return the positions of a U-Net: NeMo numbers blocks and resamplers consecutively, first down, then up."""
     positions = {
         **SHARED_POSITIONS,
         "input_blocks.0.0": "conv_in",
@@ -260,7 +260,7 @@ def _unet_positions(model: ImagenUNetModel) -> dict[str, str]:
 
 
 def _efficient_positions(model: EfficientUNetModel) -> dict[str, str]:
-    """Positions of an Efficient U-Net: NeMo numbers the levels from full resolution, also on the way up."""
+    """Return the positions of an Efficient U-Net: NeMo numbers levels from full resolution, in the decoder too."""
     positions = {**SHARED_POSITIONS, "init_conv": "conv_in", "out": "conv_out"}
     last = len(model.down_blocks) - 1
     for level, block in enumerate(cast(Iterable[ImagenBlock], model.down_blocks)):
@@ -277,7 +277,7 @@ def _efficient_positions(model: EfficientUNetModel) -> dict[str, str]:
 
 
 def _convert_key(name: str, positions: dict[str, str], stacked: bool) -> list[str] | None:
-    """Our names for a NeMo name, or None if it has no place."""
+    """Return this package's names for a NeMo name, or None if there are none."""
     nemo_position = _longest_prefix(name, positions)
     if nemo_position is None:
         return None
@@ -303,7 +303,7 @@ def _convert_key(name: str, positions: dict[str, str], stacked: bool) -> list[st
 
 
 def _longest_prefix(name: str, table: dict[str, Any]) -> str | None:
-    """The longest key of the table that is `name` or a dotted beginning of it."""
+    """Return the longest key of the table that is `name` or a dotted prefix of it."""
     parts = name.split(".")
     prefixes = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
     return next((prefix for prefix in prefixes if prefix in table), None)

@@ -1,4 +1,4 @@
-"""A stage of NeMo's Imagen: its network with weights, its scheduler, and all that a pipeline has to know of it."""
+"""Stages of NeMo's Imagen: conversion of network, weights, scheduler, and settings for the pipeline."""
 
 import hashlib
 import os
@@ -23,26 +23,26 @@ from .nemo_training import Entries, objective
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 SCALE_FACTOR = 4  # of every super-resolution stage that NeMo published
-# NeMo's inference_pipeline.yaml, by resolution: steps of EDM and guidance; 250 steps of DDPM are its documentation's
+# from NeMo's inference_pipeline.yaml, by resolution: EDM steps and guidance; 250 DDPM steps are from its documentation
 CALL_DEFAULTS = {64: (30, 7.5), 256: (20, 8.0), 1024: (20, 7.5)}
 DDPM_STEPS = 250
 
 
 class StageReport(NamedTuple):
-    """What became of a checkpoint."""
+    """Report on the conversion of a checkpoint."""
 
     source: str
     parameters: int
     mapped: int  # keys of the checkpoint
-    dropped: dict[str, str]  # keys that were left out on purpose, and why
-    left_out: dict[str, str]  # what else the checkpoint held
+    dropped: dict[str, str]  # keys that were skipped intentionally, and why
+    left_out: dict[str, str]  # other content of the checkpoint, and why it was not converted
     dtypes: list[str]  # of the checkpoint's weights
-    written: list[str]  # of ours
+    written: list[str]  # of the written weights
     config: dict[str, Any]  # NeMo's `model:` section
 
 
 class StageParts(NamedTuple):
-    """A stage without its weights: what its configuration says."""
+    """Stage as described by its configuration, without weights."""
 
     unet: ImagenUNetModel | EfficientUNetModel
     scheduler: SchedulerMixin
@@ -52,7 +52,7 @@ class StageParts(NamedTuple):
 
 
 class NemoStage(NamedTuple):
-    """A stage that was loaded, and the report."""
+    """Loaded stage, and the report."""
 
     parts: StageParts
     report: StageReport
@@ -65,20 +65,20 @@ def load_nemo_stage(
     dtype: torch.dtype | None = None,
     name: str = "source",
 ) -> NemoStage:
-    """Loads a stage of a NeMo archive or checkpoint into memory, which holds one copy of its weights.
+    """Load a stage of a NeMo archive or checkpoint into memory, with one copy of its weights.
 
     Args:
         source (`str` or `os.PathLike`):
-            A `.nemo` archive, the folder that it was unpacked to, a `.ckpt` of Lightning, or the folder of a distributed
-            one.
+            A `.nemo` archive, the folder that it was unpacked to, a Lightning `.ckpt`, or the folder of a distributed
+            checkpoint.
         config (`str`, `os.PathLike` or `dict`, *optional*):
-            NeMo's configuration, where `source` has none.
-        ema (`bool`, defaults to `False`): Whether to take the averaged weights, of `NAME-EMA.ckpt` beside `NAME.ckpt`.
-        dtype (`torch.dtype`, *optional*): Type of the weights; as in the checkpoint if None.
-        name (`str`): The argument that named the source, for messages.
+            NeMo's configuration, if `source` has none.
+        ema (`bool`, defaults to `False`): Whether to use the averaged weights in `NAME-EMA.ckpt` next to `NAME.ckpt`.
+        dtype (`torch.dtype`, *optional*): Dtype of the weights; as in the checkpoint if None.
+        name (`str`): The argument's name, for messages.
 
     Raises:
-        ValueError: If there is no such checkpoint, it is damaged or asks for code, or does not fit its configuration.
+        ValueError: If the checkpoint does not exist, is damaged, would execute code, or does not match its configuration.
     """
     with open_nemo(source, config, ema, name) as checkpoint:
         parts, plan = plan_stage(checkpoint)
@@ -92,7 +92,7 @@ def load_nemo_stage(
 def write_nemo_stage(
     checkpoint: NemoCheckpoint, folder: Path, dtype: torch.dtype | None = None
 ) -> tuple[StageParts, StageReport]:
-    """Writes the network of an open checkpoint to a folder, tensor by tensor: `config.json` and the weights.
+    """Write the network of an open checkpoint to a folder, tensor by tensor: `config.json` and the weights.
 
     Returns:
         The stage without weights, its network on the meta device, and the report.
@@ -115,14 +115,14 @@ def write_nemo_stage(
 def verify_nemo_stage(
     checkpoint: NemoCheckpoint, folder: Path, dtype: torch.dtype | None = None
 ) -> dict[str, dict[str, str]]:
-    """Reads the weights of a written network back under NeMo's names and compares them with the checkpoint.
+    """Read the weights of a written network back under NeMo's names and compare them with the checkpoint.
 
     Returns:
-        By key of the checkpoint, the SHA-256 of its tensor in the type of the written one, which both have, and `file`
-        or `cast`: whether that is the type of the checkpoint.
+        For each key of the checkpoint, the SHA-256 of its tensor in the written dtype, which both have in common, and
+        `file` if that is the checkpoint's dtype, else `cast`.
 
     Raises:
-        ValueError: If a tensor differs, or is missing; names them.
+        ValueError: If a tensor differs or is missing; names them.
     """
     parts, plan = plan_stage(checkpoint)
     path, names = folder / WEIGHTS_FILE, nemo_names(parts.unet)
@@ -141,12 +141,12 @@ def verify_nemo_stage(
     touched = {ours for group in names.values() for ours in group}
     untouched = [name for name in kinds if name not in touched]
     if differing or untouched:
-        raise ValueError(f"'{path}' is not what the checkpoint holds: {(differing + untouched)[:5]} differ.")
+        raise ValueError(f"'{path}' differs from the checkpoint: {(differing + untouched)[:5]}.")
     return found
 
 
 def cascade_components(stages: Mapping[str, StageParts]) -> dict[str, Any]:
-    """The arguments of a cascade's constructor for stages by name."""
+    """Return the arguments of a cascade's constructor, from stages by name."""
     components: dict[str, Any] = {"call_defaults": {name: parts.call_defaults for name, parts in stages.items()}}
     for name, parts in stages.items():
         components |= {f"{name}_unet": parts.unet, f"{name}_scheduler": parts.scheduler}
@@ -154,16 +154,16 @@ def cascade_components(stages: Mapping[str, StageParts]) -> dict[str, Any]:
 
 
 def plan_stage(checkpoint: NemoCheckpoint) -> tuple[StageParts, KeyPlan]:
-    """The stage that a checkpoint's configuration describes, without weights, and the places of its weights."""
+    """Return the stage of a checkpoint's configuration, without weights, and the assignment of its weights."""
     parts = describe_stage(checkpoint.config)
     return parts, plan_keys({key: found.shape for key, found in checkpoint.weights.tensors.items()}, parts.unet)
 
 
 def describe_stage(config: dict[str, Any]) -> StageParts:
-    """The stage that a `model:` section describes, its network on the meta device.
+    """Create the stage described by a `model:` section, with its network on the meta device.
 
     Raises:
-        ValueError: For a section that NeMo does not have, or a value that it has not.
+        ValueError: For a section or a value that NeMo does not support.
     """
     with torch.device("meta"):
         unet = unet_from_nemo_config(config)
@@ -177,7 +177,7 @@ def describe_stage(config: dict[str, Any]) -> StageParts:
     defaults = {"num_inference_steps": steps if is_edm else DDPM_STEPS, "guidance_scale": guidance}
     if unet.takes_low_res_noise_level:
         defaults["low_res_noise_level"] = MIN_AUGMENTATION_SIGMA
-    # NeMo's samplers threshold dynamically whatever they are told
+    # NeMo's samplers always use dynamic thresholding
     thresholding = {"thresholding": True, "dynamic_thresholding_ratio": 0.995}
     scheduler = (
         EDMHeunScheduler(sigma_data=trained["sigma_data"], **thresholding)
@@ -196,7 +196,7 @@ def describe_stage(config: dict[str, Any]) -> StageParts:
 
 
 def scale_factor(config: dict[str, Any]) -> int:
-    """How many times larger a super-resolution stage makes images: by the data that it was trained with."""
+    """Return the upsampling factor of a super-resolution stage, from the settings of its training data."""
     train = (config.get("data") or {}).get("train") if isinstance(config.get("data"), dict) else None
     train = train if isinstance(train, dict) else {}
     older = train.get("corruption_aug") if isinstance(train.get("corruption_aug"), dict) else {}
@@ -209,7 +209,7 @@ def scale_factor(config: dict[str, Any]) -> int:
 def converted(
     checkpoint: NemoCheckpoint, unet: ImagenUNetModel | EfficientUNetModel, plan: KeyPlan, dtype: torch.dtype | None
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Our names and the weights under them, each of which is good until the next."""
+    """Yield names and weights of this package's network; each weight is valid until the next is read."""
     shapes = {name: tensor.shape for name, tensor in unet.state_dict().items()}
     for key, tensor in checkpoint.weights.read(list(plan.targets)):
         check_weight(key, tensor)
@@ -219,12 +219,12 @@ def converted(
             if dtype is not None and dtype != part.dtype:
                 part = part.to(dtype)
                 if not part.isfinite().all():
-                    raise ValueError(f"`dtype` is {dtype}, but {key!r} has numbers beyond its range: take bfloat16.")
+                    raise ValueError(f"`dtype` is {dtype}, but {key!r} has values out of its range: use bfloat16.")
             yield name, part
 
 
 def make_report(checkpoint: NemoCheckpoint, plan: KeyPlan, parts: StageParts, written: list[str]) -> StageReport:
-    """What became of a checkpoint."""
+    """Create the report on a checkpoint."""
     dtypes = {str(checkpoint.weights.tensors[key].dtype) for key in plan.targets}
     return StageReport(
         checkpoint.name,

@@ -1,7 +1,7 @@
-"""Training sections of NVIDIA NeMo's Imagen configurations, in the names of our `--config`.
+"""Translation of the training sections of NVIDIA NeMo's Imagen configurations to this package's `--config`.
 
-Every entry of a file is translated, or named as one that has no counterpart. One that would train something else here
-is refused.
+Every entry of a file is translated, or reported as having no counterpart. Entries that would train something different
+here raise an error.
 """
 
 import re
@@ -15,7 +15,7 @@ from .nemo_entries import ENTRIES, SECTIONS
 PRECISIONS = {"bf16": "bf16", "bf16-mixed": "bf16", "16": "fp16", "16-mixed": "fp16", "32": "no", "32-true": "no"}
 PREDICTIONS = {"noise": "epsilon", "x_start": "sample"}
 NOISE_SCHEDULES = {"cosine": "squaredcos_cap_v2", "linear": "linear"}
-# all of them AdamW; Apex's and Megatron's do not decay weights unless they are told to
+# all of them are AdamW; Apex's and Megatron's default to no weight decay
 WEIGHT_DECAY = {"fused_adam": 0.0, "distributed_fused_adam": 0.0, "mcore_distributed_optim": 0.0, "adamw": 0.01}
 SAME_NAME = {
     "trainer.max_steps": "max_train_steps",
@@ -35,28 +35,28 @@ SAME_NAME = {
 
 
 class Translation(NamedTuple):
-    """What became of a configuration."""
+    """Result of translating a configuration."""
 
-    settings: dict[str, Any]  # by the names of `TrainingConfig`
-    differences: list[str]  # what is not quite the same, in words
+    settings: dict[str, Any]  # by name of `TrainingConfig`
+    differences: list[str]  # descriptions of differences
     left_out: list[str]  # entries that have no counterpart
 
 
 class Entries:
-    """The entries of a configuration by their dotted names, and which of them were read."""
+    """Entries of a configuration by dotted name; records which of them were read."""
 
     def __init__(self, config: dict[str, Any]):
         self.values = dict(flatten(config))
         self.seen: set[str] = set()
 
     def get(self, name: str, default: Any = None) -> Any:
-        """A value, of the kind that `ENTRIES` has for it; the default if it is missing or null."""
+        """Return a value, checked against `ENTRIES`; the default if it is missing or null."""
         self.seen.add(name)
         value = self.resolve(self.values.get(name))
         return default if value is None else ENTRIES[name].read(name, value)
 
     def resolve(self, value: Any) -> Any:
-        """Follows references such as `${trainer.precision}`."""
+        """Resolve references such as `${trainer.precision}`."""
         for _ in range(8):
             reference = re.fullmatch(r"\$\{([\w.]+)\}", value) if isinstance(value, str) else None
             if reference is None:
@@ -65,7 +65,7 @@ class Entries:
         raise ValueError(f"{value!r} refers to itself.")
 
     def require(self, name: str) -> Any:
-        """A value that has to be there."""
+        """Return a required value."""
         value = self.get(name)
         if value is None:
             raise ValueError(f"The configuration lacks `{name}`.")
@@ -76,7 +76,7 @@ class Entries:
 
 
 def flatten(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Entries by dotted names; lists stay whole."""
+    """Yield entries by dotted name; lists are not flattened."""
     for key, value in section.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict):
@@ -90,12 +90,12 @@ def flatten(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def translate_training(config: dict[str, Any]) -> Translation:
-    """The settings of a run from NeMo's whole configuration, with its `trainer:`, `exp_manager:` and `model:`.
+    """Translate NeMo's whole configuration, with `trainer:`, `exp_manager:` and `model:`, to training settings.
 
-    What `model.unet` says of the network is not among them: that is `unet_from_nemo_config`'s.
+    The network in `model.unet` is not included: see `unet_from_nemo_config`.
 
     Raises:
-        ValueError: If an entry is missing, malformed, or would train something else here.
+        ValueError: If an entry is missing, malformed, or would train something different here.
     """
     if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
         raise ValueError("The configuration has no section `model`, which NeMo's have.")
@@ -106,16 +106,16 @@ def translate_training(config: dict[str, Any]) -> Translation:
         value = nemo.get(name)
         if value is not None:
             settings[ours] = value
-    settings.setdefault("max_grad_norm", 0.0)  # Lightning does not clip unless it is told to
+    settings.setdefault("max_grad_norm", 0.0)  # Lightning's default is no clipping
     settings["channels_last"] = nemo.get("model.channels_last", False)
     if settings.get("random_flip"):
-        differences.append("random_flip: images whose caption speaks of left or right are not mirrored here")
+        differences.append("random_flip: images whose caption mentions left or right are not mirrored here")
     settings |= objective(nemo) | optimizer(nemo) | learning_rates(nemo, settings["max_train_steps"])
     settings |= precision(nemo) | batch_sizes(nemo) | averages(nemo) | trackers(nemo)
     if settings["preconditioning"] == "edm" and settings["loss"] != "l2":
         nemo.refuse(
             "model.preconditioning.loss_type",
-            "whose EDM weight NeMo puts inside the distance and we outside: train l2.",
+            "whose EDM weight NeMo applies inside the distance, and this package outside: train l2.",
         )
     settings |= data(nemo, differences)
     left_out = [name for name in nemo.values if name not in nemo.seen and not name.startswith("model.unet.")]
@@ -123,7 +123,7 @@ def translate_training(config: dict[str, Any]) -> Translation:
 
 
 def objective(nemo: Entries) -> dict[str, Any]:
-    """What the network is trained for."""
+    """Return the settings of the training objective."""
     section = "model.preconditioning"
     kind = nemo.get(f"{section}_type", "DDPM")
     loss = nemo.get(f"{section}.loss_type", "l2")
@@ -149,7 +149,7 @@ def objective(nemo: Entries) -> dict[str, Any]:
 
 
 def optimizer(nemo: Entries) -> dict[str, Any]:
-    """AdamW's settings."""
+    """Return the settings of AdamW."""
     name = nemo.require("model.optim.name")
     if name not in WEIGHT_DECAY:
         nemo.refuse("model.optim.name", f"but training has AdamW only, which NeMo calls {list(WEIGHT_DECAY)}.")
@@ -166,7 +166,7 @@ def optimizer(nemo: Entries) -> dict[str, Any]:
 
 
 def learning_rates(nemo: Entries, max_steps: int) -> dict[str, Any]:
-    """The schedule of the learning rate."""
+    """Return the settings of the learning rate schedule."""
     section = "model.optim.sched"
     name = nemo.get(f"{section}.name")
     warmup = nemo.get(f"{section}.warmup_steps")
@@ -189,8 +189,8 @@ def learning_rates(nemo: Entries, max_steps: int) -> dict[str, Any]:
 
 
 def precision(nemo: Entries) -> dict[str, Any]:
-    """Precision of the network's arithmetic."""
-    nemo.get("model.precision")  # a reference to the trainer's
+    """Return the precision of the network's arithmetic."""
+    nemo.get("model.precision")  # refers to the trainer's
     value = nemo.get("trainer.precision", "32")
     if value not in PRECISIONS:
         nemo.refuse("trainer.precision", f"but should be one of {list(PRECISIONS)}.")
@@ -198,7 +198,7 @@ def precision(nemo: Entries) -> dict[str, Any]:
 
 
 def batch_sizes(nemo: Entries) -> dict[str, Any]:
-    """Images of a device, and batches of a step, on as many devices as NeMo was told of."""
+    """Return the batch size per device and gradient accumulation steps, for the number of devices in the configuration."""
     micro, whole = (nemo.require(f"model.{name}_batch_size") for name in ("micro", "global"))
     devices = nemo.get("trainer.devices", 1)
     count = len(devices) if isinstance(devices, list) else devices
@@ -206,14 +206,14 @@ def batch_sizes(nemo: Entries) -> dict[str, Any]:
         nemo.refuse("trainer.devices", "but should be their number: batches are counted by it.")
     processes = count * nemo.get("trainer.num_nodes", 1)
     if nemo.get("trainer.accumulate_grad_batches", 1) != 1:
-        nemo.refuse("trainer.accumulate_grad_batches", "but should be 1, as NeMo wants it.")
+        nemo.refuse("trainer.accumulate_grad_batches", "but should be 1, as NeMo requires.")
     if micro < 1 or whole < 1 or whole % (micro * processes):
         nemo.refuse("model.global_batch_size", f"but should be a multiple of {micro} images on {processes} devices.")
     return {"train_batch_size": micro, "gradient_accumulation_steps": whole // (micro * processes)}
 
 
 def averages(nemo: Entries) -> dict[str, Any]:
-    """The average of the weights."""
+    """Return the settings of the weights' average (EMA)."""
     section = "exp_manager.ema"
     decay = nemo.get(f"{section}.decay", 0.9999)
     interval = nemo.get(f"{section}.every_n_steps", 1)
@@ -225,14 +225,14 @@ def averages(nemo: Entries) -> dict[str, Any]:
 
 
 def trackers(nemo: Entries) -> dict[str, Any]:
-    """Where the run is shown."""
+    """Return the settings of experiment trackers."""
     if nemo.get("exp_manager.create_wandb_logger", False):
         return {"report_to": "wandb"}
     return {"report_to": "tensorboard"} if nemo.get("exp_manager.create_tensorboard_logger", False) else {}
 
 
 def data(nemo: Entries, differences: list[str]) -> dict[str, Any]:
-    """Sizes of images, and the augmentation of the conditioning image; adds to `differences`."""
+    """Return image sizes and augmentation of the conditioning image; append to `differences`."""
     section = "model.data.train"
     if nemo.get("model.data.synthetic_data", False):
         nemo.refuse("model.data.synthetic_data", "but training needs images.")
@@ -254,7 +254,7 @@ def data(nemo: Entries, differences: list[str]) -> dict[str, Any]:
 
 
 def super_resolution(nemo: Entries, resolution: int, crop: int, differences: list[str]) -> dict[str, Any]:
-    """The conditioning image; adds to `differences`."""
+    """Return the settings of the conditioning image; append to `differences`."""
     name = "model.data.train.target_resolutions"
     older = "model.data.train.corruption_aug.target_resolution"
     if name not in nemo.values and older in nemo.values:
@@ -266,7 +266,7 @@ def super_resolution(nemo: Entries, resolution: int, crop: int, differences: lis
     settings = {"low_resolution": resolution // factor}
     if crop != resolution:
         settings["crop_size"] = crop
-        differences.append("crop_size: crops are taken at random here, by NeMo at the centre")
+        differences.append("crop_size: crops are random here, and centered in NeMo")
     if not nemo.get("model.noise_cond_aug", False):
         return {**settings, "noise_conditioning_augmentation": 0.0}
     if nemo.get("model.preconditioning_type", "DDPM") != "EDM":
@@ -279,7 +279,7 @@ def super_resolution(nemo: Entries, resolution: int, crop: int, differences: lis
 
 
 def crop_resolution(nemo: Entries, name: str, resolution: int) -> int:
-    """The resolution of the crop: NeMo has height and width as text."""
+    """Return the resolution of the crop; NeMo has height and width as text."""
     value = nemo.get(name)
     if value is None:
         return resolution
@@ -291,6 +291,6 @@ def crop_resolution(nemo: Entries, name: str, resolution: int) -> int:
 
 
 def to_be_given(settings: dict[str, Any], network: str | None = None) -> list[str]:
-    """What a run needs beside the settings."""
+    """Return the arguments that a run needs in addition to the settings."""
     needed = ["train_data_dir or dataset_name", "text_encoder or embedding_cache"]
     return needed + ["pretrained_model_name_or_path, preset or model_config_name_or_path"] * (network is None)

@@ -1,7 +1,7 @@
-"""Weights in files of `torch.save`, read tensor by tensor: no code of a file is run, and no more than a part is in memory.
+"""Reading of weights from files of `torch.save`, tensor by tensor, without executing code or loading the whole file.
 
-Lightning's checkpoints hold objects beside the weights, of omegaconf and of Lightning itself. Classes of such names are
-not imported: a stand-in takes their place, which keeps what a pickle says of an object and does nothing with it.
+Lightning's checkpoints contain other objects besides the weights, of omegaconf and of Lightning. Their classes are not
+imported: a placeholder class stores the object's state and has no behavior.
 """
 
 import re
@@ -17,12 +17,12 @@ from ..utils.arguments import shown
 from ..utils.errors import describe_fault, is_out_of_memory
 
 
-MAX_ENTRIES = 2**18  # of a file, one a tensor
-MAX_PICKLE = 2**28  # bytes that say which tensors there are
-# Pages of a mapped file count as the process's memory once they were read, until the file is closed.
+MAX_ENTRIES = 2**18  # per file: one per tensor
+MAX_PICKLE = 2**28  # bytes of the pickle that describes the tensors
+# Pages of a memory-mapped file that have been read count as the process's memory until the file is closed.
 MAPPED_BYTES = 2**30
 ZIP = b"PK\x03\x04"
-# Names that a stand-in may take the place of; a file with others is refused.
+# Names that are replaced by a placeholder; a file with others raises an error.
 INERT_NAMES = re.compile(
     r"(omegaconf|pytorch_lightning|lightning|lightning_fabric|lightning_utilities|nemo|megatron|apex|hydra)\.[\w.]+"
     r"|(builtins|__builtin__)\.(dict|list|tuple|set|frozenset|int|long|float|bool|str|unicode|bytes|object|slice|range)"
@@ -32,24 +32,24 @@ INERT_NAMES = re.compile(
 
 
 class Described(NamedTuple):
-    """A tensor of a file, before it is read."""
+    """Description of a tensor in a file."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
 
 class Weights(Protocol):
-    """Named tensors that are read one by one."""
+    """Named tensors that are read one at a time."""
 
-    tensors: dict[str, Described]  # by key, in the order of the file
+    tensors: dict[str, Described]  # by key, in file order
 
     def read(self, keys: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """These tensors, each of which is good until the next."""
+        """Yield these tensors; each is valid until the next is read."""
         ...
 
 
 class Inert(dict):
-    """Stands for an object of another package's class: what it was to be made of, and the state that it was to be given."""
+    """Placeholder for an object of another package's class, with its arguments and state."""
 
     __hash__ = object.__hash__  # type: ignore[assignment]  # a file may have one as a key
 
@@ -67,14 +67,14 @@ class Inert(dict):
 
 
 class TorchFile:
-    """The tensors of one file of `torch.save`: a state dict, or a checkpoint of Lightning with one in it.
+    """Tensors of one file of `torch.save`: a state dict, or a Lightning checkpoint that contains one.
 
     Args:
         path (`Path`): The file.
-        what (`str`): What messages call it, such as "`sr256` is 'sr.ckpt', which".
+        what (`str`): Description of the file for messages, such as "`sr256` is 'sr.ckpt', which".
 
     Raises:
-        ValueError: If it is damaged or cut, asks for code, or holds no state dict.
+        ValueError: If it is damaged or truncated, would execute code, or has no state dict.
     """
 
     def __init__(self, path: Path, what: str):
@@ -83,7 +83,7 @@ class TorchFile:
         self.names = inert_names(path, what) if self.is_zip else []
         content = self.load()
         self.is_checkpoint = isinstance(content.get("state_dict"), Mapping)
-        # beside the weights: names of sections, and the configuration that a run began with
+        # besides the weights: names of sections, and the configuration of the run
         self.sections = [str(name) for name in content if name != "state_dict"] if self.is_checkpoint else []
         self.settings = to_plain(content.get("hyper_parameters")) if self.is_checkpoint else None
         self.tensors = {}
@@ -95,7 +95,7 @@ class TorchFile:
             self.tensors[key] = Described(tuple(value.shape), value.dtype)
 
     def load(self) -> dict[Any, Any]:
-        """What the file holds, its tensors mapped from the disk."""
+        """Load the content of the file, with memory-mapped tensors."""
         stand_ins: list[Any] = [(Inert, name) for name in self.names]
         with refusing_fault(self.what), torch.serialization.safe_globals(stand_ins):
             content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=self.is_zip)
@@ -104,11 +104,11 @@ class TorchFile:
         return content
 
     def select(self, content: dict[Any, Any]) -> Mapping[Any, Any]:
-        """The weights among it."""
+        """Select the weights from the content."""
         return content["state_dict"] if self.is_checkpoint else content
 
     def read(self, keys: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """These tensors, in the order given; opens the file anew when many bytes of it were read."""
+        """Yield these tensors, in the order given; reopen the file after many bytes to release memory."""
         content, left = self.select(self.load()), MAPPED_BYTES
         for key in keys:
             if left <= 0:
@@ -119,7 +119,7 @@ class TorchFile:
 
 
 class DictWeights:
-    """Tensors that are in memory."""
+    """Tensors in memory."""
 
     def __init__(self, state_dict: Mapping[str, torch.Tensor]):
         self.state_dict = state_dict
@@ -132,10 +132,10 @@ class DictWeights:
 
 
 class RankWeights:
-    """The weights of several ranks of a run: each has all of them, or its own.
+    """Weights of several ranks of a run: each has all of them, or a part.
 
-    NeMo's Imagen splits no layer over ranks, so a key that several have is the same in each; which is checked as they are
-    read.
+    NeMo's Imagen does not split layers over ranks, so a key must have the same tensor in every rank that has it; this is
+    checked on reading.
     """
 
     def __init__(self, ranks: dict[str, TorchFile], what: str):
@@ -149,7 +149,7 @@ class RankWeights:
                     raise self.differ(key, name)
 
     def read(self, keys: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """These tensors, rank by rank."""
+        """Yield these tensors, rank by rank."""
         for number, (name, weights) in enumerate(self.ranks.items()):
             own = [key for key in keys if self.owners[key][0] == name]
             copies = list(self.ranks.items())[number + 1 :]
@@ -161,7 +161,7 @@ class RankWeights:
                 yield key, tensor
 
     def differ(self, key: str, rank: str) -> ValueError:
-        """The error of a rank that has another tensor under a key than the first that has one."""
+        """Return the error for a rank whose tensor differs from the first rank's."""
         return ValueError(
             f"{self.what} has {shown(key)} in several ranks, but {rank} has another than {self.owners[key][0]}: NeMo's Imagen "
             "has no layers that are split over ranks. Convert the folder of a single rank."
@@ -170,7 +170,7 @@ class RankWeights:
 
 @contextmanager
 def refusing_fault(what: str) -> Iterator[None]:
-    """Turns whatever torch raises for a file that it does not read into one line."""
+    """Convert errors that torch raises for an unreadable file to one line."""
     try:
         yield
     except Exception as error:
@@ -179,28 +179,28 @@ def refusing_fault(what: str) -> Iterator[None]:
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))
         if asked:
             raise unknown_name(what, asked[1]) from error
-        reason = re.search(r"WeightsUnpickler error: (.{1,200})", str(error))  # after much that does not help here
+        reason = re.search(r"WeightsUnpickler error: (.{1,200})", str(error))  # preceded by unrelated advice
         raise ValueError(
             f"{what} cannot be read as weights: {reason[1] if reason else describe_fault(error)}"
         ) from error
 
 
 def unknown_name(what: str, name: str) -> ValueError:
-    """The error of a file that names a class or function which no checkpoint of NeMo's needs."""
-    return ValueError(f"{what} asks for {shown(name)}, which no weights need: nothing of it was run.")
+    """Return the error for a file that names a class or function which no NeMo checkpoint needs."""
+    return ValueError(f"{what} asks for {shown(name)}, which no weights need: no code was executed.")
 
 
 def check_file(path: Path, what: str) -> bool:
-    """Whether a file is of torch's zip format, whose entries are then found to be what they say."""
+    """Return whether a file is in torch's zip format, after checking its entries."""
     if not path.is_file():
-        raise ValueError(f"{what} is no regular file." if path.exists() else f"{what} is not there.")
+        raise ValueError(f"{what} is no regular file." if path.exists() else f"{what} does not exist.")
     with open(path, "rb") as file:
         if file.read(4) != ZIP:
             return False
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-    except Exception as error:  # of damaged files, of many kinds
+    except Exception as error:  # damaged files raise many types of errors
         raise ValueError(
             f"{what} cannot be read as weights: it is cut or damaged ({describe_fault(error)})."
         ) from error
@@ -214,15 +214,15 @@ def check_file(path: Path, what: str) -> bool:
         raise ValueError(f"{what} has {len(entries)} entries, more than {MAX_ENTRIES} or several of one name.")
     total = sum(entry.file_size for entry in entries)
     if total > size:
-        raise ValueError(f"{what} has entries of {total} bytes in {size}: it is damaged, or made to fill the disk.")
+        raise ValueError(f"{what} has entries of {total} bytes in {size}: it is damaged or malicious.")
     return True
 
 
 def inert_names(path: Path, what: str) -> list[str]:
-    """The classes and functions that a file names and torch does not know to be harmless, which get a stand-in.
+    """Return the classes and functions in a file that torch does not allow by default, to be replaced by placeholders.
 
     Raises:
-        ValueError: For one that no checkpoint of NeMo's needs.
+        ValueError: For one that no NeMo checkpoint needs.
     """
     with refusing_fault(what):
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
@@ -233,9 +233,9 @@ def inert_names(path: Path, what: str) -> list[str]:
 
 
 def to_plain(value: Any, depth: int = 0) -> Any:
-    """Dicts, lists and plain values from what Lightning saved of a configuration, omegaconf's objects among them.
+    """Convert a configuration saved by Lightning, including omegaconf's objects, to dicts, lists and plain values.
 
-    What is none of them becomes None.
+    Other values become None.
     """
     if depth > 32:
         return None

@@ -1,4 +1,4 @@
-"""Tar files read member by member, into memory or to files of the caller's naming, and whole or not at all."""
+"""Safe reading of tar files, member by member, with limits; truncated files raise an error."""
 
 import gzip
 import tarfile
@@ -11,21 +11,21 @@ from typing import IO, cast
 from ..utils.arguments import shown
 
 
-HEADER_BYTES = 2**14  # of one member, with what extends its header
+HEADER_BYTES = 2**14  # per member, including extended headers
 PART_BYTES = 2**24  # of a member, read at once
 GZIP = b"\x1f\x8b"
-GZIP_RATIO = 50  # pixels and embeddings hardly shrink; zeros shrink a thousandfold
+GZIP_RATIO = 50  # pixels and embeddings hardly compress; zeros compress a thousandfold
 
 
 class GuardedFile:
-    """A file for `tarfile`, which believes whatever length a header declares: it gets a header's length only."""
+    """File wrapper that limits reads to the size of a header, because `tarfile` trusts the length in a header."""
 
     def __init__(self, file: IO[bytes]):
         self.file, self.left = file, 0
         self.seek, self.tell = file.seek, file.tell
 
     def read(self, size: int = -1) -> bytes:
-        """Reads a part of a header."""
+        """Read a part of a header."""
         if not 0 <= size <= self.left:
             raise ValueError(f"a header has more than {HEADER_BYTES} bytes")
         self.left -= size
@@ -33,15 +33,15 @@ class GuardedFile:
 
 
 def read_members(path: str | Path, limits: dict[str, int]) -> Iterator[tuple[PurePosixPath, bytes]]:
-    """Names and contents of a tar file's members with certain suffixes; the file may be compressed by gzip.
+    """Yield names and contents of a tar file's members with certain suffixes; the file may be gzip-compressed.
 
     Args:
         path (`str` or `Path`): The tar file.
-        limits (`dict`): The suffixes in lower case, and the most bytes that such a member may have.
+        limits (`dict`): Maximum size in bytes by suffix, in lower case.
 
     Raises:
-        ValueError: If it is no tar file, is damaged or cut, or has a member that is no plain file or directory, has
-            a name that leads out of the folder, or is larger than its limit; names the member.
+        ValueError: If it is not a tar file, is damaged or truncated, or has a member that is not a regular file or
+            directory, has a name outside the folder, or is larger than its limit; names the member.
     """
     path = Path(path)
     with opened(path) as file:
@@ -57,18 +57,18 @@ def read_members(path: str | Path, limits: dict[str, int]) -> Iterator[tuple[Pur
 
 
 def extract_members(path: str | Path, folder: Path, wanted: Callable[[PurePosixPath], bool]) -> list[PurePosixPath]:
-    """Writes a tar file's wanted members into a folder under their own names, as plain files, one part at a time.
+    """Extract the selected members of a tar file to a folder as regular files, one part at a time.
 
     Args:
-        path (`str` or `Path`): The tar file, which may be compressed by gzip.
-        folder (`Path`): A folder of the caller's.
-        wanted (`Callable`): Whether a member of this name is.
+        path (`str` or `Path`): The tar file, which may be gzip-compressed.
+        folder (`Path`): The destination.
+        wanted (`Callable`): Whether to extract the member of a name.
 
     Returns:
         The names of the files.
 
     Raises:
-        ValueError: As `read_members` does, and for a name that comes twice; what was written until then stays.
+        ValueError: As in `read_members`, and for a duplicate name; files written before the error are kept.
     """
     path = Path(path)
     names: dict[PurePosixPath, None] = {}
@@ -90,7 +90,7 @@ def extract_members(path: str | Path, folder: Path, wanted: Callable[[PurePosixP
 
 @contextmanager
 def opened(path: Path) -> Iterator[IO[bytes]]:
-    """A tar file's bytes, through gzip if it is compressed."""
+    """Open a tar file, decompressing gzip."""
     if not path.is_file():
         raise ValueError(f"'{path}' is no file.")
     with open(path, "rb") as raw:
@@ -100,7 +100,7 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
 
 
 def checked_members(path: Path, file: IO[bytes]) -> Iterator[tuple[PurePosixPath, tarfile.TarInfo]]:
-    """Names and headers of all members, none of which claims more bytes than the file can have."""
+    """Yield names and headers of all members, checked not to claim more bytes than the file can have."""
     compressed, size = isinstance(file, gzip.GzipFile), path.stat().st_size
     limit = size * GZIP_RATIO + 2**20 if compressed else size
     for member in walk(path, file):
@@ -108,7 +108,7 @@ def checked_members(path: Path, file: IO[bytes]) -> Iterator[tuple[PurePosixPath
 
 
 def walk(path: Path, file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
-    """The headers of a tar file, up to the empty block that ends it."""
+    """Yield the headers of a tar file, up to the empty block that ends it."""
     guarded = GuardedFile(file)
     tar = None
     while True:
@@ -120,7 +120,7 @@ def walk(path: Path, file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
             if member is None:
                 file.seek(tar.offset)
                 end = file.read(BLOCKSIZE)
-        except Exception as error:  # a damaged header raises whatever it leads to
+        except Exception as error:  # damaged headers raise errors of any type
             raise ValueError(f"'{path}' cannot be read as a tar file: {error or type(error).__name__}") from error
         if member is None:
             break
@@ -131,31 +131,31 @@ def walk(path: Path, file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
 
 
 def check_member(path: Path, member: tarfile.TarInfo, limit: int, compressed: bool) -> PurePosixPath:
-    """Refuses what no shard has; returns the member's name."""
+    """Check a member's type, name and size; return its name."""
     name = PurePosixPath(member.name)
     if name.is_absolute() or ".." in name.parts:
-        raise ValueError(f"'{path}' has {shown(member.name)}, a name that leads out of a folder.")
+        raise ValueError(f"'{path}' has {shown(member.name)}, a name that points outside the folder.")
     if not (member.isdir() or member.isfile()) or member.issparse():
         raise ValueError(
-            f"'{path}' has {shown(member.name)}, which is no plain file: links, devices and the like are not read."
+            f"'{path}' has {shown(member.name)}, which is not a regular file: links, devices and the like are not supported."
         )
     if member.size < 0:
         raise ValueError(f"'{path}' has {shown(member.name)} of {member.size} bytes.")
     if member.offset_data + member.size > limit:
-        what = f"more than {GZIP_RATIO} times what it is compressed to" if compressed else "beyond the end of the file"
+        what = f"more than {GZIP_RATIO} times its compressed size" if compressed else "beyond the end of the file"
         raise ValueError(f"'{path}' has {shown(member.name)} of {member.size} bytes, {what}: it is cut or damaged.")
     return name
 
 
 def read_data(path: Path, file: IO[bytes], member: tarfile.TarInfo) -> Iterator[bytes]:
-    """The content of a member, in parts."""
+    """Yield the content of a member in parts."""
     left = member.size
     try:
         file.seek(member.offset_data)
         while left and (part := file.read(min(left, PART_BYTES))):
             left -= len(part)
             yield part
-    except Exception as error:  # of gzip and zlib: their own kinds, EOFError, OSError
+    except Exception as error:  # gzip and zlib raise their own errors, EOFError or OSError
         raise ValueError(
             f"'{path}' cannot be read at {shown(member.name)}: {error or type(error).__name__}"
         ) from error

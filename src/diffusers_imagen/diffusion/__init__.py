@@ -1,4 +1,4 @@
-"""The mathematics of the package as pure functions: one formula, one home, cited there."""
+"""Diffusion formulas as pure functions, each with a reference to its source."""
 
 from typing import TYPE_CHECKING
 

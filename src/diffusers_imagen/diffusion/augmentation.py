@@ -1,4 +1,4 @@
-"""A super-resolution model's low-resolution image: its upsampling, and noise in it in the EDM and the discrete form.
+"""Upsampling and noise conditioning augmentation of low-resolution images, in the EDM and the discrete form.
 
 Ho et al. 2021 (arXiv 2106.15282), section 4.2, and Saharia et al. 2022 (Imagen, arXiv 2205.11487), section 2.4.
 """
@@ -15,35 +15,35 @@ AUGMENTATION_LEVELS = discrete_ddpm.DECLARED_LEVELS
 
 
 def upsample_low_res(low_res: torch.Tensor, size: tuple[int, int], antialias: bool = False) -> torch.Tensor:
-    """The low-resolution image at the size of the sample, by bicubic interpolation; values may overshoot.
+    """Upsample the low-resolution image to the size of the sample by bicubic interpolation; values may overshoot.
 
     Args:
         low_res: `(B, C, h, w)`, any floating dtype.
         size: height and width of the result, in pixels.
-        antialias: whether the kernel is that of `torch.nn.functional.interpolate` with `antialias`, which has the
-            coefficient -0.5, as Pillow's, and not -0.75 even where nothing is reduced.
+        antialias: whether to use the kernel of `torch.nn.functional.interpolate` with `antialias=True`. Its coefficient is
+            -0.5, as in Pillow, instead of -0.75, even when upsampling.
 
     Returns:
         `(B, C, *size)`, in `low_res`'s dtype.
     """
     if not antialias:
         return F.interpolate(low_res, size, mode="bicubic")
-    precise = low_res.to(torch.promote_types(low_res.dtype, torch.float32))  # it has no half precision on a CPU
+    precise = low_res.to(torch.promote_types(low_res.dtype, torch.float32))  # no half precision on a CPU
     return F.interpolate(precise, size, mode="bicubic", antialias=True).to(low_res.dtype)
 
 
 def upsample_before_noise(low_res: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """The low-resolution image `(B, C, h, w)` at the size that `augment_upsampled` takes it: bilinear, corners aligned."""
+    """Upsample the low-resolution image `(B, C, h, w)` for `augment_upsampled`: bilinear, with corners aligned."""
     return F.interpolate(low_res, size, mode="bilinear", align_corners=True)
 
 
 def augment_low_res(
     low_res: torch.Tensor, sigma: float | torch.Tensor, noise: torch.Tensor, sigma_data: float = 0.5
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The low-resolution image with noise of standard deviation `sigma`, and the value that tells the network how much.
+    """Add noise of standard deviation `sigma` to the low-resolution image, and return it with its conditioning value.
 
-    The noise goes into the image at its own resolution, before any upsampling, and the sum is scaled by `c_in(sigma)`
-    as every input of an EDM network is. The noise is an argument so that both branches of guidance see one image.
+    The noise is added at the image's own resolution, before any upsampling, and the sum is scaled by `c_in(sigma)` like
+    every input of an EDM network. The noise is an argument so that both branches of guidance use the same image.
 
     Args:
         low_res: `(B, C, h, w)`, values in [-1, 1], any floating dtype.
@@ -57,7 +57,7 @@ def augment_low_res(
 
     Raises:
         ValueError: if `noise` has another shape, a `sigma` given as a number is not above 0, or one given as a tensor
-            is neither one value nor one a sample.
+            has neither one value nor one per sample.
     """
     if noise.shape != low_res.shape:
         raise ValueError(
@@ -73,24 +73,24 @@ def augment_low_res(
 
 
 def augmentation_sigma(index: torch.Tensor) -> torch.Tensor:
-    """The EDM noise level of indices 0 to 999 of `augment_upsampled`, in their shape, in float64."""
+    """Return the EDM noise level of indices 0 to 999 of `augment_upsampled`, in their shape, in float64."""
     return continuous_ddpm.log_snr_to_sigma(discrete_ddpm.index_to_log_snr(index.double(), augmentation_log_snrs()))
 
 
 def augmentation_log_snrs() -> torch.Tensor:
-    """The log-SNR of each of the noise levels of `augment_upsampled`, `(1000,)` in float64, decreasing."""
+    """Return the log-SNR of each of the noise levels of `augment_upsampled`, `(1000,)` in float64, decreasing."""
     return discrete_ddpm.declared_log_snrs(AUGMENTATION_BETAS)
 
 
 def augment_upsampled(
     upsampled: torch.Tensor, sigma: float | torch.Tensor, noise: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `augment_low_res`, of the upsampled image and in the form of discrete DDPM, as in DeepFloyd IF.
+    """Add noise to the upsampled image in the form of discrete DDPM, as in DeepFloyd IF; compare `augment_low_res`.
 
-    The image is diffused as one of DDPM's 1000 noise levels with cosine betas, variance-preserving.
+    The image is diffused to one of DDPM's 1000 noise levels with cosine betas (variance-preserving).
 
     Args:
-        upsampled: `(B, C, H, W)`, values in [-1, 1], any floating dtype, of the size of the result.
+        upsampled: `(B, C, H, W)`, values in [-1, 1], any floating dtype, at the size of the result.
         sigma: the EDM noise level, above 0: one for all, or `(B,)`.
         noise: unit noise of `upsampled`'s shape.
 

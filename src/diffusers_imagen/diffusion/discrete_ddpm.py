@@ -1,11 +1,11 @@
-"""Variance-preserving diffusion at N discrete noise levels, named by an index: Ho et al. 2020, "DDPM" (2006.11239).
+"""Variance-preserving diffusion at N discrete noise levels, identified by an index: Ho et al. 2020, "DDPM" (2006.11239).
 
 The image of index k, in 0..N-1, is `x_t = alpha_k * x_0 + sigma_k * noise` with `alpha_k^2 = prod(1 - beta_i, i <= k)` and
-`alpha_k^2 + sigma_k^2 = 1`. The network is told k, which it embeds by sinusoids, so that k may be fractional: between
-two indices the log-SNR is linear here. All else is that of continuous time (`continuous_ddpm.py`).
+`alpha_k^2 + sigma_k^2 = 1`. The network is conditioned on k by a sinusoidal embedding, so k may be fractional:
+between two indices the log-SNR is interpolated linearly. Everything else is as in `continuous_ddpm.py`.
 
-Betas and the log-SNR of all indices, `log_snrs` below, are `(N,)` in float64 on the CPU. diffusers has them in float32,
-whose rounding moves the lowest noise levels by a few ten-thousandths.
+Betas and the log-SNR of all indices, `log_snrs` below, are `(N,)` in float64 on the CPU. diffusers computes them in
+float32, whose rounding changes the lowest noise levels by a few ten-thousandths.
 """
 
 import functools
@@ -19,18 +19,18 @@ from .kinds import BetaSchedule
 
 BETA_SCHEDULES: tuple[str, ...] = get_args(BetaSchedule)
 
-DECLARED_LEVELS = 1000  # of the betas that a network declares by their name alone
-MAX_BETA = 0.999  # of "squaredcos_cap_v2", whose last beta is 1 without it
+DECLARED_LEVELS = 1000  # number of betas for a network that declares only the schedule's name
+MAX_BETA = 0.999  # for "squaredcos_cap_v2", whose last beta would be 1 otherwise
 
-# Where samplers of ours start at the latest, the `sigma_max` of Karras et al. 2022. The cosine betas go on to a sigma of
-# 20,291, which multiplies the errors of a predicted noise.
+# Highest noise level at which this package's samplers start, the `sigma_max` of Karras et al. 2022. The cosine betas
+# reach a sigma of 20,291, which multiplies the errors of a predicted noise.
 MAX_START_SIGMA = 80.0
 
 
 def cosine_betas(count: int) -> torch.Tensor:
-    """`1 - a(t_{k+1}) / a(t_k)`, at most `MAX_BETA`, of `a(t) = cos(pi/2 * (t + s) / (1 + s))^2`, `s` 0.008, `t_k = k / N`.
+    """Compute the betas of the cosine schedule, `1 - a(t_{k+1}) / a(t_k)`, at most `MAX_BETA`.
 
-    Nichol and Dhariwal 2021 (arXiv 2102.09672), eq. 17 and section 3.2.
+    Here `a(t) = cos(pi/2 * (t + s) / (1 + s))^2` with `s` 0.008 and `t_k = k / N`: Nichol and Dhariwal 2021 (arXiv 2102.09672), eq. 17 and section 3.2.
     """
     t = torch.linspace(0, 1, count + 1, dtype=torch.float64)
     alpha = torch.cos(math.pi / 2 * (t + 0.008) / 1.008)
@@ -40,7 +40,7 @@ def cosine_betas(count: int) -> torch.Tensor:
 def scheduled_betas(
     num_train_timesteps: int, beta_schedule: BetaSchedule, beta_start: float, beta_end: float
 ) -> torch.Tensor:
-    """The betas that diffusers' discrete schedulers have by these names; the cosine ones know no start and end.
+    """Return the betas that diffusers' discrete schedulers compute; the cosine schedule ignores start and end.
 
     Raises:
         ValueError: for an unknown schedule.
@@ -61,7 +61,7 @@ def scheduled_betas(
 
 
 def betas_to_log_snrs(betas: torch.Tensor) -> torch.Tensor:
-    """The log-SNR of every index, `ln(alpha_k^2 / sigma_k^2)`, strictly decreasing."""
+    """Return the log-SNR of every index, `ln(alpha_k^2 / sigma_k^2)`, strictly decreasing."""
     log_alpha_squared = torch.log1p(-betas.double()).cumsum(0)
     return log_alpha_squared - torch.log(-torch.expm1(log_alpha_squared))
 
@@ -74,19 +74,19 @@ def trained_log_snrs(
     beta_end: float,
     trained_betas: tuple[float, ...] | None = None,
 ) -> torch.Tensor:
-    """The log-SNR of every index by diffusers' names; `trained_betas` go before the schedule. Not to be written to."""
+    """Return the log-SNR of every index, cached: do not modify it. `trained_betas` take precedence over the schedule."""
     if trained_betas is not None:
         return betas_to_log_snrs(torch.tensor(trained_betas, dtype=torch.float64))
     return betas_to_log_snrs(scheduled_betas(num_train_timesteps, beta_schedule, beta_start, beta_end))
 
 
 def declared_log_snrs(beta_schedule: BetaSchedule) -> torch.Tensor:
-    """The log-SNR of every index of the 1000 that a network declares by this name: those of DDPM's own betas."""
+    """Return the log-SNR of every index for 1000 betas of the named schedule, with DDPM's start and end."""
     return trained_log_snrs(DECLARED_LEVELS, beta_schedule, 0.0001, 0.02)
 
 
 def index_to_log_snr(index: torch.Tensor, log_snrs: torch.Tensor) -> torch.Tensor:
-    """The log-SNR at indices of any shape, in their dtype, of float32 or float64; below 0 and above N-1 that of the end."""
+    """Return the log-SNR at indices of any shape, in their dtype (float32 or float64); indices are clamped to 0..N-1."""
     last = len(log_snrs) - 1
     known = _beside(index, log_snrs)
     index = index.clamp(0, last)
@@ -95,7 +95,7 @@ def index_to_log_snr(index: torch.Tensor, log_snrs: torch.Tensor) -> torch.Tenso
 
 
 def log_snr_to_index(log_snr: torch.Tensor, log_snrs: torch.Tensor) -> torch.Tensor:
-    """The index of log-SNRs of any shape, in their dtype, of float32 or float64; beyond the ends 0 or N-1."""
+    """Return the indices of log-SNRs of any shape, in their dtype (float32 or float64), clamped to 0..N-1."""
     known = _beside(log_snr, log_snrs)
     above = torch.searchsorted(-known, -log_snr.contiguous()).clamp(1, len(known) - 1)
     share = (known[above - 1] - log_snr) / (known[above - 1] - known[above])
@@ -103,6 +103,5 @@ def log_snr_to_index(log_snr: torch.Tensor, log_snrs: torch.Tensor) -> torch.Ten
 
 
 def _beside(values: torch.Tensor, log_snrs: torch.Tensor) -> torch.Tensor:
-    """The log-SNR of every index in the dtype of values and on their device; training asks at every step, and does not
-    wait for the device."""
+    """Return the log-SNR of every index in the dtype and on the device of the values, cached to avoid synchronization."""
     return log_snrs.to(values.dtype).to(values.device, non_blocking=True)

@@ -1,7 +1,7 @@
 """Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598) and its rescaling.
 
-Predictions are `(B, ...)` in any floating dtype. Guidance commutes with every affine wrapping of the network's output,
-so raw outputs, noise, velocities and denoised images may be combined alike, as long as no thresholding came before.
+Predictions are `(B, ...)` in any floating dtype. Guidance commutes with affine transformations of the network's
+output, so raw outputs, noise, velocities and denoised images can all be combined, as long as they are not thresholded.
 """
 
 import torch
@@ -10,10 +10,10 @@ from .edm import per_sample
 
 
 def classifier_free_guidance(cond: torch.Tensor, uncond: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
-    """`uncond + scale * (cond - uncond)`; `scale` is a number, or `(B,)` for one a sample. 1 is no guidance.
+    """Return `uncond + scale * (cond - uncond)`; `scale` is a number, or `(B,)` for one per sample. 1 is no guidance.
 
     Raises:
-        ValueError: if the predictions differ in shape, or `scale` is neither one value nor one a sample.
+        ValueError: if the predictions differ in shape, or `scale` has neither one value nor one per sample.
     """
     if cond.shape != uncond.shape:
         raise ValueError(
@@ -25,10 +25,10 @@ def classifier_free_guidance(cond: torch.Tensor, uncond: torch.Tensor, scale: fl
 
 
 def rescale_guidance(guided: torch.Tensor, cond: torch.Tensor, rescale: float) -> torch.Tensor:
-    """Guidance brought back to the contrast of the conditional prediction (Lin et al. 2023, 2305.08891, eq. 15-16).
+    """Rescale the guided prediction to the contrast of the conditional one (Lin et al. 2023, 2305.08891, eq. 15-16).
 
-    The standard deviation is over all dimensions but the first; `rescale` is the share of the rescaled prediction, from
-    0 (`guided` as it is) to 1.
+    The standard deviation is over all dimensions but the first; `rescale` is the weight of the rescaled prediction,
+    from 0 (`guided` unchanged) to 1.
 
     Raises:
         ValueError: unless `0 <= rescale <= 1`.

@@ -5,13 +5,13 @@ that a step from sigma to sigma_next is exactly
 
     x_next = sigma_next / sigma * x + sigma_next * (integral of D(s) / s^2 ds from sigma_next to sigma)
 
-A linear multistep method puts a polynomial through a few known D in place of the unknown course: Adams-Bashforth's
-predictor if all of them lie before sigma_next, Adams-Moulton's corrector if the D at sigma_next is one of them. With a
+A linear multistep method replaces D in the integral by a polynomial through a few known values: the Adams-Bashforth
+predictor if all of them lie before sigma_next, the Adams-Moulton corrector if D at sigma_next is one of them. With a
 polynomial in `log sigma` these are the steps of DPM-Solver++ (Lu et al. 2022, 2211.01095) and of UniPC (Zhao et al.
-2023, 2302.04867); DEIS (Zhang and Chen 2022, 2204.13902) leaves the variable free. Here it is `log(sigma + sigma_data /
-2)`: log sigma where D moves, and constant below the scale of the images, where D hardly moves.
+2023, 2302.04867); DEIS (Zhang and Chen 2022, 2204.13902) allows any variable. Here it is `log(sigma + sigma_data /
+2)`: log sigma where D changes, and nearly constant below the scale of the images, where D hardly changes.
 
-Weights and noise levels depend on the schedule only. They are computed in float64 on the CPU.
+Weights and noise levels depend only on the schedule. They are computed in float64 on the CPU.
 """
 
 import math
@@ -22,19 +22,19 @@ import torch
 from .edm import check_positive, check_schedule
 
 
-# of the integral over one step, in log sigma; exact to float64 even for a single step from 80 to 0.002
+# for the integral over one step, in log sigma; exact to float64 even for a single step from 80 to 0.002
 _QUADRATURE_POINTS = 32
 
-# the noise levels of `centred_sigmas` spread evenly in log sigma within this factor of sigma_data, exp(2), and ever wider
-# outside; measured in docs/schedulers.md
+# the noise levels of `centred_sigmas` are evenly spaced in log sigma within this factor of sigma_data, exp(2), and more
+# widely spaced outside; measured in docs/schedulers.md
 _CENTRE_WIDTH = 2.0
 
 
 def centred_sigmas(num_steps: int, sigma_min: float, sigma_max: float, sigma_data: float) -> torch.Tensor:
-    """Noise levels from `sigma_max` down to `sigma_min`, crowded around `sigma_data`: `(num_steps,)` in float64.
+    """Return noise levels from `sigma_max` to `sigma_min`, densest around `sigma_data`: `(num_steps,)` in float64.
 
-    They are even in `asinh(log(sigma / sigma_data) / 2)`. Far above and far below `sigma_data` a trajectory is nearly
-    straight, and long steps cost little; what an image shows is decided in between.
+    They are evenly spaced in `asinh(log(sigma / sigma_data) / 2)`. Far above and far below `sigma_data` a trajectory is
+    nearly straight, and long steps cause little error; the content of an image is determined in between.
 
     Raises:
         ValueError: unless `num_steps >= 1`, `0 < sigma_min < sigma_max` and `sigma_data > 0`.
@@ -44,21 +44,21 @@ def centred_sigmas(num_steps: int, sigma_min: float, sigma_max: float, sigma_dat
     start, end = (math.asinh(math.log(sigma / sigma_data) / _CENTRE_WIDTH) for sigma in (sigma_max, sigma_min))
     ramp = torch.linspace(start, end, num_steps, dtype=torch.float64)
     sigmas = sigma_data * (_CENTRE_WIDTH * ramp.sinh()).exp()
-    sigmas[0] = sigma_max  # rounding would start the run an epsilon off
+    sigmas[0] = sigma_max  # without rounding error
     return sigmas
 
 
 def adams_weights(
     sigma: torch.Tensor, sigma_next: torch.Tensor, nodes: torch.Tensor, sigma_data: float
 ) -> torch.Tensor:
-    """Weights of the denoised images at noise levels `nodes` in steps from `sigma` to `sigma_next`.
+    """Compute the weights of the denoised images at noise levels `nodes` in steps from `sigma` to `sigma_next`.
 
     `x_next = sigma_next / sigma * x + (weights * D).sum(-1)` is exact if D is a polynomial of `log(sigma + sigma_data /
     2)` of a degree below the number of nodes.
 
     Args:
         sigma, sigma_next: the steps' bounds `(N,)`, in float64, above 0.
-        nodes: the noise levels at which D is known, `(N, k)`, in float64, no two of a step alike.
+        nodes: the noise levels at which D is known, `(N, k)`, in float64, distinct within a step.
         sigma_data: the scale of the images.
 
     Returns:

@@ -1,10 +1,10 @@
-"""How a network was trained, as an EDM denoiser sees it: one class each for its scalings and its conditioning value.
+"""Preconditionings: the scalings and the conditioning value that express a trained network as an EDM denoiser.
 
-With EDM noise levels `sigma` and images `x = x_0 + sigma * noise` (`edm.py`), every network of the package is a denoiser
+With EDM noise levels `sigma` and images `x = x_0 + sigma * noise` (`edm.py`), every network of the package gives a denoiser
 
     denoised = c_skip(sigma) * x + c_out(sigma) * network(c_in(sigma) * x, timestep(sigma))
 
-A further kind of network is a further class here with its entry in `PRECONDITIONINGS`; schedulers ask for nothing else.
+To support another kind of network, add a class here and its entry in `PRECONDITIONINGS`; schedulers need nothing else.
 """
 
 import math
@@ -20,42 +20,42 @@ from .kinds import NetworkPreconditioning
 
 @dataclass(frozen=True)
 class Preconditioning:
-    """What a scheduler asks of a preconditioning. Fields have the names that a scheduler's configuration gives them."""
+    """Base class of preconditionings. Fields are named like the entries of a scheduler's configuration."""
 
     prediction_type: continuous_ddpm.PredictionType
 
-    prediction_types: ClassVar[tuple[str, ...]]  # what such a network may predict
-    beta_schedules: ClassVar[tuple[str, ...]] = continuous_ddpm.NOISE_SCHEDULES  # that go with such a network
+    prediction_types: ClassVar[tuple[str, ...]]  # supported prediction types
+    beta_schedules: ClassVar[tuple[str, ...]] = continuous_ddpm.NOISE_SCHEDULES  # supported schedules
     takes_x_t: ClassVar[bool]  # whether `c_in * x` is the x_t of a variance-preserving process
     takes_index: ClassVar[bool] = (
-        False  # whether the conditioning value is an index of training, so that integers are too
+        False  # whether the conditioning value is a training index, so that integers are valid too
     )
 
     @property
     def sigma_range(self) -> tuple[float, float]:
-        """The lowest and the highest noise level that the network can be told."""
+        """The lowest and the highest noise level that the network can be conditioned on."""
         return 0.0, math.inf
 
     def scalings(self, sigma: torch.Tensor) -> edm.Scalings:
-        """`c_skip`, `c_out` and `c_in`, each of sigma's shape."""
+        """Return `c_skip`, `c_out` and `c_in`, each of sigma's shape."""
         raise NotImplementedError
 
     def sigma_to_timestep(self, sigma: torch.Tensor) -> torch.Tensor:
-        """The value that tells the network its noise level, in float32 or float64."""
+        """Return the conditioning value of a noise level, in float32 or float64."""
         raise NotImplementedError
 
     def timestep_to_sigma(self, timestep: torch.Tensor) -> torch.Tensor:
-        """The noise level that a conditioning value stands for."""
+        """Return the noise level of a conditioning value."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class EDMPreconditioning(Preconditioning):
-    """Karras et al. 2022: `c_in * x` goes into the network, which is told `c_noise`."""
+    """Preconditioning of Karras et al. 2022: the network takes `c_in * x` and is conditioned on `c_noise`."""
 
     sigma_data: float
 
-    # as in diffusers' EDM schedulers: the network's output F, and the same with its sign turned
+    # as in diffusers' EDM schedulers: the network's output F, and its negative
     prediction_types = ("epsilon", "v_prediction")
     takes_x_t = False
 
@@ -72,7 +72,7 @@ class EDMPreconditioning(Preconditioning):
 
 @dataclass(frozen=True)
 class VariancePreservingPreconditioning(Preconditioning):
-    """Continuous DDPM: the x_t of that noise level goes into the network, which is told the log-SNR."""
+    """Preconditioning of continuous DDPM: the network takes x_t and is conditioned on the log-SNR."""
 
     prediction_types = continuous_ddpm.PREDICTION_TYPES
     takes_x_t = True
@@ -89,9 +89,9 @@ class VariancePreservingPreconditioning(Preconditioning):
 
 @dataclass(frozen=True)
 class DiscretePreconditioning(VariancePreservingPreconditioning):
-    """DDPM: the x_t of that noise level goes into the network, which is told its index among those of N betas.
+    """Preconditioning of DDPM: the network takes x_t and is conditioned on the index of one of N betas.
 
-    Indices are fractional between the noise levels of training. The fields are diffusers' names of the betas.
+    Indices are fractional between the noise levels of training. The fields are named as in diffusers' schedulers.
     """
 
     num_train_timesteps: int
@@ -123,7 +123,7 @@ class DiscretePreconditioning(VariancePreservingPreconditioning):
         return continuous_ddpm.log_snr_to_sigma(discrete_ddpm.index_to_log_snr(timestep, self.log_snrs))
 
 
-# every kind of network by its name in configurations
+# each preconditioning by its name in configurations
 PRECONDITIONINGS: dict[str, type[Preconditioning]] = {
     "edm": EDMPreconditioning,
     "variance_preserving": VariancePreservingPreconditioning,
@@ -132,6 +132,6 @@ PRECONDITIONINGS: dict[str, type[Preconditioning]] = {
 
 
 def make_preconditioning(name: NetworkPreconditioning, settings: Mapping[str, Any]) -> Preconditioning:
-    """The preconditioning of that name; its fields are taken from `settings`, a scheduler's configuration."""
+    """Return the preconditioning of the given name, with fields from `settings`, a scheduler's configuration."""
     kind = PRECONDITIONINGS[name]
     return kind(**{field.name: settings[field.name] for field in fields(kind)})

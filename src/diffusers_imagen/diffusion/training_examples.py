@@ -1,12 +1,12 @@
-"""The training side of the formulas: what a network is given and asked for, and how it is weighted.
+"""Training examples: the network's input, conditioning value and target, and the weight of the loss.
 
-A training step draws noise levels, makes inputs and targets, and takes the weighted mean square of their difference:
+A training step draws noise levels, computes inputs and targets, and takes the weighted mean squared error:
 
     sigma = edm.draw_sigma(len(x_0), generator=generator)
     example = edm_example(x_0, noise, sigma, sigma_data)
     loss = (example.weight * (network(example.model_input, example.timestep) - example.target).square()).mean()
 
-Images are `(B, ...)` in any floating dtype, and inputs and targets come back in it; noise levels, conditioning values
+Images are `(B, ...)` in any floating dtype, which inputs and targets keep; noise levels, conditioning values
 and weights are in float32, or float64 for noise levels in float64.
 """
 
@@ -19,7 +19,7 @@ from .edm import per_sample
 
 
 class Example(NamedTuple):
-    """One batch of a training step."""
+    """Batch of a training step."""
 
     model_input: torch.Tensor  # (B, ...)
     timestep: torch.Tensor  # (B,), the conditioning value
@@ -28,9 +28,9 @@ class Example(NamedTuple):
 
 
 def edm_example(x_0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, sigma_data: float) -> Example:
-    """Input, target and weight of a network with the scalings of Karras et al. 2022 (eq. 8 and table 1).
+    """Return input, target and weight for a network with the scalings of Karras et al. 2022 (eq. 8 and table 1).
 
-    The target is what the raw output F has to be for `c_skip * x + c_out * F = x_0`. In terms of F the weight
+    The target is the raw output F for which `c_skip * x + c_out * F = x_0`. In terms of F the weight
     `lambda * c_out^2` is 1 everywhere.
     """
     scalings = edm.scalings(per_sample(sigma, x_0), sigma_data)
@@ -47,7 +47,7 @@ def continuous_ddpm_example(
     prediction_type: continuous_ddpm.PredictionType = "epsilon",
     snr_gamma: float | None = None,
 ) -> Example:
-    """Input, target and weight of a variance-preserving network that predicts noise, image or velocity.
+    """Return input, target and weight for a variance-preserving network that predicts noise, image or velocity.
 
     The weight is 1, or with `snr_gamma` that of `min_snr_weight`.
 
@@ -68,7 +68,7 @@ def continuous_ddpm_example(
 def min_snr_weight(
     log_snr: torch.Tensor, prediction_type: continuous_ddpm.PredictionType = "epsilon", snr_gamma: float = 5.0
 ) -> torch.Tensor:
-    """Min-SNR weighting (Hang et al. 2023, 2303.09556): `min(SNR, gamma)` of the image's loss, for any prediction.
+    """Return the weights of Min-SNR (Hang et al. 2023, 2303.09556), `min(SNR, gamma)` in terms of the image.
 
     In terms of the prediction: `min(SNR, gamma) / SNR` for noise, `min(SNR, gamma) / (SNR + 1)` for velocity.
 
@@ -82,10 +82,10 @@ def min_snr_weight(
         return (snr_gamma * (-log_snr).exp()).clamp(max=1)
     if prediction_type == "sample":
         return snr.clamp(max=snr_gamma)
-    # sigmoid is SNR / (SNR + 1), without infinities
+    # sigmoid is SNR / (SNR + 1), without overflow
     return torch.minimum(log_snr.sigmoid(), snr_gamma * (-log_snr).sigmoid())
 
 
 def uncertainty_weighted(loss: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
-    """`loss / exp(u) + u` of Karras et al. 2024 (EDM2, 2312.02696): least where `u` is the logarithm of the loss."""
+    """Return `loss / exp(u) + u` (Karras et al. 2024, EDM2, 2312.02696), minimal where `u` is the logarithm of the loss."""
     return loss * (-log_variance).exp() + log_variance

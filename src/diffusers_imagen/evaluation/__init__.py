@@ -1,4 +1,4 @@
-"""Evaluation: pictures for captions, features of them, figures and reports."""
+"""Evaluation: image generation from captions, features, metrics and reports."""
 
 from typing import TYPE_CHECKING
 

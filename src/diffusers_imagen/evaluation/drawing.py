@@ -1,4 +1,4 @@
-"""Pictures for captions, drawn by several processes, each caption with a seed of its own; a run that was ended goes on."""
+"""Generation of images from captions by several processes, with one seed per caption; interrupted runs are resumed."""
 
 import hashlib
 import json
@@ -16,12 +16,12 @@ from ..utils.processes import on_main_process
 from .picture_sets import PictureFiles, PictureSet, reduced
 
 
-RECORD = "settings.json"  # beside the pictures: what they were drawn with
-SAMPLED_VALUES = 256  # of a tensor: as many tell weights from others
+RECORD = "settings.json"  # next to the images: the settings with which they were generated
+SAMPLED_VALUES = 256  # per tensor: enough to distinguish weights
 
 
 class Setting(NamedTuple):
-    """How pictures are drawn: a value a stage that runs."""
+    """Sampling settings of images, with one value per stage that runs."""
 
     scheduler: str
     steps: tuple[int, ...]
@@ -29,13 +29,13 @@ class Setting(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Its name in reports and of its folder."""
+        """Name in reports and of its folder."""
         guidance, steps = ("-".join(f"{value:g}" for value in values) for values in (self.guidance, self.steps))
         return f"{self.scheduler}_steps-{steps}_guidance-{guidance}"
 
 
 def network_calls(stages: list[Stage], setting: Setting) -> int:
-    """Evaluations of the denoisers for a picture; one with guidance takes two passes of the network and counts once."""
+    """Count denoiser evaluations per image; an evaluation with guidance takes two network passes and counts once."""
     calls = 0
     for stage, steps in zip(stages, setting.steps):
         scheduler = type(stage.scheduler).from_config(stage.scheduler.config)
@@ -45,7 +45,7 @@ def network_calls(stages: list[Stage], setting: Setting) -> int:
 
 
 def digest_networks(pipe: DiffusionPipeline) -> str:
-    """A digest of the networks of a pipeline: names, shapes and some values of all their weights, and configurations."""
+    """Return a digest of a pipeline's networks: configurations, and names, shapes and some values of all weights."""
     sha = hashlib.sha256()
     for name, part in sorted(pipe.components.items()):
         config = getattr(part, "config", None)
@@ -58,7 +58,7 @@ def digest_networks(pipe: DiffusionPipeline) -> str:
 
 
 def digest_weights(network: torch.nn.Module) -> str:
-    """A digest of a network's weights."""
+    """Return a digest of a network's weights."""
     sha = hashlib.sha256()
     for name, value in sorted(network.state_dict().items()):
         flat = value.detach().reshape(-1)
@@ -69,24 +69,24 @@ def digest_weights(network: torch.nn.Module) -> str:
 
 
 def seed_of(seed: int, index: int) -> int:
-    """The seed of a caption's noise: of the caption's number alone, whatever else is drawn."""
+    """Return the seed of a caption's noise, which depends only on the caption's index."""
     return int.from_bytes(hashlib.sha256(f"{seed} {index}".encode()).digest()[:8], "big") >> 1
 
 
 class Drawing(NamedTuple):
-    """What is drawn of a setting.
+    """Images to generate with a setting.
 
     Attributes:
-        captions ([`PictureSet`]): What to draw.
-        indices (`list[int]`): Of which captions.
-        folder (`Path`): Of the setting; each stage has a folder in it.
-        setting ([`Setting`]): How.
-        seed (`int`): Of all noise.
-        model (`str`): The digest of the networks.
-        resolution (`int`): Of the last stage that runs.
-        batch_size (`int`): Pictures at once.
-        enlarged (`int`, *optional*): Resolution to which pictures of the set are reduced, and enlarged from by the
-            stages after the first, of which the setting has the values; without it the first stage draws.
+        captions ([`PictureSet`]): Captions, with images or without.
+        indices (`list[int]`): Indices of the captions to use.
+        folder (`Path`): Folder of the setting, with one folder per stage.
+        setting ([`Setting`]): Sampling settings.
+        seed (`int`): Seed of all noise.
+        model (`str`): Digest of the networks.
+        resolution (`int`): Resolution of the last stage that runs.
+        batch_size (`int`): Images per batch.
+        enlarged (`int`, *optional*): Resolution to which images of the set are downsampled, as input of the stages after
+            the first; the setting then has values for those only. Without it, all stages run.
     """
 
     captions: PictureSet
@@ -100,7 +100,7 @@ class Drawing(NamedTuple):
     enlarged: int | None = None
 
     def record(self) -> dict[str, Any]:
-        """What tells the pictures from others."""
+        """Return the settings that identify the images."""
         record = {
             "model": self.model,
             "captions": digest_json(self.captions.identity()),
@@ -112,23 +112,23 @@ class Drawing(NamedTuple):
         return json.loads(json.dumps(record))
 
     def files(self, resolution: int) -> PictureFiles:
-        """The pictures of a stage."""
+        """Return the images of a stage."""
         return PictureFiles(self.folder / str(resolution), self.captions, self.record(), self.setting.name)
 
 
 def digest_json(value: Any) -> str:
-    """A digest of what JSON can hold."""
+    """Return a digest of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def draw(pipe: DiffusionPipeline, drawing: Drawing, state: PartialState) -> None:
-    """Draws what is not there yet; all processes call this, and each draws its share.
+    """Generate missing images; all processes call this, and each generates its share.
 
-    Batches are of captions that follow each other, whichever process draws them and whatever is there already: a picture
-    does not depend on the number of processes, nor on interruptions.
+    Batches consist of consecutive captions, independent of the process and of existing images: an image depends neither
+    on the number of processes nor on interruptions.
 
     Raises:
-        ValueError: If the folder has pictures of another model or other settings.
+        ValueError: If the folder has images of another model or other settings.
     """
     batches = on_main_process(state, lambda: prepare(drawing))
     todo = [batch for batch, is_done in batches if not is_done]
@@ -178,7 +178,7 @@ def prepare(drawing: Drawing) -> list[tuple[list[int], bool]]:
 
 
 def draw_batch(pipe: DiffusionPipeline, drawing: Drawing, batch: list[int]) -> None:
-    """Draws and writes the pictures of some captions; those of the last stage, which say that all are there, come last."""
+    """Generate and write the images of a batch; the last stage's are written last, and mark the batch as complete."""
     inputs: dict[str, Any] = {}
     if drawing.enlarged is not None:
         pictures = [drawing.captions.picture(index) for index in batch]

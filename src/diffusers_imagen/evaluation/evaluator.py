@@ -1,4 +1,4 @@
-"""An evaluation from its start: draws, makes features, measures, and writes the report. Read `Evaluation.run` first."""
+"""Evaluation: generates images, computes features and metrics, and writes the report; see `Evaluation.run`."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -39,24 +39,24 @@ INDEX = "captions.txt"
 
 @dataclass
 class Evaluation:
-    """What is drawn, and what it is measured by.
+    """Evaluation settings: the images to generate, and the metrics.
 
     Attributes:
-        captions ([`PictureSet`]): What is drawn, with the real pictures of the captions or without.
-        indices (`list[int]`): Of which captions.
-        settings (`list[Setting]`): How; pictures of all captions are drawn for each.
-        resolutions (`list[int]`): Of the stages that run, in pixels.
-        folder (`Path`): Where everything goes.
-        metrics (`tuple[str, ...]`): Of `METRICS`.
-        reference ([`PictureSet`], *optional*): Real pictures, for distances.
-        reference_indices (`list[int]`): Which of them.
-        network ([`FeatureNetwork`], *optional*): What makes features of pictures.
-        clip ([`ClipScores`], *optional*): What compares pictures with captions.
-        seed (`int`): Of all noise.
-        batch_size (`int`): Pictures drawn at once.
+        captions ([`PictureSet`]): Captions, with their real images or without.
+        indices (`list[int]`): Indices of the captions to use.
+        settings (`list[Setting]`): Sampling settings; images of all captions are generated for each.
+        resolutions (`list[int]`): Resolutions of the stages that run, in pixels.
+        folder (`Path`): Output folder.
+        metrics (`tuple[str, ...]`): Entries of `METRICS`.
+        reference ([`PictureSet`], *optional*): Real images, for distances.
+        reference_indices (`list[int]`): Indices of the reference images to use.
+        network ([`FeatureNetwork`], *optional*): Feature network.
+        clip ([`ClipScores`], *optional*): CLIP scores of images and captions.
+        seed (`int`): Seed of all noise.
+        batch_size (`int`): Images per batch.
         resamples (`int`): Bootstrap samples of the Frechet distance.
         source (`str`): The model, for the report.
-        model (`str`): What tells its weights from others: `digest_networks` of the pipeline as it was loaded.
+        model (`str`): Identity of its weights: `digest_networks` of the pipeline as loaded.
     """
 
     captions: PictureSet
@@ -80,11 +80,11 @@ class Evaluation:
         check_inputs(self)
 
     def run(self, pipe: DiffusionPipeline, use: Callable[[str], Any], state: PartialState) -> None:
-        """Draws what is not there yet, and writes `report.html` and `results.json`; all processes call this.
+        """Generate missing images, and write `report.html` and `results.json`; all processes call this.
 
         Args:
-            pipe ([`ImagenCascadePipeline`]): What draws.
-            use (`Callable`): Called with the scheduler of each setting before its pictures are drawn.
+            pipe ([`ImagenCascadePipeline`]): The pipeline.
+            use (`Callable`): Called with the scheduler of each setting before its images are generated.
             state ([`~accelerate.PartialState`]): The processes.
         """
         calls = {}
@@ -105,9 +105,9 @@ class Evaluation:
             self.report(calls, made)
 
     def drawing(self, setting: Setting, enlarges: bool = False) -> Drawing:
-        """What is drawn of a setting: all stages from noise, or those after the first from reduced real pictures."""
+        """Return the images to generate: with all stages, or from downsampled real images with those after the first."""
         enlarged = self.resolutions[0] if enlarges else None
-        if enlarges:  # one and the same for settings of which the first stage alone differs
+        if enlarges:  # shared by settings that differ only in the first stage
             setting = Setting(setting.scheduler, setting.steps[1:], setting.guidance[1:])
         folder = self.folder / ("enlarged" if enlarges else "images") / setting.name
         return Drawing(
@@ -125,7 +125,7 @@ class Evaluation:
     # ---- features
 
     def features(self) -> dict[tuple[str, str, int], Features]:
-        """All features that the figures are of, by what makes them, of what, and resolution."""
+        """Return all features for the metrics, by network, image set and resolution."""
         found = {}
         for resolution in self.resolutions:
             sets: dict[str, tuple[PictureSet, list[int]]] = {
@@ -144,13 +144,13 @@ class Evaluation:
         return found
 
     def of(self, network: FeatureNetwork, pictures: PictureSet, indices: list[int], resolution: int) -> Features:
-        """Features of a set of pictures."""
+        """Return the features of a set of images."""
         return Features(self.folder / "cache", network, pictures, indices, resolution)
 
     # ---- figures
 
     def report(self, calls: dict[Setting, int], made: dict) -> None:
-        """Measures, and writes the report; the main process alone calls this."""
+        """Compute metrics and write the report; only the main process calls this."""
         write_text(
             self.folder / INDEX, "".join(f"{i:08d} {one_line(self.captions.caption(i))}\n" for i in self.indices)
         )
@@ -176,7 +176,7 @@ class Evaluation:
     def row(
         self, made: dict, name: str, resolution: int, reference: dict[str, torch.Tensor] | None, report: Report
     ) -> Row:
-        """The figures of a set of pictures."""
+        """Compute the metrics of a set of images."""
         row = Row(name, resolution, len(self.indices))
         features = self.load(made, "features", name, resolution)
         if features is not None and self.distances is not None:
@@ -192,7 +192,7 @@ class Evaluation:
         return row
 
     def floor(self, reference: dict[str, torch.Tensor], resolution: int) -> Row:
-        """The figures of real pictures of the reference, as many as were drawn or half of them, against the others."""
+        """Compute the metrics of reference images, as many as were generated or half of them, against the others."""
         count = len(self.reference_indices)
         size = min(len(self.indices), count // 2)
         order = torch.randperm(count, generator=torch.Generator().manual_seed(SEED))
@@ -204,27 +204,27 @@ class Evaluation:
         return row
 
     def load(self, made: dict, kind: str, name: str, resolution: int) -> dict[str, torch.Tensor] | None:
-        """Features, if there are such."""
+        """Load features; None if there are none."""
         features = made.get((kind, name, resolution))
         return None if features is None else features.load()
 
     @property
     def distances(self) -> Distances | None:
-        """What is measured of features."""
+        """Return the metrics to compute from features."""
         if self.network is None:
             return None
         metrics = tuple(metric for metric in self.metrics if metric in (*DISTANCES, "is"))
         return Distances(metrics, self.network.suffix, self.resamples)
 
     def show_nearest(self, report: Report, drawn: PictureSet, nearest: Nearest) -> None:
-        """Puts the drawn pictures that are nearest to real ones into the report."""
+        """Add the generated images that are nearest to real ones to the report."""
         assert self.reference is not None
         order = nearest.cosines.argsort(descending=True).tolist()
         places = [(self.indices[i], self.reference_indices[int(nearest.places[i])], i) for i in order[:8]]
         report.add_nearest(drawn, self.reference, [(a, b, nearest.cosines[i].item()) for a, b, i in places])
 
     def measure_upscaling(self, report: Report) -> None:
-        """Agreement of a cascade's stages, and super-resolution of real pictures against bicubic interpolation."""
+        """Measure the consistency of a cascade's stages, and super-resolution of real images against bicubic upsampling."""
         first, *upscaled = self.resolutions
         for below, resolution in zip(self.resolutions, upscaled):
             for setting in self.settings:
@@ -241,10 +241,10 @@ class Evaluation:
                 for method, figures in found.items():
                     report.add_upscaling(f"{drawing.setting.name}, {method}", first, resolution, figures)
 
-    # ---- what the report says beside the figures
+    # ---- report content besides the metrics
 
     def facts(self) -> dict[str, Any]:
-        """What was evaluated, on what."""
+        """Return the settings of the evaluation for the report."""
         facts: dict[str, Any] = {
             "model": f"{self.source} ({self.model})",
             "stages (px)": ", ".join(map(str, self.resolutions)),
@@ -264,13 +264,13 @@ class Evaluation:
         return facts
 
     def reference_sizes(self) -> set[str]:
-        """The sizes of some pictures of the reference."""
+        """Return the sizes of some images of the reference."""
         assert self.reference is not None
         some = self.reference_indices[:: max(1, len(self.reference_indices) // SIZES_LOOKED_AT)]
         return {"{}x{}".format(*self.reference.picture(index).size) for index in some}
 
     def warnings(self) -> list[str]:
-        """What is to be said before figures are compared with others."""
+        """Return warnings about comparing the metrics with others."""
         warnings = []
         if self.distances is not None and self.network is not None:
             real = len(self.reference_indices) if self.reference is not None else len(self.indices)
@@ -281,15 +281,17 @@ class Evaluation:
             )
             if sizes:
                 warnings.append(
-                    f"The reference has pictures of {', '.join(sizes[:3])} px; they are resized to each stage's resolution."
+                    f"The reference has images of {', '.join(sizes[:3])} px; they are resized to each stage's resolution."
                 )
             if self.reference.identity() == self.captions.identity():
-                warnings.append("Captions and reference are the same rows: the figures of real pictures say nothing.")
+                warnings.append(
+                    "Captions and reference are the same rows: the metrics of real images are meaningless."
+                )
         return warnings
 
 
 def one_line(text: str) -> str:
-    """A text without line breaks."""
+    """Return a text without line breaks."""
     return " ".join(text.split())
 
 
@@ -301,18 +303,18 @@ def check_installed(metrics: Iterable[str], argument: str = "metrics") -> None:
 
 
 def check_inputs(evaluation: Evaluation) -> None:
-    """Raises ValueError, which names the argument, for metrics that cannot be had of what is given."""
+    """Raise a ValueError that names the argument for metrics that need other inputs."""
     metrics, count = evaluation.metrics, len(evaluation.indices)
     if not evaluation.settings or not metrics:
         raise bad_argument("metrics", list(metrics), f"some of {', '.join(METRICS)}")
     needs_reference = [metric for metric in metrics if metric in (*DISTANCES, "nearest")]
     if needs_reference and evaluation.reference is None:
-        raise ValueError(f"`metrics` has {needs_reference[0]!r}, which needs real pictures: give --reference.")
+        raise ValueError(f"`metrics` has {needs_reference[0]!r}, which needs real images: set --reference.")
     needs_pairs = [metric for metric in metrics if metric in OF_PAIRS]
     if needs_pairs and not evaluation.captions.has_pictures:
         raise ValueError(
-            f"`metrics` has {needs_pairs[0]!r}, which needs the pictures of the captions, but `captions` is "
-            f"'{evaluation.captions.name}', which has none: give a data set."
+            f"`metrics` has {needs_pairs[0]!r}, which needs the images of the captions, but `captions` is "
+            f"'{evaluation.captions.name}', which has none: use a data set."
         )
     if needs_pairs and len(evaluation.resolutions) < 2:
         raise ValueError(f"`metrics` has {needs_pairs[0]!r}, but no stage runs that enlarges pictures.")

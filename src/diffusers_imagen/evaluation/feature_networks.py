@@ -1,4 +1,4 @@
-"""Networks that turn pictures into features: Inception, DINOv2, CLIP, EfficientNet-Lite0, or one in a folder."""
+"""Feature networks for images: Inception, DINOv2, CLIP, EfficientNet-Lite0, or one in a folder."""
 
 import importlib
 import importlib.util
@@ -27,12 +27,12 @@ Loaded = TypeVar("Loaded")
 
 
 class FeatureNetwork(Protocol):
-    """What makes features of pictures.
+    """Interface of feature networks.
 
     Attributes:
-        suffix (`str`, *optional*): The name of the features in labels; None for Inception's, of which FID is.
+        suffix (`str`, *optional*): Name of the features in labels; None for Inception, as FID implies it.
         width (`int`): D, the number of features.
-        protocol (`str`): How pictures are brought to its size, for reports.
+        protocol (`str`): Description of how images are resized, for reports.
     """
 
     suffix: str | None
@@ -40,13 +40,13 @@ class FeatureNetwork(Protocol):
     protocol: str
 
     def identity(self) -> str:
-        """What tells its features from others."""
+        """Return an identifier of its features."""
 
     def to(self, device: str | torch.device) -> None:
         """Puts it where it computes."""
 
     def __call__(self, pictures: list[Image.Image], captions: list[str]) -> dict[str, torch.Tensor]:
-        """`features` of shape `(B, D)` in float32 on the CPU, and what else there is."""
+        """Return `features` of shape `(B, D)` in float32 on the CPU, and other outputs by name."""
 
 
 class OnDevice:
@@ -70,7 +70,7 @@ class InceptionFeatures(OnDevice):
     def __init__(self, device: str | torch.device = "cpu"):
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
-        # read once without running code: torch-fidelity unpickles the file, which then is in torch's cache
+        # read first without executing code, because torch-fidelity unpickles the file from torch's cache
         torch.hub.load_state_dict_from_url(
             URL_INCEPTION_V3, map_location="cpu", check_hash=True, weights_only=True, progress=False
         )
@@ -218,10 +218,10 @@ def check_packages(source: str, argument: str = "features") -> None:
 
 
 def check_package(package: str, name: str, value: str) -> None:
-    """Raises ValueError, which names the argument that needs it, for a package that cannot be imported."""
+    """Raise a ValueError that names the argument for a required package that cannot be imported."""
     try:
         importlib.import_module(package)
-    except Exception as error:  # torchvision, which torch-fidelity needs, raises RuntimeError beside another torch
+    except Exception as error:  # torchvision, which torch-fidelity needs, raises RuntimeError with a mismatched torch
         reason = "is not installed" if importlib.util.find_spec(package) is None else f"fails: {one_line(error)}"
         raise ValueError(
             f"`{name}` is {value!r}, which needs the package {package.replace('_', '-')}, but that {reason}."

@@ -1,4 +1,4 @@
-"""Figures with their uncertainty, from features of pictures: FID, KID and others as torchmetrics and torch-fidelity compute them."""
+"""Metrics with uncertainties from image features: FID, KID and others, as in torchmetrics and torch-fidelity."""
 
 import math
 from dataclasses import dataclass, field
@@ -20,14 +20,14 @@ CLIP_SCORE = "CLIP score"
 
 
 class Figure(NamedTuple):
-    """A number, how much it varies, and over what."""
+    """Value of a metric, its spread, and a description of the spread."""
 
     value: float
     spread: float | None = None
-    of: str = ""  # what `spread` is the standard deviation of
+    of: str = ""  # description of the samples over which `spread` is the standard deviation
 
     def text(self) -> str:
-        """As a report shows it."""
+        """Format the value for a report."""
         digits = 4 if abs(self.value) < 10 else 2
         spread = "" if self.spread is None else f" ± {self.spread:.{digits}f}"
         return f"{self.value:.{digits}f}{spread}"
@@ -35,14 +35,14 @@ class Figure(NamedTuple):
 
 @dataclass
 class Row:
-    """The figures of a set of pictures at a resolution."""
+    """Metrics of a set of images at a resolution."""
 
     name: str
     resolution: int
     count: int
     figures: dict[str, Figure] = field(default_factory=dict)
-    setting: Setting | None = None  # None for real pictures
-    calls: int | None = None  # of the denoisers, for a picture
+    setting: Setting | None = None  # None for real images
+    calls: int | None = None  # denoiser evaluations per image
 
     def as_json(self) -> dict[str, Any]:
         """For `results.json`."""
@@ -59,9 +59,9 @@ class Row:
 
 
 def figure_of_mean(values: torch.Tensor) -> Figure:
-    """The mean of a value a picture, with its standard error."""
+    """Return the mean of one value per image, with its standard error."""
     error = values.double().std().item() / math.sqrt(len(values)) if len(values) > 1 else None
-    return Figure(values.double().mean().item(), error, "standard error of the mean over pictures")
+    return Figure(values.double().mean().item(), error, "standard error of the mean over images")
 
 
 def clip_score(scores: dict[str, torch.Tensor]) -> dict[str, Figure]:
@@ -70,7 +70,7 @@ def clip_score(scores: dict[str, torch.Tensor]) -> dict[str, Figure]:
 
 
 class GivenFeatures(torch.nn.Module):
-    """Stands for the feature network of torchmetrics' classes where features are at hand: gives what it is given."""
+    """Identity module in place of the feature network of torchmetrics' classes, for precomputed features."""
 
     def __init__(self, num_features: int):
         super().__init__()
@@ -81,12 +81,12 @@ class GivenFeatures(torch.nn.Module):
 
 
 def frechet_distance(features: torch.Tensor, reference: torch.Tensor, resamples: int = 0) -> Figure:
-    """The Frechet distance of Gaussians fitted to features (Heusel et al. 2017, arXiv 1706.08500), by torchmetrics.
+    """Compute the Frechet distance of Gaussians fitted to features (Heusel et al. 2017, arXiv 1706.08500) by torchmetrics.
 
     Args:
-        features (`torch.Tensor` of shape `(N, D)`): Of drawn pictures.
-        reference (`torch.Tensor` of shape `(M, D)`): Of real ones.
-        resamples (`int`): Bootstrap samples of the drawn pictures, for the spread; each takes as long as the figure.
+        features (`torch.Tensor` of shape `(N, D)`): Features of generated images.
+        reference (`torch.Tensor` of shape `(M, D)`): Features of real images.
+        resamples (`int`): Bootstrap samples of generated images, for the spread; each takes as long as the distance.
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -106,9 +106,9 @@ def frechet_distance(features: torch.Tensor, reference: torch.Tensor, resamples:
 
 
 def kernel_distance(features: torch.Tensor, reference: torch.Tensor) -> Figure:
-    """The squared MMD of a cubic kernel (Binkowski et al. 2018, arXiv 1801.01401), by torchmetrics.
+    """Compute the squared MMD of a cubic kernel (Binkowski et al. 2018, arXiv 1801.01401) by torchmetrics.
 
-    Subsets have 1,000 pictures, or as many as there are; they are those that torch-fidelity's KID draws.
+    Subsets have 1,000 images, or as many as there are; they are the same as in torch-fidelity's KID.
     """
     from torchmetrics.image.kid import poly_mmd
 
@@ -119,46 +119,48 @@ def kernel_distance(features: torch.Tensor, reference: torch.Tensor) -> Figure:
         real = reference[draws.choice(len(reference), size, replace=False)].double()
         values.append(poly_mmd(drawn, real))
     found = torch.stack(values)
-    of = f"standard deviation over {KID_SUBSETS} subsets of {size} pictures"
+    of = f"standard deviation over {KID_SUBSETS} subsets of {size} images"
     return Figure(found.mean().item(), found.std(correction=0).item(), of)
 
 
 def kid_subset_size(features: torch.Tensor, reference: torch.Tensor) -> int:
-    """Pictures of a subset."""
+    """Return the number of images per subset."""
     return min(KID_SUBSET_SIZE, len(features), len(reference))
 
 
 def precision_recall(features: torch.Tensor, reference: torch.Tensor) -> tuple[Figure, Figure]:
-    """Improved precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991), by torch-fidelity."""
+    """Compute improved precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991) by torch-fidelity."""
     from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
     options = {"prc_neighborhood": NEIGHBOURS, "prc_batch_size": CHUNK, "save_cpu_ram": True, "verbose": False}
     found = prc_features_to_metric(features, reference, **options)
     precision, recall = (
-        Figure(found[key], math.sqrt(found[key] * (1 - found[key]) / count), "standard error of a share of pictures")
+        Figure(
+            found[key], math.sqrt(found[key] * (1 - found[key]) / count), "standard error of a proportion of images"
+        )
         for key, count in ((KEY_METRIC_PRECISION, len(features)), (KEY_METRIC_RECALL, len(reference)))
     )
     return precision, recall
 
 
 def inception_score(logits: torch.Tensor) -> Figure:
-    """The inception score (Salimans et al. 2016, arXiv 1606.03498), by torchmetrics."""
+    """Compute the inception score (Salimans et al. 2016, arXiv 1606.03498) by torchmetrics."""
     from torchmetrics.image.inception import InceptionScore
 
     metric = InceptionScore(GivenFeatures(logits.shape[1]), splits=INCEPTION_SPLITS, **ALONE)
     metric.update(logits.double())
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)  # torchmetrics draws the splits from torch's own generator
+        torch.manual_seed(SEED)  # torchmetrics draws the splits from torch's global generator
         mean, spread = metric.compute()
     return Figure(mean.item(), spread.item(), f"standard deviation over {INCEPTION_SPLITS} splits")
 
 
 class Distances(NamedTuple):
-    """Which figures are made of features, and how.
+    """Metrics computed from features.
 
     Attributes:
-        metrics (`tuple[str, ...]`): Of "fid", "kid", "precision-recall" and "is".
-        suffix (`str`, *optional*): The name of the features; None for Inception's.
+        metrics (`tuple[str, ...]`): Some of "fid", "kid", "precision-recall" and "is".
+        suffix (`str`, *optional*): Name of the features; None for Inception's.
         resamples (`int`): Bootstrap samples of the Frechet distance.
     """
 
@@ -167,7 +169,7 @@ class Distances(NamedTuple):
     resamples: int
 
     def label(self, metric: str) -> str:
-        """What a distance is called: FID and KID are those of Inception features alone."""
+        """Return the label of a distance: FID and KID only for Inception features."""
         short = {"fid": "FD", "kid": "KD"}[metric]
         return metric.upper() if self.suffix is None else f"{short}-{self.suffix}"
 
@@ -189,25 +191,25 @@ class Distances(NamedTuple):
 
 
 def sample_warnings(distances: Distances, drawn: int, real: int, width: int) -> list[str]:
-    """What is to be said of figures from too few pictures."""
+    """Return warnings about metrics from too few images."""
     warnings = []
     few = min(drawn, real)
     if "fid" in distances.metrics:
         label = distances.label("fid")
         if few <= width:
             warnings.append(
-                f"{label} of {few:,} pictures and {width:,} features: the covariance has no full rank, and the figure is far "
-                "too large; compare it with nothing but figures of as many pictures."
+                f"{label} of {few:,} images and {width:,} features: the covariance does not have full rank, and the value is "
+                "far too large; compare it only with values from the same number of images."
             )
         elif few < 10_000:
             warnings.append(
-                f"{label} of {few:,} pictures is biased upwards: published figures are of 10,000 to 50,000."
+                f"{label} of {few:,} images is biased upwards: published values are from 10,000 to 50,000."
             )
     if "kid" in distances.metrics and few < KID_SUBSET_SIZE:
         warnings.append(
-            f"{distances.label('kid')} is of subsets of {few:,} pictures, not {KID_SUBSET_SIZE:,}, as there are no more: "
-            "its ± does not tell how it varies with the pictures."
+            f"{distances.label('kid')} is from subsets of {few:,} images instead of {KID_SUBSET_SIZE:,}, because there are no more: "
+            "its ± does not measure the variation over images."
         )
     if "is" in distances.metrics and drawn < 5_000:
-        warnings.append(f"IS of {drawn:,} pictures is biased downwards: published figures are of 30,000 to 50,000.")
+        warnings.append(f"IS of {drawn:,} images is biased downwards: published values are from 30,000 to 50,000.")
     return warnings

@@ -1,4 +1,4 @@
-"""The real picture that is nearest to a drawn one, in centred features: whether pictures of the training set come back."""
+"""Nearest real images of generated images by centered features, to detect copies of the training set."""
 
 from typing import NamedTuple
 
@@ -8,14 +8,14 @@ import torch.nn.functional as F
 from .figures import Figure, figure_of_mean
 
 
-COPY = 0.98  # cosine from which two pictures count as the same
+COPY = 0.98  # cosine above which two images count as copies
 CHUNK = 1024
 
 
 class Nearest(NamedTuple):
-    """For each picture, the nearest of the reference."""
+    """Nearest reference image of each image."""
 
-    places: torch.Tensor  # (N,), among the reference
+    places: torch.Tensor  # (N,), indices into the reference
     cosines: torch.Tensor  # (N,)
 
     def figures(self) -> dict[str, Figure]:
@@ -28,11 +28,11 @@ class Nearest(NamedTuple):
 
 
 def find_nearest(features: torch.Tensor, reference: torch.Tensor) -> Nearest:
-    """The nearest by cosine, after the mean of the reference is taken away.
+    """Find the nearest reference images by cosine, after subtracting the mean of the reference.
 
     Args:
-        features (`torch.Tensor` of shape `(N, D)`): Of pictures.
-        reference (`torch.Tensor` of shape `(M, D)`): Of those among which the nearest is sought.
+        features (`torch.Tensor` of shape `(N, D)`): Features of images.
+        reference (`torch.Tensor` of shape `(M, D)`): Features of the reference.
     """
     mean = reference.mean(0)
     real = F.normalize(reference - mean, dim=1)

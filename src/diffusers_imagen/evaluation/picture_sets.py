@@ -1,4 +1,4 @@
-"""Sets of numbered pictures and captions: those of a data set, of a file of captions, and those that were drawn."""
+"""Sets of numbered images and captions: from a data set, from a file of captions, or generated."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ from ..utils.images import BadImage, read_image
 
 
 class PictureSet(Protocol):
-    """Pictures and captions by their number. Nothing of them but captions is kept in memory."""
+    """Interface of numbered images and captions. Only captions are kept in memory."""
 
     name: str  # in reports
     has_pictures: bool
@@ -22,17 +22,17 @@ class PictureSet(Protocol):
     def __len__(self) -> int: ...
 
     def caption(self, index: int) -> str:
-        """The caption of a picture; empty if there is none."""
+        """Return the caption of an image; empty if there is none."""
 
     def picture(self, index: int) -> Image.Image:
-        """A picture in RGB; ValueError if it cannot be read."""
+        """Read an image as RGB; raise ValueError if it cannot be read."""
 
     def identity(self) -> dict[str, Any]:
-        """What tells this set from others, as JSON: what is cached of it belongs to this."""
+        """Return the identity of this set as JSON, the key of its cached features."""
 
 
 class CaptionList:
-    """Captions without pictures."""
+    """Captions without images."""
 
     has_pictures = False
 
@@ -46,19 +46,19 @@ class CaptionList:
         return self.captions[index]
 
     def picture(self, index: int) -> Image.Image:
-        raise ValueError(f"`captions` is '{self.name}', which has no pictures.")
+        raise ValueError(f"`captions` is '{self.name}', which has no images.")
 
     def identity(self) -> dict[str, Any]:
         return {"captions": self.captions}
 
 
 class PictureFiles:
-    """Drawn pictures in a folder, named by the number of their caption.
+    """Generated images in a folder, named by the number of their caption.
 
     Args:
-        folder (`Path`): Where they are.
-        captions ([`PictureSet`]): What they are of.
-        made_by (`dict`): What they were drawn with, which tells them from others.
+        folder (`Path`): The folder.
+        captions ([`PictureSet`]): Their captions.
+        made_by (`dict`): Settings with which they were generated, part of their identity.
         name (`str`): Their name in reports.
     """
 
@@ -71,7 +71,7 @@ class PictureFiles:
         return len(self.captions)
 
     def path(self, index: int) -> Path:
-        """The file of a picture, whether it is there or not."""
+        """Return the path of an image, whether it exists or not."""
         return self.folder / f"{index:08d}.png"
 
     def caption(self, index: int) -> str:
@@ -82,7 +82,7 @@ class PictureFiles:
             return read_image(self.path(index))
         except (BadImage, OSError) as error:
             raise ValueError(
-                f"'{self.path(index)}' cannot be read: {error}; delete it, and it is drawn anew."
+                f"'{self.path(index)}' cannot be read: {error}; delete it to generate it again."
             ) from error
 
     def identity(self) -> dict[str, Any]:
@@ -90,43 +90,43 @@ class PictureFiles:
 
 
 def choose(name: str, count: int, wanted: int | None, seed: int) -> list[int]:
-    """Which of `count` rows are used: all, or `wanted` at random, in order.
+    """Choose rows: all of `count`, or `wanted` at random, in order.
 
-    A larger number has all rows of a smaller one, so that what was drawn for them is of use again.
+    A larger number includes all rows of a smaller one, so that their images can be reused.
 
     Raises:
-        ValueError: If there are fewer; names the argument.
+        ValueError: If there are too few rows; names the argument.
     """
     if wanted is None:
         return list(range(count))
     if wanted > count:
-        raise bad_argument(name, wanted, f"at most {count:,}, of which there are rows")
+        raise bad_argument(name, wanted, f"at most {count:,}, the number of rows")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     return sorted(order[:wanted].tolist())
 
 
 def fitted(picture: Image.Image, resolution: int) -> Image.Image:
-    """The largest square at the centre, resized with antialiasing; a picture of that size as it is."""
+    """Crop the largest centered square and resize it with antialiasing; an image of that size is returned unchanged."""
     size = (resolution, resolution)
     return picture if picture.size == size else ImageOps.fit(picture, size, Image.Resampling.BICUBIC)
 
 
 def to_tensor(picture: Image.Image) -> torch.Tensor:
-    """A picture as `(3, H, W)` in [0, 1]."""
+    """Convert an image to `(3, H, W)` in [0, 1]."""
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
 
 
 def from_tensor(pixels: torch.Tensor) -> Image.Image:
-    """`(3, H, W)` in [0, 1] as a picture."""
+    """Convert `(3, H, W)` in [0, 1] to an image."""
     return Image.fromarray((pixels * 255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
 
 
 def resized(pixels: torch.Tensor, resolution: int) -> torch.Tensor:
-    """`(3, H, W)` in [0, 1] to `(3, resolution, resolution)`: bicubic, antialiased, as training makes its pairs."""
+    """Resize `(3, H, W)` in [0, 1] to `(3, resolution, resolution)`: bicubic, antialiased, as for pairs in training."""
     size = (resolution, resolution)
     return F.interpolate(pixels[None], size, mode="bicubic", antialias=True)[0].clamp(0, 1)
 
 
 def reduced(picture: Image.Image, resolution: int, low: int) -> Image.Image:
-    """A picture of `resolution`, as training would give it to a stage that enlarges pictures of `low`."""
+    """Downsample an image of `resolution` to `low`, as the low-resolution image of a super-resolution stage in training."""
     return from_tensor(resized(to_tensor(fitted(picture, resolution)), low))

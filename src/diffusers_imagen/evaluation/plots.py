@@ -1,4 +1,4 @@
-"""Curves of an evaluation: distance against CLIP score over guidance, and against evaluations of the networks."""
+"""Plots of an evaluation: distance against CLIP score over guidance, and against network evaluations."""
 
 import importlib.util
 from collections.abc import Callable
@@ -10,10 +10,10 @@ from .figures import CLIP_SCORE, Row
 
 
 class Curve(NamedTuple):
-    """What is drawn against what: settings that differ in nothing but what they are sorted by are one line."""
+    """Definition of a plot: settings that differ only in the sorting value form one line."""
 
-    name: str  # of the file
-    title: str  # of the axis
+    name: str  # name of the file
+    title: str  # label of the x axis
     line: Callable[[Row], str]
     sort: Callable[[Row], Any]
     value: Callable[[Row], float | None]
@@ -46,12 +46,12 @@ CURVES = (
 
 
 def numbers(values: tuple) -> str:
-    """Values by stage."""
+    """Format the values of the stages."""
     return ", ".join(f"{value:g}" for value in values)
 
 
 def draw_plots(folder: Path, rows: list[Row]) -> list[tuple[str, str]]:
-    """Draws the curves that the rows have points of, if matplotlib is installed; titles and files."""
+    """Plot the curves that have points, if matplotlib is installed; return titles and files."""
     if importlib.util.find_spec("matplotlib") is None:
         return []
     made = []
@@ -69,7 +69,7 @@ def draw_plots(folder: Path, rows: list[Row]) -> list[tuple[str, str]]:
 
 
 def lines_of(curve: Curve, rows: list[Row]) -> dict[str, list[Row]]:
-    """The rows of each line, in order; lines of one point are none."""
+    """Return the rows of each line, in order; lines with a single point are dropped."""
     lines: dict[str, list[Row]] = {}
     for row in rows:
         if curve.value(row) is not None:
@@ -80,7 +80,7 @@ def lines_of(curve: Curve, rows: list[Row]) -> dict[str, list[Row]]:
 
 
 def draw_plot(folder: Path, curve: Curve, lines: dict[str, list[Row]], label: str, resolution: int) -> tuple[str, str]:
-    """Writes one plot; its title and file."""
+    """Write one plot; return its title and file."""
     from matplotlib.figure import Figure as Canvas
 
     canvas = Canvas(figsize=(6, 4), layout="constrained")

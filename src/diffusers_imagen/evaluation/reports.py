@@ -1,4 +1,4 @@
-"""The report of an evaluation: tables, JSON, plots and sheets of pictures, beside the pictures."""
+"""Evaluation reports: tables, JSON, plots and contact sheets."""
 
 import html
 import re
@@ -16,7 +16,7 @@ from .picture_sets import PictureSet, fitted
 from .plots import draw_plots
 
 
-SHEET, COLUMNS, SIDE = 36, 6, 128  # pictures of a contact sheet, of a row of it, and pixels of one at most
+SHEET, COLUMNS, SIDE = 36, 6, 128  # images per contact sheet, images per row, and maximum size of an image in pixels
 STYLE = (
     "body{font:15px/1.4 sans-serif;max-width:1100px;margin:2em auto;padding:0 1em}table{border-collapse:collapse}"
     "td,th{border:1px solid #bbb;padding:.2em .6em;text-align:left}img{max-width:100%}"
@@ -26,15 +26,15 @@ STYLE = (
 
 @dataclass
 class Report:
-    """What is written in the end.
+    """Content of a report.
 
     Attributes:
-        folder (`Path`): Where to.
-        facts (`dict`): What was evaluated.
-        warnings (`list[str]`): What is to be said before figures are compared with others.
-        rows (`list[Row]`): Figures.
-        upscaling (`list[dict]`): Figures of super-resolution.
-        sheets (`list[tuple[str, str]]`): Titles and files of pictures.
+        folder (`Path`): Output folder.
+        facts (`dict`): Settings of the evaluation.
+        warnings (`list[str]`): Warnings about comparing the metrics with others.
+        rows (`list[Row]`): Metrics.
+        upscaling (`list[dict]`): Metrics of super-resolution.
+        sheets (`list[tuple[str, str]]`): Titles and files of images.
     """
 
     folder: Path
@@ -45,11 +45,11 @@ class Report:
     sheets: list[tuple[str, str]] = field(default_factory=list)
 
     def add_upscaling(self, name: str, low: int, resolution: int, figures: dict[str, Figure]) -> None:
-        """Adds a row to the table of super-resolution."""
+        """Add a row to the table of super-resolution."""
         self.upscaling.append({"name": name, "from": low, "to": resolution, "figures": figures})
 
     def add_contact_sheet(self, pictures: PictureSet, indices: list[int], resolution: int) -> None:
-        """Adds unpicked pictures: of captions that are evenly spread over those that were drawn."""
+        """Add uncurated images, of evenly spaced captions."""
         some = spread(indices, SHEET)
         rows = -(-len(some) // COLUMNS)
         side = min(SIDE, resolution)
@@ -57,13 +57,13 @@ class Report:
         small += [Image.new("RGB", (side, side), "white")] * (rows * COLUMNS - len(small))
         captions = "; ".join(pictures.caption(index) for index in some)
         self.add_sheet(
-            f"{pictures.name}: unpicked, by row: {captions}",
+            f"{pictures.name}: uncurated, by row: {captions}",
             f"contact_{slug(pictures.name)}.png",
             make_image_grid(small, rows, COLUMNS),
         )
 
     def add_nearest(self, drawn: PictureSet, real: PictureSet, pairs: list[tuple[int, int, float]]) -> None:
-        """Adds drawn pictures, each beside the real one that is nearest to it."""
+        """Add generated images, each next to its nearest real image."""
         rows = [[drawn.picture(one), real.picture(other)] for one, other, _ in pairs]
         captions = [f"{drawn.caption(one)}: cosine {cosine:.3f}" for one, _, cosine in pairs]
         resolution = rows[0][0].width
@@ -74,13 +74,13 @@ class Report:
         )
 
     def add_sheet(self, title: str, name: str, sheet: Image.Image) -> None:
-        """Adds a picture."""
+        """Add an image."""
         with whole_file(self.folder / name) as partial:
             sheet.save(partial, format="PNG")
         self.sheets.append((title, name))
 
     def write(self) -> None:
-        """Writes `report.html`, `results.json` and the plots."""
+        """Write `report.html`, `results.json` and the plots."""
         plots = draw_plots(self.folder, self.rows)
         write_json(self.folder / "results.json", self.as_json())
         body = ["<h1>Evaluation</h1>", facts_table(self.facts)]
@@ -93,7 +93,7 @@ class Report:
         if self.upscaling:
             body += ["<h2>Super-resolution</h2>", upscaling_table(self.upscaling)]
         body += ["<h2>Curves</h2>"] * bool(plots) + [picture(title, name) for title, name in plots]
-        body += ["<h2>Pictures</h2>"] * bool(self.sheets) + [picture(title, name) for title, name in self.sheets]
+        body += ["<h2>Images</h2>"] * bool(self.sheets) + [picture(title, name) for title, name in self.sheets]
         page = f'<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>Evaluation</title><style>{STYLE}</style>'
         write_text(self.folder / "report.html", page + "\n".join(body) + "</html>\n")
 
@@ -110,22 +110,22 @@ class Report:
 
 
 def slug(name: str) -> str:
-    """A name as part of a file's name."""
+    """Convert a name to a part of a file name."""
     return re.sub(r"[^\w.-]+", "-", name)
 
 
 def spread(indices: list[int], count: int) -> list[int]:
-    """So many of them, evenly spread."""
+    """Return `count` evenly spaced indices."""
     return indices[:: max(1, len(indices) // count)][:count]
 
 
 def facts_table(facts: dict[str, Any]) -> str:
-    """Names and values."""
+    """Return the HTML table of names and values."""
     return table([], [[str(name), str(value)] for name, value in facts.items()])
 
 
 def figures_table(rows: list[Row]) -> str:
-    """The figures at one resolution."""
+    """Return the HTML table of metrics at one resolution."""
     labels = list(dict.fromkeys(label for row in rows for label in row.figures))
     cells = [
         [row.name, f"{row.count:,}", "" if row.calls is None else str(row.calls)]
@@ -134,30 +134,28 @@ def figures_table(rows: list[Row]) -> str:
     ]
     spreads = {label: row.figures[label].of for row in rows for label in labels if label in row.figures}
     notes = "; ".join(f"{label}: {of}" for label, of in spreads.items() if of)
-    return table(["", "pictures", "evaluations", *labels], cells) + (
-        f"<p>± {html.escape(notes)}.</p>" if notes else ""
-    )
+    return table(["", "images", "evaluations", *labels], cells) + (f"<p>± {html.escape(notes)}.</p>" if notes else "")
 
 
 def upscaling_table(rows: list[dict[str, Any]]) -> str:
-    """The figures of super-resolution."""
+    """Return the HTML table of super-resolution metrics."""
     labels = list(dict.fromkeys(label for row in rows for label in row["figures"]))
     cells = [
         [row["name"], f"{row['from']} to {row['to']}"]
         + [row["figures"][label].text() if label in row["figures"] else "" for label in labels]
         for row in rows
     ]
-    note = "<p>Consistency: PSNR of the result, reduced again, against the picture that was enlarged.</p>"
+    note = "<p>Consistency: PSNR of the result, downsampled again, against the image that was upsampled.</p>"
     return table(["", "px", *labels], cells) + note
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """A table of HTML."""
+    """Return an HTML table."""
     top = "<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in head) + "</tr>" if head else ""
     lines = ["<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
     return f"<table>{top}{''.join(lines)}</table>"
 
 
 def picture(title: str, name: str) -> str:
-    """A picture with its title."""
+    """Return an HTML figure of an image with its title."""
     return f'<figure><img src="{html.escape(name)}" alt=""><figcaption>{html.escape(title)}</figcaption></figure>'

@@ -1,4 +1,4 @@
-"""Super-resolution against bicubic interpolation: PSNR, SSIM, and agreement with the small picture."""
+"""Super-resolution metrics, compared with bicubic interpolation: PSNR, SSIM, and consistency with the input."""
 
 import torch
 from accelerate import PartialState
@@ -23,7 +23,7 @@ def upscaling_figures(
     resolution: int,
     state: PartialState | None = None,
 ) -> dict[str, dict[str, Figure]]:
-    """What super-resolution makes of reduced real pictures, against what bicubic interpolation makes of them.
+    """Measure super-resolution of downsampled real images, and bicubic interpolation of the same images.
 
     Args:
         drawn ([`PictureSet`]): Pictures of `resolution` that a stage drew.
@@ -32,7 +32,7 @@ def upscaling_figures(
             it this one does all of it.
 
     Returns:
-        By method, by label.
+        Metrics by method and label.
     """
     place, count = (0, 1) if state is None else (state.process_index, state.num_processes)
     label = f"super-resolution to {resolution} px"
@@ -49,7 +49,7 @@ def upscaling_figures(
 
 
 def compare(picture: torch.Tensor, target: torch.Tensor, small: torch.Tensor) -> torch.Tensor:
-    """PSNR and SSIM of a picture against its target, and PSNR of the reduced picture against the small one: `(3,)`."""
+    """Return PSNR and SSIM of an image, and PSNR of the downsampled image against the low-resolution one: `(3,)`."""
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     structure = structural_similarity_index_measure(picture[None], target[None], data_range=1.0)
@@ -59,14 +59,14 @@ def compare(picture: torch.Tensor, target: torch.Tensor, small: torch.Tensor) ->
 
 
 def signal_to_noise(picture: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """PSNR in dB."""
+    """Return the PSNR in dB."""
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
     return peak_signal_noise_ratio(picture, target, data_range=1.0).clamp(max=PEAK)
 
 
 def consistency(drawn: PictureSet, below: PictureSet, indices: list[int], low: int) -> Figure:
-    """PSNR of a stage's pictures, reduced again, against those of the stage before it, from which it drew them."""
+    """Return the PSNR of a stage's images, downsampled again, against those of the previous stage, its input."""
     values = [
         signal_to_noise(resized(to_tensor(drawn.picture(index)), low), to_tensor(below.picture(index)))
         for index in indices

@@ -1,4 +1,4 @@
-"""LoRA adapters of the stages: read, checked, loaded, weighed and saved."""
+"""LoRA adapters of the stages: reading, checking, loading, weighting and saving."""
 
 from .lora import ImagenLoraLoaderMixin
 

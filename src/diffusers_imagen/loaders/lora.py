@@ -1,4 +1,4 @@
-"""LoRA adapters for every stage of a pipeline, in one file of weights."""
+"""ImagenLoraLoaderMixin: loading and saving of LoRA adapters for all stages of a pipeline, in one file."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -31,17 +31,17 @@ PLACE_OPTIONS = ("subfolder", *HUB_OPTIONS)
 
 class ImagenLoraLoaderMixin(AdaptersMixin):
     r"""
-    Loads, saves, weighs and fuses LoRA adapters of the networks: `base_unet`, `sr256_unet` and `sr1024_unet` of a
-    cascade, `unet` of a pipeline of a single stage. Every method needs peft.
+    Mixin that loads, saves, weights and fuses LoRA adapters of the networks: `base_unet`, `sr256_unet` and
+    `sr1024_unet` of a cascade, `unet` of a pipeline with a single stage. Every method needs peft.
 
-    One file holds the adapters of all stages; its keys begin with the component's name. The configuration of each
-    adapter, `lora_alpha` among it, travels in the file's metadata.
+    One file has the adapters of all stages; its keys begin with the component's name. The configuration of each
+    adapter, including `lora_alpha`, is in the file's metadata.
 
-    Adapters of networks of DeepFloyd IF's kind are saved with diffusers' names of their layers, as
-    `IFPipeline.load_lora_weights` takes them, and are loaded with diffusers' names or the networks' own.
+    Adapters of DeepFloyd IF networks are saved with diffusers' layer names, as expected by
+    `IFPipeline.load_lora_weights`, and are loaded with diffusers' names or this package's.
     """
 
-    _lora_loadable_modules: list[str]  # of the pipeline: the names that its networks can have
+    _lora_loadable_modules: list[str]  # names of the pipeline's networks
 
     @classmethod
     def lora_state_dict(
@@ -52,16 +52,16 @@ class ImagenLoraLoaderMixin(AdaptersMixin):
         **kwargs,
     ) -> StateDict | tuple[StateDict, dict[str, Any] | None]:
         r"""
-        Reads the weights of adapters, under the keys that they were saved with.
+        Read the weights of adapters, under the keys with which they were saved.
 
         Args:
             pretrained_model_name_or_path_or_dict (`str`, `os.PathLike` or `dict`):
                 A Hub id, a folder, a file of safetensors or of torch.save, or the weights themselves.
-            metadata (`dict`, *optional*): Configuration of the weights, in place of the one that the file has.
+            metadata (`dict`, *optional*): Configuration of the weights, instead of the file's.
             return_lora_metadata (`bool`, defaults to `False`): Whether to return the configuration too.
-            kwargs: Where the file is: `weight_name`, `subfolder`, `revision`, `token`, `cache_dir`,
+            kwargs: Location of the file: `weight_name`, `subfolder`, `revision`, `token`, `cache_dir`,
                 `force_download`, `local_files_only`, `proxies`; `use_safetensors`, False for a file of torch.save, which
-                is read by torch's unpickler of weights.
+                is read by torch's weights-only unpickler.
 
         Returns:
             The weights by key, and with `return_lora_metadata` the configuration, None if the file has none.
@@ -72,10 +72,10 @@ class ImagenLoraLoaderMixin(AdaptersMixin):
         options = FILE_OPTIONS + PLACE_OPTIONS
         unknown = sorted(set(kwargs) - set(options))
         if unknown:
-            raise ValueError(f"`{unknown[0]}` is not an option of loading LoRA weights; those are {options}.")
+            raise ValueError(f"`{unknown[0]}` is not an option of loading LoRA weights, which are {options}.")
         source = pretrained_model_name_or_path_or_dict
         if not isinstance(source, (str, os.PathLike, dict)) or source == "":
-            raise bad_argument(SOURCE, source, "a path, a name on the Hub or weights by key")
+            raise bad_argument(SOURCE, source, "a path, a Hub id or weights by key")
         if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(key, str) for key in metadata)):
             raise ValueError(f"`metadata` is a {type(metadata).__name__}, but should be a dict with names as keys.")
         check_options(kwargs)
@@ -98,8 +98,8 @@ class ImagenLoraLoaderMixin(AdaptersMixin):
         **kwargs,
     ) -> None:
         r"""
-        Loads adapters into the stages that the file names, and activates them. LoRA and DoRA of diffusers, of peft (a
-        folder with `adapter_config.json`) and of kohya's scripts can be loaded.
+        Load adapters into the stages named in the file, and activate them. LoRA and DoRA of diffusers, of peft (a
+        folder with `adapter_config.json`) and of kohya's scripts are supported.
 
         Args:
             pretrained_model_name_or_path_or_dict (`str`, `os.PathLike` or `dict`):
@@ -107,15 +107,15 @@ class ImagenLoraLoaderMixin(AdaptersMixin):
             adapter_name (`str`, *optional*): Name of the adapter in every stage; the next `default_0`, `default_1`, ...
                 if None.
             component (`str`, *optional*):
-                The stage that the weights of a single stage are for, whatever name they were saved under: an adapter
-                that was trained on a pipeline of one stage (`unet`) serves a cascade with `component="base_unet"`. So
-                does one that names no stage, as peft's and kohya's do not.
+                The stage to which the weights of a single stage are assigned, instead of the name under which they were
+                saved: use `component="base_unet"` to load an adapter of a single-stage pipeline (`unet`), or one
+                without a stage's name, such as peft's and kohya's, into a cascade.
             hotswap (`bool`, defaults to `False`): Whether to replace the weights of the adapter of that name in place.
-            low_cpu_mem_usage (`bool`, defaults to `True`): Whether to skip the initialisation of what is then loaded.
+            low_cpu_mem_usage (`bool`, defaults to `True`): Whether to skip initialization of the weights that are loaded.
             kwargs: Passed to [`~ImagenLoraLoaderMixin.lora_state_dict`].
 
         Raises:
-            ValueError: If the weights are damaged, of another method than LoRA, or do not fit the networks of this
+            ValueError: If the weights are damaged, of another method than LoRA, or do not match the networks of this
                 pipeline; nothing is loaded then.
         """
         require_peft()
@@ -161,20 +161,20 @@ class ImagenLoraLoaderMixin(AdaptersMixin):
         **lora: Any,
     ) -> None:
         r"""
-        Writes adapters of any number of stages as one file: what a training loop calls.
-        [`~ImagenLoraLoaderMixin.save_lora_adapter`] is shorter where a pipeline holds the adapter.
+        Save adapters of any number of stages to one file, in a training loop. For adapters of a pipeline, use
+        [`~ImagenLoraLoaderMixin.save_lora_adapter`].
 
         Args:
-            save_directory (`str` or `os.PathLike`): Folder, made if it does not exist.
+            save_directory (`str` or `os.PathLike`): Folder, created if it does not exist.
             weight_name (`str`, *optional*): Name of the file; `pytorch_lora_weights.safetensors` if None.
-            is_main_process (`bool`, defaults to `True`): Only the main process of a distributed run writes.
+            is_main_process (`bool`, defaults to `True`): Whether this is the main process, the only one that writes.
             save_function (`Callable`, *optional*): Writes weights by key to a path; safetensors or torch.save if None.
             safe_serialization (`bool`, defaults to `True`):
-                Whether to write safetensors; otherwise a file of torch.save, which has no place for a configuration.
-            lora: `{component}_lora_layers`, the weights as `peft.get_peft_model_state_dict` gives them, and
+                Whether to write safetensors; otherwise a file of torch.save, which cannot store a configuration.
+            lora: `{component}_lora_layers`, the weights from `peft.get_peft_model_state_dict`, and
                 `{component}_lora_adapter_metadata`, the adapter's `peft_config` as a dict: `base_unet_lora_layers`, ...
-                Those of text encoders have to be None. `{component}`, the network itself, *optional*: with it, an
-                adapter of a network of DeepFloyd IF's kind is written with diffusers' names of its layers.
+                Those of text encoders must be None. `{component}`, the network itself, *optional*: with it, an adapter
+                of a DeepFloyd IF network is written with diffusers' layer names.
 
         Raises:
             ValueError: If weights are missing, or not finite; nothing is written then.
@@ -187,7 +187,7 @@ class ImagenLoraLoaderMixin(AdaptersMixin):
         layers = {name: plain_weights(f"{name}_lora_layers", weights) for name, weights in layers.items() if weights}
         if lora or not layers:
             raise ValueError(
-                f"`{next(iter(lora), 'lora_layers')}` is not known or missing: give the weights as "
+                f"`{next(iter(lora), 'lora_layers')}` is unknown or missing: pass the weights as "
                 f"{', '.join(f'`{name}_lora_layers`' for name in cls._lora_loadable_modules)}."
             )
         configs = {name: configs[name] for name in layers}
@@ -214,10 +214,10 @@ class ImagenLoraLoaderMixin(AdaptersMixin):
         self, save_directory: str | os.PathLike, adapter_name: str | None = None, weight_name: str | None = None
     ) -> None:
         r"""
-        Writes an adapter of this pipeline, of all stages that have it, with its configuration.
+        Save an adapter of this pipeline, of all stages that have it, with its configuration.
 
         Args:
-            save_directory (`str` or `os.PathLike`): Folder, made if it does not exist.
+            save_directory (`str` or `os.PathLike`): Folder, created if it does not exist.
             adapter_name (`str`, *optional*): May be None if the pipeline has only one.
             weight_name (`str`, *optional*): Name of the file; `pytorch_lora_weights.safetensors` if None.
         """
@@ -240,7 +240,7 @@ class ImagenLoraLoaderMixin(AdaptersMixin):
 
     @contextmanager
     def _without_offloading(self) -> Iterator[None]:
-        """Takes offloading off and puts it back, for all stages together and after an error too."""
+        """Context manager that removes offloading from all stages, and restores it at the end or on error."""
         by_model, by_layer, by_group = self._optionally_disable_offloading(self)
         try:
             yield
@@ -257,10 +257,10 @@ class ImagenLoraLoaderMixin(AdaptersMixin):
     def _adapters_of(
         self, state_dict: StateDict, metadata: dict[str, Any] | None, component: str | None
     ) -> dict[str, Adapter]:
-        """What each network gets; a stage that this pipeline lacks is left out, with a warning."""
+        """Return the adapter of each network; weights for missing stages are skipped with a warning."""
         present = self._lora_unets()
         if not state_dict:
-            raise ValueError(f"`{SOURCE}` holds no weights.")
+            raise ValueError(f"`{SOURCE}` has no weights.")
         updates = group_weights(state_dict, self._known_prefixes(state_dict, component))
         self._check_adaptable(updates)
         if component is not None and len(updates) != 1:
@@ -282,7 +282,7 @@ class ImagenLoraLoaderMixin(AdaptersMixin):
         return adapters
 
     def _known_prefixes(self, state_dict: StateDict, component: str | None) -> list[str]:
-        """What keys may begin with; with `component`, any name that all of them begin with."""
+        """Return the allowed prefixes of keys; with `component`, any common prefix."""
         known = list(self._lora_loadable_modules)
         if component is not None:
             named = {str(key).split(".")[0] for key in state_dict}
@@ -292,7 +292,7 @@ class ImagenLoraLoaderMixin(AdaptersMixin):
         return known
 
     def _place_of(self, place: str, updates: dict[str, dict[str, Update]]) -> str:
-        """The component that weights are for, where `component` does not say it."""
+        """Return the component of weights, if `component` does not specify it."""
         present = self._lora_unets()
         if place in self._lora_loadable_modules and set(updates) & set(present):
             return place
@@ -305,13 +305,13 @@ class ImagenLoraLoaderMixin(AdaptersMixin):
         named = foreign or [name for name in updates if name != BARE]
         raise ValueError(
             f"The LoRA weights {f'are for {named}' if named else 'do not say which network they are for'}, but the "
-            f"components of this pipeline are {list(present)}. `component` says which one the weights of a single stage "
-            "are for."
+            f"components of this pipeline are {list(present)}. Set `component` to the one of the weights of a single "
+            "stage."
         )
 
 
 def check_options(options: dict[str, Any]) -> None:
-    """Raises ValueError for places of a file that cannot be."""
+    """Raise ValueError for invalid options that locate a file."""
     for name in ("weight_name", "subfolder", "revision", "cache_dir"):
         if not isinstance(options.get(name) or "", (str, os.PathLike)) or "\0" in str(options.get(name)):
             raise bad_argument(name, str(options[name]), "a string")
@@ -320,14 +320,14 @@ def check_options(options: dict[str, Any]) -> None:
 
 
 def config_of(metadata: dict[str, Any] | None, place: str) -> dict[str, Any]:
-    """The configuration of a component's weights, or the one that names no component, as peft's does."""
+    """Return the configuration of a component's weights, or one without a component's name, as in peft."""
     metadata = metadata or {}
     own = {key.removeprefix(f"{place}."): value for key, value in metadata.items() if key.startswith(f"{place}.")}
     return own or {key: value for key, value in metadata.items() if "." not in key}
 
 
 def check_adapter_name(adapter_name: str | None, unets: dict[str, StageNetwork], hotswap: bool) -> None:
-    """Raises ValueError for what is no name, or, to hotswap, where nothing has it; before weights are looked for."""
+    """Raise ValueError, before weights are read, for an invalid name, or with `hotswap` for a name that is not loaded."""
     if adapter_name is not None and (not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name):
         raise bad_argument("adapter_name", adapter_name, "a name without dots")
     if hotswap and not any(adapter_name in getattr(unet, "peft_config", {}) for unet in unets.values()):
@@ -336,9 +336,9 @@ def check_adapter_name(adapter_name: str | None, unets: dict[str, StageNetwork],
 
 
 def choose_adapter_name(adapter_name: str | None, unets: dict[str, StageNetwork], hotswap: bool) -> str:
-    """The given name, or the first default that no network uses.
+    """Return the given name, or the first default that no network uses.
 
-    Raises ValueError if the name is taken, or, to hotswap, if a network has nothing of that name to replace.
+    Raises ValueError if the name is taken, or with `hotswap` if no network has an adapter of that name.
     """
     taken = {name: list(getattr(unet, "peft_config", {})) for name, unet in unets.items()}
     if hotswap and not all(adapter_name in names for names in taken.values()):
@@ -352,7 +352,7 @@ def choose_adapter_name(adapter_name: str | None, unets: dict[str, StageNetwork]
 
 
 def plain_weights(argument: str, layers: StateDict | torch.nn.Module) -> StateDict:
-    """Finite weights to save, under keys without what torch.compile puts into them."""
+    """Return finite weights to save, under keys without torch.compile's prefix."""
     layers = layers.state_dict() if isinstance(layers, torch.nn.Module) else layers
     if not isinstance(layers, dict) or not all(isinstance(value, torch.Tensor) for value in layers.values()):
         raise ValueError(f"`{argument}` is a {type(layers).__name__}, but should have tensors by key.")
@@ -364,7 +364,7 @@ def plain_weights(argument: str, layers: StateDict | torch.nn.Module) -> StateDi
 def named_for_diffusers(
     component: str, unet: StageNetwork | None, layers: StateDict, config: dict[str, Any] | None
 ) -> tuple[StateDict, dict[str, Any] | None]:
-    """Weights and configuration to save, with diffusers' names of layers if the network is of DeepFloyd IF's kind."""
+    """Return weights and configuration to save, with diffusers' layer names for DeepFloyd IF networks."""
     if unet is not None and not isinstance(unwrap_module(unet), StageNetwork):
         raise bad_argument(component, unet, "a network of a stage, or None")
     names = {} if unet is None else {own: name for name, own in diffusers_names(unwrap_module(unet)).items()}
@@ -381,7 +381,7 @@ def check_serialization(
     safe_serialization: bool,
     configs: dict[str, dict[str, Any] | None],
 ) -> None:
-    """Raises ValueError for weights that cannot be written as is asked."""
+    """Raise ValueError for weights that cannot be saved with these options."""
     if not isinstance(save_directory, (str, os.PathLike)) or os.path.isfile(save_directory):
         raise bad_argument("save_directory", save_directory, "a folder")
     if weight_name is not None and (not isinstance(weight_name, str) or Path(weight_name).name != weight_name):

@@ -1,4 +1,4 @@
-"""What is done with adapters that a pipeline's networks have: weighed, fused, put aside, taken out."""
+"""AdaptersMixin: weighting, fusing, disabling and removing of loaded adapters."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from .lora_networks import weights_by_layer
 
 
 class AdaptersMixin(LoraBaseMixin):
-    """The methods of [`ImagenLoraLoaderMixin`] for adapters that are there; networks may be compiled."""
+    """Methods of [`ImagenLoraLoaderMixin`] for loaded adapters; networks may be compiled."""
 
     def set_adapters(
         self,
@@ -24,21 +24,21 @@ class AdaptersMixin(LoraBaseMixin):
         adapter_weights: float | dict[str, Any] | list[float | dict[str, Any]] | None = None,
     ) -> None:
         r"""
-        Activates adapters, and no others, with weights.
+        Activate adapters, with weights, and deactivate all others.
 
         Args:
             adapter_names (`list[str]` or `str`): The adapters.
             adapter_weights (`float`, `dict[str, float]` or a `list` of these, *optional*):
                 One weight for all, one each, or weights by component: `{"base_unet": 0.8, "sr256_unet": 0.0}`, or by
-                component and block: `{"base_unet": {"down": 0.5, "mid": 1, "up": {"block_1": 0.2}}}`. What is not named
-                has weight 1.
+                component and block: `{"base_unet": {"down": 0.5, "mid": 1, "up": {"block_1": 0.2}}}`. The default is
+                weight 1.
 
         Raises:
             ValueError: If there is no such adapter or component, or a weight is not a finite number.
         """
         adapter_names = self._checked_adapters(adapter_names)
         each = adapter_weights if isinstance(adapter_weights, list) else [adapter_weights] * len(adapter_names)
-        # each gets a dict of its own, as diffusers takes entries out of it
+        # each gets a separate dict, because diffusers removes entries
         self._networks().set_adapters(adapter_names, [self._expanded_weights(weights) for weights in each])
 
     def fuse_lora(
@@ -49,13 +49,13 @@ class AdaptersMixin(LoraBaseMixin):
         adapter_names: list[str] | None = None,
     ) -> None:
         r"""
-        Adds the adapters to the networks' own weights, which makes them as fast as without.
+        Merge the adapters into the networks' weights, which then run as fast as without adapters.
 
         Args:
-            components (`list[str]`, *optional*): Networks to fuse, of which this pipeline may lack some; all if None.
+            components (`list[str]`, *optional*): Networks to fuse, some of which may be missing; all if None.
             lora_scale (`float`, defaults to 1.0): Weight of the adapters, on top of `set_adapters`.
-            safe_fusing (`bool`, defaults to `False`): Whether to refuse to fuse weights that are not finite.
-            adapter_names (`list[str]`, *optional*): The adapters; those that are active if None.
+            safe_fusing (`bool`, defaults to `False`): Whether to raise an error if merged weights are not finite.
+            adapter_names (`list[str]`, *optional*): The adapters; the active ones if None.
         """
         components = self._checked_components(components)
         if not is_finite(lora_scale):
@@ -69,33 +69,33 @@ class AdaptersMixin(LoraBaseMixin):
 
     def unfuse_lora(self, components: list[str] | None = None) -> None:
         r"""
-        Takes fused adapters out of the networks' weights again, up to rounding.
+        Remove fused adapters from the networks' weights, up to rounding.
 
         Args:
-            components (`list[str]`, *optional*): Networks, of which this pipeline may lack some; all if None.
+            components (`list[str]`, *optional*): Networks, some of which may be missing; all if None.
         """
         networks = self._networks()
         networks.unfuse_lora(self._checked_components(components))
         self._merged_adapters = networks._merged_adapters
 
     def unload_lora_weights(self) -> None:
-        """Takes all adapters out of the networks, which then are what they were before, but for what is fused."""
+        """Remove all adapters from the networks; fused weights remain."""
         self._networks().unload_lora_weights()
 
     def disable_lora(self) -> None:
-        """Makes the networks run without their adapters, until `enable_lora`."""
+        """Disable all adapters until `enable_lora`."""
         self._networks().disable_lora()
 
     def enable_lora(self) -> None:
-        """Makes the networks run with their adapters again."""
+        """Enable the adapters again."""
         self._networks().enable_lora()
 
     def delete_adapters(self, adapter_names: list[str] | str) -> None:
-        """Takes adapters of these names out of all networks."""
+        """Delete adapters of these names from all networks."""
         self._networks().delete_adapters(self._checked_adapters(adapter_names))
 
     def get_active_adapters(self) -> list[str]:
-        """The names of the adapters that a network runs with."""
+        """Return the names of the active adapters."""
         active: dict[str, None] = {}
         for name, unet in self._lora_unets().items():
             networks = LoraNetworks({name: unet}, set())
@@ -103,28 +103,28 @@ class AdaptersMixin(LoraBaseMixin):
         return list(active)
 
     def get_list_adapters(self) -> dict[str, list[str]]:
-        """The names of all adapters by component."""
+        """Return the names of all adapters by component."""
         require_peft()
         return LoraNetworks(self._lora_unets(), self._merged_adapters).get_list_adapters()
 
     def set_lora_device(self, adapter_names: list[str] | str, device: torch.device | str | int) -> None:
-        """Moves adapters to a device, as to the CPU while they are not active."""
+        """Move adapters to a device, for example to the CPU while they are inactive."""
         self._networks().set_lora_device(self._checked_adapters(adapter_names), device)
 
     def enable_lora_hotswap(self, **kwargs) -> None:
-        """Prepares the networks for adapters that replace each other, before the first is loaded.
+        """Prepare the networks for hotswapping adapters, before the first is loaded.
 
         Args:
-            kwargs: `target_rank`, the highest rank that any of them has, and `check_compiled`, as in diffusers.
+            kwargs: `target_rank`, the maximum rank of all adapters, and `check_compiled`, as in diffusers.
         """
         self._networks().enable_lora_hotswap(**kwargs)
 
     @contextmanager
     def scaled_adapters(self, cross_attention_kwargs: dict[str, float] | None) -> Iterator[None]:
-        """Weigh the adapters inside by `{"scale": 0.5}`, on top of `set_adapters`.
+        """Context manager that scales the adapters by `{"scale": 0.5}`, in addition to `set_adapters`.
 
         Raises:
-            ValueError: If there is anything else in it.
+            ValueError: If there are other entries.
         """
         options = {} if cross_attention_kwargs is None else cross_attention_kwargs
         if not isinstance(options, dict) or set(options) - {"scale"} or not is_finite(options.get("scale", 1.0)):
@@ -133,16 +133,16 @@ class AdaptersMixin(LoraBaseMixin):
             yield
 
     def _all_unets(self) -> dict[str, StageNetwork]:
-        """The networks that this pipeline has, by component, without torch.compile's wrapper."""
+        """Return the networks of this pipeline by component, without torch.compile's wrapper."""
         unets = {name: getattr(self, name, None) for name in self._lora_loadable_modules}
         return {name: unwrap_module(unet) for name, unet in unets.items() if unet is not None}
 
     def _lora_unets(self) -> dict[str, StageNetwork]:
-        """Those of the networks that can have adapters."""
+        """Return the networks that support adapters."""
         return {name: unet for name, unet in self._all_unets().items() if isinstance(unet, PeftAdapterMixin)}
 
     def _check_adaptable(self, components: Iterable[str] | None = None) -> None:
-        """Raises ValueError if one of these components can have no adapters; if None, if no network can."""
+        """Raise ValueError if one of these components does not support adapters; if None, if no network does."""
         if components is None:
             components = [] if self._lora_unets() else self._lora_loadable_modules
         for name, unet in self._all_unets().items():
@@ -150,13 +150,13 @@ class AdaptersMixin(LoraBaseMixin):
                 check_adaptable(name, unet)
 
     def _networks(self) -> "LoraNetworks":
-        """The networks for the methods of diffusers."""
+        """Return a wrapper of the networks for diffusers' methods."""
         require_peft()
         self._check_adaptable()
         return LoraNetworks(self._lora_unets(), self._merged_adapters)
 
     def _checked_components(self, components: list[str] | None) -> list[str]:
-        """Those of the components that are here; all if None."""
+        """Return the components that this pipeline has; all if None."""
         present = list(self._lora_unets())
         if components is None:
             return present
@@ -169,7 +169,7 @@ class AdaptersMixin(LoraBaseMixin):
         return found
 
     def _checked_adapters(self, adapter_names: list[str] | str) -> list[str]:
-        """Names of adapters as a list."""
+        """Check and return names of adapters as a list."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         if not isinstance(names, (list, tuple)) or not names or not all(isinstance(name, str) for name in names):
             raise bad_argument("adapter_names", adapter_names, "a name or a list of names")
@@ -181,14 +181,14 @@ class AdaptersMixin(LoraBaseMixin):
         return list(names)
 
     def _expanded_weights(self, weights: Any) -> Any:
-        """An adapter's weights as diffusers takes them: a number, or by component a number or numbers by layer."""
+        """Expand an adapter's weights for diffusers: a number, or by component a number or numbers by layer."""
         if not isinstance(weights, dict):
             if weights is not None and not is_finite(weights):
                 raise ValueError(f"`adapter_weights` has {weights!r}, but should have numbers.")
             return weights
         present = self._lora_unets()
         strangers = sorted(set(weights) - set(self._lora_loadable_modules), key=str)
-        if strangers:  # as text encoders: diffusers' pipelines warn too
+        if strangers:  # e.g. text encoders; diffusers' pipelines warn too
             lora_base.logger.warning(
                 f"The following components in `adapter_weights` are not part of the pipeline: {strangers}. They are "
                 "ignored."
@@ -212,7 +212,7 @@ class AdaptersMixin(LoraBaseMixin):
 
 @contextmanager
 def scaled_layers(unets: Iterable[StageNetwork], scale: float) -> Iterator[None]:
-    """Multiplies the weights of all adapters, and puts the old ones back."""
+    """Context manager that multiplies the weights of all adapters, and restores them at the end."""
     modules: Iterable[Any] = (module for unet in unets for module in unet.modules())
     layers = [module for module in modules if isinstance(getattr(module, "scaling", None), dict)]
     before = [dict(layer.scaling) for layer in layers]
@@ -226,7 +226,7 @@ def scaled_layers(unets: Iterable[StageNetwork], scale: float) -> Iterator[None]
 
 
 class LoraNetworks(LoraBaseMixin):
-    """Networks as diffusers' methods of pipelines take them, which pass over what torch.compile has wrapped."""
+    """Wrapper that passes networks to diffusers' pipeline methods, which ignore compiled modules."""
 
     def __init__(self, unets: dict[str, StageNetwork], merged_adapters: set[str]):
         self.components = unets
@@ -236,13 +236,13 @@ class LoraNetworks(LoraBaseMixin):
 
 
 def require_peft() -> None:
-    """Says how to get what adapters need."""
+    """Raise ValueError if peft is not installed."""
     if not is_peft_available():
         raise ValueError("LoRA adapters need peft: pip install peft")
 
 
 def check_adaptable(name: str, unet: StageNetwork) -> None:
-    """Raises ValueError for a network without the methods of adapters, which diffusers' `PeftAdapterMixin` has."""
+    """Raise ValueError for a network that does not derive from diffusers' `PeftAdapterMixin`."""
     if not isinstance(unet, PeftAdapterMixin):
         raise ValueError(
             f"`{name}` is of {type(unet).__name__}, but should be of a class of diffusers' PeftAdapterMixin to have LoRA "

@@ -1,4 +1,4 @@
-"""LoRA weights in the forms of diffusers, peft and kohya's scripts, turned into what peft loads, and checked first."""
+"""Conversion and checking of LoRA weights from the formats of diffusers, peft and kohya's scripts for peft."""
 
 import math
 import re
@@ -18,12 +18,12 @@ from .lora_names import diffusers_names, idle_layers
 logger = logging.get_logger(__name__)
 
 StateDict = dict[str, torch.Tensor]
-Layer = nn.Linear | nn.Conv2d  # what an adapter can change
+Layer = nn.Linear | nn.Conv2d  # layers that support adapters
 
-BARE = ""  # of weights that do not say which network they are for
+BARE = ""  # component of weights that do not name one
 MAX_RANK = 4096
 MAX_PATTERNS = 4096
-WRAPPER = "_orig_mod"  # torch.compile's, which is no part of a layer's name
+WRAPPER = "_orig_mod"  # prefix added by torch.compile
 DOWN, UP, ALPHA, MAGNITUDE, BIAS = "down", "up", "alpha", "magnitude", "bias"
 PARTS = {
     **dict.fromkeys(("lora_A", "lora_down", "lora.down", "lora_linear_layer.down"), DOWN),
@@ -35,7 +35,7 @@ KEY = re.compile(
     rf"(?P<layer>.+?)\.(?P<part>{'|'.join(map(re.escape, PARTS))})"
     r"(?:\.(?P<adapter>(?!(?:weight|bias)$)[^.]+))?(?:\.(?P<kind>weight|bias))?"
 )
-# of diffusers before 0.18
+# diffusers before 0.18
 OLD_KEY = re.compile(
     r"(?P<block>.+?)(?:\.processor)?\.(?P<layer>to_[a-z]+|add_[kv]_proj)_lora\.(?P<part>down|up)\.weight"
 )
@@ -52,19 +52,19 @@ OTHER_METHODS = {
     r"\.base_layer\b": "the network's own weights",
     r"\bmodules_to_save\b": "whole layers",
 }
-# settings of peft that change what the weights do, or which weights they were trained on
+# peft settings that change the meaning of the weights, or the weights on which they were trained
 UNSUPPORTED_SETTINGS = (
     *("fan_in_fan_out", "layer_replication", "modules_to_save", "target_parameters", "trainable_token_indices"),
     *("alora_invocation_tokens", "use_qalora", "use_bdlora", "megatron_config", "arrow_config", "kasa_config"),
     *("monteclora_config", "velora_config"),
 )
-# begin with weights that are not the network's own
+# start from weights other than the network's
 UNSUPPORTED_BEGINNINGS = ("pissa", "olora", "corda", "loftq", "lora_ga", "lora-ga")
 
 
 @dataclass
 class Update:
-    """What an adapter adds to a layer, by part, each with the key that it came under."""
+    """Adapter weights of a layer by part, each with its original key."""
 
     parts: dict[str, torch.Tensor] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)
@@ -76,19 +76,19 @@ class Update:
 
 @dataclass
 class Adapter:
-    """Weights and configuration of a network's adapter, as peft takes them."""
+    """Weights and configuration of a network's adapter, in peft's format."""
 
     state_dict: StateDict
     config: dict[str, Any]
 
 
 def plain_name(name: str) -> str:
-    """A key or a module's name without what torch.compile puts into it."""
+    """Return a key or a module's name without torch.compile's prefix."""
     return ".".join(part for part in name.split(".") if part != WRAPPER)
 
 
 def split_key(key: str, components: list[str]) -> tuple[str, str, str]:
-    """The component, the layer and the part that a key names; the component is `BARE` if it names none."""
+    """Split a key into component, layer and part; the component is `BARE` if the key has none."""
     name = plain_name(key).removeprefix("module.").removeprefix("base_model.model.")
     method = next((method for pattern, method in OTHER_METHODS.items() if re.search(pattern, name)), None)
     if method is not None:
@@ -105,12 +105,12 @@ def split_key(key: str, components: list[str]) -> tuple[str, str, str]:
         layer = "to_out.0" if old["layer"] == "to_out" else old["layer"]
         return component, f"{old['block']}.{layer}", old["part"]
     if match is None or (match["kind"] == "bias" and PARTS[match["part"]] != UP):
-        raise ValueError(f"The weights have the key '{key}', which is of no LoRA adapter.")
+        raise ValueError(f"The weights have the key '{key}', which is not a LoRA key.")
     return component, match["layer"], BIAS if match["kind"] == "bias" else PARTS[match["part"]]
 
 
 def group_weights(state_dict: StateDict, components: list[str]) -> dict[str, dict[str, Update]]:
-    """The updates by component and layer, as the keys name them; refuses two keys that say the same."""
+    """Group weights by component and layer, as named by their keys; raise ValueError for duplicates."""
     updates: dict[str, dict[str, Update]] = {}
     for key, value in state_dict.items():
         if not isinstance(key, str):
@@ -123,7 +123,7 @@ def group_weights(state_dict: StateDict, components: list[str]) -> dict[str, dic
         update = updates.setdefault(component, {}).setdefault(layer, Update())
         if part in update.parts:
             raise ValueError(
-                f"The weights have both '{update.keys[part]}' and '{key}', of which only one can be loaded."
+                f"The weights have both '{update.keys[part]}' and '{key}', only one of which can be loaded."
             )
         update.parts[part], update.keys[part] = value.detach(), key
     return updates
@@ -136,13 +136,13 @@ def describe_value(value: Any) -> str:
 
 
 def adaptable_layers(unet: nn.Module) -> dict[str, tuple[str, Layer]]:
-    """The layers that an adapter can change: by plain name, the name in the network and the layer without adapters."""
+    """Return the layers that support adapters: by plain name, the name in the network and the layer without adapters."""
     layers: dict[str, tuple[str, Layer]] = {}
     inside: list[str] = []
     for name, module in unet.named_modules():
         if any(name.startswith(prefix) for prefix in inside):
             continue
-        if hasattr(module, "base_layer"):  # adapted already
+        if hasattr(module, "base_layer"):  # already has adapters
             inside.append(f"{name}.")
             module = module.get_base_layer()
         if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -153,10 +153,10 @@ def adaptable_layers(unet: nn.Module) -> dict[str, tuple[str, Layer]]:
 def named_layers(
     component: str, unet: nn.Module, names: Mapping[str, str], updates: dict[str, Update]
 ) -> dict[str, tuple[str, Layer]]:
-    """`adaptable_layers` by the names that updates have: a network's own, or diffusers' (`diffusers_names`).
+    """Return `adaptable_layers` by the names used in updates: the network's own, or diffusers' (`diffusers_names`).
 
-    A few layers of residual blocks have the name of another in diffusers: diffusers' names go first, with a warning
-    where all names are of both.
+    A few layers of residual blocks have the name of another layer in diffusers: diffusers' names take precedence, with a
+    warning if all names are ambiguous.
     """
     own = adaptable_layers(unet)
     theirs = {name: own[ours] for name, ours in names.items() if ours in own}
@@ -176,7 +176,7 @@ def named_layers(
 
 
 def without_idle(component: str, idle: set[str], updates: dict[str, Update]) -> dict[str, Update]:
-    """Updates without those of layers that do nothing and are not there, with a warning; see `idle_layers`."""
+    """Drop updates of unused layers that the network lacks, with a warning; see `idle_layers`."""
     kept = {layer: update for layer, update in updates.items() if layer not in idle}
     if kept and len(kept) < len(updates):
         first = next(layer for layer in updates if layer in idle)
@@ -194,20 +194,20 @@ def make_adapter(
     config: dict[str, Any] | None,
     names: Mapping[str, str] | None = None,
 ) -> Adapter:
-    """What peft loads into a network.
+    """Convert updates to weights and configuration for peft.
 
     Args:
         component (`str`): The network's name, for messages.
-        unet (`nn.Module`): The network, which stays as it is.
+        unet (`nn.Module`): The network, which is not modified.
         updates (`dict[str, Update]`):
-            By layer, with its name, diffusers' name if the network is of DeepFloyd IF's kind, or kohya's, in which dots
+            By layer, named as in the network, in diffusers for DeepFloyd IF networks, or in kohya's scripts, where dots
             are underscores.
-        config (`dict`, *optional*): What came with the weights; lora_alpha is the rank otherwise, or what the keys say.
-        names (`Mapping[str, str]`, *optional*): Other names to give the layers, by their own.
+        config (`dict`, *optional*): Configuration of the weights; without it, lora_alpha is in the keys or the rank.
+        names (`Mapping[str, str]`, *optional*): New names of the layers, by their names in the network.
 
     Raises:
-        ValueError: If the weights are not whole, not finite or do not fit the network, or the configuration does not
-            fit the weights.
+        ValueError: If the weights are incomplete, not finite or do not match the network, or the configuration does not
+            match the weights.
     """
     theirs = diffusers_names(unet)
     updates = without_idle(component, idle_layers(theirs), updates)
@@ -234,7 +234,7 @@ def make_adapter(
 
 
 def place_of(component: str, layers: dict[str, tuple[str, Layer]], layer: str, update: Update) -> str:
-    """The plain name of the layer that is meant."""
+    """Return the plain name of the layer that a key refers to; raise ValueError if it is ambiguous or missing."""
     found = matches(layers, layer)
     if len(found) == 1:
         return found[0]
@@ -248,7 +248,7 @@ def place_of(component: str, layers: dict[str, tuple[str, Layer]], layer: str, u
 
 
 def matches(layers: dict[str, tuple[str, Layer]], layer: str) -> list[str]:
-    """The plain names that a name may mean, which may be kohya's."""
+    """Return the plain names that match a name, possibly in kohya's format."""
     if layer in layers:
         return [layer]
     flat = layer.removeprefix("lora_unet_")
@@ -256,7 +256,7 @@ def matches(layers: dict[str, tuple[str, Layer]], layer: str) -> list[str]:
 
 
 def fit(layer: str, module: Layer, update: Update) -> StateDict:
-    """The parts of an update in the shapes that peft's layer for `module` has, by the ends of their keys."""
+    """Return the parts of an update in the shapes of peft's layer for `module`, by suffix of their keys."""
     parts, keys = update.parts, update.keys
     missing = [part for part in (DOWN, UP) if part not in parts]
     if missing:
@@ -303,7 +303,7 @@ def fit(layer: str, module: Layer, update: Update) -> StateDict:
 
 
 def as_precise(key: str, value: torch.Tensor, module: Layer) -> torch.Tensor:
-    """A finite float tensor, at least as precise as the layer's weights, in float32 at most."""
+    """Convert to a finite floating-point tensor, at least as precise as the layer's weights, at most float32."""
     if not value.is_floating_point():
         raise ValueError(f"The LoRA weights have {value.dtype} under '{key}', but should have floats.")
     if value.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -316,7 +316,7 @@ def as_precise(key: str, value: torch.Tensor, module: Layer) -> torch.Tensor:
 
 
 def check_finite(key: str, value: torch.Tensor) -> None:
-    """Raises ValueError for NaN or infinity among weights."""
+    """Raise ValueError for NaN or infinity among weights."""
     if not torch.isfinite(value).all():
         kind = "NaN" if value.isnan().any() else "infinity"
         raise ValueError(f"The LoRA weights have {kind} under '{key}': the file is damaged, or its training diverged.")
@@ -324,7 +324,7 @@ def check_finite(key: str, value: torch.Tensor) -> None:
 
 @dataclass
 class Settings:
-    """What a configuration says about ranks and scaling; nothing of it is imported, fetched or run."""
+    """Ranks and scaling from a configuration; no code is imported, downloaded or executed."""
 
     component: str
     rank: float | None
@@ -335,7 +335,7 @@ class Settings:
 
     @classmethod
     def read(cls, config: dict[str, Any], component: str) -> "Settings":
-        """Reads peft's settings; refuses values that they cannot have, and those that need other weights."""
+        """Read peft's settings; raise ValueError for invalid values, and for ones that require other weights."""
         kind = getattr(config.get("peft_type"), "value", config.get("peft_type"))
         if kind not in (None, "LORA"):
             raise ValueError(f"`peft_type` of the adapter for {component} is {kind!r}, but should be 'LORA'.")
@@ -347,8 +347,8 @@ class Settings:
         beginning = config.get("init_lora_weights")
         if isinstance(beginning, str) and beginning.lower().startswith(UNSUPPORTED_BEGINNINGS):
             raise ValueError(
-                f"`init_lora_weights` of the adapter for {component} is {beginning!r}: it belongs to other weights than "
-                "the network's own, and has to be converted to plain LoRA by peft."
+                f"`init_lora_weights` of the adapter for {component} is {beginning!r}: it was trained on other weights than "
+                "the network's, and must be converted to plain LoRA by peft."
             )
         for name in ("use_rslora", "use_dora", "lora_bias"):
             if not isinstance(config.get(name, False), bool):
@@ -375,7 +375,7 @@ class Settings:
         return update.rank
 
     def alpha(self, layer: str, update: Update) -> float:
-        """The lora_alpha of a layer: of its key, of the configuration, or the rank."""
+        """Return the lora_alpha of a layer: from its key, from the configuration, or the rank."""
         told = matching(self.alpha_pattern, layer, self.lora_alpha)
         if ALPHA not in update.parts:
             return update.rank if told is None else told
@@ -390,7 +390,7 @@ class Settings:
 
 
 def number(config: dict[str, Any], name: str, component: str) -> float | None:
-    """A setting that is a finite number, or not there."""
+    """Return a setting that must be a finite number; None if missing."""
     value = config.get(name)
     if value is None:
         return None
@@ -400,7 +400,7 @@ def number(config: dict[str, Any], name: str, component: str) -> float | None:
 
 
 def patterns(config: dict[str, Any], name: str, component: str) -> dict[str, float]:
-    """A setting that has numbers by regular expression."""
+    """Return a setting that maps regular expressions to numbers."""
     found = config.get(name)
     if not found:
         return {}
@@ -408,7 +408,7 @@ def patterns(config: dict[str, Any], name: str, component: str) -> dict[str, flo
         raise ValueError(f"`{name}` of the adapter for {component} should have numbers by the names of layers.")
     for pattern in map(str, found):
         try:
-            # a group that is repeated, or many repetitions, may take forever to match
+            # repeated groups and many repetitions may take exponential time to match
             if len(pattern) > 300 or re.search(r"\)[*+{?]", pattern) or len(re.findall(r"[*+{?]", pattern)) > 3:
                 raise re.error("it is too long, or repeats too much")
             re.compile(pattern)
@@ -418,10 +418,10 @@ def patterns(config: dict[str, Any], name: str, component: str) -> dict[str, flo
 
 
 def matching(found: dict[str, float], layer: str, default: float | None) -> float | None:
-    """The number whose pattern matches the end of a layer's name, as peft matches it."""
+    """Return the number whose pattern matches the end of a layer's name, as peft matches it."""
     for pattern, value in found.items():
         plain = pattern.removeprefix("^")
-        if re.fullmatch(r"[\w.]+", plain):  # nearly all are, and comparing is a hundred times as fast
+        if re.fullmatch(r"[\w.]+", plain):  # nearly all are plain, and comparing is a hundred times faster
             if layer == plain or plain == pattern and layer.endswith(f".{plain}"):
                 return value
         elif re.match(rf"(.*\.)?({pattern})$", layer):
@@ -430,7 +430,7 @@ def matching(found: dict[str, float], layer: str, default: float | None) -> floa
 
 
 def configuration(ranks: dict[str, int], alphas: dict[str, float]) -> dict[str, Any]:
-    """peft's settings for layers with these ranks and alphas."""
+    """Return peft's settings for layers with these ranks and alphas."""
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     return {
         "r": rank,

@@ -1,4 +1,4 @@
-"""Where LoRA weights come from: a file, a folder or the Hub; nothing in them is run."""
+"""Reading of LoRA weights from a file, a folder or the Hub, without executing code."""
 
 import json
 import os
@@ -23,15 +23,15 @@ Metadata = dict[str, Any] | None
 SOURCE = "pretrained_model_name_or_path_or_dict"
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PICKLED = (".bin", ".pt", ".pth")
-NO_ADAPTER = ("scheduler", "optimizer", "checkpoint")  # in the names of files, as diffusers reads them
+NO_ADAPTER = ("scheduler", "optimizer", "checkpoint")  # substrings of file names that diffusers excludes
 
 
 def read_source(
     source: str, weight_name: str | None, use_safetensors: bool | None, has_metadata: bool = False, **hub: Any
 ) -> tuple[StateDict, Metadata]:
-    """The weights, and the configuration that came with them: in the file, or beside it as peft writes it."""
+    """Read the weights, and their configuration: in the file, or next to it in peft's format."""
     path = Path(source)
-    if os.path.isfile(source):  # False for what is no path at all
+    if os.path.isfile(source):  # False for invalid paths too
         file, config = path, path.with_name(PEFT_CONFIG)
     elif os.path.isdir(source):
         folder = path / (hub.get("subfolder") or "")
@@ -43,19 +43,19 @@ def read_source(
     else:
         file, config = download(source, weight_name, use_safetensors, hub)
     if file.suffix in PICKLED and use_safetensors:
-        raise ValueError(f"`use_safetensors` is True, but '{file}' is no safetensors file.")
+        raise ValueError(f"`use_safetensors` is True, but '{file}' is not a safetensors file.")
     state_dict, metadata = read_pickle(file) if file.suffix in PICKLED else read_safetensors(file)
     if has_metadata:
         return state_dict, metadata
     if metadata is None and config.is_file():
         metadata = read_json_object(config)
     if metadata is None and file.stem == Path(PEFT_WEIGHTS).stem:
-        raise ValueError(f"'{file}' has no {PEFT_CONFIG} beside it, which says how the weights are scaled.")
+        raise ValueError(f"'{file}' has no {PEFT_CONFIG} next to it, which has the scaling of the weights.")
     return state_dict, metadata
 
 
 def choose_name(names: list[str], use_safetensors: bool | None, place: str) -> str:
-    """The one file among others that has an adapter's weights."""
+    """Return the name of the single file that has an adapter's weights."""
     allowed = (".safetensors",) if use_safetensors else PICKLED if use_safetensors is False else None
     for suffixes, known in (
         ((".safetensors",), (LORA_WEIGHT_NAME_SAFE, PEFT_WEIGHTS)),
@@ -75,12 +75,12 @@ def choose_name(names: list[str], use_safetensors: bool | None, place: str) -> s
 def download(
     source: str, weight_name: str | None, use_safetensors: bool | None, hub: dict[str, Any]
 ) -> tuple[Path, Path]:
-    """Weights and peft's configuration, which may not be there, from the Hub or its cache."""
+    """Download the weights and peft's configuration, if there is one, from the Hub or its cache."""
     try:
         validate_repo_id(source)
     except HFValidationError as error:
         raise ValueError(
-            f"`{SOURCE}` is '{source[:200]}', which is no file, no folder and no name on the Hub."
+            f"`{SOURCE}` is '{source[:200]}', which is neither a file, nor a folder, nor a Hub id."
         ) from error
     if os.path.exists(source):
         raise ValueError(f"`{SOURCE}` is '{source}', which is no regular file.")
@@ -95,14 +95,14 @@ def download(
 
 
 def guess_name(source: str, use_safetensors: bool | None, hub: dict[str, Any]) -> str:
-    """The name of the file of weights in a repository, or without a network the one that training writes."""
+    """Return the name of the weights file in a repository, or without a connection the one that training writes."""
     if hub.get("local_files_only") or constants.HF_HUB_OFFLINE:
         return LORA_WEIGHT_NAME if use_safetensors is False else LORA_WEIGHT_NAME_SAFE
     try:
         info = model_info(source, revision=hub.get("revision"), token=hub.get("token"))
     except (ValueError, OSError):
-        raise  # there is no such repository
-    except Exception:  # there is no network, which has errors of its own kinds: what the cache has may do
+        raise  # the repository does not exist
+    except Exception:  # without a connection, errors of several types: try the cache
         return LORA_WEIGHT_NAME if use_safetensors is False else LORA_WEIGHT_NAME_SAFE
     folder = f"{hub['subfolder']}/" if hub.get("subfolder") else ""
     names = [file.rfilename for file in info.siblings or () if file.rfilename.startswith(folder)]
@@ -111,7 +111,7 @@ def guess_name(source: str, use_safetensors: bool | None, hub: dict[str, Any]) -
 
 
 def read_safetensors(file: Path) -> tuple[StateDict, Metadata]:
-    """Weights and configuration of a safetensors file; ValueError if it is damaged."""
+    """Read weights and configuration of a safetensors file; raise ValueError if it is damaged."""
     try:
         with safe_open(file, "pt") as opened:
             header = opened.metadata() or {}
@@ -125,18 +125,20 @@ def read_safetensors(file: Path) -> tuple[StateDict, Metadata]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"'{file}' has a configuration that is not JSON: {error}") from error
     if not isinstance(metadata, dict):
-        raise ValueError(f"'{file}' has a JSON {type(metadata).__name__} as its configuration, but should an object.")
+        raise ValueError(
+            f"'{file}' has a JSON {type(metadata).__name__} as its configuration, but should have an object."
+        )
     return state_dict, metadata
 
 
 def read_pickle(file: Path) -> tuple[StateDict, None]:
-    """Weights of a file that torch.save wrote, read by torch's unpickler of weights, which runs nothing of the file's."""
+    """Read weights of a file of torch.save with torch's weights-only unpickler, which executes no code."""
     try:
         with zipfile.ZipFile(file) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise ValueError("it is compressed, which torch.save never does")
         state_dict = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # what a damaged pickle raises is not known
+    except Exception as error:  # damaged pickles raise errors of any type
         raise ValueError(f"'{file}' cannot be read as weights of torch.save: {describe_fault(error)}") from error
     if not isinstance(state_dict, dict):
         raise ValueError(f"'{file}' holds a {type(state_dict).__name__}, but should hold weights by key.")

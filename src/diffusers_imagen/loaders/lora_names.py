@@ -1,4 +1,4 @@
-"""Names of layers in files of adapters: the network's own, and those of diffusers for DeepFloyd IF's networks."""
+"""Layer names in adapter files: the network's own, and diffusers' for DeepFloyd IF networks."""
 
 from torch import nn
 
@@ -6,12 +6,12 @@ from ..conversion.deepfloyd import layer_names
 from ..models import ImagenUNetModel
 
 
-# Projections of the text, and those of the image beside them, which cross-attention has not.
+# Projections of the text, and the image's corresponding ones, which cross-attention lacks.
 PROJECTIONS = {"add_k_proj": "to_k", "add_v_proj": "to_v"}
 
 
 def diffusers_names(unet: nn.Module) -> dict[str, str]:
-    """The layers of a network of DeepFloyd IF's kind by diffusers' name, each with its own; none for other networks."""
+    """Map diffusers' layer names of a DeepFloyd IF network to this package's; empty for other networks."""
     if not isinstance(unet, ImagenUNetModel):
         return {}
     try:
@@ -21,15 +21,15 @@ def diffusers_names(unet: nn.Module) -> dict[str, str]:
 
 
 def top_level_names(unet: nn.Module) -> set[str]:
-    """What the names of a network's layers begin with, up to the first dot; its own, and diffusers' if there are any."""
+    """Return the first components of a network's layer names, its own and diffusers' if there are any."""
     return {name.partition(".")[0] for name in [*dict(unet.named_children()), *diffusers_names(unet)]}
 
 
 def idle_layers(names: dict[str, str]) -> set[str]:
-    """Layers that diffusers' files before 0.18 adapt although the network lacks them: of the image in cross-attention.
+    """Return layers in files of diffusers before 0.18 that the network lacks: the image's, in cross-attention.
 
     Args:
-        names: As `diffusers_names` gives them.
+        names: Result of `diffusers_names`.
     """
     attentions = [name.rpartition(".") for name in names]
     idle = {f"{attention}.{PROJECTIONS[layer]}" for attention, _, layer in attentions if layer in PROJECTIONS}

@@ -1,4 +1,4 @@
-"""What adapters change in a network: undone after an error, swapped, and weighed block by block."""
+"""Modifications of networks by adapters: rollback after errors, hotswapping, and weights per block."""
 
 import math
 from collections.abc import Iterator
@@ -15,12 +15,12 @@ from .lora_conversion import Adapter, configuration, matching, plain_name
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
 
-BLOCKS = {"down": "down_blocks", "mid": "mid_blocks", "up": "up_blocks"}  # as diffusers calls them
+BLOCKS = {"down": "down_blocks", "mid": "mid_blocks", "up": "up_blocks"}  # diffusers' names
 
 
 @contextmanager
 def restored_after_error(unets: list[StageNetwork]) -> Iterator[None]:
-    """After an error, the networks have the layers, the adapters and the trainable weights that they had before."""
+    """Context manager that restores the networks' layers, adapters and trainable weights on error."""
     before = [Snapshot(unet) for unet in unets]
     try:
         yield
@@ -31,7 +31,7 @@ def restored_after_error(unets: list[StageNetwork]) -> Iterator[None]:
 
 
 class Snapshot:
-    """What loading an adapter changes in a network, but the values of weights."""
+    """Snapshot of the state that loading an adapter changes in a network, except the values of weights."""
 
     def __init__(self, unet: StageNetwork):
         from peft.tuners.tuners_utils import BaseTunerLayer
@@ -44,7 +44,7 @@ class Snapshot:
         }
         self.trainable = [(parameter, parameter.requires_grad) for parameter in unet.parameters()]
         self.children = [(module._modules, dict(module._modules)) for module in unet.modules()]
-        # by adapter: scaling, rank, whether it is active, ...
+        # per adapter: scaling, rank, whether it is active, ...
         self.layers = [
             (module, {name: copied(value) for name, value in vars(module).items() if not name.startswith("_modules")})
             for module in unet.modules()
@@ -65,30 +65,30 @@ class Snapshot:
 
 
 def copied(value: Any) -> Any:
-    """A copy of what is changed in place, else the value itself."""
+    """Return a copy of a mutable value, else the value itself."""
     return value.copy() if type(value) in (dict, list, set) else value
 
 
 def own_scaling(layer: "LoraLayer", adapter_name: str) -> float:
-    """What a layer's update is multiplied by at weight 1."""
+    """Return the scaling of a layer's update at weight 1."""
     rank = layer.r[adapter_name]
     return layer.lora_alpha[adapter_name] / (math.sqrt(rank) if layer.use_rslora.get(adapter_name) else rank)
 
 
 def adapted_layers(unet: StageNetwork, adapter_name: str) -> "dict[str, LoraLayer]":
-    """The layers that have an adapter of this name."""
+    """Return the layers that have an adapter of this name."""
     return {name: layer for name, layer in unet.named_modules() if adapter_name in getattr(layer, "lora_alpha", {})}
 
 
 def describe_adapter(unet: StageNetwork, adapter_name: str) -> dict[str, Any]:
-    """The configuration to save with an adapter's weights: peft's, but with the ranks and scaling that the layers have.
+    """Return the configuration to save with an adapter: peft's, with the actual ranks and scaling of the layers.
 
-    `enable_lora_hotswap` and swapping change the ranks, and leave the scaling as it is.
+    `enable_lora_hotswap` and hotswapping change the ranks, but not the scaling.
     """
     config = unet.peft_config[adapter_name].to_dict()
     ranks, alphas, told = {}, {}, {}
     for name, layer in adapted_layers(unet, adapter_name).items():
-        if adapter_name not in layer.lora_A:  # of embeddings
+        if adapter_name not in layer.lora_A:  # embeddings
             return config
         rank, plain = layer.lora_A[adapter_name].weight.shape[0], plain_name(name)
         same = rank == layer.r[adapter_name]
@@ -107,7 +107,7 @@ def describe_adapter(unet: StageNetwork, adapter_name: str) -> dict[str, Any]:
 
 
 def check_hotswap(component: str, unet: StageNetwork, adapter_name: str, adapter: Adapter) -> None:
-    """Raises ValueError unless an adapter can take the place of one in a network."""
+    """Raise ValueError unless an adapter can replace one in a network."""
     layers = adapted_layers(unet, adapter_name)
     config = unet.peft_config[adapter_name]
     missing = [name for name in adapter.config["target_modules"] if name not in layers]
@@ -122,9 +122,9 @@ def check_hotswap(component: str, unet: StageNetwork, adapter_name: str, adapter
 
 
 def hotswap_adapter(unet: StageNetwork, adapter_name: str, adapter: Adapter, low_cpu_mem_usage: bool) -> None:
-    """Puts an adapter's weights in the place of those of one that is there, which `check_hotswap` has passed.
+    """Replace the weights of a loaded adapter, after `check_hotswap`.
 
-    The scaling of the old one stays, as what is saved and weighed later goes by it: the weights make up for it.
+    The old scaling is kept, because saving and weighting depend on it; the new weights compensate for it.
     """
     layers, old, new = adapted_layers(unet, adapter_name), unet.peft_config[adapter_name], adapter.config
     state_dict = dict(adapter.state_dict)
@@ -143,25 +143,25 @@ def hotswap_adapter(unet: StageNetwork, adapter_name: str, adapter: Adapter, low
         hotswap=True,
         low_cpu_mem_usage=low_cpu_mem_usage,
     )
-    for layer in layers.values():  # peft takes one scaling for all
+    for layer in layers.values():  # peft supports one scaling for all
         scaling = own_scaling(layer, adapter_name)
-        if isinstance(layer.scaling[adapter_name], torch.Tensor):  # of a network that may be compiled for it
+        if isinstance(layer.scaling[adapter_name], torch.Tensor):  # in a network that may be compiled for it
             layer.scaling[adapter_name].fill_(scaling)
         else:
             layer.scaling[adapter_name] = scaling
 
 
 def weights_by_layer(unet: StageNetwork, weights: dict[str, Any], component: str) -> dict[str, float]:
-    """The weight of each adapted layer, 1 where nothing names it; those first that others are a part of.
+    """Return the weight of each adapted layer, 1 by default; names that are contained in others come first.
 
     Args:
         unet (`StageNetwork`): The network.
         weights (`dict`):
-            By part of a layer's name, or as diffusers writes it: `{"down": 0.5, "mid": 1, "up": {"block_1": 0.2}}`.
+            By part of a layer's name, or in diffusers' form: `{"down": 0.5, "mid": 1, "up": {"block_1": 0.2}}`.
         component (`str`): The network's name, for messages.
 
     Raises:
-        ValueError: If a weight is no number, or no layer has the name.
+        ValueError: If a weight is not a number, or no layer has the name.
     """
     flat: dict[str, float | Any] = {}
     for name, weight in weights.items():

@@ -1,4 +1,4 @@
-"""The networks, as diffusers models."""
+"""U-Nets, as diffusers models."""
 
 from .unet_efficient import EfficientUNetModel
 from .unet_imagen import ImagenUNetModel

@@ -1,4 +1,4 @@
-"""Attention of image tokens to themselves, to the text, or to both in one softmax.
+"""Attention blocks: self-attention, cross-attention to the text, or both in one softmax.
 
 Shapes: B batch, C channels, N = H * W image tokens, L text tokens, D width of the text context.
 """
@@ -21,17 +21,17 @@ Layer = TypeVar("Layer", bound=nn.Module)
 
 
 def image_to_tokens(image: torch.Tensor) -> torch.Tensor:
-    """`(B, C, H, W)` to `(B, N, C)`; free of copies in channels_last."""
+    """Reshape `(B, C, H, W)` to `(B, N, C)`, without a copy in channels_last."""
     return image.flatten(2).transpose(1, 2)
 
 
 def tokens_to_image(tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """`(B, N, C)` to the shape `(B, C, H, W)` of `like`."""
+    """Reshape `(B, N, C)` to the shape `(B, C, H, W)` of `like`."""
     return tokens.transpose(1, 2).unflatten(2, like.shape[-2:])
 
 
 class ImagenAttnProcessor:
-    """Attention through diffusers' backends: scaled_dot_product_attention unless `set_attention_backend` says else."""
+    """Attention through diffusers' backends; scaled_dot_product_attention unless `set_attention_backend` was called."""
 
     _attention_backend = None
     _parallel_config = None
@@ -47,10 +47,10 @@ class ImagenAttnProcessor:
 
 
 class StableImagenAttnProcessor:
-    """Attention for training in float16: gradients that float16 would round to zero survive the softmax.
+    """Attention for training in float16, whose gradients do not underflow in the softmax.
 
-    NeMo's `stable_attention`. In exact arithmetic it changes nothing; it holds all attention weights in memory.
-    `unet.set_attn_processor(StableImagenAttnProcessor())` turns it on.
+    Equivalent to NeMo's `stable_attention`: the same in exact arithmetic, but it stores all attention weights.
+    `unet.set_attn_processor(StableImagenAttnProcessor())` enables it.
     """
 
     def __call__(
@@ -63,7 +63,7 @@ class StableImagenAttnProcessor:
 
 
 class _StableAttention(torch.autograd.Function):
-    """softmax(q k^T / sqrt(d)) v, whose backward scales the gradient of each head to 1 before the softmax's."""
+    """softmax(q k^T / sqrt(d)) v; the backward pass scales each head's gradient to 1 before that of the softmax."""
 
     @staticmethod
     def forward(ctx, query, key, value, mask):
@@ -89,30 +89,30 @@ class _StableAttention(torch.autograd.Function):
 
 
 class AttentionBlock(nn.Module):
-    """Base class of the attention of a level: a module `(B, C, H, W)` to `(B, C, H, W)`.
+    """Base class of attention blocks: a module from `(B, C, H, W)` to `(B, C, H, W)`.
 
-    `forward(hidden_states, text)` takes what `project_text` returned, or the text context itself; None without text.
+    `forward(hidden_states, text)` takes the result of `project_text`, or the text context itself; None without text.
     """
 
     reads_text: bool
 
     def project_text(self, text: TextContext) -> TextKeyValue:
-        """What the block reads of the text context `(B, L, D)`, which is the same at every noise level."""
+        """Project the text context `(B, L, D)` to keys and values, which do not depend on the noise level."""
         raise NotImplementedError
 
 
 class ImagenAttention(AttentionBlock, AttentionModuleMixin):
-    """Residual attention block `(B, C, H, W)` to `(B, C, H, W)`.
+    """Residual attention block from `(B, C, H, W)` to `(B, C, H, W)`.
 
-    `self` attends to the image, `cross` to the text, `fused` to both at once (keys and values side by side in one
-    softmax). Image and text have norms and projections of their own; where they are fused, so have the queries, unless
-    they have a `shared_norm` with the keys and values of the image.
+    `self` attends to the image, `cross` to the text, `fused` to both at once (keys and values concatenated, in one
+    softmax). Image and text have separate norms and projections. With `fused`, the queries have a separate norm too,
+    unless `shared_norm` makes them share that of the image's keys and values.
     """
 
     _default_processor_cls = ImagenAttnProcessor
     _available_processors = [ImagenAttnProcessor, StableImagenAttnProcessor]
     processor: Callable[..., torch.Tensor]
-    _supports_qkv_fusion = False  # queries, image keys and text keys each read a differently normalised input
+    _supports_qkv_fusion = False  # queries, image keys and text keys have differently normalized inputs
 
     def __init__(
         self,
@@ -135,7 +135,7 @@ class ImagenAttention(AttentionBlock, AttentionModuleMixin):
         self.to_k = nn.Linear(channels if self.reads_image else context_dim, channels)
         self.to_v = nn.Linear(channels if self.reads_image else context_dim, channels)
         self.norm_context = GroupNorm(norm_num_groups, context_dim) if self.reads_text else None
-        fused = attention_type == "fused"  # a second norm of the image for its keys and values, and those of the text
+        fused = attention_type == "fused"  # a second norm for the image's keys and values, and the text's projections
         self.norm_kv = GroupNorm(norm_num_groups, channels) if fused and not shared_norm else None
         self.add_k_proj = nn.Linear(context_dim, channels) if fused else None
         self.add_v_proj = nn.Linear(context_dim, channels) if fused else None
@@ -143,16 +143,16 @@ class ImagenAttention(AttentionBlock, AttentionModuleMixin):
         AttentionModuleMixin.set_processor(self, ImagenAttnProcessor())
 
     def project_text(self, text: TextContext) -> TextKeyValue:
-        """Keys and values of the text context `(B, L, D)` under its mask `(B, L)`; independent of the noise level."""
+        """Compute keys and values of the text context `(B, L, D)` under its mask `(B, L)`."""
         assert self.norm_context is not None
-        # the statistics run over all tokens of a group of channels, padded ones included, as in NeMo
+        # statistics are over all tokens of a group of channels, including padding, as in NeMo
         tokens, mask = self.norm_context(text.tokens.transpose(1, 2)).transpose(1, 2), text.mask
         if self.add_k_proj is not None and self.add_v_proj is not None:
             return TextKeyValue(self.add_k_proj(tokens), self.add_v_proj(tokens), mask)
         key, value = self.to_k(tokens), self.to_v(tokens)
         if mask is not None:
-            # A prompt without a valid token must give zeros. Softmax over nothing is NaN, so such a row attends
-            # to all its tokens, and their values are zero.
+            # A prompt without a valid token must give zeros. Softmax over no token is NaN, so such a row attends
+            # to all its tokens, with values set to zero.
             has_token = mask.any(dim=1, keepdim=True)
             value = value * has_token[..., None]
             mask = mask | ~has_token
@@ -161,7 +161,7 @@ class ImagenAttention(AttentionBlock, AttentionModuleMixin):
     def project(
         self, hidden_states: torch.Tensor, text: AttendedText | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Query, key and value `(B, N or M, heads, C / heads)`, and a mask `(B, 1, 1, M)`, which every backend takes."""
+        """Compute query, key and value `(B, N or M, heads, C / heads)` and a mask `(B, 1, 1, M)` for any backend."""
         if isinstance(text, TextContext):
             text = self.project_text(text)
         tokens = image_to_tokens(self.norm(hidden_states))  # (B, N, C)
@@ -180,7 +180,7 @@ class ImagenAttention(AttentionBlock, AttentionModuleMixin):
         return query, key, value, None if mask is None else mask[:, None, None]
 
     def merge(self, out: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Adds what the heads found, `(B, N, heads, C / heads)`, to the image `(B, C, H, W)`."""
+        """Project the heads' output `(B, N, heads, C / heads)` and add it to the image `(B, C, H, W)`."""
         out = self.to_out[0](out.flatten(2).to(hidden_states.dtype))  # (B, N, C)
         return hidden_states + tokens_to_image(out, like=hidden_states)
 
@@ -189,7 +189,7 @@ class ImagenAttention(AttentionBlock, AttentionModuleMixin):
 
 
 class StackedAttention(AttentionBlock):
-    """Self-attention, cross-attention and a gated feed-forward in a residual branch of their own: `(B, C, H, W)`."""
+    """Residual branch of self-attention, cross-attention and a gated feed-forward: `(B, C, H, W)` to `(B, C, H, W)`."""
 
     reads_text = True
 
@@ -204,7 +204,7 @@ class StackedAttention(AttentionBlock):
         self.proj_out = zero_init(nn.Conv2d(channels, channels, 1))
 
     def project_text(self, text: TextContext) -> TextKeyValue:
-        """Keys and values of the text context, for the cross-attention."""
+        """Compute keys and values of the text context for the cross-attention."""
         return self.attn2.project_text(text)
 
     def forward(self, hidden_states: torch.Tensor, text: AttendedText | None = None) -> torch.Tensor:
@@ -216,10 +216,10 @@ class StackedAttention(AttentionBlock):
 
 
 class AttentionKind(NamedTuple):
-    """An entry of `ATTENTION_TYPES`.
+    """Entry of `ATTENTION_TYPES`.
 
     Args:
-        make: Makes the block of channels, heads, width of the text context, groups of the norms, and `shared_norm`.
+        make: Creates the block from channels, heads, width of the text context, groups of the norms, and `shared_norm`.
         reads_text: Whether the block reads text; `norm_num_groups` then has to divide the width of the context.
     """
 
@@ -228,7 +228,7 @@ class AttentionKind(NamedTuple):
 
 
 def single_layer(attention_type: Literal["self", "cross", "fused"]) -> AttentionKind:
-    """The kind of an `ImagenAttention`."""
+    """Return the kind of an `ImagenAttention`."""
 
     def make(channels: int, heads: int, context_dim: int, groups: int, shared_norm: bool) -> AttentionBlock:
         return ImagenAttention(channels, heads, attention_type, context_dim, groups, shared_norm)
@@ -256,7 +256,7 @@ def make_attention(
     norm_num_groups: int,
     shared_norm: bool = False,
 ) -> AttentionBlock:
-    """The attention block of a level. Without text (`context_dim` None) a type that reads text is self-attention."""
+    """Create the attention block of a level; without text (`context_dim` None), every type becomes self-attention."""
     kind = ATTENTION_TYPES[attention_type]
     if context_dim is None and kind.reads_text:
         kind = ATTENTION_TYPES["self"]
@@ -264,7 +264,7 @@ def make_attention(
 
 
 def zero_init(module: Layer) -> Layer:
-    """Zeros the parameters: a residual branch that ends in such a layer starts as the identity."""
+    """Set the parameters to zero, so that a residual branch that ends in this layer is initialized as the identity."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module

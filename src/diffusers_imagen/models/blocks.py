@@ -23,26 +23,26 @@ ActivationType = Literal["silu", "gelu"]
 
 
 def overwrite_silu(x: torch.Tensor) -> torch.Tensor:
-    """SiLU, in place where no gradient is asked for: on a CPU new memory costs more than the arithmetic."""
+    """Apply SiLU, in place if gradients are disabled: on a CPU, allocation costs more than the arithmetic."""
     return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
 def overwrite_act(x: torch.Tensor, act_fn: ActivationType) -> torch.Tensor:
-    """The activation of a tensor that nothing else reads, in place where torch has it so."""
+    """Apply the activation to a tensor that is not used elsewhere, in place where torch supports it."""
     return F.gelu(x) if act_fn == "gelu" else overwrite_silu(x)
 
 
 def transposed_upsample(channels: int) -> nn.Module:
-    """Doubles the image by a learned kernel."""
+    """Create a transposed convolution that doubles height and width."""
     return nn.ConvTranspose2d(channels, channels, kernel_size=4, stride=2, padding=1)
 
 
 @dataclass(frozen=True)
 class ResBlockOptions:
-    """What all residual blocks of a network have in common.
+    """Options shared by all residual blocks of a network.
 
-    With a `shortcut_scale` the shortcut is multiplied by it and always goes through a 1x1 convolution; without, only
-    where the channels change. The sum of branch and shortcut is divided by `out_scale_factor`.
+    With a `shortcut_scale`, the shortcut is multiplied by it and always has a 1x1 convolution; without, only where the
+    number of channels changes. The sum of branch and shortcut is divided by `out_scale_factor`.
     """
 
     time_embedding_dim: int
@@ -57,8 +57,8 @@ class ResBlockOptions:
 class ResBlock(nn.Module):
     """Two convolutions around the time embedding, with a residual connection.
 
-    `(B, C_in, H, W)` to `(B, C_out, H, W)`, or half or twice the size with `resample`: down by averaging, up by a
-    learned kernel or by repeating pixels.
+    `(B, C_in, H, W)` to `(B, C_out, H, W)`, or half or twice the resolution with `resample`: downsampling averages,
+    upsampling is a transposed convolution or repeats pixels.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class ResBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if project_shortcut else None
 
     def forward(self, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
-        """`temb` `(B, T)` comes already through its activation, which all blocks share."""
+        """Apply the block; `temb` `(B, T)` has been through its activation, which all blocks share."""
         h = overwrite_act(self.norm1(x), self.act_fn)  # (B, C_in, H, W)
         if self.resample_branch is not None and self.resample_shortcut is not None:
             h, x = self.resample_branch(h), self.resample_shortcut(x)
@@ -112,7 +112,7 @@ class ResBlock(nn.Module):
 
 
 class ImagenBlock(nn.Module):
-    """Residual blocks, then attention where the level has it: the unit that is checkpointed and compiled."""
+    """Residual blocks, then optional attention: the unit of gradient checkpointing and regional compilation."""
 
     def __init__(self, resnets: list[ResBlock], attention: AttentionBlock | None = None):
         super().__init__()
@@ -121,15 +121,15 @@ class ImagenBlock(nn.Module):
 
     @property
     def reads_text(self) -> bool:
-        """Whether the block takes the text."""
+        """Whether the block attends to the text."""
         return self.attention is not None and self.attention.reads_text
 
     def compile(self, *args, **kwargs) -> None:
-        """As torch's `Module.compile`; blocks whose parameters have the same shapes share what is compiled.
+        """Compile like torch's `Module.compile`; blocks whose parameters have the same shapes share compiled code.
 
-        torch keeps a small number of compilations of a function (`torch._dynamo.config.recompile_limit`, 8), and ends
-        with an error under `fullgraph` where it needs more. The blocks of a network have about ten different shapes,
-        each of which therefore gets a function of its own.
+        torch limits the number of compilations per function (`torch._dynamo.config.recompile_limit`, 8), and raises an
+        error under `fullgraph` beyond it. The blocks of a network have about ten different shapes, each of which
+        therefore gets a separate function.
         """
         shapes = tuple((name, *parameter.shape) for name, parameter in self.named_parameters())
         self._compiled_call_impl = torch.compile(MethodType(call_for(shapes), self), *args, **kwargs)
@@ -145,10 +145,10 @@ class ImagenBlock(nn.Module):
 
 
 def _call(block: ImagenBlock, *args, **kwargs) -> torch.Tensor:
-    return block._call_impl(*args, **kwargs)  # with the hooks of the block
+    return block._call_impl(*args, **kwargs)  # includes the block's hooks
 
 
 @functools.cache
 def call_for(shapes: tuple[tuple, ...]) -> Callable[..., Any]:
-    """A copy of `_call` for blocks with these parameters: torch counts compilations by code object."""
+    """Return a copy of `_call` for blocks with these parameter shapes: torch counts compilations per code object."""
     return FunctionType(_call.__code__.replace(co_name=f"_call_{abs(hash(shapes)):x}"), _call.__globals__)

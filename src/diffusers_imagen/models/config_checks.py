@@ -1,7 +1,7 @@
-"""Checks of what networks are configured with and called with: a ValueError that names the argument, before any work.
+"""Checks of a network's configuration and call arguments: each raises a ValueError that names the argument.
 
-A configuration comes from a file that may hold anything; a network is only built, and memory only taken, for values
-that make one.
+A configuration may come from an untrusted file; a network is built, and memory allocated, only if its configuration is
+valid.
 """
 
 from collections.abc import Sequence
@@ -17,10 +17,10 @@ from .embeddings import TextPooling
 from .interface import LowResAugmentation, LowResUpsampling
 
 
-# Lowest and highest value of what a network is configured with: far above what was published, and low enough that
-# no file keeps a machine busy until it is out of memory.
+# Lowest and highest value of each entry: far above any published configuration, and low enough that no file makes a
+# machine run out of memory.
 MAX_LEVELS = 12
-MAX_LAYERS = 128  # of a level
+MAX_LAYERS = 128  # per level
 MAX_CHANNELS = 16_384
 MAX_PARAMETERS = 10_000_000_000  # NeMo's largest has 2.2 billion
 RANGES = {
@@ -69,14 +69,14 @@ CHOICES = {
 
 
 def check_config(config: dict[str, Any], min_layers: int) -> None:
-    """Checks the sizes in a network's configuration, one by one and together.
+    """Check the sizes in a network's configuration, one by one and together.
 
     Args:
         config: The configuration, as registered.
-        min_layers: The fewest layers of a level.
+        min_layers: The minimum number of layers per level.
 
     Raises:
-        ValueError: For a value of another kind, out of its range, or that does not fit the others; names the argument.
+        ValueError: For a value of the wrong type, out of range, or inconsistent with the others; names the argument.
     """
     without_class_token = {} if "text_pooling_num_heads" in config else {"text_pooling": ("attention", "mean")}
     for name, choices in {**CHOICES, **without_class_token}.items():
@@ -119,18 +119,18 @@ def check_config(config: dict[str, Any], min_layers: int) -> None:
     if parameters > MAX_PARAMETERS:
         raise ValueError(
             f"`block_out_channels` {tuple(channels)} and `layers_per_block` {tuple(layers)} make a network of about "
-            f"{parameters / 1e9:.0f} billion parameters, but {MAX_PARAMETERS / 1e9:.0f} billion are the most."
+            f"{parameters / 1e9:.0f} billion parameters, but {MAX_PARAMETERS / 1e9:.0f} billion is the maximum."
         )
 
 
 def check_options(config: dict[str, Any]) -> None:
-    """Checks the options that mean something only beside others: none is taken that would change nothing.
+    """Check options that only have an effect in combination with others: one without effect is an error.
 
     Args:
-        config: The configuration of an `ImagenUNetModel`, which `check_config` has passed.
+        config: The configuration of an `ImagenUNetModel`, which has passed `check_config`.
 
     Raises:
-        ValueError: For such an option, by name.
+        ValueError: For an option without effect; names it.
     """
     scale, heads, text_width = (
         config[name] for name in ("resnet_out_scale_factor", "text_pooling_num_heads", "encoder_hid_dim")
@@ -157,14 +157,14 @@ def check_options(config: dict[str, Any]) -> None:
 
 
 def check_groups(name: str, widths: Sequence[int], groups: int) -> None:
-    """Refuses a width that the groups of the normalisation do not divide."""
+    """Raise ValueError for a width that is not divisible by the number of groups of the normalization."""
     indivisible = [width for width in widths if width % groups]
     if indivisible:
         raise ValueError(f"`norm_num_groups` is {groups}, which does not divide {indivisible[0]} of `{name}`.")
 
 
 def estimate_parameters(config: dict[str, Any], layers: Sequence[int]) -> int:
-    """About how many parameters a network has: within a factor of two."""
+    """Estimate the number of parameters of a network, within a factor of two."""
     channels = config["block_out_channels"]
     time_dim = config["time_embedding_dim"] or 4 * channels[0]
     text_dim = config["encoder_hid_dim"] or 0
@@ -179,9 +179,9 @@ def estimate_parameters(config: dict[str, Any], layers: Sequence[int]) -> int:
 
 
 def per_level(name: str, value: Any, num_levels: int) -> tuple:
-    """One value a level: an int serves all levels, a list must have one entry for each."""
+    """Return one value per level: an int applies to all levels, a list must have one entry for each."""
     if isinstance(value, bool) or not isinstance(value, (int, list, tuple)):
-        raise bad_argument(name, value, "a list with one entry a level")
+        raise bad_argument(name, value, "a list with one entry per level")
     values = (value,) * num_levels if isinstance(value, int) else tuple(value)
     if len(values) != num_levels:
         raise ValueError(f"`{name}` has {len(values)} entries, but `block_out_channels` has {num_levels}.")
@@ -189,7 +189,7 @@ def per_level(name: str, value: Any, num_levels: int) -> tuple:
 
 
 def check_integer(name: str, value: Any, minimum: int, maximum: int) -> None:
-    """Refuses what is no integer of a range, both ends included; NumPy's are none, as JSON does not write them."""
+    """Raise ValueError unless the value is a Python int in a closed range; NumPy integers cannot be saved as JSON."""
     if not is_within(value, minimum, maximum):
         raise bad_argument(name, value, f"an integer from {minimum} to {maximum}")
 
@@ -199,19 +199,19 @@ def is_within(value: Any, minimum: int, maximum: int) -> bool:
 
 
 def check_integers(name: str, values: Any, minimum: int, maximum: int, lengths: tuple[int, int]) -> None:
-    """Refuses what is no list of such integers, or one shorter or longer than it may be."""
+    """Raise ValueError unless the value is a list of such integers, of a length within `lengths`."""
     if not isinstance(values, (list, tuple)):
         raise bad_argument(name, values, "a list of integers")
     if not lengths[0] <= len(values) <= lengths[1]:
         raise ValueError(
-            f"`{name}` has {len(values)} entries, but should have {lengths[0]} to {lengths[1]}, of one level each."
+            f"`{name}` has {len(values)} entries, but should have {lengths[0]} to {lengths[1]}, one per level."
         )
     if not all(is_within(value, minimum, maximum) for value in values):
         raise bad_argument(name, values, f"a list of integers from {minimum} to {maximum}")
 
 
 def check_image(name: str, image: Any, channels: int) -> None:
-    """Refuses what is no tensor `(batch, channels, height, width)`."""
+    """Raise ValueError unless the image is a tensor `(batch, channels, height, width)`."""
     if not isinstance(image, torch.Tensor):
         raise ValueError(f"`{name}` is a {type(image).__name__}, but should be a tensor.")
     if image.ndim != 4 or image.shape[1] != channels:
@@ -219,9 +219,9 @@ def check_image(name: str, image: Any, channels: int) -> None:
 
 
 def as_timesteps(name: str, value: torch.Tensor | float | int, sample: torch.Tensor) -> torch.Tensor:
-    """A conditioning value as `(B,)` in float32; refuses what is neither one number nor one a sample."""
+    """Return a conditioning value as `(B,)` in float32; raise ValueError unless it is one number or one per sample."""
     if not isinstance(value, (torch.Tensor, float, int)):
-        raise bad_argument(name, value, "a number, or a tensor of one a sample")
+        raise bad_argument(name, value, "a number, or a tensor of one number per sample")
     value = torch.as_tensor(value, dtype=torch.float32, device=sample.device)
     if value.numel() not in (1, len(sample)):
         raise ValueError(f"`{name}` has shape {tuple(value.shape)}, but should have one value, or {len(sample)}.")

@@ -1,4 +1,4 @@
-"""What both networks are told besides the image: the noise level, the text, and the noise of the low-resolution image.
+"""Embeddings of the conditioning: the noise level, the text, and the noise level of the low-resolution image.
 
 Shapes: B batch, L text tokens, E width of the text encoder, D width of the text context, T width of the time
 embedding.
@@ -17,36 +17,36 @@ TextPooling = Literal["attention", "mean", "class_token"]
 
 
 class TextKeyValue(NamedTuple):
-    """Keys and values that one attention layer reads from the text."""
+    """Keys and values of the text for one attention layer."""
 
     key: torch.Tensor  # (B, L, C)
     value: torch.Tensor  # (B, L, C)
-    mask: torch.Tensor | None  # (B, L), True where a token counts; None where all do
+    mask: torch.Tensor | None  # (B, L), True for valid tokens; None if all are valid
 
 
 class TextContext(NamedTuple):
-    """The text as all attention layers read it, each of which makes keys and values of it."""
+    """Text context shared by all attention layers, each of which projects it to keys and values."""
 
     tokens: torch.Tensor  # (B, L, D)
-    mask: torch.Tensor | None  # (B, L), True where a token counts; None where all do
+    mask: torch.Tensor | None  # (B, L), True for valid tokens; None if all are valid
 
 
 class TextConditioning(NamedTuple):
-    """All that a network computes from a prompt and not from the noise level: made once, used at every step."""
+    """Text conditioning that does not depend on the noise level: computed once, used at every step."""
 
     pooled: torch.Tensor | None  # (B, T), added to the time embedding
-    texts: Iterable[TextKeyValue | TextContext]  # one per attention layer that reads text, as they are run
+    texts: Iterable[TextKeyValue | TextContext]  # one per attention layer that reads text, in order of execution
 
 
 class UnencodedText(NamedTuple):
-    """What `encode_text` gives where a network's weights are only at hand in its forward: the embeddings as they came."""
+    """Unprocessed text embeddings: the result of `encode_text` if the weights are only available within `forward`."""
 
     embeds: torch.Tensor  # (B, L, E)
     mask: torch.Tensor | None  # (B, L)
 
 
 class LearnedTimesteps(nn.Module):
-    """Sinusoids of learned frequency, with the value itself in front: `(B,)` to `(B, num_channels + 1)`."""
+    """The value, followed by sinusoids of learned frequency: `(B,)` to `(B, num_channels + 1)`."""
 
     def __init__(self, num_channels: int):
         super().__init__()
@@ -59,10 +59,10 @@ class LearnedTimesteps(nn.Module):
 
 
 class NoiseLevelEmbedding(nn.Module):
-    """Conditioning value of a noise level (c_noise, log-SNR or index) to a vector: `(B,)` to `(B, T)`.
+    """Embedding of the conditioning value of a noise level (c_noise, log-SNR or index): `(B,)` to `(B, T)`.
 
-    The sinusoids are computed in float32 whatever the model's dtype: half precision keeps about half of the values
-    apart that 1000 training steps need. Fixed ones are `sinusoidal_dim` wide, or a quarter of the embedding.
+    The sinusoids are computed in float32 whatever the model's dtype: half precision distinguishes only about half of
+    the values of 1000 training steps. Fixed sinusoids have the width `sinusoidal_dim`, or a quarter of the embedding.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class NoiseLevelEmbedding(nn.Module):
 class AttentionPooling(nn.Module):
     """Self-attention pooling of text tokens (arXiv 2008.01077): `(B, L, E)` to `(B, D)`.
 
-    Padded tokens take part, as in the checkpoints of NeMo; pad with zeros.
+    Padded tokens are included, as in NeMo's checkpoints; pad with zeros.
     """
 
     def __init__(self, in_features: int, out_features: int):
@@ -104,10 +104,10 @@ class AttentionPooling(nn.Module):
 
 
 class ClassTokenPooling(nn.Module):
-    """Pooling by one query, the mean of the tokens plus a learned vector: `(B, L, E)` to `(B, T)`.
+    """Attention pooling with a single query, the mean of the tokens plus a learned vector: `(B, L, E)` to `(B, T)`.
 
-    It attends to itself and to all tokens, padded ones included: the pooling of CLIP's residual networks (arXiv
-    2103.00020, section 2.4) between two normalisations, as in DeepFloyd IF.
+    The query attends to itself and to all tokens, including padding: the pooling of CLIP's residual networks (arXiv
+    2103.00020, section 2.4) between two normalizations, as in DeepFloyd IF.
     """
 
     def __init__(self, in_features: int, out_features: int, num_heads: int):
@@ -130,10 +130,10 @@ class ClassTokenPooling(nn.Module):
 
 
 class TextEmbedding(nn.Module):
-    """Text embeddings to the context of the attention layers and to a pooled vector for the time embedding.
+    """Projection of text embeddings to the attention context, and to a pooled vector for the time embedding.
 
     Takes `(B, L, E)` and an optional mask `(B, L)`; returns the context `(B, L', D)`, its mask, and `(B, T)`, where L'
-    is L plus the null token, if there is one. Pooling by a class token has `num_heads`, and ends in `(B, T)` by itself.
+    is L plus the null token, if there is one. Class-token pooling has `num_heads` heads and returns `(B, T)` itself.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class TextEmbedding(nn.Module):
         if pooling == "attention":
             self.pooling = AttentionPooling(encoder_hid_dim, context_dim)
         elif pooling == "class_token":
-            assert num_heads is not None  # check_config sees to it
+            assert num_heads is not None  # ensured by check_config
             self.pooling = ClassTokenPooling(encoder_hid_dim, time_embedding_dim, num_heads)
         self.null_token = nn.Parameter(torch.randn(1, 1, context_dim)) if null_token else None
         if pooling != "class_token":

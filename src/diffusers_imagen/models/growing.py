@@ -1,9 +1,9 @@
-"""Networks made of trained ones: for images of twice the resolution, or with other numbers of blocks.
+"""Progressive growing: networks initialized from trained ones, for twice the resolution or with other numbers of blocks.
 
-Progressive growing (Karras et al. 2017, arXiv 1710.10196) puts a finer level around a trained network, whose own
-levels go on seeing what they saw: features of the same size in the picture. So the meaning of words and the layout of
-pictures, learned cheaply at low resolution, are kept. Blocks may be added where the network lacks them, as residual
-blocks that start as the identity, and taken away where they cost more than they give.
+Progressive growing (Karras et al. 2017, arXiv 1710.10196) adds a finer level around a trained network, whose existing
+levels keep processing features of the same size in the image. The correspondence of text and layout that was learned
+cheaply at low resolution is kept. Residual blocks may be added, initialized as the identity, or removed where they cost
+more than they contribute.
 """
 
 import math
@@ -20,14 +20,14 @@ from .config_checks import per_level
 
 
 def grow_unet(small: ImagenUNetModel) -> ImagenUNetModel:
-    """A network with one more level, of one block and of the first level's width, around a trained one.
+    """Create a network with one more level than a trained one, of one block and of the first level's width.
 
-    The new level starts as resampling: down by averaging, up by interpolation, its residual branches at zero, so that
-    the grown network draws blurred what the small one drew sharp.
+    The new level is initialized as resampling: it downsamples by averaging and upsamples by interpolation, with residual
+    branches at zero, so that the grown network generates blurred versions of the small network's images.
 
     Raises:
-        ValueError: If the levels are joined by residual blocks, which cannot start as resampling, or residual blocks
-            scale what they pass on.
+        ValueError: If residual blocks resample between levels, which cannot be initialized as plain resampling, or residual
+            blocks scale their output.
     """
     config = dict(small.config)
     check_starts_as_identity(config)
@@ -53,7 +53,7 @@ def grow_unet(small: ImagenUNetModel) -> ImagenUNetModel:
 
 
 def check_starts_as_identity(config: dict[str, Any]) -> None:
-    """Refuses a network whose new residual blocks are not the identity."""
+    """Raise ValueError for a network whose new residual blocks are not the identity."""
     if config["resnet_out_scale_factor"] != 1:
         raise ValueError(
             f"`resnet_out_scale_factor` is {config['resnet_out_scale_factor']}, but should be 1 in a network that is "
@@ -62,16 +62,16 @@ def check_starts_as_identity(config: dict[str, Any]) -> None:
 
 
 def inner_key(key: str) -> str:
-    """Where a parameter of the small network sits in the grown one: after the new level's block and downsampler."""
+    """Return the key in the grown network of a parameter of the small one: after the new level's block and downsampler."""
     name, _, rest = key.partition(".")
     if name in ("down_blocks", "downsamplers"):
         number, _, rest = rest.partition(".")
         return f"{name}.{int(number) + 1}.{rest}"
-    return key  # the way up is counted from the deepest level
+    return key  # the decoder is numbered from the deepest level
 
 
 def start_as_resampling(unet: ImagenUNetModel) -> None:
-    """Sets the resampling layers of the outermost level to averaging and interpolation, its first shortcut to a pass."""
+    """Initialize the outermost level's resampling layers as averaging and interpolation, and its shortcut as a copy."""
     set_depthwise(cast(nn.Conv2d, unet.downsamplers[0]), torch.tensor([1.0, 2.0, 1.0]) / 4)
     set_depthwise(cast(nn.ConvTranspose2d, unet.upsamplers[-1]), torch.tensor([1.0, 3.0, 3.0, 1.0]) / 4)
     for block in cast(Iterable[ImagenBlock], unet.up_blocks[-2:]):
@@ -79,7 +79,7 @@ def start_as_resampling(unet: ImagenUNetModel) -> None:
 
 
 def pass_on(block: ImagenBlock) -> None:
-    """Lets the shortcut of a block of the way up pass the coarser image, which comes before the skip connection."""
+    """Initialize the shortcut of a decoder block to copy the coarser features, which precede the skip connection."""
     shortcut = cast(nn.Conv2d, block.resnets[0].conv_shortcut)
     zero_init(shortcut)
     channels = torch.arange(shortcut.out_channels)
@@ -87,16 +87,16 @@ def pass_on(block: ImagenBlock) -> None:
 
 
 def set_depthwise(conv: nn.Conv2d | nn.ConvTranspose2d, kernel: torch.Tensor) -> None:
-    """The separable kernel on each channel alone."""
+    """Set the weights to a separable kernel applied to each channel separately."""
     zero_init(conv)
     channels = torch.arange(conv.in_channels)
     conv.weight[channels, channels] = torch.outer(kernel, kernel).to(conv.weight)
 
 
 def shift_noise_level(unet: ImagenUNetModel, shift: float) -> None:
-    """Makes the embedding of a conditioning value that of `value - shift`: coarse features average the noise away.
+    """Shift the embedding of a conditioning value to that of `value - shift`: averaging reduces the noise.
 
-    The sinusoids of a shifted value are those of the value, rotated; the rotation goes into the first linear layer.
+    The sinusoids of a shifted value are a rotation of the value's, which is merged into the first linear layer.
     """
     linear = unet.time_embedding.mlp.linear_1
     half = linear.in_features // 2
@@ -108,15 +108,15 @@ def shift_noise_level(unet: ImagenUNetModel, shift: float) -> None:
 
 
 def change_layers(unet: ImagenUNetModel, layers_per_block: list[int]) -> ImagenUNetModel:
-    """A network with other numbers of residual blocks at its levels, and a trained one's weights.
+    """Create a network with the weights of a trained one and other numbers of residual blocks per level.
 
-    Added blocks, the last of their level, start as the identity: a network that only gains blocks draws what it drew.
-    Where a level loses blocks, the last ones go.
+    Added blocks are the last of their level and are initialized as the identity: adding blocks does not change the
+    output. Removed blocks are the last of their level.
 
     Raises:
-        ValueError: If there is not one number for each level, a level but the first would have no block on the way
-            down, one with none joins levels of other widths, or a level gains blocks in a network whose residual blocks
-            scale what they pass on.
+        ValueError: If there is not one number per level, a level other than the first would have no block in the
+            encoder, a level without blocks joins levels of different widths, or a level gains blocks in a network whose
+            residual blocks scale their output.
     """
     config = unet.config
     layers = per_level("layers_per_block", list(layers_per_block), len(config["block_out_channels"]))
@@ -144,7 +144,7 @@ def change_layers(unet: ImagenUNetModel, layers_per_block: list[int]) -> ImagenU
 
 
 def blocks_of_levels(unet: ImagenUNetModel, name: str, extra: int) -> list[list[ImagenBlock]]:
-    """The blocks of each level in the order in which they run; the way up has one more each and runs backwards."""
+    """Return the blocks per level in order of execution; the decoder has one more per level and reversed levels."""
     blocks, levels = iter(getattr(unet, name)), []
     for count in unet.num_layers if name == "down_blocks" else reversed(unet.num_layers):
         levels.append([next(blocks) for _ in range(count + extra)])
@@ -152,10 +152,10 @@ def blocks_of_levels(unet: ImagenUNetModel, name: str, extra: int) -> list[list[
 
 
 def match_blocks(old: list[ImagenBlock], new: list[ImagenBlock], extra: int) -> list[tuple[ImagenBlock, ImagenBlock]]:
-    """Which block of a level has its weights from which; `extra` is 1 on the way up.
+    """Pair the blocks of a level with those whose weights they take; `extra` is 1 in the decoder.
 
-    There the first block reads the level below and the last one the skip connection from before the level. Blocks come
-    and go behind the first: that is where the skip connections of the last blocks of the way down are read.
+    There the first block reads the level below, and the last one the skip connection from before the level. Blocks are
+    added or removed after the first, where the skip connections of the encoder's last blocks are read.
     """
     place, added = extra or min(len(old), len(new)), len(new) - len(old)
     if added > 0:

@@ -9,10 +9,10 @@ from torch.autograd.function import once_differentiable
 
 
 class GroupNorm(nn.GroupNorm):
-    """`torch.nn.GroupNorm` with another backward pass in bfloat16 and float16 on a CPU, in channels-last layout.
+    """`torch.nn.GroupNorm` with a faster backward pass in bfloat16 and float16 on a CPU, in channels-last layout.
 
-    There torch 2.13's own takes two to three times as long, and more than a quarter of a training step:
-    docs/benchmarks.md.
+    In that case the backward pass of torch 2.13 takes two to three times as long, and more than a quarter of a training
+    step: see docs/benchmarks.md.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -28,12 +28,12 @@ def _has_slow_backward(x: torch.Tensor) -> bool:
         and x.dtype in (torch.bfloat16, torch.float16)
         and x.ndim == 4
         and x.is_contiguous(memory_format=torch.channels_last)
-        and not torch.compiler.is_compiling()  # which makes a backward pass of its own
+        and not torch.compiler.is_compiling()  # which generates its own backward pass
     )
 
 
 class _GroupNorm(torch.autograd.Function):
-    """Forward pass of torch; backward pass as a few operations on `(B, H W, C)`, with sums in float32."""
+    """Group normalization with torch's forward pass, and a backward pass on `(B, H W, C)` with sums in float32."""
 
     @staticmethod
     def forward(
@@ -47,7 +47,7 @@ class _GroupNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Gradients of the input, the weight and the bias.
+        """Compute the gradients of the input, the weight and the bias.
 
         With the mean m and the inverse standard deviation r of a group of n values, and sums over it,
         `dx = r w dy + b x + c`, where `b = r^3 (m sum(w dy) - sum(w x dy)) / n` and `c = -b m - r sum(w dy) / n`.

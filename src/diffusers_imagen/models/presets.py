@@ -1,6 +1,6 @@
-"""The published sizes of NVIDIA NeMo's Imagen and the sizes that ship with this package, by name.
+"""Presets: named configurations of NVIDIA NeMo's Imagen and of the networks that ship with this package.
 
-docs/presets.md says where each configuration was published, and where a documented size differs from its file.
+docs/presets.md lists where each configuration was published, and where a documented size differs from its file.
 """
 
 import inspect
@@ -12,14 +12,14 @@ from .unet_base import ConditionalUNet
 
 
 class Preset(NamedTuple):
-    """A network's class, what its configuration changes of the class's defaults, and its number of parameters."""
+    """Network class, the entries of its configuration that differ from the defaults, and its number of parameters."""
 
     network_class: type[ConditionalUNet]
     config: dict[str, Any]
     num_parameters: int
 
 
-T5 = {"encoder_hid_dim": 1024}  # the width of T5-11B, which NeMo trained with
+T5 = {"encoder_hid_dim": 1024}  # the width of T5-11B, used by NeMo
 MINILM = {"encoder_hid_dim": 384, "time_embedding_dim": 256, "norm_num_groups": 16}
 # denoises residuals, which have a standard deviation of about 0.1 on emoji, without text
 RESIDUAL = {"encoder_hid_dim": None, "time_embedding_dim": 256, "norm_num_groups": 16, "residual_scale": 0.2}
@@ -30,8 +30,8 @@ IMAGEN_UNETS = {
     "500m_res_64":   (  64, (256,  512,  768, 1024),     3,               (32, 16, 8),  512, False, T5,       524_897_540),
     "2b_res_64":     (  64, (512, 1024, 1536, 2048),     3,               (32, 16, 8), 2048, False, T5,     2_171_162_116),
     "400m_res_256":  ( 256, (128, 256, 512, 768, 768),   (2, 2, 3, 4, 3), (32, 16),     512, True,  T5,       408_350_468),
-    # trained at 16 and 32 px, then grown by a level to emoji_base_64 (models/growing.py); what ships has its weights,
-    # further trained with layers (0, 1, 2, 1, 1)
+    # trained at 16 and 32 px, then grown by a level to emoji_base_64 (models/growing.py); the shipped checkpoint was
+    # trained further from its weights, with layers (0, 1, 2, 1, 1)
     "emoji_base_32": (  32, (32, 64, 128, 256),          1,               (8, 4),       256, False, MINILM,    13_401_988),
     "emoji_base_64": (  64, (32, 32, 64, 128, 256),      1,               (8, 4),       256, False, MINILM,    13_555_588),
 }
@@ -76,10 +76,10 @@ PRESETS = {name: _imagen_unet(*row) for name, row in IMAGEN_UNETS.items()} | {
 
 
 def create_unet(name: str, **overrides) -> ConditionalUNet:
-    """A network by preset name, with random weights; keyword arguments replace entries of its configuration.
+    """Create a network by preset name, with random weights; keyword arguments override entries of its configuration.
 
     Raises:
-        ValueError: For a name that is not in the table, or a configuration that makes no network.
+        ValueError: For an unknown name, or an invalid configuration.
     """
     check_choice("preset", name, tuple(PRESETS))
     preset = PRESETS[name]
@@ -87,6 +87,6 @@ def create_unet(name: str, **overrides) -> ConditionalUNet:
     unknown = [override for override in overrides if override not in entries]
     if unknown:
         raise ValueError(
-            f"`{unknown[0]}` is no entry of the configuration of {name!r}, which has {', '.join(entries)}."
+            f"`{unknown[0]}` is not an entry of the configuration of {name!r}, which has {', '.join(entries)}."
         )
     return preset.network_class(**{**preset.config, **overrides})

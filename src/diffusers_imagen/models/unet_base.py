@@ -1,4 +1,4 @@
-"""What both networks share: conditioning, input checks, diffusers citizenship."""
+"""Base class of both U-Nets: conditioning, input checks, and integration with diffusers."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from .interface import LowResAugmentation, LowResUpsampling, StageNetwork
 
 @dataclass
 class ImagenUNetOutput(BaseOutput):
-    """Output of a network.
+    """Output of a U-Net.
 
     Args:
         sample (`torch.Tensor` of shape `(batch_size, out_channels, height, width)`):
@@ -39,10 +39,10 @@ class ImagenUNetOutput(BaseOutput):
 class ConditionalUNet(
     StageNetwork, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, FromOriginalModelMixin, CacheMixin
 ):
-    """Base of this package's networks: turns noise level, text and low-resolution image into what the blocks take.
+    """Base class of this package's U-Nets, which embeds the noise level, the text and the low-resolution image.
 
     A subclass registers its configuration, calls `_init_conditioning`, builds its blocks and `conv_out`, runs them in
-    `_run_levels`, and names in `text_blocks` those that read text, in the order in which they run.
+    `_run_levels`, and returns from `text_blocks` those that read text, in order of execution.
     """
 
     _supports_gradient_checkpointing = True
@@ -51,9 +51,9 @@ class ConditionalUNet(
     _skip_layerwise_casting_patterns = ["norm", "time_embedding", "low_res_time_embedding", "text_embedding"]
 
     def _init_conditioning(self, context_dim: int | None, time_embedding_dim: int) -> None:
-        """Builds the first convolution and the embeddings from the registered configuration.
+        """Build the first convolution and the embeddings from the registered configuration.
 
-        What only one of the networks has as an option is read with the value that it has in the other.
+        Options that only one of the networks has are read with a default for the other.
         """
         config, act_fn = self.config, self.config.get("act_fn", "silu")
         if config.low_res_noise_conditioning and not config.low_res_conditioning:
@@ -74,11 +74,11 @@ class ConditionalUNet(
         self.conv_in = nn.Conv2d(channels, config.block_out_channels[0], kernel_size, padding=kernel_size // 2)
 
     def text_blocks(self) -> list[ImagenBlock]:
-        """The blocks that read text, in the order in which they run."""
+        """Return the blocks that read text, in order of execution."""
         raise NotImplementedError
 
     def _run_levels(self, h: torch.Tensor, temb: torch.Tensor, texts: Iterator[AttendedText]) -> torch.Tensor:
-        """From the first convolution to the last: `(B, C or 2C, H, W)` and `(B, T)` to `(B, out_channels, H, W)`."""
+        """Run the network from the first convolution to the last: `(B, C or 2C, H, W)` and `(B, T)` to `(B, out_channels, H, W)`."""
         raise NotImplementedError
 
     def forward(
@@ -92,6 +92,8 @@ class ConditionalUNet(
         return_dict: bool = True,
     ) -> ImagenUNetOutput | tuple[torch.Tensor]:
         r"""
+        Predict from noisy images.
+
         Args:
             sample (`torch.Tensor` of shape `(batch_size, in_channels, height, width)`):
                 The noisy image, scaled by the scheduler's `scale_model_input`.
@@ -101,13 +103,13 @@ class ConditionalUNet(
                 Text embeddings, zero at padded positions unless the network `attends_padding`; or the result of
                 `encode_text`.
             encoder_attention_mask (`torch.Tensor` of shape `(batch_size, tokens)`, *optional*):
-                True or 1 where a token counts; all do in a network that `attends_padding`. A row without any gives
-                zeros.
+                True or 1 for valid tokens; ignored by a network that `attends_padding`. A row without valid tokens
+                gives zeros.
             low_res_sample (`torch.Tensor` of shape `(batch_size, in_channels, h, w)`, *optional*):
-                The low-resolution image, at its own size or upsampled; never scaled by the scheduler. A network of
-                "discrete" `low_res_augmentation` takes it upsampled.
+                The low-resolution image, at its own size or upsampled, not scaled by the scheduler. With "discrete"
+                `low_res_augmentation` it must be upsampled.
             low_res_timestep (`torch.Tensor` of shape `(batch_size,)` or `()`, or a number, *optional*):
-                Noise level of `low_res_sample`, as the augmentation publishes it.
+                Noise level of `low_res_sample`, as returned by the augmentation.
             return_dict (`bool`, defaults to `True`): Whether to return an `ImagenUNetOutput` or a tuple.
         """
         check_image("sample", sample, self.config.in_channels)
@@ -173,16 +175,16 @@ class ConditionalUNet(
     def encode_text(
         self, encoder_hidden_states: torch.Tensor, encoder_attention_mask: torch.Tensor | None = None
     ) -> TextConditioning | UnencodedText:
-        """Does all the work on the prompt that does not depend on the noise level.
+        """Compute the part of the text conditioning that does not depend on the noise level.
 
-        The result takes the place of `encoder_hidden_states` in `forward`; a sampler calls this once a prompt. Under
-        group offloading weights come to the device for `forward` alone, which then does this work at every call.
+        Pass the result to `forward` as `encoder_hidden_states`; a sampler calls this once per prompt. Under group
+        offloading, weights are on the device only within `forward`, which then repeats this computation at every call.
 
         Args:
             encoder_hidden_states (`torch.Tensor` of shape `(batch_size, tokens, encoder_hid_dim)`):
                 Text embeddings, zero at padded positions unless the network `attends_padding`.
             encoder_attention_mask (`torch.Tensor` of shape `(batch_size, tokens)`, *optional*):
-                True or 1 where a token counts. Where all do, no mask is kept, so that flash kernels serve.
+                True or 1 for valid tokens. If all are valid, the mask is dropped, so that flash kernels can be used.
         """
         self._check_text(encoder_hidden_states, encoder_attention_mask)
         if self.attends_padding or (encoder_attention_mask is not None and encoder_attention_mask.bool().all()):
@@ -234,7 +236,7 @@ class ConditionalUNet(
             return TextConditioning(pooled=None, texts=())
         encoder_hidden_states = self._check_text(encoder_hidden_states, encoder_attention_mask)
         pooled, context = self._embed_text(encoder_hidden_states, encoder_attention_mask)
-        # each block makes its own keys and values, where offloading, sharding and checkpointing have its weights
+        # each block computes its keys and values in its own forward, for offloading, sharding and checkpointing
         return TextConditioning(pooled, [context] * len(self.text_blocks()))
 
     def _embed_noise_levels(
@@ -244,7 +246,7 @@ class ConditionalUNet(
         pooled_text: torch.Tensor | None,
         sample: torch.Tensor,
     ) -> torch.Tensor:
-        """Sum of the embeddings of noise level, the low-resolution image's noise level and text, activated: `(B, T)`."""
+        """Sum the embeddings of the noise level, the low-resolution image's noise level and the text: `(B, T)`, activated."""
         temb = self.time_embedding(as_timesteps("timestep", timestep, sample))
         if self.low_res_time_embedding is not None:
             if low_res_timestep is None:
@@ -257,7 +259,7 @@ class ConditionalUNet(
         return self.act(temb)
 
     def _append_low_res(self, sample: torch.Tensor, low_res_sample: torch.Tensor | None) -> torch.Tensor:
-        """`(B, C, H, W)` to `(B, 2C, H, W)` where the network is conditioned on a low-resolution image."""
+        """Concatenate the low-resolution image, if the network is conditioned on one: `(B, C, H, W)` to `(B, 2C, H, W)`."""
         height, width = sample.shape[-2:]
         if height % self.total_stride or width % self.total_stride:
             raise ValueError(f"`sample` is {height}x{width}, but both should be multiples of {self.total_stride}.")
@@ -275,7 +277,7 @@ class ConditionalUNet(
                 given = "x".join(map(str, low_res_sample.shape[-2:]))
                 raise ValueError(
                     f"`low_res_sample` is {given}, but should be {height}x{width}: this network was trained on images "
-                    "that got their noise after they were upsampled."
+                    "to which noise was added after upsampling."
                 )
             antialias = self.low_res_upsampling == "bicubic_antialias"
             low_res_sample = upsample_low_res(low_res_sample, (height, width), antialias)
@@ -284,7 +286,7 @@ class ConditionalUNet(
     def _run(
         self, block: nn.Module, h: torch.Tensor, temb: torch.Tensor, texts: Iterator[AttendedText]
     ) -> torch.Tensor:
-        """Runs an `ImagenBlock`, which takes its text, under gradient checkpointing if enabled."""
+        """Run an `ImagenBlock` with the text that it attends to, under gradient checkpointing if enabled."""
         text = next(texts, None) if block.reads_text else None
         if torch.is_grad_enabled() and self.gradient_checkpointing:
             return self._gradient_checkpointing_func(block, h, temb, text)
@@ -292,7 +294,7 @@ class ConditionalUNet(
 
 
 def count_heads(channels: int, num_attention_heads: int | None, attention_head_dim: int | None) -> int:
-    """Heads of an attention layer: a fixed number, or as many as heads of the given width fit."""
+    """Return the number of heads of an attention layer: a fixed number, or the channels divided by a head's width."""
     check_exactly_one(num_attention_heads=num_attention_heads, attention_head_dim=attention_head_dim)
     if num_attention_heads is not None:
         name, value, heads = "num_attention_heads", num_attention_heads, num_attention_heads

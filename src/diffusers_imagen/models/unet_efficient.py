@@ -1,4 +1,4 @@
-"""EfficientUNetModel: the Efficient U-Net of the super-resolution stages."""
+"""EfficientUNetModel: the Efficient U-Net for super-resolution stages."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -17,14 +17,14 @@ from .unet_base import ConditionalUNet, count_heads
 class EfficientUNetModel(ConditionalUNet):
     r"""The Efficient U-Net of Imagen (arXiv 2205.11487, appendix B and figures A.27 to A.30), as in NVIDIA NeMo.
 
-    Downsampling comes before the convolutions of a level and upsampling after them, parameters sit at the low
-    resolutions, and skip connections are added.
+    Downsampling comes before the convolutions of a level and upsampling after them, most parameters are at
+    the low resolutions, and skip connections are added.
 
     Args:
         sample_size (`int`, defaults to 256): Resolution of the images that it is trained for, in pixels.
         in_channels (`int`, defaults to 3): Channels of the noisy image.
         out_channels (`int`, defaults to 3): Channels of the output.
-        block_out_channels (`tuple[int]`): Channels of each level; all but the last begin by halving the image.
+        block_out_channels (`tuple[int]`): Channels of each level; all but the last begin with downsampling by 2.
         layers_per_block (`int` or `tuple[int]`): Residual blocks of each level.
         attention_types (`tuple` of `AttentionType` or `None`):
             What image tokens attend to at each level, of `attention.ATTENTION_TYPES`; None for a level without
@@ -34,19 +34,19 @@ class EfficientUNetModel(ConditionalUNet):
         encoder_hid_dim (`int`, *optional*, defaults to 1024):
             Width of the text encoder's embeddings; None builds a network without text.
         text_pooling (`"attention"` or `"mean"`): How the text becomes the vector added to the time embedding.
-        use_null_token (`bool`): Whether a learned token is appended to every text.
+        use_null_token (`bool`): Whether a learned token is appended to the text embeddings.
         time_embedding_dim (`int`, *optional*): Width of the time embedding; 4 times the first level's channels.
         learned_sinusoidal_dim (`int`, *optional*): Learned sinusoids of the noise level, in place of fixed ones.
         time_scale_shift (`"scale_shift"` or `"default"`): Whether the time embedding scales and shifts, or is added.
         skip_connection_scaling (`bool`): Whether the shortcut of every residual block is scaled by 1 / sqrt(2).
         conv_kernel_size (`int`, defaults to 3): Kernel of the first convolution.
         dropout (`float`): Dropout rate of the residual blocks.
-        norm_num_groups (`int`, defaults to 32): Groups of every normalisation.
+        norm_num_groups (`int`, defaults to 32): Groups of every normalization.
         low_res_conditioning (`bool`, defaults to True): Whether a low-resolution image is concatenated to the input.
         low_res_noise_conditioning (`bool`): Whether the noise level of that image is an input too.
         residual_scale (`float`, *optional*):
-            Denoise the difference between the image and its enlarged low-resolution image, divided by this, in place of
-            the image: see `diffusion.residual`. Above 0; about twice the standard deviation of that difference.
+            Denoise the difference between the image and its upsampled low-resolution image, divided by this value,
+            instead of the image: see `diffusion.residual`. Above 0; about twice that difference's standard deviation.
     """
 
     @register_to_config
@@ -105,7 +105,7 @@ class EfficientUNetModel(ConditionalUNet):
 
         self._init_conditioning(encoder_hid_dim, time_embedding_dim)
 
-        # widths at the boundaries of the levels: level i leads from widths[i] to widths[i + 1], and back
+        # channels at the boundaries of the levels: level i maps widths[i] to widths[i + 1], and back
         widths = [block_out_channels[0], *block_out_channels]
         levels = range(num_levels)
         self.downsamplers = nn.ModuleList(
@@ -130,7 +130,7 @@ class EfficientUNetModel(ConditionalUNet):
             h = self._run(block, downsample(h), temb, texts)  # (B, C_i, H / 2^(i+1), W / 2^(i+1))
             skips.append(h)
 
-        # the deepest level neither halves nor doubles
+        # the deepest level does not resample
         h = self._run(self.down_blocks[-1], h, temb, texts)
         h = self._run(self.up_blocks[0], h, temb, texts)
 

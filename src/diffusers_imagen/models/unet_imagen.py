@@ -1,4 +1,4 @@
-"""ImagenUNetModel: the U-Net of the base stage, which also serves as a super-resolution network."""
+"""ImagenUNetModel: the U-Net for base stages, and for super-resolution stages of this architecture."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -31,10 +31,10 @@ class ImagenUNetModel(ConditionalUNet):
 
     Args:
         sample_size (`int`, defaults to 64):
-            Resolution of the images that it is trained on, in pixels. Other sizes work: see `total_stride`.
+            Resolution of the images that it is trained on, in pixels. Other sizes are possible: see `total_stride`.
         in_channels (`int`, defaults to 3): Channels of the noisy image.
         out_channels (`int`, defaults to 3): Channels of the output.
-        block_out_channels (`tuple[int]`): Channels of each level, from full resolution down; each level halves.
+        block_out_channels (`tuple[int]`): Channels of each level, from full resolution down; each level halves the resolution.
         layers_per_block (`int` or `tuple[int]`, defaults to 3): Residual blocks of each level.
         attention_resolutions (`tuple[int]`, defaults to `(32, 16, 8)`):
             Resolutions, in pixels at `sample_size`, of the levels that have attention.
@@ -45,39 +45,40 @@ class ImagenUNetModel(ConditionalUNet):
             Width of the text encoder's embeddings; None builds a network without text.
         cross_attention_dim (`int`, defaults to 512): Width to which text embeddings are projected.
         text_pooling (`"attention"`, `"mean"` or `"class_token"`):
-            How the text becomes the vector added to the time embedding: a mean weighted by one learned score, the mean,
-            or what a class token finds by multi-head attention (see `ClassTokenPooling`).
-        use_null_token (`bool`): Whether a learned token is appended to every text.
+            How the text embeddings are pooled to a vector that is added to the time embedding: a mean weighted by one
+            learned score, the mean, or multi-head attention of a class token (see `ClassTokenPooling`).
+        use_null_token (`bool`): Whether a learned token is appended to the text embeddings.
         time_embedding_dim (`int`, *optional*): Width of the time embedding; 4 times the first level's channels.
         learned_sinusoidal_dim (`int`, *optional*): Learned sinusoids of the noise level, in place of fixed ones.
         time_scale_shift (`"scale_shift"` or `"default"`): Whether the time embedding scales and shifts, or is added.
         resample_type (`"conv"`, `"pool"`, `"resnet"` or `"resnet_nearest"`):
-            Levels are joined by a strided convolution, by average pooling, or by residual blocks; upsampling is a
-            transposed convolution in the first three, and repeats pixels in the last.
+            Downsampling is a strided convolution, average pooling, or a residual block; upsampling is a transposed
+            convolution for the first three, and nearest-neighbor for the last.
         conv_kernel_size (`int`, defaults to 3): Kernel of the first and the last convolution.
         dropout (`float`): Dropout rate of the residual blocks.
-        norm_num_groups (`int`, defaults to 32): Groups of every normalisation.
+        norm_num_groups (`int`, defaults to 32): Groups of every normalization.
         low_res_conditioning (`bool`): Whether a low-resolution image is concatenated to the input.
         low_res_noise_conditioning (`bool`): Whether the noise level of that image is an input too.
         act_fn (`"silu"` or `"gelu"`):
-            The activation everywhere, but for the gated feed-forward of stacked attention.
-        resnet_out_scale_factor (`float`, defaults to 1.0): What the output of every residual block is divided by.
+            The activation function, except in the gated feed-forward of stacked attention.
+        resnet_out_scale_factor (`float`, defaults to 1.0): Divisor of every residual block's output.
         shared_attention_norm (`bool`):
-            Whether fused attention takes queries, and keys and values of the image, from one normalisation, and not
-            from one each.
+            Whether the image's queries, keys and values in fused attention share one normalization, instead of having
+            one for the queries and one for keys and values.
         sinusoidal_dim (`int`, *optional*):
             Width of the fixed sinusoids of the noise level; a quarter of the time embedding.
-        text_pooling_num_heads (`int`, *optional*): Number of heads, for `text_pooling="class_token"` alone.
-        mid_block_add_attention (`bool`, defaults to True): Whether the middle has attention.
+        text_pooling_num_heads (`int`, *optional*): Number of heads, only for `text_pooling="class_token"`.
+        mid_block_add_attention (`bool`, defaults to True): Whether the middle block has attention.
         attends_padding (`bool`):
-            Whether the text is read at padded positions too, whatever the mask says: see `StageNetwork`.
+            Whether padded positions of the text are attended to, ignoring the mask: see `StageNetwork`.
         low_res_augmentation (`"edm"` or `"discrete"`):
-            How noise comes into the low-resolution image, and how the network is told of it: see `StageNetwork`.
+            How noise is added to the low-resolution image, and how the network is conditioned on it: see
+            `StageNetwork`.
         trained_beta_schedule (`str`, *optional*):
-            The discrete noise levels that the network was trained with: see `StageNetwork`. Pipelines take no scheduler of
-            others.
+            The discrete noise levels that the network was trained with: see `StageNetwork`. Pipelines reject schedulers
+            with others.
         low_res_upsampling (`"bicubic"` or `"bicubic_antialias"`):
-            How the low-resolution image comes to the size of the sample: see `StageNetwork`.
+            How the low-resolution image is upsampled to the size of the sample: see `StageNetwork`.
     """
 
     @register_to_config
@@ -171,7 +172,7 @@ class ImagenUNetModel(ConditionalUNet):
         return 2 ** (len(self.config.block_out_channels) - 1)
 
     def at_resolution(self, resolution: int) -> "ImagenUNetModel":
-        """Record another `sample_size`; attention stays at its levels, so its resolutions scale along."""
+        """Set another `sample_size`; attention stays at its levels, so `attention_resolutions` are scaled too."""
         strides = [self.resolution // attended for attended in self.config.attention_resolutions]
         super().at_resolution(resolution)
         self.register_to_config(attention_resolutions=tuple(resolution // stride for stride in strides))
@@ -206,12 +207,12 @@ class ImagenUNetModel(ConditionalUNet):
 
 
 def resample(resampler: nn.Module, h: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
-    """To the resolution of the next level."""
+    """Resample to the resolution of the next level."""
     return resampler(h, temb) if isinstance(resampler, ResBlock) else resampler(h)
 
 
 def strides_of(attention_resolutions: tuple[int, ...], sample_size: int, num_levels: int) -> set[int]:
-    """The strides of the levels with these resolutions, in pixels at `sample_size`."""
+    """Return the strides of the levels with these resolutions, in pixels at `sample_size`."""
     check_integers("attention_resolutions", attention_resolutions, 1, sample_size, (0, num_levels))
     strides = {sample_size // 2**level: 2**level for level in range(num_levels)}
     for resolution in attention_resolutions:
@@ -223,14 +224,14 @@ def strides_of(attention_resolutions: tuple[int, ...], sample_size: int, num_lev
 
 
 def make_downsampler(resample_type: ResampleType, channels: int, options: ResBlockOptions) -> nn.Module:
-    """Halves height and width."""
+    """Create a module that halves height and width."""
     if resample_type in ("resnet", "resnet_nearest"):
         return ResBlock(channels, channels, options, "down")
     return nn.Conv2d(channels, channels, 3, stride=2, padding=1) if resample_type == "conv" else nn.AvgPool2d(2)
 
 
 def make_upsampler(resample_type: ResampleType, channels: int, options: ResBlockOptions) -> nn.Module:
-    """Doubles height and width."""
+    """Create a module that doubles height and width."""
     if resample_type in ("resnet", "resnet_nearest"):
         return ResBlock(channels, channels, options, "up" if resample_type == "resnet" else "up_nearest")
     return transposed_upsample(channels)

@@ -1,4 +1,4 @@
-"""The samplers, as diffusers schedulers."""
+"""Schedulers (samplers), as diffusers schedulers."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Configurations of diffusers' schedulers, read as ones of this package."""
+"""Conversion of diffusers' scheduler configurations to those of this package."""
 
 import inspect
 import math
@@ -11,24 +11,26 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from ..utils.arguments import bad_argument
 
 
-NO_BETAS = "none: EDM noise levels"  # the `beta_schedule` of EDM networks, at which discrete schedulers stop
+NO_BETAS = (
+    "none: EDM noise levels"  # the `beta_schedule` of EDM networks, which makes discrete schedulers raise an error
+)
 
-# what a configuration has to say where it says anything, because this package has no other meaning for it
+# required values of entries, if present, because this package supports no others
 EDM_MEANINGS = {"sigma_schedule": "karras", "final_sigmas_type": "zero"}
 DISCRETE_MEANINGS = {"rescale_betas_zero_snr": False, "use_flow_sigmas": False, "timestep_type": "discrete"}
 
 
 def read_config(config: Mapping[str, Any], reader: str) -> dict[str, Any]:
-    """A configuration of ours or of diffusers' schedulers, in terms of ours; `reader` is the class that it is for.
+    """Convert a configuration of this package's or diffusers' schedulers for the class named `reader`.
 
-    What a network is belongs to it and is kept; how another scheduler samples is kept for the way back. `variance_type`
-    is dropped, lest it be taken for a promise: no scheduler of this package draws noise of a learned variance.
+    Entries that describe the network are kept; entries that describe how another scheduler samples are kept for
+    converting back. `variance_type` is dropped: no scheduler of this package uses a learned variance.
 
     Raises:
-        ValueError: for a value that would have another meaning here, as `EDM_MEANINGS` and `DISCRETE_MEANINGS` say.
+        ValueError: for a value that this package does not support, as listed in `EDM_MEANINGS` and `DISCRETE_MEANINGS`.
     """
     config = {key: value for key, value in config.items() if key != "_use_default_values"}
-    if "preconditioning" not in config:  # it is not ours
+    if "preconditioning" not in config:  # not a configuration of this package
         config = {**_default_values(config.get("_class_name")), **config}
     if config.get("beta_schedule") == NO_BETAS:
         del config["beta_schedule"]
@@ -38,25 +40,25 @@ def read_config(config: Mapping[str, Any], reader: str) -> dict[str, Any]:
             raise bad_argument(key, config[key], f"{expected!r} in a configuration for {reader}")
     if discrete:
         config = {"preconditioning": "discrete", "clip_sample": False, **config}
-        # None is diffusers' word for "those of the betas"
+        # in diffusers, None means the noise levels of the betas
         without = {"variance_type", *(key for key in ("sigma_min", "sigma_max") if config.get(key) is None)}
-        if config.get("lambda_min_clipped") == -math.inf:  # its default, and JSON has no infinity
+        if config.get("lambda_min_clipped") == -math.inf:  # the default; JSON has no infinity
             without.add("lambda_min_clipped")
         return {key: value for key, value in config.items() if key not in without}
-    if "sigma_schedule" in config:  # diffusers' EDM schedulers, which have no word for these
+    if "sigma_schedule" in config:  # diffusers' EDM schedulers, which lack these entries
         return {"preconditioning": "edm", "clip_sample": False, **config}
     return config
 
 
 def is_discrete(config: Mapping[str, Any]) -> bool:
-    """Whether a configuration is that of a network with discrete betas, in terms of ours or of diffusers'."""
+    """Return whether a configuration, of this package or of diffusers, is for a network with discrete betas."""
     # UnCLIPScheduler has betas without a start and an end
     has_betas = "beta_start" in config or config.get("beta_schedule", NO_BETAS) != NO_BETAS
     return config.get("preconditioning", "discrete" if has_betas else None) == "discrete"
 
 
 def _default_values(class_name: Any) -> dict[str, Any]:
-    """Those of a scheduler of diffusers', which a saved configuration of an earlier version may lack."""
+    """Return the defaults of a diffusers scheduler, which configurations saved by earlier versions may lack."""
     source = getattr(diffusers, class_name, None) if isinstance(class_name, str) else None
     if not (isinstance(source, type) and issubclass(source, SchedulerMixin)):
         return {}

@@ -1,4 +1,4 @@
-"""Checks of what a caller gives to a scheduler: its configuration, a schedule, a step. All of them raise ValueError."""
+"""Checks of arguments of schedulers (configuration, schedule, step); all of them raise ValueError."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ MAX_TRAIN_TIMESTEPS = 1_000_000  # far beyond use, and below what would run unti
 
 
 def check_config_number(name: str, value: Any, minimum: int | float, maximum: int | float) -> int | float:
-    """A number of a configuration as Python's, so that it can be saved: whole where its bounds are whole above 0."""
+    """Return a configuration's number as a Python number that can be saved: an integer if its bounds are integers above 0."""
     whole = isinstance(minimum, int) and minimum > 0 and isinstance(maximum, int)
     is_kind = is_integer(value) if whole else is_number(value)
     if not is_kind or not minimum <= value <= maximum:
@@ -27,7 +27,7 @@ def check_config_number(name: str, value: Any, minimum: int | float, maximum: in
 
 
 def check_betas(name: str, betas: Any, count: int) -> list[float]:
-    """The caller's own betas of a network, one for each of `count` timesteps, as a list that can be saved."""
+    """Return custom betas, one for each of `count` timesteps, as a list that can be saved."""
     values = as_values(name, betas)
     if len(values) != count or not ((values >= MIN_BETA) & (values <= MAX_BETA)).all():
         raise bad_argument(
@@ -40,7 +40,7 @@ def check_betas(name: str, betas: Any, count: int) -> list[float]:
 
 
 def check_request(num_inference_steps: Any, sigmas: Any, timesteps: Any, device: Any) -> None:
-    """Exactly one of `set_timesteps`' descriptions of a schedule, and None or a device that there is."""
+    """Check that exactly one of `set_timesteps`' schedule arguments is given, and that the device is None or exists."""
     check_exactly_one(num_inference_steps=num_inference_steps, sigmas=sigmas, timesteps=timesteps)
     if device is None:
         return
@@ -51,8 +51,8 @@ def check_request(num_inference_steps: Any, sigmas: Any, timesteps: Any, device:
 
 
 def check_step_count(num_inference_steps: Any) -> int:
-    """`num_inference_steps` as an int; a float that is whole is one."""
-    # NaN and infinity are not whole
+    """Return `num_inference_steps` as an int; floats without a fraction are accepted."""
+    # excludes NaN and infinity
     whole = is_number(num_inference_steps) and num_inference_steps % 1 == 0
     if not whole or not 1 <= num_inference_steps <= MAX_STEPS:
         raise bad_argument(
@@ -63,8 +63,8 @@ def check_step_count(num_inference_steps: Any) -> int:
 
 def as_values(name: str, values: Any) -> torch.Tensor:
     """
-    Numbers of a caller, `(N,)` on the CPU: int64 if all are whole numbers of Python's, else in float64. Tensors in
-    other dtypes than float32 keep theirs, which may mean something.
+    Convert a caller's numbers to `(N,)` on the CPU: int64 if all are Python ints, else float64. Tensors of other
+    dtypes than float32 keep their dtype, which can be significant.
     """
     expected = f"a list of at most {MAX_STEPS} finite numbers"
     if isinstance(values, torch.Tensor) and not values.is_meta and not values.is_complex():
@@ -75,7 +75,7 @@ def as_values(name: str, values: Any) -> torch.Tensor:
         whole = all(is_integer(value) and abs(value) < 2**63 for value in values) and len(values) > 0
         try:
             numbers = [int(value) if whole else float(value) for value in values]
-        except OverflowError as error:  # integers beyond floating point
+        except OverflowError as error:  # integers too large for floating point
             raise bad_argument(name, values, expected) from error
         tensor = torch.tensor(numbers, dtype=torch.int64 if whole else torch.float64)
     else:
@@ -87,10 +87,10 @@ def as_values(name: str, values: Any) -> torch.Tensor:
 
 def as_sigmas(name: str, sigmas: torch.Tensor, given: Any) -> torch.Tensor:
     """
-    The caller's noise levels `(N,)` in float64; a final zero is dropped, because every run ends at it anyway.
+    Return the caller's noise levels `(N,)` in float64; a final zero is dropped, because every run ends at zero.
 
     Raises:
-        ValueError: unless they are finite, strictly decreasing and above 0; it shows `name` and what was `given`.
+        ValueError: unless they are finite, strictly decreasing and above 0; the message shows `name` and `given`.
     """
     sigmas = sigmas.double()
     if len(sigmas) > 1 and sigmas[-1] == 0:
@@ -108,7 +108,7 @@ def as_sigmas(name: str, sigmas: torch.Tensor, given: Any) -> torch.Tensor:
 
 
 def as_tensor(name: str, value: Any, images: torch.Tensor | None = None) -> torch.Tensor:
-    """A number, or real numbers, as a tensor with values; for `images` one, or one for each."""
+    """Convert one or more real numbers to a tensor; with `images`, one number or one per image."""
     try:
         tensor = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
@@ -124,7 +124,7 @@ def as_tensor(name: str, value: Any, images: torch.Tensor | None = None) -> torc
 
 
 def check_images(**images: Any) -> None:
-    """Tensors in floating point, all of the shape of the first, which has a batch."""
+    """Check that all are floating-point tensors with a batch dimension, on one device and of the same shape."""
     first, like = next(iter(images.items()))
     for name, image in images.items():
         if not isinstance(image, torch.Tensor) or not image.is_floating_point() or image.dim() == 0:
@@ -140,7 +140,7 @@ def check_images(**images: Any) -> None:
 
 
 def check_generator(generator: Any, batch_size: int) -> None:
-    """None, a generator, or one for each image."""
+    """Check that the generator is None, one generator, or a list of one per image."""
     entries = generator if isinstance(generator, list) else [generator]
     if generator is not None and not all(isinstance(entry, torch.Generator) for entry in entries):
         raise bad_argument("generator", generator, "a torch.Generator or a list of them")

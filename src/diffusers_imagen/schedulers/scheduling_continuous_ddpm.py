@@ -1,4 +1,4 @@
-"""Continuous-time DDPM with log-SNR conditioning: Kingma et al. 2021, "Variational Diffusion Models" (2107.00630)."""
+"""ContinuousDDPMScheduler: continuous-time DDPM with log-SNR conditioning, Kingma et al. 2021, "Variational Diffusion Models" (2107.00630)."""
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -15,32 +15,32 @@ from .scheduling_utils import DISCRETE_SCHEDULERS, Generators, ImagenScheduler
 
 class ContinuousDDPMScheduler(ImagenScheduler):
     """
-    Variance-preserving diffusion over a time in [0, 1], whose network is conditioned on the log-SNR (NVIDIA NeMo's and
+    Variance-preserving diffusion over a time in [0, 1], with a network conditioned on the log-SNR (NVIDIA NeMo's and
     imagen-pytorch's `GaussianDiffusionContinuousTimes`).
 
     N steps go from t = 1 to t = 0 at the times `linspace(1, 0, N + 1)`, with the ancestral step of eq. 33 for `eta` 1
     and DDIM's for 0. The last step draws no noise.
 
-    Timesteps have two forms, told apart by their dtype. Floating-point ones, as published in `timesteps`, are what the
-    network is conditioned on: the log-SNR. Integers k are those of diffusers' training scripts,
-    `randint(0, num_train_timesteps)`, and stand for the time `k / num_train_timesteps`; `conditioning(k)` gives what
-    the network has to be told then.
+    Timesteps have two forms, distinguished by their dtype. Floating-point ones, as in `timesteps`, are the network's
+    conditioning value: the log-SNR. Integers k are those of diffusers' training scripts,
+    `randint(0, num_train_timesteps)`, and denote the time `k / num_train_timesteps`; `conditioning(k)` returns the
+    network's conditioning value for them.
 
-    A network with the scalings of Karras et al. 2022 is sampled exactly as well (`preconditioning="edm"`): timesteps are
-    then its `c_noise`.
+    Networks with the scalings of Karras et al. 2022 are supported too (`preconditioning="edm"`): timesteps are then
+    `c_noise`.
 
-    So is a network trained with discrete betas (`preconditioning="discrete"`), by the configuration of diffusers' DDPM,
-    DDIM or DPM-Solver. Timesteps of both forms are then indices, fractional ones between the noise levels of training.
-    Index k of N is the time `(k + 1) / N`; a run starts at that of sigma 80, or of the last beta where this is below,
-    and ends without noise. The variance of a step is the posterior's (`variance_type="fixed_small"`), never a learned
-    one.
+    Networks trained with discrete betas are supported too (`preconditioning="discrete"`), from the configuration of
+    diffusers' DDPM, DDIM or DPM-Solver. Timesteps of both forms are then indices, fractional ones between the noise
+    levels of training. Index k of N is the time `(k + 1) / N`; a run starts at that of sigma 80, or of the last beta if
+    that is lower, and ends without noise. The variance of a step is the posterior's (`variance_type="fixed_small"`),
+    never a learned one.
 
     Args:
         num_train_timesteps (`int`, defaults to 1000):
-            The number of times that integer timesteps divide [0, 1] into.
+            The number of integer timesteps in [0, 1].
         beta_schedule (`"squaredcos_cap_v2"` or `"linear"`, defaults to `"squaredcos_cap_v2"`):
             The log-SNR as a function of time: the cosine schedule, or the continuous form of DDPM's linear betas. With
-            `"discrete"` the betas, as in diffusers: `"scaled_linear"` and `"sigmoid"` as well.
+            `"discrete"`, the beta schedule as in diffusers: `"scaled_linear"` and `"sigmoid"` as well.
         prediction_type (`"epsilon"`, `"sample"` or `"v_prediction"`, defaults to `"epsilon"`):
             What the network predicts: the noise, the clean image, or v. With `preconditioning="edm"` as in diffusers'
             EDM schedulers: `"epsilon"` is the raw output F, `"v_prediction"` is -F.
@@ -51,21 +51,21 @@ class ContinuousDDPMScheduler(ImagenScheduler):
         clip_sample_range (`float`, defaults to 1.0):
             The limit of static thresholding.
         thresholding (`bool`, defaults to `False`):
-            Dynamic thresholding of it instead (Imagen, section 2.3); goes before `clip_sample`.
+            Dynamic thresholding instead (Imagen, section 2.3); takes precedence over `clip_sample`.
         dynamic_thresholding_ratio (`float`, defaults to 0.995):
             The quantile of |x_0| that dynamic thresholding scales to 1.
         sample_max_value (`float`, *optional*):
-            The highest value that this quantile is taken for; no bound if None.
+            Upper bound of this quantile; no bound if None.
         preconditioning (`"variance_preserving"`, `"edm"` or `"discrete"`, defaults to `"variance_preserving"`):
             How the network was trained; see above.
         sigma_data (`float`, defaults to 0.5):
             The standard deviation of the images that a network with `preconditioning="edm"` assumes.
         beta_start (`float`, defaults to 0.0001):
-            With `"discrete"`, the first beta, but for the cosine schedule.
+            With `"discrete"`, the first beta, except for the cosine schedule.
         beta_end (`float`, defaults to 0.02):
-            With `"discrete"`, the last beta, but for the cosine schedule.
+            With `"discrete"`, the last beta, except for the cosine schedule.
         trained_betas (`list[float]`, *optional*):
-            With `"discrete"`, all betas, instead of a schedule.
+            With `"discrete"`, a list of all betas, instead of a schedule.
     """
 
     _compatibles = ["EDMHeunScheduler", "EDMAdamsScheduler", *DISCRETE_SCHEDULERS]
@@ -93,19 +93,19 @@ class ContinuousDDPMScheduler(ImagenScheduler):
         self.init_noise_sigma = 1.0
         integers = torch.arange(self.config.num_train_timesteps + 1, dtype=torch.float64)
         log_snr = self._log_snr_at(integers / self.config.num_train_timesteps)
-        # entry k is that of integer timestep k, for diffusers' `compute_snr`
+        # entry k belongs to integer timestep k, for diffusers' `compute_snr`
         self.alphas_cumprod = self._log_snr(integers[:-1].long(), torch.float64).sigmoid().to(torch.float32)
         self._publish(ddpm.log_snr_to_sigma(log_snr.flip(0)))
 
     def _log_snr_at(self, t: torch.Tensor) -> torch.Tensor:
-        """The log-SNR at times in [0, 1]: of N discrete betas, index k is the time (k + 1) / N, and 0 has no noise."""
+        """Return the log-SNR at times in [0, 1]; for N discrete betas, index k is the time (k + 1) / N, and 0 has no noise."""
         if not self._preconditioning.takes_index:
             return ddpm.log_snr(t, self.config.beta_schedule)
         count = self.config.num_train_timesteps
         return self._log_snr((t * count - 1).clamp(0, count - 1)).masked_fill(t == 0, torch.inf)
 
     def _times(self, num_steps: int) -> torch.Tensor:
-        """The N + 1 times between the steps of a run, evenly spaced down to 0."""
+        """Return the N + 1 times between the steps of a run, evenly spaced down to 0."""
         start = 1.0
         if self._preconditioning.takes_index:
             count = self.config.num_train_timesteps
@@ -125,7 +125,7 @@ class ContinuousDDPMScheduler(ImagenScheduler):
         sigmas: list[float] | torch.Tensor | None = None,
     ) -> None:
         """
-        Lays out a run of N steps: `timesteps` of length N and, on the CPU, `sigmas` of length N + 1.
+        Set the schedule of a run of N steps: `timesteps` of length N and, on the CPU, `sigmas` of length N + 1.
 
         `sigmas` are EDM noise levels, `exp(-log_snr / 2)`, the last one that of t = 0.
 
@@ -135,13 +135,13 @@ class ContinuousDDPMScheduler(ImagenScheduler):
             device (`str` or `torch.device`, *optional*):
                 Where `timesteps` goes.
             timesteps (`list` or `torch.Tensor`, *optional*):
-                The caller's N conditioning values instead (log-SNR, increasing), or N integers, decreasing.
+                Custom schedule of N conditioning values (log-SNR, increasing), or N integers, decreasing.
             sigmas (`list[float]` or `torch.Tensor`, *optional*):
-                The same as N EDM noise levels, decreasing.
+                Custom schedule of N EDM noise levels, decreasing.
 
         Raises:
             ValueError: unless exactly one of the three is given, and for fewer than one step, or noise levels that do
-                not decrease or do not stay above that of t = 0.
+                not decrease or are not above that of t = 0.
         """
         check_request(num_inference_steps, sigmas, timesteps, device)
         end = self._log_snr_at(torch.zeros(1, dtype=torch.float64))
@@ -164,7 +164,7 @@ class ContinuousDDPMScheduler(ImagenScheduler):
         return ddpm.log_snr_to_sigma(self._log_snr(timesteps, torch.float64))
 
     def _set_coefficients(self, log_snr: torch.Tensor) -> None:
-        """Keeps the coefficients of each step between these bounds as Python numbers, computed in float64."""
+        """Store the coefficients of each step as Python numbers, computed in float64."""
         alpha = ddpm.alpha_sigma(log_snr[:-1]).alpha
         scalings = self._preconditioning.scalings(ddpm.log_snr_to_sigma(log_snr[:-1]))
         # these scalings are for the EDM image, which is x_t / alpha
@@ -175,7 +175,7 @@ class ContinuousDDPMScheduler(ImagenScheduler):
         self._noise_std = steps.variance.sqrt()[:-1].tolist() + [0.0]  # the last step draws no noise
 
     def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
-        """The network's input: `sample` itself, or for `preconditioning="edm"` the scaled EDM image of that timestep."""
+        """Return the network's input: `sample` itself, or with `preconditioning="edm"` the scaled EDM image of the timestep."""
         if self._preconditioning.takes_x_t:
             return sample
         index = self._start(timestep)
@@ -186,7 +186,7 @@ class ContinuousDDPMScheduler(ImagenScheduler):
         return (sample * (self._preconditioning.scalings(sigma).c_in / alpha)).to(sample.dtype)
 
     def _advance(self, x: torch.Tensor, denoised: torch.Tensor, index: int, generator: Generators) -> torch.Tensor:
-        """The step to the next time of the schedule; noise is drawn but for `eta` 0, and but for the last step."""
+        """Compute the step to the next time of the schedule; noise is drawn unless `eta` is 0 or the step is the last."""
         x_next = self._coef_x_t[index] * x + self._coef_x_0[index] * denoised
         if self._noise_std[index] > 0:
             noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
@@ -194,27 +194,27 @@ class ContinuousDDPMScheduler(ImagenScheduler):
         return x_next
 
     def _log_snr(self, timesteps: float | torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The log-SNR of timesteps of either form, in their dtype if they are floats, in `dtype` if integers."""
+        """Return the log-SNR of timesteps of either form, in their dtype if floating-point, else in `dtype`."""
         timesteps = as_tensor("timesteps", timesteps)
         if self._preconditioning.takes_index and not timesteps.is_floating_point():
             timesteps = timesteps.to(dtype)
         if timesteps.is_floating_point():
             return ddpm.sigma_to_log_snr(self.timestep_to_sigma(timesteps))
         last = self.config.num_train_timesteps
-        # on an accelerator the check would have to wait for it
+        # on an accelerator the check would cause a synchronization
         if timesteps.device.type == "cpu" and ((timesteps < 0) | (timesteps > last)).any():
             raise bad_argument("timesteps", timesteps.tolist(), f"integers between 0 and {last}")
         return self._log_snr_at(timesteps.to(dtype) / last)
 
     def conditioning(self, timesteps: float | torch.Tensor) -> torch.Tensor:
-        """What the network is conditioned on at these timesteps, of either form: log-SNR, `c_noise` or index."""
+        """Return the network's conditioning value for timesteps of either form: log-SNR, `c_noise` or index."""
         return self.precondition_noise(ddpm.log_snr_to_sigma(self._log_snr(timesteps)))
 
     def _mix(self, x_0: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         return ddpm.q_sample(x_0, noise, self._log_snr(timesteps))
 
     def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: float | torch.Tensor) -> torch.Tensor:
-        """The target of v-prediction for clean images `sample`, `alpha * noise - sigma * sample`; see `add_noise`."""
+        """Return the target of v-prediction for clean images, `alpha * noise - sigma * sample`; see `add_noise`."""
         check_images(sample=sample, noise=noise)
         timesteps = as_tensor("timesteps", timesteps, sample)
         return ddpm.velocity(sample, noise, self._log_snr(timesteps))

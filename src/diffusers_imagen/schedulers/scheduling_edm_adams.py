@@ -1,4 +1,4 @@
-"""A third-order multistep solver for EDM denoisers, the fast choice: formulas in `diffusion/multistep.py`."""
+"""EDMAdamsScheduler: a fast third-order multistep solver for EDM denoisers; formulas in `diffusion/multistep.py`."""
 
 from functools import reduce
 
@@ -14,27 +14,27 @@ from .scheduling_utils import DISCRETE_SCHEDULERS, EDMScheduler, Generators, Ima
 
 class EDMAdamsScheduler(EDMScheduler):
     """
-    Adams' predictor and corrector for the sampling ODE of Karras et al. 2022 [1]: third order, one call of the network
-    a step.
+    Adams predictor-corrector for the sampling ODE of Karras et al. 2022 [1]: third order, one call of the network per
+    step.
 
-    Each step is predicted from the last two denoised images (Adams-Bashforth). When the network has been called there,
-    its answer corrects the step, with the last three (Adams-Moulton), at no further call. The first step knows one
-    denoised image and is of first order, and so is the last, which ends at the denoised image of `sigma_min`. The
-    correction is added to the sample that the caller hands in, so that a callback may change it between steps.
+    Each step is predicted from the last two denoised images (Adams-Bashforth). The next call of the network corrects the
+    step, from the last three (Adams-Moulton), without a further call. The first step has only one denoised image and is
+    of first order, and so is the last, which returns the denoised image of `sigma_min`. The correction is added to the
+    sample passed to `step`, so that a callback may change it between steps.
 
-    It is deterministic, and runs in an ordinary loop of `scale_model_input`, network and `step`, from
-    `init_noise_sigma` times unit noise. The network's raw output goes into `step`, after any guidance. The noise levels
-    are the solver's own, crowded around `sigma_data` ([`~diffusion.multistep.centred_sigmas`]); `rho` in another
-    scheduler's configuration is kept for the way back, and not used.
+    The scheduler is deterministic, and runs in an ordinary loop of `scale_model_input`, network and `step`, from
+    `init_noise_sigma` times unit noise. Pass the network's raw output to `step`, after any guidance. The noise levels are
+    densest around `sigma_data` ([`~diffusion.multistep.centred_sigmas`]); `rho` in another scheduler's configuration is
+    kept for converting back, and not used.
 
-    A network trained with `ContinuousDDPMScheduler` is sampled exactly as well: its configuration, given to
-    `EDMAdamsScheduler.from_config`, says `preconditioning="variance_preserving"`. `sigma_min` should then not lie below
-    the lowest noise level that it was trained at, `exp(-log_snr(0) / 2)`, which is 0.0125 for the cosine schedule.
+    Networks trained with `ContinuousDDPMScheduler` are supported too: `EDMAdamsScheduler.from_config` of its
+    configuration sets `preconditioning="variance_preserving"`. `sigma_min` should then not be below the lowest noise
+    level of training, `exp(-log_snr(0) / 2)`, which is 0.0125 for the cosine schedule.
 
-    So is a network trained with discrete betas, by the configuration of diffusers' DDPM, DDIM or DPM-Solver, which then
-    says `preconditioning="discrete"`. It is told indices, fractional between the noise levels of training. `sigma_min`
-    and `sigma_max` are narrowed to those levels. The steps are of the ODE: only what the network predicts for noise,
-    image or v goes in, without a learned variance.
+    Networks trained with discrete betas are supported too, from the configuration of diffusers' DDPM, DDIM or
+    DPM-Solver, which sets `preconditioning="discrete"`. They are conditioned on indices, fractional between the noise
+    levels of training. `sigma_min` and `sigma_max` are clamped to those levels. The steps solve the ODE: they use only
+    the prediction of noise, image or v, and no learned variance.
 
     [1] https://huggingface.co/papers/2206.00364
 
@@ -47,8 +47,8 @@ class EDMAdamsScheduler(EDMScheduler):
         sigma_max (`float`, defaults to 80.0):
             The noise level at which sampling starts.
         sigma_data (`float`, defaults to 0.5):
-            The standard deviation of the images, as the preconditioning assumed in training; noise levels crowd around
-            it.
+            The standard deviation of the images, as assumed by the preconditioning in training; noise levels are
+            densest around it.
         preconditioning (`"edm"`, `"variance_preserving"` or `"discrete"`, defaults to `"edm"`):
             How the network was trained: with the scalings of [1] and c_noise as its conditioning value, in continuous
             DDPM with the log-SNR, or in DDPM with discrete betas and their index.
@@ -56,24 +56,24 @@ class EDMAdamsScheduler(EDMScheduler):
             With `"edm"`, as in diffusers' EDM schedulers: `"epsilon"` is the output F of [1], `"v_prediction"` is -F.
             With the others: `"epsilon"`, `"sample"` or `"v_prediction"`.
         thresholding (`bool`, defaults to `False`):
-            Dynamic thresholding of every denoised image (Imagen, section 2.3); goes before `clip_sample`.
+            Dynamic thresholding of every denoised image (Imagen, section 2.3); takes precedence over `clip_sample`.
         dynamic_thresholding_ratio (`float`, defaults to 0.995):
             The quantile of |x_0| that dynamic thresholding scales to 1.
         sample_max_value (`float`, *optional*):
-            The highest value that this quantile is taken for; no bound if None.
+            Upper bound of this quantile; no bound if None.
         clip_sample (`bool`, defaults to `False`):
             Static thresholding: clamps every denoised image.
         clip_sample_range (`float`, defaults to 1.0):
             The limit of static thresholding.
         beta_schedule (`str`, defaults to `"squaredcos_cap_v2"`):
             With `"discrete"`, as in diffusers: `"linear"`, `"scaled_linear"`, `"squaredcos_cap_v2"` or `"sigmoid"`. With
-            `"variance_preserving"` that of `ContinuousDDPMScheduler`, and with `"edm"` none, kept for other schedulers.
+            `"variance_preserving"` that of `ContinuousDDPMScheduler`; not used with `"edm"`, kept for other schedulers.
         beta_start (`float`, defaults to 0.0001):
-            With `"discrete"`, the first beta, but for the cosine schedule.
+            With `"discrete"`, the first beta, except for the cosine schedule.
         beta_end (`float`, defaults to 0.02):
-            With `"discrete"`, the last beta, but for the cosine schedule.
+            With `"discrete"`, the last beta, except for the cosine schedule.
         trained_betas (`list[float]`, *optional*):
-            With `"discrete"`, all betas, instead of a schedule.
+            With `"discrete"`, a list of all betas, instead of a schedule.
     """
 
     _compatibles = [
@@ -107,24 +107,24 @@ class EDMAdamsScheduler(EDMScheduler):
         self._set_up()
 
     def _default_sigmas(self, num_steps: int) -> torch.Tensor:
-        """Those of `centred_sigmas`."""
+        """Return the noise levels of `centred_sigmas`."""
         config = self.config
         return multistep.centred_sigmas(num_steps, config.sigma_min, config.sigma_max, config.sigma_data)
 
     def _plan_calls(self, sigmas: torch.Tensor) -> torch.Tensor:
-        """Each step calls the network once, at the noise level where it starts."""
+        """Plan one network call per step, at the noise level where the step starts."""
         self.init_noise_sigma = sigmas[0].item()
         self._set_weights(sigmas)
-        self._denoised: list[torch.Tensor] = []  # of the calls before, the newest first
+        self._denoised: list[torch.Tensor] = []  # from previous calls, newest first
         return torch.cat([sigmas, sigmas.new_zeros(1)])
 
     def _set_weights(self, sigmas: torch.Tensor) -> None:
         """
-        Keeps the weights of every call as Python numbers: of the prediction from it, for one and for two denoised
-        images, and of the correction of the step to it, for two and for three; the newest image first.
+        Store the weights of every call as Python numbers: for the prediction of the next step, from one and from two
+        denoised images, and for the correction of the previous one, from two and from three; newest image first.
         """
         sigma, sigma_next = sigmas[:-1], sigmas[1:]  # (N - 1,)
-        # no run has a noise level before the first; the number there only keeps its row's unused weights finite
+        # there is no noise level before the first; the value keeps the unused weights of its row finite
         before = torch.cat([2 * sigmas[:1], sigmas])[: len(sigma)]
         known = torch.stack([sigma_next, sigma, before], dim=-1)  # (N - 1, 3)
 
@@ -134,7 +134,7 @@ class EDMAdamsScheduler(EDMScheduler):
         predictors = [weights(known[:, 1:2]), weights(known[:, 1:3])]
         correctors = [weights(known[:, :2]), weights(known)]
         for corrector, predictor in zip(correctors, predictors):
-            corrector[:, 1:] -= predictor  # what the corrected step differs by from the predicted one
+            corrector[:, 1:] -= predictor  # difference between the corrected and the predicted step
         self._shrink = (sigma_next / sigma).tolist()
         self._predictors = [predictor.tolist() for predictor in predictors]
         self._corrections = [correction.tolist() for correction in correctors]
@@ -147,10 +147,10 @@ class EDMAdamsScheduler(EDMScheduler):
         return_dict: bool = True,
     ) -> ImagenSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
         """
-        Corrects the step before with the network's output, and predicts the next one.
+        Correct the previous step with the network's output, and predict the next one.
 
-        Arguments, results and errors are those of [`EDMHeunScheduler.step`], but for the `generator`: pipelines give
-        one to every scheduler whose `step` has it, and nothing is drawn here.
+        Arguments, results and errors are those of [`EDMHeunScheduler.step`], except for `generator`, which pipelines
+        pass to every scheduler whose `step` accepts one: this scheduler draws no noise.
         """
         return super().step(model_output, timestep, sample, return_dict=return_dict)
 
@@ -167,5 +167,5 @@ class EDMAdamsScheduler(EDMScheduler):
 
 
 def _weighted_sum(weights: list[float], images: list[torch.Tensor]) -> torch.Tensor:
-    """Of as many images as there are weights."""
+    """Return the weighted sum of as many images as there are weights."""
     return reduce(torch.add, (weight * image for weight, image in zip(weights, images)))

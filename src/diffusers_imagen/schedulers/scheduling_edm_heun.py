@@ -1,4 +1,4 @@
-"""The sampler of Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models" (2206.00364)."""
+"""EDMHeunScheduler: Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models" (2206.00364)."""
 
 import math
 
@@ -17,23 +17,23 @@ class EDMHeunScheduler(EDMScheduler):
     """
     Algorithm 2 of Karras et al. 2022 [1]: Heun's second-order steps over the noise levels of eq. 5, with churn.
 
-    `N` steps call the network `2 N - 1` times, once for each of `timesteps`: at even indices `step` makes Euler's
-    prediction, at odd ones Heun's correction of it; the last step is Euler's. A run starts at an even index. It is an
-    ordinary loop of `scale_model_input`, network and `step`, from `init_noise_sigma` times unit noise. The network's
-    raw output goes into `step`, after any guidance.
+    `N` steps call the network `2 N - 1` times, once for each of `timesteps`: at even indices `step` computes the Euler
+    prediction, at odd ones its Heun correction; the last step is an Euler step. A run starts at an even index. It is an
+    ordinary loop of `scale_model_input`, network and `step`, from `init_noise_sigma` times unit noise. Pass the
+    network's raw output to `step`, after any guidance.
 
-    Churn raises a noise level `sigma` to `sigma_hat` just before the network sees it. `timesteps` names the raised
-    one, and the noise is added at the end of the step before, from the generator given there; that of the first step
-    is part of `init_noise_sigma`. Without churn no noise is drawn.
+    Churn increases a noise level `sigma` to `sigma_hat` just before the network is called. `timesteps` has the
+    increased one, and the noise is added at the end of the previous step, from the generator passed there; that of the
+    first step is part of `init_noise_sigma`. Without churn no noise is drawn.
 
-    A network trained with `ContinuousDDPMScheduler` is sampled exactly as well: its configuration, given to
-    `EDMHeunScheduler.from_config`, says `preconditioning="variance_preserving"`. `sigma_min` should then not lie below
-    the lowest noise level that it was trained at, `exp(-log_snr(0) / 2)`, which is 0.0125 for the cosine schedule.
+    Networks trained with `ContinuousDDPMScheduler` are supported too: `EDMHeunScheduler.from_config` of its
+    configuration sets `preconditioning="variance_preserving"`. `sigma_min` should then not be below the lowest noise
+    level of training, `exp(-log_snr(0) / 2)`, which is 0.0125 for the cosine schedule.
 
-    So is a network trained with discrete betas, by the configuration of diffusers' DDPM, DDIM or DPM-Solver, which then
-    says `preconditioning="discrete"`. It is told indices, fractional between the noise levels of training. `sigma_min`
-    and `sigma_max` are narrowed to those levels. The steps are of the ODE: only what the network predicts for noise,
-    image or v goes in, without a learned variance.
+    Networks trained with discrete betas are supported too, from the configuration of diffusers' DDPM, DDIM or
+    DPM-Solver, which sets `preconditioning="discrete"`. They are conditioned on indices, fractional between the noise
+    levels of training. `sigma_min` and `sigma_max` are clamped to those levels. The steps solve the ODE: they use only
+    the prediction of noise, image or v, and no learned variance.
 
     [1] https://huggingface.co/papers/2206.00364
 
@@ -46,16 +46,16 @@ class EDMHeunScheduler(EDMScheduler):
         sigma_max (`float`, defaults to 80.0):
             The noise level at which sampling starts.
         sigma_data (`float`, defaults to 0.5):
-            The standard deviation of the images, as the preconditioning assumed in training.
+            The standard deviation of the images, as assumed by the preconditioning in training.
         rho (`float`, defaults to 7.0):
-            How the noise levels crowd at the low end (eq. 5).
+            Exponent of the noise levels (eq. 5): higher values shift steps to low noise levels.
         s_churn (`float`, defaults to 0.0):
-            The amount of noise that the whole run adds (Algorithm 2). 0 is deterministic. No noise level is raised above
-            the highest one of discrete betas.
+            The amount of noise added over the whole run (Algorithm 2). 0 is deterministic. With discrete betas no noise
+            level is increased above the highest.
         s_min (`float`, defaults to 0.0):
-            The lowest noise level that is churned.
+            The lowest noise level at which churn is applied.
         s_max (`float`, *optional*):
-            The highest noise level that is churned; no bound if None.
+            The highest noise level at which churn is applied; no bound if None.
         s_noise (`float`, defaults to 1.0):
             The standard deviation of the noise that churn adds.
         preconditioning (`"edm"`, `"variance_preserving"` or `"discrete"`, defaults to `"edm"`):
@@ -65,24 +65,24 @@ class EDMHeunScheduler(EDMScheduler):
             With `"edm"`, as in diffusers' EDM schedulers: `"epsilon"` is the output F of [1], `"v_prediction"` is -F.
             With the others: `"epsilon"`, `"sample"` or `"v_prediction"`.
         thresholding (`bool`, defaults to `False`):
-            Dynamic thresholding of every denoised image (Imagen, section 2.3); goes before `clip_sample`.
+            Dynamic thresholding of every denoised image (Imagen, section 2.3); takes precedence over `clip_sample`.
         dynamic_thresholding_ratio (`float`, defaults to 0.995):
             The quantile of |x_0| that dynamic thresholding scales to 1.
         sample_max_value (`float`, *optional*):
-            The highest value that this quantile is taken for; no bound if None.
+            Upper bound of this quantile; no bound if None.
         clip_sample (`bool`, defaults to `False`):
             Static thresholding: clamps every denoised image.
         clip_sample_range (`float`, defaults to 1.0):
             The limit of static thresholding.
         beta_schedule (`str`, defaults to `"squaredcos_cap_v2"`):
             With `"discrete"`, as in diffusers: `"linear"`, `"scaled_linear"`, `"squaredcos_cap_v2"` or `"sigmoid"`. With
-            `"variance_preserving"` that of `ContinuousDDPMScheduler`, and with `"edm"` none, kept for other schedulers.
+            `"variance_preserving"` that of `ContinuousDDPMScheduler`; not used with `"edm"`, kept for other schedulers.
         beta_start (`float`, defaults to 0.0001):
-            With `"discrete"`, the first beta, but for the cosine schedule.
+            With `"discrete"`, the first beta, except for the cosine schedule.
         beta_end (`float`, defaults to 0.02):
-            With `"discrete"`, the last beta, but for the cosine schedule.
+            With `"discrete"`, the last beta, except for the cosine schedule.
         trained_betas (`list[float]`, *optional*):
-            With `"discrete"`, all betas, instead of a schedule.
+            With `"discrete"`, a list of all betas, instead of a schedule.
     """
 
     _compatibles = [
@@ -123,11 +123,11 @@ class EDMHeunScheduler(EDMScheduler):
         self._set_up()
 
     def _default_sigmas(self, num_steps: int) -> torch.Tensor:
-        """Those of eq. 5."""
+        """Return the noise levels of eq. 5."""
         return edm.karras_sigmas(num_steps, self.config.sigma_min, self.config.sigma_max, self.config.rho)
 
     def _plan_calls(self, sigmas: torch.Tensor) -> torch.Tensor:
-        """Each step calls the network at its raised noise level, and at the one where it ends."""
+        """Plan two network calls per step, at the increased noise level and at the one where the step ends."""
         config = self.config
         raised = edm.churned_sigmas(sigmas, config.s_churn, config.s_min, config.s_max)  # (N,)
         raised = torch.maximum(sigmas, raised.clamp(max=self._preconditioning.sigma_range[1]))
@@ -148,13 +148,13 @@ class EDMHeunScheduler(EDMScheduler):
         return self._correct(x, denoised, index, generator)
 
     def _predict(self, x_hat: torch.Tensor, denoised: torch.Tensor, index: int) -> torch.Tensor:
-        """Euler's step, lines 7 and 8 of Algorithm 2."""
+        """Compute the Euler step, lines 7 and 8 of Algorithm 2."""
         sigma_hat, sigma_next = self._call_sigmas[index], self._call_sigmas[index + 1]
         self._x_hat, self._derivative = x_hat, (x_hat - denoised) / sigma_hat
         return x_hat + (sigma_next - sigma_hat) * self._derivative
 
     def _correct(self, x: torch.Tensor, denoised: torch.Tensor, index: int, generator: Generators) -> torch.Tensor:
-        """Heun's step, lines 10 and 11, and the churn of the step after it, lines 5 and 6."""
+        """Compute the Heun correction, lines 10 and 11, and the churn of the next step, lines 5 and 6."""
         if self._derivative is None:
             raise ValueError(
                 f"`timestep` is {self._timestep_values[index]:g}, the second half of a step, but should be one at an even "

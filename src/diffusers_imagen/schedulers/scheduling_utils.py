@@ -1,4 +1,4 @@
-"""What the schedulers of this package share: configuration, how the network was trained, the schedule, a step."""
+"""Base classes of the schedulers: configuration, preconditioning of the network, schedule and step."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -32,8 +32,10 @@ from .schedule_checks import (
 
 
 Generators = torch.Generator | list[torch.Generator] | None
-DISCRETE_SCHEDULERS = tuple(scheduler.name for scheduler in KarrasDiffusionSchedulers)  # whose configurations fit
-# the lowest and the highest value of every number of a configuration: beyond, float64 overflows, or memory ends
+DISCRETE_SCHEDULERS = tuple(
+    scheduler.name for scheduler in KarrasDiffusionSchedulers
+)  # with compatible configurations
+# the range of every number in a configuration: outside it, float64 overflows or memory runs out
 NUMBERS = {
     "num_train_timesteps": (1, MAX_TRAIN_TIMESTEPS),
     **dict.fromkeys(("sigma_min", "sigma_max", "sigma_data"), (MIN_SIGMA, MAX_SIGMA)),
@@ -54,9 +56,9 @@ class ImagenSchedulerOutput(BaseOutput):
 
     Args:
         prev_sample (`torch.Tensor`, the sample's shape):
-            The sample at the next noise level, the next input of the loop.
+            The sample at the next noise level, the next model input.
         pred_original_sample (`torch.Tensor`, the sample's shape):
-            The denoised image of this call, thresholded as the configuration says; for previews.
+            The denoised image of this call, thresholded according to the configuration; for previews.
     """
 
     prev_sample: torch.Tensor
@@ -65,20 +67,20 @@ class ImagenSchedulerOutput(BaseOutput):
 
 class ImagenScheduler(SchedulerMixin, ConfigMixin):
     """
-    The base of this package's schedulers. It publishes `timesteps`, the values that its network is conditioned on, and
-    holds their EDM noise levels. A subclass has a constructor, `set_timesteps`, `scale_model_input`, `_advance`, the
-    arithmetic of a step, and `_mix`, that of `add_noise`.
+    Base class of this package's schedulers. It has `timesteps`, the conditioning values of the network, and their EDM
+    noise levels. A subclass has a constructor, `set_timesteps`, `scale_model_input`, `_advance`, which computes a step,
+    and `_mix`, which implements `add_noise`.
     """
 
     order = 1
     config: FrozenDict
     init_noise_sigma: float
     num_inference_steps: int | None = None  # None before `set_timesteps`
-    sigmas: torch.Tensor  # (calls + 1,), of the sample that each call takes, and of the last one's result
+    sigmas: torch.Tensor  # (calls + 1,), of each call's sample, and of the final result
     timesteps: torch.Tensor  # (calls,)
     _step_index: int | None
     _begin_index: int | None
-    # of each call, as Python numbers
+    # per call, as Python numbers
     _timestep_values: list[float]
     _c_skip: list[float]
     _c_out: list[float]
@@ -88,17 +90,17 @@ class ImagenScheduler(SchedulerMixin, ConfigMixin):
 
     def _check_config(self) -> None:
         """
-        Raises ValueError for values that no scheduler of this package can have; to be called by `__init__`.
+        Raise ValueError for values that no scheduler of this package supports; called by `__init__`.
 
-        Every value becomes an explicit one: diffusers' `from_config` drops what a live scheduler left at its default,
-        and the other class then takes its own default instead, which can be another noise schedule.
+        Every value is registered explicitly: diffusers' `from_config` drops values that a live scheduler left at their
+        default, and the other class then uses its own default, which may be another noise schedule.
         """
         if "_use_default_values" in self.config:
             self.register_to_config(_use_default_values=[])
         for name, value in dict(self.config).items():
             if name in NUMBERS and not (value is None and name in OPTIONAL_NUMBERS):
                 number = check_config_number(name, value, *NUMBERS[name])
-                if number is not value:  # one of NumPy's, which cannot be saved
+                if number is not value:  # NumPy numbers cannot be saved
                     self.register_to_config(**{name: number})
             elif name in ("thresholding", "clip_sample") and not isinstance(value, bool):
                 raise bad_argument(name, value, "True or False")
@@ -116,7 +118,7 @@ class ImagenScheduler(SchedulerMixin, ConfigMixin):
             raise bad_argument("clip_sample_range", config.clip_sample_range, "above 0")
 
     def _check_beta_config(self) -> None:
-        """Raises ValueError for betas that no network has, or that do not go with its preconditioning."""
+        """Raise ValueError for invalid betas, or for ones that do not match the preconditioning."""
         config = self.config
         kind, when = PRECONDITIONINGS[config.preconditioning], f" with `preconditioning` {config.preconditioning!r}"
         if config.trained_betas is not None:
@@ -132,13 +134,13 @@ class ImagenScheduler(SchedulerMixin, ConfigMixin):
     @classmethod
     def from_config(cls, config=None, return_unused_kwargs=False, **kwargs):
         """
-        As diffusers' `from_config`, with every value of the other scheduler's configuration kept, its defaults too.
+        Create a scheduler like diffusers' `from_config`, but keep all values of the other configuration, with defaults.
 
-        The configuration of a scheduler with discrete betas (DDPM, DDIM, DPM-Solver and their kin) becomes one of
+        The configuration of a scheduler with discrete betas (DDPM, DDIM, DPM-Solver and similar) is converted to
         `preconditioning="discrete"`. Its `variance_type` is dropped: a learned variance is not used here.
 
         Raises:
-            ValueError: for a configuration whose meaning this class cannot keep: betas rescaled to a final SNR of zero,
+            ValueError: for a configuration that this class does not support: betas rescaled to a final SNR of zero,
                 sigmas of flow matching, or sigmas other than the ones of Karras et al. that end in zero.
         """
         if not isinstance(config, dict):
@@ -160,16 +162,16 @@ class ImagenScheduler(SchedulerMixin, ConfigMixin):
         return make_preconditioning(self.config.preconditioning, self.config)
 
     def precondition_noise(self, sigma: float | torch.Tensor) -> torch.Tensor:
-        """The conditioning value of EDM noise levels: `c_noise`, or a variance-preserving network's log-SNR or index."""
+        """Return the conditioning value of EDM noise levels: `c_noise`, log-SNR or index, by the preconditioning."""
         return self._preconditioning.sigma_to_timestep(as_tensor("sigma", sigma))
 
     def timestep_to_sigma(self, timestep: float | torch.Tensor) -> torch.Tensor:
         """
-        The EDM noise level that a conditioning value, as published in `timesteps`, stands for.
+        Return the EDM noise level of a conditioning value, as in `timesteps`.
 
         Raises:
-            ValueError: for integers, unless the network is told an index, for indices beyond those of training, and for
-                half precision, which has lost the noise level.
+            ValueError: for integers, unless the network is conditioned on an index, for indices out of range, and for
+                half precision, which is too coarse.
         """
         timestep = as_tensor("timestep", timestep)
         if self._preconditioning.takes_index:
@@ -181,9 +183,9 @@ class ImagenScheduler(SchedulerMixin, ConfigMixin):
         return self._preconditioning.timestep_to_sigma(timestep)
 
     def _check_index(self, name: str, index: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Indices of training, fractional ones as they are, integers in `dtype`."""
+        """Check training indices; return fractional ones unchanged, integers in `dtype`."""
         last = self.config.num_train_timesteps - 1
-        # on an accelerator the check would have to wait for it
+        # on an accelerator the check would cause a synchronization
         if index.device.type == "cpu" and not ((index >= 0) & (index <= last)).all():
             raise bad_argument(name, index.tolist(), f"in [0, {last}], the indices that the network was trained with")
         return index if index.is_floating_point() else index.to(dtype)
@@ -192,24 +194,24 @@ class ImagenScheduler(SchedulerMixin, ConfigMixin):
         self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: float | torch.Tensor
     ) -> torch.Tensor:
         """
-        The forward process, for training and for a start from an image: `original_samples + sigma * noise` of the EDM
-        schedulers, `alpha * original_samples + sigma * noise` of the variance-preserving one.
+        Add noise for training or image-to-image: `original_samples + sigma * noise` for the EDM schedulers,
+        `alpha * original_samples + sigma * noise` for the variance-preserving one.
 
         Args:
             original_samples (`torch.Tensor` of shape `(B, ...)`):
                 Clean images, values in [-1, 1].
-            noise (`torch.Tensor` of that shape):
+            noise (`torch.Tensor` of the same shape):
                 Unit noise.
             timesteps (`float` or `torch.Tensor`, one or `(B,)`):
-                Conditioning values as in `timesteps`; each is taken for the noise level it names. Of
-                `ContinuousDDPMScheduler` and of discrete betas, integers of training as well.
+                Conditioning values as in `timesteps`. With `ContinuousDDPMScheduler` or discrete betas, integer training
+                timesteps are accepted as well.
 
         Returns:
             `torch.Tensor`: the noisy images in `original_samples`' dtype.
 
         Raises:
-            ValueError: for half-precision timesteps, integers where there are none or that are out of range, or images
-                and noise of different shapes.
+            ValueError: for half-precision timesteps, integers that are not supported or out of range, or images and noise
+                of different shapes.
         """
         check_images(original_samples=original_samples, noise=noise)
         timesteps = as_tensor("timesteps", timesteps, original_samples)
@@ -218,11 +220,11 @@ class ImagenScheduler(SchedulerMixin, ConfigMixin):
         return self._mix(original_samples, noise, timesteps)
 
     def _mix(self, x_0: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """The noisy images `(B, ...)` of `add_noise`, at one timestep or `(B,)`."""
+        """Return the noisy images `(B, ...)` of `add_noise`, at one timestep or `(B,)`."""
         raise NotImplementedError
 
     def _threshold(self, x_0: torch.Tensor) -> torch.Tensor:
-        """Dynamic thresholding if `thresholding`, else static if `clip_sample`, as in diffusers' DDPMScheduler."""
+        """Apply dynamic thresholding if `thresholding`, else static if `clip_sample`, as in diffusers' DDPMScheduler."""
         config = self.config
         if config.thresholding:
             return dynamic_threshold(x_0, config.dynamic_thresholding_ratio, config.sample_max_value)
@@ -242,10 +244,10 @@ class ImagenScheduler(SchedulerMixin, ConfigMixin):
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """
-        Starts the run inside the schedule, for image-to-image; to be called after `set_timesteps`.
+        Set the index at which the run starts, for image-to-image; call it after `set_timesteps`.
 
         Raises:
-            ValueError: if the index is not that of a first call of a step: a multiple of `order`.
+            ValueError: if the index is not a multiple of `order`, the first call of a step.
         """
         calls = len(self._timestep_values)
         if not is_integer(begin_index) or begin_index % self.order != 0 or not 0 <= begin_index < calls:
@@ -254,7 +256,7 @@ class ImagenScheduler(SchedulerMixin, ConfigMixin):
         self._begin_index = int(begin_index)
 
     def _given_sigmas(self, sigmas: Any, timesteps: Any) -> torch.Tensor:
-        """The caller's own noise levels or conditioning values, as `(N,)` noise levels in float64."""
+        """Return custom noise levels or conditioning values as `(N,)` noise levels in float64."""
         if timesteps is not None:
             values = as_values("timesteps", timesteps)
             if self._preconditioning.takes_index:
@@ -262,26 +264,28 @@ class ImagenScheduler(SchedulerMixin, ConfigMixin):
             return as_sigmas("timesteps", self._timesteps_to_sigmas(values), timesteps)
         given = as_sigmas("sigmas", as_values("sigmas", sigmas), sigmas)
         low, high = self._preconditioning.sigma_range
-        # published ones have been rounded to float32
+        # tolerance for values rounded to float32
         if given.min() < low * (1 - 1e-6) or given.max() > high * (1 + 1e-6):
-            raise bad_argument("sigmas", sigmas, f"a list of noise levels of training, in [{low:g}, {high:g}]")
+            raise bad_argument(
+                "sigmas", sigmas, f"a list of noise levels within the range of training, in [{low:g}, {high:g}]"
+            )
         return given
 
     def _timesteps_to_sigmas(self, timesteps: torch.Tensor) -> torch.Tensor:
         return self.timestep_to_sigma(timesteps)
 
     def _publish(self, sigmas: torch.Tensor, device: str | torch.device | None = None) -> None:
-        """Takes over a schedule, `(calls + 1,)` in float64 on the CPU, and forgets the run before it."""
+        """Set the schedule, `(calls + 1,)` in float64 on the CPU, and reset the state of the previous run."""
         self.sigmas = sigmas.to(torch.float32)
         timesteps = self.precondition_noise(sigmas[:-1]).to(torch.float32)
-        # the loop reads Python numbers: a tensor on an accelerator would have to be waited for
+        # Python numbers for the loop: reading a tensor on an accelerator would cause a synchronization
         self._timestep_values = timesteps.tolist()
         self.timesteps = timesteps.to(device)
         self._step_index = None
         self._begin_index = None
 
     def index_for_timestep(self, timestep: float | torch.Tensor) -> int | None:
-        """The index of a published timestep, the later one of two equal ones; None for any other value."""
+        """Return the index of a value of `timesteps`, the second of two equal ones; None for any other value."""
         timestep = as_tensor("timestep", timestep)
         if timestep.numel() != 1:
             raise ValueError(f"`timestep` is of shape {tuple(timestep.shape)}, but should be one value.")
@@ -300,27 +304,27 @@ class ImagenScheduler(SchedulerMixin, ConfigMixin):
         return_dict: bool = True,
     ) -> ImagenSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
         """
-        Takes one call of the network into account, and returns the sample for the next one.
+        Compute the next sample from the network's output.
 
         Args:
             model_output (`torch.Tensor`):
                 The network's output, in the sample's shape, any floating dtype.
             timestep (`float` or `torch.Tensor`):
-                The one of `timesteps` that the network was called with.
+                The value of `timesteps` for which the network was called.
             sample (`torch.Tensor` of shape `(B, ...)`):
-                The sample, before `scale_model_input`. The arithmetic is in float32, for float64 in float64.
+                The sample, before `scale_model_input`. The step is computed in float32, or in float64 for float64.
             generator (`torch.Generator` or a list of B of them, *optional*):
-                The source of the noise, where the step draws any.
+                Generator of the noise, if the step draws any.
             return_dict (`bool`, defaults to `True`):
-                A tuple comes back if False.
+                Whether to return an [`ImagenSchedulerOutput`] or a tuple.
 
         Returns:
             [`ImagenSchedulerOutput`] or `tuple`: the next sample in the sample's dtype, and the denoised image,
             thresholded.
 
         Raises:
-            ValueError: before `set_timesteps`, after the last step, or for a timestep that is not of the schedule or
-                that no run can start at.
+            ValueError: before `set_timesteps`, after the last step, or for a timestep that is not in the schedule or
+                at which no run can start.
         """
         index = self._start_step(model_output, timestep, sample)
         check_generator(generator, len(sample))
@@ -334,11 +338,11 @@ class ImagenScheduler(SchedulerMixin, ConfigMixin):
         return ImagenSchedulerOutput(prev_sample=x_next, pred_original_sample=denoised)
 
     def _advance(self, x: torch.Tensor, denoised: torch.Tensor, index: int, generator: Generators) -> torch.Tensor:
-        """The next sample, given the one `x` of call `index` and its denoised image, all `(B, ...)` in one dtype."""
+        """Compute the next sample from the sample `x` of call `index` and its denoised image, all `(B, ...)` in one dtype."""
         raise NotImplementedError
 
     def _start_step(self, model_output: torch.Tensor, timestep: float | torch.Tensor, sample: torch.Tensor) -> int:
-        """The index of this call of `step`, after checks of its arguments."""
+        """Check the arguments of `step` and return the index of this call."""
         if self.num_inference_steps is None:
             raise bad_argument("num_inference_steps", None, "set: call `set_timesteps` before `step`")
         check_images(sample=sample, model_output=model_output)
@@ -353,12 +357,12 @@ class ImagenScheduler(SchedulerMixin, ConfigMixin):
         return index
 
     def _start(self, timestep: Any) -> int | None:
-        """The index of this call: the running one, else the one to start at, or None if the timestep names none."""
+        """Return the index of this call: the current one, else the one to start at, or None if the timestep is unknown."""
         if self._step_index is None and self.num_inference_steps is not None:
             begin = self._begin_index
             self._step_index = begin if begin is not None else self.index_for_timestep(timestep)
         if self._step_index is not None and self._step_index >= len(self._timestep_values):
-            expected = "one of a call: all of them have been made; call `set_timesteps` before the next run"
+            expected = "the index of a call, but the run has ended: call `set_timesteps` before the next one"
             raise bad_argument("step_index", self._step_index, expected)
         return self._step_index
 
@@ -370,7 +374,7 @@ class EDMScheduler(ImagenScheduler):
     """
 
     def _set_up(self) -> None:
-        """What `__init__` does once the configuration is registered."""
+        """Set up the scheduler after its configuration is registered; called by `__init__`."""
         self._check_config()
         low, high = self._preconditioning.sigma_range
         if low > self.config.sigma_min or high < self.config.sigma_max:
@@ -378,23 +382,23 @@ class EDMScheduler(ImagenScheduler):
                 sigma_min=max(low, self.config.sigma_min), sigma_max=min(high, self.config.sigma_max)
             )
         if not self._preconditioning.takes_x_t:
-            # makes diffusers' discrete schedulers refuse this configuration: without a word on betas they would take
-            # their own defaults, and sample noise
+            # makes diffusers' discrete schedulers reject this configuration: without an entry for betas they would use
+            # their defaults, and generate noise
             self.register_to_config(beta_schedule=NO_BETAS)
         self.init_noise_sigma = float(self.config.sigma_max)
         sigmas = self._default_sigmas(self.config.num_train_timesteps)
         self._publish(torch.cat([sigmas, sigmas.new_zeros(1)]))
 
     def _default_sigmas(self, num_steps: int) -> torch.Tensor:
-        """The noise levels of a run of N steps, from `sigma_max` to `sigma_min`: `(N,)` in float64 on the CPU."""
+        """Return the noise levels of a run of N steps, from `sigma_max` to `sigma_min`: `(N,)` in float64 on the CPU."""
         raise NotImplementedError
 
     def _plan_calls(self, sigmas: torch.Tensor) -> torch.Tensor:
         """
-        Keeps what the steps between these noise levels `(N,)` need, sets `init_noise_sigma`, and forgets the run before.
+        Prepare the steps between these noise levels `(N,)`, set `init_noise_sigma`, and reset the previous run's state.
 
         Returns:
-            The noise level of the sample that each call of `step` takes, and a final 0: `(calls + 1,)` in float64.
+            The noise level of the sample of each call of `step`, and a final 0: `(calls + 1,)` in float64.
         """
         raise NotImplementedError
 
@@ -406,23 +410,23 @@ class EDMScheduler(ImagenScheduler):
         timesteps: list[float] | torch.Tensor | None = None,
     ) -> None:
         """
-        Lays out a run of N steps: `timesteps`, one for each call of the network, and, on the CPU, `sigmas`.
+        Set the schedule of a run of N steps: `timesteps`, one per call of the network, and, on the CPU, `sigmas`.
 
-        `sigmas[i]` is the noise level of the sample that call i of `step` takes, the last one is 0.
+        `sigmas[i]` is the noise level of the sample passed to call i of `step`; the last one is 0.
 
         Args:
             num_inference_steps (`int`, *optional*):
-                N, with the scheduler's own noise levels.
+                N, with the scheduler's default noise levels.
             device (`str` or `torch.device`, *optional*):
                 Where `timesteps` goes.
             sigmas (`list[float]` or `torch.Tensor`, *optional*):
-                The caller's N noise levels instead, strictly decreasing; taken as they are. A final 0 may be there.
+                Custom schedule of N noise levels, strictly decreasing; a final 0 is optional.
             timesteps (`list[float]` or `torch.Tensor`, *optional*):
-                The same as N conditioning values, `c_noise`, log-SNR or indices, one for each step.
+                Custom schedule of N conditioning values, `c_noise`, log-SNR or indices, one per step.
 
         Raises:
             ValueError: unless exactly one of the three is given, and for fewer than one step, noise levels that do not
-                decrease or that a network of discrete betas was not trained at, or integer timesteps of other networks.
+                decrease or are outside the range of discrete betas, or integer timesteps without discrete betas.
         """
         check_request(num_inference_steps, sigmas, timesteps, device)
         if num_inference_steps is None:
@@ -437,9 +441,9 @@ class EDMScheduler(ImagenScheduler):
 
     def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor) -> torch.Tensor:
         """
-        The network's input, `c_in(sigma) * sample`, in the sample's shape and dtype.
+        Return the network's input, `c_in(sigma) * sample`, in the sample's shape and dtype.
 
-        A timestep that is not of the schedule, or any before `set_timesteps`, is taken for the noise level it names.
+        A timestep that is not in the schedule, or any before `set_timesteps`, is converted to its noise level.
         """
         check_images(sample=sample)
         index = self._start(timestep)
@@ -448,7 +452,7 @@ class EDMScheduler(ImagenScheduler):
         return sample * self._c_in[index]
 
     def precondition_inputs(self, sample: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
-        """`c_in(sigma) * sample`, in the sample's dtype; `sigma` is one noise level or `(B,)`."""
+        """Return `c_in(sigma) * sample`, in the sample's dtype; `sigma` is one noise level or `(B,)`."""
         check_images(sample=sample)
         sigma = edm.per_sample(as_tensor("sigma", sigma, sample), sample)
         return (sample * self._preconditioning.scalings(sigma).c_in).to(sample.dtype)
@@ -456,7 +460,7 @@ class EDMScheduler(ImagenScheduler):
     def precondition_outputs(
         self, sample: torch.Tensor, model_output: torch.Tensor, sigma: float | torch.Tensor
     ) -> torch.Tensor:
-        """The denoised image, not thresholded, of the network's output at `sample`; `sigma` is one or `(B,)`."""
+        """Compute the denoised image, without thresholding, from the network's output; `sigma` is one or `(B,)`."""
         check_images(sample=sample, model_output=model_output)
         scalings = self._preconditioning.scalings(edm.per_sample(as_tensor("sigma", sigma, sample), sample))
         return (scalings.c_skip * sample + scalings.c_out * model_output).to(sample.dtype)

@@ -1,4 +1,4 @@
-"""Text embeddings: the encoder, and the cache on disk; the same for pipelines and training."""
+"""Text embeddings: encoders, and the cache on disk, for pipelines and training."""
 
 from .encoder import TextEncoder
 from .text_embeddings import TextEmbeddings

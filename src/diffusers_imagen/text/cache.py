@@ -1,4 +1,4 @@
-"""Embeddings on disk: made once, read by memory mapping. Its files are described in cache_files.py."""
+"""EmbeddingCache: text embeddings on disk, read by memory mapping; cache_files.py describes the files."""
 
 import hashlib
 from collections.abc import Iterable, Iterator
@@ -54,23 +54,23 @@ FLAGS = ("--keep-padding", "--clean-captions")  # of cache-embeddings
 
 
 def caption_key(caption: str) -> tuple[int, int]:
-    """128 bits of a caption's SHA-256, as two signed numbers."""
+    """Return the first 128 bits of a caption's SHA-256, as two signed integers."""
     digest = hashlib.sha256(caption.encode()).digest()
     return int.from_bytes(digest[:8], "little", signed=True), int.from_bytes(digest[8:16], "little", signed=True)
 
 
 class EmbeddingCache(TextSource):
-    """Reads a cache; only keys and offsets are kept in memory, 32 bytes a caption.
+    """Text source that reads a cache; only keys and offsets are kept in memory, 32 bytes per caption.
 
-    What is read has been checked: the manifest, keys and offsets here, and a shard's embeddings when each process reads the
-    first of them (a process that was forked goes by what its parent has checked). A cache may be read while it is
-    built; what is added after it was opened is not seen.
+    All data are checked before use: the manifest, keys and offsets on opening, and a shard's embeddings when a process
+    first reads one of them (a forked process relies on the checks of its parent). A cache may be read while it is built;
+    captions added after it was opened are not visible.
 
     Args:
         folder (`str` or `Path`): The cache.
 
     Raises:
-        ValueError: If it is no cache, or one of its shards is not what the manifest says.
+        ValueError: If the folder is not a cache, or one of its shards does not match the manifest.
     """
 
     needs_encoder = False
@@ -82,7 +82,7 @@ class EmbeddingCache(TextSource):
         self.keeps_padding = keeps_padding(self.manifest)
         self.cleans_captions = self.manifest["encoder"].get("cleans_captions", LATER["cleans_captions"])
         self._files: dict[int, safe_open] = {}
-        self._checked: set[int] = set()  # shards whose embeddings were checked
+        self._checked: set[int] = set()  # shards whose embeddings have been checked
         self.offsets: list[np.ndarray] = []
         keys = [np.zeros((0, 2), np.int64)]
         for i, shard in enumerate(self.manifest["shards"]):
@@ -90,7 +90,7 @@ class EmbeddingCache(TextSource):
                 problem = size_problem(self.folder, shard)
                 if problem is not None:
                     raise ValueError(problem)
-                if "index_sha256" not in shard:  # of an earlier version
+                if "index_sha256" not in shard:  # written by an earlier version
                     self._check(i)
                 index = read_index(self.folder, self.manifest, shard, self._file(i))
             keys.append(index.keys)
@@ -106,7 +106,7 @@ class EmbeddingCache(TextSource):
         return len(self.keys)
 
     def identity(self) -> dict[str, Any]:
-        """That of the encoder that made it."""
+        """Return the identity of the encoder that computed the embeddings."""
         return self.manifest["encoder"]
 
     def parts(self) -> EncoderParts | None:
@@ -128,21 +128,21 @@ class EmbeddingCache(TextSource):
             ) from error
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}, "_checked": set()}  # each process opens and checks its own
+        return {**self.__dict__, "_files": {}, "_checked": set()}  # each process opens and checks shards itself
 
     def __contains__(self, caption: str) -> bool:
         return self._find(caption) is not None
 
     def unpadded(self, caption: str) -> torch.Tensor:
-        """Embeddings of a caption's tokens `(tokens, E)`, in the cache's precision; raises as `read`."""
+        """Return the embeddings of a caption's tokens `(tokens, E)`, in the cache's dtype; errors as in `read`."""
         states, tokens = self.read(caption)
         return states[:tokens]
 
     def read(self, caption: str) -> tuple[torch.Tensor, int]:
-        """What the cache has of a caption, in its precision, and how many of that are its tokens.
+        """Return a caption's embeddings, in the cache's dtype, and its number of tokens.
 
         Returns:
-            Embeddings `(tokens, E)`, or `(max_length, E)` where padding is kept, and the number of tokens.
+            Embeddings `(tokens, E)`, or `(max_length, E)` if padding is kept, and the number of tokens.
 
         Raises:
             KeyError: If the caption is not in the cache.
@@ -162,7 +162,7 @@ class EmbeddingCache(TextSource):
             return self._file(int(shard)).get_slice("states")[start:end], tokens
 
     def encode(self, texts: list[str]) -> TextEmbeddings:
-        """Embeddings in float32, all padded to the encoder's limit, as the pipelines give them."""
+        """Return embeddings in float32, padded to the encoder's maximum length, as in pipelines."""
         found = [self.read(text) for text in texts]
         states, lengths = [states for states, _ in found], [tokens for _, tokens in found]
         if self.keeps_padding:
@@ -170,16 +170,16 @@ class EmbeddingCache(TextSource):
         return stack_unpadded(states, self.max_length, self.width)
 
     def check_encoder(self, identity: dict[str, Any]) -> None:
-        """Refuses a cache of another encoder or length."""
+        """Raise ValueError if the cache was computed by another encoder or for another length."""
         difference = identity_mismatch(self.manifest["encoder"], identity)
         if difference is not None:
             raise ValueError(
-                f"`embedding_cache` {str(self.folder)!r} was made by another text encoder ({difference}): give that "
-                "one as `text_encoder`, or make a cache with this one."
+                f"`embedding_cache` {str(self.folder)!r} was made by another text encoder ({difference}): set `text_encoder` "
+                "to that one, or build a cache with this one."
             )
 
     def check_kind(self, keeps_padding: bool, cleans_captions: bool) -> None:
-        """Refuses a cache of other embeddings than a network reads, in one line that says how to make them."""
+        """Raise ValueError if the network needs embeddings of another kind; the message names the flags to build them."""
         if (self.keeps_padding, self.cleans_captions) == (keeps_padding, cleans_captions):
             return
         raise ValueError(
@@ -189,7 +189,7 @@ class EmbeddingCache(TextSource):
         )
 
     def for_captions(self, captions: Iterable[str] | None) -> TextSource:
-        """The cache itself; refuses one that lacks captions, or the empty text where that stands for no text."""
+        """Return the cache itself; raise ValueError if captions are missing, or the empty text where it is needed."""
         total, missing = 0, []
         for caption in chain(captions or (), [""] if self.keeps_padding else []):
             total += 1
@@ -203,12 +203,12 @@ class EmbeddingCache(TextSource):
         return self
 
     def verify(self) -> list[str]:
-        """What is wrong with the shards, by checksum and content; empty if nothing is."""
+        """Check the checksums and content of all shards; return a list of problems, empty if there are none."""
         return find_problems(self.folder, self.manifest)
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
-        """Inside, errors are about this cache, and say how it is mended."""
+        """Context in which errors name this cache and how to repair it."""
         try:
             yield
         except (ValueError, OSError) as error:
@@ -220,7 +220,7 @@ class EmbeddingCache(TextSource):
         return self._files[shard]
 
     def _check(self, shard: int) -> None:
-        """Refuses a shard with other bytes than were written; the whole file is read for that."""
+        """Raise ValueError if a shard's checksum differs; reads the whole file."""
         problem = checksum_problem(self.folder, self.manifest["shards"][shard])
         if problem is not None:
             raise ValueError(problem)
@@ -237,7 +237,7 @@ class EmbeddingCache(TextSource):
 
 
 class CachedTextEncoder(TextSource):
-    """An encoder, and a cache with what it made of the data's captions; prompts need not be in the cache."""
+    """Text encoder with a cache of the data's captions; prompts need not be in the cache."""
 
     def __init__(self, encoder: TextEncoder, cache: EmbeddingCache):
         self.encoder, self.cache = encoder, cache
@@ -262,7 +262,7 @@ class CachedTextEncoder(TextSource):
 
 
 def describe_flags(keeps_padding: bool, cleans_captions: bool) -> str:
-    """How `diffusers-imagen cache-embeddings` is called for embeddings of a kind."""
+    """Describe the flags of `diffusers-imagen cache-embeddings` for embeddings of a kind."""
     flags = [flag for flag, is_set in zip(FLAGS, (keeps_padding, cleans_captions)) if is_set]
     return f"with {' and '.join(flags)}" if flags else f"without {' and '.join(FLAGS)}"
 
@@ -275,7 +275,7 @@ def open_text(
     cleans_captions: bool = False,
     **options: Any,
 ) -> TextSource | None:
-    """What makes the embeddings of a run whose settings are these; None if neither encoder nor cache is given.
+    """Open the text source of a run from its settings; None if neither encoder nor cache is given.
 
     Args:
         text_encoder (`str`, *optional*): Folder or Hub id.
@@ -300,22 +300,22 @@ def open_text(
 
 
 class CacheWriter:
-    """Adds captions to a cache, shard by shard; what a killed run finished is kept.
+    """Writer that adds captions to a cache, shard by shard; finished shards of an interrupted run are kept.
 
-    The shards that are there are checked; the captions of damaged ones count as missing. The folder is held until
-    `close`, or the end of the process, so that no other writes into it.
+    Existing shards are checked; captions in damaged ones count as missing. The folder is locked until `close`, or the
+    end of the process, so that no other process writes to it.
 
     Args:
-        folder (`str` or `Path`): The cache; made if it is not there.
+        folder (`str` or `Path`): The cache; created if it does not exist.
         encoder (`dict`): The identity of the encoder, with `width` and `max_length`. If it has `keeps_padding`, the cache
             has embeddings of all positions.
         dtype (`str`): "bfloat16" or "float16".
-        shard_bytes (`int`): A shard is written when its embeddings reach this size.
-        hold (`FolderHold`, *optional*): Of the folder, where `hold_cache` was called before.
+        shard_bytes (`int`): Size of embeddings in bytes at which a shard is written.
+        hold (`FolderHold`, *optional*): The folder's lock, if `hold_cache` was called before.
 
     Raises:
-        ValueError: If the folder holds something else, a cache of another encoder or precision, or another process
-            writes into it.
+        ValueError: If the folder has other content, or a cache of another encoder or dtype, or another process writes to
+            it.
     """
 
     def __init__(
@@ -344,7 +344,7 @@ class CacheWriter:
             check_manifest(self.manifest)
             self.keeps_padding = keeps_padding(self.manifest)
         except ValueError as error:
-            raise ValueError(f"`encoder` is of no use for a cache: its manifest {error}.") from error
+            raise ValueError(f"`encoder` is not valid for a cache: its manifest {error}.") from error
         self._hold = hold_cache(self.folder) if hold is None else hold
         try:
             self._begin()
@@ -354,7 +354,7 @@ class CacheWriter:
         self._clear()
 
     def _begin(self) -> None:
-        """Takes over what is there, and writes the manifest before any shard."""
+        """Load existing shards, and write the manifest before any shard."""
         found = None
         if (self.folder / MANIFEST).exists():
             found = read_manifest(self.folder, "output_dir")
@@ -370,7 +370,7 @@ class CacheWriter:
         self.close()
 
     def close(self) -> None:
-        """Lets others write into the folder; what was added since the last shard was written is dropped."""
+        """Release the folder; captions added since the last shard was written are discarded."""
         self._hold.release()
         self._clear()
 
@@ -388,7 +388,7 @@ class CacheWriter:
         if difference is not None:
             raise ValueError(f"`output_dir` is '{self.folder}', a cache of another encoder ({difference}).")
         self.manifest["encoder"] = {**self.manifest["encoder"], **found["encoder"]}
-        for shard in tqdm(found["shards"], desc="Checking what is there", mininterval=5):
+        for shard in tqdm(found["shards"], desc="Checking existing shards", mininterval=5):
             problem = content_problem(self.folder, found, shard)
             if problem is not None:
                 logger.warning(f"{problem}: its captions are encoded again.")
@@ -401,20 +401,18 @@ class CacheWriter:
         return caption_key(caption) in self.known
 
     def add(self, captions: list[str], embeds: list[torch.Tensor], lengths: list[int] | None = None) -> None:
-        """Adds the embeddings `(tokens, E)` of captions that are not there yet, all to one shard.
+        """Add the embeddings `(tokens, E)` of new captions, all to one shard.
 
-        A run that goes on after it was killed thereby encodes the same batches as one that was not: how an encoder rounds
-        depends on what is in a batch. Where padding is kept, the embeddings are `(max_length, E)`, and `lengths` says how
-        many tokens each caption has.
+        A resumed run thereby encodes the same batches as an uninterrupted one: an encoder's rounding depends on the
+        content of the batch. If padding is kept, the embeddings are `(max_length, E)`, and `lengths` is the number of
+        tokens of each caption.
 
         Raises:
             ValueError: If some have another width, too many tokens, or are not finite in the cache's precision.
         """
         length, width = self.manifest["max_length"], self.manifest["width"]
         if self.keeps_padding is (lengths is None):
-            raise ValueError(
-                f"`lengths` is {shown(lengths)}, but should be given where padding is kept, and only there."
-            )
+            raise ValueError(f"`lengths` is {shown(lengths)}, but should be given if and only if padding is kept.")
         up_to = "" if self.keeps_padding else "up to "
         for caption, own, tokens in zip(captions, embeds, lengths or map(len, embeds), strict=True):
             if own.ndim != 2 or own.shape[1] != width or len(own) > length or (not up_to and len(own) < length):
@@ -436,14 +434,14 @@ class CacheWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what was added as a shard: beside its place, moved there, and only then named in the manifest."""
+        """Write the added embeddings as a shard: to a temporary file, moved into place, then listed in the manifest."""
         if not self._keys:
             return
         taken = {shard["file"] for shard in self.manifest["shards"]}
         number = next(i for i in range(len(taken) + 1) if f"shard-{i:05d}.safetensors" not in taken)
         name = f"shard-{number:05d}.safetensors"
         offsets, keys = np.cumsum([0, *self._lengths]), np.array(self._keys, np.int64)
-        # not save_file, which leaves a file of its own naming where it is killed
+        # not save_file, which leaves a temporary file if the process is killed
         data = save(
             {"states": torch.cat(self._embeds), "offsets": torch.from_numpy(offsets), "keys": torch.from_numpy(keys)}
         )
@@ -464,17 +462,17 @@ def save_parts(folder: Path, encoder: TextEncoder) -> None:
 
 
 def write_cache(writer: CacheWriter, captions: list[str], encoder: TextEncoder, batch_size: int = 256) -> int:
-    """Encodes the captions that the cache lacks, and the empty text where padding is kept; returns how many they were.
+    """Encode missing captions, and the empty text if padding is kept; return their number.
 
     Args:
         writer (`CacheWriter`): The cache.
         captions (`list[str]`): Distinct captions.
-        encoder (`TextEncoder`): Has `unpadded(captions)`, and where padding is kept `padded(captions)`.
+        encoder (`TextEncoder`): Has `unpadded(captions)`, and if padding is kept `padded(captions)`.
         batch_size (`int`): Captions encoded at once.
     """
     if writer.keeps_padding and "" not in captions:
         captions = [*captions, ""]
-    # captions of like length together: a batch is as long as its longest
+    # sorted by length: a batch is padded to its longest caption
     missing = sorted((caption for caption in captions if caption not in writer), key=lambda text: (len(text), text))
     with tqdm(total=len(captions), initial=len(captions) - len(missing), desc="Encoding", mininterval=1) as progress:
         for start in range(0, len(missing), batch_size):

@@ -1,4 +1,4 @@
-"""The files of an embedding cache: what is in them, and how damage is told.
+"""File format of an embedding cache, and its integrity checks.
 
 A cache is a folder of safetensors shards and a manifest.json. A shard has `states` `(tokens, E)`, the embeddings of its
 captions one after another without padding (the tensor's name is part of the format), `offsets` `(captions + 1,)`, where
@@ -8,10 +8,10 @@ own tokens as ever: they say what is padding. The manifest names the encoder, an
 checksums: a shard that it does not name does not exist. In `encoder/` is what a stage that is trained with the cache has of
 the encoder: see reference.py.
 
-No part is used unchecked. The manifest has a checksum of itself, and of each shard two: one of its index, which is the
-header, `keys` and `offsets`, and one of the whole file. The index is read and checked when a cache is opened, the whole
-file when its first embeddings are read. Caches of earlier versions have neither the manifest's checksum nor those of
-the indices; their shards are checked whole when they are opened.
+Every part is checked before use. The manifest has a checksum of itself, and two per shard: one of its index, which is
+the header, `keys` and `offsets`, and one of the whole file. The index is read and checked when a cache is opened, the
+whole file when its first embeddings are read. Caches of earlier versions have neither the manifest's checksum nor those
+of the indices; their shards are checked completely when they are opened.
 """
 
 import hashlib
@@ -34,17 +34,17 @@ from .identity import LATER
 FORMAT = 1
 MANIFEST = "manifest.json"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-TYPE_NAMES = {"bfloat16": "BF16", "float16": "F16"}  # as safetensors calls them
+TYPE_NAMES = {"bfloat16": "BF16", "float16": "F16"}  # safetensors' names
 SHARD = re.compile(r"shard-\d{5,9}\.safetensors")
-# what a killed build had begun to write
+# unfinished files of a killed build
 LEFTOVER = re.compile(rf"\.?({SHARD.pattern}|{re.escape(MANIFEST)}|{re.escape(OWNER)})(\.\d+)?\.partial")
-HEADER_BYTES = 2**16  # of a shard
-CAPTION_NUMBERS = 2**27  # of one caption, padded: 512 MiB in float32
-MEND = "run cache-embeddings again to mend it"
+HEADER_BYTES = 2**16  # per shard
+CAPTION_NUMBERS = 2**27  # per caption, padded: 512 MiB in float32
+MEND = "run cache-embeddings again to repair it"
 
 
 class Index(NamedTuple):
-    """What is known of a shard before its embeddings are read."""
+    """Index of a shard, read before its embeddings."""
 
     keys: np.ndarray  # (captions, 2)
     offsets: np.ndarray  # (captions + 1,)
@@ -52,12 +52,12 @@ class Index(NamedTuple):
 
 
 def is_count(value: Any, lowest: int = 0) -> bool:
-    """Whether a value of a manifest is a whole number."""
+    """Return whether a value of a manifest is an integer of at least `lowest`."""
     return type(value) is int and lowest <= value < 2**63
 
 
 def is_checksum(value: Any) -> bool:
-    """Whether a value of a manifest is a SHA-256."""
+    """Return whether a value of a manifest is a SHA-256."""
     return type(value) is str and re.fullmatch(r"[0-9a-f]{64}", value) is not None
 
 
@@ -79,7 +79,7 @@ SHARD_FIELDS = {
 
 
 def is_encoder(value: Any) -> bool:
-    """Whether a value of a manifest describes an encoder."""
+    """Return whether a value of a manifest describes an encoder."""
     return (
         type(value) is dict
         and are_numbers(value.get("weights", []))
@@ -88,12 +88,12 @@ def is_encoder(value: Any) -> bool:
 
 
 def are_numbers(value: Any) -> bool:
-    """Whether a value of a manifest is a list of numbers."""
+    """Return whether a value of a manifest is a list of numbers."""
     return type(value) is list and all(type(number) in (int, float) for number in value)
 
 
 def find_field_problem(value: Any, fields: dict, optional: dict) -> str | None:
-    """Which field of an object is missing, wrong, or none that is known."""
+    """Describe a field of an object that is missing, invalid or unknown; None if there is none."""
     if type(value) is not dict:
         return f"is {type(value).__name__}, not an object"
     for name, check in (fields | optional).items():
@@ -103,23 +103,25 @@ def find_field_problem(value: Any, fields: dict, optional: dict) -> str | None:
             text = json.dumps(value[name])
             return f"has {name!r}: {text if len(text) <= 60 else f'{text[:60]}...'}"
     unknown = sorted(value.keys() - fields.keys() - optional.keys())
-    return f"has {unknown[0][:60]!r}, which is not known" if unknown else None
+    return f"has {unknown[0][:60]!r}, which is unknown" if unknown else None
 
 
 def keeps_padding(manifest: dict[str, Any]) -> bool:
-    """Whether a cache has embeddings of all positions."""
+    """Return whether a cache has embeddings of all positions, including padding."""
     return manifest["encoder"].get("keeps_padding", LATER["keeps_padding"])
 
 
 def check_manifest(manifest: dict[str, Any]) -> None:
-    """Checks the types and ranges of a manifest.
+    """Check the types and ranges of a manifest.
 
     Raises:
-        ValueError: Says what is wrong, without the manifest's name.
+        ValueError: Describes the problem, without the manifest's name.
     """
     problem = find_field_problem(manifest, MANIFEST_FIELDS, {"sha256": is_checksum})
     if problem is None and manifest["max_length"] * manifest["width"] > CAPTION_NUMBERS:
-        problem = f"has embeddings of {manifest['max_length']} tokens and width {manifest['width']}, which is too much"
+        problem = (
+            f"has embeddings of {manifest['max_length']} tokens and width {manifest['width']}, which is too large"
+        )
     if problem is not None:
         raise ValueError(problem)
     for i, shard in enumerate(manifest["shards"]):
@@ -131,26 +133,26 @@ def check_manifest(manifest: dict[str, Any]) -> None:
 
 
 def render_manifest(manifest: dict[str, Any]) -> str:
-    """The text of a manifest, with the checksum of its content."""
+    """Return the manifest as text, with the checksum of its content."""
     content = {key: value for key, value in manifest.items() if key != "sha256"}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return json.dumps(content | {"sha256": hashlib.sha256(text.encode()).hexdigest()}, indent=1) + "\n"
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Writes the manifest of a cache, whole or not at all."""
+    """Write the manifest of a cache atomically."""
     write_text(folder / MANIFEST, render_manifest(manifest))
 
 
 def read_manifest(folder: Path, argument: str = "embedding_cache") -> dict[str, Any]:
-    """The manifest of a cache.
+    """Read and check the manifest of a cache.
 
     Args:
         folder (`Path`): The cache.
-        argument (`str`): The argument that named it, for the message.
+        argument (`str`): The argument's name, for the message.
 
     Raises:
-        ValueError: If there is none, or it is not as it was written.
+        ValueError: If there is none, or it was modified or damaged.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -164,7 +166,7 @@ def read_manifest(folder: Path, argument: str = "embedding_cache") -> dict[str, 
         except ValueError as error:
             raise ValueError(f"'{path}' {error}") from error
         if "sha256" in manifest and render_manifest(manifest).encode() != path.read_bytes():
-            raise ValueError(f"'{path}' is not as it was written: its checksum is another")
+            raise ValueError(f"'{path}' was modified: its checksum does not match")
     except ValueError as error:
         raise ValueError(
             f"`{argument}` is '{folder}', whose manifest is damaged: {error}; delete it and run cache-embeddings "
@@ -174,7 +176,7 @@ def read_manifest(folder: Path, argument: str = "embedding_cache") -> dict[str, 
 
 
 def size_problem(folder: Path, shard: dict[str, Any]) -> str | None:
-    """What is wrong with a shard, as far as a glance tells."""
+    """Check that a shard exists and its size; return a description of the problem, or None."""
     path = folder / shard["file"]
     if not path.is_file():
         return f"{shard['file']} is missing"
@@ -184,14 +186,14 @@ def size_problem(folder: Path, shard: dict[str, Any]) -> str | None:
 
 
 def checksum_problem(folder: Path, shard: dict[str, Any]) -> str | None:
-    """Whether a shard's content is another than what was written."""
+    """Check a shard's checksum; return a description of the problem, or None."""
     if sha256(folder / shard["file"]) != shard["sha256"]:
-        return f"{shard['file']} has another checksum than {MANIFEST} says"
+        return f"{shard['file']} has a different checksum than in {MANIFEST}"
     return None
 
 
 def content_problem(folder: Path, manifest: dict[str, Any], shard: dict[str, Any]) -> str | None:
-    """What is wrong with a shard, by size, checksums and content."""
+    """Check a shard's size, checksums and content; return a description of the problem, or None."""
     try:
         problem = size_problem(folder, shard) or checksum_problem(folder, shard)
         if problem is not None:
@@ -208,17 +210,17 @@ def content_problem(folder: Path, manifest: dict[str, Any], shard: dict[str, Any
 
 
 def find_problems(folder: Path, manifest: dict[str, Any]) -> list[str]:
-    """What is wrong with the shards that a manifest names; empty if nothing is."""
+    """Check all shards of a manifest; return a list of problems, empty if there are none."""
     shards = tqdm(manifest["shards"], desc="Verifying", mininterval=5)
     problems = [content_problem(folder, manifest, shard) for shard in shards]
     return [problem for problem in problems if problem is not None]
 
 
 def open_shard(folder: Path, shard: dict[str, Any]) -> safe_open:
-    """A shard by memory mapping.
+    """Open a shard by memory mapping.
 
     Raises:
-        ValueError: If it is no safetensors file.
+        ValueError: If it is not a safetensors file.
     """
     try:
         return safe_open(folder / shard["file"], framework="pt")
@@ -227,10 +229,10 @@ def open_shard(folder: Path, shard: dict[str, Any]) -> safe_open:
 
 
 def read_index(folder: Path, manifest: dict[str, Any], shard: dict[str, Any], file: safe_open) -> Index:
-    """Keys and offsets of a shard, checked.
+    """Read and check the keys and offsets of a shard.
 
     Raises:
-        ValueError: If they are not those that were written, or do not fit the manifest.
+        ValueError: If they were modified, or do not match the manifest.
     """
     name, captions, tokens = shard["file"], shard["captions"], shard["tokens"]
     rows = captions * manifest["max_length"] if keeps_padding(manifest) else tokens
@@ -241,26 +243,26 @@ def read_index(folder: Path, manifest: dict[str, Any], shard: dict[str, Any], fi
     }
     found = {key: (file.get_slice(key).get_shape(), file.get_slice(key).get_dtype()) for key in file.keys()}
     if found != expected:
-        raise ValueError(f"{name} has other tensors than {MANIFEST} says")
+        raise ValueError(f"{name} has different tensors than in {MANIFEST}")
     keys, offsets = file.get_tensor("keys").numpy(), file.get_tensor("offsets").numpy()
     with open(folder / name, "rb") as raw:
         (length,) = struct.unpack("<Q", raw.read(8))
         index = Index(keys, offsets, hash_index(raw.read(min(length, HEADER_BYTES)), keys, offsets))
     if shard.get("index_sha256", index.sha256) != index.sha256:
-        raise ValueError(f"{name} has another index than {MANIFEST} says")
+        raise ValueError(f"{name} has a different index than in {MANIFEST}")
     lengths = np.diff(offsets)
     if offsets[0] != 0 or offsets[-1] != tokens or lengths.min() < 0 or lengths.max() > manifest["max_length"]:
-        raise ValueError(f"{name} has offsets that do not fit its embeddings")
+        raise ValueError(f"{name} has offsets that do not match its embeddings")
     return index
 
 
 def hash_index(header: bytes, keys: np.ndarray, offsets: np.ndarray) -> str:
-    """The checksum of a shard's index."""
+    """Return the checksum of a shard's index."""
     return hashlib.sha256(header + keys.tobytes() + offsets.tobytes()).hexdigest()
 
 
 def describe_shard(name: str, data: bytes, keys: np.ndarray, offsets: np.ndarray) -> dict[str, Any]:
-    """What the manifest says of a shard whose file is to have this content."""
+    """Create the manifest's entry for a shard with this content."""
     (length,) = struct.unpack("<Q", data[:8])
     return {
         "file": name,
@@ -273,12 +275,12 @@ def describe_shard(name: str, data: bytes, keys: np.ndarray, offsets: np.ndarray
 
 
 def check_folder(folder: Path) -> None:
-    """Refuses to build a cache where something else is.
+    """Check that a cache can be built in a folder: it must be new, empty or a cache.
 
-    A folder without a manifest may have what a build leaves that is killed before it writes one.
+    Without a manifest, unfinished files of a killed build are allowed.
 
     Raises:
-        ValueError: If it is no folder, or has files of another kind and no manifest.
+        ValueError: If it is not a folder, or has other files and no manifest.
     """
     if not os.path.lexists(folder):
         return
@@ -294,7 +296,7 @@ def check_folder(folder: Path) -> None:
 
 
 def is_shard(path: Path) -> bool:
-    """Whether a file is a shard of some cache, by its name and its tensors."""
+    """Return whether a file is a shard of a cache, by its name and tensors."""
     if not SHARD.fullmatch(path.name) or not path.is_file():
         return False
     try:
@@ -304,17 +306,17 @@ def is_shard(path: Path) -> bool:
 
 
 def hold_cache(folder: Path) -> FolderHold:
-    """Keeps other builds out of a folder; readers need not ask.
+    """Lock a folder against other builds; readers do not need the lock.
 
     Raises:
-        ValueError: If something else is in it, or another process builds a cache there.
+        ValueError: If the folder has other content, or another process builds a cache there.
     """
     check_folder(folder)
     return FolderHold(folder, "output_dir")
 
 
 def remove_leftovers(folder: Path, manifest: dict[str, Any]) -> None:
-    """Removes what killed builds left: half-written files, and shards that the manifest does not name."""
+    """Remove unfinished files of killed builds, and shards that the manifest does not list."""
     named = {shard["file"] for shard in manifest["shards"]}
     for name in os.listdir(folder):
         if LEFTOVER.fullmatch(name) or (SHARD.fullmatch(name) and name not in named):

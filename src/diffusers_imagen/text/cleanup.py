@@ -1,4 +1,4 @@
-"""Texts as DeepFloyd IF's networks were trained on: without markup, addresses, file names and other refuse of the web."""
+"""Caption cleaning as in DeepFloyd IF's training: removes markup, addresses, file names and the like."""
 
 import functools
 import re
@@ -19,22 +19,22 @@ LONG_NUMBER = re.compile(r"[\d.]{200}")
 
 
 def clean_captions(texts: list[str]) -> list[str]:
-    """Texts as diffusers' `IFPipeline` encodes them with `clean_caption=True`; its own method does the work.
+    """Clean texts as diffusers' `IFPipeline` does with `clean_caption=True`, by calling its method.
 
-    That needs the packages beautifulsoup4 and ftfy. Without them, texts are in lower case and stripped, as in
-    `IFPipeline`; so is a text whose markup beautifulsoup4 rejects, which is an error there, or with a number of 200 digits,
-    which takes minutes there. The first 2000 characters of a text are cleaned, the rest is dropped.
+    This needs the packages beautifulsoup4 and ftfy. Without them, texts are lower-cased and stripped, as in
+    `IFPipeline`; so is a text whose markup beautifulsoup4 rejects, which raises an error there, or with a number of 200
+    digits, which takes minutes there. Only the first 2000 characters of a text are used.
     """
     if not (is_bs4_available() and is_ftfy_available()):
         warn_of_missing_packages()
         return [plain_caption(text) for text in texts]
-    with warnings.catch_warnings():  # of bs4, about texts that look like a file's name or an address
+    with warnings.catch_warnings():  # bs4 warns about texts that look like file names or addresses
         warnings.simplefilter("ignore")
         return [clean_caption(text) for text in texts]
 
 
 def clean_caption(text: str) -> str:
-    """A single text, cleaned."""
+    """Clean a single text."""
     text = text[:MAX_CLEANED]
     if LONG_NUMBER.search(text):
         return plain_caption(text)
@@ -53,14 +53,14 @@ def cleaner() -> Any:
 
 
 def plain_caption(text: str) -> str:
-    """The form of a text that needs no packages."""
+    """Lower-case and strip a text, without optional packages."""
     return text.lower().strip()
 
 
 @functools.cache
 def warn_of_missing_packages() -> None:
-    """Says once that texts are not quite those of training."""
+    """Warn once that texts are not cleaned as in training."""
     logger.warning(
-        "Texts are only put in lower case and stripped, because beautifulsoup4 or ftfy is not installed; "
-        "`pip install diffusers-imagen[deepfloyd]` cleans them as DeepFloyd IF was trained."
+        "Texts are only lower-cased and stripped, because beautifulsoup4 or ftfy is not installed; "
+        "`pip install diffusers-imagen[deepfloyd]` to clean them as in DeepFloyd IF's training."
     )

@@ -1,4 +1,4 @@
-"""Whether a text encoder has all of its weights, and its tokenizer its vocabulary: transformers makes up what is missing."""
+"""Checks for missing weights of text encoders and missing vocabularies, which transformers fills in silently."""
 
 import os
 import re
@@ -10,24 +10,24 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..utils.modules import first_names, is_offloaded, quiet_transformers
 
 
-# weights of a text encoder that its embeddings do not depend on: what a checkpoint lacks of them is no loss
+# weights of a text encoder that its embeddings do not depend on, which may be missing
 UNREAD = re.compile(r"(^|\.)(pooler|decoder|lm_head|cls|classifier|text_projection)\b")
 
-MOST_SPECIAL = 1000  # a tokenizer of more tokens has some for text; looking at all of a large one takes long
+MOST_SPECIAL = 1000  # a tokenizer with more tokens has some for text; checking all tokens of a large one is slow
 
 
 def refuse_random_weights(description: str, missing: Iterable[str]) -> None:
-    """Raises ValueError for a text encoder whose checkpoint lacks weights that its embeddings depend on."""
+    """Raise ValueError for a text encoder whose checkpoint lacks weights that its embeddings depend on."""
     missing = sorted(name for name in missing if not UNREAD.search(name))
     if missing:
         raise ValueError(
-            f"{description} lacks weights: {first_names(missing)}. transformers fills them with random numbers; save "
-            "it again from where it is complete."
+            f"{description} lacks weights: {first_names(missing)}. transformers initializes them randomly; save it again "
+            "from a complete checkpoint."
         )
 
 
 def refuse_empty_vocabulary(description: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises ValueError for a tokenizer whose file of the vocabulary was missing: to it, all texts are the same unknown one."""
+    """Raise ValueError for a tokenizer without its vocabulary file, which maps all texts to the unknown token."""
     if len(tokenizer) > MOST_SPECIAL:
         return
     pieces = [
@@ -35,15 +35,14 @@ def refuse_empty_vocabulary(description: str, tokenizer: PreTrainedTokenizerBase
     ]
     if not pieces:
         raise ValueError(
-            f"{description} has no vocabulary but special tokens: the file of it is missing, tokenizer.json or that of "
-            "sentencepiece."
+            f"{description} has no vocabulary except special tokens: its file is missing, tokenizer.json or sentencepiece's."
         )
 
 
 def random_weights(encoder: PreTrainedModel) -> list[str]:
-    """Weights that transformers filled with random numbers when it loaded an encoder from a folder.
+    """Return the weights that transformers initialized randomly when it loaded an encoder from a folder.
 
-    It marks what it read; where a mark is missing, the folder is asked once more, without reading weights.
+    transformers marks loaded weights; for weights without a mark, the folder is checked again, without reading weights.
     """
     folder = encoder.name_or_path
     if all(getattr(parameter, "_is_hf_initialized", False) for parameter in encoder.parameters()):

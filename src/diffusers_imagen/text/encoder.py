@@ -1,4 +1,4 @@
-"""The text encoder: texts to embeddings, the same for pipelines and training."""
+"""TextEncoder: tokenizer and frozen text encoder, for pipelines and training."""
 
 import functools
 from collections.abc import Callable
@@ -27,14 +27,14 @@ logger = logging.get_logger(__name__)
 
 
 class TextEncoder(TextSource):
-    """A tokenizer and the frozen network that reads its tokens.
+    """Tokenizer and frozen text encoder.
 
     Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its `model_max_length` is what texts are cut or padded to.
-        model ([`~transformers.PreTrainedModel`], *optional*): The network, of which an encoder-decoder's encoder is used.
-        load (`Callable`, *optional*): Makes the network in place of `model` when it is first needed, and after `release`.
-        keeps_padding (`bool`): Whether embeddings at padded positions stay the network's, and are not set to zero.
-        cleans_captions (`bool`): Whether texts are cleaned as DeepFloyd IF's before they are encoded: see
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Texts are truncated or padded to its `model_max_length`.
+        model ([`~transformers.PreTrainedModel`], *optional*): The network; of an encoder-decoder, the encoder is used.
+        load (`Callable`, *optional*): Loads the network instead of `model`, on first use and after `release`.
+        keeps_padding (`bool`): Whether embeddings at padded positions are kept, instead of being set to zero.
+        cleans_captions (`bool`): Whether texts are cleaned as in DeepFloyd IF before encoding: see
             `cleanup.clean_captions`.
     """
 
@@ -62,7 +62,7 @@ class TextEncoder(TextSource):
         cleans_captions: bool = False,
         **kwargs: Any,
     ) -> "TextEncoder":
-        """An encoder that is in memory only while it is used.
+        """Create an encoder that is in memory only while it is used.
 
         Args:
             name (`str`): Folder or Hub id, with `text_encoder/` and `tokenizer/` or with the model itself; or
@@ -75,7 +75,7 @@ class TextEncoder(TextSource):
                 `quantization_config`.
 
         Raises:
-            ValueError: If there is no such tokenizer or no limit of tokens; once it is used, if the network is damaged.
+            ValueError: If there is no such tokenizer or no maximum length; on first use, if the network is damaged.
         """
         name = str(find_source(name))
         hub = {option: value for option, value in kwargs.items() if option in HUB_OPTIONS}
@@ -87,17 +87,17 @@ class TextEncoder(TextSource):
 
     @property
     def model(self) -> PreTrainedModel:
-        """The network, loaded when it is first needed."""
+        """The network, loaded on first use."""
         if self._model is None and self._load is not None:
             self._model = self._load()
         return self._model
 
     @property
-    def max_length(self) -> int:  # type: ignore[override]  # of the tokenizer, which may change
-        """Tokens that texts are cut or padded to.
+    def max_length(self) -> int:  # type: ignore[override]  # read from the tokenizer, which may change
+        """Number of tokens to which texts are truncated or padded.
 
         Raises:
-            ValueError: If the tokenizer's `model_max_length` is no number of tokens.
+            ValueError: If the tokenizer's `model_max_length` is not a valid number of tokens.
         """
         limit = self.tokenizer.model_max_length
         is_number = isinstance(limit, (int, float)) and not isinstance(limit, bool)
@@ -115,7 +115,7 @@ class TextEncoder(TextSource):
         return encoder_width(self.model.config)
 
     def identity(self) -> dict[str, Any]:
-        """What tells this encoder from others: kind, sizes, vocabulary, limit, a sample of weights, and how it is used."""
+        """Return the identity of this encoder: kind, sizes, vocabulary, limit, a sample of weights, and settings."""
         self._identity = self._identity or describe_encoder(self.tokenizer, self.model)
         return {**self._identity, "keeps_padding": self.keeps_padding, "cleans_captions": self.cleans_captions}
 
@@ -125,17 +125,17 @@ class TextEncoder(TextSource):
         return EncoderParts(self.tokenizer, self.model.config, self._find(identity=describe_weights(self.model)))
 
     def release(self) -> None:
-        """Takes a network out of memory that can be loaded again."""
+        """Free the memory of a network that can be loaded again."""
         if self._load is not None:
             self._model = None
             free_memory()
 
     def encode(self, texts: list[str], padding: str = "max_length") -> TextEmbeddings:
-        """Embeddings of the encoder's last layer, of texts cut or padded to `max_length`; `padding` is the tokenizer's.
+        """Encode texts, truncated or padded to `max_length`, with the encoder's last layer; `padding` is the tokenizer's.
 
         Raises:
-            ValueError: If the tokenizer has no limit, the network does not fit it, or the embeddings are not finite:
-                half precision is too narrow for some encoders.
+            ValueError: If the tokenizer has no limit, the network does not match it, or the embeddings are not finite:
+                some encoders overflow in float16.
         """
         return self.encode_cleaned(self.cleaned(texts), padding)
 
@@ -147,34 +147,34 @@ class TextEncoder(TextSource):
         tokens = self.tokenizer(texts, **options)
         encoder = self.model.get_encoder() if self.model.config.is_encoder_decoder else self.model
         known = encoder.get_input_embeddings().num_embeddings
-        if tokens.input_ids.max() >= known:  # on a GPU it would abort the process
+        if tokens.input_ids.max() >= known:  # on a GPU this would abort the process
             raise ValueError(
-                f"`tokenizer` makes the token {tokens.input_ids.max()}, but `text_encoder` knows {known}: they do not "
-                "belong together."
+                f"`tokenizer` returned the token {tokens.input_ids.max()}, but `text_encoder` has {known} tokens: "
+                "they do not match."
             )
         ids, mask = tokens.input_ids, tokens.attention_mask  # (B, L)
-        if encoder.device.type != "meta":  # where weights are offloaded, hooks move what they need
+        if encoder.device.type != "meta":  # if weights are offloaded, hooks move the inputs
             ids, mask = ids.to(encoder.device), mask.to(encoder.device)
         try:
             embeds = encoder(input_ids=ids, attention_mask=mask).last_hidden_state  # (B, L, E)
-        except (IndexError, RuntimeError) as error:  # of an encoder with fewer positions
+        except (IndexError, RuntimeError) as error:  # from an encoder with fewer positions
             if is_out_of_memory(error):
                 raise
             raise ValueError(
-                f"`text_encoder` cannot take the {ids.shape[1]} tokens that `tokenizer` makes: {one_line(error)}"
+                f"`text_encoder` does not support the {ids.shape[1]} tokens of `tokenizer`: {one_line(error)}"
             ) from error
-        mask = mask.to(embeds.device)  # which offloading may have changed
+        mask = mask.to(embeds.device)  # may be changed by offloading
         text = TextEmbeddings(embeds, mask.bool()) if self.keeps_padding else zero_padding(embeds, mask)
         if not text.embeds.isfinite().all():
             weight = find_not_finite(self.model)
             raise ValueError(
-                f"`text_encoder` in {self.model.dtype} makes embeddings that are not finite: load it in torch.bfloat16 "
+                f"`text_encoder` in {self.model.dtype} returned embeddings that are not finite: load it in torch.bfloat16 "
                 "or torch.float32" + ("." if weight is None else f", complete; its weight `{weight}` is not finite.")
             )
         return text
 
     def encode_prompts(self, texts: list[str], slice_size: int | None = None) -> TextEmbeddings:
-        """As `encode`, `slice_size` texts at once, with a warning of each that does not fit, as it is encoded."""
+        """Encode `slice_size` texts at once, with a warning for each text that is truncated."""
         room = self.max_length - self.tokenizer.num_special_tokens_to_add()
         cleaned = self.cleaned(texts)
         for text, ids in zip(cleaned, self.tokenizer(cleaned, add_special_tokens=False).input_ids):
@@ -184,42 +184,42 @@ class TextEncoder(TextSource):
         return in_slices(self.encode_cleaned, cleaned, slice_size)
 
     def unpadded(self, texts: list[str]) -> list[torch.Tensor]:
-        """Embeddings of each text's own tokens, `(tokens, E)`, on the CPU.
+        """Encode texts without padding: the embeddings of each text's tokens, `(tokens, E)`, on the CPU.
 
-        The encoder sees texts padded to the longest of them only: for short texts and a limit of 512 tokens that is
-        tens of times faster.
+        Batches are padded only to their longest text: for short texts and a limit of 512 tokens that is tens of times
+        faster.
         """
         text = self.encode(texts, padding="longest")
         return [row[:length] for row, length in zip(text.embeds.cpu(), text_lengths(text))]
 
     def padded(self, texts: list[str]) -> tuple[list[torch.Tensor], list[int]]:
-        """Embeddings of each text at all positions, `(L, E)`, on the CPU, and how many tokens each text has."""
+        """Encode texts with padding: the embeddings of all positions, `(L, E)`, on the CPU, and each text's token count."""
         text = self.encode(texts)
         return list(text.embeds.cpu()), text_lengths(text)
 
     def count_tokens(self, texts: list[str]) -> list[int]:
-        """Tokens of texts before they are cut."""
+        """Count the tokens of texts without truncation."""
         return [len(ids) for ids in self.tokenizer(self.cleaned(texts), truncation=False, verbose=False).input_ids]
 
     def cleaned(self, texts: list[str]) -> list[str]:
-        """Texts as the tokenizer gets them."""
+        """Return texts as passed to the tokenizer, cleaned if `cleans_captions`."""
         return clean_captions(texts) if self.cleans_captions else texts
 
 
 def text_lengths(text: TextEmbeddings) -> list[int]:
-    """Tokens of each text.
+    """Return the number of tokens of each text.
 
     Raises:
-        ValueError: If they are not the first ones.
+        ValueError: If padding comes before the tokens.
     """
     lengths = text.mask.sum(dim=1).tolist()
     if any(not row[:length].all() for row, length in zip(text.mask, lengths)):
-        raise ValueError("`tokenizer` pads on the left, but texts should begin at the first token.")
+        raise ValueError("`tokenizer` pads on the left, but should pad on the right.")
     return lengths
 
 
 def keep_in_fp32(text_encoder: PreTrainedModel | None) -> None:
-    """Keeps in float32 the layers of an encoder that float16 is too narrow for: `wo` of T5.
+    """Keep layers that overflow in float16 in float32: `wo` of T5.
 
     transformers does so when it loads the encoder in float16, but `.to(torch.float16)` undoes it, and the embeddings
     overflow (diffusers issue 8604).

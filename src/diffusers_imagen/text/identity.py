@@ -1,4 +1,4 @@
-"""What tells one text encoder from another: networks only read the embeddings of the one they were trained with."""
+"""Identities of text encoders: networks require the encoder that they were trained with."""
 
 import hashlib
 import json
@@ -12,13 +12,13 @@ from ..utils.modules import is_quantized
 
 
 PROBES = 64
-# what descriptions did not say at first, with what that stood for
+# entries that earlier versions did not record, with their implied values
 LATER = {"keeps_padding": False, "cleans_captions": False}
-PROBE_TOLERANCE = 2**-7  # a weight in bfloat16 is off by 2^-8; weights that were trained on move by more
+PROBE_TOLERANCE = 2**-7  # rounding to bfloat16 changes a weight by up to 2^-8; further training changes it by more
 
 
 def describe_encoder(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> dict[str, Any]:
-    """Kind, sizes, vocabulary, limit of tokens, and a sample of weights, which a quantized encoder does not have as such."""
+    """Return kind, sizes, vocabulary, token limit, and a sample of weights (not available for quantized encoders)."""
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
     return describe_weights(model) | {
         "vocabulary": hashlib.sha256(vocabulary.encode()).hexdigest()[:16],
@@ -45,21 +45,21 @@ def sample_weights(model: nn.Module) -> dict[str, Any]:
 
 
 def encoder_width(config: PretrainedConfig) -> int:
-    """Width of an encoder's embeddings.
+    """Return the width of an encoder's embeddings.
 
     Raises:
-        ValueError: If its configuration names none.
+        ValueError: If its configuration does not have it.
     """
     width = getattr(config, "d_model", None) or getattr(config, "hidden_size", None)
     if not isinstance(width, int):
-        raise ValueError(f"{type(config).__name__} has no width (`hidden_size`): it is no text encoder's.")
+        raise ValueError(f"{type(config).__name__} has no width (`hidden_size`): it is not a text encoder.")
     return width
 
 
 def identity_mismatch(expected: Any, actual: Any) -> str | None:
-    """How two encoders differ, in words; None if they do not. What one of them does not say is not compared.
+    """Describe how two encoders differ; None if they do not. Entries that one of them lacks are not compared.
 
-    Of several encoders side by side, each is compared.
+    For concatenated encoders, each is compared.
     """
     if not (isinstance(expected, dict) and isinstance(actual, dict)):
         return None
@@ -74,6 +74,6 @@ def identity_mismatch(expected: Any, actual: Any) -> str | None:
     try:
         pairs = list(zip(expected.get("weights", []), actual.get("weights", [])))
         differ = any(abs(a - b) > PROBE_TOLERANCE * max(abs(a), abs(b)) + 1e-6 for a, b in pairs)
-    except TypeError:  # of values that no encoder has
+    except TypeError:  # for malformed values
         return "its description is malformed"
     return "other weights" if differ else None

@@ -1,4 +1,4 @@
-"""Tokenizers and text encoders from a folder or the Hub, refused in one line if they are damaged or incomplete."""
+"""Loading of tokenizers and text encoders from a folder or the Hub, with one-line errors for damaged files."""
 
 import os
 from typing import Any
@@ -14,16 +14,16 @@ from .completeness import refuse_empty_vocabulary, refuse_random_weights
 from .reference import find_reference, load_reference, load_text_model
 
 
-NO_LIMIT = 1_000_000  # transformers writes 1e30 where a tokenizer's length was never set
+NO_LIMIT = 1_000_000  # transformers uses 1e30 if a tokenizer's maximum length is not set
 
 
 def load_tokenizer(name: str, max_length: int | None = None, **hub: Any) -> tuple[PreTrainedTokenizerBase, str]:
-    """The tokenizer of a pipeline folder or of a model, and the subfolder that the encoder is in.
+    """Load the tokenizer of a pipeline folder or a model; return it with the subfolder of the encoder.
 
     Args:
         name (`str`): Folder or Hub id.
-        max_length (`int`, *optional*): Tokens that texts are to be cut or padded to; the tokenizer's own limit without.
-        hub: Of `HUB_OPTIONS`, such as `token`, `revision` or `local_files_only`.
+        max_length (`int`, *optional*): Number of tokens per text; by default the tokenizer's limit.
+        hub: Entries of `HUB_OPTIONS`, such as `token`, `revision` or `local_files_only`.
 
     Raises:
         ValueError: If there is none, or it cannot pad texts to a limit.
@@ -39,32 +39,32 @@ def load_tokenizer(name: str, max_length: int | None = None, **hub: Any) -> tupl
                 tokenizer = load_tokenizer_of_pipeline(name, hub)
             else:
                 tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **hub)
-        except Exception as error:  # tokenizers raises plain ones for what is in a file
+        except Exception as error:  # tokenizers raises plain exceptions for malformed files
             reason = describe_fault(error)
             continue
         refuse_empty_vocabulary(f"`text_encoder` is {name!r}, whose tokenizer", tokenizer)
         limit = tokenizer.model_max_length
         if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit >= 1:
             raise ValueError(
-                f"`text_encoder` is {name!r}, whose tokenizer has the limit {limit!r}, which is no number."
+                f"`text_encoder` is {name!r}, whose tokenizer has the limit {limit!r}, which is not a number."
             )
         if tokenizer.pad_token is None:
-            raise ValueError(f"`text_encoder` is {name!r}, whose tokenizer has no token to pad texts with.")
+            raise ValueError(f"`text_encoder` is {name!r}, whose tokenizer has no padding token.")
         if max_length is None and limit > NO_LIMIT:
-            raise ValueError(
-                f"The tokenizer of {name!r} has no limit of tokens: give `tokenizer_max_length`, e.g. 128."
-            )
+            raise ValueError(f"The tokenizer of {name!r} has no maximum length: set `tokenizer_max_length`, e.g. 128.")
         if max_length is not None and max_length > limit:
-            raise ValueError(f"`tokenizer_max_length` is {max_length}, but the tokenizer of {name!r} ends at {limit}.")
+            raise ValueError(
+                f"`tokenizer_max_length` is {max_length}, but the tokenizer of {name!r} has the limit {limit}."
+            )
         tokenizer.model_max_length = limit if max_length is None else max_length
         return tokenizer, encoder
-    raise ValueError(f"`text_encoder` is {name!r}, which has no tokenizer that can be loaded: {reason}")
+    raise ValueError(f"`text_encoder` is {name!r}, whose tokenizer cannot be loaded: {reason}")
 
 
 def load_tokenizer_of_pipeline(source: str, hub: dict[str, Any]) -> PreTrainedTokenizerBase:
-    """The tokenizer in `tokenizer/` of a folder or Hub id, with the limit that it was saved with."""
+    """Load the tokenizer in `tokenizer/` of a folder or Hub id, with its saved maximum length."""
     if not os.path.isdir(source):
-        # AutoTokenizer looks for more than there is, and offline takes that for an error
+        # AutoTokenizer requests files that may not exist, which is an error when offline
         source = snapshot_download(source, allow_patterns="tokenizer/*", **for_huggingface_hub(hub))
     return AutoTokenizer.from_pretrained(source, subfolder="tokenizer", trust_remote_code=False)
 
@@ -77,13 +77,13 @@ def load_encoder(
     dtype: torch.dtype | str,
     **kwargs: Any,
 ) -> PreTrainedModel:
-    """The frozen encoder alone: of T5 and its like, whose AutoModel has a decoder too, the class without it.
+    """Load the frozen encoder; for encoder-decoders such as T5, the class without the decoder.
 
-    `dtype` is that of the weights, or "auto": as they were saved. `kwargs` are for `from_pretrained`. A quantized encoder
-    is loaded to its device, as it cannot be moved there.
+    `dtype` is that of the weights, or "auto": as saved. `kwargs` are passed to `from_pretrained`. A quantized encoder is
+    loaded directly to its device, because it cannot be moved.
 
     Raises:
-        ValueError: If there is none, it lacks weights or has some that are not finite, or the tokenizer is another's.
+        ValueError: If there is none, weights are missing or not finite, or the tokenizer does not match.
     """
     what = f"`text_encoder` is {name!r}"
     options: dict[str, Any] = {"dtype": dtype}
@@ -134,11 +134,11 @@ def load_where_it_is(what: str, name: str, subfolder: str, options: dict[str, An
 
 
 def load_text(name: str, max_length: int | None = None) -> dict[str, Any]:
-    """A pipeline's `text_encoder`, in the type that its weights have, and `tokenizer`; ValueError as above.
+    """Load a pipeline's `text_encoder`, in the dtype of its weights, and `tokenizer`; errors as above.
 
     Args:
         name (`str`): Folder or Hub id, of a pipeline or of a model.
-        max_length (`int`, *optional*): Tokens that texts are to be cut or padded to; the tokenizer's own limit without.
+        max_length (`int`, *optional*): Number of tokens per text; by default the tokenizer's limit.
     """
     tokenizer, subfolder = load_tokenizer(name, max_length)
     encoder = load_encoder(name, subfolder, tokenizer, "cpu", "auto")

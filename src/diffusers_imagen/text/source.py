@@ -1,4 +1,4 @@
-"""Where text embeddings come from, for pipelines and training: an encoder, a cache, or several encoders."""
+"""TextSource: the interface of sources of text embeddings (encoders, caches), for pipelines and training."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
@@ -15,23 +15,23 @@ from .text_embeddings import TextEmbeddings, without_text
 
 logger = logging.get_logger(__name__)
 
-MEMORY_LIMIT = 2 * 2**30  # bytes of embeddings that are kept
+MEMORY_LIMIT = 2 * 2**30  # bytes of embeddings kept in memory
 ENCODED_AT_ONCE = 256
 MAX_CAPTION = 2**20  # bytes of a caption in a file: what is above is something else
 
 
 class TextSource(ABC):
-    """Where the embeddings of texts come from. Another encoder is another subclass: `encode`, `width`, `max_length`.
+    """Base class of sources of text embeddings. A subclass for another encoder has `encode`, `width` and `max_length`.
 
     Attributes:
         width (`int`): E, the width of the embeddings.
         max_length (`int`): L, their number of tokens.
-        keeps_padding (`bool`): Whether embeddings at padded positions are the encoder's, for networks that attend to
-            them, and not zero.
-        cleans_captions (`bool`): Whether texts are cleaned as DeepFloyd IF's before they are encoded. Callers give them
-            as they are; a cache finds them by that.
-        needs_encoder (`bool`): Whether an encoder works at each call of `encode`; it is then called where the batches
-            are used, and not by the processes that read images ahead.
+        keeps_padding (`bool`): Whether embeddings at padded positions are kept, for networks that attend to them, instead
+            of being set to zero.
+        cleans_captions (`bool`): Whether texts are cleaned as in DeepFloyd IF before encoding. Callers pass the original
+            texts, which are also the keys of a cache.
+        needs_encoder (`bool`): Whether `encode` runs an encoder at each call; it is then called in the main process,
+            not in the workers that load images.
     """
 
     width: int
@@ -42,24 +42,24 @@ class TextSource(ABC):
 
     @abstractmethod
     def encode(self, texts: list[str]) -> TextEmbeddings:
-        """Embeddings of texts, all of the same length L."""
+        """Encode texts to embeddings of the same length L."""
 
     def encode_prompts(self, texts: list[str], slice_size: int | None = None) -> TextEmbeddings:
         """As `encode`, `slice_size` texts at once."""
         return in_slices(self.encode, texts, slice_size)
 
     def no_text(self, text: TextEmbeddings) -> TextEmbeddings:
-        """What stands for the absence of text beside `text`: zeros, or the empty text where padding is attended to."""
+        """Return the unconditional embeddings for `text`: zeros, or those of the empty text if padding is attended to."""
         if not self.keeps_padding:
             return without_text(text)
         return self.encode([""]).repeated(len(text.embeds))
 
     def __contains__(self, text: str) -> bool:
-        """Whether `encode` takes this text."""
+        """Return whether `encode` supports this text."""
         return True
 
     def identity(self) -> dict[str, Any] | None:
-        """What tells the encoder from others, in JSON's types; None if that is not known."""
+        """Return the identity of the encoder in JSON's types; None if unknown."""
         return None
 
     def parts(self) -> EncoderParts | None:
@@ -68,12 +68,12 @@ class TextSource(ABC):
         return None
 
     def release(self) -> None:
-        """Frees the memory of the encoder; it comes back when it is needed."""
+        """Free the memory of the encoder; it is loaded again on the next use."""
 
     def for_captions(self, captions: Iterable[str] | None) -> "TextSource":
-        """What batches of these captions are encoded with; None are those of a stream, which are not known before.
+        """Return a text source for batches of these captions; None for a stream, whose captions are not known in advance.
 
-        All are encoded now if their embeddings fit in memory, or else each batch's when it is drawn.
+        All captions are encoded now if their embeddings fit in memory, else each batch when it is loaded.
         """
         if captions is None:
             return self
@@ -86,22 +86,22 @@ class TextSource(ABC):
         if distinct is not None:
             return EncodedCaptions(distinct, self)
         logger.info(
-            f"More than {limit} captions, too many to keep encoded: they are encoded batch by batch. "
-            "`diffusers-imagen cache-embeddings` writes them to disk once."
+            f"More than {limit} captions, too many to keep in memory: they are encoded batch by batch. "
+            "`diffusers-imagen cache-embeddings` encodes them once and writes them to disk."
         )
         return self
 
 
 class ConcatenatedText(TextSource):
-    """Several encoders side by side: `(B, L, E_1 + E_2 + ...)`, under the mask of the first.
+    """Concatenation of several encoders: `(B, L, E_1 + E_2 + ...)`, with the mask of the first.
 
-    Each is given the texts as they are, and cleans them or not.
+    Each receives the original texts, and cleans them or not.
 
     Args:
-        sources (`TextSource`): The encoders, which must have the same number of tokens and keep padding alike.
+        sources (`TextSource`): The encoders, with the same number of tokens and the same `keeps_padding`.
 
     Raises:
-        ValueError: If they have not.
+        ValueError: If these differ.
     """
 
     def __init__(self, *sources: TextSource):
@@ -132,9 +132,9 @@ class ConcatenatedText(TextSource):
 
 
 class EncodedCaptions(TextSource):
-    """Embeddings of distinct captions, encoded once and kept in memory: in float16, where that has their range.
+    """Embeddings of distinct captions, encoded once and kept in memory: in float16, if they are within its range.
 
-    Where padding is kept, the empty text is among them, which stands for no text.
+    If padding is kept, the empty text is included, for unconditional embeddings.
     """
 
     needs_encoder = False
@@ -169,13 +169,13 @@ def in_slices(
 
 
 def in_half(embeds: torch.Tensor) -> torch.Tensor:
-    """Embeddings in float16, or in float32 where some are beyond its range."""
+    """Convert embeddings to float16, or to float32 if some are outside its range."""
     half = embeds.half()
     return half if half.isfinite().all() else embeds.float()
 
 
 def distinct_captions(captions: Iterable[str], limit: int | None = None) -> list[str] | None:
-    """Every caption once, in order of appearance; None if there are more than `limit`."""
+    """Return the distinct captions in order of appearance; None if there are more than `limit`."""
     seen: dict[str, None] = {}
     for caption in captions:
         seen[caption] = None

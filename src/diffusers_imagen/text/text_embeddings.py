@@ -1,4 +1,4 @@
-"""Embeddings of texts: how padding is treated, and what stands for the absence of text, in training and sampling alike.
+"""TextEmbeddings: text embeddings with their mask, padding, and unconditional embeddings.
 
 Shapes: B texts, L tokens, E width of the text encoder.
 """
@@ -10,17 +10,18 @@ from torch.nn import functional
 
 
 class TextEmbeddings(NamedTuple):
-    """What a text encoder makes of texts. Most networks normalise and pool over padded positions, which are zero."""
+    """Output of a text encoder. Most networks normalize and pool over padded positions, which are zero."""
 
-    embeds: torch.Tensor  # (B, L, E), zero at padded positions, or the encoder's for networks that attend to them
-    mask: torch.Tensor  # (B, L) bool, True where a token counts
+    embeds: torch.Tensor  # (B, L, E), zero at padded positions, unless networks attend to them
+    mask: torch.Tensor  # (B, L) bool, True for valid tokens
 
     def for_pipeline(self, negative: "TextEmbeddings | None" = None) -> dict[str, torch.Tensor]:
-        """The arguments of a pipeline's call.
+        """Return the arguments for calling a pipeline.
 
         Args:
-            negative ([`TextEmbeddings`], *optional*): Of negative prompts, one for each prompt or one for all; of no
-                text (`TextSource.no_text`) for networks that attend to padding, in a pipeline without a text encoder.
+            negative ([`TextEmbeddings`], *optional*): Embeddings of negative prompts, one per prompt or one for all.
+                A pipeline without a text encoder needs those of `TextSource.no_text` for networks that attend to
+                padding.
         """
         arguments = {"prompt_embeds": self.embeds.float(), "prompt_attention_mask": self.mask}
         if negative is None:
@@ -37,29 +38,29 @@ class TextEmbeddings(NamedTuple):
         }
 
     def repeated(self, number: int) -> "TextEmbeddings":
-        """A single text as a batch of as many; a batch of that size as it is."""
+        """Repeat a single text to a batch of this size; return a batch of this size unchanged."""
         return TextEmbeddings(*(tensor.expand(number, *tensor.shape[1:]) for tensor in self))
 
 
 def zero_padding(embeds: torch.Tensor, mask: torch.Tensor) -> TextEmbeddings:
-    """Embeddings as an encoder gives them `(B, L, E)`, with zeros where its mask `(B, L)` has any."""
+    """Set an encoder's embeddings `(B, L, E)` to zero at padded positions of the mask `(B, L)`."""
     return TextEmbeddings(embeds * mask[..., None].to(embeds.dtype), mask.bool())
 
 
 def pad_tokens(text: TextEmbeddings, length: int) -> TextEmbeddings:
-    """Adds padding until there are `length` tokens."""
+    """Pad to `length` tokens."""
     missing = length - text.mask.shape[1]
     return TextEmbeddings(functional.pad(text.embeds, (0, 0, 0, missing)), functional.pad(text.mask, (0, missing)))
 
 
 def stack_padded(texts: list[torch.Tensor], lengths: list[int]) -> TextEmbeddings:
-    """Embeddings of single texts at all positions, `(L, E)`, as a batch in float32 under a mask of their `lengths`."""
+    """Stack embeddings of all positions `(L, E)` to a batch in float32, with a mask from `lengths`."""
     embeds = torch.stack([text.float() for text in texts])
     return TextEmbeddings(embeds, torch.arange(embeds.shape[1]) < torch.tensor(lengths)[:, None])
 
 
 def stack_unpadded(texts: list[torch.Tensor], length: int, width: int) -> TextEmbeddings:
-    """Embeddings of single texts `(tokens, E)` as a batch in float32, each padded to `length` tokens."""
+    """Pad embeddings `(tokens, E)` to `length` tokens and stack them to a batch in float32."""
     embeds = torch.zeros(len(texts), length, width)
     mask = torch.zeros(len(texts), length, dtype=torch.bool)
     for i, text in enumerate(texts):
@@ -69,17 +70,17 @@ def stack_unpadded(texts: list[torch.Tensor], length: int, width: int) -> TextEm
 
 
 def without_text(text: TextEmbeddings) -> TextEmbeddings:
-    """What stands for no text beside a prompt: zeros under the prompt's mask, as `drop_text` shows them in training."""
+    """Return unconditional embeddings for a prompt: zeros with the prompt's mask, as from `drop_text` in training."""
     return TextEmbeddings(torch.zeros_like(text.embeds), text.mask)
 
 
 def drop_text(
     embeds: torch.Tensor | None, dropped: torch.Tensor, no_text: torch.Tensor | None = None
 ) -> torch.Tensor | None:
-    """Embeddings `(B, L, E)`, those of dropped texts `(B,)` zero, or `no_text` `(1, L, E)`; the masks stay.
+    """Replace dropped texts `(B,)` of embeddings `(B, L, E)` by zeros, or by `no_text` `(1, L, E)`; keep the masks.
 
-    What stands for no text is the same when sampling: zeros under the prompt's mask (`without_text`), and for networks
-    that attend to padding, and so see no mask, the embeddings of the empty text (`TextSource.no_text`).
+    Sampling uses the same unconditional embeddings: zeros with the prompt's mask (`without_text`), and for networks that
+    attend to padding, which ignore the mask, the embeddings of the empty text (`TextSource.no_text`).
     """
     if embeds is None:
         return None

@@ -1,1 +1,1 @@
-"""What every part uses: files that are written whole, folders that one process holds, errors as one line."""
+"""Utilities of all packages: atomic file writes, folder locks, argument checks, one-line errors."""

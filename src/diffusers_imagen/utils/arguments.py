@@ -1,4 +1,4 @@
-"""Checks of single numbers that a caller gives, and how a wrong value is shown in a message."""
+"""Argument checks, and the wording of error messages for invalid values."""
 
 import math
 import numbers
@@ -11,7 +11,7 @@ SHOWN_CHARACTERS = 120
 
 
 def shown(value: Any) -> str:
-    """A value for a message: short, however large the value is, and for any object."""
+    """Format any value for a message, shortened."""
     shape = getattr(value, "shape", None)
     if isinstance(shape, tuple) and shape:
         return f"a {type(value).__name__} of shape {tuple(shape)}"
@@ -19,49 +19,49 @@ def shown(value: Any) -> str:
         value = value[: SHOWN_CHARACTERS + 1]
     try:
         text = repr(value)
-    except Exception:  # Python prints no integer of more than 4300 digits, and a class may do anything
+    except Exception:  # Python does not print integers of more than 4300 digits, and `__repr__` of a class may raise
         return f"a {type(value).__name__}"
     return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "..."
 
 
 def bad_argument(name: str, value: Any, expected: str) -> ValueError:
-    """The error of a wrong argument, in the one form that this package has."""
+    """Return the error for an invalid argument, in the uniform wording of this package."""
     return ValueError(f"`{name}` is {shown(value)}, but should be {expected}.")
 
 
 def check_choice(name: str, value: Any, choices: Collection[str | None], when: str = "") -> None:
-    """Raises ValueError, which names the choices that there are `when` something is given, for any other value."""
+    """Raise a ValueError that lists the choices unless the value is one of them; `when` is appended to the message."""
     if not isinstance(value, (str, NoneType)) or value not in choices:
         raise bad_argument(name, value, f"one of {', '.join(map(repr, choices))}{when}")
 
 
 def check_exactly_one(**values: Any) -> None:
-    """Raises ValueError unless one of the arguments is given, and the others are None."""
+    """Raise ValueError unless exactly one of the arguments is not None."""
     if sum(value is not None for value in values.values()) != 1:
         names, given = (", ".join(texts) for texts in ([f"`{name}`" for name in values], map(shown, values.values())))
         raise ValueError(f"Exactly one of {names} should be given, but they are {given}.")
 
 
 def is_integer(value: Any) -> bool:
-    """Whether a value is a whole number of Python's or NumPy's kinds, and no boolean."""
+    """Return whether a value is a Python or NumPy integer, not a boolean."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a real number of Python's or NumPy's kinds, and no boolean; NaN and infinity are."""
+    """Return whether a value is a Python or NumPy real number, not a boolean; includes NaN and infinity."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def is_finite(value: Any) -> bool:
-    """Whether a value is a number of `is_number`, and a finite one in floating point."""
+    """Return whether a value is a real number, as in `is_number`, and finite in floating point."""
     return is_number(value) and math.isfinite(to_float(value))
 
 
 def as_integer(name: str, value: Any, minimum: int = 1, maximum: int | None = None) -> int:
-    """A whole number as an `int`.
+    """Convert an integer to `int`.
 
     Raises:
-        ValueError: If it is none, or not between the bounds; names the argument.
+        ValueError: If it is not an integer or out of bounds; names the argument.
     """
     if not is_integer(value) or value < minimum or (maximum is not None and value > maximum):
         upper = "" if maximum is None else f" and at most {maximum}"
@@ -70,10 +70,10 @@ def as_integer(name: str, value: Any, minimum: int = 1, maximum: int | None = No
 
 
 def as_number(name: str, value: Any, minimum: float = -math.inf, maximum: float = math.inf) -> float:
-    """A finite number as a `float`.
+    """Convert a finite number to `float`.
 
     Raises:
-        ValueError: If it is none, or not between the bounds; names the argument.
+        ValueError: If it is not a finite number or out of bounds; names the argument.
     """
     if not is_finite(value) or not minimum <= value <= maximum:
         bounds = [f"of at least {minimum:g}"] * (minimum > -math.inf) + [f"at most {maximum:g}"] * (maximum < math.inf)
@@ -82,7 +82,7 @@ def as_number(name: str, value: Any, minimum: float = -math.inf, maximum: float 
 
 
 def to_float(value: Any) -> float:
-    """A number as a `float`; infinite where an integer is beyond floating point."""
+    """Convert a number to `float`; infinite for an integer that overflows."""
     try:
         return float(value)
     except OverflowError:

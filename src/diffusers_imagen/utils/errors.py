@@ -1,4 +1,4 @@
-"""Errors of a command as one line and an exit code."""
+"""Command line errors: one line on stderr, and an exit code."""
 
 import errno
 import os
@@ -13,16 +13,16 @@ from PIL.Image import DecompressionBombError
 from safetensors import SafetensorError
 
 
-USAGE = 2  # exit code after a bad argument, as argparse's
+USAGE = 2  # exit code for invalid arguments, as in argparse
 INTERRUPTED = 130
-# what requests to the Hub end in: the base error of its HTTP client, whichever that is, and connections cut and timed out
+# errors of requests to the Hub: the base error of the installed HTTP client, and broken or timed-out connections
 NETWORK = (HfHubHTTPError, getattr(hub_errors, "HTTPError", HfHubHTTPError), ConnectionError, TimeoutError)
-# what arguments, files, disks, networks and devices cause; anything else is a fault of this package and keeps its traceback
+# errors from arguments, files, disks, networks and devices; others are bugs of this package and keep their traceback
 EXPECTED = (ValueError, OSError, FloatingPointError, MemoryError, DecompressionBombError, SafetensorError)
 
 
 def run_to_exit_code(run: Callable[[], int | None], program: str) -> int:
-    """Calls a command; an expected error is one line on stderr and exit code 2, an interruption exit code 130."""
+    """Run a command; an expected error gives one line on stderr and exit code 2, an interruption exit code 130."""
     try:
         code = run() or 0
         sys.stdout.flush()
@@ -45,7 +45,7 @@ def run_program(run: Callable[[], int | None]) -> NoReturn:
 
 
 def give_up_broken_stdout() -> None:
-    """Lets an output that nobody reads, or that is full, end without a second error when the interpreter closes it."""
+    """Prevent a second error when the interpreter closes a broken or full standard output."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError):
@@ -53,11 +53,11 @@ def give_up_broken_stdout() -> None:
 
 
 def describe(error: BaseException) -> str | None:
-    """An error as one line; None for an error that nobody expects."""
+    """Return an expected error as one line; None for an unexpected error."""
     if isinstance(error, BrokenPipeError):
         return "the output was closed before everything was written to it."
     if isinstance(error, HfHubHTTPError):
-        return f"the Hub refused: {one_line(error)}"
+        return f"the Hub rejected the request: {one_line(error)}"
     if isinstance(error, NETWORK) and not isinstance(error, OSError):
         return f"the network failed: {one_line(error)}"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
@@ -72,18 +72,18 @@ def describe(error: BaseException) -> str | None:
 
 
 def of_file(error: OSError) -> str:
-    """The file that an error of the operating system is about."""
+    """Return the file named by an OSError, for messages."""
     return f": '{error.filename}'" if error.filename else ""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether it is torch's error for a full GPU, or for more than the CPU's memory."""
-    # torch takes seconds to import, and need not be
+    """Return whether an error is torch's out-of-memory error, on a GPU or a CPU."""
+    # avoids importing torch, which takes seconds
     return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate" in str(error)
 
 
 def one_line(error: BaseException) -> str:
-    """The text of an error in one line; of one that a DataLoader's worker met, without its traceback."""
+    """Return the text of an error in one line, without the traceback of a DataLoader worker."""
     text = str(error).strip()
     if text.startswith("Caught ") and "\nOriginal Traceback (most recent call last):\n" in text:
         text = text.splitlines()[-1].partition(": ")[2]
@@ -91,7 +91,7 @@ def one_line(error: BaseException) -> str:
 
 
 def describe_fault(error: Exception) -> str:
-    """The first line of an error that a library met in a file, with its kind where the text alone says little."""
+    """Return the first line of a library's error about a file, with its type if the text is uninformative."""
     lines = str(error).strip().splitlines()
     kind = "" if isinstance(error, (OSError, ValueError)) and lines else f"{type(error).__name__}: "
     return kind + (lines[0][:300] if lines else "")

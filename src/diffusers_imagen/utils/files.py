@@ -1,4 +1,4 @@
-"""Files that are whole or absent, their checksums, and folders that one process holds at a time."""
+"""Atomic file writes, checksums, and folder locks between processes."""
 
 import errno
 import hashlib
@@ -18,7 +18,7 @@ import filelock
 
 
 PathLike = str | os.PathLike
-# of `from_pretrained` and `load_lora_weights`: where a file comes from
+# arguments of `from_pretrained` and `load_lora_weights` that locate files
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 OF_A_PROCESS = re.compile(r"\.(.+)\.\d+\.partial", re.DOTALL)  # the names that `partial_of` gives
 LOCK, OWNER = ".lock", ".lock-owner.json"  # in a folder that is held; no part of what is in it
@@ -26,9 +26,9 @@ LOCK, OWNER = ".lock", ".lock-owner.json"  # in a folder that is held; no part o
 
 @contextmanager
 def whole_file(path: PathLike) -> Iterator[Path]:
-    """A path beside `path` to write to; what is there at the end is moved into place, and removed after an error.
+    """Context manager of a temporary path next to `path`, which is moved into place at the end, or removed on error.
 
-    The file is on the disk before it takes its name, so that a crash of the machine leaves the old one or the new one.
+    The file is flushed to disk before it is renamed, so that a crash leaves either the old or the new file.
     """
     path = Path(path)
     partial = partial_of(path)
@@ -105,7 +105,7 @@ def short_name(path: Path) -> str:
 
 
 def remove(path: Path) -> None:
-    """Deletes a file or a folder, if it is there. It is gone from its place at once: nobody finds half of it."""
+    """Delete a file or a folder if it exists, atomically: it is renamed before its content is deleted."""
     if path.exists():
         doomed = path.with_name(f".{path.name}.removed.partial")
         os.replace(path, doomed)
@@ -113,22 +113,22 @@ def remove(path: Path) -> None:
 
 
 def check_writable(path: PathLike, name: str) -> None:
-    """Finds out whether a file can be written, by writing a few bytes beside it; folders that lack are not made.
+    """Check that a file can be written, by writing a few bytes next to it; missing folders are not created.
 
     Args:
-        path (`str` or `os.PathLike`): The file, which may be there already.
-        name (`str`): The argument that named it, for the message.
+        path (`str` or `os.PathLike`): The file, which may exist already.
+        name (`str`): The argument's name, for the message.
 
     Raises:
-        ValueError: If it cannot: because of its name, what is in its place, its folder, or the disk.
+        ValueError: If it cannot be written, because of its name, what exists at the path, its folder, or the disk.
     """
     path = Path(path)
     try:
         os.fsencode(path)
     except UnicodeEncodeError:
-        raise ValueError(f"`{name}` is {str(path)!r}, which no file can be called.") from None
+        raise ValueError(f"`{name}` is {str(path)!r}, which is not a valid file name.") from None
     if path.name in ("", "..") or "\0" in str(path):
-        raise ValueError(f"`{name}` is {str(path)!r}, which no file can be called.")
+        raise ValueError(f"`{name}` is {str(path)!r}, which is not a valid file name.")
     with refusing(path, name):
         check_name(path)
         if path.exists() and not path.is_file():
@@ -139,40 +139,40 @@ def check_writable(path: PathLike, name: str) -> None:
             raise ValueError(f"`{name}` is '{path}', which needs the folder '{folder}', but that is a file.")
         probe = partial_of(folder / "probe")
         try:
-            with open(probe, "wb") as file:  # a full disk may tell only when the file is closed
+            with open(probe, "wb") as file:  # a full disk may raise only when the file is closed
                 file.write(b"probe")
         finally:
             probe.unlink(missing_ok=True)
 
 
 def for_huggingface_hub(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of HUB_OPTIONS that huggingface_hub takes: it has no proxies but those of the environment."""
+    """Return the HUB_OPTIONS that huggingface_hub accepts: it uses only the proxies of the environment."""
     return {name: value for name, value in options.items() if name != "proxies" and value is not None}
 
 
 def check_new_folder(path: PathLike, name: str) -> None:
-    """As `check_folder`; raises ValueError for a folder with something in it too."""
+    """Check a folder like `check_folder`, and raise ValueError if it is not empty."""
     check_folder(path, name)
     if os.path.isdir(path) and os.listdir(path):
         raise ValueError(f"`{name}` is '{path}', which is not empty: name a new folder.")
 
 
 def check_folder(path: PathLike, name: str) -> None:
-    """Finds out, without a change, whether files can be written into a folder, which need not be there yet.
+    """Check, without changing anything, that files can be written to a folder, which need not exist yet.
 
     Args:
         path (`str` or `os.PathLike`): The folder.
-        name (`str`): The argument that named it, for the message.
+        name (`str`): The argument's name, for the message.
 
     Raises:
-        ValueError: If they cannot: because of its name, what is in its place or in that of a folder above it, or rights.
+        ValueError: If they cannot, because of its name, what exists at the path or above it, or permissions.
     """
     try:
         str(path).encode()
-    except UnicodeEncodeError:  # cards and records of the folder are in UTF-8
+    except UnicodeEncodeError:  # model cards and records refer to the folder in UTF-8
         raise ValueError(f"`{name}` is {str(path)!r}, which is not UTF-8.") from None
     if not os.fspath(path) or "\0" in str(path):
-        raise ValueError(f"`{name}` is {str(path)!r}, which no folder can be called.")
+        raise ValueError(f"`{name}` is {str(path)!r}, which is not a valid folder name.")
     with refusing(path, name):
         folder = nearest_existing(path)
         if not folder.is_dir():
@@ -185,7 +185,7 @@ def check_folder(path: PathLike, name: str) -> None:
 
 @contextmanager
 def refusing(path: PathLike, name: str) -> Iterator[None]:
-    """Turns an OSError into a ValueError that names the argument."""
+    """Convert an OSError to a ValueError that names the argument."""
     try:
         yield
     except OSError as error:
@@ -193,7 +193,7 @@ def refusing(path: PathLike, name: str) -> Iterator[None]:
 
 
 def nearest_existing(path: PathLike) -> Path:
-    """The path, or the nearest folder above it that there is, be it a link to nothing; OSError as in `check_name`."""
+    """Return the path, or the nearest existing parent, including broken links; raise OSError as in `check_name`."""
     path = Path(path).absolute()
     while not os.path.lexists(path):
         check_name(path)
@@ -202,37 +202,37 @@ def nearest_existing(path: PathLike) -> Path:
 
 
 def check_name(path: Path) -> None:
-    """Raises OSError for a name that no file of a file system can have, whether its folder is there or not."""
+    """Raise OSError for a file name that is not valid, whether its folder exists or not."""
     if len(os.fsencode(path.name)) > 255:
         raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), str(path))
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):
-        pass  # nothing there
+        pass  # does not exist
 
 
 def describe_kind(mode: int) -> str:
-    """What is in the place of a file, of the mode that `os.stat` tells."""
+    """Describe the type of a path in words, from the mode of `os.stat`."""
     kinds = {"a folder": stat.S_ISDIR, "a FIFO": stat.S_ISFIFO, "a socket": stat.S_ISSOCK}
     return next((kind for kind, matches in kinds.items() if matches(mode)), "a device")
 
 
 def write_text(path: PathLike, text: str) -> None:
-    """Writes a text file in UTF-8, whole or not at all."""
+    """Write a text file in UTF-8 atomically."""
     with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: PathLike, value: Any, indent: int = 2) -> None:
-    """Writes a JSON file, whole or not at all."""
+    """Write a JSON file atomically."""
     write_text(path, json.dumps(value, indent=indent) + "\n")
 
 
 def read_json_object(path: PathLike) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Read a JSON file that contains an object.
 
     Raises:
-        ValueError: If the file cannot be read, is not JSON, or holds something else than an object; names the file.
+        ValueError: If the file cannot be read, is not JSON, or does not contain an object; names the file.
     """
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -244,13 +244,13 @@ def read_json_object(path: PathLike) -> dict[str, Any]:
 
 
 def sync(path: PathLike) -> None:
-    """Waits until a file is on the disk."""
+    """Flush a file to disk."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 
 
 def sha256(path: PathLike) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         digest = hashlib.sha256()
         while part := file.read(2**20):
@@ -259,17 +259,17 @@ def sha256(path: PathLike) -> str:
 
 
 class FolderHold:
-    """Keeps other processes out of a folder until it is released, or its process ends.
+    """Lock of a folder against other processes, until it is released or the process ends.
 
-    The lock is the operating system's: it goes with its process, however that ends, and is not inherited by the
-    processes that it forks. Who holds it is written beside the lock for the message that others get.
+    The operating system's lock is used: it ends with the process, even if killed, and is not inherited by forked
+    processes. The owner is recorded next to the lock, for the error message of other processes.
 
     Args:
-        folder (`str` or `os.PathLike`): The folder, made if it is not there.
-        name (`str`): The argument that named the folder, for the message.
+        folder (`str` or `os.PathLike`): The folder, created if it does not exist.
+        name (`str`): The argument's name, for the message.
 
     Raises:
-        ValueError: If another process, or another object of this one, holds the folder, or it cannot be written to.
+        ValueError: If the folder is locked by another process or another object, or cannot be written to.
     """
 
     def __init__(self, folder: PathLike, name: str):
@@ -281,11 +281,11 @@ class FolderHold:
             self._lock.acquire()
         except (filelock.Timeout, RuntimeError) as error:  # RuntimeError: another object of this process
             raise ValueError(
-                f"`{name}` is '{self.folder}', which {self._describe_owner()} is using: wait for its end, or name "
+                f"`{name}` is '{self.folder}', which {self._describe_owner()} is using: wait for it to end, or choose "
                 "another folder."
             ) from error
         except OSError as error:
-            if error.errno == errno.ENOSPC:  # which has a line of its own
+            if error.errno == errno.ENOSPC:  # has its own message
                 raise
             raise ValueError(f"`{name}` is '{folder}', which cannot be locked: {error.strerror or error}.") from error
         try:
@@ -310,7 +310,7 @@ class FolderHold:
                     pass
 
     def release(self) -> None:
-        """Lets others have the folder; a second call does nothing."""
+        """Release the folder; a second call has no effect."""
         if self._lock.is_locked:
             (self.folder / OWNER).unlink(missing_ok=True)
             self._lock.release()
@@ -324,6 +324,6 @@ class FolderHold:
     def _describe_owner(self) -> str:
         try:
             owner = read_json_object(self.folder / OWNER)
-        except ValueError:  # it has only just begun
+        except ValueError:  # the other process has only just started
             return "another process"
         return f"process {owner.get('pid')} on {owner.get('host')} ({owner.get('command')})"

@@ -1,4 +1,4 @@
-"""Images side by side with their captions."""
+"""Image grids with captions."""
 
 import textwrap
 
@@ -11,7 +11,7 @@ CAPTION_SIZE = 14
 def captioned_grid(
     rows: list[list[Image.Image]], captions: list[str], resolution: int = 256, margin: int = 8
 ) -> Image.Image:
-    """Each caption above its row of images, which are enlarged to `resolution` without smoothing, so that pixels show."""
+    """Draw a grid of images, one captioned row each; images are upsampled to `resolution` with nearest neighbor."""
     font = ImageFont.load_default(CAPTION_SIZE)
     columns = max(len(row) for row in rows)
     width = columns * (resolution + margin) + margin

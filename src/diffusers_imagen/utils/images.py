@@ -1,6 +1,6 @@
-"""The one reader of pictures, for training, pipelines and commands: any mode and depth to upright RGB.
+"""Image reading for training, pipelines and commands: converts any mode and bit depth to upright RGB.
 
-Every failure is a `BadImage` that says why; nothing is opened that is no regular file, and no other program is called.
+Every failure is a `BadImage` with a reason; only regular files are opened, and no other program is called.
 """
 
 import io
@@ -15,16 +15,16 @@ from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
 PictureSource = str | os.PathLike | bytes | Image.Image
 
-# EPS and WMF are drawn by other programs, FITS is unpacked without a limit, and of the others Pillow knows the name only
+# EPS and WMF are rendered by other programs, FITS is decompressed without a limit, and Pillow cannot decode the others
 REFUSED_FORMATS = {"EPS", "WMF", "FITS", "BUFR", "GRIB", "HDF5", "MPEG"}
-# pictures to everybody, but not to Pillow alone: they are counted, and named when they cannot be read
+# image formats that Pillow does not read without plugins: such files are counted, and reported as unreadable
 FOREIGN_EXTENSIONS = {".heic", ".heif", ".jxl", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw"}
-NEARLY_ONE = 2.0  # floating-point pictures up to here are in [0, 1], where sharpening may have overshot
-NEARLY_ZERO = -1 / 510  # what rounds to 0
+NEARLY_ONE = 2.0  # floating-point images up to here count as [0, 1], with overshoot from sharpening
+NEARLY_ZERO = -1 / 510  # rounds to 0
 
 
 class BadImage(ValueError):
-    """An image that cannot be used, and why."""
+    """Raised for an image that cannot be used; the message has the reason."""
 
 
 def read_image(source: PictureSource, background: str = "white", at_least: int | None = None) -> Image.Image:
@@ -37,7 +37,7 @@ def read_image(source: PictureSource, background: str = "white", at_least: int |
             decoded at 1/2, 1/4 or 1/8 of its size, which takes a fraction of the time.
 
     Raises:
-        BadImage: If it cannot be read to the end, or holds values that no picture has.
+        BadImage: If it cannot be read completely, or has invalid values.
     """
     if isinstance(source, Image.Image):
         return _decode(source, background)
@@ -48,7 +48,7 @@ def read_image(source: PictureSource, background: str = "white", at_least: int |
 
 
 def open_image(source: PictureSource) -> Image.Image:
-    """As `read_image`, up to the header only: size and mode are known, pixels are not."""
+    """Read the header of an image like `read_image`: its size and mode, but not its pixels."""
     if isinstance(source, Image.Image):
         return source
     try:
@@ -56,17 +56,17 @@ def open_image(source: PictureSource) -> Image.Image:
             return Image.open(io.BytesIO(source), formats=readable_formats())
         check_regular(source)
         return Image.open(source, formats=readable_formats())
-    # readers of damaged files raise whatever they stumble over
+    # damaged files raise errors of any type
     except Exception as error:
         raise _as_bad_image(error) from error
 
 
 def check_regular(path: str | os.PathLike) -> None:
-    """Refuses what is no regular file, before it is opened: reading a pipe or a device may never end.
+    """Check that a path is a regular file before it is opened: reading a pipe or a device may never end.
 
     Raises:
-        BadImage: If there is a folder, pipe, socket or device.
-        OSError: If there is nothing.
+        BadImage: If it is a folder, pipe, socket or device.
+        OSError: If it does not exist.
     """
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode):
@@ -76,14 +76,14 @@ def check_regular(path: str | os.PathLike) -> None:
 
 @cache
 def readable_formats() -> tuple[str, ...]:
-    """Pillow's names of the formats that are read."""
+    """Return Pillow's names of the supported formats."""
     Image.init()
     return tuple(name for name in Image.ID if name not in REFUSED_FORMATS)
 
 
 @cache
 def picture_extensions() -> frozenset[str]:
-    """Endings of files that count as pictures, in lower case, with their dot."""
+    """Return the extensions of files that count as images, in lower case, with their dot."""
     formats = set(readable_formats())
     known = {extension for extension, name in Image.registered_extensions().items() if name in formats}
     return frozenset(known | FOREIGN_EXTENSIONS)
@@ -106,14 +106,14 @@ def _as_bad_image(error: Exception) -> BadImage:
 
 
 def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
-    """Any mode to RGB: 16 bits and floating point become 8 bits, what is transparent shows the background.
+    """Convert any mode to RGB: 16 bits and floating point to 8 bits, transparent pixels to the background.
 
     Raises:
-        BadImage: If it holds values that are not finite, negative, or above 16 bits.
+        BadImage: If it has values that are not finite, negative, or above 16 bits.
     """
     if image.mode.startswith("I") or image.mode == "F":
         image = _to_eight_bits(image)
-    if image.mode in ("La", "RGBa"):  # colours that were multiplied by their opacity
+    if image.mode in ("La", "RGBa"):  # premultiplied alpha
         image = image.convert(image.mode.upper())
     if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
         return image.convert("RGB")
@@ -124,7 +124,7 @@ def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """A picture of one channel in integers of 16 or 32 bits, or in floating point, as L; LA if a value is transparent."""
+    """Convert a single-channel image of 16 or 32-bit integers or floats to L; to LA if one value is transparent."""
     values = np.asarray(image)
     white = white_of_floats(values) if image.mode == "F" else white_of_integers(values)
     pixels = (values * np.float32(255 / white)).round().clip(0, 255).astype(np.uint8)
@@ -136,13 +136,13 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
 
 
 def white_of_integers(values: Any) -> int:
-    """The value that stands for white, 255 or 65535: by the type, or of a wider one by the largest value.
+    """Return the value of white, 255 or 65535: from the dtype, or for a wider one from the largest value.
 
     Args:
         values (`np.ndarray`): Integers.
 
     Raises:
-        BadImage: If there are negative values, or more than 16 bits hold.
+        BadImage: If there are negative values, or ones above 16 bits.
     """
     if values.dtype in (np.uint8, np.uint16):
         return int(np.iinfo(values.dtype).max)
@@ -153,7 +153,7 @@ def white_of_integers(values: Any) -> int:
 
 
 def white_of_floats(values: Any) -> int:
-    """The value that stands for white in a floating-point picture, by the largest value: 1, 255 or 65535.
+    """Return the value of white in a floating-point image, from the largest value: 1, 255 or 65535.
 
     Raises:
         BadImage: If values are not finite, negative, or above 65535.

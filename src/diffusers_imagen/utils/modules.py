@@ -1,4 +1,4 @@
-"""Networks as they are loaded and held: without reports, compiled, offloaded, with weights that are not finite."""
+"""Helpers for modules: compiled, offloaded and quantized networks, non-finite weights, and quiet loading."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,22 +10,22 @@ from transformers.utils import logging as transformers_logging
 
 
 def unwrapped(module: Any) -> Any:
-    """The network that `torch.compile` wrapped; anything else as it is."""
+    """Return the module inside a `torch.compile` wrapper; other modules unchanged."""
     return module._orig_mod if is_compiled_module(module) else module
 
 
 def is_offloaded(module: torch.nn.Module) -> bool:
-    """Whether weights may be elsewhere, with the meta device in their place."""
+    """Return whether weights may be offloaded, with parameters on the meta device."""
     return any(hasattr(part, "_hf_hook") for part in module.modules())
 
 
 def is_quantized(module: torch.nn.Module) -> bool:
-    """Whether a library holds weights in its own form, as bitsandbytes and torchao do, and not as floating-point numbers."""
+    """Return whether weights are quantized in a library's own format, such as bitsandbytes or torchao."""
     return getattr(module, "hf_quantizer", None) is not None
 
 
 def memory_of(tensor: torch.Tensor) -> int:
-    """Bytes of a tensor; of one that is made of others, as torchao's quantized weights are, theirs."""
+    """Return the memory of a tensor in bytes; for one composed of others, such as torchao's, their sum."""
     if hasattr(tensor, "__tensor_flatten__"):
         names, _ = tensor.__tensor_flatten__()
         return sum(memory_of(getattr(tensor, name)) for name in names)
@@ -33,21 +33,21 @@ def memory_of(tensor: torch.Tensor) -> int:
 
 
 def first_names(names: list[str]) -> str:
-    """A few of many names."""
+    """List the first few of many names."""
     return ", ".join(names[:3]) + (" and others" if len(names) > 3 else "")
 
 
 def find_not_finite(module: torch.nn.Module) -> str | None:
-    """The name of the first weight or buffer that holds NaN or infinity, of those that are not offloaded elsewhere.
+    """Return the name of the first weight or buffer with NaN or infinity, among those that are not offloaded.
 
-    Quantized weights are passed over, which are integers, or of torchao's kinds of tensor, that call themselves floats.
+    Quantized weights are skipped: integers, and torchao's tensor subclasses, which report a floating-point dtype.
     """
     for name, tensor in [*unwrapped(module).named_parameters(), *unwrapped(module).named_buffers()]:
         if not tensor.is_floating_point() or tensor.is_meta:
             continue
         try:
             finite = tensor.float().isfinite().all()
-        except NotImplementedError:  # of torchao
+        except NotImplementedError:  # raised by torchao
             continue
         if not finite:
             return name
@@ -56,7 +56,7 @@ def find_not_finite(module: torch.nn.Module) -> str | None:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without transformers' reports and progress bars of loading: what is missing is refused in one line."""
+    """Context without transformers' loading reports and progress bars; missing weights raise a one-line error."""
     verbosity, has_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

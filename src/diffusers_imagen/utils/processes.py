@@ -1,4 +1,4 @@
-"""Work that one of several processes does for all."""
+"""Helpers for multiple processes: work of the main process for all."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -11,8 +11,8 @@ Result = TypeVar("Result")
 
 
 def on_main_process(state: Accelerator | PartialState, do: Callable[[], Result]) -> Result:
-    """Calls a function in the main process; the others get what it returns, or raise what it raises, so that all of
-    them go on or all end. All processes call this."""
+    """Call a function in the main process; all processes return its result or raise its error, so that all continue
+    or all end. All processes must call this."""
     result: Any = None
     failure = None
     if state.is_main_process:

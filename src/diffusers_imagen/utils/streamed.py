@@ -1,4 +1,4 @@
-"""A safetensors file written and read tensor by tensor, so that no more than one of them is in memory."""
+"""Writing and reading of safetensors files tensor by tensor, with at most one tensor in memory."""
 
 import json
 import math
@@ -11,24 +11,24 @@ import torch
 
 NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
-MAX_HEADER = 100_000_000  # that of the format
+MAX_HEADER = 100_000_000  # limit of the format
 
 Kind = tuple[torch.dtype, tuple[int, ...]]
 
 
 def write_tensors(path: Path, kinds: Mapping[str, Kind], tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
-    """Writes a safetensors file.
+    """Write a safetensors file.
 
     Args:
         path (`Path`): The file.
-        kinds (`Mapping`): Type and shape of every tensor by name, in the order of the file.
+        kinds (`Mapping`): Dtype and shape of every tensor by name, in file order.
         tensors (`Iterable`): Names and tensors, in any order.
 
     Returns:
-        The number of its bytes.
+        The size of the file in bytes.
 
     Raises:
-        ValueError: If a tensor is missing, comes twice, or is of another type or shape.
+        ValueError: If a tensor is missing, duplicate, or of another dtype or shape.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     places, end = dict[str, int](), 0
@@ -53,16 +53,16 @@ def write_tensors(path: Path, kinds: Mapping[str, Kind], tensors: Iterable[tuple
 
 
 def read_kinds(path: Path) -> dict[str, tuple[Kind, int]]:
-    """Type and shape of every tensor of a safetensors file, and where in the file it begins.
+    """Return dtype, shape and file offset of every tensor of a safetensors file.
 
     Raises:
-        ValueError: If it is none, or holds something else than floating-point numbers; names the file.
+        ValueError: If it is not a safetensors file, or has other than floating-point numbers; names the file.
     """
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 0 < length <= min(MAX_HEADER, size - 8):
-            raise ValueError(f"'{path}' is no safetensors file, or cut.")
+            raise ValueError(f"'{path}' is not a safetensors file, or cut.")
         try:
             header = json.loads(file.read(length))
             found = {name: entry for name, entry in header.items() if name != "__metadata__"}
@@ -71,17 +71,17 @@ def read_kinds(path: Path) -> dict[str, tuple[Kind, int]]:
                 for name, entry in found.items()
             }
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-            raise ValueError(f"'{path}' is no safetensors file of floating-point numbers: {error}") from error
+            raise ValueError(f"'{path}' is not a safetensors file of floating-point numbers: {error}") from error
     for name, ((dtype, shape), start) in kinds.items():
         if any(type(part) is not int or part < 0 for part in (start, *shape)):
-            raise ValueError(f"'{path}' has {name!r} of a shape that is none.")
+            raise ValueError(f"'{path}' has {name!r} with an invalid shape.")
         if start + math.prod(shape) * dtype.itemsize > size:
             raise ValueError(f"'{path}' is cut: {name!r} is beyond its end.")
     return kinds
 
 
 def read_tensors(path: Path, kinds: Mapping[str, tuple[Kind, int]], names: Iterable[str]) -> Iterator[torch.Tensor]:
-    """These tensors of a safetensors file, of which `read_kinds` gave the kinds, in memory of their own."""
+    """Yield copies of these tensors of a safetensors file; `kinds` is the result of `read_kinds`."""
     with open(path, "rb") as file:
         for name in names:
             (dtype, shape), start = kinds[name]
@@ -92,5 +92,5 @@ def read_tensors(path: Path, kinds: Mapping[str, tuple[Kind, int]], names: Itera
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The numbers of a tensor, one after another."""
+    """Return the contiguous bytes of a tensor."""
     return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data

@@ -1,4 +1,4 @@
-"""YAML files of plain values, read within bounds."""
+"""Safe reading of YAML files of plain values, with size limits."""
 
 import os
 from pathlib import Path
@@ -9,23 +9,23 @@ import yaml
 
 MAX_BYTES = 2**18  # PyYAML reads some 50 KB/s
 MAX_DEPTH = 32
-MAX_VALUES = 20_000  # aliases counted as often as they are named
-MERGE = "tag:yaml.org,2002:merge"  # of the key `<<`
+MAX_VALUES = 20_000  # aliases count at every use
+MERGE = "tag:yaml.org,2002:merge"  # tag of the key `<<`
 STRING, INTEGER = "tag:yaml.org,2002:str", "tag:yaml.org,2002:int"
 
 
 def read_yaml(path: str | os.PathLike, name: str, number_keys: bool = False) -> Any:
-    """The content of a YAML file: dicts with strings as keys, lists, strings, numbers, booleans, dates and None.
+    """Read a YAML file: dicts with strings as keys, lists, strings, numbers, booleans, dates and None.
 
     Args:
         path (`str` or `os.PathLike`): The file.
-        name (`str`): The argument that named it, for the message.
-        number_keys (`bool`): Whether keys may be whole numbers, which become strings, and are not refused.
+        name (`str`): The argument's name, for the message.
+        number_keys (`bool`): Whether integer keys are allowed; they are converted to strings.
 
     Raises:
-        ValueError: If it is no regular file, cannot be read, is not YAML, has a key twice, a key that is no string or
-            a tag (`!!python/object`), or is longer, deeper or, with its aliases followed, larger than a configuration
-            is. Names argument and file.
+        ValueError: If it is not a regular file, cannot be read, is not YAML, has a duplicate key, a key that is not a
+            string or a tag (`!!python/object`), or is too long, too deeply nested or, with its aliases resolved, too
+            large. Names argument and file.
     """
     try:
         return load(read_bytes(Path(path)), number_keys)
@@ -37,10 +37,10 @@ def read_yaml(path: str | os.PathLike, name: str, number_keys: bool = False) -> 
 
 
 def read_bytes(path: Path) -> bytes:
-    """A file that is small enough."""
+    """Read a regular file of limited size."""
     if not path.exists():
         raise ValueError("there is no such file")
-    if not path.is_file():  # reading a FIFO or a device may have no end
+    if not path.is_file():  # reading a FIFO or a device may never end
         raise ValueError("it is no regular file")
     with open(path, "rb") as file:
         content = file.read(MAX_BYTES + 1)
@@ -50,7 +50,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def load(content: bytes, number_keys: bool = False) -> Any:
-    """The value of a YAML document."""
+    """Parse a YAML document."""
     loader = BoundedLoader(content)
     loader.number_keys = number_keys
     try:
@@ -64,7 +64,7 @@ def load(content: bytes, number_keys: bool = False) -> Any:
 
 
 class BoundedLoader(yaml.SafeLoader):
-    """A SafeLoader of nodes that are not too deep and have no tags, keys that are strings, and each once."""
+    """SafeLoader with limited nesting depth, without tags, and with unique string keys."""
 
     depth = 0
     number_keys = False
@@ -87,7 +87,7 @@ class BoundedLoader(yaml.SafeLoader):
             if self.number_keys and key.tag == INTEGER:
                 key.tag = STRING
             if key.tag not in (STRING, MERGE) or not isinstance(key, yaml.ScalarNode):
-                raise refusal("a key is no string (quote it)", key.start_mark)
+                raise refusal("a key is not a string (quote it)", key.start_mark)
             if key.value in seen:
                 raise refusal(f"it has the key {key.value[:60]!r} twice", key.start_mark)
             seen.add(key.value)
@@ -95,7 +95,7 @@ class BoundedLoader(yaml.SafeLoader):
 
 
 def count_values(root: yaml.Node) -> None:
-    """Refuses a document that is too large with its aliases followed, or contains itself."""
+    """Raise an error for a document that is too large with its aliases resolved, or contains itself."""
     counts: dict[yaml.Node, int] = {}  # 0: being counted
 
     def count(node: yaml.Node) -> int:
@@ -112,17 +112,17 @@ def count_values(root: yaml.Node) -> None:
 
 
 def children(node: yaml.Node) -> list[yaml.Node]:
-    """The nodes right below one."""
+    """Return the child nodes of a node."""
     if isinstance(node, yaml.MappingNode):
         return [part for pair in node.value for part in pair]
     return node.value if isinstance(node, yaml.SequenceNode) else []
 
 
 def refusal(problem: str, mark: yaml.Mark) -> yaml.MarkedYAMLError:
-    """An error that tells the line."""
+    """Return an error with its line number."""
     return yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
 
 
 def of_line(mark: yaml.Mark) -> str:
-    """Where an error is."""
+    """Format the line number of an error."""
     return "" if mark is None else f" (line {mark.line + 1})"
