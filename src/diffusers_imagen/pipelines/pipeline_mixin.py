@@ -15,6 +15,7 @@ from ..text.source import TextSource
 from ..utils.arguments import as_integer, shown
 from ..utils.modules import memory_of
 from . import inputs
+from .callbacks import PREDICTED
 from .content_filter import check_filter
 from .loading.deepfloyd_repository import find_pipeline, is_deepfloyd
 from .loading.folder_checks import SETTINGS
@@ -39,7 +40,7 @@ class ImagenPipelineMixin(ModelCardMixin):
 
     _execution_device: torch.device
     safety_checker: Any
-    _callback_tensor_inputs = ["latents", *PROMPT_EMBEDS]
+    _callback_tensor_inputs = ["latents", PREDICTED, *PROMPT_EMBEDS]
     _exclude_from_cpu_offload = ["watermarker"]
     _lora_loadable_modules = list(NETWORKS)
     tiling: Tiling | None = None
