@@ -1,4 +1,4 @@
-"""`diffusers-imagen demo`: the cascade in a browser."""
+"""`diffusers-imagen demo`: a model in a browser."""
 
 import argparse
 import errno
@@ -18,7 +18,10 @@ from .model_arguments import add_model_arguments, check_model, load_pipeline, so
 def add_parser(commands) -> None:
     """Adds the command."""
     command = commands.add_parser(
-        "demo", help="draw in a browser", description="Serves a page to draw with. Needs gradio."
+        "demo",
+        help="draw in a browser",
+        description="Serves a page to draw, enlarge and inpaint with: what the model can do. A super-resolution stage alone, "
+        "--sr256 or --sr1024 without --model, enlarges. Needs gradio.",
     )
     add_model_arguments(command)
     command.add_argument("--host", default="127.0.0.1", help="0.0.0.0 serves other machines too; default: %(default)s")
@@ -32,7 +35,7 @@ def demo(args: argparse.Namespace) -> None:
     if importlib.util.find_spec("gradio") is None:
         raise ValueError("the demo needs gradio: pip install 'diffusers-imagen[demo]'")
     check_device(args.device)
-    check_model(args)
+    check_model(args, upscaler_alone=True)
     port = find_port(args.host, args.port)
     # gradio would report its use to its makers, from the moment of its import
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -49,7 +52,7 @@ def serve(args: argparse.Namespace, port: int) -> None:
     """Loads the model and serves the page until interrupted."""
     from . import webdemo
 
-    page = webdemo.build(load_pipeline(args), *sources_of(args).values())
+    page = webdemo.build(load_pipeline(args), sources_of(args))
     try:
         _, url, _ = page.launch(
             server_name=args.host,
