@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from diffusers_imagen import (  # noqa: E402
 from diffusers_imagen.commands import main as cli  # noqa: E402
 from diffusers_imagen.commands import webdemo  # noqa: E402
 from diffusers_imagen.commands.webdemo import page_html, page_layout, page_requests  # noqa: E402
-from diffusers_imagen.commands.webdemo.page_drawer import Drawer  # noqa: E402
+from diffusers_imagen.commands.webdemo.page_drawer import Drawer, Shared  # noqa: E402
 from diffusers_imagen.commands.webdemo.page_tasks import tasks_of  # noqa: E402
 
 
@@ -57,7 +58,7 @@ def tabs(pipe) -> list[str]:
 
 def values_of(task, pipe, **changes) -> tuple[dict, Drawer]:
     """What the page sends of a task as it stands but for `changes`, and what draws it."""
-    drawer = Drawer(pipe, task, SOURCES, set())
+    drawer = Drawer(pipe, task, SOURCES, Shared(threading.Lock(), set()))
     with gr.Blocks():
         page_layout.add_tab(drawer, ["a face"], None)
     values = {"prompt": "a face", "seed": 1, "random_seed": False, "images": 1, "negative_prompt": "", "strength": 1}

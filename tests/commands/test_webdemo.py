@@ -41,7 +41,8 @@ def assert_same(images, others) -> None:
 
 def draw(cascade, **arguments):
     arguments = {"num_inference_steps": [2, 1], "generator": torch.Generator().manual_seed(3), **arguments}
-    return live_drawing.draw(cascade, cascade.stages, prompt="a red apple", **arguments)
+    turn = arguments.pop("turn", None) or threading.Lock()
+    return live_drawing.draw(cascade, cascade.stages, turn, prompt="a red apple", **arguments)
 
 
 # ---- drawings
@@ -111,6 +112,39 @@ def test_closing_the_iterator_stops_the_pipeline(cascade):
     assert next(progress).calls == 1
     progress.close()
     assert len(calls) == 0
+
+
+def test_a_drawing_that_is_stopped_does_not_stop_the_next(cascade):
+    turn, holds, goes_on = threading.Lock(), threading.Event(), threading.Event()
+
+    def hold(*args):
+        if not holds.is_set():
+            holds.set()
+            goes_on.wait(60)
+
+    cascade.base_unet.register_forward_pre_hook(hold)
+    first = draw(cascade, turn=turn, num_inference_steps=[20, 20])
+    thread = threading.Thread(target=list, args=(first,))
+    thread.start()
+    assert holds.wait(60)  # the first is within a step
+    second, made = draw(cascade, turn=turn), []
+    other = threading.Thread(target=lambda: made.extend(second))
+    other.start()
+    other.join(0.2)
+    assert made == []  # it waits for its turn
+    goes_on.set()
+    other.join(60)
+    thread.join(60)
+    assert_same(made[-1].stage_images[32], expected(cascade)[32])
+
+
+def test_a_drawing_that_is_stopped_before_its_turn_never_runs(cascade):
+    calls, turn = [], threading.Lock()
+    cascade.base_unet.register_forward_pre_hook(lambda *args: calls.append(1))
+    drawing = live_drawing.Drawing(cascade, cascade.stages)
+    drawing.stopped.set()
+    drawing.run(turn, {"prompt": "a red apple"})
+    assert drawing.events.get() is None and not calls and not turn.locked()
 
 
 def test_errors_of_the_pipeline_reach_the_caller(cascade):

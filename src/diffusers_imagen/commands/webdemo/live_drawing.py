@@ -71,22 +71,30 @@ class Drawing:
         self.shown = time.monotonic()
         return pixels.movedim(1, -1).cpu().numpy()
 
-    def run(self, arguments: dict[str, Any]) -> None:
-        """Calls the pipeline; the last event is None."""
+    def run(self, turn: threading.Lock, arguments: dict[str, Any]) -> None:
+        """Calls the pipeline, which `turn` is held for; the last event is None."""
         try:
-            out = self.pipe(
-                callback_on_step_end=self.on_step_end,
-                callback_on_step_end_tensor_inputs=["latents", PREDICTED],
-                **arguments,
-            )
-            total = self.pipe.num_timesteps
-            self.events.put(Progress(total, total, None, out.stage_images))
+            with turn:
+                if not self.stopped.is_set():
+                    self.call(arguments)
         except Exception as error:  # raised again where the caller waits
             self.events.put(error)
         self.events.put(None)
 
+    def call(self, arguments: dict[str, Any]) -> None:
+        """Calls the pipeline; the event after those of its steps has what it returns."""
+        out = self.pipe(
+            callback_on_step_end=self.on_step_end,
+            callback_on_step_end_tensor_inputs=["latents", PREDICTED],
+            **arguments,
+        )
+        total = self.pipe.num_timesteps
+        self.events.put(Progress(total, total, None, out.stage_images))
 
-def draw(pipe: DiffusionPipeline, stages: list[Stage], **arguments: Any) -> Generator[Progress, None, None]:
+
+def draw(
+    pipe: DiffusionPipeline, stages: list[Stage], turn: threading.Lock, **arguments: Any
+) -> Generator[Progress, None, None]:
     """Runs a pipeline in another thread, and yields after every network call.
 
     A stage's images come with the first call of the stage after it. Closing the iterator stops the pipeline,
@@ -95,10 +103,11 @@ def draw(pipe: DiffusionPipeline, stages: list[Stage], **arguments: Any) -> Gene
     Args:
         pipe ([`DiffusionPipeline`]): What draws.
         stages (`list[Stage]`): Those of its stages that run, in order.
+        turn (`threading.Lock`): Of the pipeline, which does one call at a time: one that was stopped ends its step first.
         arguments: Of the pipeline's call.
     """
     drawing = Drawing(pipe, stages)
-    thread = threading.Thread(target=drawing.run, args=(arguments,), daemon=True)
+    thread = threading.Thread(target=drawing.run, args=(turn, arguments), daemon=True)
     thread.start()
     try:
         while (event := drawing.events.get()) is not None:

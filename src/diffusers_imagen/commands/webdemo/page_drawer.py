@@ -2,10 +2,11 @@
 
 import logging
 import secrets
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 from diffusers import DiffusionPipeline
@@ -25,6 +26,13 @@ SECONDS_BETWEEN_REPORTS = 0.1  # of the status, so that a fast network is not ke
 logger = logging.getLogger(__name__)
 
 
+class Shared(NamedTuple):
+    """What the tabs of a page share."""
+
+    turn: threading.Lock  # of the pipeline
+    pictures: set[str]  # the paths of files that are deleted after a while
+
+
 class Drawer:
     """What the button of a tab does.
 
@@ -32,11 +40,11 @@ class Drawer:
         pipe ([`DiffusionPipeline`]): What draws.
         task ([`Task`]): Of the tab.
         sources (`dict[str, str]`): Where the model comes from, for the settings in the files.
-        pictures (`set[str]`): Where the paths of files go, which are deleted after a while.
+        page ([`Shared`]): What the tabs share.
     """
 
-    def __init__(self, pipe: DiffusionPipeline, task: Task, sources: Mapping[str, str], pictures: set[str]):
-        self.pipe, self.task, self.sources, self.pictures = pipe, task, sources, pictures
+    def __init__(self, pipe: DiffusionPipeline, task: Task, sources: Mapping[str, str], page: Shared):
+        self.pipe, self.task, self.sources, self.page = pipe, task, sources, page
         self.names: list[str] = []  # of the tab's fields, in the order of the values of a request
 
     def run(self, *values: Any) -> Iterator[list[Any]]:
@@ -46,7 +54,9 @@ class Drawer:
         request = read_request(self.task, dict(zip(self.names, values)))
         skip = gr.skip()
         yield [page_html.status("Reading the prompt ...", 0), page_html.EMPTY, request.seed, skip]
-        progress = draw(self.pipe, self.task.stages, generator=generator_of(request), **request.arguments)
+        progress = draw(
+            self.pipe, self.task.stages, self.page.turn, generator=generator_of(request), **request.arguments
+        )
         try:
             yield from self.reports(request, progress)
         except (ValueError, FloatingPointError) as error:
@@ -99,6 +109,6 @@ class Drawer:
         for i, image in enumerate(images[resolution]):
             name = stem + f"-{i}" * (len(images[resolution]) > 1) + ("" if last else f"-{resolution}px")
             paths.append(str(folder / f"{name}.png"))
-            self.pictures.add(paths[-1])
+            self.page.pictures.add(paths[-1])
             save_image(image, folder / f"{name}.png", settings | {"seed": request.seed, "image": i})
         return page_html.Shown(title, images[resolution][0].size, paths)

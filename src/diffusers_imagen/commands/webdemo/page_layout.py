@@ -1,6 +1,8 @@
 """The page: a tab for each task of the model, with its fields, and what its buttons do."""
 
+import json
 import re
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +15,7 @@ from ...pipelines.stages import Stage
 from ..model_arguments import SHIPPED_MODEL
 from ..picture_settings import source_name
 from . import page_html
-from .page_drawer import Drawer
+from .page_drawer import Drawer, Shared
 from .page_guard import MAX_WAITING
 from .page_requests import MAX_IMAGES, MAX_PROMPT_LENGTH, MAX_SEED, MIN_STRENGTH, refusal
 from .page_tasks import Task, limits_of, stage_title, tasks_of
@@ -60,11 +62,11 @@ def build(pipe: DiffusionPipeline, sources: Mapping[str, str]) -> gr.Blocks:
     tasks, files = tasks_of(pipe), None
     with gr.Blocks(title="diffusers-imagen", delete_cache=(60, SECONDS_TO_LIVE)) as page:
         gr.Markdown(f"# diffusers-imagen\n{headline(pipe, sources)}", elem_classes="headline")
-        pictures: set[str] = set()
-        page.temp_file_sets.append(pictures)  # what `delete_cache` deletes
+        shared = Shared(threading.Lock(), set())
+        page.temp_file_sets.append(shared.pictures)  # what `delete_cache` deletes
         for task in tasks:
             with gr.Tab(task.title):
-                drawer = Drawer(pipe, task, sources, pictures)
+                drawer = Drawer(pipe, task, sources, shared)
                 made = add_tab(drawer, examples_for(sources.values()), files)
                 files = files or made
         with gr.Accordion("About this model", open=False):
@@ -98,19 +100,28 @@ def add_tab(drawer: Drawer, examples: list[str], drawn: gr.File | None) -> gr.Fi
             fields |= more_fields(task)
     outputs = Outputs(status, view, fields["seed"], files)
     drawer.names = list(fields)
+    triggers = [start.click] + ([fields["prompt"].submit] if "prompt" in fields else [])
+    waiting = json.dumps(page_html.status("Waiting for its turn ...", 0))
+    gr.on(triggers, None, outputs=status, js=f"() => {waiting}", show_progress="hidden")  # at once, in the browser
     event = gr.on(
-        [start.click] + ([fields["prompt"].submit] if "prompt" in fields else []),
+        triggers,
         drawer.run,
         inputs=list(fields.values()),
         outputs=list(outputs),
-        show_progress="minimal",
-        show_progress_on=status,
+        show_progress="hidden",
         api_name=task.name,
         preprocess=False,  # pictures are read by this package alone
         concurrency_limit=1,
         concurrency_id="pipeline",  # of all tabs together
     )
-    stop.click(lambda: page_html.status("Stopped."), outputs=status, cancels=event, api_visibility="private")
+    stop.click(
+        lambda: page_html.status("Stopped."),
+        outputs=status,
+        cancels=event,
+        queue=False,
+        show_progress="hidden",
+        api_visibility="private",
+    )
     # a seed that is written down is one to keep
     fields["seed"].input(lambda: False, outputs=fields["random_seed"], queue=False, api_visibility="private")
     return files
