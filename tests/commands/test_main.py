@@ -91,11 +91,11 @@ def test_an_interrupted_run_goes_on_with_the_same_images(model, prompts_file, tm
 
     folder, save_image, saved = tmp_path / "parts", generate_command.save_image, []
 
-    def interrupted(image, path):
+    def interrupted(image, path, settings):
         if saved:
             raise KeyboardInterrupt
         saved.append(path)
-        save_image(image, path)
+        save_image(image, path, settings)
 
     monkeypatch.setattr(generate_command, "save_image", interrupted)
     assert generate(*common, "--output-dir", folder) == 130

@@ -1,10 +1,11 @@
-"""The page of `diffusers-imagen demo`: as a function, over gradio's HTTP interface, and in a real browser."""
+"""The page of `diffusers-imagen demo`: its drawings, and what it serves over HTTP."""
 
 import json
 import math
-import shutil
+import os
 import socket
 import threading
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -20,14 +21,15 @@ from gradio.route_utils import delete_files_created_by_app  # noqa: E402
 
 from diffusers_imagen.commands import demo, webdemo  # noqa: E402
 from diffusers_imagen.commands import main as cli  # noqa: E402
+from diffusers_imagen.commands.webdemo import live_drawing, page_drawer, page_guard, page_layout  # noqa: E402
 
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+SOURCES = {"model": "someone/tiny"}
 
 
-def expected(cascade, **arguments):
+def expected(cascade, prompt="a red apple", **arguments):
     arguments = {"num_inference_steps": [2, 1], "generator": torch.Generator().manual_seed(3), **arguments}
-    return cascade("a red apple", **arguments).stage_images
+    return cascade(prompt, **arguments).stage_images
 
 
 def assert_same(images, others) -> None:
@@ -36,12 +38,20 @@ def assert_same(images, others) -> None:
         np.testing.assert_array_equal(np.asarray(image), np.asarray(other))
 
 
+def draw(cascade, **arguments):
+    arguments = {"num_inference_steps": [2, 1], "generator": torch.Generator().manual_seed(3), **arguments}
+    turn = arguments.pop("turn", None) or threading.Lock()
+    return live_drawing.draw(cascade, cascade.stages, turn, prompt="a red apple", **arguments)
+
+
+# ---- drawings
+
+
 def test_each_stage_appears_with_the_first_call_of_the_next(cascade):
-    arguments = {"num_inference_steps": [2, 1], "num_images_per_prompt": 2}
-    generator = torch.Generator().manual_seed(3)
-    progress = list(webdemo.draw(cascade, "a red apple", generator=generator, **arguments))
+    progress = list(draw(cascade, num_images_per_prompt=2))
     # Heun: 2 N - 1 calls a stage; the last report has what the pipeline returned
     assert [step.calls for step in progress] == [1, 2, 3, 4, 4] and {step.total for step in progress} == {4}
+    assert [step.stage and step.stage.name for step in progress] == ["base"] * 3 + ["sr256", None]
     assert [list(step.stage_images) for step in progress] == [[], [], [], [16], [16, 32]]
     images = expected(cascade, num_images_per_prompt=2)
     for resolution in (16, 32):
@@ -49,33 +59,99 @@ def test_each_stage_appears_with_the_first_call_of_the_next(cascade):
     assert_same(progress[-2].stage_images[16], images[16])
 
 
-def test_earlier_stages_are_filtered_too(cascade):
-    arguments = {"num_inference_steps": [2, 1], "num_images_per_prompt": 2}
-    plain = expected(cascade, **arguments)
+def test_stages_of_wide_pictures_go_by_their_resolution(cascade):
+    progress = list(draw(cascade, height=32, width=64))
+    assert [list(step.stage_images) for step in progress] == [[], [], [], [16], [16, 32]]
+    assert [image.size for images in progress[-1].stage_images.values() for image in images] == [(32, 16), (64, 32)]
+
+
+def test_previews_are_the_predicted_images(cascade, monkeypatch):
+    monkeypatch.setattr(live_drawing, "PREVIEW_SECONDS", 0)
+    *steps, last = draw(cascade, num_images_per_prompt=2)
+    assert last.preview is None and [step.preview.shape for step in steps] == [(2, 16, 16, 3)] * 3 + [(2, 32, 32, 3)]
+    # the last call of a stage predicts what the stage ends with
+    for step, resolution in ((steps[2], 16), (steps[3], 32)):
+        assert step.preview.dtype == np.uint8
+        assert_same(step.preview, last.stage_images[resolution])
+    monkeypatch.setattr(live_drawing, "PREVIEW_PIXELS", 16)
+    assert [step.preview.shape for step in list(draw(cascade))[:-1]] == [(1, 16, 16, 3)] * 4
+
+
+def test_previews_are_few(cascade, monkeypatch):
+    monkeypatch.setattr(live_drawing, "PREVIEW_SECONDS", 1000)
+    drawing = live_drawing.Drawing(cascade, cascade.stages)
+    assert drawing.preview_of(torch.zeros(1, 3, 16, 16)) is not None
+    assert drawing.preview_of(torch.zeros(1, 3, 16, 16)) is None
+    assert live_drawing.Drawing(cascade, cascade.stages).preview_of(None) is None
+
+
+def test_earlier_stages_are_filtered_too_and_nothing_passes_by_the_filter(cascade, monkeypatch):
+    monkeypatch.setattr(live_drawing, "PREVIEW_SECONDS", 0)
+    plain = expected(cascade, num_images_per_prompt=2)
     cascade.register_modules(**filter_parts())
     flag_above(cascade, plain[16], "p_head", 1)
     flag_above(cascade, plain[16], "w_head", 0)
-    generator = torch.Generator().manual_seed(3)
-    progress = list(webdemo.draw(cascade, "a red apple", generator=generator, **arguments))
+    progress = list(draw(cascade, num_images_per_prompt=2))
     shown = [np.asarray(image) for image in progress[-2].stage_images[16]]
     assert list(progress[-2].stage_images) == [16]
     assert sorted(bool(image.any()) for image in shown) == [False, True]
     for image, other in zip(shown, plain[16]):
         assert not image.any() or np.array_equal(image, np.asarray(other))
+    assert all(step.preview is None for step in progress)
+    for only in ("safety_checker", "watermarker"):
+        other = {"safety_checker": "watermarker", "watermarker": "safety_checker"}[only]
+        cascade.register_modules(**filter_parts(**{other: None}))
+        assert all(step.preview is None for step in draw(cascade))
 
 
 def test_closing_the_iterator_stops_the_pipeline(cascade):
     calls = []
     cascade.sr256_unet.register_forward_pre_hook(lambda *args: calls.append(1))
-    progress = webdemo.draw(cascade, "a red apple", num_inference_steps=[20, 20])
+    progress = draw(cascade, num_inference_steps=[20, 20])
     assert next(progress).calls == 1
     progress.close()
     assert len(calls) == 0
 
 
+def test_a_drawing_that_is_stopped_does_not_stop_the_next(cascade):
+    turn, holds, goes_on = threading.Lock(), threading.Event(), threading.Event()
+
+    def hold(*args):
+        if not holds.is_set():
+            holds.set()
+            goes_on.wait(60)
+
+    cascade.base_unet.register_forward_pre_hook(hold)
+    first = draw(cascade, turn=turn, num_inference_steps=[20, 20])
+    thread = threading.Thread(target=list, args=(first,))
+    thread.start()
+    assert holds.wait(60)  # the first is within a step
+    second, made = draw(cascade, turn=turn), []
+    other = threading.Thread(target=lambda: made.extend(second))
+    other.start()
+    other.join(0.2)
+    assert made == []  # it waits for its turn
+    goes_on.set()
+    other.join(60)
+    thread.join(60)
+    assert_same(made[-1].stage_images[32], expected(cascade)[32])
+
+
+def test_a_drawing_that_is_stopped_before_its_turn_never_runs(cascade):
+    calls, turn = [], threading.Lock()
+    cascade.base_unet.register_forward_pre_hook(lambda *args: calls.append(1))
+    drawing = live_drawing.Drawing(cascade, cascade.stages)
+    drawing.stopped.set()
+    drawing.run(turn, {"prompt": "a red apple"})
+    assert drawing.events.get() is None and not calls and not turn.locked()
+
+
 def test_errors_of_the_pipeline_reach_the_caller(cascade):
     with pytest.raises(ValueError, match="`num_inference_steps` is 0"):
-        list(webdemo.draw(cascade, "a red apple", num_inference_steps=0))
+        list(draw(cascade, num_inference_steps=0))
+
+
+# ---- the command
 
 
 def test_without_gradio_the_command_says_what_to_install(monkeypatch, capsys):
@@ -102,100 +178,256 @@ def test_an_address_that_cannot_be_served_is_refused_before_a_model_loads(monkey
     assert 0 < demo.find_port("127.0.0.1", 0) < 65536
 
 
+# ---- over HTTP
+
+
 @pytest.fixture
-def url(cascade, monkeypatch):
-    """The page, served."""
+def page(cascade, monkeypatch, tmp_path):
+    """The page, served: gradio's blocks."""
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "held"))
     # gradio asks its own page whether it is there, and on a busy machine it does not wait long enough
     monkeypatch.setattr("gradio.networking.url_ok", lambda url: True)
-    page = webdemo.build(cascade, "someone/tiny")
-    _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, **webdemo.LOOK)
-    yield url
+    page = webdemo.build(cascade, SOURCES)
+    page.launch(prevent_thread_lock=True, quiet=True, **webdemo.LOOK)
+    yield page
     page.close()
 
 
-def test_over_http(cascade, url):
-    from gradio_client import Client
-    from gradio_client.exceptions import AppError
-
-    client = Client(url, verbose=False, httpx_kwargs={"timeout": 120})
-    job = client.submit("a red apple", "", 3, 2, 2, 4.0, 1, 1.0, api_name="/draw")
-    status, base, upscaled = job.result(timeout=120)
-    assert status == "Done. Network call 4 of 4, seed 3."
-    images = expected(cascade, num_images_per_prompt=2)
-    for gallery, resolution in ((base, 16), (upscaled, 32)):
-        assert_same([Image.open(entry["image"]) for entry in gallery], images[resolution])
-    with pytest.raises(AppError, match="Say what to draw"):
-        client.predict(" ", "", 3, 1, 2, 4.0, 1, 1.0, api_name="/draw")
-
-
-DRAWING = ["a red apple", "", 3, 1, 2, 4.0, 1, 1.0]
-POST = "/gradio_api/call/draw"
-
-
 @pytest.fixture
-def client(url):
-    with httpx.Client(base_url=url, timeout=120, trust_env=False) as client:
+def client(page):
+    with httpx.Client(base_url=page.local_url, timeout=120, trust_env=False) as client:
         yield client
 
 
-def ask(client, data) -> str:
+# prompt, seed, random, images, negative prompt, steps and guidance of both stages
+DRAWING = ["a red apple", 3, False, 1, "", 2, 4.0, 1, 1.0]
+
+
+def ask(client, data, name="generate") -> str:
     """The last message of a drawing that was asked for without the page."""
-    answer = client.post(POST, content=json.dumps({"data": data}), headers={"content-type": "application/json"})
-    assert answer.status_code == 200
-    return client.get(f"{POST}/{answer.json()['event_id']}").text.strip().split("\n\n")[-1]
+    headers = {"content-type": "application/json"}
+    post = f"/gradio_api/call/{name}"
+    answer = client.post(post, content=json.dumps({"data": data}), headers=headers)
+    assert answer.status_code == 200, answer.text
+    return client.get(f"{post}/{answer.json()['event_id']}").text.strip().split("\n\n")[-1]
+
+
+def result_of(client, data, name="generate") -> list:
+    """Status, pictures, seed and files of a drawing."""
+    answer = ask(client, data, name)
+    assert answer.startswith("event: complete\ndata: "), answer
+    return json.loads(answer.split("data: ", 1)[1])
+
+
+def pictures_of(client, files) -> list[Image.Image]:
+    pictures = []
+    for file in files:
+        answer = client.get(f"/gradio_api/file={file['path']}")
+        assert answer.status_code == 200
+        Path("got.png").write_bytes(answer.content)
+        pictures.append(Image.open("got.png"))
+        pictures[-1].load()
+    return pictures
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_drawing(cascade, client):
+    status, view, seed, files = result_of(client, [*DRAWING[:3], 2, *DRAWING[4:]])
+    assert "Done in " in status and "seed 3." in status and seed == 3
+    assert [file["orig_name"] for file in files] == ["a-red-apple-seed3-0.png", "a-red-apple-seed3-1.png"]
+    pictures = pictures_of(client, files)
+    images = expected(cascade, num_images_per_prompt=2)
+    assert_same(pictures, images[32])
+    settings = json.loads(pictures[1].text["diffusers-imagen"])
+    assert settings["model"] == {"model": "someone/tiny"} and settings["num_inference_steps"] == {
+        "base": 2,
+        "sr256": 1,
+    }
+    assert (settings["prompt"], settings["seed"], settings["image"]) == ("a red apple", 3, 1)
+    # the pictures of both stages are on the page, and are saved by their names
+    assert [f'download="a-red-apple-seed3-{i}.png"' in view for i in (0, 1)] == [True, True]
+    small = "a-red-apple-seed3-1-16px.png"
+    assert f'download="{small}"' in view
+    path = next(part for part in view.split('"') if part.endswith(small))
+    (picture,) = pictures_of(client, [{"path": path.removeprefix("gradio_api/file=")}])
+    assert_same([picture], [images[16][1]])
+    assert json.loads(picture.text["diffusers-imagen"])["num_inference_steps"] == {"base": 2}
+
+
+def test_seeds_are_random_unless_one_is_kept(cascade, client):
+    data = [DRAWING[0], 3, True, *DRAWING[3:]]
+    seeds = []
+    for _ in range(2):
+        status, _, seed, files = result_of(client, data)
+        assert f"seed {seed}." in status and f"-seed{seed}.png" in files[0]["orig_name"]
+        seeds.append(seed)
+    assert len({3, *seeds}) == 3
+    images = expected(cascade, generator=torch.Generator().manual_seed(seeds[-1]))
+    assert_same(pictures_of(client, files), images[32])
+
+
+def upload(client, image, name="picture.png", **options) -> dict:
+    image.save(name, **options)
+    return upload_bytes(client, Path(name).read_bytes(), name)
+
+
+def upload_bytes(client, data, name="picture.png") -> dict:
+    answer = client.post("/gradio_api/upload", files={"files": (name, data)})
+    assert answer.status_code == 200, answer.text
+    return {"path": answer.json()[0], "orig_name": name, "meta": {"_type": "gradio.FileData"}}
+
+
+def noise(width, height, seed=0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def test_a_picture_is_enlarged(cascade, client):
+    picture = noise(60, 40)
+    data = [upload(client, picture), "a face", 5, False, 1, "", 2, 1.0]
+    _, view, _, files = result_of(client, data, "upscale")
+    assert [file["orig_name"] for file in files] == ["a-face-seed5.png"] and "16px" not in view
+    generator = torch.Generator().manual_seed(5)
+    image = cascade("a face", image=picture, height=32, width=48, num_inference_steps=2, generator=generator).images[0]
+    assert image.size == (48, 32)
+    assert_same(pictures_of(client, files), [image])
+    settings = json.loads(pictures_of(client, files)[0].text["diffusers-imagen"])
+    assert settings["task"] == "upscale" and (settings["height"], settings["width"]) == (32, 48)
+
+
+def test_the_painted_part_of_a_picture_is_drawn_anew(cascade, client):
+    # as the editor sends it: on a canvas that is transparent beside the picture, with strokes in a layer
+    picture, canvas = noise(64, 64), Image.new("RGBA", (96, 64))
+    canvas.paste(picture, (16, 0))
+    layer = Image.new("RGBA", canvas.size)
+    layer.paste((255, 128, 0, 255), (0, 0, 60, 32))
+    value = {"background": upload(client, canvas), "layers": [upload(client, layer)], "composite": None}
+    data = [value, "a face", 5, False, 1, "", 1, 2, 4.0, 1, 1.0]
+    _, _, _, files = result_of(client, data, "inpaint")
+    mask = Image.new("L", (64, 64), 0)
+    mask.paste(255, (0, 0, 44, 32))
+    arguments = {"num_inference_steps": [2, 1], "generator": torch.Generator().manual_seed(5), "strength": 1.0}
+    image = cascade("a face", image=picture, mask_image=mask, **arguments).images[0]
+    (made,) = pictures_of(client, files)
+    assert_same([made], [image])
+    small = np.asarray(picture.resize((32, 32), Image.Resampling.BICUBIC)).astype(int)
+    difference = np.abs(np.asarray(made).astype(int) - small)
+    assert difference[17:].max() <= 3 < difference[:15, :20].max()
+    assert json.loads(made.text["diffusers-imagen"])["strength"] == 1.0
+
+    for changes, message in [
+        ({"layers": []}, "Paint over the part"),
+        ({"layers": [upload(client, Image.new("RGBA", canvas.size))]}, "Paint over the part"),
+        ({"layers": [upload(client, layer.resize((8, 8)))]}, "cannot be read"),
+        ({"background": None}, "Give a picture first"),
+        ({"background": upload(client, Image.new("RGBA", canvas.size))}, "Paint over the part"),
+    ]:
+        answer = ask(client, [{**value, **changes}, *data[1:]], "inpaint")
+        assert answer.startswith("event: error") and message in answer, (changes, answer)
 
 
 def test_what_the_page_would_not_send_is_refused_and_nothing_runs(client, monkeypatch):
-    monkeypatch.setattr(webdemo, "draw", None)
+    monkeypatch.setattr(page_drawer, "draw", None)
     for place, value, message in [
         (0, "x" * 1001, "has 1001 characters, but should have at most 1000"),
         (0, "\ud800", "is no text"),
+        (0, 5, "is no text"),
         (0, None, "Say what to draw"),
-        (1, "x" * 1001, "has 1001 characters"),
-        (2, -1, "less than minimum value 0"),
-        (2, 2**40, "greater than maximum"),
-        (2, math.nan, '"error"'),
-        (3, 100, "greater than maximum value 8"),
+        (0, " ", "Say what to draw"),
+        (1, -1, "Seed should be a number from 0 to"),
+        (1, 2**40, "Seed should be a number from 0 to"),
+        (1, math.nan, "error"),
+        (1, "<img src=x>", "Seed should be a number from 0 to"),
+        (3, 100, "Images should be a number from 1 to 8"),
         (3, math.nan, "Images should be a number from 1 to 8"),
         (3, True, "Images should be a number"),
-        (3, "many", '{"error": null}'),
-        (4, 10**6, "greater than maximum value 50"),
-        (4, None, '{"error": null}'),
-        (5, 1e308, "greater than maximum value 10"),
-        (5, math.nan, "Guidance should be a number"),
+        (3, "many", "Images should be a number"),
+        (4, "x" * 1001, "has 1001 characters"),
+        (5, 10**6, "Steps should be a number from 1 to 50"),
+        (5, None, "Steps should be a number from 1 to 50"),
+        (6, 1e308, "Guidance should be a number from 1 to 10"),
+        (6, math.nan, "Guidance should be a number"),
     ]:
         answer = ask(client, [*DRAWING[:place], value, *DRAWING[place + 1 :]])
         assert answer.startswith("event: error") and message in answer, (place, value, answer)
     assert ask(client, DRAWING[:3]).startswith("event: error")
+    for value in (None, [], "picture.png", {"path": None}):
+        answer = ask(client, [value, "a face", 5, False, 1, "", 2, 1.0], "upscale")
+        assert answer.startswith("event: error"), answer
 
 
 @pytest.mark.parametrize(
-    ("error", "shown"), [(FloatingPointError("not finite"), "not finite"), (RuntimeError("/home/me"), "the log of")]
+    ("error", "shown"),
+    [
+        (FloatingPointError("not <b>finite</b>"), "not &lt;b&gt;finite&lt;/b&gt;"),
+        (RuntimeError("/home/me"), "the log of"),
+    ],
 )
-def test_an_error_is_shown_without_what_is_inside(client, cascade, monkeypatch, error, shown):
+def test_an_error_is_one_line_without_what_is_inside(client, cascade, monkeypatch, error, shown):
     def fail(*args, **kwargs):
         raise error
 
     monkeypatch.setattr(cascade.base_unet, "forward", fail)
     answer = ask(client, DRAWING)
-    assert shown in answer and "/home/me" not in answer
+    assert shown in answer and "/home/me" not in answer and "Traceback" not in answer
 
 
 def test_nothing_but_the_pages_own_requests_is_let_in(client, tmp_path):
     (tmp_path / "private").write_text("secret")
-    for path in ("upload", "upload/", "component_server", "process_recording", "vibe-edit", "api/draw"):
+    for path in ("component_server", "component_server/", "process_recording", "vibe-edit", "api/draw", "upload/x"):
         assert client.post(f"/gradio_api/{path}", files={"files": ("a.png", b"x" * 100)}).status_code == 403, path
     assert client.post("/login").status_code == 403
     assert client.get("/gradio_api/proxy=http://example.com").status_code == 403
     assert client.get(f"/gradio_api/file={tmp_path / 'private'}").status_code == 403
-    assert client.post("/gradio_api/run/draw", json={"data": DRAWING}).status_code == 404  # past the queue
+    assert client.post("/gradio_api/run/generate", json={"data": DRAWING}).status_code == 404  # past the queue
     assert client.put("/config").status_code == 403
+    post, headers = "/gradio_api/call/generate", {"content-type": "application/json"}
     long = json.dumps({"data": ["x" * 5_000_000, *DRAWING[1:]]}).encode()
-    headers = {"content-type": "application/json"}
-    assert client.post(POST, content=long, headers=headers).status_code == 413
+    assert client.post(post, content=long, headers=headers).status_code == 413
     parts = (long[i : i + 50_000] for i in range(0, len(long), 50_000))  # without a length
-    assert client.post(POST, content=parts, headers=headers).status_code == 413
+    assert client.post(post, content=parts, headers=headers).status_code == 413
+
+
+def test_files_of_the_machine_and_of_others_are_not_taken_for_pictures(client, tmp_path):
+    noise(8, 8).save(tmp_path / "mine.png")
+    meta = {"meta": {"_type": "gradio.FileData"}}
+    answer = ask(client, [{"path": str(tmp_path / "mine.png"), **meta}, "", 5, False, 1, "", 2, 1.0], "upscale")
+    assert answer.startswith("event: error")
+    data = [{"path": "http://example.com/a.png", **meta}, "", 5, False, 1, "", 2, 1.0]
+    answer = client.post("/gradio_api/call/upscale", json={"data": data})
+    assert answer.status_code == 403 and "fetches nothing" in answer.text
+
+
+def test_only_pictures_of_a_bounded_size_are_taken(client, page, monkeypatch):
+    def send(data, **options):
+        answer = client.post("/gradio_api/upload", files={"files": ("a.png", data)}, **options)
+        return answer.status_code, answer.text
+
+    assert send(b"#!/bin/sh\n") == (415, "The file cannot be used as a picture: " + send(b"#!")[1].split(": ", 1)[1])
+    assert send(b"<svg xmlns='http://www.w3.org/2000/svg'/>")[0] == 415
+    assert send(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n")[0] == 415  # which Pillow gives to Ghostscript
+    assert send(b"x" * (page_guard.MAX_PICTURE_BYTES + 1)) == (413, "The request has more than 16 MiB.")
+    Image.new("1", (10_000, 10_000)).save("large.png")
+    assert send(Path("large.png").read_bytes()) == (
+        413,
+        "The picture has 100 megapixels, but should have at most 64.",
+    )
+    noise(8, 8).save("a.png")
+    data = Path("a.png").read_bytes()
+    files = [("files", ("a.png", data)), ("files", ("b.sh", b"#!/bin/sh"))]
+    assert client.post("/gradio_api/upload", files=files).status_code == 415
+    assert client.post("/gradio_api/upload", content=b"x", headers={"content-type": "text/plain"}).status_code >= 400
+    assert send(data)[0] == 200
+    held = page_guard.size_of_folder(os.environ["GRADIO_TEMP_DIR"])
+    assert held >= len(data)
+    monkeypatch.setattr(page_guard, "MAX_FOLDER_BYTES", held - 1)
+    code, text = send(data)
+    assert code == 503 and "try again in some minutes" in text
+    assert page_guard.size_of_folder("nowhere") == 0
 
 
 def test_few_wait_and_the_next_is_told_that_the_queue_is_full(client, monkeypatch):
@@ -205,89 +437,43 @@ def test_few_wait_and_the_next_is_told_that_the_queue_is_full(client, monkeypatc
         waiting.wait(60)
         yield from ()
 
-    monkeypatch.setattr(webdemo, "draw", draw)
-    answers = [client.post(POST, json={"data": DRAWING}) for _ in range(2 * webdemo.MAX_WAITING)]
+    monkeypatch.setattr(page_drawer, "draw", draw)
+    post = "/gradio_api/call/generate"
+    answers = [client.post(post, json={"data": DRAWING}) for _ in range(2 * page_guard.MAX_WAITING)]
     waiting.set()
     codes = [answer.status_code for answer in answers]
-    assert webdemo.MAX_WAITING <= codes.count(200) <= webdemo.MAX_WAITING + 2  # and the one that runs
-    assert set(codes) == {200, 503} and "Queue is full" in answers[-1].json()["detail"]
+    assert page_guard.MAX_WAITING <= codes.count(200) <= page_guard.MAX_WAITING + 2  # and the one that runs
+    assert set(codes) == {200, 429}
+    assert (
+        answers[-1].json()["detail"] == "16 drawings are waiting, which is all that this page holds: try again later."
+    )
 
 
-def test_pictures_are_deleted(cascade, tmp_path, monkeypatch):
-    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-    page = webdemo.build(cascade, "someone/tiny")
-    run = webdemo.drawer(cascade, page.temp_file_sets[-1])
-    shown = {
-        path
-        for galleries in run(*DRAWING)
-        for gallery in galleries[1:]
-        if isinstance(gallery, list)
-        for path in gallery
-    }
-    pictures = list(tmp_path.glob("*/*.png"))
-    assert len(pictures) == 2 and set(map(str, pictures)) == shown
-    assert page.delete_cache == (60, webdemo.SECONDS_TO_LIVE)
-    delete_files_created_by_app(page, webdemo.SECONDS_TO_LIVE)  # what gradio does once a minute
-    assert list(tmp_path.glob("*/*.png")) == pictures
+def test_one_drawing_runs_at_a_time_whatever_the_tab(page):
+    drawings = [fn for fn in page.fns.values() if fn.api_name in ("generate", "upscale", "inpaint")]
+    assert len(drawings) == 3
+    assert {(fn.concurrency_id, fn.concurrency_limit) for fn in drawings} == {("pipeline", 1)}
+
+
+def test_pictures_are_deleted(client, page):
+    data = [upload(client, noise(8, 8)), "a face", 5, False, 1, "", 2, 1.0]
+    result_of(client, data, "upscale")
+    result_of(client, DRAWING)
+
+    def pictures():
+        return list(Path(os.environ["GRADIO_TEMP_DIR"]).rglob("*.png"))
+
+    kept = pictures()
+    assert len(kept) >= 4  # one that was given, one enlarged, and two of a drawing
+    assert page.delete_cache == (60, page_layout.SECONDS_TO_LIVE)
+    delete_files_created_by_app(page, page_layout.SECONDS_TO_LIVE)  # what gradio does once a minute
+    assert pictures() == kept
     delete_files_created_by_app(page, -1)
-    assert list(tmp_path.glob("*/*.png")) == []
-
-
-def test_the_sliders_reach_the_defaults_of_every_stage(cascade):
-    own = {"base": {"num_inference_steps": 100, "guidance_scale": 12.0}, "sr256": {"num_inference_steps": 20}}
-    cascade.register_to_config(call_defaults=own)
-    blocks = webdemo.build(cascade, "someone/tiny").blocks.values()
-    sliders = {block.label: block for block in blocks if isinstance(block, gr.Slider)}
-    assert [(sliders[f"{name} steps"].value, sliders[f"{name} steps"].maximum) for name in ("16 px", "32 px")] == [
-        (100, 100),
-        (20, 50),
-    ]
-    assert (sliders["16 px guidance"].value, sliders["16 px guidance"].maximum) == (12, 12)
-    request = webdemo.read_request(cascade.stages, "a", "", 0, 1, (100, 12.0, 50, 1.0))
-    assert request["num_inference_steps"] == [100, 50] and request["guidance_scale"] == [12.0, 1.0]
-    with pytest.raises(gr.Error, match="from 1 to 100"):
-        webdemo.read_request(cascade.stages, "a", "", 0, 1, (101, 12.0, 50, 1.0))
-    with pytest.raises(gr.Error, match="from 1 to 50"):
-        webdemo.read_request(cascade.stages, "a", "", 0, 1, (100, 12.0, 100, 1.0))
-
-
-def test_the_page_names_the_stages_and_suits_them(cascade, tmp_path):
-    folder = tmp_path / "imagen-emoji"
-    folder.mkdir()
-    (folder / "README.md").write_text("# x\n\n## Limits\n\nDraws emoji.\n\n## More\n")
-    line = webdemo.describe(cascade, ("someone/base", str(folder)))
-    assert line.startswith("Model **someone/base + imagen-emoji**: Base 16 px") and line.endswith("Draws emoji.")
-    cascade.register_to_config(origin={"sr256": {"base_model": "DeepFloyd/IF-II-M-v1.0", "license": "deepfloyd"}})
-    notice = "DeepFloyd is licensed under the DeepFloyd License, Copyright (c) Stability AI Ltd. All Rights Reserved."
-    assert webdemo.describe(cascade, ("someone/base",)).count(notice) == 1 and notice not in line
-    assert webdemo.examples_for((str(folder),)) == webdemo.EMOJI_EXAMPLES
-    assert webdemo.examples_for(("DeepFloyd/IF-I-M-v1.0", "someone/sr")) == webdemo.EXAMPLES
-
-
-def test_in_a_browser(cascade, url, tmp_path):
-    """Writes a prompt, presses the button, and sees the images of both stages."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
-    browser_path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser_path is None:
-        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
-        page = browser.new_page()
-        requests = []
-        page.on("request", lambda request: requests.append(request.url))
-        page.goto(url, timeout=120_000)
-        page.get_by_label("Prompt", exact=True).fill("a red apple")
-        page.get_by_label("Seed", exact=True).fill("3")
-        for label, value in (("Images", 1), ("16 px steps", 2), ("32 px steps", 1)):
-            page.get_by_label(f"number input for {label}", exact=True).fill(str(value))
-        page.get_by_role("button", name="Draw", exact=True).click()
-        page.get_by_text("Done. Network call 4 of 4, seed 3.").wait_for(timeout=120_000)
-        sources = [element.get_attribute("src") for element in page.locator(".grid-wrap img").all()]
-        shown = []
-        for i, source in enumerate(sources):
-            (tmp_path / f"{i}.png").write_bytes(page.request.get(source).body())
-            shown.append(Image.open(tmp_path / f"{i}.png"))
-        browser.close()
-    images = expected(cascade)
-    assert_same(shown, [*images[16], *images[32]])
-    assert all(request.startswith((url.rstrip("/"), "data:", "blob:")) for request in requests), requests
+    assert pictures() == []
+    answer = ask(client, data, "upscale")
+    assert answer.startswith("event: error")
+    with pytest.raises(gr.Error, match="draw one first"):
+        page_layout.taken([{"path": str(kept[0])}])
+    for files in (None, [], [{}], "x"):
+        with pytest.raises(gr.Error, match="draw one first"):
+            page_layout.taken(files)

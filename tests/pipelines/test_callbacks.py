@@ -37,6 +37,41 @@ def test_a_cutoff_of_guidance_by_diffusers_turns_it_off(cascade, run, count_call
     assert torch.equal(out.images, run(cascade, callback_on_step_end=by_hand, guidance_scale=3.0).images)
 
 
+def test_a_callback_sees_the_predicted_clean_image_and_does_not_change_it(cascade, run):
+    expected, seen = run(cascade), []
+
+    def look(pipe, step, timestep, tensors):
+        seen.append(tensors["pred_original_sample"].clone())
+        return {"pred_original_sample": torch.zeros_like(seen[-1])}
+
+    names = ["latents", "pred_original_sample"]
+    out = run(cascade, callback_on_step_end=look, callback_on_step_end_tensor_inputs=names)
+    assert torch.equal(out.images, expected.images)
+    resolutions = [tensor.shape[-1] for tensor in seen]
+    assert resolutions == sorted(resolutions) and set(resolutions) == set(expected.stage_images)
+    for resolution, images in expected.stage_images.items():
+        last = [tensor for tensor in seen if tensor.shape[-1] == resolution][-1]
+        # the last step of every scheduler ends at its prediction
+        torch.testing.assert_close(last.clamp(-1, 1), images)
+
+
+def test_schedulers_that_do_not_return_the_predicted_image_have_none(cascade, run):
+    seen, step = [], type(cascade.base_scheduler).step
+
+    class Silent(type(cascade.base_scheduler)):
+        def step(self, *args, **kwargs):
+            return step(self, *args, **kwargs)[:1]
+
+    for name in ("base_scheduler", "sr256_scheduler"):
+        setattr(cascade, name, Silent.from_config(getattr(cascade, name).config))
+    run(
+        cascade,
+        callback_on_step_end=lambda pipe, step, timestep, tensors: seen.append(tensors["pred_original_sample"]),
+        callback_on_step_end_tensor_inputs=["pred_original_sample"],
+    )
+    assert seen and all(predicted is None for predicted in seen)
+
+
 CALLBACKS = {
     "no callable": (3, ["latents"], "`callback_on_step_end` is 3"),
     "a callback of diffusers without tensors": (

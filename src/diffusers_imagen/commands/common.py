@@ -4,9 +4,9 @@ import argparse
 import math
 import re
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -16,8 +16,9 @@ from ..utils.bounds import MAX_STEPS
 from ..utils.files import check_writable, whole_file
 from ..utils.images import BadImage
 from ..utils.images import read_image as read_picture
-from .model_arguments import check_model, load_pipeline
+from .model_arguments import check_model, load_pipeline, sources_of
 from .parser import Parser, check_prompt
+from .picture_settings import describe_call, png_info
 
 
 if TYPE_CHECKING:
@@ -122,26 +123,28 @@ def check_sampling(args: argparse.Namespace, upscaler_alone: bool = False) -> No
         )
 
 
-def make_images(args: argparse.Namespace, prepare: Callable = lambda pipe: None, **inputs) -> None:
-    """Makes the pictures of one call of the pipeline, and writes them; after `check_sampling`."""
+def make_images(args: argparse.Namespace, task: str, prepare: Callable = lambda pipe: None, **inputs) -> None:
+    """Makes the pictures of one call of the pipeline, and writes them; after `check_sampling`.
+
+    `task` is what the settings in the files call it.
+    """
     import torch
     from diffusers.utils import make_image_grid
 
     pipe = load_pipeline(args)
     prepare(pipe)
     check_picture_size(args, pipe)
-    images = pipe(
-        num_images_per_prompt=args.num_images,
-        generator=torch.Generator().manual_seed(args.seed),
-        **sampling_arguments(args, pipe),
-        **inputs,
-    ).images
+    arguments = {**sampling_arguments(args, pipe), **inputs}
+    made = pipe(num_images_per_prompt=args.num_images, generator=torch.Generator().manual_seed(args.seed), **arguments)
+    images: list[Image.Image] = made.images
+    settings = describe_call(task, pipe, made.stage_images, sources_of(args), arguments) | {"seed": args.seed}
+    numbers = [{"image": number} for number in range(len(images))]
     if args.grid:
         rows, columns = grid_shape(len(images))
-        images = [make_image_grid(images, rows=rows, cols=columns)]
+        images, numbers = [make_image_grid(images, rows=rows, cols=columns)], [{"images": len(images)}]
     paths = output_paths(args)
-    for image, path in zip(images, paths):
-        save_image(image, path)
+    for image, path, number in zip(images, paths, numbers):
+        save_image(image, path, settings | number)
     for path in paths:  # when all are on the disk: who reads the names may end early
         print(path)
 
@@ -214,11 +217,13 @@ def slug_of(prompt: str) -> str:
     return slug.encode()[:NAME_BYTES].decode(errors="ignore").strip("-")
 
 
-def save_image(image: Image.Image, path: Path) -> None:
-    """Writes an image file, whole or not at all."""
+def save_image(image: Image.Image, path: Path, settings: Mapping[str, Any] | None = None) -> None:
+    """Writes an image file, whole or not at all; a PNG file with the settings that it was made with, if they are given."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    format = FORMATS[path.suffix.lower()]
+    options = {"pnginfo": png_info(settings)} if format == "PNG" and settings else {}
     with whole_file(path) as partial:
-        image.save(partial, format=FORMATS[path.suffix.lower()])
+        image.save(partial, format=format, **options)
 
 
 def scalar_or_list(values: list | None):

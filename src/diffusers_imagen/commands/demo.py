@@ -1,4 +1,4 @@
-"""`diffusers-imagen demo`: the cascade in a browser."""
+"""`diffusers-imagen demo`: a model in a browser."""
 
 import argparse
 import errno
@@ -18,7 +18,10 @@ from .parser import Parser
 
 def add_arguments(command: Parser) -> None:
     """Add the options of the command."""
-    command.description = "Serves a page to draw with. Needs gradio."
+    command.description = (
+        "Serves a page to draw, enlarge and inpaint with: what the model can do. A super-resolution stage alone, "
+        "--sr256 or --sr1024 without --model, enlarges. Needs gradio."
+    )
     add_model_arguments(command)
     command.add_argument("--host", default="127.0.0.1", help="0.0.0.0 serves other machines too; default: %(default)s")
     command.add_number("--port", int, 0, 65535, default=7860, help="0 takes a free one; default: %(default)s")
@@ -30,7 +33,7 @@ def demo(args: argparse.Namespace) -> None:
     """Serves the page until interrupted."""
     require_packages("the demo", "demo", "gradio")
     check_device(args.device)
-    check_model(args)
+    check_model(args, upscaler_alone=True)
     port = find_port(args.host, args.port)
     # gradio would report its use to its makers, from the moment of its import
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -47,7 +50,7 @@ def serve(args: argparse.Namespace, port: int) -> None:
     """Loads the model and serves the page until interrupted."""
     from . import webdemo
 
-    page = webdemo.build(load_pipeline(args), *sources_of(args).values())
+    page = webdemo.build(load_pipeline(args), sources_of(args))
     try:
         _, url, _ = page.launch(
             server_name=args.host,

@@ -20,8 +20,9 @@ from .common import (
     save_image,
     slug_of,
 )
-from .model_arguments import add_model_arguments, check_model, load_pipeline
+from .model_arguments import add_model_arguments, check_model, load_pipeline, sources_of
 from .parser import Parser, check_prompt, refuse_empty
+from .picture_settings import describe_call
 
 
 DEFAULT_OUTPUT_DIR = Path("outputs")
@@ -86,7 +87,7 @@ def generate_one(args: argparse.Namespace) -> None:
         inputs = {"image": read_image("image", args.image), "strength": strength}
     elif args.strength is not None:
         raise ValueError(f"`strength` is {args.strength}, but there is no `image` to change.")
-    make_images(args, prompt=args.prompt, **inputs)
+    make_images(args, "image-to-image" if inputs else "generate", prompt=args.prompt, **inputs)
 
 
 class Item(NamedTuple):
@@ -148,14 +149,14 @@ def draw_items(args: argparse.Namespace, items: list[Item], todo: list[Item]) ->
     with tqdm(total=len(items), initial=len(items) - len(todo), unit="image") as progress:
         for start in range(0, len(todo), batch_size):
             batch = todo[start : start + batch_size]
-            failed += draw_batch(pipe, batch, arguments)
+            failed += draw_batch(args, pipe, batch, arguments)
             if len(failed) == start + len(batch):  # none so far: it is not the prompts' fault
                 raise ValueError(failed[0])
             progress.update(len(batch))
     return failed
 
 
-def draw_batch(pipe: Any, batch: list[Item], arguments: dict[str, Any]) -> list[str]:
+def draw_batch(args: argparse.Namespace, pipe: Any, batch: list[Item], arguments: dict[str, Any]) -> list[str]:
     """Makes images together, or one by one where that fails; returns what went wrong."""
     import torch
 
@@ -163,13 +164,14 @@ def draw_batch(pipe: Any, batch: list[Item], arguments: dict[str, Any]) -> list[
     try:
         for item in batch:
             check_prompt("prompt", item.prompt)
-        images = pipe([item.prompt for item in batch], generator=generators, **arguments).images
+        made = pipe([item.prompt for item in batch], generator=generators, **arguments)
     except (ValueError, FloatingPointError) as error:
         if len(batch) == 1:
             return [f"line {batch[0].line}: {error}"]
-        return [failure for item in batch for failure in draw_batch(pipe, [item], arguments)]
-    for item, image in zip(batch, images):
-        save_image(image, item.path)
+        return [failure for item in batch for failure in draw_batch(args, pipe, [item], arguments)]
+    settings = describe_call("generate", pipe, made.stage_images, sources_of(args), arguments)
+    for item, image in zip(batch, made.images):
+        save_image(image, item.path, settings | {"prompt": item.prompt, "seed": item.seed, "image": 0})
     return []
 
 

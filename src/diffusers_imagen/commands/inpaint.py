@@ -38,6 +38,7 @@ def inpaint(args: argparse.Namespace) -> None:
     refuse_empty(args.prompt)
     make_images(
         args,
+        "inpaint",
         prompt=args.prompt,
         image=read_image("image", args.image),
         mask_image=read_image("mask", args.mask),

@@ -50,4 +50,4 @@ def upscale(args: argparse.Namespace) -> None:
             pipe.enable_tiling(args.tile_size, args.tile_size // 4 if args.tile_overlap is None else args.tile_overlap)
 
     image = read_image("image", args.image)
-    make_images(args, prepare, prompt=args.prompt, image=image, low_res_noise_level=args.noise_level)
+    make_images(args, "upscale", prepare, prompt=args.prompt, image=image, low_res_noise_level=args.noise_level)

@@ -9,6 +9,9 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from ..utils.arguments import is_number, shown
 
 
+PREDICTED = "pred_original_sample"  # the tensor that a callback may look at, but not change; named as in diffusers
+
+
 class Callback(NamedTuple):
     """A function of the caller, and the names of the tensors that it takes."""
 

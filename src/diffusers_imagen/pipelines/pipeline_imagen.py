@@ -157,6 +157,8 @@ class ImagenPipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLoaderMix
                 Called as `callback(pipe, step, timestep, tensors)` after every network call.
             callback_on_step_end_tensor_inputs (`list[str]`):
                 Tensors it takes and may return changed; diffusers' `PipelineCallback` names its own.
+                `pred_original_sample`, the clean image predicted by the call, it may not change; None if the scheduler
+                does not return it.
             cross_attention_kwargs (`dict`, *optional*): `{"scale": 0.5}` weighs the LoRA adapters of this call.
 
         Examples:

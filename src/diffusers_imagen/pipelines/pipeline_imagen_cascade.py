@@ -331,6 +331,8 @@ class ImagenCascadePipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLo
                 Called as `callback(pipe, step, timestep, tensors)` after every network call, counted over all stages.
             callback_on_step_end_tensor_inputs (`list[str]`):
                 Tensors it takes and may return changed; diffusers' `PipelineCallback` names its own.
+                `pred_original_sample`, the clean image predicted by the call, it may not change; None if the scheduler
+                does not return it.
             cross_attention_kwargs (`dict`, *optional*): `{"scale": 0.5}` weighs the LoRA adapters of this call.
 
         Examples:

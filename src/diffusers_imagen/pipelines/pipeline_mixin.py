@@ -16,6 +16,7 @@ from ..utils.arguments import as_integer, shown
 from ..utils.modules import memory_of
 from ..utils.shipped import find_source
 from . import inputs
+from .callbacks import PREDICTED
 from .content_filter import check_filter
 from .loading.deepfloyd_repository import find_pipeline, is_deepfloyd
 from .loading.folder_checks import SETTINGS
@@ -40,7 +41,7 @@ class ImagenPipelineMixin(ModelCardMixin):
 
     _execution_device: torch.device
     safety_checker: Any
-    _callback_tensor_inputs = ["latents", *PROMPT_EMBEDS]
+    _callback_tensor_inputs = ["latents", PREDICTED, *PROMPT_EMBEDS]
     _exclude_from_cpu_offload = ["watermarker"]
     _lora_loadable_modules = list(NETWORKS)
     tiling: Tiling | None = None

@@ -153,10 +153,8 @@ def plan_sizes(
     """
     last = stages[-1].resolution
     height, width = (last if pixels is None else pixels for pixels in (height, width))
-    strides = {stage.resolution: stage.unet.total_stride for stage in stages}
-    if low_resolution is not None:
-        strides[low_resolution] = 1
-    multiple = next(n for n in itertools.count(1) if _fits(n, strides, last))
+    strides = strides_of(stages, low_resolution)
+    multiple = multiple_of(stages, low_resolution)
     for name, pixels in (("height", height), ("width", width)):
         if not is_integer(pixels) or pixels < 1 or pixels % multiple:
             raise ValueError(
@@ -165,6 +163,18 @@ def plan_sizes(
             )
     height, width = int(height), int(width)
     return {resolution: (height * resolution // last, width * resolution // last) for resolution in strides}
+
+
+def strides_of(stages: list[Stage], low_resolution: int | None) -> dict[int, int]:
+    """What height and width of a stage's images are multiples of, by its resolution; 1 for images that are given."""
+    given = {} if low_resolution is None else {low_resolution: 1}
+    return {stage.resolution: stage.unet.total_stride for stage in stages} | given
+
+
+def multiple_of(stages: list[Stage], low_resolution: int | None) -> int:
+    """What height and width of the last image are multiples of, so that every stage's network takes its own."""
+    strides, last = strides_of(stages, low_resolution), stages[-1].resolution
+    return next(n for n in itertools.count(1) if _fits(n, strides, last))
 
 
 def _fits(pixels: int, strides: dict[int, int], last: int) -> bool:

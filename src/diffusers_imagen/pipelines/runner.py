@@ -18,7 +18,7 @@ from ..diffusion.residual import SampleSpace
 from ..utils.arguments import as_integer, as_number, check_choice
 from . import inputs
 from .call_arguments import CallArguments
-from .callbacks import Callback, check_callback, read_changes, read_scale
+from .callbacks import PREDICTED, Callback, check_callback, read_changes, read_scale
 from .content_filter import check_filter, finish_images
 from .finite import FiniteWatch
 from .image_inputs import GivenImages, read_given, warn_of_stretching
@@ -178,12 +178,23 @@ class Runner:
                 pipe._guidance_scale = asked + added
         return images
 
-    def call_back(self, callback: Callback, timestep: Any, sample: torch.Tensor, text: PromptEmbeds) -> torch.Tensor:
-        """Call the caller's function after a network call; take over the sample, the text and the guidance as it says."""
+    def call_back(
+        self,
+        callback: Callback,
+        timestep: Any,
+        sample: torch.Tensor,
+        predicted: torch.Tensor | None,
+        text: PromptEmbeds,
+    ) -> torch.Tensor:
+        """Call the caller's function after a network call; take over the sample, the text and the guidance as it says.
+
+        It may look at `predicted`, the clean image that the call led to, but not change it.
+        """
         function, given = callback.function, {"latents": sample, **text.tensors()}
         if function is None:
             return sample
-        tensors = {name: given[name] for name in callback.tensor_inputs}
+        shown = {**given, PREDICTED: predicted}
+        tensors = {name: shown[name] for name in callback.tensor_inputs}
         changed = read_changes(function(self.pipe, self.calls, timestep, tensors), given)
         text.update(changed)
         self.pipe._guidance_scale = read_scale(self.pipe._guidance_scale, function)
@@ -233,7 +244,7 @@ class StageRunner:
                 timestep = scheduler.timesteps[call.index]
                 scale = self.pipe.guidance_scale if call.guided else 1.0  # which a callback may have changed
                 output = predict(scheduler.scale_model_input(sample, timestep), timestep, scale)
-                sample = scheduler.step(output, timestep, sample, **step_kwargs, return_dict=False)[0]
+                sample, *denoised = scheduler.step(output, timestep, sample, **step_kwargs, return_dict=False)
                 if known is not None and call.noise_level_after is not None:
                     sample = known.put_into(sample, call.noise_level_after, self.generators)
                 if call.back_to is not None and call.noise_level_after is not None:
@@ -244,7 +255,8 @@ class StageRunner:
                 watch.see(f"the step of its {type(scheduler).__name__} overflows", sample)
                 if self.request.callback.function is not None:
                     shown = self.space.decode(sample)
-                    changed = self.runner.call_back(self.request.callback, timestep, shown, self.text)
+                    predicted = self.space.decode(denoised[0]) if denoised else None  # not every scheduler returns it
+                    changed = self.runner.call_back(self.request.callback, timestep, shown, predicted, self.text)
                     sample = sample if changed is shown else self.space.encode(changed)
                     watch.see("`callback_on_step_end` returned such `latents`", sample)
                 progress.update()
