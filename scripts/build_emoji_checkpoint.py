@@ -19,6 +19,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -34,6 +35,7 @@ MAX_SHARD_BYTES = 16 * 2**20 - 2**16  # a file is its tensors and a header
 BASE_SIGMA_MIN = 0.05  # little training is spent below it, and the noise it leaves is less than the network's own
 # Of the low-resolution image: pictures are nearer to real ones than with 0.1, the default (docs/evaluation.md).
 SR_NOISE_LEVEL = 0.002
+RESIDUAL_SIGMA_MAX, SR_STEPS = 5.0, 8
 
 PICTURES = "pictures"  # folder of the checkpoint
 SHOWN = (
@@ -116,7 +118,10 @@ The weights are under Apache-2.0. The pictures that they were trained on are the
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    runs = "stage folders of all runs that led to it, the last one is taken"
+    runs = (
+        "stage folders of all runs that led to it, the last one is taken; the first may be a checkpoint that this script "
+        "built, whose card lists the runs before"
+    )
     parser.add_argument("--base", type=Path, nargs="+", help=runs)
     parser.add_argument("--sr256", type=Path, nargs="+", help=runs)
     parser.add_argument("--text_encoder", type=Path, help="folder with text_encoder/ and tokenizer/")
@@ -174,21 +179,39 @@ def show_pictures(card: str) -> str:
     return f"---\n{yaml.safe_dump(data, sort_keys=False)}{describe_widget()}---\n\n{text}\n"
 
 
+def part_of(folder: Path, stage: str, name: str) -> dict[str, Any]:
+    """Where a part of a stage is, in the folder of a run or in a checkpoint, for `from_pretrained`."""
+    is_checkpoint = (folder / f"{stage}_{name}").is_dir()
+    return {"pretrained_model_name_or_path": folder, "subfolder": f"{stage}_{name}" if is_checkpoint else name}
+
+
 def load_cascade(base: Path, sr256: Path, text_encoder: Path) -> ImagenCascadePipeline:
     """The stages and the text encoder as one pipeline, in half precision."""
     dtype = torch.float16
-    pipe = ImagenCascadePipeline(
-        base_unet=ImagenUNetModel.from_pretrained(base, subfolder="unet", dtype=dtype),
+    upscaler = EfficientUNetModel.from_pretrained(**part_of(sr256, "sr256", "unet"), dtype=dtype)
+    # residuals are not in the range of images, and have no high noise levels: see docs/results.md
+    of_residuals = {"clip_sample": False, "sigma_max": RESIDUAL_SIGMA_MAX}
+    sampler = {"clip_sample": True} if upscaler.residual_scale is None else of_residuals
+    defaults: dict[str, Any] = {"num_inference_steps": SR_STEPS} if upscaler.residual_scale is not None else {}
+    if upscaler.takes_low_res_noise_level:
+        defaults["low_res_noise_level"] = SR_NOISE_LEVEL
+    return ImagenCascadePipeline(
+        base_unet=ImagenUNetModel.from_pretrained(**part_of(base, "base", "unet"), dtype=dtype),
         base_scheduler=EDMAdamsScheduler.from_pretrained(
-            base, subfolder="scheduler", clip_sample=True, sigma_min=BASE_SIGMA_MIN
+            **part_of(base, "base", "scheduler"), clip_sample=True, sigma_min=BASE_SIGMA_MIN
         ),
         tokenizer=AutoTokenizer.from_pretrained(text_encoder / "tokenizer"),
         text_encoder=AutoModel.from_pretrained(text_encoder / "text_encoder", dtype=dtype),
-        sr256_unet=EfficientUNetModel.from_pretrained(sr256, subfolder="unet", dtype=dtype),
-        sr256_scheduler=EDMAdamsScheduler.from_pretrained(sr256, subfolder="scheduler", clip_sample=True),
-        call_defaults={"sr256": {"low_res_noise_level": SR_NOISE_LEVEL}},
+        sr256_unet=upscaler,
+        sr256_scheduler=EDMAdamsScheduler.from_pretrained(**part_of(sr256, "sr256", "scheduler"), **sampler),
+        call_defaults={"sr256": defaults} if defaults else None,
     )
-    return pipe
+
+
+def runs_of_card(folder: Path, stage: str) -> list[str]:
+    """The rows of a stage in the table of a checkpoint's card."""
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    return [line for line in card.splitlines() if line.startswith(f"| {stage} |")]
 
 
 def describe_training(stages: dict[str, list[Path]]) -> str:
@@ -196,6 +219,9 @@ def describe_training(stages: dict[str, list[Path]]) -> str:
     rows = ["| stage | resolution | steps | batch | images seen | p_mean | loss | validation loss |", "|" + "---|" * 8]
     for name, folders in stages.items():
         for folder in folders:
+            if (folder / "model_index.json").is_file() and not (folder / "training.json").is_file():
+                rows += runs_of_card(folder, name)
+                continue
             run = json.loads((folder / "training.json").read_text())
             config = run["config"]
             seen = run["step"] * config["train_batch_size"] * config["gradient_accumulation_steps"]
@@ -210,7 +236,8 @@ def describe_training(stages: dict[str, list[Path]]) -> str:
 
 def write_card(args: argparse.Namespace, pipe: ImagenCascadePipeline, folder: Path) -> list[str]:
     """Writes the model card; returns the styles of the training data."""
-    config = json.loads((args.base[-1] / "training.json").read_text())["config"]
+    runs = [path for folder in (*args.base, *args.sr256) if (path := folder / "training.json").is_file()]
+    config = json.loads(runs[0].read_text())["config"]
     with open(args.dataset / "metadata.jsonl") as file:
         metadata = [json.loads(line) for line in file]
     styles = config["styles"] or sorted({row["style"] for row in metadata})

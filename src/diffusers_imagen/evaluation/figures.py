@@ -60,8 +60,11 @@ class Row:
 
 def figure_of_mean(values: torch.Tensor) -> Figure:
     """Return the mean of one value per image, with its standard error."""
-    error = values.double().std().item() / math.sqrt(len(values)) if len(values) > 1 else None
-    return Figure(values.double().mean().item(), error, "standard error of the mean over images")
+    mean = values.double().mean().item()
+    if len(values) == 1:
+        return Figure(mean)
+    error = values.double().std().item() / math.sqrt(len(values))
+    return Figure(mean, error, "standard error of the mean over images")
 
 
 def clip_score(scores: dict[str, torch.Tensor]) -> dict[str, Figure]:
@@ -102,7 +105,8 @@ def frechet_distance(features: torch.Tensor, reference: torch.Tensor, resamples:
     generator = torch.Generator().manual_seed(SEED)
     draws = [torch.randint(len(features), (len(features),), generator=generator) for _ in range(resamples)]
     spread = torch.tensor([distance(features[draw]) for draw in draws]).std().item() if resamples > 1 else None
-    return Figure(distance(features), spread, f"standard deviation over {resamples} bootstrap samples")
+    of = "" if spread is None else f"standard deviation over {resamples} bootstrap samples"
+    return Figure(distance(features), spread, of)
 
 
 def kernel_distance(features: torch.Tensor, reference: torch.Tensor) -> Figure:
