@@ -140,6 +140,7 @@ def parse_args() -> argparse.Namespace:
 def draw_pictures(folder: Path, seed: int = 0) -> None:
     """Draws what the card of a checkpoint shows into its folder, as PNGs of the last stage."""
     pipe = ImagenCascadePipeline.from_pretrained(folder)
+    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     images = pipe(list(SHOWN), generator=torch.Generator().manual_seed(seed)).images
     (folder / PICTURES).mkdir(exist_ok=True)
     for prompt, image in zip(SHOWN, images):

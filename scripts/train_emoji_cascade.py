@@ -25,7 +25,6 @@ for; the loop is the package's own trainer.
 import argparse
 import json
 import logging
-import multiprocessing
 import os
 import shutil
 import signal
@@ -52,8 +51,6 @@ from emoji_plan import (
     seconds_for_steps,
 )
 
-from diffusers_imagen.commands import cache_embeddings, evaluate
-from diffusers_imagen.commands.parser import Parser, check_numbers
 from diffusers_imagen.models.presets import create_unet
 from diffusers_imagen.training import Trainer, TrainingConfig
 from diffusers_imagen.training.checkpoints import list_checkpoints
@@ -299,8 +296,8 @@ def cache_texts(recipe: Recipe) -> None:
     if not (target / "text_encoder").is_dir():
         raise ValueError("`text_encoder` is not given, but captions are encoded with one: carry it, and --resume.")
     call(
-        *("cache-embeddings", str(recipe.folder / "embeddings"), "--text_encoder", str(target)),
-        *("--train_data_dir", str(recipe.folder / "data"), "--caption_column", *CAPTIONS),
+        *("cache-embeddings", str(recipe.folder / "embeddings"), "--text-encoder", str(target)),
+        *("--train-data-dir", str(recipe.folder / "data"), "--caption-column", *CAPTIONS),
     )
 
 
@@ -353,28 +350,19 @@ def evaluate_splits(recipe: Recipe) -> None:
         command += ["--num-images", str(images), "--num-reference", str(reference)]
         command += ["--batch-size", str(64 if torch.cuda.is_available() else 4), "--resamples", "3"]
         command += ["--output-dir", str(recipe.folder / "evaluation" / split)]
-        process = multiprocessing.get_context("spawn").Process(target=call, args=command)
-        process.start()
-        process.join(max(1.0, recipe.progress.call_left - FINISH_SECONDS))
-        if process.is_alive():
-            process.terminate()
-            process.join()
-            raise CallOver(f"{split} was not evaluated to its end")
-        if process.exitcode:
-            raise ValueError(f"{split} could not be evaluated: see above.")
+        try:
+            call(*command, seconds=max(1.0, recipe.progress.call_left - FINISH_SECONDS))
+        except subprocess.TimeoutExpired:
+            raise CallOver(f"{split} was not evaluated to its end") from None
         results = recipe.folder / "evaluation" / split / "results.json"
         print(f"evaluate: {results}", flush=True)
 
 
-def call(*argv: str) -> None:
-    """A command of `diffusers-imagen`, also where the package is not installed."""
-    parser = Parser(prog="diffusers-imagen")
-    commands = parser.add_subparsers(required=True)
-    for command in (cache_embeddings, evaluate):
-        command.add_parser(commands)
-    args = parser.parse_args(argv)
-    check_numbers(args)
-    args.run(args)
+def call(*argv: str, seconds: float | None = None) -> None:
+    """A command of `diffusers-imagen`, which is ended after some seconds; ValueError if it fails."""
+    command = [sys.executable, "-m", "diffusers_imagen.commands.main", *argv]
+    if subprocess.run(command, timeout=seconds).returncode:
+        raise ValueError(f"diffusers-imagen {argv[0]} failed: see above.")
 
 
 PHASES = {
