@@ -1,16 +1,16 @@
 """File format of an embedding cache, and its integrity checks.
 
 A cache is a folder of safetensors shards and a manifest.json. A shard has `states` `(tokens, E)`, the concatenated
-embeddings of its captions without padding (the tensor's name is part of the format), `offsets` `(captions + 1,)`, where
-each begins, and `keys` `(captions, 2)`, the first 128 bits of the captions' SHA-256. If the encoder has
+embeddings of its captions without padding (the tensor's name is part of the format), `offsets` `(captions + 1,)`,
+where each begins, and `keys` `(captions, 2)`, the first 128 bits of the captions' SHA-256. If the encoder has
 `keeps_padding`, `states` are `(captions * L, E)`, for all L positions of each caption, and `offsets` still count the
-captions' tokens, which distinguishes them from padding. The manifest has the encoder's identity, and the finished shards
-with their sizes and checksums: shards that it does not list are ignored.
+captions' tokens, which distinguishes them from padding. The manifest has the encoder's identity, and the finished
+shards with their sizes and checksums: shards that it does not list are ignored.
 
 Every part is checked before use. The manifest has a checksum of itself, and two per shard: one of its index, which is
 the header, `keys` and `offsets`, and one of the whole file. The index is read and checked when a cache is opened, the
-whole file when its first embeddings are read. Caches of earlier versions have neither the manifest's checksum nor those
-of the indices; their shards are checked completely when they are opened.
+whole file when its first embeddings are read. Caches of earlier versions have neither the manifest's checksum nor
+those of the indices; their shards are checked completely when they are opened.
 """
 
 import hashlib

@@ -64,10 +64,10 @@ class TextEncoder(TextSource):
             name (`str`): Folder or Hub id, with `text_encoder/` and `tokenizer/` or with the model itself.
             max_length (`int`, *optional*): Number of tokens per text; by default the tokenizer's limit.
             device (`str` or `torch.device`), dtype (`torch.dtype`): Device and dtype of the network.
-            keeps_padding (`bool`), cleans_captions (`bool`): As the networks conditioned on the embeddings were trained;
-                both are True for DeepFloyd IF, whose `max_length` is 77.
-            kwargs: Arguments of transformers' `from_pretrained`, such as `variant`, `token`, `revision`, `local_files_only` or
-                `quantization_config`.
+            keeps_padding (`bool`), cleans_captions (`bool`): As the networks conditioned on the embeddings were
+                trained; both are True for DeepFloyd IF, whose `max_length` is 77.
+            kwargs: Arguments of transformers' `from_pretrained`, such as `variant`, `token`, `revision`,
+                `local_files_only` or `quantization_config`.
 
         Raises:
             ValueError: If there is no such tokenizer or no maximum length; on first use, if the network is damaged.
