@@ -125,8 +125,7 @@ def draw(pipe: DiffusionPipeline, drawing: Drawing, state: PartialState) -> None
     """Generate missing images; all processes call this, and each generates its share.
 
     Batches consist of consecutive captions, independent of the process and of existing images: an image depends
-        neither
-    on the number of processes nor on interruptions.
+    neither on the number of processes nor on interruptions.
 
     Raises:
         ValueError: If the folder has images of another model or other settings.

@@ -108,8 +108,7 @@ class ImagenLoraLoaderMixin(AdaptersMixin):
                 ... if None.
             component (`str`, *optional*):
                 The stage to which the weights of a single stage are assigned, instead of the name under which they
-                were
-                saved: use `component="base_unet"` to load an adapter of a single-stage pipeline (`unet`), or one
+                were saved: use `component="base_unet"` to load an adapter of a single-stage pipeline (`unet`), or one
                 without a stage's name, such as peft's and kohya's, into a cascade.
             hotswap (`bool`, defaults to `False`): Whether to replace the weights of the adapter of that name in place.
             low_cpu_mem_usage (`bool`, defaults to `True`): Whether to skip initialization of the weights that are

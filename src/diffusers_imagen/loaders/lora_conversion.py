@@ -156,8 +156,7 @@ def named_layers(
     """Return `adaptable_layers` by the names used in updates: the network's own, or diffusers' (`diffusers_names`).
 
     A few layers of residual blocks have the name of another layer in diffusers: diffusers' names take precedence, with
-        a
-    warning if all names are ambiguous.
+    a warning if all names are ambiguous.
     """
     own = adaptable_layers(unet)
     theirs = {name: own[ours] for name, ours in names.items() if ours in own}

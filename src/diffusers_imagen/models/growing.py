@@ -23,8 +23,7 @@ def grow_unet(small: ImagenUNetModel) -> ImagenUNetModel:
     """Create a network with one more level than a trained one, of one block and of the first level's width.
 
     The new level is initialized as resampling: it downsamples by averaging and upsamples by interpolation, with
-        residual
-    branches at zero, so that the grown network generates blurred versions of the small network's images.
+    residual branches at zero, so that the grown network generates blurred versions of the small network's images.
 
     Raises:
         ValueError: If residual blocks resample between levels, which cannot be initialized as plain resampling, or

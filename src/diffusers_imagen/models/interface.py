@@ -138,9 +138,8 @@ class StageNetwork(nn.Module):
         """How the low-resolution image is upsampled to the size of `sample`, except for "discrete" `low_res_augmentation`.
 
         "bicubic" uses the kernel of `torch.nn.functional.interpolate`, "bicubic_antialias" that of `antialias=True`,
-        which
-        differs when upsampling too: see `diffusion.augmentation.upsample_low_res`. A pipeline upsamples once per call;
-        `forward` must do the same with an image of another size, which training passes.
+        which differs when upsampling too: see `diffusion.augmentation.upsample_low_res`. A pipeline upsamples once per
+        call; `forward` must do the same with an image of another size, which training passes.
         """
         return "bicubic"
 
