@@ -7,16 +7,16 @@ Three contenders compute the same guided prediction (a conditional and an uncond
 
 - `ours`: both predictions in one batch, the text encoded in advance, attention through diffusers' backends,
   channels_last. `--compile` adds torch.compile.
-- `plain`: the same layers in a straightforward implementation: two passes, each of which encodes the text, attention by
-  einsum, no operation in place. Its prediction is checked against ours.
+- `plain`: the same layers in a straightforward implementation: two passes, each of which encodes the text, attention
+  by einsum, no operation in place. Its prediction is checked against ours.
 - `diffusers`: a UNet2DConditionModel with the same levels and a width that gives about as many FLOPs, both predictions
   in one batch.
 
 They alternate within one run, so that a ratio compares times of the same minutes; the table has medians.
 
-`--preset IF-I-M` builds a network of the size of DeepFloyd IF's medium stage I, with random weights. The contenders are then
-`ours`, `ours, text every call`, which encodes the text again in each call, and `diffusers`, the UNet2DConditionModel that ours
-was converted from: the same network, whose prediction is checked against ours.
+`--preset IF-I-M` builds a network of the size of DeepFloyd IF's medium stage I, with random weights. The contenders
+are then `ours`, `ours, text every call`, which encodes the text again in each call, and `diffusers`, the
+UNet2DConditionModel that ours was converted from: the same network, whose prediction is checked against ours.
 """
 
 import argparse

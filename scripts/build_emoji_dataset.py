@@ -1,7 +1,8 @@
 """Build the captioned emoji dataset: six styles of one emoji vocabulary as a Hugging Face image folder.
 
 The artwork and the names come from pinned npm packages, fetched with `npm pack`. They are joined on the Unicode code
-point, captioned from the CLDR labels and split by a hash, so that the rows are the same for every run on every machine:
+point, captioned from the CLDR labels and split by a hash, so that the rows are the same for every run on every
+machine:
 
     python scripts/build_emoji_dataset.py --output_dir emoji --styles flat noto --resolution 256
 

@@ -4,10 +4,10 @@
     python scripts/draw_low_resolution.py --pretrained_model_name_or_path checkpoints/imagen-emoji \
         --train_data_dir data/emoji --styles 3d flat noto --num_drawn 3000 --output_dir data/emoji-pairs
 
-A super-resolution stage trained only on clean downsampled images reproduces artifacts of the base stage as detail. Here
-the base stage regenerates downsampled images by image-to-image: the content stays in place, and edges and colors become
-those of the base stage. Use the Parquet files with `--low_resolution_column low_res`; they have every row of the data
-set with its downsampled image, followed by the regenerated ones.
+A super-resolution stage trained only on clean downsampled images reproduces artifacts of the base stage as detail.
+Here the base stage regenerates downsampled images by image-to-image: the content stays in place, and edges and colors
+become those of the base stage. Use the Parquet files with `--low_resolution_column low_res`; they have every row of
+the data set with its downsampled image, followed by the regenerated ones.
 """
 
 import argparse

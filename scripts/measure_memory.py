@@ -105,8 +105,8 @@ def make_text_encoder() -> T5EncoderModel:
 def text_encoder_bytes(model: T5EncoderModel) -> dict[str, float]:
     """Return the bytes of the weights by format, as stored by transformers and bitsandbytes.
 
-    In float16, `wo` stays in float32 and is not quantized. The other linear layers are quantized to one byte per weight
-    and a float32 per row, or to half a byte and a float32 per 64 weights. The rest is in float16.
+    In float16, `wo` stays in float32 and is not quantized. The other linear layers are quantized to one byte per
+    weight and a float32 per row, or to half a byte and a float32 per 64 weights. The rest is in float16.
     """
     kept = [*get_keys_to_not_convert(model), *model._keep_in_fp32_modules]
     total = count(model)

@@ -19,11 +19,12 @@ PARTS = ("tokenizer", "text_encoder", "safety_checker", "feature_extractor", "wa
 def pipeline_to_deepfloyd(pipe: DiffusionPipeline, stage: str | None = None) -> IFPipeline | IFSuperResolutionPipeline:
     """Convert a stage to diffusers' `IFPipeline` or `IFSuperResolutionPipeline`, which shares the memory of its weights.
 
-    Tokenizer, text encoder, safety checker and watermarker are the pipeline's. A scheduler of this package, which those
-    pipelines do not support, is converted to the `DDPMScheduler` of its configuration.
+    Tokenizer, text encoder, safety checker and watermarker are the pipeline's. A scheduler of this package, which
+    those pipelines do not support, is converted to the `DDPMScheduler` of its configuration.
 
     Args:
-        pipe ([`ImagenPipeline`], [`ImagenSuperResolutionPipeline`] or [`ImagenCascadePipeline`]): Pipeline with the stage.
+        pipe ([`ImagenPipeline`], [`ImagenSuperResolutionPipeline`] or [`ImagenCascadePipeline`]): Pipeline with the
+            stage.
         stage (`str`, *optional*): The stage's name, if there are several.
 
     Raises:

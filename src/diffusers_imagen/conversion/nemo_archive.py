@@ -44,8 +44,8 @@ def open_nemo(
     """Open an archive or checkpoint, as a context manager.
 
     Args:
-        source: A `.nemo` archive (tar, plain or gzip-compressed), the folder it was unpacked to, a Lightning `.ckpt`, or
-            the folder of a distributed one.
+        source: A `.nemo` archive (tar, plain or gzip-compressed), the folder it was unpacked to, a Lightning `.ckpt`,
+            or the folder of a distributed one.
         config: NeMo's configuration, if `source` has none or to override it: a YAML file or a mapping, complete, the
             `model:` section, or Lightning's `hparams.yaml`.
         ema: Whether to use the averaged weights, which NeMo writes next to it as `NAME-EMA.ckpt`.

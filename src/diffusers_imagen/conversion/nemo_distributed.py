@@ -1,7 +1,7 @@
 """Reading of distributed checkpoints of Megatron Core and torch, folders of many files, without executing code.
 
-Two formats are supported: `torch_dist`, of `torch.distributed.checkpoint`, where a pickle `.metadata` locates the parts
-of each tensor in the files `*.distcp`; and `zarr`, with one folder per tensor.
+Two formats are supported: `torch_dist`, of `torch.distributed.checkpoint`, where a pickle `.metadata` locates the
+parts of each tensor in the files `*.distcp`; and `zarr`, with one folder per tensor.
 """
 
 import io

@@ -54,8 +54,8 @@ class WrongType(ValueError):
 def unpickle_embeddings(data: bytes, name: str = "the pickle") -> dict[str, torch.Tensor]:
     """Read text embeddings `(tokens, E)` by encoder name, in their original floating-point dtype.
 
-    No function in the file is called: arrays and tensors are created here from their bytes, after type, shape and number
-    of bytes have been checked.
+    No function in the file is called: arrays and tensors are created here from their bytes, after type, shape and
+    number of bytes have been checked.
 
     Args:
         data (`bytes`): A pickled dictionary of NeMo, by `pickle` or `torch.save`; up to 64 MiB.

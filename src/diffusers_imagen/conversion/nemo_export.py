@@ -35,8 +35,8 @@ def nemo_config(
         unet: The network, which may be on the meta device.
         scheduler: Its scheduler, whose configuration describes how it was trained.
         token_length: Number of tokens per prompt.
-        recorded: The section that it was converted from. Its `unet:` section is kept if it still describes the network;
-            its other entries are always kept.
+        recorded: The section that it was converted from. Its `unet:` section is kept if it still describes the
+            network; its other entries are always kept.
 
     Raises:
         ValueError: If NeMo does not support such a network; names the entry of its configuration.

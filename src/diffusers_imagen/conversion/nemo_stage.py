@@ -78,7 +78,8 @@ def load_nemo_stage(
         name (`str`): The argument's name, for messages.
 
     Raises:
-        ValueError: If the checkpoint does not exist, is damaged, would execute code, or does not match its configuration.
+        ValueError: If the checkpoint does not exist, is damaged, would execute code, or does not match its
+            configuration.
     """
     with open_nemo(source, config, ema, name) as checkpoint:
         parts, plan = plan_stage(checkpoint)

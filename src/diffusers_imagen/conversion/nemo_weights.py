@@ -134,8 +134,8 @@ class DictWeights:
 class RankWeights:
     """Weights of several ranks of a run: each has all of them, or a part.
 
-    NeMo's Imagen does not split layers over ranks, so a key must have the same tensor in every rank that has it; this is
-    checked on reading.
+    NeMo's Imagen does not split layers over ranks, so a key must have the same tensor in every rank that has it; this
+    is checked on reading.
     """
 
     def __init__(self, ranks: dict[str, TorchFile], what: str):

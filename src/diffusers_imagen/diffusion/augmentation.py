@@ -20,8 +20,8 @@ def upsample_low_res(low_res: torch.Tensor, size: tuple[int, int], antialias: bo
     Args:
         low_res: `(B, C, h, w)`, any floating dtype.
         size: height and width of the result, in pixels.
-        antialias: whether to use the kernel of `torch.nn.functional.interpolate` with `antialias=True`. Its coefficient is
-            -0.5, as in Pillow, instead of -0.75, even when upsampling.
+        antialias: whether to use the kernel of `torch.nn.functional.interpolate` with `antialias=True`. Its
+            coefficient is -0.5, as in Pillow, instead of -0.75, even when upsampling.
 
     Returns:
         `(B, C, *size)`, in `low_res`'s dtype.
@@ -42,8 +42,8 @@ def augment_low_res(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Add noise of standard deviation `sigma` to the low-resolution image, and return it with its conditioning value.
 
-    The noise is added at the image's own resolution, before any upsampling, and the sum is scaled by `c_in(sigma)` like
-    every input of an EDM network. The noise is an argument so that both branches of guidance use the same image.
+    The noise is added at the image's own resolution, before any upsampling, and the sum is scaled by `c_in(sigma)`
+    like every input of an EDM network. The noise is an argument so that both branches of guidance use the same image.
 
     Args:
         low_res: `(B, C, h, w)`, values in [-1, 1], any floating dtype.
@@ -95,8 +95,8 @@ def augment_upsampled(
         noise: unit noise of `upsampled`'s shape.
 
     Returns:
-        The augmented image in `upsampled`'s shape and dtype, and the index of the noise level, `(B,)` in float32, from 0
-        to 999 and fractional between two noise levels.
+        The augmented image in `upsampled`'s shape and dtype, and the index of the noise level, `(B,)` in float32, from
+        0 to 999 and fractional between two noise levels.
 
     Raises:
         ValueError: if a `sigma` given as a number is not above 0.

@@ -7,8 +7,8 @@ Times and log-SNRs are tensors of any shape in float32 or float64; half precisio
 most times to another one and maps the end of the cosine schedule to infinity. Image tensors `(B, ...)` may have any
 floating dtype, which the results keep; their log-SNR is one number or `(B,)`.
 
-The EDM formulation (`edm.py`) is the same process in other variables: its noise level is `exp(-log_snr / 2)`, its image
-is `x_t / alpha`. `denoiser_scalings` therefore expresses a network trained here as an EDM denoiser.
+The EDM formulation (`edm.py`) is the same process in other variables: its noise level is `exp(-log_snr / 2)`, its
+image is `x_t / alpha`. `denoiser_scalings` therefore expresses a network trained here as an EDM denoiser.
 """
 
 import math
@@ -150,7 +150,7 @@ def denoiser_scalings(sigma: torch.Tensor, prediction_type: PredictionType) -> S
 
 
 def reverse_step(log_snr: torch.Tensor, log_snr_next: torch.Tensor, eta: float = 1.0) -> ReverseStep:
-    """Return the coefficients of the step from time t to an earlier s: ancestral for `eta` 1 (eq. 33), deterministic for 0.
+    """Return the coefficients of the step from time t to an earlier s, ancestral for `eta` 1 (eq. 33) to deterministic for 0.
 
     The ancestral variance is `sigma_s^2 * c` with `c = -expm1(log_snr_t - log_snr_s)`; a step draws `eta^2` of it as
     new noise, and the rest of `sigma_s` is the noise already in `x_t` (Song et al. 2021, DDIM, eq. 12 and 16).

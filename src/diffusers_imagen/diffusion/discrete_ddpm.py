@@ -1,7 +1,7 @@
-"""Variance-preserving diffusion at N discrete noise levels, identified by an index: Ho et al. 2020, "DDPM" (2006.11239).
+"""Variance-preserving diffusion at N discrete noise levels, given by index: Ho et al. 2020, "DDPM" (2006.11239).
 
-The image of index k, in 0..N-1, is `x_t = alpha_k * x_0 + sigma_k * noise` with `alpha_k^2 = prod(1 - beta_i, i <= k)` and
-`alpha_k^2 + sigma_k^2 = 1`. The network is conditioned on k by a sinusoidal embedding, so k may be fractional:
+The image of index k, in 0..N-1, is `x_t = alpha_k * x_0 + sigma_k * noise` with `alpha_k^2 = prod(1 - beta_i, i <= k)`
+and `alpha_k^2 + sigma_k^2 = 1`. The network is conditioned on k by a sinusoidal embedding, so k may be fractional:
 between two indices the log-SNR is interpolated linearly. Everything else is as in `continuous_ddpm.py`.
 
 Betas and the log-SNR of all indices, `log_snrs` below, are `(N,)` in float64 on the CPU. diffusers computes them in
@@ -30,7 +30,8 @@ MAX_START_SIGMA = 80.0
 def cosine_betas(count: int) -> torch.Tensor:
     """Compute the betas of the cosine schedule, `1 - a(t_{k+1}) / a(t_k)`, at most `MAX_BETA`.
 
-    Here `a(t) = cos(pi/2 * (t + s) / (1 + s))^2` with `s` 0.008 and `t_k = k / N`: Nichol and Dhariwal 2021 (arXiv 2102.09672), eq. 17 and section 3.2.
+    Here `a(t) = cos(pi/2 * (t + s) / (1 + s))^2` with `s` 0.008 and `t_k = k / N`: Nichol and Dhariwal 2021 (arXiv
+    2102.09672), eq. 17 and section 3.2.
     """
     t = torch.linspace(0, 1, count + 1, dtype=torch.float64)
     alpha = torch.cos(math.pi / 2 * (t + 0.008) / 1.008)

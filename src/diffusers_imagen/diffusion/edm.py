@@ -50,7 +50,8 @@ def per_sample(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Reshape `value`, one number or one per sample, to multiply `like`, on its device: `(B,)` to `(B, 1, ...)`.
 
     Raises:
-        ValueError: if `value` has more than one dimension, or neither one element nor one for each of `like`'s samples.
+        ValueError: if `value` has more than one dimension, or neither one element nor one for each of `like`'s
+            samples.
     """
     if value.dim() > 1 or value.numel() not in (1, like.shape[0]):
         raise ValueError(
@@ -102,8 +103,8 @@ def churned_sigmas(
 ) -> torch.Tensor:
     """Return the increased noise levels `sigma_hat` at which Algorithm 2 calls the network.
 
-    `sigma_hat = (1 + gamma) * sigma` with `gamma = min(s_churn / N, sqrt(2) - 1)` for those of the `N` `sigmas` that lie
-    in `[s_min, s_max]` (no upper bound if None), and `gamma = 0` elsewhere.
+    `sigma_hat = (1 + gamma) * sigma` with `gamma = min(s_churn / N, sqrt(2) - 1)` for those of the `N` `sigmas` that
+    lie in `[s_min, s_max]` (no upper bound if None), and `gamma = 0` elsewhere.
     """
     gamma = min(s_churn / len(sigmas), math.sqrt(2) - 1)
     churned = (sigmas >= s_min) & (sigmas <= (math.inf if s_max is None else s_max))

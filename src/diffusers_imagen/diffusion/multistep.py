@@ -1,7 +1,7 @@
-"""A multistep predictor-corrector for the sampling ODE of Karras et al. 2022 (arXiv 2206.00364): weights and noise levels.
+"""Multistep predictor-corrector for the sampling ODE of Karras et al. 2022 (arXiv 2206.00364).
 
-Along a trajectory `x / sigma` changes by the denoised image D alone, `d(x / sigma) = -D / sigma^2 d(sigma)` (eq. 3), so
-that a step from sigma to sigma_next is exactly
+Along a trajectory `x / sigma` changes by the denoised image D alone, `d(x / sigma) = -D / sigma^2 d(sigma)` (eq. 3),
+so that a step from sigma to sigma_next is exactly
 
     x_next = sigma_next / sigma * x + sigma_next * (integral of D(s) / s^2 ds from sigma_next to sigma)
 
@@ -33,8 +33,8 @@ _CENTRE_WIDTH = 2.0
 def centred_sigmas(num_steps: int, sigma_min: float, sigma_max: float, sigma_data: float) -> torch.Tensor:
     """Return noise levels from `sigma_max` to `sigma_min`, densest around `sigma_data`: `(num_steps,)` in float64.
 
-    They are evenly spaced in `asinh(log(sigma / sigma_data) / 2)`. Far above and far below `sigma_data` a trajectory is
-    nearly straight, and long steps cause little error; the content of an image is determined in between.
+    They are evenly spaced in `asinh(log(sigma / sigma_data) / 2)`. Far above and far below `sigma_data` a trajectory
+    is nearly straight, and long steps cause little error; the content of an image is determined in between.
 
     Raises:
         ValueError: unless `num_steps >= 1`, `0 < sigma_min < sigma_max` and `sigma_data > 0`.
@@ -53,8 +53,8 @@ def adams_weights(
 ) -> torch.Tensor:
     """Compute the weights of the denoised images at noise levels `nodes` in steps from `sigma` to `sigma_next`.
 
-    `x_next = sigma_next / sigma * x + (weights * D).sum(-1)` is exact if D is a polynomial of `log(sigma + sigma_data /
-    2)` of a degree below the number of nodes.
+    `x_next = sigma_next / sigma * x + (weights * D).sum(-1)` is exact if D is a polynomial of
+    `log(sigma + sigma_data / 2)` of a degree below the number of nodes.
 
     Args:
         sigma, sigma_next: the steps' bounds `(N,)`, in float64, above 0.

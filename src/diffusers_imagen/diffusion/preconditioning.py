@@ -1,6 +1,7 @@
 """Preconditionings: the scalings and the conditioning value that express a trained network as an EDM denoiser.
 
-With EDM noise levels `sigma` and images `x = x_0 + sigma * noise` (`edm.py`), every network of the package gives a denoiser
+With EDM noise levels `sigma` and images `x = x_0 + sigma * noise` (`edm.py`), every network of the package gives a
+denoiser
 
     denoised = c_skip(sigma) * x + c_out(sigma) * network(c_in(sigma) * x, timestep(sigma))
 

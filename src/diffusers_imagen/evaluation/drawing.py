@@ -85,8 +85,8 @@ class Drawing(NamedTuple):
         model (`str`): Digest of the networks.
         resolution (`int`): Resolution of the last stage that runs.
         batch_size (`int`): Images per batch.
-        enlarged (`int`, *optional*): Resolution to which images of the set are downsampled, as input of the stages after
-            the first; the setting then has values for those only. Without it, all stages run.
+        enlarged (`int`, *optional*): Resolution to which images of the set are downsampled, as input of the stages
+            after the first; the setting then has values for those only. Without it, all stages run.
     """
 
     captions: PictureSet
@@ -124,8 +124,8 @@ def digest_json(value: Any) -> str:
 def draw(pipe: DiffusionPipeline, drawing: Drawing, state: PartialState) -> None:
     """Generate missing images; all processes call this, and each generates its share.
 
-    Batches consist of consecutive captions, independent of the process and of existing images: an image depends neither
-    on the number of processes nor on interruptions.
+    Batches consist of consecutive captions, independent of the process and of existing images: an image depends
+    neither on the number of processes nor on interruptions.
 
     Raises:
         ValueError: If the folder has images of another model or other settings.

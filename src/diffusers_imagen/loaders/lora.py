@@ -60,8 +60,8 @@ class ImagenLoraLoaderMixin(AdaptersMixin):
             metadata (`dict`, *optional*): Configuration of the weights, instead of the file's.
             return_lora_metadata (`bool`, defaults to `False`): Whether to return the configuration too.
             kwargs: Location of the file: `weight_name`, `subfolder`, `revision`, `token`, `cache_dir`,
-                `force_download`, `local_files_only`, `proxies`; `use_safetensors`, False for a file of torch.save, which
-                is read by torch's weights-only unpickler.
+                `force_download`, `local_files_only`, `proxies`; `use_safetensors`, False for a file of torch.save,
+                which is read by torch's weights-only unpickler.
 
         Returns:
             The weights by key, and with `return_lora_metadata` the configuration, None if the file has none.
@@ -104,14 +104,15 @@ class ImagenLoraLoaderMixin(AdaptersMixin):
         Args:
             pretrained_model_name_or_path_or_dict (`str`, `os.PathLike` or `dict`):
                 A Hub id, a folder, a file of safetensors or of torch.save, or the weights themselves.
-            adapter_name (`str`, *optional*): Name of the adapter in every stage; the next `default_0`, `default_1`, ...
-                if None.
+            adapter_name (`str`, *optional*): Name of the adapter in every stage; the next `default_0`, `default_1`,
+                ... if None.
             component (`str`, *optional*):
-                The stage to which the weights of a single stage are assigned, instead of the name under which they were
-                saved: use `component="base_unet"` to load an adapter of a single-stage pipeline (`unet`), or one
+                The stage to which the weights of a single stage are assigned, instead of the name under which they
+                were saved: use `component="base_unet"` to load an adapter of a single-stage pipeline (`unet`), or one
                 without a stage's name, such as peft's and kohya's, into a cascade.
             hotswap (`bool`, defaults to `False`): Whether to replace the weights of the adapter of that name in place.
-            low_cpu_mem_usage (`bool`, defaults to `True`): Whether to skip initialization of the weights that are loaded.
+            low_cpu_mem_usage (`bool`, defaults to `True`): Whether to skip initialization of the weights that are
+                loaded.
             kwargs: Passed to [`~ImagenLoraLoaderMixin.lora_state_dict`].
 
         Raises:
@@ -172,9 +173,9 @@ class ImagenLoraLoaderMixin(AdaptersMixin):
             safe_serialization (`bool`, defaults to `True`):
                 Whether to write safetensors; otherwise a file of torch.save, which cannot store a configuration.
             lora: `{component}_lora_layers`, the weights from `peft.get_peft_model_state_dict`, and
-                `{component}_lora_adapter_metadata`, the adapter's `peft_config` as a dict: `base_unet_lora_layers`, ...
-                Those of text encoders must be None. `{component}`, the network itself, *optional*: with it, an adapter
-                of a DeepFloyd IF network is written with diffusers' layer names.
+                `{component}_lora_adapter_metadata`, the adapter's `peft_config` as a dict: `base_unet_lora_layers`,
+                ... Those of text encoders must be None. `{component}`, the network itself, *optional*: with it, an
+                adapter of a DeepFloyd IF network is written with diffusers' layer names.
 
         Raises:
             ValueError: If weights are missing, or not finite; nothing is written then.

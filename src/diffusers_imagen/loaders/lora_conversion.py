@@ -155,8 +155,8 @@ def named_layers(
 ) -> dict[str, tuple[str, Layer]]:
     """Return `adaptable_layers` by the names used in updates: the network's own, or diffusers' (`diffusers_names`).
 
-    A few layers of residual blocks have the name of another layer in diffusers: diffusers' names take precedence, with a
-    warning if all names are ambiguous.
+    A few layers of residual blocks have the name of another layer in diffusers: diffusers' names take precedence, with
+    a warning if all names are ambiguous.
     """
     own = adaptable_layers(unet)
     theirs = {name: own[ours] for name, ours in names.items() if ours in own}
@@ -200,14 +200,14 @@ def make_adapter(
         component (`str`): The network's name, for messages.
         unet (`nn.Module`): The network, which is not modified.
         updates (`dict[str, Update]`):
-            By layer, named as in the network, in diffusers for DeepFloyd IF networks, or in kohya's scripts, where dots
-            are underscores.
+            By layer, named as in the network, in diffusers for DeepFloyd IF networks, or in kohya's scripts, where
+            dots are underscores.
         config (`dict`, *optional*): Configuration of the weights; without it, lora_alpha is in the keys or the rank.
         names (`Mapping[str, str]`, *optional*): New names of the layers, by their names in the network.
 
     Raises:
-        ValueError: If the weights are incomplete, not finite or do not match the network, or the configuration does not
-            match the weights.
+        ValueError: If the weights are incomplete, not finite or do not match the network, or the configuration does
+            not match the weights.
     """
     theirs = diffusers_names(unet)
     updates = without_idle(component, idle_layers(theirs), updates)

@@ -219,7 +219,8 @@ class AttentionKind(NamedTuple):
     """Entry of `ATTENTION_TYPES`.
 
     Args:
-        make: Creates the block from channels, heads, width of the text context, groups of the norms, and `shared_norm`.
+        make: Creates the block from channels, heads, width of the text context, groups of the norms, and
+            `shared_norm`.
         reads_text: Whether the block reads text; `norm_num_groups` then has to divide the width of the context.
     """
 

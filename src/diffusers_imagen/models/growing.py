@@ -1,9 +1,9 @@
-"""Progressive growing: networks initialized from trained ones, for twice the resolution or with other numbers of blocks.
+"""Growing of trained networks to twice the resolution or other numbers of residual blocks.
 
 Progressive growing (Karras et al. 2017, arXiv 1710.10196) adds a finer level around a trained network, whose existing
 levels keep processing features of the same size in the image. The correspondence of text and layout that was learned
-cheaply at low resolution is kept. Residual blocks may be added, initialized as the identity, or removed where they cost
-more than they contribute.
+cheaply at low resolution is kept. Residual blocks may be added, initialized as the identity, or removed where they
+cost more than they contribute.
 """
 
 import math
@@ -22,12 +22,12 @@ from .config_checks import per_level
 def grow_unet(small: ImagenUNetModel) -> ImagenUNetModel:
     """Create a network with one more level than a trained one, of one block and of the first level's width.
 
-    The new level is initialized as resampling: it downsamples by averaging and upsamples by interpolation, with residual
-    branches at zero, so that the grown network generates blurred versions of the small network's images.
+    The new level is initialized as resampling: it downsamples by averaging and upsamples by interpolation, with
+    residual branches at zero, so that the grown network generates blurred versions of the small network's images.
 
     Raises:
-        ValueError: If residual blocks resample between levels, which cannot be initialized as plain resampling, or residual
-            blocks scale their output.
+        ValueError: If residual blocks resample between levels, which cannot be initialized as plain resampling, or
+            residual blocks scale their output.
     """
     config = dict(small.config)
     check_starts_as_identity(config)
@@ -115,8 +115,8 @@ def change_layers(unet: ImagenUNetModel, layers_per_block: list[int]) -> ImagenU
 
     Raises:
         ValueError: If there is not one number per level, a level other than the first would have no block in the
-            encoder, a level without blocks joins levels of different widths, or a level gains blocks in a network whose
-            residual blocks scale their output.
+            encoder, a level without blocks joins levels of different widths, or a level gains blocks in a network
+            whose residual blocks scale their output.
     """
     config = unet.config
     layers = per_level("layers_per_block", list(layers_per_block), len(config["block_out_channels"]))

@@ -22,7 +22,8 @@ class StageNetwork(nn.Module):
     A network of another architecture that implements these properties, `encode_text` and `forward` works with all
     pipelines and trainers, and is saved and loaded like this package's networks.
 
-    Pipelines and training also use these members of `ModelMixin` and `ConfigMixin`: `config`, `from_config`, `from_pretrained`,
+    Pipelines and training also use these members of `ModelMixin` and `ConfigMixin`: `config`, `from_config`,
+        `from_pretrained`,
     `save_pretrained`, `dtype`, `device`, `num_parameters`, and if the settings require
     them `enable_gradient_checkpointing` and `set_attention_backend`. LoRA adapters need diffusers' `PeftAdapterMixin`.
     """
@@ -136,9 +137,9 @@ class StageNetwork(nn.Module):
     def low_res_upsampling(self) -> LowResUpsampling:
         """How the low-resolution image is upsampled to the size of `sample`, except for "discrete" `low_res_augmentation`.
 
-        "bicubic" uses the kernel of `torch.nn.functional.interpolate`, "bicubic_antialias" that of `antialias=True`, which
-        differs when upsampling too: see `diffusion.augmentation.upsample_low_res`. A pipeline upsamples once per call;
-        `forward` must do the same with an image of another size, which training passes.
+        "bicubic" uses the kernel of `torch.nn.functional.interpolate`, "bicubic_antialias" that of `antialias=True`,
+        which differs when upsampling too: see `diffusion.augmentation.upsample_low_res`. A pipeline upsamples once per
+        call; `forward` must do the same with an image of another size, which training passes.
         """
         return "bicubic"
 
@@ -146,8 +147,8 @@ class StageNetwork(nn.Module):
     def residual_scale(self) -> float | None:
         """The scale of the residuals that the network is trained to denoise: see `diffusion.residual`.
 
-        None if the network denoises images. A pipeline adds the upsampled low-resolution image to the scheduler's final
-        sample, times this scale.
+        None if the network denoises images. A pipeline adds the upsampled low-resolution image to the scheduler's
+        final sample, times this scale.
         """
         return None
 

@@ -34,7 +34,8 @@ class ImagenUNetModel(ConditionalUNet):
             Resolution of the images that it is trained on, in pixels. Other sizes are possible: see `total_stride`.
         in_channels (`int`, defaults to 3): Channels of the noisy image.
         out_channels (`int`, defaults to 3): Channels of the output.
-        block_out_channels (`tuple[int]`): Channels of each level, from full resolution down; each level halves the resolution.
+        block_out_channels (`tuple[int]`): Channels of each level, from full resolution down; each level halves the
+            resolution.
         layers_per_block (`int` or `tuple[int]`, defaults to 3): Residual blocks of each level.
         attention_resolutions (`tuple[int]`, defaults to `(32, 16, 8)`):
             Resolutions, in pixels at `sample_size`, of the levels that have attention.
@@ -75,7 +76,8 @@ class ImagenUNetModel(ConditionalUNet):
             How noise is added to the low-resolution image, and how the network is conditioned on it: see
             `StageNetwork`.
         trained_beta_schedule (`str`, *optional*):
-            The discrete noise levels that the network was trained with: see `StageNetwork`. Pipelines reject schedulers
+            The discrete noise levels that the network was trained with: see `StageNetwork`. Pipelines reject
+                schedulers
             with others.
         low_res_upsampling (`"bicubic"` or `"bicubic_antialias"`):
             How the low-resolution image is upsampled to the size of the sample: see `StageNetwork`.

@@ -27,7 +27,8 @@ def read_config(config: Mapping[str, Any], reader: str) -> dict[str, Any]:
     converting back. `variance_type` is dropped: no scheduler of this package uses a learned variance.
 
     Raises:
-        ValueError: for a value that this package does not support, as listed in `EDM_MEANINGS` and `DISCRETE_MEANINGS`.
+        ValueError: for a value that this package does not support, as listed in `EDM_MEANINGS` and
+            `DISCRETE_MEANINGS`.
     """
     config = {key: value for key, value in config.items() if key != "_use_default_values"}
     if "preconditioning" not in config:  # not a configuration of this package

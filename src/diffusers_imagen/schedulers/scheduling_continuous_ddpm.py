@@ -31,9 +31,9 @@ class ContinuousDDPMScheduler(ImagenScheduler):
 
     Networks trained with discrete betas are supported too (`preconditioning="discrete"`), from the configuration of
     diffusers' DDPM, DDIM or DPM-Solver. Timesteps of both forms are then indices, fractional ones between the noise
-    levels of training. Index k of N is the time `(k + 1) / N`; a run starts at that of sigma 80, or of the last beta if
-    that is lower, and ends without noise. The variance of a step is the posterior's (`variance_type="fixed_small"`),
-    never a learned one.
+    levels of training. Index k of N is the time `(k + 1) / N`; a run starts at that of sigma 80, or of the last beta
+    if that is lower, and ends without noise. The variance of a step is the posterior's
+    (`variance_type="fixed_small"`), never a learned one.
 
     Args:
         num_train_timesteps (`int`, defaults to 1000):

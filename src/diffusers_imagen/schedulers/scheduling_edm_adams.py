@@ -17,15 +17,15 @@ class EDMAdamsScheduler(EDMScheduler):
     Adams predictor-corrector for the sampling ODE of Karras et al. 2022 [1]: third order, one call of the network per
     step.
 
-    Each step is predicted from the last two denoised images (Adams-Bashforth). The next call of the network corrects the
-    step, from the last three (Adams-Moulton), without a further call. The first step has only one denoised image and is
-    of first order, and so is the last, which returns the denoised image of `sigma_min`. The correction is added to the
-    sample passed to `step`, so that a callback may change it between steps.
+    Each step is predicted from the last two denoised images (Adams-Bashforth). The next call of the network corrects
+    the step, from the last three (Adams-Moulton), without a further call. The first step has only one denoised image
+    and is of first order, and so is the last, which returns the denoised image of `sigma_min`. The correction is added
+    to the sample passed to `step`, so that a callback may change it between steps.
 
     The scheduler is deterministic, and runs in an ordinary loop of `scale_model_input`, network and `step`, from
-    `init_noise_sigma` times unit noise. Pass the network's raw output to `step`, after any guidance. The noise levels are
-    densest around `sigma_data` ([`~diffusion.multistep.centred_sigmas`]); `rho` in another scheduler's configuration is
-    kept for converting back, and not used.
+    `init_noise_sigma` times unit noise. Pass the network's raw output to `step`, after any guidance. The noise levels
+    are densest around `sigma_data` ([`~diffusion.multistep.centred_sigmas`]); `rho` in another scheduler's
+    configuration is kept for converting back, and not used.
 
     Networks trained with `ContinuousDDPMScheduler` are supported too: `EDMAdamsScheduler.from_config` of its
     configuration sets `preconditioning="variance_preserving"`. `sigma_min` should then not be below the lowest noise
@@ -66,8 +66,9 @@ class EDMAdamsScheduler(EDMScheduler):
         clip_sample_range (`float`, defaults to 1.0):
             The limit of static thresholding.
         beta_schedule (`str`, defaults to `"squaredcos_cap_v2"`):
-            With `"discrete"`, as in diffusers: `"linear"`, `"scaled_linear"`, `"squaredcos_cap_v2"` or `"sigmoid"`. With
-            `"variance_preserving"` that of `ContinuousDDPMScheduler`; not used with `"edm"`, kept for other schedulers.
+            With `"discrete"`, as in diffusers: `"linear"`, `"scaled_linear"`, `"squaredcos_cap_v2"` or `"sigmoid"`.
+            With `"variance_preserving"` that of `ContinuousDDPMScheduler`; not used with `"edm"`, kept for other
+            schedulers.
         beta_start (`float`, defaults to 0.0001):
             With `"discrete"`, the first beta, except for the cosine schedule.
         beta_end (`float`, defaults to 0.02):

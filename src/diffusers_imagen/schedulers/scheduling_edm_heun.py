@@ -1,4 +1,4 @@
-"""EDMHeunScheduler: Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models" (2206.00364)."""
+"""EDMHeunScheduler: the second-order sampler of Karras et al. 2022 (EDM, arXiv 2206.00364), with optional churn."""
 
 import math
 
@@ -18,8 +18,8 @@ class EDMHeunScheduler(EDMScheduler):
     Algorithm 2 of Karras et al. 2022 [1]: Heun's second-order steps over the noise levels of eq. 5, with churn.
 
     `N` steps call the network `2 N - 1` times, once for each of `timesteps`: at even indices `step` computes the Euler
-    prediction, at odd ones its Heun correction; the last step is an Euler step. A run starts at an even index. It is an
-    ordinary loop of `scale_model_input`, network and `step`, from `init_noise_sigma` times unit noise. Pass the
+    prediction, at odd ones its Heun correction; the last step is an Euler step. A run starts at an even index. It is
+    an ordinary loop of `scale_model_input`, network and `step`, from `init_noise_sigma` times unit noise. Pass the
     network's raw output to `step`, after any guidance.
 
     Churn increases a noise level `sigma` to `sigma_hat` just before the network is called. `timesteps` has the
@@ -50,8 +50,8 @@ class EDMHeunScheduler(EDMScheduler):
         rho (`float`, defaults to 7.0):
             Exponent of the noise levels (eq. 5): higher values shift steps to low noise levels.
         s_churn (`float`, defaults to 0.0):
-            The amount of noise added over the whole run (Algorithm 2). 0 is deterministic. With discrete betas no noise
-            level is increased above the highest.
+            The amount of noise added over the whole run (Algorithm 2). 0 is deterministic. With discrete betas no
+            noise level is increased above the highest.
         s_min (`float`, defaults to 0.0):
             The lowest noise level at which churn is applied.
         s_max (`float`, *optional*):
@@ -75,8 +75,9 @@ class EDMHeunScheduler(EDMScheduler):
         clip_sample_range (`float`, defaults to 1.0):
             The limit of static thresholding.
         beta_schedule (`str`, defaults to `"squaredcos_cap_v2"`):
-            With `"discrete"`, as in diffusers: `"linear"`, `"scaled_linear"`, `"squaredcos_cap_v2"` or `"sigmoid"`. With
-            `"variance_preserving"` that of `ContinuousDDPMScheduler`; not used with `"edm"`, kept for other schedulers.
+            With `"discrete"`, as in diffusers: `"linear"`, `"scaled_linear"`, `"squaredcos_cap_v2"` or `"sigmoid"`.
+            With `"variance_preserving"` that of `ContinuousDDPMScheduler`; not used with `"edm"`, kept for other
+            schedulers.
         beta_start (`float`, defaults to 0.0001):
             With `"discrete"`, the first beta, except for the cosine schedule.
         beta_end (`float`, defaults to 0.02):

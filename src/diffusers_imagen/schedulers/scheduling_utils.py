@@ -68,8 +68,8 @@ class ImagenSchedulerOutput(BaseOutput):
 class ImagenScheduler(SchedulerMixin, ConfigMixin):
     """
     Base class of this package's schedulers. It has `timesteps`, the conditioning values of the network, and their EDM
-    noise levels. A subclass has a constructor, `set_timesteps`, `scale_model_input`, `_advance`, which computes a step,
-    and `_mix`, which implements `add_noise`.
+    noise levels. A subclass has a constructor, `set_timesteps`, `scale_model_input`, `_advance`, which computes a
+    step, and `_mix`, which implements `add_noise`.
     """
 
     order = 1
@@ -134,7 +134,8 @@ class ImagenScheduler(SchedulerMixin, ConfigMixin):
     @classmethod
     def from_config(cls, config=None, return_unused_kwargs=False, **kwargs):
         """
-        Create a scheduler like diffusers' `from_config`, but keep all values of the other configuration, with defaults.
+        Create a scheduler like diffusers' `from_config`, but keep all values of the other configuration, with
+        defaults.
 
         The configuration of a scheduler with discrete betas (DDPM, DDIM, DPM-Solver and similar) is converted to
         `preconditioning="discrete"`. Its `variance_type` is dropped: a learned variance is not used here.
@@ -203,15 +204,15 @@ class ImagenScheduler(SchedulerMixin, ConfigMixin):
             noise (`torch.Tensor` of the same shape):
                 Unit noise.
             timesteps (`float` or `torch.Tensor`, one or `(B,)`):
-                Conditioning values as in `timesteps`. With `ContinuousDDPMScheduler` or discrete betas, integer training
-                timesteps are accepted as well.
+                Conditioning values as in `timesteps`. With `ContinuousDDPMScheduler` or discrete betas, integer
+                training timesteps are accepted as well.
 
         Returns:
             `torch.Tensor`: the noisy images in `original_samples`' dtype.
 
         Raises:
-            ValueError: for half-precision timesteps, integers that are not supported or out of range, or images and noise
-                of different shapes.
+            ValueError: for half-precision timesteps, integers that are not supported or out of range, or images and
+                noise of different shapes.
         """
         check_images(original_samples=original_samples, noise=noise)
         timesteps = as_tensor("timesteps", timesteps, original_samples)
@@ -395,7 +396,8 @@ class EDMScheduler(ImagenScheduler):
 
     def _plan_calls(self, sigmas: torch.Tensor) -> torch.Tensor:
         """
-        Prepare the steps between these noise levels `(N,)`, set `init_noise_sigma`, and reset the previous run's state.
+        Prepare the steps between these noise levels `(N,)`, set `init_noise_sigma`, and reset the previous run's
+        state.
 
         Returns:
             The noise level of the sample of each call of `step`, and a final 0: `(calls + 1,)` in float64.

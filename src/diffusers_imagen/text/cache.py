@@ -63,8 +63,8 @@ class EmbeddingCache(TextSource):
     """Text source that reads a cache; only keys and offsets are kept in memory, 32 bytes per caption.
 
     All data are checked before use: the manifest, keys and offsets on opening, and a shard's embeddings when a process
-    first reads one of them (a forked process relies on the checks of its parent). A cache may be read while it is built;
-    captions added after it was opened are not visible.
+    first reads one of them (a forked process relies on the checks of its parent). A cache may be read while it is
+    built; captions added after it was opened are not visible.
 
     Args:
         folder (`str` or `Path`): The cache.
@@ -307,15 +307,15 @@ class CacheWriter:
 
     Args:
         folder (`str` or `Path`): The cache; created if it does not exist.
-        encoder (`dict`): The identity of the encoder, with `width` and `max_length`. If it has `keeps_padding`, the cache
-            has embeddings of all positions.
+        encoder (`dict`): The identity of the encoder, with `width` and `max_length`. If it has `keeps_padding`, the
+            cache has embeddings of all positions.
         dtype (`str`): "bfloat16" or "float16".
         shard_bytes (`int`): Size of embeddings in bytes at which a shard is written.
         hold (`FolderHold`, *optional*): The folder's lock, if `hold_cache` was called before.
 
     Raises:
-        ValueError: If the folder has other content, or a cache of another encoder or dtype, or another process writes to
-            it.
+        ValueError: If the folder has other content, or a cache of another encoder or dtype, or another process writes
+            to it.
     """
 
     def __init__(

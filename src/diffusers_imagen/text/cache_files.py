@@ -10,8 +10,8 @@ the encoder: see reference.py.
 
 Every part is checked before use. The manifest has a checksum of itself, and two per shard: one of its index, which is
 the header, `keys` and `offsets`, and one of the whole file. The index is read and checked when a cache is opened, the
-whole file when its first embeddings are read. Caches of earlier versions have neither the manifest's checksum nor those
-of the indices; their shards are checked completely when they are opened.
+whole file when its first embeddings are read. Caches of earlier versions have neither the manifest's checksum nor
+those of the indices; their shards are checked completely when they are opened.
 """
 
 import hashlib

@@ -22,8 +22,8 @@ def clean_captions(texts: list[str]) -> list[str]:
     """Clean texts as diffusers' `IFPipeline` does with `clean_caption=True`, by calling its method.
 
     This needs the packages beautifulsoup4 and ftfy. Without them, texts are lower-cased and stripped, as in
-    `IFPipeline`; so is a text whose markup beautifulsoup4 rejects, which raises an error there, or with a number of 200
-    digits, which takes minutes there. Only the first 2000 characters of a text are used.
+    `IFPipeline`; so is a text whose markup beautifulsoup4 rejects, which raises an error there, or with a number of
+    200 digits, which takes minutes there. Only the first 2000 characters of a text are used.
     """
     if not (is_bs4_available() and is_ftfy_available()):
         warn_of_missing_packages()

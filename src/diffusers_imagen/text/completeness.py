@@ -42,7 +42,8 @@ def refuse_empty_vocabulary(description: str, tokenizer: PreTrainedTokenizerBase
 def random_weights(encoder: PreTrainedModel) -> list[str]:
     """Return the weights that transformers initialized randomly when it loaded an encoder from a folder.
 
-    transformers marks loaded weights; for weights without a mark, the folder is checked again, without reading weights.
+    transformers marks loaded weights; for weights without a mark, the folder is checked again, without reading
+    weights.
     """
     folder = encoder.name_or_path
     if all(getattr(parameter, "_is_hf_initialized", False) for parameter in encoder.parameters()):

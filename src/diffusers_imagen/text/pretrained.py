@@ -79,8 +79,8 @@ def load_encoder(
 ) -> PreTrainedModel:
     """Load the frozen encoder; for encoder-decoders such as T5, the class without the decoder.
 
-    `dtype` is that of the weights, or "auto": as saved. `kwargs` are passed to `from_pretrained`. A quantized encoder is
-    loaded directly to its device, because it cannot be moved.
+    `dtype` is that of the weights, or "auto": as saved. `kwargs` are passed to `from_pretrained`. A quantized encoder
+    is loaded directly to its device, because it cannot be moved.
 
     Raises:
         ValueError: If there is none, weights are missing or not finite, or the tokenizer does not match.

@@ -26,10 +26,10 @@ class TextSource(ABC):
     Attributes:
         width (`int`): E, the width of the embeddings.
         max_length (`int`): L, their number of tokens.
-        keeps_padding (`bool`): Whether embeddings at padded positions are kept, for networks that attend to them, instead
-            of being set to zero.
-        cleans_captions (`bool`): Whether texts are cleaned as in DeepFloyd IF before encoding. Callers pass the original
-            texts, which are also the keys of a cache.
+        keeps_padding (`bool`): Whether embeddings at padded positions are kept, for networks that attend to them,
+            instead of being set to zero.
+        cleans_captions (`bool`): Whether texts are cleaned as in DeepFloyd IF before encoding. Callers pass the
+            original texts, which are also the keys of a cache.
         needs_encoder (`bool`): Whether `encode` runs an encoder at each call; it is then called in the main process,
             not in the workers that load images.
     """

@@ -79,8 +79,8 @@ def drop_text(
 ) -> torch.Tensor | None:
     """Replace dropped texts `(B,)` of embeddings `(B, L, E)` by zeros, or by `no_text` `(1, L, E)`; keep the masks.
 
-    Sampling uses the same unconditional embeddings: zeros with the prompt's mask (`without_text`), and for networks that
-    attend to padding, which ignore the mask, the embeddings of the empty text (`TextSource.no_text`).
+    Sampling uses the same unconditional embeddings: zeros with the prompt's mask (`without_text`), and for networks
+    that attend to padding, which ignore the mask, the embeddings of the empty text (`TextSource.no_text`).
     """
     if embeds is None:
         return None
