@@ -36,6 +36,11 @@ EXAMPLES = [
     "an oil painting of a sailing ship in a storm",
     'a wooden sign that says "hello"',
 ]
+# on a phone, where a given picture may have pushed the result out of view
+INTO_VIEW = (
+    "document.querySelectorAll('.shown').forEach(shown => { if (shown.offsetParent && innerWidth <= 768)"
+    " shown.scrollIntoView({block: 'nearest'}) });"
+)
 SECONDS_TO_LIVE = 1800  # of a picture on the disk: the page has it long before
 EDITOR_PIXELS = 512  # height and width of the mask editor's canvas, or the resolution of the model
 
@@ -101,8 +106,8 @@ def add_tab(drawer: Drawer, examples: list[str], drawn: gr.File | None) -> gr.Fi
     outputs = Outputs(status, view, fields["seed"], files)
     drawer.names = list(fields)
     triggers = [start.click] + ([fields["prompt"].submit] if "prompt" in fields else [])
-    waiting = json.dumps(page_html.status("Waiting for its turn ...", 0))
-    gr.on(triggers, None, outputs=status, js=f"() => {waiting}", show_progress="hidden")  # at once, in the browser
+    in_browser: dict[str, Any] = {"fn": None, "outputs": status, "show_progress": "hidden"}
+    gr.on(triggers, js=shows("Waiting for its turn ...", 0), **in_browser)
     event = gr.on(
         triggers,
         drawer.run,
@@ -114,6 +119,7 @@ def add_tab(drawer: Drawer, examples: list[str], drawn: gr.File | None) -> gr.Fi
         concurrency_limit=1,
         concurrency_id="pipeline",  # of all tabs together
     )
+    event.failure(js=shows("Not drawn."), **in_browser)
     stop.click(
         lambda: page_html.status("Stopped."),
         outputs=status,
@@ -125,6 +131,11 @@ def add_tab(drawer: Drawer, examples: list[str], drawn: gr.File | None) -> gr.Fi
     # a seed that is written down is one to keep
     fields["seed"].input(lambda: False, outputs=fields["random_seed"], queue=False, api_visibility="private")
     return files
+
+
+def shows(text: str, done: int | None = None) -> str:
+    """JavaScript that makes a status, so that the page says at once what the server cannot; brings pictures into view."""
+    return f"() => {{ {INTO_VIEW} return {json.dumps(page_html.status(text, done))} }}"
 
 
 def ask_fields(task: Task, drawn: gr.File | None, examples: list[str]) -> dict[str, Any]:

@@ -40,7 +40,7 @@ CSS = """
 .im-save { position: absolute; right: .4rem; bottom: .4rem; padding: .2rem .6rem; border-radius: var(--radius-md);
     background: var(--background-fill-primary); border: 1px solid var(--border-color-primary); font-size: .8rem;
     color: var(--body-text-color) !important; text-decoration: none !important; opacity: .92 }
-.im-zoom { margin: auto; border: 0; border-radius: var(--radius-lg); padding: .75rem; max-width: 98vw; max-height: 98vh;
+.im-zoom { inset: 0; margin: auto !important; border: 0; border-radius: var(--radius-lg); padding: .75rem; max-width: 98vw; max-height: 98vh;
     background: var(--background-fill-primary); color: var(--body-text-color) }
 .im-zoom::backdrop { background: rgb(0 0 0 / .75) }
 .im-zoom img { width: min(92vw, calc(94vh - 4.5rem)); height: min(92vw, calc(94vh - 4.5rem)); object-fit: contain;
