@@ -312,12 +312,13 @@ def test_card_licenses_and_notices_of_a_pushed_cascade_travel_on(hub, client, tm
 
 def test_a_stage_names_the_commit_of_its_encoder_and_draws_offline(hub, client, tmp_path):
     """Its encoder is on the Hub, at a commit that is not the last any more; with the stage, it is uploaded by reference."""
+    commit = hub_server.commit_sha("user/cascade", 1)  # after that in which the repository is made
     for number in range(4):
         (tmp_path / "data").mkdir(exist_ok=True)
         Image.new("RGB", (16, 16), (60 * number, 0, 0)).save(tmp_path / "data" / f"{number}.png")
         (tmp_path / "data" / f"{number}.txt").write_text("a red apple")
     settings = tiny_runs.settings("data", "stage", preset=None, pretrained_model_name_or_path="user/cascade")
-    settings |= {"text_encoder": "user/cascade", "revision": "first", "max_train_steps": 1, "resolution": 16}
+    settings |= {"text_encoder": "user/cascade", "revision": commit, "max_train_steps": 1, "resolution": 16}
     settings |= {"push_to_hub": True, "hub_model_id": "user/stage", "hub_token": hub_server.TOKEN}
     (tmp_path / "settings.json").write_text(json.dumps(settings))
     client.run(PUSH + 'pipe.push_to_hub("user/cascade")')
@@ -325,7 +326,7 @@ def test_a_stage_names_the_commit_of_its_encoder_and_draws_offline(hub, client, 
     home = {"HF_HOME": str(tmp_path / "home")}
     client.run(TRAIN, **home)
     reference = json.loads((tmp_path / "stage" / "text_encoder" / "reference.json").read_text())
-    assert reference["hub"] == "user/cascade" and reference["revision"] == hub_server.commit_sha("user/cascade", 0)
+    assert reference["hub"] == "user/cascade" and reference["revision"] == commit
     assert client.run(DRAW, **home, HF_HUB_OFFLINE="1").strip() == "BertModel"
     pushed = hub.repos["user/stage"][-1]
     assert json.loads(pushed["text_encoder/reference.json"]) == reference
