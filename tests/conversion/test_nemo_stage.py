@@ -187,7 +187,7 @@ def test_a_configuration_may_be_given(wrap, tmp_path):
     config, weights, _ = read_case(SMALL)
     path = write_form("lightning, hparams.yaml", tmp_path, config, weights)
     (tmp_path / "hparams.yaml").unlink()
-    with pytest.raises(ValueError, match="has no configuration with a section `unet`: give NeMo's YAML"):
+    with pytest.raises(ValueError, match="has no configuration with a section `unet`: specify NeMo's YAML"):
         load_nemo_stage(path)
     given = wrap(model_section(config))
     (tmp_path / "given.yaml").write_text(yaml.safe_dump(given))
