@@ -129,7 +129,7 @@ def add_tab(drawer: Drawer, examples: list[str], drawn: gr.File | None) -> gr.Fi
         api_visibility="private",
     )
     # a seed that is written down is one to keep
-    fields["seed"].input(lambda: False, outputs=fields["random_seed"], queue=False, api_visibility="private")
+    fields["seed"].input(None, outputs=fields["random_seed"], js="() => false", show_progress="hidden")
     return files
 
 
