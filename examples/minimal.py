@@ -37,9 +37,7 @@ def train(unet: EfficientUNetModel, steps: int, generator: torch.Generator, batc
     for _ in (progress := tqdm(range(steps), "Training")):
         chosen = torch.randint(len(PROMPTS), (batch_size,), generator=generator)
         x_0 = torch.stack([draw(*PROMPTS[i], generator) for i in chosen])  # (B, 3, SIZE, SIZE)
-        has_text = (
-            torch.rand(batch_size, 1, 1, generator=generator) > 0.1
-        )  # images without text are for guidance training
+        has_text = torch.rand(batch_size, 1, 1, generator=generator) > 0.1  # images without text are for guidance
         sigma = edm.draw_sigma(batch_size, generator=generator)  # (B,)
         example = edm_example(x_0, torch.randn(x_0.shape, generator=generator), sigma, SIGMA_DATA)
         output = unet(example.model_input, example.timestep, TEXTS[chosen] * has_text).sample

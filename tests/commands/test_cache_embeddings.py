@@ -60,7 +60,7 @@ def test_verify_names_every_problem(data, encoder, tmp_path, capsys):
     path.write_bytes(path.read_bytes()[:-1] + b"\x77")
     assert run(tmp_path / "c", "--verify") == 2
     error = capsys.readouterr().err
-    assert "shard-00000.safetensors is missing; shard-00001.safetensors has another checksum than" in error
+    assert "shard-00000.safetensors is missing; shard-00001.safetensors has a different checksum than" in error
     assert "run cache-embeddings again to repair it" in error
     assert run(tmp_path / "c", *source) == 0 and "; 2 added" in capsys.readouterr().out
     assert run(tmp_path / "c", "--verify") == 0
