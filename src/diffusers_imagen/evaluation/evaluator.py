@@ -32,7 +32,7 @@ PACKAGES = {
     "super-resolution": "torchmetrics",
     "precision-recall": "torch_fidelity",
 }
-REAL, FLOOR = "real pictures of the captions", "reference, in two parts"
+REAL, FLOOR = "real images of the captions", "reference, split in two"
 SIZES_LOOKED_AT = 64
 INDEX = "captions.txt"
 
