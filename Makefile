@@ -51,15 +51,17 @@ quality: $(VENV)/.quality ## check style, format, types and spelling, change not
 	$(BIN)/mypy
 	$(BIN)/codespell $(SOURCES) $(TEXTS)
 
-docs: $(VENV)/.installed ## write the pages that are made of the code: docs/structure.md, docs/training_flags.md
+docs: $(VENV)/.docs ## write docs/structure.md and docs/training_flags.md, and build the documentation into site/
 	$(BIN)/python scripts/write_structure.py
 	$(BIN)/python scripts/write_training_flags.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "The documentation is in site/index.html"
 
 dataset: $(VENV)/.installed ## build the captioned emoji set in data/emoji (needs npm)
 	$(BIN)/python scripts/build_emoji_dataset.py --output_dir "$(DATASET_DIR)"
 
 clean: ## remove .venv, outputs, build products and caches
-	rm -rf $(VENV) outputs build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) outputs build dist site src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
@@ -70,6 +72,10 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	@"$(PYTHON)" -m venv $(VENV) || { \
 		echo "$(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	$(BIN)/python -m pip install -c constraints.txt -e ".[test]"
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.installed mkdocs.yml
+	$(BIN)/python -m pip install -c constraints.txt -e ".[docs]"
 	@touch $@
 
 $(VENV)/.quality: $(VENV)/.installed
