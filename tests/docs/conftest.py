@@ -1,0 +1,76 @@
+"""The folder that the pages are run in, with few steps, and with what their readers have at hand."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from deepfloyd_repository import stage_1, stage_2, write_repository
+from doc_blocks import ROOT
+from PIL import Image, ImageDraw
+
+from diffusers_imagen.pipelines import planning
+
+
+def draw_picture(size: int) -> Image.Image:
+    """A red disc on white."""
+    picture = Image.new("RGB", (size, size), "white")
+    ImageDraw.Draw(picture).ellipse((size // 4, size // 4, 3 * size // 4, 3 * size // 4), "red")
+    return picture
+
+
+def draw_mask(size: int) -> Image.Image:
+    """White on the right, where a picture is to be painted."""
+    mask = Image.new("L", (size, size))
+    ImageDraw.Draw(mask).rectangle((size // 2, 0, size, size), "white")
+    return mask
+
+
+def write_data(folder: Path) -> None:
+    """The sets that the pages train on: captions in files, a table of captions, and pictures of a subject."""
+    for name in ("style", "emoji", "my-headphone"):
+        (folder / name).mkdir(parents=True)
+        for number in range(4):
+            draw_picture(256).save(folder / name / f"{number}.png")
+    for number in range(4):
+        (folder / "style" / f"{number}.txt").write_text("a red ball")
+    columns = {"text": "a 3d render of a red ball", "style": "3d", "concept": "red ball", "split": "train"}
+    rows = [{"file_name": f"{number}.png", **columns} for number in range(4)]
+    (folder / "emoji" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def few_steps(monkeypatch):
+    """Every call makes two steps at most, in super-resolution one."""
+    set_schedule = planning.set_schedule
+
+    def set_short(scheduler, name, settings, device):
+        steps = min(settings.num_inference_steps, 2 if name == "base" else 1)
+        set_schedule(scheduler, name, settings._replace(num_inference_steps=steps), device)
+
+    monkeypatch.setattr(planning, "set_schedule", set_short)
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch, few_steps) -> Path:
+    """A clone of the repository, with pictures, prompts and a style to train on; the working folder of a test."""
+    for name in ("checkpoints", "configs", "scripts"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    draw_picture(64).save(tmp_path / "small.png")
+    draw_picture(64).save(tmp_path / "picture.png")
+    draw_mask(64).save(tmp_path / "mask.png")
+    (tmp_path / "prompts.txt").write_text("a red apple\na blue fish\n")
+    write_data(tmp_path / "data")
+    (tmp_path / "run.yaml").write_text("train_data_dir: data/style\npreset: emoji_base_64\n")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def deepfloyd_repositories(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("hub")
+    for name, make in (("IF-I-M-v1.0", stage_1), ("IF-II-M-v1.0", stage_2)):
+        write_repository(make(), folder / name, variant="fp16")
+        shutil.copytree(folder / name, folder / "plain" / name)
+    return folder

@@ -1,0 +1,22 @@
+"""Code blocks of README.md and of the pages under docs/: each is run, or parsed where a comment says why it is not run."""
+
+from pathlib import Path
+
+import pytest
+from doc_blocks import ROOT, check_block, pages, read_blocks, run_block
+
+
+PAGES = [page for page in pages() if read_blocks(page)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_code_runs(page, workplace):
+    names: dict = {"__name__": page.stem.replace("-", "_")}
+    for block in read_blocks(page):
+        try:
+            check_block(block)
+            if block.not_run is None:
+                run_block(block, names)
+        except BaseException as error:
+            error.add_note(f"in the block of {block.place}")
+            raise
