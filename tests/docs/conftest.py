@@ -1,7 +1,6 @@
 """The folder that the pages are run in, with few steps, and with what their readers have at hand."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -67,10 +66,8 @@ def workplace(tmp_path, monkeypatch, few_steps) -> Path:
     return tmp_path
 
 
-@pytest.fixture(scope="session")
-def deepfloyd_repositories(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("hub")
+@pytest.fixture
+def deepfloyd(workplace) -> None:
+    """Small repositories of DeepFloyd IF, as folders under the names that they have on the Hub."""
     for name, make in (("IF-I-M-v1.0", stage_1), ("IF-II-M-v1.0", stage_2)):
-        write_repository(make(), folder / name, variant="fp16")
-        shutil.copytree(folder / name, folder / "plain" / name)
-    return folder
+        write_repository(make(), workplace / "DeepFloyd" / name, variant="fp16")

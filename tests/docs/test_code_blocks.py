@@ -10,7 +10,9 @@ PAGES = [page for page in pages() if read_blocks(page)]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_the_code_runs(page, workplace):
+def test_the_code_runs(page, workplace, request):
+    if page.name == "deepfloyd.md":
+        request.getfixturevalue("deepfloyd")
     names: dict = {"__name__": page.stem.replace("-", "_")}
     for block in read_blocks(page):
         try:
