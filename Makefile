@@ -45,11 +45,12 @@ style: $(VENV)/.quality ## format the code, fix what ruff can fix
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-quality: $(VENV)/.quality ## check style, format, types and spelling, change nothing
+quality: $(VENV)/.quality ## check style, format, types, spelling and English, change nothing
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
 	$(BIN)/codespell $(SOURCES) $(TEXTS)
+	$(BIN)/python scripts/check_prose.py
 
 docs: $(VENV)/.docs ## write docs/structure.md and docs/training_flags.md, and build the documentation into site/
 	$(BIN)/python scripts/write_structure.py

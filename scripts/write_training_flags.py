@@ -17,25 +17,25 @@ from diffusers_imagen.training.settings import hints_of
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "training_flags.md"
 INTRODUCTION = """# Training flags
 
-Written by `scripts/write_training_flags.py`. Each is a flag of `scripts/train_imagen.py`, an entry of the YAML file given as `--config`, and a field of `TrainingConfig`; [training.md](training.md) shows them at work.
+This page is written by `scripts/write_training_flags.py`. Each setting is a flag of `scripts/train_imagen.py`, an entry of the YAML file given as `--config`, and a field of `TrainingConfig`. [Train from scratch](training.md) explains how to use them.
 
-The last column says what a run that goes on from a checkpoint may do with a setting:
+The last column shows whether a run that is resumed from a checkpoint may change a setting:
 """
 ON_RESUME = {
     "ANOTHER_RUN": ("same", "it must be the same"),
-    "BY_CONTENT": ("same content", "what is there must be the same, wherever it is"),
-    "AT_THE_START": ("start", "it was read at the start of the run, and is not read again"),
-    "CHANGEABLE": ("free", "it may change, and the run says so"),
-    "NOT_COMPARED": ("-", "it may change"),
+    "BY_CONTENT": ("same content", "the content must be the same, in any location"),
+    "AT_THE_START": ("start", "it is read at the start of a run only"),
+    "CHANGEABLE": ("free", "it may change, and the run logs the change"),
+    "NOT_COMPARED": ("-", "it may change, without a message"),
 }
 SECTIONS = (
-    (DataConfig, "Data", "Of every training script."),
-    (TrainingConfig, "Network, objective and loop", "Of every training script."),
-    (LoraTrainingConfig, "LoRA", "Of `scripts/train_imagen_lora.py` and `scripts/train_imagen_dreambooth.py`."),
+    (DataConfig, "Data", "For every training script."),
+    (TrainingConfig, "Network, objective and loop", "For every training script."),
+    (LoraTrainingConfig, "LoRA", "For `scripts/train_imagen_lora.py` and `scripts/train_imagen_dreambooth.py`."),
     (
         DreamBoothTrainingConfig,
         "DreamBooth",
-        "Of `scripts/train_imagen_dreambooth.py`, some with other defaults there.",
+        "For `scripts/train_imagen_dreambooth.py`; some have other defaults there.",
     ),
 )
 

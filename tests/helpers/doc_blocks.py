@@ -30,6 +30,7 @@ from diffusers_imagen.training import (
     parse_args,
 )
 from diffusers_imagen.training.network import make_unet
+from diffusers_imagen.training.options import OptionParser
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,13 +85,31 @@ def commands_of(block: Block) -> list[list[str]]:
     variables, commands = {}, []
     text = re.sub(r"\\\n", " ", block.text)
     text = re.sub(r"<<'(\w+)'\n.*?^\1$", "", text, flags=re.MULTILINE | re.DOTALL)
-    for line in re.findall(r"(?:\"[^\"]*\"|'[^']*'|[^\n])+", text):
+    for line in lines_of(text):
         if assignment := re.fullmatch(r"(\w+)=\"([^\"]*)\"", line.strip()):
             variables[assignment[1]] = expand(assignment[2], variables)
         else:
             for part in re.split(r"\s&&\s", line):
-                commands.append(shlex.split(expand(part, variables), comments=True))
+                commands.append(shlex.split(expand(part, variables)))
     return [command for command in commands if command]
+
+
+def lines_of(text: str) -> list[str]:
+    """Lines of shell without comments; what is in quotes may go over several."""
+    lines, quote, start = [""], "", True  # start: whether a word may begin here
+    for character in re.sub(r"(?m)^\s*#.*$", "", text):
+        if quote == "#":
+            quote = "" if character == "\n" else quote
+        elif quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"" or (character == "#" and start):
+            quote = character
+        if quote != "#" and (character != "\n" or quote):
+            lines[-1] += character
+        elif character == "\n":
+            lines.append("")
+        start = character.isspace()
+    return lines
 
 
 def expand(text: str, variables: dict[str, str]) -> str:
@@ -125,7 +144,7 @@ class Command(NamedTuple):
         if self.program == "diffusers-imagen":
             check_numbers(command_line.make_parser().parse_args(self.arguments))
         elif self.script in CONFIGS:
-            parse_args(self.arguments, config_class=CONFIGS[self.script])
+            check_flags(self.arguments, CONFIGS[self.script])
         elif "/" in self.program:
             source = (ROOT / self.program).read_text(encoding="utf-8")
             for option in (word for word in self.arguments if word.startswith("--")):
@@ -164,6 +183,16 @@ class Command(NamedTuple):
     def shell_line(self) -> str:
         words = [word if word == ">" else shlex.quote(word) for word in (self.program, *self.arguments)]
         return " ".join(words)
+
+
+def check_flags(arguments: list[str], config_class: type) -> None:
+    """Raises ValueError for wrong options of training; what a `--config` has is left open."""
+    if "--config" not in arguments:
+        parse_args(arguments, config_class=config_class)
+        return
+    parser = OptionParser(config_class, allow_abbrev=False)
+    parser.add_argument("--config")
+    parser.parse_args(arguments)
 
 
 def check_block(block: Block) -> None:
