@@ -1,4 +1,4 @@
-"""Code blocks of Markdown pages: read, parsed, and run in a folder in which nothing is far to seek.
+"""Code blocks of Markdown pages: read, parsed, and run in a prepared folder.
 
 A fenced block of `python` or `bash` runs, unless a comment stands before it:
 
