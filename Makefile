@@ -45,15 +45,18 @@ style: $(VENV)/.quality ## format the code, fix what ruff can fix
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-quality: $(VENV)/.quality ## check style, format, types and spelling, change nothing
+quality: $(VENV)/.quality ## check style, format, types, spelling and English, change nothing
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
 	$(BIN)/codespell $(SOURCES) $(TEXTS)
+	$(BIN)/python scripts/check_prose.py
 
-docs: $(VENV)/.installed ## write the pages that are made of the code: docs/structure.md, docs/training_flags.md
+docs: $(VENV)/.docs ## write docs/structure.md and docs/training_flags.md, and build the documentation into site/
 	$(BIN)/python scripts/write_structure.py
 	$(BIN)/python scripts/write_training_flags.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "The documentation is in site/index.html"
 
 dataset: $(VENV)/.installed ## build the captioned emoji set in data/emoji (needs npm)
 	$(BIN)/python scripts/build_emoji_dataset.py --output_dir "$(DATASET_DIR)"
@@ -66,7 +69,7 @@ dist: $(VENV)/.dist ## build the wheels and the source distribution in dist/, an
 	$(BIN)/python scripts/check_dist.py dist
 
 clean: ## remove .venv, outputs, build products and caches
-	rm -rf $(VENV) outputs build dist src/*.egg-info packages/emoji/build packages/emoji/*.egg-info
+	rm -rf $(VENV) outputs build dist site src/*.egg-info packages/emoji/build packages/emoji/*.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -78,6 +81,10 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	@"$(PYTHON)" -m venv $(VENV) || { \
 		echo "$(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	$(BIN)/python -m pip install -c constraints.txt -e ".[test]"
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.installed mkdocs.yml
+	$(BIN)/python -m pip install -c constraints.txt -e ".[docs]"
 	@touch $@
 
 $(VENV)/.quality: $(VENV)/.installed

@@ -39,25 +39,25 @@ SCHEDULERS = {
 COLOURS = ("#d62728", "#1f77b4", "#7f7f7f", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")
 Results = dict[str, dict[str, list[float]]]  # errors by network and scheduler, one per number of calls
 
-MIXTURES = """# Error against evaluations of the network
+MIXTURES = """# Solvers
 
-Written by `scripts/compare_solvers.py`.
+Sampling error against network evaluations. This page is written by `scripts/compare_solvers.py`.
 
 ## Mixtures of Gaussians
 
-The mean absolute distance to the exact end of the trajectory, from the same noise.
+The error is the mean absolute distance to the exact end of the trajectory, from the same noise.
 
 ![error against evaluations](solvers.png)
 
 """
-DEEPFLOYD = """## Networks of DeepFloyd IF's kind
+DEEPFLOYD = """## Networks of DeepFloyd IF's architecture
 
-{networks} They have discrete betas and six output channels, and are thresholded as IF's repositories have it. They say how solvers do on a trained network of that kind, nothing of pictures that IF draws.
+{networks} They have discrete betas and six output channels, and use the thresholding of IF's repositories. They compare solvers on a trained network of this architecture and do not predict the quality of IF's images.
 
-The error is the relative L2 distance, over {num_images} images, to 600 steps of `EDMHeunScheduler` from index 990 of the betas, where IF's 100 steps begin (sigma 71.3), and from the same noise. Every solver begins there. Those of diffusers, configured by the repositories' scheduler, step over evenly spaced indices down to 0, ours over their own noise levels, so that solvers and noise levels are compared together. `EDMHeun` makes an odd number of calls, one less than an even number at the top.
+The error is the relative L2 distance, over {num_images} images, to 600 steps of `EDMHeunScheduler` from index 990 of the betas, where IF's 100 steps begin (sigma 71.3), and from the same noise. Every solver starts there. Those of diffusers, configured like the repositories' scheduler, use evenly spaced indices down to 0; those of this package use their own noise levels, so that the comparison includes solver and noise levels. `EDMHeun` makes an odd number of calls, one less than an even number in the header.
 
-- `diffusers DDIM` is what `IFPipeline` runs: it goes on from the noise that the network predicts, although the image beside it was thresholded. That is another differential equation wherever thresholding acts, so that more steps do not bring it to this reference. `clipped` is DDIM with `use_clipped_model_output=True`, which takes the noise from the thresholded image, as all others do; `ContinuousDDPMScheduler` with `eta=0` makes the same steps.
-- `diffusers DDPM`, the repositories' own, draws noise at every step, here of the posterior's variance. It makes another picture of the same caption, so that its distance is no error of the solver, and does not fall with more steps.
+- `diffusers DDIM` is what `IFPipeline` runs: it continues from the noise that the network predicts, although the predicted image was thresholded. Where thresholding applies this is a different differential equation, so that more steps do not converge to this reference. `clipped` is DDIM with `use_clipped_model_output=True`, which takes the noise from the thresholded image, as all others do; `ContinuousDDPMScheduler` with `eta=0` makes the same steps.
+- `diffusers DDPM`, the repositories' own scheduler, adds noise at every step, here with the posterior's variance. It generates another image of the same caption, so that its distance is not an error of the solver and does not decrease with more steps.
 
 ![error against evaluations](solvers_deepfloyd.png)
 

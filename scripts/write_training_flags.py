@@ -19,9 +19,9 @@ from diffusers_imagen.training.validation.metric_settings import MetricSettings
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "training_flags.md"
 INTRODUCTION = """# Training flags
 
-Written by `scripts/write_training_flags.py`. Each is a flag of `diffusers-imagen train` and of `scripts/train_imagen.py`, an entry of the YAML file given as `--config`, and a field of `TrainingConfig`; [training.md](training.md) shows them at work.
+This page is written by `scripts/write_training_flags.py`. Each setting is a flag of `diffusers-imagen train` and of `scripts/train_imagen.py`, an entry of the YAML file given as `--config`, and a field of `TrainingConfig`. [Train from scratch](training.md) explains how to use them.
 
-The last column says what a run that goes on from a checkpoint may do with a setting:
+The last column shows whether a run that is resumed from a checkpoint may change a setting:
 """
 # of train_text_to_image.py, its LoRA script, train_dreambooth.py and its LoRA script, which train DeepFloyd IF too
 DIFFUSERS = """
@@ -48,24 +48,28 @@ These are refused by name, in one line that says why:
 """
 ON_RESUME = {
     "ANOTHER_RUN": ("same", "it must be the same"),
-    "BY_CONTENT": ("same content", "what is there must be the same, wherever it is"),
-    "AT_THE_START": ("start", "it was read at the start of the run, and is not read again"),
-    "CHANGEABLE": ("free", "it may change, and the run says so"),
-    "NOT_COMPARED": ("-", "it may change"),
+    "BY_CONTENT": ("same content", "the content must be the same, in any location"),
+    "AT_THE_START": ("start", "it is read at the start of a run only"),
+    "CHANGEABLE": ("free", "it may change, and the run logs the change"),
+    "NOT_COMPARED": ("-", "it may change, without a message"),
 }
 SECTIONS = (
-    (DataConfig, "Data", "Of every training command."),
-    (TrainingConfig, "Network, objective and loop", "Of every training command."),
-    (MetricSettings, "Metrics of held-out pictures", "Of every training command; see [evaluation.md](evaluation.md)."),
+    (DataConfig, "Data", "For every training command."),
+    (TrainingConfig, "Network, objective and loop", "For every training command."),
+    (
+        MetricSettings,
+        "Metrics of held-out pictures",
+        "For every training command; see [evaluation.md](evaluation.md).",
+    ),
     (
         LoraTrainingConfig,
         "LoRA",
-        "Of `train-lora` (`scripts/train_imagen_lora.py`) and `train-dreambooth` (`scripts/train_imagen_dreambooth.py`).",
+        "For `train-lora` (`scripts/train_imagen_lora.py`) and `train-dreambooth` (`scripts/train_imagen_dreambooth.py`).",
     ),
     (
         DreamBoothTrainingConfig,
         "DreamBooth",
-        "Of `train-dreambooth`, some with other defaults there.",
+        "For `train-dreambooth`; some have other defaults there.",
     ),
 )
 

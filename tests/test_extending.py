@@ -1,13 +1,14 @@
 """The code of docs/extending.md does what the page says."""
 
 import copy
-import re
 import sys
 from pathlib import Path
 from types import ModuleType
 
+import doc_blocks
 import pytest
 import torch
+from doc_blocks import read_blocks
 from networks import UNET, randomize
 
 from diffusers_imagen import EDMAdamsScheduler, ImagenPipeline, ImagenUNetModel, training
@@ -18,10 +19,9 @@ PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
 
 
 def run_block(start: str) -> dict:
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    (code,) = [block for block in blocks if start in block]
+    (block,) = [block for block in read_blocks(PAGE, "python") if start in block.text]
     names: dict = {"__name__": "extending"}
-    exec(compile(code, PAGE.name, "exec"), names)
+    doc_blocks.run_block(block, names)
     return names
 
 

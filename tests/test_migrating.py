@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from doc_blocks import commands_of, read_blocks
 from nemo_archives import lightning_checkpoint, pack, saved
 from PIL import Image
 
@@ -19,7 +20,8 @@ from diffusers_imagen.training import Trainer, parse_args
 from diffusers_imagen.training.network import make_unet
 
 
-PAGE = (Path(__file__).parents[1] / "docs" / "migrating-from-nemo.md").read_text(encoding="utf-8")
+PATH = Path(__file__).parents[1] / "docs" / "migrating-from-nemo.md"
+PAGE = PATH.read_text(encoding="utf-8")
 
 UNET = {
     "embed_dim": 32,
@@ -88,10 +90,8 @@ def folder(tmp_path, monkeypatch, tokenizer, text_encoder) -> Path:
 
 def example() -> list[list[str]]:
     """The commands of the page's example."""
-    (block,) = re.findall(r"## From start to end\n\n```bash\n(.*?)```", PAGE, re.DOTALL)
-    return [
-        shlex.split(line, comments=True) for line in block.replace("\\\n", " ").splitlines() if shlex.split(line, True)
-    ]
+    (block,) = [block for block in read_blocks(PATH) if block.not_run == "tests/test_migrating.py"]
+    return commands_of(block)
 
 
 def test_the_example_runs_from_start_to_end(folder, capsys):

@@ -2,8 +2,6 @@
 
 import json
 import os
-import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +9,7 @@ from pathlib import Path
 import hub_server
 import pytest
 from deepfloyd_repository import stage_1, stage_2, write_repository
+from doc_blocks import commands_of, read_blocks
 from PIL import Image
 
 
@@ -31,10 +30,8 @@ for command in commands:
 
 def commands_of_the_page() -> list[list[str]]:
     """Its lines for the command line, each as a list of arguments; pictures with few steps."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.M | re.S)
-    lines = [line for block in blocks for line in block.splitlines() if line.startswith("diffusers-imagen ")]
-    lines = [shlex.split(line, comments=True)[1:] for line in lines]
-    commands = [line for line in lines if line[0] in ("generate", "upscale", "convert-if", "export-if")]
+    blocks = [block for block in read_blocks(PAGE) if block.not_run == "tests/commands/test_deepfloyd_page.py"]
+    commands = [words[1:] for block in blocks for words in commands_of(block) if words[0] == "diffusers-imagen"]
     return [line + ["--steps", "2"] * (line[0] in ("generate", "upscale")) for line in commands]
 
 
