@@ -44,6 +44,11 @@ CONFIGS = {
     "train_imagen_lora.py": LoraTrainingConfig,
     "train_imagen_dreambooth.py": DreamBoothTrainingConfig,
 }
+TRAINING = {
+    "train": "scripts/train_imagen.py",
+    "train-lora": "scripts/train_imagen_lora.py",
+    "train-dreambooth": "scripts/train_imagen_dreambooth.py",
+}
 TRAINERS = {TrainingConfig: Trainer, LoraTrainingConfig: LoraTrainer, DreamBoothTrainingConfig: DreamBoothTrainer}
 ONE_STEP = "--max_train_steps 1 --train_batch_size 1 --lr_warmup_steps 0 --mixed_precision no".split()
 SHELL = ("printf", "mkdir")  # programs that are run as they are
@@ -131,8 +136,12 @@ class Command(NamedTuple):
             for place, word in enumerate(arguments):
                 if word.startswith(("scripts/", "examples/")):
                     return cls(word, arguments[place + 1 :])
-                if word == "diffusers_imagen.commands.main":
-                    return cls("diffusers-imagen", arguments[place + 1 :])
+                if word in ("diffusers_imagen", "diffusers_imagen.commands.main"):
+                    return cls.of(["diffusers-imagen", *arguments[place + 1 :]])
+                if word.startswith("diffusers_imagen.train"):
+                    return cls(TRAINING[word.partition(".")[2].replace("_", "-")], arguments[place + 1 :])
+        if program == "diffusers-imagen" and arguments and arguments[0] in TRAINING:
+            return cls(TRAINING[arguments[0]], arguments[1:])
         return cls(program, arguments)
 
     @property
