@@ -89,7 +89,9 @@ def workplace(request, tmp_path, monkeypatch, few_steps, narrow_cascade) -> Path
     draw_mask(64).save(tmp_path / "mask.png")
     (tmp_path / "prompts.txt").write_text("a red apple\na blue fish\n")
     write_data(tmp_path / "data")
-    (tmp_path / "run.yaml").write_text("train_data_dir: data/style\npreset: emoji_base_64\ntext_encoder: checkpoints/imagen-emoji\n")
+    (tmp_path / "run.yaml").write_text(
+        "train_data_dir: data/style\npreset: emoji_base_64\ntext_encoder: checkpoints/imagen-emoji\n"
+    )
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / ".datasets")
     for name in ("emoji_base_64", "emoji_sr_256"):
         preset = PRESETS[name]

@@ -1,7 +1,5 @@
 """Code blocks of README.md and of the pages under docs/: each is run, or parsed where a comment says why it is not run."""
 
-from pathlib import Path
-
 import pytest
 from doc_blocks import ROOT, check_block, pages, read_blocks, run_block
 

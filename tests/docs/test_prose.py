@@ -23,13 +23,17 @@ def test_the_pages_are_in_plain_english(checker):
 
 def test_prose_is_told_from_code(checker, tmp_path, monkeypatch):
     monkeypatch.setattr(checker, "ROOT", tmp_path)
-    (tmp_path / "pyproject.toml").write_text("[tool.prose]\npaths = ['docs']\nexclude = ['docs/made.md']\n[tool.prose.rules]\n'\\bpictures?\\b' = 'image'\n")
+    (tmp_path / "pyproject.toml").write_text(
+        "[tool.prose]\npaths = ['docs']\nexclude = ['docs/made.md']\n[tool.prose.rules]\n'\\bpictures?\\b' = 'image'\n"
+    )
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "made.md").write_text("A picture.\n")
     (tmp_path / "docs" / "page.md").write_text(
         "Line `picture`.\n\n```python\npicture = 1\n```\n<!-- a\npicture -->\n[text](picture.png)\nTwo Pictures.\n"
     )
-    (tmp_path / "docs" / "code.py").write_text('"""A module."""\n\n\ndef f():\n    """One.\n\n    A picture.\n    """\n    picture = "picture"\n')
+    (tmp_path / "docs" / "code.py").write_text(
+        '"""A module."""\n\n\ndef f():\n    """One.\n\n    A picture.\n    """\n    picture = "picture"\n'
+    )
     assert checker.find_faults() == ["docs/page.md:9: 'Pictures': image", "docs/code.py:7: 'picture': image"]
 
 
