@@ -55,7 +55,7 @@ quality: $(VENV)/.quality ## check style, format, types, spelling and English, c
 docs: $(VENV)/.docs ## write docs/structure.md and docs/training_flags.md, and build the documentation into site/
 	$(BIN)/python scripts/write_structure.py
 	$(BIN)/python scripts/write_training_flags.py
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 	@echo "The documentation is in site/index.html"
 
 dataset: $(VENV)/.installed ## build the captioned emoji set in data/emoji (needs npm)

@@ -21,7 +21,7 @@ def site(tmp_path_factory):
     config = config.replace("scripts/", f"{ROOT}/scripts/").replace("paths: [src]", f"paths: [{ROOT}/src]")
     (folder / "mkdocs.yml").write_text(f"repo_url: https://example.org/repository\n{config}")
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-f", folder / "mkdocs.yml"]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", folder / "mkdocs.yml"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
     return folder / "site"
