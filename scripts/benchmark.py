@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from benchmark_kernels import decoding_groups, normalization_groups
-from benchmark_measures import Budget, Group, Meter, Row, matrix_rate, to_markdown
+from benchmark_measures import Budget, Case, Group, Meter, Row, matrix_rate, to_markdown
 from benchmark_pipelines import CASCADES, sampling_group, size_of
 from benchmark_unet import COMPILE, MEMORY_FORMATS, NAMES, SYSTEMS, Networks, usable_backends
 from diffusers.models.attention_dispatch import AttentionBackendName
@@ -37,7 +37,7 @@ from diffusers.utils import logging
 from diffusers_imagen.commands.common import check_device
 from diffusers_imagen.commands.parser import Parser, check_numbers
 from diffusers_imagen.utils.errors import run_to_exit_code
-from diffusers_imagen.utils.files import check_writable, write_json, write_text
+from diffusers_imagen.utils.files import check_folder, write_json, write_text
 
 
 WHAT = ("step", "training", "stage", "cascade", "loop", "normalization", "decoding")
@@ -97,7 +97,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             f"`cpu_time` is given with `device` {args.device!r}, which runs asynchronously: CPU time does not measure it."
         )
     if args.output_dir is not None:
-        check_writable(args.output_dir, "output_dir")
+        check_folder(args.output_dir, "output_dir")
     return args
 
 
@@ -160,7 +160,11 @@ def network_group(what: str, preset: str, settings: Settings, batch_size: int) -
     networks = Networks(preset, settings, batch_size)
     method = METHODS[what]
     weights = size_of(networks) * (2 if method == "train" else 1)
-    return Group(what, preset, batch_size, lambda: networks.cases(method), networks.count(method), weights)
+
+    def cases() -> list[Case]:  # the networks live as long as the cases
+        return Networks(preset, settings, batch_size).cases(method)
+
+    return Group(what, preset, batch_size, cases, networks.count(method), weights)
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:

@@ -130,7 +130,11 @@ def sampling_group(what: str, name: str, presets: tuple[str, ...], settings: Any
     """Return the group of a stage or a cascade."""
     sampler = Sampler(presets, settings, batch_size)
     weights = sum(size_of(stage) for stage in sampler.stages)
-    return Group(what, name, batch_size, sampler.cases, sampler.flops(), weights)
+
+    def cases() -> list[Case]:  # the networks live as long as the cases
+        return Sampler(presets, settings, batch_size).cases()
+
+    return Group(what, name, batch_size, cases, sampler.flops(), weights)
 
 
 def size_of(networks: Networks) -> int:

@@ -13,10 +13,11 @@
 A network without text makes one prediction.
 """
 
+import ast
 import copy
 import itertools
 from collections.abc import Callable
-from functools import cached_property
+from functools import cache, cached_property
 from types import MethodType
 from typing import Any
 
@@ -155,7 +156,9 @@ class Ours(TextEveryCall):
     def both(self) -> Inputs:
         both = super().both
         with torch.no_grad():
-            text = self.encoder.encode_text(both.pop("encoder_hidden_states"), both.pop("encoder_attention_mask"))
+            text = self.encoder.encode_text(
+                both.pop("encoder_hidden_states"), both.pop("encoder_attention_mask", None)
+            )
         return {**both, "encoder_hidden_states": text}
 
 
@@ -267,6 +270,12 @@ def create_deepfloyd(name: str) -> UNet2DConditionModel:
     return UNet2DConditionModel(block_out_channels=widths, cross_attention_dim=widths[-1], **DEEPFLOYD_CONFIG)
 
 
+@cache
+def weightless_ours(preset: str, overrides: str) -> ConditionalUNet:
+    with torch.device("meta"):
+        return create_ours(preset, ast.literal_eval(overrides))
+
+
 def twin(unet: ConditionalUNet) -> ConditionalUNet:
     """Return a network with modules of its own and the same weights in memory."""
     tensors = itertools.chain(unet.parameters(), unet.buffers())
@@ -372,10 +381,11 @@ class Networks:
 
     def __init__(self, preset: str, settings: Any, batch_size: int):
         self.preset, self.settings, self.batch_size = preset, settings, batch_size
+        self.counts: dict[tuple, int] = {}
 
     def meta(self) -> ConditionalUNet:
-        with torch.device("meta"):
-            return create_ours(self.preset, self.settings.overrides)
+        """Return our network on the device `meta`: its configuration and shapes. It is not to be changed."""
+        return weightless_ours(self.preset, repr(self.settings.overrides))
 
     @cached_property
     def unet(self) -> ConditionalUNet:
@@ -391,14 +401,17 @@ class Networks:
         return network.to(self.settings.device, self.settings.dtype)
 
     def count(self, method: str, contender: type[Contender] = Ours, network: nn.Module | None = None) -> int:
-        """Count the FLOPs of a method of a contender, without computing it; of ours if none is given."""
-        unet = self.meta() if network is None else network
-        inputs = placed(make_inputs(self.meta(), self.batch_size, self.settings.tokens), "meta", torch.float32)
-        with torch.device("meta"), torch.set_grad_enabled(method == "train"):
-            rival = contender(unet, inputs)
-            if "encoder_hidden_states" in inputs:
-                rival.both  # of ours the text is encoded in advance
-            return count_flops(getattr(rival, method))
+        """Count the FLOPs of a method of a contender, without computing it; of our network if none is given."""
+        key = method, contender
+        if key not in self.counts:
+            inputs = placed(make_inputs(self.meta(), self.batch_size, self.settings.tokens), "meta", torch.float32)
+            inputs.pop("encoder_attention_mask", None)  # it has no values to look at, and changes no product
+            with torch.device("meta"), torch.set_grad_enabled(method == "train"):
+                rival = contender(self.meta() if network is None else network, inputs)
+                if method == "predict" and "encoder_hidden_states" in inputs:
+                    rival.both  # of ours the text is encoded in advance
+                self.counts[key] = count_flops(getattr(rival, method))
+        return self.counts[key]
 
     def cases(self, method: str) -> list[Case]:
         """Return the chosen systems; `method` is "predict" or "train"."""
@@ -469,12 +482,11 @@ class Networks:
         """Return a function that creates a network of the FLOPs of one prediction of ours."""
 
         def build() -> nn.Module:
-            one = {name: value[:1].to("meta") for name, value in self.inputs.items()}
-            one = placed(one, "meta", torch.float32)
+            one = placed({name: value[:1] for name, value in self.inputs.items()}, "meta", torch.float32)
             with torch.device("meta"), torch.no_grad():
                 ours = TextEveryCall(self.meta(), one)
                 flops = count_flops(lambda: ours.call(ours.inputs))
-            return create(self.unet, flops, one)
+            return create(self.meta(), flops, one)
 
         return build
 
