@@ -1,50 +1,91 @@
-#!/usr/bin/env python
-"""Benchmark the overhead of the training loop over forward, backward and optimizer, and the speed of cached data.
+"""The training loop that the benchmark compares with a bare forward, backward and optimizer step, and its data.
 
-    python scripts/benchmark_training.py --preset emoji_base_64 --resolution 64 --train_batch_size 16
-
-Steps of the loop and of a bare one (same network, one fixed batch, no averages, no clipping, no random numbers)
-alternate in one process, so that other load affects both. Images and captions are noise.
+Steps of the loop and of a bare one (same network, one fixed batch, no averages, no clipping, no random numbers) take
+turns, so that other load affects both. Images and captions are noise.
 """
 
-import argparse
 import json
-import sys
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
+from benchmark_measures import Case, Group
 from PIL import Image
 
-from diffusers_imagen.commands.parser import Parser, check_numbers
 from diffusers_imagen.models.presets import create_unet
+from diffusers_imagen.models.unet_base import ConditionalUNet
 from diffusers_imagen.text.cache import CacheWriter, EmbeddingCache
 from diffusers_imagen.training import Trainer, TrainingConfig
 from diffusers_imagen.training.data import make_train_batches
 from diffusers_imagen.training.objective.losses import to_device
-from diffusers_imagen.utils.errors import run_to_exit_code
 
 
 NUM_IMAGES = 256
+PRECISIONS = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
-def parse_args() -> argparse.Namespace:
-    parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", default="emoji_base_64")
-    parser.add_argument("--resolution", type=int, default=64)
-    parser.add_argument("--low_resolution", type=int)
-    parser.add_argument("--crop_size", type=int)
-    parser.add_argument("--train_batch_size", type=int, default=16)
-    parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="bf16")
-    parser.add_number("--tokens", int, 3, 4096, default=32, help="tokens per caption; default: %(default)s")
-    parser.add_number("--steps", int, 1, 10**6, default=20, help="timed steps of each loop; default: %(default)s")
-    args = parser.parse_args()
-    check_numbers(args)
-    return args
+def loop_group(preset: str, settings: Any, batch_size: int) -> Group:
+    """Return the group of a preset's training loop."""
+    return Group("loop", preset, batch_size, lambda: loop_cases(preset, settings, batch_size))
+
+
+def loop_cases(preset: str, settings: Any, batch_size: int) -> list[Case]:
+    unet = create_unet(preset, **settings.overrides)
+    folder = tempfile.TemporaryDirectory()  # removed with the last case that refers to it
+    trainer = make_trainer(unet, settings, batch_size, Path(folder.name))
+
+    def loop() -> Callable[[], None]:
+        trainer.prepare()
+        if trainer.accelerator.device.type != settings.device.type:
+            raise ValueError(f"training runs on {trainer.accelerator.device}, not on {settings.device}")
+        trainer.start()
+        progress, done = trainer.progress_bar(0), iter(range(10**9))
+
+        def step() -> None:
+            i = next(done)
+            trainer.train_step(i)
+            if (i + 1) % trainer.config.logging_steps == 0:
+                trainer.log(i + 1, progress)
+
+        step.folder = folder
+        return step
+
+    return [
+        Case("ours", loop, note="the training loop"),
+        Case("bare", lambda: make_bare_step(trainer, create_unet(preset, **settings.overrides)), note="a bare step"),
+        *(
+            Case(f"data from {name}", lambda name=name: data(trainer.config, name == "memory"))
+            for name in ("memory", "files")
+        ),
+    ]
+
+
+def make_trainer(unet: ConditionalUNet, settings: Any, batch_size: int, folder: Path) -> Trainer:
+    """Write data for a network, and return a trainer of it."""
+    side = unet.config.sample_size
+    write_data(folder, side, settings.tokens, unet.config.encoder_hid_dim or 8)
+    config = TrainingConfig(
+        resolution=side,
+        low_resolution=side // 4 if unet.config.low_res_conditioning else None,
+        train_batch_size=batch_size,
+        mixed_precision=PRECISIONS[settings.dtype],
+        train_data_dir=str(folder / "data"),
+        cache_dir=str(folder / "datasets"),
+        embedding_cache=str(folder / "cache"),
+        output_dir=str(folder / "run"),
+        max_train_steps=10**6,
+    )
+    return Trainer(config, unet)
+
+
+def data(config: TrainingConfig, in_memory: bool) -> Callable[[], Any]:
+    """Return a function that reads a batch of cached text and of images, from memory or from files."""
+    config.in_memory = in_memory
+    stream: Iterator = make_train_batches(config, EmbeddingCache(config.embedding_cache))
+    return lambda: next(stream)
 
 
 def write_data(folder: Path, resolution: int, tokens: int, width: int) -> None:
@@ -64,10 +105,10 @@ def write_data(folder: Path, resolution: int, tokens: int, width: int) -> None:
     (folder / "data" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def make_bare_step(trainer: Trainer, preset: str) -> Callable[[], None]:
+def make_bare_step(trainer: Trainer, unet: ConditionalUNet) -> Callable[[], None]:
     """Return a step of forward, backward and optimizer on one fixed batch."""
     device = trainer.accelerator.device
-    unet = create_unet(preset).at_resolution(trainer.config.resolution).to(device, memory_format=torch.channels_last)
+    unet.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(unet.train().parameters(), lr=1e-4, fused=True)
     stream = make_train_batches(trainer.config, EmbeddingCache(trainer.config.embedding_cache))
     batch = to_device(next(stream), device)
@@ -84,68 +125,3 @@ def make_bare_step(trainer: Trainer, preset: str) -> Callable[[], None]:
         optimizer.zero_grad()
 
     return step
-
-
-def timed(function: Callable[[], None]) -> tuple[float, float]:
-    """Return wall-clock seconds and this process's CPU seconds."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter(), time.process_time()
-    function()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start[0], time.process_time() - start[1]
-
-
-def data_rate(config: TrainingConfig, in_memory: bool, batches: int = 20) -> float:
-    """Return images per second with the embedding cache and images from memory or from files."""
-    config.in_memory = in_memory
-    stream = make_train_batches(config, EmbeddingCache(config.embedding_cache))
-    next(stream)
-    seconds, _ = timed(lambda: [next(stream) for _ in range(batches)])
-    stream.close()
-    return batches * config.train_batch_size / seconds
-
-
-def main() -> None:
-    args = parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        unet = create_unet(args.preset).at_resolution(args.resolution)
-        write_data(folder, args.resolution, args.tokens, unet.config.encoder_hid_dim)
-        settings = {key: value for key, value in vars(args).items() if key not in ("steps", "tokens", "ranges")}
-        config = TrainingConfig(
-            **settings,
-            train_data_dir=str(folder / "data"),
-            cache_dir=str(folder / "datasets"),
-            embedding_cache=str(folder / "cache"),
-            output_dir=str(folder / "run"),
-            max_train_steps=10**6,
-        )
-        trainer = Trainer(config, unet)
-        trainer.prepare()
-        trainer.start()
-        progress = trainer.progress_bar(0)
-        bare_step = make_bare_step(trainer, args.preset)
-
-        def step() -> None:
-            trainer.train_step(step.done)
-            step.done += 1
-            if step.done % config.logging_steps == 0:
-                trainer.log(step.done, progress)
-
-        step.done = 0
-        pairs = [(timed(step), timed(bare_step)) for _ in range(args.steps + 2)][2:]
-        progress.close()
-        for i, clock in enumerate(("clock", "CPU time")):
-            ours, bare = (median(pair[j][i] for pair in pairs) for j in (0, 1))
-            print(
-                f"{clock}: a step takes {1000 * ours:.1f} ms, a bare one {1000 * bare:.1f} ms: {ours / bare - 1:+.1%}; "
-                f"{args.train_batch_size / ours:.1f} images/s"
-            )
-        for in_memory, source in ((True, "memory"), (False, "files")):
-            print(f"data from {source} and cached embeddings: {data_rate(config, in_memory):.0f} images/s")
-
-
-if __name__ == "__main__":
-    sys.exit(run_to_exit_code(main, "benchmark_training.py"))

@@ -1,56 +1,56 @@
-#!/usr/bin/env python
-"""Benchmark a network against a straightforward implementation of it and diffusers' UNet2DConditionModel.
+"""Networks that the benchmark compares, and what is timed of them: a prediction and a training step.
 
-    python scripts/benchmark_unet.py --preset emoji_base_64 --batch_size 1 4
-
-Three contenders compute the same guided prediction (a conditional and an unconditional one), and the same training step:
-
-- `ours`: both predictions in one batch, the text encoded in advance, attention through diffusers' backends,
-  channels_last. `--compile` adds torch.compile.
+- `ours`: both predictions of guidance in one batch, the text encoded in advance, attention through diffusers'
+  backends, channels_last. Variants: the text encoded in every call, another memory format, each attention backend,
+  compiled block by block (`compile_repeated_blocks`) or as a whole.
 - `plain`: the same layers in a straightforward implementation: two passes, each of which encodes the text, attention
-  by einsum, no operation in place. Its prediction is checked against ours.
-- `diffusers`: a UNet2DConditionModel with the same levels and a width that gives about as many FLOPs, both predictions
-  in one batch.
+  by einsum, no operation in place, torch's own group normalization.
+- `diffusers`: a UNet2DConditionModel with the same levels and a width that gives about as many FLOPs.
+- `deepfloyd`: the UNet2DConditionModel of DeepFloyd IF that `ours` was converted from, with random weights: the same
+  network, only for the presets IF-I-M, IF-I-L and IF-I-XL.
+- `imagen-pytorch`: the `Unet` of that package with about as many FLOPs, if it is installed.
 
-They alternate within one run, so that a ratio compares times of the same minutes; the table has medians.
-
-`--preset IF-I-M` builds a network of the size of DeepFloyd IF's medium stage I, with random weights. The contenders
-are then `ours`, `ours, text every call`, which encodes the text again in each call, and `diffusers`, the
-UNet2DConditionModel that ours was converted from: the same network, whose prediction is checked against ours.
+A network without text makes one prediction.
 """
 
-import argparse
-import sys
-import time
+import ast
+import copy
+import itertools
 from collections.abc import Callable
+from functools import cache, cached_property
 from types import MethodType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from benchmark_measures import Case, count_flops
 from diffusers import UNet2DConditionModel
-from diffusers.utils import logging
-from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
-from tqdm.auto import tqdm
+from diffusers.models import attention_dispatch
+from diffusers.models.attention_dispatch import AttentionBackendName
+from torch import nn
 
 from diffusers_imagen import ImagenUNetModel
-from diffusers_imagen.commands.common import check_device
-from diffusers_imagen.commands.parser import Parser, check_numbers
-from diffusers_imagen.conversion import unet_from_deepfloyd
+from diffusers_imagen.conversion import unet_from_deepfloyd, unet_to_deepfloyd
 from diffusers_imagen.models.blocks import ResBlock
 from diffusers_imagen.models.presets import PRESETS, create_unet
 from diffusers_imagen.models.unet_base import ConditionalUNet
-from diffusers_imagen.utils.errors import run_to_exit_code
 
 
 GUIDANCE = 4.0
-DEEPFLOYD = "IF-I-M"
-# The configuration of DeepFloyd/IF-I-M-v1.0, 371,605,830 parameters, as written by diffusers' conversion script.
+SYSTEMS = ("ours", "compiled", "plain", "diffusers", "deepfloyd", "imagen-pytorch")
+COMPILE = ("blocks", "whole")
+MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+# Configurations of DeepFloyd/IF-I-*-v1.0 as written by diffusers' conversion script, by the widths of their levels.
+# IF-I-M has 371,605,830 parameters.
+DEEPFLOYD = {
+    "IF-I-M": (192, 384, 576, 768),
+    "IF-I-L": (320, 640, 960, 1280),
+    "IF-I-XL": (704, 1408, 2112, 2816),
+}
 DEEPFLOYD_CONFIG = {
     "sample_size": 64,
     "in_channels": 3,
     "out_channels": 6,
-    "block_out_channels": (192, 384, 576, 768),
     "layers_per_block": 3,
     "down_block_types": ("ResnetDownsampleBlock2D",) + ("SimpleCrossAttnDownBlock2D",) * 3,
     "up_block_types": ("SimpleCrossAttnUpBlock2D",) * 3 + ("ResnetUpsampleBlock2D",),
@@ -58,11 +58,172 @@ DEEPFLOYD_CONFIG = {
     "act_fn": "gelu",
     "attention_head_dim": 64,
     "encoder_hid_dim": 4096,
-    "cross_attention_dim": 768,
     "cross_attention_norm": "group_norm",
     "resnet_time_scale_shift": "scale_shift",
     "addition_embed_type": "text",
 }
+NAMES = [*PRESETS, *DEEPFLOYD]
+Inputs = dict[str, torch.Tensor]
+
+
+# ---- inputs
+
+
+def make_inputs(unet: ConditionalUNet, batch_size: int, tokens: int) -> Inputs:
+    """Return random inputs for a batch of prompts, of which the even ones use half of their tokens."""
+    generator = torch.Generator().manual_seed(0)
+    config, side = unet.config, unet.config.sample_size
+    shape = (batch_size, config.in_channels, side, side)
+    inputs = {
+        "sample": torch.randn(shape, generator=generator, device="cpu"),
+        "timestep": torch.full((batch_size,), -0.5, device="cpu"),
+    }
+    if config.encoder_hid_dim is not None:
+        lengths = torch.full((batch_size, 1), tokens, device="cpu")
+        lengths[::2] = tokens // 2
+        mask = torch.arange(tokens, device="cpu") < lengths
+        text = torch.randn(batch_size, tokens, config.encoder_hid_dim, generator=generator, device="cpu")
+        inputs |= {"encoder_hidden_states": text * mask[..., None], "encoder_attention_mask": mask}
+    if config.low_res_conditioning:
+        inputs["low_res_sample"] = torch.randn(shape, generator=generator, device="cpu")
+    if config.low_res_noise_conditioning:
+        inputs["low_res_timestep"] = torch.full((batch_size,), -1.0, device="cpu")
+    return inputs
+
+
+def placed(inputs: Inputs, device: torch.device | str, dtype: torch.dtype) -> Inputs:
+    """Return inputs on a device; images and text in a dtype, times and masks in their own."""
+    return {
+        name: value.to(device, dtype) if name.endswith(("sample", "states")) else value.to(device)
+        for name, value in inputs.items()
+    }
+
+
+def doubled(inputs: Inputs) -> Inputs:
+    return {name: torch.cat([value, value]) for name, value in inputs.items()}
+
+
+# ---- contenders
+
+
+class Contender:
+    """Network with methods `predict`, with guidance, and `train`, which computes the gradients of one batch."""
+
+    def __init__(self, unet: nn.Module, inputs: Inputs):
+        self.unet, self.inputs = unet, inputs
+
+    def predict(self) -> torch.Tensor:
+        if "encoder_hidden_states" not in self.inputs:
+            return self.call(self.inputs)
+        unconditional, conditional = self.call(self.both).chunk(2)
+        return unconditional + GUIDANCE * (conditional - unconditional)
+
+    @cached_property
+    def both(self) -> Inputs:
+        """Inputs of the prediction without text, of zeros that all count, followed by those of the one with text."""
+        both = doubled(self.inputs)
+        text = self.inputs["encoder_hidden_states"]
+        both["encoder_hidden_states"] = torch.cat([torch.zeros_like(text), text])
+        return both
+
+    def call(self, inputs: Inputs) -> torch.Tensor:
+        return self.unet(**inputs, return_dict=False)[0]
+
+    def train(self) -> torch.Tensor:
+        self.unet.zero_grad(set_to_none=True)
+        output = self.call(self.inputs)
+        output.float().square().mean().backward()
+        return output
+
+
+class TextEveryCall(Contender):
+    """Our network, called with text embeddings."""
+
+    def __init__(self, unet: ConditionalUNet, inputs: Inputs, memory_format: str = "channels_last"):
+        chosen = MEMORY_FORMATS[memory_format]
+        unet.to(memory_format=chosen)
+        super().__init__(unet, {**inputs, "sample": inputs["sample"].contiguous(memory_format=chosen)})
+
+
+class Ours(TextEveryCall):
+    """Our network, called with the result of `encode_text` in predictions."""
+
+    def __init__(self, unet: ConditionalUNet, inputs: Inputs, memory_format: str = "channels_last"):
+        super().__init__(unet, inputs, memory_format)
+        self.encoder = unet
+
+    @cached_property
+    def both(self) -> Inputs:
+        both = super().both
+        with torch.no_grad():
+            text = self.encoder.encode_text(
+                both.pop("encoder_hidden_states"), both.pop("encoder_attention_mask", None)
+            )
+        return {**both, "encoder_hidden_states": text}
+
+
+class Plain(Contender):
+    """The same layers as our network, run as in the formulas."""
+
+    def __init__(self, unet: ConditionalUNet, inputs: Inputs):
+        unet.set_attn_processor(EinsumAttnProcessor())
+        for module in unet.modules():
+            if isinstance(module, ResBlock):
+                module.forward = MethodType(plain_resblock, module)
+            elif isinstance(module, nn.GroupNorm):
+                module.forward = MethodType(nn.GroupNorm.forward, module)
+        super().__init__(unet, inputs)
+
+    def predict(self) -> torch.Tensor:
+        conditional = self.call(self.inputs)
+        if "encoder_hidden_states" not in self.inputs:
+            return conditional
+        unprompted = {**self.inputs, "encoder_hidden_states": torch.zeros_like(self.inputs["encoder_hidden_states"])}
+        unconditional = self.call(unprompted)
+        return unconditional + GUIDANCE * (conditional - unconditional)
+
+
+class Diffusers(Contender):
+    """A UNet2DConditionModel, which gets the low-resolution image in further channels, and no level of its noise."""
+
+    def __init__(self, unet: UNet2DConditionModel, inputs: Inputs):
+        names = ("timestep", "encoder_hidden_states", "encoder_attention_mask")
+        given = {name: inputs[name] for name in names if name in inputs}
+        given["sample"] = image_of(inputs)
+        super().__init__(unet, given)
+
+    def call(self, inputs: Inputs) -> torch.Tensor:
+        text = inputs.get("encoder_hidden_states")
+        return self.unet(**{**inputs, "encoder_hidden_states": text}, return_dict=False)[0]
+
+
+class DeepFloyd(Diffusers):
+    """DeepFloyd IF's network in diffusers, called without a mask, as its pipeline does."""
+
+    def __init__(self, unet: UNet2DConditionModel, inputs: Inputs):
+        super().__init__(unet, {name: value for name, value in inputs.items() if name != "encoder_attention_mask"})
+
+
+class ImagenPytorch(Contender):
+    """The `Unet` of imagen-pytorch."""
+
+    def call(self, inputs: Inputs) -> torch.Tensor:
+        given = {
+            "text_embeds": inputs.get("encoder_hidden_states"),
+            "text_mask": inputs.get("encoder_attention_mask"),
+            "lowres_cond_img": inputs.get("low_res_sample"),
+            "lowres_noise_times": inputs["timestep"] if "low_res_sample" in inputs else None,
+        }
+        given = {name: value for name, value in given.items() if value is not None}
+        return self.unet(inputs["sample"], inputs["timestep"], **given)
+
+
+def image_of(inputs: Inputs) -> torch.Tensor:
+    images = [inputs[name] for name in ("sample", "low_res_sample") if name in inputs]
+    return torch.cat(images, dim=1) if len(images) > 1 else images[0]
+
+
+# ---- the plain implementation
 
 
 class EinsumAttnProcessor:
@@ -94,272 +255,277 @@ def plain_resblock(self, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
     return h + x * self.shortcut_scale if self.shortcut_scale != 1.0 else h + x
 
 
-class Contender:
-    """Network with methods `predict`, with guidance, and `train`, which computes the gradients of one batch."""
-
-    def __init__(self, unet: torch.nn.Module, inputs: dict[str, torch.Tensor]):
-        self.unet, self.inputs = unet, inputs
-
-    def predict(self) -> torch.Tensor:
-        raise NotImplementedError
-
-    def train(self) -> torch.Tensor:
-        self.unet.zero_grad(set_to_none=True)
-        output = self.unet(**self.inputs, return_dict=False)[0]
-        output.float().square().mean().backward()
-        return output
+# ---- networks
 
 
-class Ours(Contender):
-    def __init__(self, unet: ConditionalUNet, inputs: dict[str, torch.Tensor], compiled: bool):
-        unet.to(memory_format=torch.channels_last)
-        inputs = {**inputs, "sample": inputs["sample"].contiguous(memory_format=torch.channels_last)}
-        super().__init__(torch.compile(unet, fullgraph=True) if compiled else unet, inputs)
-        text = torch.cat([torch.zeros_like(inputs["encoder_hidden_states"]), inputs["encoder_hidden_states"]])
-        with torch.no_grad():
-            text = unet.encode_text(text, torch.cat([inputs["encoder_attention_mask"]] * 2))
-        doubled = {name: torch.cat([value, value]) for name, value in inputs.items() if not name.startswith("encoder")}
-        self.doubled = {**doubled, "encoder_hidden_states": text}
-
-    def predict(self) -> torch.Tensor:
-        unconditional, conditional = self.unet(**self.doubled, return_dict=False)[0].chunk(2)
-        return unconditional + GUIDANCE * (conditional - unconditional)
+def create_ours(preset: str, overrides: dict[str, Any]) -> ConditionalUNet:
+    """Create our network by preset or by DeepFloyd IF's name, with random weights."""
+    if preset in DEEPFLOYD:
+        return unet_from_deepfloyd(create_deepfloyd(preset))
+    return create_unet(preset, **overrides)
 
 
-class TextEveryCall(Ours):
-    """Ours, called with text embeddings instead of the result of `encode_text`."""
-
-    def __init__(self, unet: ConditionalUNet, inputs: dict[str, torch.Tensor], compiled: bool):
-        super().__init__(unet, inputs, compiled)
-        text, mask = inputs["encoder_hidden_states"], inputs["encoder_attention_mask"]
-        self.doubled["encoder_hidden_states"] = torch.cat([torch.zeros_like(text), text])
-        self.doubled["encoder_attention_mask"] = torch.cat([mask, mask])
+def create_deepfloyd(name: str) -> UNet2DConditionModel:
+    widths = DEEPFLOYD[name]
+    return UNet2DConditionModel(block_out_channels=widths, cross_attention_dim=widths[-1], **DEEPFLOYD_CONFIG)
 
 
-class Plain(Contender):
-    def __init__(self, unet: ConditionalUNet, inputs: dict[str, torch.Tensor]):
-        unet.set_attn_processor(EinsumAttnProcessor())
-        for module in unet.modules():
-            if isinstance(module, ResBlock):
-                module.forward = MethodType(plain_resblock, module)
-        super().__init__(unet, inputs)
-        self.unprompted = {**inputs, "encoder_hidden_states": torch.zeros_like(inputs["encoder_hidden_states"])}
-
-    def predict(self) -> torch.Tensor:
-        conditional = self.unet(**self.inputs, return_dict=False)[0]
-        unconditional = self.unet(**self.unprompted, return_dict=False)[0]
-        return unconditional + GUIDANCE * (conditional - unconditional)
+@cache
+def weightless_ours(preset: str, overrides: str) -> ConditionalUNet:
+    with torch.device("meta"):
+        return create_ours(preset, ast.literal_eval(overrides))
 
 
-class Diffusers(Contender):
-    def __init__(self, unet: UNet2DConditionModel, inputs: dict[str, torch.Tensor]):
-        names = ("sample", "timestep", "encoder_hidden_states", "encoder_attention_mask")
-        super().__init__(unet, {name: inputs[name] for name in names})
-        self.doubled = {name: torch.cat([value, value]) for name, value in self.inputs.items()}
-
-    def predict(self) -> torch.Tensor:
-        unconditional, conditional = self.unet(**self.doubled, return_dict=False)[0].chunk(2)
-        return unconditional + GUIDANCE * (conditional - unconditional)
+def twin(unet: ConditionalUNet) -> ConditionalUNet:
+    """Return a network with modules of its own and the same weights in memory."""
+    tensors = itertools.chain(unet.parameters(), unet.buffers())
+    return copy.deepcopy(unet, {id(tensor): tensor for tensor in tensors})
 
 
-class SameInDiffusers(Diffusers):
-    """DeepFloyd IF's network in diffusers, called without a mask."""
-
-    def __init__(self, unet: UNet2DConditionModel, inputs: dict[str, torch.Tensor]):
-        super().__init__(unet, inputs)
-        for given in (self.inputs, self.doubled):
-            del given["encoder_attention_mask"]
-        text = self.inputs["encoder_hidden_states"]
-        self.doubled["encoder_hidden_states"] = torch.cat([torch.zeros_like(text), text])
+def weightless(network: nn.Module) -> nn.Module:
+    """Return a copy of a network on the device `meta`."""
+    memo: dict[int, Any] = {id(t): nn.Parameter(torch.empty_like(t, device="meta")) for t in network.parameters()}
+    memo |= {id(t): torch.empty_like(t, device="meta") for t in network.buffers()}
+    return copy.deepcopy(network, memo).float()
 
 
-def make_inputs(unet: ConditionalUNet, batch_size: int, tokens: int) -> dict[str, torch.Tensor]:
-    """Return inputs for a batch of prompts, of which the even ones use half of their tokens."""
-    generator = torch.Generator().manual_seed(0)
-    config, side = unet.config, unet.config.sample_size
-    lengths = torch.full((batch_size, 1), tokens)
-    lengths[::2] = tokens // 2
-    mask = torch.arange(tokens) < lengths
-    inputs = {
-        "sample": torch.randn(batch_size, config.in_channels, side, side, generator=generator),
-        "timestep": torch.full((batch_size,), -0.5),
-        "encoder_hidden_states": torch.randn(batch_size, tokens, config.encoder_hid_dim, generator=generator)
-        * mask[..., None],
-        "encoder_attention_mask": mask,
-    }
-    if config.low_res_conditioning:
-        inputs["low_res_sample"] = torch.randn(inputs["sample"].shape, generator=generator)
-    if config.low_res_noise_conditioning:
-        inputs["low_res_timestep"] = torch.full((batch_size,), -1.0)
-    return inputs
-
-
-def count_flops(unet: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> int:
-    """Count the FLOPs of one prediction for one image, without computing it."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        unet.to("meta")(**{name: value[:1].to("meta") for name, value in inputs.items()})
-    return counter.get_total_flops()
-
-
-def diffusers_unet(unet: ConditionalUNet, flops: int, inputs: dict[str, torch.Tensor]) -> UNet2DConditionModel:
-    """Create a UNet2DConditionModel with the same levels and attention, and the width with the nearest FLOPs."""
-    names = ("sample", "timestep", "encoder_hidden_states")
-    inputs = {name: inputs[name] for name in names}
-    config, groups = unet.config, unet.config.norm_num_groups
-    if isinstance(unet, ImagenUNetModel):
-        attends = [
-            config.sample_size // 2**i in config.attention_resolutions for i in range(len(config.block_out_channels))
-        ]
-    else:
-        attends = [attention_type is not None for attention_type in config.attention_types]
-
-    def build(share: float) -> UNet2DConditionModel:
-        return UNet2DConditionModel(
-            in_channels=config.in_channels,
-            out_channels=config.out_channels,
-            block_out_channels=[max(groups, round(share * c / groups) * groups) for c in config.block_out_channels],
-            layers_per_block=config.layers_per_block,
-            down_block_types=["CrossAttnDownBlock2D" if attention else "DownBlock2D" for attention in attends],
-            up_block_types=["CrossAttnUpBlock2D" if attention else "UpBlock2D" for attention in attends[::-1]],
-            attention_head_dim=8,
-            cross_attention_dim=config.encoder_hid_dim,
-            norm_num_groups=groups,
-        )
+def nearest(build: Callable[[float], nn.Module], contender: type[Contender], inputs: Inputs, flops: int) -> nn.Module:
+    """Build a network at the share of the widths, in eighths from 1/2 to 3/2, that gives the nearest FLOPs."""
+    one = {name: value[:1].to("meta") for name, value in inputs.items()}
 
     def distance(share: float) -> int:
-        with torch.device("meta"):
-            return abs(count_flops(build(share), inputs) - flops)
+        with torch.device("meta"), torch.no_grad():
+            rival = contender(build(share).float(), one)
+            return abs(count_flops(lambda: rival.call(rival.inputs)) - flops)
 
     return build(min((eighths / 8 for eighths in range(4, 13)), key=distance))
 
 
-def peak_memory(call: Callable, device: torch.device) -> float:
-    """Return the peak memory of a call beyond what was allocated before, in MiB."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    held = peak = 0
-    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak / 2**20
+def attending_levels(unet: ConditionalUNet) -> list[bool]:
+    config = unet.config
+    if isinstance(unet, ImagenUNetModel):
+        sides = [config.sample_size // 2**i for i in range(len(config.block_out_channels))]
+        return [side in config.attention_resolutions for side in sides]
+    return [attention_type is not None for attention_type in config.attention_types]
 
 
-def measure(calls: dict[str, Callable], device: torch.device, repeats: int, clock: Callable) -> dict[str, float]:
-    """Return the median seconds of each call; calls alternate, and the first round is not counted."""
-    times = {name: [] for name in calls}
-    for _ in tqdm(range(repeats + 1), leave=False, disable=None):
-        for name, call in calls.items():
-            start = clock()
-            call()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            times[name].append(clock() - start)
-    return {name: torch.tensor(values[1:]).median().item() for name, values in times.items()}
+def widths_of(unet: ConditionalUNet, share: float) -> list[int]:
+    groups = unet.config.norm_num_groups
+    return [max(groups, round(share * channels / groups) * groups) for channels in unet.config.block_out_channels]
 
 
-def report(kind: str, batch_size: int, calls: dict[str, Callable], seconds: dict[str, float], device) -> None:
-    """Print a row for each contender; ratios are its time over that of `ours`."""
-    for name, call in calls.items():
-        ratio = seconds[name] / seconds["ours"]
-        memory = peak_memory(call, device)
-        print(
-            f"| {kind} | {batch_size} | {name} | {1000 * seconds[name]:.1f} | {ratio:.2f} | {memory:.0f} |", flush=True
+def diffusers_unet(unet: ConditionalUNet, flops: int, inputs: Inputs) -> UNet2DConditionModel:
+    """Create a UNet2DConditionModel with the same levels and attention, and the width with the nearest FLOPs."""
+    config, attends = unet.config, attending_levels(unet)
+    text = {"cross_attention_dim": config.encoder_hid_dim} if config.encoder_hid_dim else {}
+
+    def build(share: float) -> UNet2DConditionModel:
+        return UNet2DConditionModel(
+            in_channels=config.in_channels * (2 if config.low_res_conditioning else 1),
+            out_channels=config.out_channels,
+            block_out_channels=widths_of(unet, share),
+            layers_per_block=config.layers_per_block,
+            down_block_types=["CrossAttnDownBlock2D" if attention else "DownBlock2D" for attention in attends],
+            up_block_types=["CrossAttnUpBlock2D" if attention else "UpBlock2D" for attention in attends[::-1]],
+            mid_block_type="UNetMidBlock2DCrossAttn" if text else "UNetMidBlock2D",
+            attention_head_dim=8,
+            norm_num_groups=config.norm_num_groups,
+            **text,
         )
 
-
-def make_networks(preset: str, tokens: int) -> dict[str, torch.nn.Module]:
-    """Create the networks of all contenders, ours first, and print their FLOPs."""
-    torch.manual_seed(0)
-    if preset == DEEPFLOYD:
-        theirs = UNet2DConditionModel(**DEEPFLOYD_CONFIG)
-        unet = unet_from_deepfloyd(theirs)
-        print(f"{preset}: {sum(p.numel() for p in unet.parameters()):,} parameters")
-        return {"ours": unet, "diffusers": theirs}
-    unet, plain = create_unet(preset), create_unet(preset)
-    plain.load_state_dict(unet.state_dict())
-    inputs = make_inputs(unet, 1, tokens)
-    with torch.device("meta"):
-        flops = count_flops(create_unet(preset), inputs)
-    other = diffusers_unet(unet, flops, inputs)
-    other_flops = count_flops(UNet2DConditionModel.from_config(other.config), Diffusers(other, inputs).inputs)
-    print(f"{preset}: {flops / 1e9:.2f} GFLOP per prediction; UNet2DConditionModel: {other_flops / 1e9:.2f} GFLOP")
-    return {"ours": unet, "plain": plain, "diffusers": other}
+    return nearest(build, Diffusers, inputs, flops)
 
 
-def make_contenders(
-    networks: dict[str, torch.nn.Module], inputs: dict[str, torch.Tensor], compiled: bool
-) -> dict[str, Contender]:
-    ours = Ours(networks["ours"], inputs, compiled)
-    if "plain" in networks:
-        plain = Plain(networks["plain"], inputs)
-        return {"ours": ours, "plain": plain, "diffusers": Diffusers(networks["diffusers"], inputs)}
-    every_call = TextEveryCall(networks["ours"], inputs, compiled)
-    same = SameInDiffusers(networks["diffusers"], inputs)
-    return {"ours": ours, "ours, text every call": every_call, "diffusers": same}
+def imagen_pytorch_unet(unet: ConditionalUNet, flops: int, inputs: Inputs) -> nn.Module:
+    """Create a Unet of imagen-pytorch with the same levels and attention, and the width with the nearest FLOPs.
 
+    Raises:
+        ImportError: If the package is not installed.
+    """
+    from imagen_pytorch import Unet
 
-def check_equal(contenders: dict[str, Contender]) -> None:
-    """Raise AssertionError if the prediction of another contender with the same weights differs."""
-    expected = contenders["ours"].predict()
-    for contender in contenders.values():
-        if not (isinstance(contender, Diffusers) and not isinstance(contender, SameInDiffusers)):
-            torch.testing.assert_close(contender.predict(), expected, atol=1e-3, rtol=1e-3)
+    config, attends = unet.config, tuple(attending_levels(unet))
+    first = config.block_out_channels[0]
+    text = config.encoder_hid_dim is not None
+    layers = config.layers_per_block
 
-
-def main() -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=[*PRESETS, DEEPFLOYD], default="emoji_base_64")
-    parser.add_number("--batch_size", int, 1, 4096, nargs="+", default=[1, 4])
-    parser.add_number("--tokens", int, 1, 4096, default=128, help="text tokens; default: %(default)s")
-    parser.add_number("--repeats", int, 1, 10**6, default=10, help="measured rounds; default: %(default)s")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compile", action="store_true", help="compile our network")
-    parser.add_argument("--no_training", action="store_true", help="skip the training step")
-    parser.add_argument(
-        "--cpu_time", action="store_true", help="measure CPU time instead of wall-clock time, on a shared CPU"
-    )
-    args = parser.parse_args()
-    check_numbers(args)
-    check_device(args.device)
-    logging.set_verbosity_error()
-    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    if args.cpu_time and device.type != "cpu":
-        raise ValueError(
-            f"`cpu_time` is given with `device` '{device}', which runs asynchronously: CPU time does not measure it."
+    def build(share: float) -> nn.Module:
+        dim = max(8, round(share * first / 8) * 8)
+        return Unet(
+            dim=dim,
+            dim_mults=tuple(channels / first for channels in config.block_out_channels),
+            num_resnet_blocks=tuple(layers) if isinstance(layers, (tuple, list)) else layers,
+            layer_attns=attends,
+            layer_cross_attns=attends if text else False,
+            cond_on_text=text,
+            text_embed_dim=config.encoder_hid_dim or 1,
+            lowres_cond=config.low_res_conditioning,
+            channels=config.in_channels,
         )
-    clock = time.process_time if args.cpu_time else time.perf_counter
 
-    networks = make_networks(args.preset, args.tokens)
-    for network in networks.values():
-        network.to(device, dtype)
-    unet = networks["ours"]
-    print(f"{device}, {args.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
-    print("| | batch | network | ms | time / ours | peak MiB |\n|---|---|---|---|---|---|")
-
-    for batch_size in args.batch_size:
-        inputs = {
-            name: value.to(device, dtype) if name.endswith(("sample", "states")) else value.to(device)
-            for name, value in make_inputs(unet, batch_size, args.tokens).items()
-        }
-        contenders = make_contenders(networks, inputs, args.compile)
-        with torch.no_grad():
-            if dtype == torch.float32:
-                check_equal(contenders)
-            predictions = {name: contender.predict for name, contender in contenders.items()}
-            seconds = measure(predictions, device, args.repeats, clock)
-            report("guided prediction", batch_size, predictions, seconds, device)
-        if not args.no_training:
-            training = {name: contender.train for name, contender in contenders.items()}
-            seconds = measure(training, device, args.repeats, clock)
-            report("training step", batch_size, training, seconds, device)
+    return nearest(build, ImagenPytorch, inputs, flops)
 
 
-if __name__ == "__main__":
-    sys.exit(run_to_exit_code(main, "benchmark_unet.py"))
+# ---- cases
+
+
+class Networks:
+    """Systems of one preset and batch size on a device.
+
+    Args:
+        preset (`str`): A preset, or the name of a network of DeepFloyd IF.
+        settings: The command's options: `overrides`, `tokens`, `device`, `dtype`, `systems`, `compile`,
+            `memory_formats`, `attention_backends`.
+        batch_size (`int`): Images; guidance predicts twice as many.
+    """
+
+    def __init__(self, preset: str, settings: Any, batch_size: int):
+        self.preset, self.settings, self.batch_size = preset, settings, batch_size
+        self.counts: dict[tuple, int] = {}
+
+    def meta(self) -> ConditionalUNet:
+        """Return our network on the device `meta`: its configuration and shapes. It is not to be changed."""
+        return weightless_ours(self.preset, repr(self.settings.overrides))
+
+    @cached_property
+    def unet(self) -> ConditionalUNet:
+        """Our network, whose weights all variants of it share."""
+        return self.place(create_ours(self.preset, self.settings.overrides))
+
+    @cached_property
+    def inputs(self) -> Inputs:
+        inputs = make_inputs(self.meta(), self.batch_size, self.settings.tokens)
+        return placed(inputs, self.settings.device, self.settings.dtype)
+
+    def place(self, network: nn.Module) -> nn.Module:
+        return network.to(self.settings.device, self.settings.dtype)
+
+    def count(self, method: str, contender: type[Contender] = Ours, network: nn.Module | None = None) -> int:
+        """Count the FLOPs of a method of a contender, without computing it; of our network if none is given."""
+        key = method, contender
+        if key not in self.counts:
+            inputs = placed(make_inputs(self.meta(), self.batch_size, self.settings.tokens), "meta", torch.float32)
+            inputs.pop("encoder_attention_mask", None)  # it has no values to look at, and changes no product
+            with torch.device("meta"), torch.set_grad_enabled(method == "train"):
+                rival = contender(self.meta() if network is None else network, inputs)
+                if method == "predict" and "encoder_hidden_states" in inputs:
+                    rival.both  # of ours the text is encoded in advance
+                self.counts[key] = count_flops(getattr(rival, method))
+        return self.counts[key]
+
+    def cases(self, method: str) -> list[Case]:
+        """Return the chosen systems; `method` is "predict" or "train"."""
+        chosen = self.settings.systems
+        cases = []
+        if "ours" in chosen:
+            cases += self.our_variants(method)
+        if "compiled" in chosen:
+            cases += [self.ours(f"ours, {how} compiled", method, compiled=how) for how in self.settings.compile]
+        if "plain" in chosen:
+            cases.append(self.case("plain", method, Plain, self.plain))
+        if "diffusers" in chosen and self.preset not in DEEPFLOYD:
+            cases.append(self.case("diffusers", method, Diffusers, self.like(diffusers_unet)))
+        if "deepfloyd" in chosen and self.preset in DEEPFLOYD:
+            cases.append(self.case("deepfloyd", method, DeepFloyd, self.deepfloyd))
+        if "imagen-pytorch" in chosen:
+            cases.append(self.case("imagen-pytorch", method, ImagenPytorch, self.like(imagen_pytorch_unet)))
+        return cases
+
+    def our_variants(self, method: str) -> list[Case]:
+        cases = []
+        for memory_format in self.settings.memory_formats:
+            name = "ours" if memory_format == "channels_last" else f"ours, {memory_format}"
+            cases.append(self.ours(name, method, memory_format=memory_format))
+        if method == "predict" and "encoder_hidden_states" in self.inputs:
+            cases.append(self.ours("ours, text every call", method, contender=TextEveryCall))
+        if any(getattr(module, "to_q", None) is not None for module in self.meta().modules()):
+            cases += [self.ours(f"ours, {name}", method, backend=name) for name in self.settings.attention_backends]
+        return cases
+
+    def ours(
+        self,
+        name: str,
+        method: str,
+        contender: type[TextEveryCall] = Ours,
+        memory_format: str = "channels_last",
+        compiled: str | None = None,
+        backend: str | None = None,
+    ) -> Case:
+        def build() -> Callable[[], Any]:
+            unet = twin(self.unet)
+            if memory_format != "channels_last":
+                unet = copy.deepcopy(self.unet)  # the layout is one of the weights
+            if backend is not None:
+                unet.set_attention_backend(backend)
+            made = contender(unet, self.inputs, memory_format)
+            if compiled is not None:
+                made.unet = compile_network(unet, compiled)
+            return runner(made, method)
+
+        return Case(name, build, self.count(method, contender))
+
+    def case(self, name: str, method: str, contender: type[Contender], create: Callable[[], nn.Module]) -> Case:
+        def build() -> Callable[[], Any]:
+            network = create()
+            case.flops = self.count(method, contender, weightless(network))
+            return runner(contender(self.place(network), self.inputs), method)
+
+        case = Case(name, build)
+        return case
+
+    def plain(self) -> ConditionalUNet:
+        plain = create_ours(self.preset, self.settings.overrides)
+        plain.load_state_dict(self.unet.state_dict())
+        return plain
+
+    def like(self, create: Callable[[ConditionalUNet, int, Inputs], nn.Module]) -> Callable[[], nn.Module]:
+        """Return a function that creates a network of the FLOPs of one prediction of ours."""
+
+        def build() -> nn.Module:
+            one = placed({name: value[:1] for name, value in self.inputs.items()}, "meta", torch.float32)
+            with torch.device("meta"), torch.no_grad():
+                ours = TextEveryCall(self.meta(), one)
+                flops = count_flops(lambda: ours.call(ours.inputs))
+            return create(self.meta(), flops, one)
+
+        return build
+
+    def deepfloyd(self) -> UNet2DConditionModel:
+        """Create the network of DeepFloyd IF with our weights."""
+        return unet_to_deepfloyd(self.unet)
+
+
+def runner(contender: Contender, method: str) -> Callable[[], Any]:
+    """Return a method of a contender, without gradients if it is `predict`."""
+    if method == "train":
+        contender.unet.train()
+        return contender.train
+    contender.unet.eval()
+    return torch.no_grad()(contender.predict)
+
+
+def compile_network(unet: ConditionalUNet, how: str) -> nn.Module:
+    """Compile a network by its repeated blocks or as a whole, without graph breaks."""
+    # every block is compiled on its own, but they count together against the limits of one function
+    torch._dynamo.config.recompile_limit = 1024
+    torch._dynamo.config.accumulated_recompile_limit = 4096
+    if how == "blocks":
+        unet.compile_repeated_blocks(fullgraph=True)
+        return unet
+    return torch.compile(unet, fullgraph=True)
+
+
+def usable_backends(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Return the attention backends of diffusers that need no download and compute attention on the device."""
+    query = torch.zeros(1, 64, 2, 64, device=device, dtype=dtype)  # (B, N, heads, C / heads)
+    usable = []
+    for backend in AttentionBackendName:
+        try:
+            attention_dispatch._check_attention_backend_requirements(backend)
+            if not backend.value.endswith("_hub"):
+                attention_dispatch.dispatch_attention_fn(query, query, query, backend=backend)
+                usable.append(backend.value)
+        # backends raise errors of any type where they cannot be used
+        except Exception:
+            continue
+    return usable

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from benchmark_unet import peak_memory
+from benchmark_measures import peak_memory
 from diffusers.utils import logging
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode

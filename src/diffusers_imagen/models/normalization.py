@@ -12,7 +12,7 @@ class GroupNorm(nn.GroupNorm):
     """`torch.nn.GroupNorm` with a faster backward pass in bfloat16 and float16 on a CPU, in channels-last layout.
 
     In that case the backward pass of torch 2.13 takes two to three times as long, and more than a quarter of a
-    training step: see docs/benchmarks.md.
+    training step: see docs/performance.md.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:

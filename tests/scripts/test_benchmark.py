@@ -1,0 +1,201 @@
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+NAMES = ("benchmark", "benchmark_kernels", "benchmark_measures", "benchmark_pipelines", "benchmark_unet")
+TINY = (
+    "sample_size=8 block_out_channels=(8,16) layers_per_block=1 attention_resolutions=(4,) attention_head_dim=8 "
+    "encoder_hid_dim=16 cross_attention_dim=8 norm_num_groups=4 time_embedding_dim=16"
+).split()
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SCRIPTS))
+        for name in NAMES:
+            patch.delitem(sys.modules, name, raising=False)
+        yield importlib.import_module("benchmark")
+        for name in NAMES:
+            sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def measures(benchmark):
+    return sys.modules["benchmark_measures"]
+
+
+@pytest.fixture
+def unets(benchmark):
+    return sys.modules["benchmark_unet"]
+
+
+class Clock:
+    """Seconds that pass when somebody says so."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleeping(self, seconds: float):
+        def call():
+            self.now += seconds
+
+        return call
+
+
+def group(measures, name: str, cases: dict, flops: int = 0, weights: int = 0):
+    made = [measures.Case(system, lambda call=call: call, 10**9) for system, call in cases.items()]
+    return measures.Group("step", name, 2, lambda: made, flops, weights)
+
+
+def test_two_systems_on_a_tiny_preset(benchmark, tmp_path, capsys):
+    options = "--what step training --systems ours plain --presets emoji_base_64 --tokens 4 --repeats 3 --minutes 5"
+    benchmark.main([*options.split(), "--device", "cpu", "--output_dir", str(tmp_path / "out"), "--override", *TINY])
+    record = json.loads((tmp_path / "out" / "benchmark.json").read_text())
+    found = [(row["what"], row["system"]) for row in record["rows"]]
+    step = [("step", name) for name in ("ours", "ours, text every call", "plain")]
+    assert sorted(found) == sorted([*step, ("training", "ours"), ("training", "plain")])
+    assert record["machine"]["matrix_tflop_per_s"] > 0 and record["machine"]["torch"] == torch.__version__
+    for row in record["rows"]:
+        assert row["error"] is row["left_out"] is None and row["rounds"] == 3
+        assert 0 < row["low_ms"] <= row["ms"] <= row["high_ms"]
+        assert row["images_per_s"] == pytest.approx(1000 / row["ms"])
+        assert row["tflop_per_s"] == pytest.approx(row["gflop"] / row["ms"])
+    table = (tmp_path / "out" / "benchmark.md").read_text()
+    assert capsys.readouterr().out == table and table.count("\n| step |") == 3 and table.count("\n| training |") == 2
+
+
+def test_systems_with_the_same_weights_predict_the_same(unets, benchmark):
+    settings = benchmark.Settings(
+        torch.device("cpu"),
+        torch.float32,
+        systems=("ours", "plain"),
+        memory_formats=("channels_last", "contiguous"),
+        attention_backends=("_native_math",),
+        tokens=4,
+        overrides=benchmark.read_overrides(TINY),
+    )
+    torch.manual_seed(0)
+    networks = unets.Networks("emoji_base_64", settings, 2)
+    with torch.no_grad():
+        for parameter in networks.unet.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    predictions = {case.system: case.build()() for case in networks.cases("predict")}
+    expected = predictions.pop("ours")
+    assert set(predictions) == {"ours, contiguous", "ours, text every call", "ours, _native_math", "plain"}
+    for given in predictions.values():
+        torch.testing.assert_close(given, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_flops_are_those_of_the_formula(measures):
+    batch, tokens, width, heads = 3, 5, 8, 2
+    linear = torch.nn.Linear(width, 7, device="meta")
+    conv = torch.nn.Conv2d(4, 6, 3, padding=1, device="meta")
+    query = torch.zeros(batch, heads, tokens, width, device="meta")
+    assert measures.count_flops(lambda: linear(torch.zeros(batch, width, device="meta"))) == 2 * batch * width * 7
+    assert measures.count_flops(lambda: conv(torch.zeros(2, 4, 8, 8, device="meta"))) == 2 * 2 * 64 * 4 * 9 * 6
+    attention = torch.nn.functional.scaled_dot_product_attention
+    count = measures.count_flops(lambda: attention(query, query, query))
+    assert count == 2 * (2 * batch * heads * tokens * tokens * width)  # scores, and sums of values
+
+
+def test_the_plain_form_counts_the_text_twice_and_training_both_passes(unets, benchmark):
+    settings = benchmark.Settings(
+        torch.device("cpu"), torch.float32, tokens=4, overrides=benchmark.read_overrides(TINY)
+    )
+    networks = unets.Networks("emoji_base_64", settings, 1)
+    guided, training = networks.count("predict"), networks.count("train")
+    every_call = networks.count("predict", unets.TextEveryCall)
+    plain = networks.count("predict", unets.Plain, unets.weightless(networks.meta()))
+    assert guided < every_call == plain
+    assert 2.5 * every_call / 2 < training < 3.5 * every_call / 2
+
+
+def test_a_failing_system_is_a_row(measures):
+    calls = 0
+
+    def breaks_later():
+        nonlocal calls
+        calls += 1
+        if calls > 2:
+            raise RuntimeError("no\nkernel")
+
+    def breaks_at_once():
+        raise ImportError("not installed")
+
+    meter = measures.Meter(torch.device("cpu"), 1e12, repeats=3)
+    cases = {"ours": lambda: None, "later": breaks_later, "at once": breaks_at_once}
+    rows = meter.run([group(measures, "a", cases)], measures.Budget(60), lambda row: None)
+    by_system = {row.system: row for row in rows}
+    assert by_system["ours"].rounds == 3 and by_system["ours"].error is None
+    assert by_system["later"].error == "RuntimeError: no kernel"
+    assert by_system["at once"].error == "ImportError: not installed"
+    text = measures.to_markdown(rows)
+    assert "| step | a | 2 | ours |" in text and "| later |" not in text
+    assert "- step, a, batch 2, at once: ImportError: not installed\n" in text
+
+
+def test_what_does_not_fit_into_the_budget_is_listed(measures):
+    clock = Clock()
+    meter = measures.Meter(torch.device("cpu"), 1e9, repeats=100, clock=clock)
+    budget = measures.Budget(60, clock)
+    large = group(measures, "large", {"ours": clock.sleeping(1)}, flops=10**12)
+    assert budget.reason_against(large, 1e9, None) == "it takes 8000 s at least, and 60 s were left"
+    groups = [
+        group(measures, "first", {"ours": clock.sleeping(1), "slow": clock.sleeping(2)}),
+        group(measures, "second", {"ours": clock.sleeping(10), "other": clock.sleeping(1)}, flops=10),
+        group(measures, "third", {"ours": clock.sleeping(1)}, flops=20),
+    ]
+    rows = meter.run(groups, budget, lambda row: None)
+    first = [row for row in rows if row.preset == "first"]
+    # a third of 60 s: 3 s for the warm-up, and rounds of 3 s until one ends after it
+    assert [(row.system, row.rounds, row.ms) for row in first] == [("ours", 6, 1000.0), ("slow", 6, 2000.0)]
+    assert {(row.preset, row.system) for row in rows if row.left_out} == {("third", "all")}
+    assert "Left out:\n\n- step, third, batch 2, all: no time was left\n" in measures.to_markdown(rows)
+
+
+def test_weights_that_do_not_fit_into_memory_are_not_begun(measures):
+    budget, entry = measures.Budget(60), group(measures, "a", {}, weights=3 * 2**30)
+    assert budget.reason_against(entry, 1e12, 2**31) == "its weights take 3.0 GiB, and 2.0 GiB are free"
+    assert budget.reason_against(entry, 1e12, 2**32) is budget.reason_against(entry, 1e12, None) is None
+
+
+def test_peak_memory_of_a_call(measures):
+    def call():
+        a = torch.ones(2**18)  # 1 MiB
+        return a + a
+
+    assert measures.peak_memory(call, torch.device("cpu")) == pytest.approx(2, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--minutes", "-1"], "`minutes` is -1"),
+        (["--override", "layers_per_block"], "`override` is 'layers_per_block'"),
+        (["--override", "layers_per_block=print(1)"], "`override` is 'layers_per_block=print\\(1\\)'"),
+    ],
+)
+def test_bad_options(benchmark, options, message):
+    with pytest.raises(ValueError, match=message):
+        benchmark.main(["--device", "cpu", *options])
+
+
+def test_parts_are_measured_by_themselves(benchmark):
+    kernels = sys.modules["benchmark_kernels"]
+    settings = benchmark.Settings(torch.device("cpu"), torch.bfloat16)
+    ours, plain = (case.build() for case in kernels.normalization_cases((2, 16, 4, 4), settings))
+    ours(), plain()
+    cases = kernels.decoding_cases(128, 16)
+    assert [case.system for case in cases] == ["ours", "full decode"]
+    assert [image.shape for image in cases[0].build()()] == [(16, 16, 3)] * kernels.FILES
+    assert float(cases[0].note.split()[1]) > 35
