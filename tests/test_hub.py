@@ -276,7 +276,7 @@ ImagenCascadePipeline.from_pretrained("model").push_to_hub("user/first")
 DiffusionPipeline.from_pretrained("user/first").push_to_hub("user/second")
 """
 
-TRAIN = """
+TRAIN_OF_SETTINGS = """
 import json
 from diffusers_imagen.training import TrainingConfig, train
 from diffusers_imagen.training.network import make_unet
@@ -324,7 +324,7 @@ def test_a_stage_names_the_commit_of_its_encoder_and_draws_offline(hub, client, 
     client.run(PUSH + 'pipe.push_to_hub("user/cascade")')
     hub.repos["user/cascade"].append({"README.md": b"nothing else"})
     home = {"HF_HOME": str(tmp_path / "home")}
-    client.run(TRAIN, **home)
+    client.run(TRAIN_OF_SETTINGS, **home)
     reference = json.loads((tmp_path / "stage" / "text_encoder" / "reference.json").read_text())
     assert reference["hub"] == "user/cascade" and reference["revision"] == commit
     assert client.run(DRAW, **home, HF_HUB_OFFLINE="1").strip() == "BertModel"

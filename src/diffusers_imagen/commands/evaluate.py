@@ -151,7 +151,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     evaluation.evaluator.check_installed(args.metrics)
     needs_reference = [metric for metric in args.metrics if metric in (*DISTANCES, "nearest")]
     if needs_reference and args.reference is None:
-        raise ValueError(f"`metrics` has {needs_reference[0]!r}, which needs real pictures: give --reference.")
+        raise ValueError(f"`metrics` has {needs_reference[0]!r}, which needs real images: set --reference.")
     if args.num_reference is not None and args.reference is None:
         raise ValueError(f"`num-reference` is {args.num_reference}, but there is no `reference`.")
 

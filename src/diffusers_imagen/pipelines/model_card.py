@@ -19,6 +19,7 @@ from .stages import Stage
 
 logger = logging.get_logger(__name__)
 
+UNKNOWN = "unknown"  # license, as the Hub calls it
 TAGS = ["text-to-image", "diffusers", "diffusers-imagen"]
 CARD = """\
 # {name}
@@ -221,8 +222,10 @@ class ModelCardMixin:
         data: Any = card.data
         populate_model_card(card, tags=[tag for tag in TAGS if tag not in (data.tags or [])])
         data.pipeline_tag = data.pipeline_tag or TAGS[0]
+        if data.license == UNKNOWN:  # as written below, before the weights had a license
+            data.license = None
         add_license(card, self.origins)
-        data.license = data.license or "unknown"
+        data.license = data.license or UNKNOWN
         with whole_file(path) as partial:
             card.save(partial)
 
