@@ -157,9 +157,9 @@ WRONG = {
     "--sr256 base64.nemo": "`sr256` is 'base64.nemo', which is a base stage",
     "--sr256 nowhere.nemo": "`sr256` is 'nowhere.nemo', which does not exist",
     "--sr256 sr256.ckpt": "has no configuration with a section `unet`",
-    "--base-config nowhere.yaml": "`base_config` is 'nowhere.yaml', which cannot be read: there is no such file",
+    "--base-config nowhere.yaml": "`base-config` is 'nowhere.yaml', which cannot be read: there is no such file",
     "--ema": "next to which there is no 'base64-EMA.nemo'",
-    "--text-encoder data": "`text_encoder` is 'data', whose tokenizer cannot be loaded",
+    "--text-encoder data": "`text-encoder` is 'data', whose tokenizer cannot be loaded",
     "--output data": "`output` is 'data', which is not empty",
 }
 

@@ -119,7 +119,7 @@ def test_what_needs_no_real_pictures_is_measured_without():
 def test_too_few_pictures_are_said():
     distances = Distances(("fid", "kid"), None, 0)
     few = sample_warnings(distances, 500, 30_000, 2048)
-    assert [text.split(" of ")[0] for text in few] == ["FID", "KID is"]
+    assert [text.split(" of ")[0] for text in few] == ["FID", "KID is from subsets"]
     assert "does not have full rank" in few[0] and "500 images" in few[1]
     assert "biased" in sample_warnings(distances, 5_000, 30_000, 2048)[0]
     assert sample_warnings(distances, 30_000, 30_000, 2048) == []

@@ -155,11 +155,11 @@ def find_other(drawing: Drawing) -> str | None:
         for name in record:
             if found.get(name) != record[name]:
                 return (
-                    f"pictures in '{drawing.folder}' whose {name} is {found.get(name)!r}, not {record[name]!r}: name "
+                    f"images in '{drawing.folder}' whose {name} is {found.get(name)!r}, not {record[name]!r}: name "
                     "another folder, or delete that one."
                 )
     elif drawing.folder.exists() and any(drawing.folder.iterdir()):
-        return f"'{drawing.folder}', of which nothing says what is in it: delete it."
+        return f"'{drawing.folder}', which has no record of its settings: delete it."
     return None
 
 
