@@ -118,7 +118,7 @@ def lines_of(text: str) -> list[str]:
 
 
 def expand(text: str, variables: dict[str, str]) -> str:
-    return re.sub(r"\$(\w+)", lambda match: variables[match[1]], text).replace("\n", " ")
+    return re.sub(r"\$(\w+)", lambda match: variables.get(match[1], match[0]), text).replace("\n", " ")
 
 
 class Command(NamedTuple):
