@@ -35,7 +35,7 @@ MAX_SHARD_BYTES = 16 * 2**20 - 2**16  # a file is its tensors and a header
 BASE_SIGMA_MIN = 0.05  # little training is spent below it, and the noise it leaves is less than the network's own
 # Of the low-resolution image: pictures are nearer to real ones than with 0.1, the default (docs/evaluation.md).
 SR_NOISE_LEVEL = 0.002
-RESIDUAL_SIGMA_MAX, SR_STEPS = 5.0, 8
+RESIDUAL_SIGMA_MAX, SR_STEPS = 5.0, 4
 
 PICTURES = "pictures"  # folder of the checkpoint
 SHOWN = (
@@ -103,8 +103,12 @@ The last base runs draw most often what people ask for first (`scripts/emoji_wei
 ## Training
 {training}
 
+The super-resolution stage reads no text and denoises the difference between the image and its upsampled low-resolution
+image (`residual_scale`). A part of its low-resolution images are redrawn by the base stage
+(`scripts/draw_low_resolution.py`), so that it learns to remove the base stage's noise.
+
 ## Limits
-It was trained in about ten hours on two CPU cores, and it shows. Colours follow the prompt; faces, hearts, fruit, a
+It was trained in about eleven hours on two CPU cores, and it shows. Colours follow the prompt; faces, hearts, fruit, a
 house, a tree, a car, a pizza, a rocket, a guitar, a penguin and the faces of animals are recognised: some thirty of 48
 prompts that were written before the training. Many rarer objects are coloured shapes of about the right outline, and a
 banana, a snowman, a clock and a piano are not yet what they should be; fine detail and relations between objects are
