@@ -36,6 +36,7 @@ from diffusers.utils import logging
 
 from diffusers_imagen.commands.common import check_device
 from diffusers_imagen.commands.parser import Parser, check_numbers
+from diffusers_imagen.models.presets import PRESETS
 from diffusers_imagen.utils.errors import run_to_exit_code
 from diffusers_imagen.utils.files import check_folder, write_json, write_text
 
@@ -62,7 +63,13 @@ class Settings:
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--what", nargs="+", choices=WHAT, default=["step", "training"])
-    parser.add_argument("--presets", nargs="+", choices=["all", *NAMES], default=["emoji_base_64"])
+    parser.add_argument(
+        "--presets",
+        nargs="+",
+        choices=["all", *NAMES],
+        default=["emoji_base_64"],
+        help="all: the package's, and IF-I-M",
+    )
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     parser.add_argument(
         "--compile", nargs="+", choices=COMPILE, default=list(COMPILE), help="how `compiled` is compiled"
@@ -133,7 +140,7 @@ def read_overrides(entries: Sequence[str]) -> dict[str, Any]:
 
 def make_groups(args: argparse.Namespace, settings: Settings) -> list[Group]:
     """Return what the options ask for."""
-    presets = NAMES if "all" in args.presets else list(dict.fromkeys(args.presets))
+    presets = [*PRESETS, "IF-I-M"] if "all" in args.presets else list(dict.fromkeys(args.presets))
     groups = []
     for batch_size in args.batch_size:
         for what in dict.fromkeys(args.what):

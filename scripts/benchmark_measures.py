@@ -1,5 +1,6 @@
 """Times, peak memory, FLOPs and rates of the benchmark, and the rows that it writes."""
 
+import gc
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -114,7 +115,7 @@ def count_flops(call: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype, size: int | None = None, repeats: int = 10) -> float:
+def matrix_rate(device: torch.device, dtype: torch.dtype, size: int | None = None, repeats: int = 5) -> float:
     """Return the FLOP/s of the product of two square matrices of random numbers: the median of several."""
     size = size or (8192 if device.type == "cuda" else 1024)
     a, b = torch.randn(2, size, size, generator=torch.Generator().manual_seed(0)).to(device, dtype)
@@ -183,6 +184,7 @@ class Meter:
             for row in found:
                 tell(row)
             rows += found
+            gc.collect()  # networks that refer to themselves
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
         return rows

@@ -19,7 +19,7 @@ import itertools
 from collections.abc import Callable
 from functools import cache, cached_property
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -208,14 +208,14 @@ class ImagenPytorch(Contender):
     """The `Unet` of imagen-pytorch."""
 
     def call(self, inputs: Inputs) -> torch.Tensor:
+        time = inputs["timestep"].to(inputs["sample"].dtype)
         given = {
             "text_embeds": inputs.get("encoder_hidden_states"),
             "text_mask": inputs.get("encoder_attention_mask"),
             "lowres_cond_img": inputs.get("low_res_sample"),
-            "lowres_noise_times": inputs["timestep"] if "low_res_sample" in inputs else None,
+            "lowres_noise_times": time if "low_res_sample" in inputs else None,
         }
-        given = {name: value for name, value in given.items() if value is not None}
-        return self.unet(inputs["sample"], inputs["timestep"], **given)
+        return self.unet(inputs["sample"], time, **given)
 
 
 def image_of(inputs: Inputs) -> torch.Tensor:
@@ -289,16 +289,28 @@ def weightless(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network, memo).float()
 
 
-def nearest(build: Callable[[float], nn.Module], contender: type[Contender], inputs: Inputs, flops: int) -> nn.Module:
-    """Build a network at the share of the widths, in eighths from 1/2 to 3/2, that gives the nearest FLOPs."""
-    one = {name: value[:1].to("meta") for name, value in inputs.items()}
+def nearest_share(flops_of: Callable[[int], int], flops: int, low: int = 4, high: int = 12) -> int:
+    """Return the share of the widths, in eighths from `low` to `high`, with the nearest FLOPs, which grow with it."""
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if flops_of(middle) <= flops else (low, middle)
+    return min((low, high), key=lambda share: abs(flops_of(share) - flops))
 
-    def distance(share: float) -> int:
-        with torch.device("meta"), torch.no_grad():
-            rival = contender(build(share).float(), one)
-            return abs(count_flops(lambda: rival.call(rival.inputs)) - flops)
 
-    return build(min((eighths / 8 for eighths in range(4, 13)), key=distance))
+@cache
+def share_of(rival: "Rival", preset: str, overrides: str, tokens: int) -> float:
+    """Return the share of our network's widths that gives a rival the FLOPs of one prediction of ours."""
+    ours = weightless_ours(preset, overrides)
+    inputs = placed(make_inputs(ours, 1, tokens), "meta", torch.float32)
+
+    def flops_of(contender: type[Contender], network: nn.Module) -> int:
+        made = contender(network, inputs)
+        return count_flops(lambda: made.call(made.inputs))
+
+    with torch.device("meta"), torch.no_grad():
+        flops = flops_of(TextEveryCall, ours)
+        counted = cache(lambda eighths: flops_of(rival.contender, rival.create(ours, eighths / 8)))
+        return nearest_share(counted, flops) / 8
 
 
 def attending_levels(unet: ConditionalUNet) -> list[bool]:
@@ -314,30 +326,26 @@ def widths_of(unet: ConditionalUNet, share: float) -> list[int]:
     return [max(groups, round(share * channels / groups) * groups) for channels in unet.config.block_out_channels]
 
 
-def diffusers_unet(unet: ConditionalUNet, flops: int, inputs: Inputs) -> UNet2DConditionModel:
-    """Create a UNet2DConditionModel with the same levels and attention, and the width with the nearest FLOPs."""
+def diffusers_unet(unet: ConditionalUNet, share: float) -> UNet2DConditionModel:
+    """Create a UNet2DConditionModel with the same levels and attention, at a share of the widths."""
     config, attends = unet.config, attending_levels(unet)
     text = {"cross_attention_dim": config.encoder_hid_dim} if config.encoder_hid_dim else {}
-
-    def build(share: float) -> UNet2DConditionModel:
-        return UNet2DConditionModel(
-            in_channels=config.in_channels * (2 if config.low_res_conditioning else 1),
-            out_channels=config.out_channels,
-            block_out_channels=widths_of(unet, share),
-            layers_per_block=config.layers_per_block,
-            down_block_types=["CrossAttnDownBlock2D" if attention else "DownBlock2D" for attention in attends],
-            up_block_types=["CrossAttnUpBlock2D" if attention else "UpBlock2D" for attention in attends[::-1]],
-            mid_block_type="UNetMidBlock2DCrossAttn" if text else "UNetMidBlock2D",
-            attention_head_dim=8,
-            norm_num_groups=config.norm_num_groups,
-            **text,
-        )
-
-    return nearest(build, Diffusers, inputs, flops)
+    return UNet2DConditionModel(
+        in_channels=config.in_channels * (2 if config.low_res_conditioning else 1),
+        out_channels=config.out_channels,
+        block_out_channels=widths_of(unet, share),
+        layers_per_block=config.layers_per_block,
+        down_block_types=["CrossAttnDownBlock2D" if attention else "DownBlock2D" for attention in attends],
+        up_block_types=["CrossAttnUpBlock2D" if attention else "UpBlock2D" for attention in attends[::-1]],
+        mid_block_type="UNetMidBlock2DCrossAttn" if text else "UNetMidBlock2D",
+        attention_head_dim=8,
+        norm_num_groups=config.norm_num_groups,
+        **text,
+    )
 
 
-def imagen_pytorch_unet(unet: ConditionalUNet, flops: int, inputs: Inputs) -> nn.Module:
-    """Create a Unet of imagen-pytorch with the same levels and attention, and the width with the nearest FLOPs.
+def imagen_pytorch_unet(unet: ConditionalUNet, share: float) -> nn.Module:
+    """Create a Unet of imagen-pytorch with the same levels and attention, at a share of the widths.
 
     Raises:
         ImportError: If the package is not installed.
@@ -345,25 +353,30 @@ def imagen_pytorch_unet(unet: ConditionalUNet, flops: int, inputs: Inputs) -> nn
     from imagen_pytorch import Unet
 
     config, attends = unet.config, tuple(attending_levels(unet))
-    first = config.block_out_channels[0]
+    first, layers = config.block_out_channels[0], config.layers_per_block
     text = config.encoder_hid_dim is not None
-    layers = config.layers_per_block
+    return Unet(
+        dim=max(8, round(share * first / 8) * 8),
+        dim_mults=tuple(max(1, round(channels / first)) for channels in config.block_out_channels),
+        num_resnet_blocks=tuple(layers) if isinstance(layers, (tuple, list)) else layers,
+        layer_attns=attends,
+        layer_cross_attns=attends if text else False,
+        cond_on_text=text,
+        text_embed_dim=config.encoder_hid_dim or 1,
+        lowres_cond=config.low_res_conditioning,
+        channels=config.in_channels,
+    )
 
-    def build(share: float) -> nn.Module:
-        dim = max(8, round(share * first / 8) * 8)
-        return Unet(
-            dim=dim,
-            dim_mults=tuple(channels / first for channels in config.block_out_channels),
-            num_resnet_blocks=tuple(layers) if isinstance(layers, (tuple, list)) else layers,
-            layer_attns=attends,
-            layer_cross_attns=attends if text else False,
-            cond_on_text=text,
-            text_embed_dim=config.encoder_hid_dim or 1,
-            lowres_cond=config.low_res_conditioning,
-            channels=config.in_channels,
-        )
 
-    return nearest(build, ImagenPytorch, inputs, flops)
+class Rival(NamedTuple):
+    """Network of another package: how it is called, and its function of our network and a share of the widths."""
+
+    contender: type[Contender]
+    create: Callable[[ConditionalUNet, float], nn.Module]
+
+
+DIFFUSERS = Rival(Diffusers, diffusers_unet)
+IMAGEN_PYTORCH = Rival(ImagenPytorch, imagen_pytorch_unet)
 
 
 # ---- cases
@@ -390,7 +403,8 @@ class Networks:
     @cached_property
     def unet(self) -> ConditionalUNet:
         """Our network, whose weights all variants of it share."""
-        return self.place(create_ours(self.preset, self.settings.overrides))
+        with self.settings.device:
+            return self.place(create_ours(self.preset, self.settings.overrides))
 
     @cached_property
     def inputs(self) -> Inputs:
@@ -419,16 +433,17 @@ class Networks:
         cases = []
         if "ours" in chosen:
             cases += self.our_variants(method)
-        if "compiled" in chosen:
-            cases += [self.ours(f"ours, {how} compiled", method, compiled=how) for how in self.settings.compile]
         if "plain" in chosen:
             cases.append(self.case("plain", method, Plain, self.plain))
         if "diffusers" in chosen and self.preset not in DEEPFLOYD:
-            cases.append(self.case("diffusers", method, Diffusers, self.like(diffusers_unet)))
+            cases.append(self.like("diffusers", method, DIFFUSERS))
         if "deepfloyd" in chosen and self.preset in DEEPFLOYD:
             cases.append(self.case("deepfloyd", method, DeepFloyd, self.deepfloyd))
         if "imagen-pytorch" in chosen:
-            cases.append(self.case("imagen-pytorch", method, ImagenPytorch, self.like(imagen_pytorch_unet)))
+            cases.append(self.like("imagen-pytorch", method, IMAGEN_PYTORCH))
+        # compilation takes minutes: last, so that it takes no time from others
+        if "compiled" in chosen:
+            cases += [self.ours(f"ours, {how} compiled", method, compiled=how) for how in self.settings.compile]
         return cases
 
     def our_variants(self, method: str) -> list[Case]:
@@ -466,7 +481,8 @@ class Networks:
 
     def case(self, name: str, method: str, contender: type[Contender], create: Callable[[], nn.Module]) -> Case:
         def build() -> Callable[[], Any]:
-            network = create()
+            with self.settings.device:  # random weights are made fast on a GPU
+                network = create()
             case.flops = self.count(method, contender, weightless(network))
             return runner(contender(self.place(network), self.inputs), method)
 
@@ -478,17 +494,14 @@ class Networks:
         plain.load_state_dict(self.unet.state_dict())
         return plain
 
-    def like(self, create: Callable[[ConditionalUNet, int, Inputs], nn.Module]) -> Callable[[], nn.Module]:
-        """Return a function that creates a network of the FLOPs of one prediction of ours."""
+    def like(self, name: str, method: str, rival: Rival) -> Case:
+        """Return the case of a network of another package with the FLOPs of ours."""
 
-        def build() -> nn.Module:
-            one = placed({name: value[:1] for name, value in self.inputs.items()}, "meta", torch.float32)
-            with torch.device("meta"), torch.no_grad():
-                ours = TextEveryCall(self.meta(), one)
-                flops = count_flops(lambda: ours.call(ours.inputs))
-            return create(self.meta(), flops, one)
+        def create() -> nn.Module:
+            share = share_of(rival, self.preset, repr(self.settings.overrides), self.settings.tokens)
+            return rival.create(self.meta(), share)
 
-        return build
+        return self.case(name, method, rival.contender, create)
 
     def deepfloyd(self) -> UNet2DConditionModel:
         """Create the network of DeepFloyd IF with our weights."""

@@ -82,14 +82,15 @@ def test_compiled_networks_have_no_graph_break(unet, how):
     unet.to(DEVICE)
     expected = predict(unet)
     torch._dynamo.reset()
-    torch._dynamo.config.recompile_limit = 64
     backend = "inductor" if CUDA else "aot_eager"
     if how == "blocks":
         unet.compile_repeated_blocks(fullgraph=True, backend=backend)
     else:
         unet = torch.compile(unet, fullgraph=True, backend=backend)
-    assert relative_error(predict(unet), expected) < (2e-3 if CUDA else 1e-5)  # TF32 on a GPU
-    assert torch._dynamo.utils.counters["graph_break"] == {}
+    with torch._dynamo.config.patch(recompile_limit=64):
+        given = predict(unet)
+    assert relative_error(given, expected) < (2e-3 if CUDA else 1e-5)  # TF32 on a GPU
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
 @needs_cuda

@@ -120,6 +120,12 @@ def test_the_plain_form_counts_the_text_twice_and_training_both_passes(unets, be
     assert 2.5 * every_call / 2 < training < 3.5 * every_call / 2
 
 
+@pytest.mark.parametrize("flops", [1, 16, 20, 21, 64, 70, 110, 144, 999])
+def test_the_share_of_the_widths_with_the_nearest_flops(unets, flops):
+    expected = min(range(4, 13), key=lambda eighths: abs(eighths**2 - flops))
+    assert unets.nearest_share(lambda eighths: eighths**2, flops) == expected
+
+
 def test_a_failing_system_is_a_row(measures):
     calls = 0
 
