@@ -77,17 +77,15 @@ class Sampler:
         options: dict[str, Any] = {**self.text(), "output_type": "pt"}
         if len(unets) > 1:
             pipe = ImagenCascadePipeline.from_stages(*((unet, EDMHeunScheduler()) for unet in unets))
-            names = [stage.name for stage in pipe.stages]
-            options["num_inference_steps"] = {name: self.steps(i) for i, name in enumerate(names)}
+        elif first.low_res_conditioning:
+            pipe = ImagenSuperResolutionPipeline(unets[0], EDMHeunScheduler())
+            options["image"] = self.low_res(pipe.low_resolution)
         else:
-            options["num_inference_steps"] = self.steps(0)
-            pipe = (ImagenSuperResolutionPipeline if first.low_res_conditioning else ImagenPipeline)(
-                unets[0], EDMHeunScheduler()
-            )
-            if first.low_res_conditioning:
-                options["image"] = self.low_res(pipe.low_resolution)
-        if options.get("prompt_embeds") is not None:
-            options["guidance_scale"] = GUIDANCE
+            pipe = ImagenPipeline(unets[0], EDMHeunScheduler())
+        steps = {stage.name: self.steps(i) for i, stage in enumerate(pipe.stages)}
+        scales = {stage.name: GUIDANCE if stage.reads_text else 1.0 for stage in pipe.stages}
+        for name, values in (("num_inference_steps", steps), ("guidance_scale", scales)):
+            options[name] = values if len(unets) > 1 else next(iter(values.values()))
         return self.quiet(pipe, options)
 
     def low_res(self, side: int) -> torch.Tensor:

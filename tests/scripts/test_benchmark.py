@@ -58,18 +58,22 @@ def group(measures, name: str, cases: dict, flops: int = 0, weights: int = 0):
 
 
 def test_two_systems_on_a_tiny_preset(benchmark, tmp_path, capsys):
-    options = "--what step training --systems ours plain --presets emoji_base_64 --tokens 4 --repeats 3 --minutes 5"
+    options = (
+        "--what step training stage --steps 2 2 --systems ours plain --presets emoji_base_64 --tokens 4 --repeats 3"
+    )
     benchmark.main([*options.split(), "--device", "cpu", "--output_dir", str(tmp_path / "out"), "--override", *TINY])
     record = json.loads((tmp_path / "out" / "benchmark.json").read_text())
     found = [(row["what"], row["system"]) for row in record["rows"]]
     step = [("step", name) for name in ("ours", "ours, text every call", "plain")]
-    assert sorted(found) == sorted([*step, ("training", "ours"), ("training", "plain")])
+    assert sorted(found) == sorted([*step, ("training", "ours"), ("training", "plain"), ("stage", "ours")])
     assert record["machine"]["matrix_tflop_per_s"] > 0 and record["machine"]["torch"] == torch.__version__
     for row in record["rows"]:
         assert row["error"] is row["left_out"] is None and row["rounds"] == 3
         assert 0 < row["low_ms"] <= row["ms"] <= row["high_ms"]
         assert row["images_per_s"] == pytest.approx(1000 / row["ms"])
         assert row["tflop_per_s"] == pytest.approx(row["gflop"] / row["ms"])
+    gflop = {(row["what"], row["system"]): row["gflop"] for row in record["rows"]}
+    assert gflop["stage", "ours"] == pytest.approx(3 * gflop["step", "ours"])  # two steps of Heun's method
     table = (tmp_path / "out" / "benchmark.md").read_text()
     assert capsys.readouterr().out == table and table.count("\n| step |") == 3 and table.count("\n| training |") == 2
 
