@@ -30,10 +30,11 @@ if missing:
 optional = [name for name in ("bitsandbytes", "flash_attn", "imagen_pytorch") if find_spec(name) is None]
 if optional:
     print(f"gpu_check.sh: not installed, and left out: {', '.join(optional)}")
-import torch
+if sys.argv[1] == "cuda":
+    import torch
 
-if sys.argv[1] == "cuda" and not torch.cuda.is_available():
-    sys.exit("gpu_check.sh: torch sees no GPU; for a rehearsal on the CPU: scripts/gpu_check.sh OUT cpu")
+    if not torch.cuda.is_available():
+        sys.exit("gpu_check.sh: torch sees no GPU; for a rehearsal on the CPU: scripts/gpu_check.sh OUT cpu")
 END
 
 selected=(-m gpu tests/test_gpu.py)
