@@ -98,7 +98,7 @@ def test_damage_is_found(cache, encoder, tmp_path):
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    assert EmbeddingCache(tmp_path / "cache").verify() == [f"{path.name} has another checksum than manifest.json says"]
+    assert EmbeddingCache(tmp_path / "cache").verify() == [f"{path.name} has a different checksum than in manifest.json"]
     path.write_bytes(data[:-10])
     with pytest.raises(ValueError, match=rf"{path.name} has {len(data) - 10} bytes, not {len(data)}; run cache-emb"):
         EmbeddingCache(tmp_path / "cache")
@@ -185,11 +185,11 @@ def test_the_command_says_what_is_missing(config, tmp_path, capsys):
         assert cli.main(["cache-embeddings", str(tmp_path / "c"), *arguments]) == 2
         return capsys.readouterr().err
 
-    assert "`text_encoder` is not given" in run("--train_data_dir", config.train_data_dir)
+    assert "`text-encoder` is not given" in run("--train_data_dir", config.train_data_dir)
     assert "whose tokenizer cannot be loaded" in run(
         "--train_data_dir", config.train_data_dir, "--text_encoder", str(tmp_path)
     )
-    assert "`batch_size` is 0" in run("--batch_size", "0")
+    assert "`batch-size` is 0" in run("--batch_size", "0")
     assert "`splits` has ['a']" in run(
         "--text_encoder", "t", "--train_data_dir", config.train_data_dir, "--splits", "a"
     )

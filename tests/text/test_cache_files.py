@@ -107,7 +107,7 @@ def test_the_captions_of_damaged_shards_are_encoded_again(cache, damaged, caplog
         path.write_bytes(path.read_bytes()[:-1] + b"\x55")
     problems = find_problems(cache, read_manifest(cache))
     assert problems == [
-        f"shard-0000{number}.safetensors has another checksum than manifest.json says" for number in damaged
+        f"shard-0000{number}.safetensors has a different checksum than in manifest.json" for number in damaged
     ]
     assert build(cache) == 3 * len(damaged)
     assert contents(cache) == files

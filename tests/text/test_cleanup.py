@@ -105,7 +105,7 @@ def test_missing_packages_are_named_once(without_packages, caplog):
 def test_a_cut_text_is_named_as_it_is_encoded(without_packages, caplog):
     encoder = TextEncoder(tiny_tokenizer(8), tiny_t5(), cleans_captions=True)
     text = encoder.encode_prompts(["  ABCDEFGHIJ  "])
-    (message,) = [record.getMessage() for record in caplog.records if "is cut" in record.getMessage()]
+    (message,) = [record.getMessage() for record in caplog.records if "is truncated" in record.getMessage()]
     assert "'abcdefghij' is truncated to 8 tokens: 'ghij' is lost" in message
     plain = TextEncoder(tiny_tokenizer(8), tiny_t5()).encode(["abcdefghij"])
     assert torch.equal(text.embeds, plain.embeds)

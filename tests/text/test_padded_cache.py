@@ -153,7 +153,7 @@ def test_damage_is_noticed(cache):
     path.write_bytes(whole)
     assert EmbeddingCache(cache.folder).verify() == []
     manifest = json.loads((cache.folder / "manifest.json").read_text())
-    for value, message in ((False, f"{name} has other tensors than manifest.json says"), (1, "has 'encoder'")):
+    for value, message in ((False, f"{name} has different tensors than in manifest.json"), (1, "has 'encoder'")):
         manifest["encoder"]["keeps_padding"] = value
         (cache.folder / "manifest.json").write_text(render_manifest(manifest))
         with pytest.raises(ValueError, match=message):
@@ -164,7 +164,7 @@ def test_what_is_added_must_have_all_positions(encoder, tmp_path):
     writer = CacheWriter(tmp_path / "c", encoder.identity())
     with pytest.raises(ValueError, match=r"shape \(4, 24\), but should be \(9, 24\)"):
         writer.add(["a"], [torch.zeros(4, WIDTH)], [4])
-    with pytest.raises(ValueError, match="`lengths` is None, but should be given where padding is kept"):
+    with pytest.raises(ValueError, match="`lengths` is None, but should be given if and only if padding is kept"):
         writer.add(["a"], [torch.zeros(LENGTH, WIDTH)])
     with pytest.raises(ValueError, match="`lengths` has 10 for 'a', but should have 0 to 9"):
         writer.add(["a"], [torch.zeros(LENGTH, WIDTH)], [10])

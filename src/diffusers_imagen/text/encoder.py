@@ -180,7 +180,7 @@ class TextEncoder(TextSource):
         for text, ids in zip(cleaned, self.tokenizer(cleaned, add_special_tokens=False).input_ids):
             if len(ids) > room:
                 lost = shown(self.tokenizer.decode(ids[room:]))
-                logger.warning(f"The prompt {shown(text)} is cut to {self.max_length} tokens: {lost} is lost.")
+                logger.warning(f"The prompt {shown(text)} is truncated to {self.max_length} tokens: {lost} is lost.")
         return in_slices(self.encode_cleaned, cleaned, slice_size)
 
     def unpadded(self, texts: list[str]) -> list[torch.Tensor]:

@@ -96,7 +96,7 @@ def load_encoder(
     known = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > known:  # another token would end in an error of indexing, on a GPU in an abort
         raise ValueError(
-            f"{what}, whose tokenizer has {len(tokenizer)} tokens, but its encoder knows {known}: they do not belong "
+            f"{what}, whose tokenizer has {len(tokenizer)} tokens, but its encoder {known}: they do not belong "
             "together."
         )
     model = model.eval().requires_grad_(False)
@@ -119,7 +119,7 @@ def load_where_it_is(what: str, name: str, subfolder: str, options: dict[str, An
             reference = None if os.path.isdir(name) else find_reference(name, subfolder, **hub)
             if reference is None:
                 raise ValueError(
-                    f"{what}, which has no encoder that can be loaded: {describe_fault(error)}"
+                    f"{what}, whose encoder cannot be loaded: {describe_fault(error)}"
                 ) from error
         else:
             mismatched = (str(entry[0]) for entry in info["mismatched_keys"])

@@ -103,7 +103,7 @@ def test_a_finished_run_is_averaged_with_any_width(make_config, recorded, capsys
     assert main(["reconstruct-ema", config.output_dir, "--ema_std", "0.15"]) == 2
     assert "which exists already" in capsys.readouterr().err
     assert main(["reconstruct-ema", config.output_dir, "--ema_std", "0.3"]) == 2
-    assert "`ema_std` is 0.3" in capsys.readouterr().err
+    assert "`ema-std` is 0.3" in capsys.readouterr().err
 
 
 def test_the_averaged_weights_are_exported(make_config, recorded):
