@@ -35,7 +35,7 @@ def loop_group(preset: str, settings: Any, batch_size: int) -> Group:
 def loop_cases(preset: str, settings: Any, batch_size: int) -> list[Case]:
     unet = create_unet(preset, **settings.overrides)
     folder = tempfile.TemporaryDirectory()  # removed with the last case that refers to it
-    trainer = make_trainer(unet, settings, batch_size, Path(folder.name))
+    trainer = make_trainer(preset, unet, settings, batch_size, Path(folder.name))
 
     def loop() -> Callable[[], None]:
         trainer.prepare()
@@ -63,11 +63,12 @@ def loop_cases(preset: str, settings: Any, batch_size: int) -> list[Case]:
     ]
 
 
-def make_trainer(unet: ConditionalUNet, settings: Any, batch_size: int, folder: Path) -> Trainer:
+def make_trainer(preset: str, unet: ConditionalUNet, settings: Any, batch_size: int, folder: Path) -> Trainer:
     """Write data for a network, and return a trainer of it."""
     side = unet.config.sample_size
     write_data(folder, side, settings.tokens, unet.config.encoder_hid_dim or 8)
     config = TrainingConfig(
+        preset=preset,
         resolution=side,
         low_resolution=side // 4 if unet.config.low_res_conditioning else None,
         train_batch_size=batch_size,
