@@ -64,13 +64,13 @@ def test_a_run_that_stops_says_why(monkeypatch, capsys, error, code, message):
         def train(self):
             raise error
 
-    monkeypatch.setattr("diffusers_imagen.training.command.make_unet", lambda config: None)
+    monkeypatch.setattr("diffusers_imagen.training.network.make_unet", lambda config: None)
     ended, said = ends(monkeypatch, capsys, "--preset emoji_base_64", Stopping)
     assert ended == code and said.startswith(message) and said.count("\n") <= 1
 
 
 def test_a_run_that_ends_has_exit_code_0(monkeypatch, capsys):
-    monkeypatch.setattr("diffusers_imagen.training.command.make_unet", lambda config: None)
+    monkeypatch.setattr("diffusers_imagen.training.network.make_unet", lambda config: None)
     ended = type("Ended", (), {"__init__": lambda self, *args: None, "train": lambda self: {}})
     assert ends(monkeypatch, capsys, "--preset emoji_base_64", ended) == (0, "")
 
