@@ -108,7 +108,7 @@ image (`residual_scale`). A part of its low-resolution images are redrawn by the
 (`scripts/draw_low_resolution.py`), so that it learns to remove the base stage's noise.
 
 ## Limits
-It was trained in about eleven hours on two CPU cores, and it shows. Colours follow the prompt; faces, hearts, fruit, a
+It was trained in about ten hours on two CPU cores, and it shows. Colours follow the prompt; faces, hearts, fruit, a
 house, a tree, a car, a pizza, a rocket, a guitar, a penguin and the faces of animals are recognised: some thirty of 48
 prompts that were written before the training. Many rarer objects are coloured shapes of about the right outline, and a
 banana, a snowman, a clock and a piano are not yet what they should be; fine detail and relations between objects are
