@@ -58,11 +58,19 @@ def test_a_prompt_becomes_a_picture(tmp_path, monkeypatch):
     assert colour.argmax() == 0  # a red apple
 
 
-@pytest.mark.xfail(reason="40 steps of the attention layers at a rate of 3e-3 leave the background white")
+def background(grid: np.ndarray, tile: int) -> np.ndarray:
+    """The mean colour of the corners of a grid's images, which are `tile` pixels wide."""
+    height, width = grid.shape[0] // tile, grid.shape[1] // tile
+    images = grid.reshape(height, tile, width, tile, 3).swapaxes(1, 2).reshape(-1, tile, tile, 3)
+    edge = np.r_[: tile // 10, tile - tile // 10 : tile]
+    return images[:, edge][:, :, edge].mean(axis=(0, 1, 2))
+
+
 def test_a_style_is_learned(tmp_path, monkeypatch):
-    """With the adapter the background is as blue as that of the data, on which it was white before."""
+    """With the adapter the background, white before, is near the blue of the data."""
     pictures = shown_pictures(execute(ROOT / "notebooks" / "finetune_a_style.ipynb", tmp_path, monkeypatch))
-    data, samples = pictures
-    before, after = samples[:160], samples[160:]
-    blueness = [rows[..., 2].mean() - rows[..., 0].mean() for rows in (before, after, data)]
-    assert blueness[1] > blueness[0] + 0.3 * (blueness[2] - blueness[0])
+    assert [picture.shape[:2] for picture in pictures] == [(256, 512), (320, 640)]
+    blue = background(pictures[0], 128)
+    before, after = (np.linalg.norm(background(rows, 160) - blue) for rows in np.split(pictures[1], 2))
+    print(f"distance of the background from the style's: {before:.3f} without the adapter, {after:.3f} with it")
+    assert before > 0.8 and after < before / 3
