@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 VENV := .venv
+LOWEST_VENV := .venv-lowest
 BIN := $(VENV)/bin
 OUTPUT_DIR ?= outputs
 DATASET_DIR ?= data/emoji
@@ -21,11 +22,11 @@ endif
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := setup
-.PHONY: help setup venv demo test style quality docs dataset dist clean
+.PHONY: help setup venv demo test test-lowest style quality docs dataset dist clean
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' \
-		| awk -F'|' '{ printf "  make %-9s  %s\n", $$1, $$2 }'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' \
+		| awk -F'|' '{ printf "  make %-11s  %s\n", $$1, $$2 }'
 	@echo
 	@echo '  make demo PROMPT="a red apple"      your own prompt (in single quotes if it has a dollar sign)'
 	@echo '  make test PYTEST_ARGS="-k scheduler"  part of the tests'
@@ -40,6 +41,9 @@ demo: $(VENV)/.installed ## write outputs/demo.png with the cascade that ships w
 
 test: $(VENV)/.installed ## run the test suite
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
+
+test-lowest: $(LOWEST_VENV)/.installed ## run the test suite on the lower bounds of setup.cfg, in .venv-lowest
+	$(LOWEST_VENV)/bin/python -m pytest -n logical --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
 
 style: $(VENV)/.quality ## format the code, fix what ruff can fix
 	$(BIN)/ruff check --fix $(SOURCES)
@@ -68,19 +72,28 @@ dist: $(VENV)/.dist ## build the wheels and the source distribution in dist/, an
 	$(BIN)/python -m twine check --strict dist/*
 	$(BIN)/python scripts/check_dist.py dist
 
+<<<<<<< HEAD
 clean: ## remove .venv, outputs, build products and caches
 	rm -rf $(VENV) outputs build dist site src/*.egg-info packages/emoji/build packages/emoji/*.egg-info
+=======
+clean: ## remove .venv, .venv-lowest, outputs, build products and caches
+	rm -rf $(VENV) $(LOWEST_VENV) outputs build dist src/*.egg-info packages/emoji/build packages/emoji/*.egg-info
+>>>>>>> bounds
 	rm -rf .pytest_cache .mypy_cache .ruff_cache
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
+$(VENV)/.installed: CONSTRAINTS := constraints.txt
+$(VENV)/.installed: constraints.txt
+$(LOWEST_VENV)/.installed: CONSTRAINTS := constraints-lowest.txt
+$(LOWEST_VENV)/.installed: constraints-lowest.txt
+$(VENV)/.installed $(LOWEST_VENV)/.installed: setup.cfg pyproject.toml
 	@command -v "$(PYTHON)" >/dev/null || { \
 		echo "$(PYTHON) was not found: install Python 3.10 or newer, or name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 		echo "$(PYTHON) is $$("$(PYTHON)" --version 2>&1), and Python 3.10 or newer is needed: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; exit 1; }
-	@"$(PYTHON)" -m venv $(VENV) || { \
+	@"$(PYTHON)" -m venv $(@D) || { \
 		echo "$(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
-	$(BIN)/python -m pip install -c constraints.txt -e ".[test]"
+	$(@D)/bin/python -m pip install -c $(CONSTRAINTS) -e ".[test]"
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.installed mkdocs.yml

@@ -7,6 +7,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from diffusers_imagen.utils import shipped
 
@@ -25,6 +28,22 @@ def index_page():
 def checks():
     """scripts/check_dist.py, by its path."""
     return runpy.run_path(str(ROOT / "scripts" / "check_dist.py"))
+
+
+def lower_bounds(settings: configparser.ConfigParser, extra: str) -> dict[str, Version]:
+    """Return the lower bound of each package of an extra, of the extras that it names, and of the package itself."""
+    bounds, extras, lines = {}, [extra], settings["options"]["install_requires"].splitlines()
+    while extras:
+        lines += settings["options.extras_require"][extras.pop()].splitlines()
+        while lines:
+            if (line := lines.pop().strip()) and not line.startswith("#"):
+                requirement = Requirement(line)
+                if requirement.name == "diffusers-imagen":
+                    extras += requirement.extras
+                else:
+                    (bound,) = (part.version for part in requirement.specifier if part.operator == ">=")
+                    bounds[canonicalize_name(requirement.name)] = Version(bound)
+    return bounds
 
 
 def read_setup(folder: Path) -> configparser.ConfigParser:
@@ -83,6 +102,16 @@ def test_extras_and_commands():
     )
     assert settings["options.package_data"]["diffusers_imagen"] == "py.typed"
     assert all((ROOT / name).is_file() for name in settings["metadata"]["license_files"].split())
+
+
+def test_the_lowest_constraints_are_the_lower_bounds():
+    bounds = lower_bounds(read_setup(ROOT), "test")
+    assert {"diffusers", "peft", "shtab", "pytest"} <= set(bounds)
+    lines = (ROOT / "constraints-lowest.txt").read_text(encoding="utf-8").splitlines()
+    pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
+    pinned = {name: Version(version) for name, version in pinned.items()}
+    assert pinned.pop("torch") > bounds.pop("torch")  # no build for CPUs of the bound is to be had: see setup.cfg
+    assert pinned == bounds
 
 
 def test_lines_that_name_an_extra_name_one_that_there_is():
