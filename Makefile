@@ -72,13 +72,8 @@ dist: $(VENV)/.dist ## build the wheels and the source distribution in dist/, an
 	$(BIN)/python -m twine check --strict dist/*
 	$(BIN)/python scripts/check_dist.py dist
 
-<<<<<<< HEAD
-clean: ## remove .venv, outputs, build products and caches
-	rm -rf $(VENV) outputs build dist site src/*.egg-info packages/emoji/build packages/emoji/*.egg-info
-=======
 clean: ## remove .venv, .venv-lowest, outputs, build products and caches
-	rm -rf $(VENV) $(LOWEST_VENV) outputs build dist src/*.egg-info packages/emoji/build packages/emoji/*.egg-info
->>>>>>> bounds
+	rm -rf $(VENV) $(LOWEST_VENV) outputs build dist site src/*.egg-info packages/emoji/build packages/emoji/*.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 

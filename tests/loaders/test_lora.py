@@ -244,7 +244,10 @@ def test_bad_arguments_of_the_other_methods(cascade, tmp_path):
         (lambda: cascade.load_lora_weights("a", metadata=[1]), "`metadata` is a list"),
         (lambda: cascade.save_lora_adapter(tmp_path, "other"), "`adapter_name` is 'other', but the adapters"),
         (lambda: cascade.save_lora_weights(tmp_path), "pass the weights as `unet_lora_layers`"),
-        (lambda: cascade.save_lora_weights(tmp_path, transformer_lora_layers={}), "`transformer_lora_layers` is unknown"),
+        (
+            lambda: cascade.save_lora_weights(tmp_path, transformer_lora_layers={}),
+            "`transformer_lora_layers` is unknown",
+        ),
     ):
         with pytest.raises(ValueError) as error:
             call()

@@ -98,7 +98,9 @@ def test_damage_is_found(cache, encoder, tmp_path):
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    assert EmbeddingCache(tmp_path / "cache").verify() == [f"{path.name} has a different checksum than in manifest.json"]
+    assert EmbeddingCache(tmp_path / "cache").verify() == [
+        f"{path.name} has a different checksum than in manifest.json"
+    ]
     path.write_bytes(data[:-10])
     with pytest.raises(ValueError, match=rf"{path.name} has {len(data) - 10} bytes, not {len(data)}; run cache-emb"):
         EmbeddingCache(tmp_path / "cache")

@@ -118,9 +118,7 @@ def load_where_it_is(what: str, name: str, subfolder: str, options: dict[str, An
         except Exception as error:  # whatever a configuration or a file of weights makes of itself
             reference = None if os.path.isdir(name) else find_reference(name, subfolder, **hub)
             if reference is None:
-                raise ValueError(
-                    f"{what}, whose encoder cannot be loaded: {describe_fault(error)}"
-                ) from error
+                raise ValueError(f"{what}, whose encoder cannot be loaded: {describe_fault(error)}") from error
         else:
             mismatched = (str(entry[0]) for entry in info["mismatched_keys"])
             refuse_random_weights(f"{what}, whose text encoder", [*info["missing_keys"], *mismatched])
