@@ -88,7 +88,7 @@ def test_the_list_of_commands_has_a_line_for_each(run):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["genrate", "a"], "there is no command 'generat': did you mean generate? (see diffusers-imagen --help)"),
+        (["generates", "a"], "there is no command 'generates': did you mean generate? (see diffusers-imagen --help)"),
         (["cache_embeddings"], "there is no command 'cache_embeddings': did you mean cache-embeddings?"),
         (["x"], f"there is no command 'x': the commands are {', '.join(COMMANDS)}"[:450]),
         (["--nothing", "x"], "there is no command 'x'"),
