@@ -6,9 +6,10 @@ import pytest
 import torch
 from diffusers import AutoPipelineForText2Image, DiffusionPipeline, EDMDPMSolverMultistepScheduler, EDMEulerScheduler
 from nemo_archives import check_samples, read_case
+from networks import randomize
 from PIL import Image
 
-from diffusers_imagen import EDMAdamsScheduler, EDMHeunScheduler, ImagenCascadePipeline
+from diffusers_imagen import EDMAdamsScheduler, EDMHeunScheduler, EfficientUNetModel, ImagenCascadePipeline
 from diffusers_imagen.conversion import load_nemo_unet
 
 
@@ -362,3 +363,16 @@ def test_a_tokenizer_without_length_is_refused(cascade):
     cascade.tokenizer.model_max_length = int(1e30)
     with pytest.raises(ValueError, match="`tokenizer.model_max_length` is not set"):
         run(cascade)
+
+
+def test_a_prompt_is_taken_where_the_stage_that_runs_reads_no_text(cascade, monkeypatch):
+    config = {**cascade.sr256_unet.config, "encoder_hid_dim": None, "attention_types": (None, None)}
+    cascade.sr256_unet = randomize(EfficientUNetModel.from_config(config))
+    small = PICTURE[..., ::2, ::2]
+    without = run(cascade, prompt=None, image=small, output_type="pt").images
+    monkeypatch.setattr(cascade.text_encoder, "forward", None)  # nothing is encoded
+    torch.testing.assert_close(run(cascade, image=small, output_type="pt").images, without, atol=0, rtol=0)
+    two = run(cascade, prompt=["a red apple", "a blue fish"], image=small, output_type="pt").images
+    assert len(two) == 2
+    with pytest.raises(ValueError, match="`prompt` is 3"):
+        run(cascade, prompt=3, image=small)

@@ -93,10 +93,12 @@ class Prompts:
             for name in ("prompt", "negative_prompt")
         ]
         if stages is not None and not any(stage.reads_text for stage in stages):
-            for name, *values in texts:
-                if any(value is not None for value in values):
-                    raise ValueError(f"`{name}` was given, but no stage of this pipeline reads text.")
-            return
+            given = [name for name, *values in texts if any(value is not None for value in values)]
+            if given and source is None:
+                raise ValueError(f"`{given[0]}` was given, but no stage of this pipeline reads text.")
+            # a cascade takes the prompt of an image that it upsamples, even if that stage reads no text
+            if not given:
+                return
         check_exactly_one(prompt=self.prompt, prompt_embeds=self.prompt_embeds)
         if self.negative_prompt is not None and self.negative_prompt_embeds is not None:
             raise ValueError("Only one of `negative_prompt` and `negative_prompt_embeds` can be given.")

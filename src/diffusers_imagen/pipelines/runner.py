@@ -82,6 +82,8 @@ class Runner:
 
     def encode_text(self) -> PromptEmbeds:
         """The text of all images, by the pipeline's `encode_prompt`."""
+        if not any(stage.reads_text for stage in self.stages):
+            return PromptEmbeds(None, None, None, None)
         text = self.arguments.text
         number = self.arguments.num_images_per_prompt
         embeds, mask, negative_embeds, negative_mask = self.pipe.encode_prompt(
