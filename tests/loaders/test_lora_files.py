@@ -81,7 +81,7 @@ def test_damaged_files_are_refused_by_name(tmp_path):
 @pytest.mark.parametrize("text", ["[]", "", "{", "null", "\x00"])
 def test_a_folder_of_peft_needs_its_configuration(tmp_path, text):
     save_file(WEIGHTS, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match="has no adapter_config.json beside it"):
+    with pytest.raises(ValueError, match="has no adapter_config.json next to it"):
         read(tmp_path)
     assert read(tmp_path, metadata={"r": 2})[1] == {"r": 2}
     (tmp_path / "adapter_config.json").write_text(text)
@@ -122,7 +122,7 @@ def test_what_is_no_place_is_refused_without_a_network(source, monkeypatch):
 
 def test_a_pipe_is_no_file(tmp_path):
     os.mkfifo(tmp_path / "pipe.safetensors")
-    with pytest.raises(ValueError, match="which is no"):
+    with pytest.raises(ValueError, match="which is neither a file"):
         read(tmp_path / "pipe.safetensors")
     with pytest.raises(ValueError, match="has no file of LoRA weights"):
         read(tmp_path)
