@@ -18,6 +18,7 @@ os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
+
 @pytest.fixture(autouse=True)
 def restored_precision():
     """Undo what a test that trains with `allow_tf32` leaves: on some CPUs it rounds the products of later tests too."""
