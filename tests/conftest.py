@@ -23,6 +23,8 @@ os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 def restored_precision():
     """Undo what a test that trains with `allow_tf32` leaves: on some CPUs it rounds the products of later tests too."""
     before = torch.get_float32_matmul_precision()
+    if torch.get_num_threads() != 1:  # as an earlier test left it
+        torch.set_num_threads(1)
     yield
     if torch.get_float32_matmul_precision() != before:
         torch.set_float32_matmul_precision(before)
