@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
+from diffusers_imagen.diffusion.augmentation import upsample_low_res
 from diffusers_imagen.training import TrainingConfig
 from diffusers_imagen.training.data import make_train_batches
 from diffusers_imagen.training.data.pyramid import MARGIN
 from diffusers_imagen.training.data.sources import open_rows
+from diffusers_imagen.training.objective.losses import Conditioning, denoising_loss
+from diffusers_imagen.training.objective.objectives import make_objective
+from diffusers_imagen.training.objective.step_draws import StepDraws
 
 
 NUMBER, SIDE, SMALL = 6, 32, 8
@@ -54,7 +59,9 @@ def folder(request, tmp_path) -> str:
 
 def make_config(folder: str, **kwargs) -> TrainingConfig:
     given = {"resolution": SIDE, "low_resolution": SMALL, "low_resolution_column": "low", "train_batch_size": 40}
-    return TrainingConfig(preset="emoji_sr_256", train_data_dir=folder, **{**given, **kwargs})
+    return TrainingConfig(
+        preset="emoji_sr_256", train_data_dir=folder, noise_conditioning_augmentation=0, **{**given, **kwargs}
+    )
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
@@ -77,6 +84,39 @@ def test_crops_are_of_the_same_place(folder, in_memory):
     inner = low_res[..., MARGIN:-MARGIN, MARGIN:-MARGIN]
     assert torch.equal(images[..., ::4, ::4], inner)  # both count their pixels on the grid of the picture
     assert len({tuple(image[:, 0, 0].tolist()) for image in images}) > 10
+
+
+@pytest.mark.parametrize("crop, low_resolution", [(4, 8), (8, 16), (16, 8)])
+def test_a_network_gets_the_crop_of_the_upsampled_image(folder, crop, low_resolution):
+    """Crops too that their margin makes as large as their image, or larger."""
+    config = make_config(
+        folder, crop_size=crop, low_resolution=low_resolution, low_resolution_column=None, train_batch_size=6
+    )
+    whole = next(make_train_batches(replace(config, crop_size=None, train_batch_size=60)))
+    upsampled = upsample_low_res(whole.low_res, (SIDE, SIDE))
+    batch, seen = next(make_train_batches(config)), []
+
+    class Network(torch.nn.Module):
+        def forward(self, sample, timestep, text, mask, low_res, *rest, **options):
+            seen.append(low_res)
+            return (sample,)
+
+    objective = make_objective(config)
+    draws = StepDraws(objective, 0)
+    draws.begin(0, 0, 6)
+    denoising_loss(Network(), batch, draws(0, batch), objective, config, Conditioning(low_res_margin=MARGIN))
+    assert seen[0].shape == (6, 3, crop, crop)
+    for image, low_res in zip(batch.images, seen[0]):
+        places = [
+            (i, top, left)
+            for i in range(len(whole.images))
+            for top in range(0, SIDE - crop + 1, config.factor)
+            for left in range(0, SIDE - crop + 1, config.factor)
+            if torch.equal(whole.images[i, :, top : top + crop, left : left + crop], image)
+        ]
+        i, top, left = places[0]
+        expected = upsampled[i, :, top : top + crop, left : left + crop]
+        torch.testing.assert_close(low_res, expected, atol=2e-5, rtol=0)
 
 
 def test_flips_turn_both(folder):

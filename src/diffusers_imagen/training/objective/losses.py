@@ -103,7 +103,8 @@ def denoising_loss(
     """
     example = objective.example(conditioning.space(batch).encode(batch.images), draws.noise, draws.log_snr)
     low_res, low_res_timestep = augment(batch.low_res, draws, config, conditioning.low_res_augmentation)
-    if low_res is not None and low_res.shape[-1] < batch.images.shape[-1] and conditioning.low_res_margin:
+    # "discrete" ones were upsampled by `to_device`
+    if low_res is not None and conditioning.low_res_margin and conditioning.low_res_augmentation == "edm":
         height, width = batch.images.shape[-2:]
         low_res = conditioning.upsample(low_res, (height, width))
     output = unet(
