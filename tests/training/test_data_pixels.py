@@ -269,3 +269,21 @@ def test_an_upright_picture_has_enough_pixels_both_ways():
     exif[0x0112] = 6  # a quarter turn
     image = read_fitting(jpeg(800, 300, exif=exif), (64, 32))
     assert image.size == (150, 400)
+
+
+def test_a_picture_that_is_open_stays_open():
+    image = Image.open(io.BytesIO(jpeg(512, 400)))
+    assert read_fitting(image, (32, 32), min_resolution=400).size == (512, 400)
+    assert image.getpixel((0, 0)) == read_image(image).getpixel((0, 0))
+    with pytest.raises(BadImage, match="512x400 is below `min_resolution` 401"):
+        read_fitting(image, (32, 32), min_resolution=401)
+
+
+def test_a_stream_is_read_once(tmp_path, monkeypatch):
+    path = tmp_path / "a.jpg"
+    path.write_bytes(jpeg(512, 400))
+    opened = []
+    monkeypatch.setattr("fsspec.open", lambda name, mode: opened.append(name) or open(path, mode))
+    cell = {"bytes": None, "path": "hf://datasets/me/set@main/a.jpg"}
+    assert read_fitting(cell, (32, 32), "me/set", min_resolution=400).size == (128, 100)
+    assert len(opened) == 1

@@ -27,14 +27,12 @@ class BadImage(ValueError):
     """Raised for an image that cannot be used; the message has the reason."""
 
 
-def read_image(source: PictureSource, background: str = "white", at_least: int | None = None) -> Image.Image:
+def read_image(source: PictureSource, background: str = "white") -> Image.Image:
     """A picture, upright, as RGB.
 
     Args:
         source (`str`, `os.PathLike`, `bytes` or `PIL.Image.Image`): A file, the bytes of one, or a picture of any mode.
         background (`str`): Colour behind what is transparent.
-        at_least (`int`, *optional*): Pixels of height and width that suffice. A JPEG file of twice as many or more is
-            decoded at 1/2, 1/4 or 1/8 of its size, which takes a fraction of the time.
 
     Raises:
         BadImage: If it cannot be read completely, or has invalid values.
@@ -42,8 +40,6 @@ def read_image(source: PictureSource, background: str = "white", at_least: int |
     if isinstance(source, Image.Image):
         return _decode(source, background)
     with open_image(source) as image:
-        if at_least is not None:
-            image.draft(None, (at_least, at_least))  # of formats other than JPEG it changes nothing
         return _decode(image, background)
 
 

@@ -21,19 +21,18 @@ STREAMED = r"(?:(?:zip|tar|gzip|bz2|xz|zstd|lz4)://(?:(?!::).)*::)*(?:hf://datas
 OVERSAMPLING = 2
 
 
-def read_image(value: Any, folder: str = "", background: str = "white", at_least: int | None = None) -> Image.Image:
+def read_image(value: Any, folder: str = "", background: str = "white") -> Image.Image:
     """The image of a data set's cell, upright, as RGB.
 
     Args:
         value (`str`, `bytes`, `dict` or `PIL.Image.Image`): A path, bytes of a file, or what `datasets` makes of them.
         folder (`str`): Where relative paths begin, and which paths must not leave; without it any path will do.
         background (`str`): Colour behind transparent images.
-        at_least (`int`, *optional*): As `utils.images.read_image`.
 
     Raises:
         BadImage: If it cannot be read to the end, or the cell names what is no file of the data set.
     """
-    return pictures.read_image(find_source(value, folder), background, at_least)
+    return pictures.read_image(find_source(value, folder), background)
 
 
 def open_image(value: Any, folder: str = "") -> Image.Image:
@@ -122,15 +121,22 @@ def fit_image(
 def read_fitting(
     value: Any, size: tuple[int, int], folder: str = "", background: str = "white", min_resolution: int | None = None
 ) -> Image.Image:
-    """As `read_image`, with as many pixels as `fit_image` needs for that height and width.
+    """Read an image like `read_image`, with at least the pixels that `fit_image` needs for that height and width.
+
+    A JPEG file with more than twice as many is decoded at 1/2, 1/4 or 1/8 of its size, in a fraction of the time.
 
     Raises:
-        BadImage: As `read_image`, and for one whose height or width is below `min_resolution`.
+        BadImage: As `read_image`, and for an image whose height or width is below `min_resolution`.
     """
-    if min_resolution is not None:
-        with open_image(value, folder) as image:
-            check_size(image, min_resolution)
-    return read_image(value, folder, background, OVERSAMPLING * max(size))
+    source = find_source(value, folder)  # once: a stream is read for it
+    if isinstance(source, Image.Image):
+        check_size(source, min_resolution)
+        return pictures.read_image(source, background)
+    with pictures.open_image(source) as image:
+        check_size(image, min_resolution)
+        enough = OVERSAMPLING * max(size)
+        image.draft(None, (enough, enough))  # changes nothing for formats other than JPEG
+        return pictures.read_image(image, background)
 
 
 def check_size(image: Image.Image, min_resolution: int | None) -> None:
