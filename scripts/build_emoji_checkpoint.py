@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import yaml
+from demo import PROMPTS as SHOWN
 from transformers import AutoModel, AutoTokenizer
 
 from diffusers_imagen import EDMAdamsScheduler, EfficientUNetModel, ImagenCascadePipeline, ImagenUNetModel
@@ -38,14 +39,6 @@ SR_NOISE_LEVEL = 0.002
 RESIDUAL_SIGMA_MAX, SR_STEPS = 5.0, 4
 
 PICTURES = "pictures"  # folder of the checkpoint
-SHOWN = (
-    "a 3d render of a tiger face",
-    "a noto emoji of a red apple",
-    "a flat illustration of a house",
-    "a 3d render of a grinning face",
-    "a hamburger",
-    "a red automobile",
-)
 COLUMNS = 3
 MARK = "<!-- pictures -->"  # before and after those of the card
 

@@ -2,7 +2,6 @@
 
 import ast
 import graphlib
-import importlib.util
 import shutil
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from script_modules import script_module
 
 
 ROOT = Path(__file__).parents[1]
@@ -45,11 +45,8 @@ def page() -> str:
 
 @pytest.fixture(scope="module")
 def writer():
-    """scripts/write_structure.py, by its path."""
-    spec = importlib.util.spec_from_file_location("write_structure", ROOT / "scripts" / "write_structure.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with script_module("write_structure") as module:
+        yield module
 
 
 def imports_of(path: Path) -> set[Path]:

@@ -1,11 +1,12 @@
 """Every setting of a training run is told to its users: a new one has to be listed."""
 
-import importlib.util
+from collections.abc import Iterator
 from dataclasses import fields, make_dataclass
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from script_modules import script_module
 
 from diffusers_imagen.training import DreamBoothTrainingConfig, LoraTrainingConfig, TrainingConfig
 from diffusers_imagen.training.data import DataConfig
@@ -23,12 +24,9 @@ def page() -> str:
 
 
 @pytest.fixture(scope="module")
-def writer() -> ModuleType:
-    path = ROOT / "scripts" / "write_training_flags.py"
-    spec = importlib.util.spec_from_file_location("write_training_flags", path)
-    writer = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(writer)
-    return writer
+def writer() -> Iterator[ModuleType]:
+    with script_module("write_training_flags") as module:
+        yield module
 
 
 @pytest.mark.parametrize("settings", SETTINGS)

@@ -1,20 +1,18 @@
 """The English of the pages, by scripts/check_prose.py, and their links."""
 
-import importlib.util
 import re
+from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
 from doc_blocks import BLOCK, ROOT, pages
+from script_modules import script_module
 
 
 @pytest.fixture(scope="module")
-def checker() -> ModuleType:
-    path = ROOT / "scripts" / "check_prose.py"
-    spec = importlib.util.spec_from_file_location("check_prose", path)
-    checker = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(checker)
-    return checker
+def checker() -> Iterator[ModuleType]:
+    with script_module("check_prose") as module:
+        yield module
 
 
 def test_the_pages_are_in_plain_english(checker):

@@ -1,14 +1,11 @@
-import importlib
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from script_modules import script_module
 
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
-NAMES = ("benchmark", "benchmark_kernels", "benchmark_measures", "benchmark_pipelines", "benchmark_unet")
 TINY = (
     "sample_size=8 block_out_channels=(8,16) layers_per_block=1 attention_resolutions=(4,) attention_head_dim=8 "
     "encoder_hid_dim=16 cross_attention_dim=8 norm_num_groups=4 time_embedding_dim=16"
@@ -17,13 +14,8 @@ TINY = (
 
 @pytest.fixture(scope="module")
 def benchmark():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SCRIPTS))
-        for name in NAMES:
-            patch.delitem(sys.modules, name, raising=False)
-        yield importlib.import_module("benchmark")
-        for name in NAMES:
-            sys.modules.pop(name, None)
+    with script_module("benchmark") as module:
+        yield module
 
 
 @pytest.fixture

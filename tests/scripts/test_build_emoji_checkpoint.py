@@ -1,11 +1,11 @@
 """The pictures on the card of the shipped cascade."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 import yaml
 from PIL import Image
+from script_modules import script_module
 
 
 ROOT = Path(__file__).parents[2]
@@ -13,11 +13,8 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def script():
-    path = ROOT / "scripts" / "build_emoji_checkpoint.py"
-    spec = importlib.util.spec_from_file_location("build_emoji_checkpoint", path)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script
+    with script_module("build_emoji_checkpoint") as module:
+        yield module
 
 
 def test_the_card_shows_the_pictures_that_are_drawn(script, cascade, tmp_path, monkeypatch):

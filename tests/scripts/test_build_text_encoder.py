@@ -1,9 +1,8 @@
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from script_modules import script_module
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
 
@@ -16,13 +15,7 @@ TEXTS = ["a round zebra", "reddish", "red apples!"]
 
 @pytest.fixture(scope="module")
 def builder():
-    """The script by path. It imports its neighbour, as Python lets it when it is run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SCRIPTS))
-        spec = importlib.util.spec_from_file_location("build_text_encoder", SCRIPTS / "build_text_encoder.py")
-        module = importlib.util.module_from_spec(spec)
-        patch.setitem(sys.modules, "build_text_encoder", module)
-        spec.loader.exec_module(module)
+    with script_module("build_text_encoder") as module:
         yield module
 
 

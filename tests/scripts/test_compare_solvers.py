@@ -1,26 +1,16 @@
-import importlib
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DDIMScheduler
-
-
-SCRIPTS = Path(__file__).parents[2] / "scripts"
-NAMES = ("compare_solvers", "deepfloyd_solvers", "small_deepfloyd")
+from script_modules import script_module
 
 
 @pytest.fixture(scope="module")
 def solvers():
     """The script's part on DeepFloyd IF's kind, which imports its neighbour."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SCRIPTS))
-        for name in NAMES:
-            patch.delitem(sys.modules, name, raising=False)
-        yield importlib.import_module("deepfloyd_solvers")
-        for name in NAMES:
-            sys.modules.pop(name, None)
+    with script_module("deepfloyd_solvers") as module:
+        yield module
 
 
 def ideal(solvers, std=0.4):

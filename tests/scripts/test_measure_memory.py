@@ -1,24 +1,13 @@
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from script_modules import script_module
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import T5Config, T5EncoderModel
 
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "measure_memory.py"
-
-
 @pytest.fixture(scope="module")
 def script():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(SCRIPT.parent)
-        spec = importlib.util.spec_from_file_location("measure_memory", SCRIPT)
-        module = importlib.util.module_from_spec(spec)
-        patch.setitem(sys.modules, "measure_memory", module)
-        spec.loader.exec_module(module)
+    with script_module("measure_memory") as module:
         yield module
 
 

@@ -1,7 +1,6 @@
 import importlib
 import io
 import json
-import sys
 import tarfile
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ import tiny_runs
 import torch
 from PIL import Image
 from safetensors.torch import load, load_file, save_file
+from script_modules import SCRIPTS, script_module
 from text_sources import FunctionSource
 
 from diffusers_imagen.training import TrainingConfig
@@ -24,7 +24,6 @@ from diffusers_imagen.training.data.sources import open_rows
 from diffusers_imagen.training.interruption import TrainingInterrupted
 
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 NAMES = ("train_emoji_cascade", "emoji_pack", "emoji_parcel", "emoji_plan")
 SIDE = 64
 
@@ -32,13 +31,8 @@ SIDE = 64
 @pytest.fixture(scope="module")
 def scripts():
     """The script and its neighbours, by name."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SCRIPTS))
-        for name in NAMES:
-            patch.delitem(sys.modules, name, raising=False)
+    with script_module(NAMES[0]):
         yield SimpleNamespace(**{name: importlib.import_module(name) for name in NAMES})
-        for name in NAMES:
-            sys.modules.pop(name, None)
 
 
 def draw(number: int, style: str) -> np.ndarray:

@@ -1,12 +1,12 @@
 """Flags of diffusers' training scripts: epochs, revisions, filters of images, samples of a prompt, and those that are refused."""
 
-import importlib.util
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from script_modules import script_module
 from tiny_runs import encode, make_unet, metrics
 
 from diffusers_imagen.training import DreamBoothTrainingConfig, Trainer, TrainingConfig, parse_args, train
@@ -141,9 +141,8 @@ def test_a_file_of_settings_is_told_the_same(tmp_path):
 
 
 def test_what_the_page_says_of_diffusers_flags_is_all_of_them():
-    spec = importlib.util.spec_from_file_location("write_training_flags", ROOT / "scripts" / "write_training_flags.py")
-    writer = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(writer)
+    with script_module("write_training_flags") as writer:
+        listed = writer.DIFFUSERS
     names = DreamBoothTrainingConfig.__dataclass_fields__
-    assert [name for name in writer.DIFFUSERS if name not in names] == []
+    assert [name for name in listed if name not in names] == []
     assert [name for name in ELSEWHERE if name in names] == []
