@@ -15,6 +15,8 @@ import io
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +27,14 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from diffusers_imagen import ImagenCascadePipeline
+from diffusers_imagen.commands.common import MAX_IMAGES, MAX_SEED, MAX_SIZE
+from diffusers_imagen.commands.model_arguments import load_cascade
+from diffusers_imagen.commands.parser import Parser, check_numbers
 from diffusers_imagen.training.data.pixels import fit_image, read_image
+from diffusers_imagen.utils.bounds import MAX_STEPS
 from diffusers_imagen.utils.errors import run_to_exit_code
 from diffusers_imagen.utils.files import check_writable, whole_folder
+from diffusers_imagen.utils.shipped import find_source
 
 
 ROWS_IN_A_GROUP = 256
@@ -35,30 +42,48 @@ STRENGTHS = (0.2, 0.3, 0.4)  # of image-to-image: starts at noise levels of 0.2,
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--pretrained_model_name_or_path", type=Path, required=True, help="a cascade")
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pretrained_model_name_or_path", required=True, help="a cascade: folder or Hub id")
     parser.add_argument("--train_data_dir", type=Path, required=True, help="folder with a metadata.jsonl")
     parser.add_argument("--styles", nargs="+", help="keep rows of these styles only")
     parser.add_argument("--train_split", default="train", help="split whose rows are regenerated")
-    parser.add_argument("--resolution", type=int, default=256)
-    parser.add_argument("--num_drawn", type=int, default=3000, help="number of regenerated images")
-    parser.add_argument("--num_inference_steps", type=int, default=10)
-    parser.add_argument("--batch_size", type=int, default=30)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_number("--resolution", int, 1, MAX_SIZE, default=256)
+    parser.add_number("--num_drawn", int, 0, 10**9, default=3000, help="number of regenerated images")
+    parser.add_number(
+        "--num_inference_steps", int, 5, MAX_STEPS, default=10, help="at least 5, of which 1 to 4 in 10 run"
+    )
+    parser.add_number("--batch_size", int, 1, MAX_IMAGES, default=30)
+    parser.add_number("--seed", int, 0, MAX_SEED, default=0)
     parser.add_argument("--output_dir", type=Path, required=True)
     args = parser.parse_args()
-    check_writable(args.output_dir, "output_dir")
+    check_numbers(args)
     if args.output_dir.exists():
         raise ValueError(f"`output_dir` is '{args.output_dir}', which exists already.")
-    if not (args.train_data_dir / "metadata.jsonl").is_file():
-        raise ValueError(f"`train_data_dir` is '{args.train_data_dir}', which has no metadata.jsonl.")
+    check_writable(args.output_dir, "output_dir")
     return args
 
 
 def read_rows(args: argparse.Namespace) -> list[dict]:
-    with open(args.train_data_dir / "metadata.jsonl", encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    return [row for row in rows if args.styles is None or row["style"] in args.styles]
+    """The rows of the data set, in the chosen styles; ValueError if there are none to regenerate."""
+    path = args.train_data_dir / "metadata.jsonl"
+    if not path.is_file():
+        raise ValueError(f"`train_data_dir` is '{args.train_data_dir}', which has no metadata.jsonl.")
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lacking = next((name for name in ("file_name", "text") if any(name not in row for row in rows)), None)
+    if lacking is not None:
+        raise ValueError(
+            f"`train_data_dir` is '{args.train_data_dir}', whose metadata.jsonl has rows without {lacking!r}."
+        )
+    rows = [row for row in rows if args.styles is None or row.get("style") in args.styles]
+    if not any(is_drawn(args, row) for row in rows):
+        of_styles = "" if args.styles is None else f" of `styles` {args.styles}"
+        raise ValueError(f"`train_split` is {args.train_split!r}, which has no rows{of_styles}.")
+    return rows
+
+
+def is_drawn(args: argparse.Namespace, row: dict) -> bool:
+    """Whether a row is of the split that is regenerated, or there are no splits."""
+    return row.get("split", args.train_split) == args.train_split
 
 
 def png(pixels: np.ndarray) -> dict:
@@ -68,14 +93,22 @@ def png(pixels: np.ndarray) -> dict:
     return {"bytes": file.getvalue(), "path": None}
 
 
-def pair(args: argparse.Namespace, row: dict, low_resolution: int, drawn: np.ndarray | None = None) -> dict:
-    """Return a row with its image and low-resolution image: `drawn` `(h, w, 3)` uint8, or the downsampled image."""
-    image = read_image(row["file_name"], str(args.train_data_dir), "white")
-    pixels = fit_image(image, args.resolution, args.resolution)
-    if drawn is None:
-        drawn = fit_image(Image.fromarray(pixels), low_resolution, low_resolution)
-    given = {name: row[name] for name in ("text", "label", "tags", "style", "concept", "split")}
-    return {**given, "image": png(pixels), "low_res": png(drawn)}
+def read(args: argparse.Namespace, row: dict) -> Image.Image:
+    return read_image(row["file_name"], str(args.train_data_dir), "white")
+
+
+def pair(args: argparse.Namespace, row: dict, image: Image.Image, low_res: np.ndarray) -> dict:
+    """Return a row with its image and the low-resolution image `(h, w, 3)` uint8."""
+    given = {name: value for name, value in row.items() if name != "file_name"}
+    return {**given, "image": png(fit_image(image, args.resolution, args.resolution)), "low_res": png(low_res)}
+
+
+def downsample(args: argparse.Namespace, rows: list[dict], side: int) -> Iterator[dict]:
+    """Yield rows with their downsampled images."""
+    for row in tqdm(rows, desc="Downsampling"):
+        image = read(args, row)
+        pixels = fit_image(image, args.resolution, args.resolution)
+        yield pair(args, row, image, fit_image(Image.fromarray(pixels), side, side))
 
 
 def draw(args: argparse.Namespace, rows: list[dict], pipe: ImagenCascadePipeline) -> Iterator[dict]:
@@ -86,7 +119,7 @@ def draw(args: argparse.Namespace, rows: list[dict], pipe: ImagenCascadePipeline
     pipe.set_progress_bar_config(disable=True)
     for number, start in enumerate(tqdm(range(0, len(chosen), args.batch_size), desc="Drawing")):
         some = chosen[start : start + args.batch_size]
-        images = [read_image(row["file_name"], str(args.train_data_dir), "white") for row in some]
+        images = [read(args, row) for row in some]
         drawn = pipe(
             [row["text"] for row in some],
             image=[Image.fromarray(fit_image(image, side, side)) for image in images],
@@ -96,40 +129,30 @@ def draw(args: argparse.Namespace, rows: list[dict], pipe: ImagenCascadePipeline
             output_type="pil",
             generator=[torch.Generator().manual_seed(args.seed + start + i) for i in range(len(some))],
         ).images
-        yield from (pair(args, row, side, np.asarray(image)) for row, image in zip(some, drawn))
+        yield from (pair(args, *parts) for parts in zip(some, images, map(np.asarray, drawn)))
 
 
 def write(path: Path, rows: Iterator[dict]) -> int:
     """Write rows to a Parquet file, one group at a time; return their number."""
-    writer, group, count = None, [], 0
-    for row in rows:
-        group.append(row)
-        if len(group) == ROWS_IN_A_GROUP:
-            writer, group, count = append(path, writer, group), [], count + len(group)
-    if group:
-        writer, count = append(path, writer, group), count + len(group)
-    if writer is not None:
-        writer.close()
+    count, writer = 0, None
+    with ExitStack() as stack:
+        while group := list(islice(rows, ROWS_IN_A_GROUP)):
+            table = pa.Table.from_pylist(group, None if writer is None else writer.schema)
+            writer = writer or stack.enter_context(pq.ParquetWriter(path, table.schema))
+            writer.write_table(table)
+            count += len(group)
     return count
-
-
-def append(path: Path, writer: pq.ParquetWriter | None, rows: list[dict]) -> pq.ParquetWriter:
-    table = pa.Table.from_pylist(rows)
-    writer = pq.ParquetWriter(path, table.schema) if writer is None else writer
-    writer.write_table(table.cast(writer.schema))
-    return writer
 
 
 def main() -> None:
     args = parse_args()
     rows = read_rows(args)
-    pipe = ImagenCascadePipeline.from_pretrained(args.pretrained_model_name_or_path)
+    pipe = load_cascade(str(find_source(args.pretrained_model_name_or_path)))
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     side = pipe.base_unet.resolution
     with whole_folder(args.output_dir) as folder:
-        given = (pair(args, row, side) for row in tqdm(rows, desc="Reducing"))
-        count = write(folder / "given.parquet", given)
-        drawn = write(folder / "drawn.parquet", draw(args, [r for r in rows if r["split"] == args.train_split], pipe))
+        count = write(folder / "given.parquet", downsample(args, rows, side))
+        drawn = write(folder / "drawn.parquet", draw(args, [row for row in rows if is_drawn(args, row)], pipe))
     print(
         f"{args.output_dir}: {count:,} rows with downsampled images, {drawn:,} with regenerated low-resolution images"
     )
