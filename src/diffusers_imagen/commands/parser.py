@@ -63,6 +63,11 @@ class Parser(BothSpellings):
         action = self.add_argument(flag, type=kind, **kwargs)
         self.ranges[action.dest] = Range(flag, name or flag.lstrip("-"), lowest, highest)
 
+    def leave_unread(self, run: Callable[[list[str], str], int]) -> None:
+        """Leave the arguments to `run(arguments, program)`, which has a parser of its own."""
+        self.unread = True
+        self.set_defaults(run=lambda args: run(args.arguments, self.prog))
+
     def with_flags(self, message: str) -> str:
         """A message about arguments, of which some are named as in Python, for somebody who gave them as options."""
         for action in self._actions:

@@ -11,12 +11,11 @@ On several devices: accelerate launch -m diffusers_imagen.train_dreambooth, with
 
 def add_arguments(command: Parser) -> None:
     """Leave the arguments to the parser of the configuration."""
-    command.unread = True
-    command.set_defaults(run=lambda args: train_dreambooth(args.arguments, command.prog))
+    command.leave_unread(train_dreambooth)
 
 
 def train_dreambooth(argv: list[str], program: str | None = None) -> int:
-    """Trains as flags say; `program` is what `--help` calls itself. Returns the exit code of `run_training`."""
+    """Train as flags say; `program` is what `--help` calls itself. Return the exit code of `run_training`."""
     # imports the packages of the extra `train`
     from ..training import DreamBoothTrainingConfig
     from ..training.command import run_training

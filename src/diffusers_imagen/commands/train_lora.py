@@ -12,12 +12,11 @@ On several devices: accelerate launch -m diffusers_imagen.train_lora, with the s
 
 def add_arguments(command: Parser) -> None:
     """Leave the arguments to the parser of the configuration."""
-    command.unread = True
-    command.set_defaults(run=lambda args: train_lora(args.arguments, command.prog))
+    command.leave_unread(train_lora)
 
 
 def train_lora(argv: list[str], program: str | None = None) -> int:
-    """Trains as flags say; `program` is what `--help` calls itself. Returns the exit code of `run_training`."""
+    """Train as flags say; `program` is what `--help` calls itself. Return the exit code of `run_training`."""
     require_packages("training of adapters", "train", "datasets", "peft")
     from ..training import LoraTrainingConfig
     from ..training.command import run_training
