@@ -471,7 +471,9 @@ class Networks:
             if memory_format != "channels_last":
                 unet = copy.deepcopy(self.unet)  # the layout is one of the weights
             if backend is not None:
-                unet.set_attention_backend(backend)
+                # the method sets the backend of all other networks too, which the context puts back
+                with attention_dispatch.attention_backend(backend):
+                    unet.set_attention_backend(backend)
             made = contender(unet, self.inputs, memory_format)
             if compiled is not None:
                 made.unet = compile_network(unet, compiled)

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from diffusers.models import attention_dispatch
 from networks import randomize
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
@@ -19,15 +20,11 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
 
-@pytest.fixture(autouse=True)
-def restored_precision():
-    """Undo what a test that trains with `allow_tf32` leaves: on some CPUs it rounds the products of later tests too."""
-    before = torch.get_float32_matmul_precision()
-    if torch.get_num_threads() != 1:  # as an earlier test left it
-        torch.set_num_threads(1)
-    yield
-    if torch.get_float32_matmul_precision() != before:
-        torch.set_float32_matmul_precision(before)
+@pytest.fixture
+def active_backend(monkeypatch):
+    """`set_attention_backend` sets the backend of all models: put it back after the test."""
+    registry = attention_dispatch._AttentionBackendRegistry
+    monkeypatch.setattr(registry, "_active_backend", registry._active_backend)
 
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "blue", "apple", "face", "of", "tiger"]

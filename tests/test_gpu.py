@@ -69,7 +69,7 @@ def test_half_precision_is_finite_and_near_float32(unet, dtype):
 
 
 @needs_cuda
-def test_flash_attention_is_native_attention(unet):
+def test_flash_attention_is_native_attention(unet, active_backend):
     unet.to(DEVICE, torch.float16)
     with sdpa_kernel(SDPBackend.MATH):
         expected = predict(unet, torch.float16)

@@ -140,13 +140,6 @@ def test_processors_can_be_listed_and_replaced(unet):
     assert relative_error(run(unet, inputs), expected) > 1e-3
 
 
-@pytest.fixture
-def active_backend(monkeypatch):
-    """`set_attention_backend` sets the backend of all models: puts it back after the test."""
-    registry = attention_dispatch._AttentionBackendRegistry
-    monkeypatch.setattr(registry, "_active_backend", registry._active_backend)
-
-
 @pytest.mark.attention
 def test_attention_backends_agree(unet, active_backend):
     inputs = inputs_for(unet, masked=False)

@@ -3,6 +3,7 @@ import sys
 
 import pytest
 import torch
+from diffusers.models import attention_dispatch
 from script_modules import script_module
 
 
@@ -86,6 +87,8 @@ def test_systems_with_the_same_weights_predict_the_same(unets, benchmark):
         for parameter in networks.unet.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     predictions = {case.system: case.build()() for case in networks.cases("predict")}
+    active, _ = attention_dispatch._AttentionBackendRegistry.get_active_backend()
+    assert active == attention_dispatch.AttentionBackendName.NATIVE  # with which the other systems are measured
     expected = predictions.pop("ours")
     assert set(predictions) == {"ours, contiguous", "ours, text every call", "ours, _native_math", "plain"}
     for given in predictions.values():
