@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from diffusers_imagen import EDMAdamsScheduler, EfficientUNetModel, ImagenSuperResolutionPipeline
-from diffusers_imagen.diffusion.augmentation import upsample_low_res
+from diffusers_imagen.diffusion.augmentation import upsample_before_noise, upsample_low_res
 from diffusers_imagen.diffusion.residual import SampleSpace
 from diffusers_imagen.training import TrainingConfig
 from diffusers_imagen.training.data import Batch
-from diffusers_imagen.training.objective.losses import Conditioning, denoising_loss
+from diffusers_imagen.training.objective.losses import Conditioning, denoising_loss, to_device
 from diffusers_imagen.training.objective.objectives import make_objective
 from diffusers_imagen.training.objective.step_draws import StepDraws
 from tests.helpers.networks import randomize
@@ -134,3 +134,38 @@ def test_only_super_resolution_has_residuals():
         ValueError, match="`residual_scale` is 0.25, but should be None but with `low_res_conditioning`"
     ):
         EfficientUNetModel(**CONFIG, low_res_conditioning=False)
+
+
+class DiscreteUNet(EfficientUNetModel):
+    """A network whose low-resolution image is upsampled before it gets its noise."""
+
+    @property
+    def low_res_augmentation(self):
+        return "discrete"
+
+
+@torch.no_grad()
+def test_the_upsampled_image_is_that_of_the_network(low_res):
+    unet = randomize(DiscreteUNet(**CONFIG, low_res_noise_conditioning=True))
+    pipe = ImagenSuperResolutionPipeline(unet=unet, scheduler=EDMAdamsScheduler(), tokenizer=None, text_encoder=None)
+    pipe.set_progress_bar_config(disable=True)
+    seen = []
+
+    def see(pipe, step, timestep, tensors):
+        seen.append(tensors["latents"])
+        return {"latents": torch.zeros_like(seen[-1])}
+
+    unet.forward = lambda sample, *args, **kwargs: (torch.zeros_like(sample),)
+    pipe(image=low_res, num_inference_steps=2, output_type="pt", generator=seeded(), callback_on_step_end=see)
+    # at sigma_min the image of a network of zeros is the noisy one, and the callback had put zeros in its place
+    scheduler = EDMAdamsScheduler()
+    scheduler.set_timesteps(2)
+    factor = scheduler.step(torch.zeros(1, 1), scheduler.timesteps[0], torch.full((1, 1), 80.0)).prev_sample * 0
+    upsampled = upsample_before_noise(low_res * 2 - 1, (32, 32))
+    assert factor.eq(0).all() and len(seen) == 2
+    last = scheduler.step(torch.zeros(1, 3, 32, 32), scheduler.timesteps[1], -upsampled / SCALE).prev_sample
+    torch.testing.assert_close(seen[1], upsampled + SCALE * last, atol=1e-5, rtol=0)
+    batch = to_device(
+        Batch(torch.zeros(1, 3, 32, 32), low_res, None, None), torch.device("cpu"), True, Conditioning.of(unet)
+    )
+    assert torch.equal(Conditioning.of(unet).space(batch).upsampled, upsample_before_noise(low_res, (32, 32)))

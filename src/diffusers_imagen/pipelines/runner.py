@@ -267,11 +267,17 @@ class StageRunner:
 
     def choose_space(self, image: torch.Tensor | None) -> SampleSpace:
         """The space that the network denoises in, with its low-resolution image `(B, C, h, w)`."""
-        unet = self.plan.stage.unet
-        if image is None or unet.residual_scale is None:
+        scale = self.plan.stage.unet.residual_scale
+        if image is None or scale is None:
             return SampleSpace()
-        upsampled = upsample_low_res(image, self.plan.size, unet.low_res_upsampling == "bicubic_antialias")
-        return SampleSpace(upsampled.float(), unet.residual_scale)
+        return SampleSpace(self.upsample(image).float(), scale)
+
+    def upsample(self, image: torch.Tensor) -> torch.Tensor:
+        """The low-resolution image `(B, C, h, w)` at the size of the sample, by the network's kernel."""
+        unet = self.plan.stage.unet
+        if unet.low_res_augmentation == "discrete":
+            return upsample_before_noise(image, self.plan.size)
+        return upsample_low_res(image, self.plan.size, unet.low_res_upsampling == "bicubic_antialias")
 
     def prepare_latents(self, image: torch.Tensor | None) -> Latents:
         """What the stage starts from: noise, and the low-resolution image `(B, C, h, w)` with noise of its own."""
@@ -297,7 +303,7 @@ class StageRunner:
         plan, unet, timestep = self.plan, self.plan.stage.unet, None
         sigma, discrete = plan.settings.low_res_noise_level, unet.low_res_augmentation == "discrete"
         if discrete:
-            image = upsample_before_noise(image, plan.size)
+            image = self.upsample(image)
         if unet.takes_low_res_noise_level:
             noise = randn_tensor(image.shape, self.generators, self.device, image.dtype)
             if discrete:
@@ -306,7 +312,7 @@ class StageRunner:
                 sigma_data = getattr(plan.scheduler.config, "sigma_data", 0.5)
                 image, timestep = augment_low_res(image, sigma, noise, sigma_data)
         if not discrete:  # the network would do this at every step
-            image = upsample_low_res(image, plan.size, unet.low_res_upsampling == "bicubic_antialias")
+            image = self.upsample(image)
         return image, timestep
 
     def prepare_known(self) -> "KnownPixels | None":

@@ -68,6 +68,8 @@ class Conditioning:
         """The space that the images of a batch are diffused in."""
         if self.residual_scale is None or batch.low_res is None:
             return SampleSpace()
+        if self.low_res_augmentation == "discrete":  # upsampled by `to_device`
+            return SampleSpace(batch.low_res, self.residual_scale)
         height, width = batch.images.shape[-2:]
         return SampleSpace(self.upsample(batch.low_res, (height, width)), self.residual_scale)
 
