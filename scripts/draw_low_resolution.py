@@ -33,7 +33,7 @@ from diffusers_imagen.commands.parser import Parser, check_numbers
 from diffusers_imagen.training.data.pixels import fit_image, read_image
 from diffusers_imagen.utils.bounds import MAX_STEPS
 from diffusers_imagen.utils.errors import run_to_exit_code
-from diffusers_imagen.utils.files import check_writable, whole_folder
+from diffusers_imagen.utils.files import check_new_folder, whole_folder
 from diffusers_imagen.utils.shipped import find_source
 
 
@@ -57,9 +57,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, required=True)
     args = parser.parse_args()
     check_numbers(args)
-    if args.output_dir.exists():
-        raise ValueError(f"`output_dir` is '{args.output_dir}', which exists already.")
-    check_writable(args.output_dir, "output_dir")
+    check_new_folder(args.output_dir, "output_dir")
     return args
 
 

@@ -82,7 +82,7 @@ def test_the_same_seed_draws_the_same(folder, run):
         ({"batch_size": 0}, "`batch_size` is 0, but should be from 1 to"),
         ({"train_data_dir": "cascade"}, "`train_data_dir` is 'cascade', which has no metadata.jsonl"),
         ({"pretrained_model_name_or_path": "data"}, "`model` is 'data'"),
-        ({"output_dir": "data"}, "`output_dir` is 'data', which exists already"),
+        ({"output_dir": "data"}, "`output_dir` is 'data', which is not empty"),
     ],
 )
 def test_bad_arguments_leave_nothing(folder, run, changes, message):
