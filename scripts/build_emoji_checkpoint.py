@@ -2,7 +2,8 @@
 """Puts trained stages and a text encoder together as the cascade that ships with the package.
 
     python scripts/build_emoji_checkpoint.py --base runs/base-64 --sr256 runs/sr-256 \
-        --text_encoder runs/text-encoder --dataset data/emoji --output_dir checkpoints/imagen-emoji
+        --text_encoder runs/text-encoder --dataset data/emoji --limits scripts/emoji_limits.md \
+        --output_dir checkpoints/imagen-emoji
 
 Weights are written in half precision, in files of at most 16 MiB, with a model card and the notices of the works that
 the training pictures come from. It draws pictures for the card, which
@@ -29,7 +30,7 @@ from transformers import AutoModel, AutoTokenizer
 from diffusers_imagen import EDMAdamsScheduler, EfficientUNetModel, ImagenCascadePipeline, ImagenUNetModel
 from diffusers_imagen.commands.common import slug_of
 from diffusers_imagen.utils.errors import run_to_exit_code
-from diffusers_imagen.utils.files import check_writable, whole_file, write_text
+from diffusers_imagen.utils.files import check_new_folder, whole_file, write_text
 
 
 MAX_SHARD_BYTES = 16 * 2**20 - 2**16  # a file is its tensors and a header
@@ -101,16 +102,15 @@ image (`residual_scale`). A part of its low-resolution images are redrawn by the
 (`scripts/draw_low_resolution.py`), so that it learns to remove the base stage's noise.
 
 ## Limits
-It was trained in about ten hours on two CPU cores, and it shows. Colours follow the prompt; faces, hearts, fruit, a
-house, a tree, a car, a pizza, a rocket, a guitar, a penguin and the faces of animals are recognised: some thirty of 48
-prompts that were written before the training. Many rarer objects are coloured shapes of about the right outline, and a
-banana, a snowman, a clock and a piano are not yet what they should be; fine detail and relations between objects are
-missing. It knows emoji: single objects on white. Words that no caption has work as far as the text encoder puts them
-near others.
+{limits}
 
 ## Licences
 The weights are under Apache-2.0. The pictures that they were trained on are the works listed in `LICENSES/NOTICE.txt`.
 """
+
+LIMITS = """It was trained on emoji: single objects on white. Common objects are drawn better than rare ones; fine detail and
+relations between objects are missing. Words that no caption contains work as far as their text embeddings are near those
+of words that do."""
 
 
 def parse_args() -> argparse.Namespace:
@@ -125,12 +125,20 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--dataset", type=Path, help="the emoji imagefolder, for notices and counts")
     parser.add_argument("--output_dir", type=Path)
     parser.add_argument(
+        "--limits",
+        type=Path,
+        help="text file with the card's section on limits, such as scripts/emoji_limits.md of the shipped weights",
+    )
+    parser.add_argument("--draft", action="store_true", help="draw no pictures for the card")
+    parser.add_argument(
         "--pictures_of", type=Path, help="draw the card's pictures of this checkpoint, and nothing else"
     )
     args = parser.parse_args()
-    missing = [name for name, value in vars(args).items() if value is None and name != "pictures_of"]
+    missing = [name for name, value in vars(args).items() if value is None and name not in ("pictures_of", "limits")]
     if args.pictures_of is None and missing:
         raise ValueError(f"`{missing[0]}` is not given.")
+    if args.limits is not None and not args.limits.is_file():
+        raise ValueError(f"`limits` is '{args.limits}', which is not a file.")
     return args
 
 
@@ -244,8 +252,9 @@ def write_card(args: argparse.Namespace, pipe: ImagenCascadePipeline, folder: Pa
     modules = ("text_encoder", "base_unet", "sr256_unet")
     parts = [(name, getattr(pipe, name)) for name in modules]
     card = CARD.format(
-        widget=describe_widget(),
-        pictures=describe_pictures(),
+        widget="" if args.draft else describe_widget(),
+        pictures="" if args.draft else describe_pictures(),
+        limits=LIMITS if args.limits is None else args.limits.read_text(encoding="utf-8").strip(),
         parts="\n".join(
             f"| `{name}` | {type(module).__name__} | {sum(p.numel() for p in module.parameters()) / 1e6:.1f} M |"
             for name, module in parts
@@ -289,9 +298,7 @@ def main() -> None:
         card = args.pictures_of / "README.md"
         write_text(card, show_pictures(card.read_text()))
         return
-    if args.output_dir.exists():
-        raise ValueError(f"`output_dir` is '{args.output_dir}', which exists already.")
-    check_writable(args.output_dir, "output_dir")
+    check_new_folder(args.output_dir, "output_dir")
     partial = args.output_dir.with_name(args.output_dir.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     pipe = load_cascade(args.base[-1], args.sr256[-1], args.text_encoder)
@@ -303,7 +310,8 @@ def main() -> None:
     for path in partial.rglob("*.safetensors"):
         path.chmod(0o644)
     write_notices(args.dataset, write_card(args, pipe, partial), partial)
-    draw_pictures(partial)
+    if not args.draft:
+        draw_pictures(partial)
     os.replace(partial, args.output_dir)
     sizes = [path.stat().st_size for path in args.output_dir.rglob("*") if path.is_file()]
     print(f"{args.output_dir}: {sum(sizes) / 2**20:.1f} MiB, largest file {max(sizes) / 2**20:.1f} MiB")

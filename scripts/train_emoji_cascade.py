@@ -301,13 +301,21 @@ def cache_texts(recipe: Recipe) -> None:
     )
 
 
-def build(recipe: Recipe, name: str = "imagen-emoji") -> Path:
+def build(recipe: Recipe, name: str = "imagen-emoji", *options: str) -> Path:
     """The cascade in a folder, as it ships."""
     target, dataset = recipe.folder / name, recipe.folder / "notices"
     write_metadata(recipe.folder / "data" / "emoji.parquet", dataset)
     remove(target)
     stages = {"--base": ("base_32", "base_64"), "--sr256": ("super_resolution", "refine")}
-    arguments = ["--text_encoder", str(recipe.folder / "text"), "--dataset", str(dataset), "--output_dir", str(target)]
+    arguments = [
+        "--text_encoder",
+        str(recipe.folder / "text"),
+        "--dataset",
+        str(dataset),
+        "--output_dir",
+        str(target),
+        *options,
+    ]
     for flag, names in stages.items():
         arguments += [flag, *(str(run) for stage in names for run in recipe.runs(stage))]
     run_script("build_emoji_checkpoint.py", *arguments)
@@ -319,7 +327,7 @@ def draw_pairs(recipe: Recipe) -> None:
     target, images = recipe.folder / "pairs", recipe.folder / "images"
     splits = {split: scaled(most, recipe.args.scale, least=4) for split, most in PAIRS.items()}
     unpack(recipe.folder / "data" / "emoji.parquet", images, splits)
-    cascade = build(recipe, "draft")
+    cascade = build(recipe, "draft", "--draft")
     remove(target)
     run_script(
         *("draw_low_resolution.py", "--pretrained_model_name_or_path", str(cascade), "--train_data_dir", str(images)),
