@@ -1,9 +1,11 @@
 """Pairs of images and low-resolution images for super-resolution, of which a part is drawn by a base stage."""
 
+import io
 import json
 import sys
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -71,6 +73,21 @@ def test_the_same_seed_draws_the_same(folder, run):
                for name in ("given.parquet", "drawn.parquet"))  # fmt: skip
     run(output_dir="none", num_drawn=0)
     assert [path.name for path in (folder / "none").iterdir()] == ["given.parquet"]
+
+
+def test_the_batch_size_does_not_change_what_is_drawn(folder, run):
+    """Strength and noise are those of a row: kernels that sum a batch in another order move a pixel by one at most."""
+    images = []
+    for batch_size in (1, 2, 5):
+        run(output_dir=f"of-{batch_size}", batch_size=batch_size, num_drawn=7)
+        rows = pq.read_table(folder / f"of-{batch_size}" / "drawn.parquet").to_pylist()
+        assert len(rows) == 7
+        images.append([(row["number"], row["low_res"]["bytes"]) for row in rows])
+    for row, *others in zip(*images):
+        for number, low_res in others:
+            assert number == row[0]
+            apart = np.int16(Image.open(io.BytesIO(low_res))) - np.int16(Image.open(io.BytesIO(row[1])))
+            assert np.abs(apart).max() <= 1
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ ImageInput = (
 
 
 class GivenImages(NamedTuple):
-    """Images of the caller, one for all prompts or one a prompt, each in its own size.
+    """Images of the caller, one for all prompts or one a prompt, each in its own size; without text any number of them.
 
     `pixels` are `(3, H, W)` in [-1, 1]; `repainted` are `(1, H, W)` with 1 where an image is to be painted anew, 0 where
     it is to be kept, or None.
@@ -27,6 +27,11 @@ class GivenImages(NamedTuple):
 
     pixels: list[torch.Tensor]
     repainted: list[torch.Tensor] | None = None
+
+    @property
+    def number(self) -> int:
+        """Number of images, or of masks if there are more."""
+        return max(len(self.pixels), len(self.repainted or ()))
 
     def resized(self, size: tuple[int, int], num_images: int, device: torch.device) -> torch.Tensor:
         """`(num_images, 3, *size)` in float32."""
@@ -50,19 +55,28 @@ def resize(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return F.interpolate(image[None], size, mode="bicubic", antialias=True)[0].clamp(-1, 1)
 
 
-def read_given(image: ImageInput, mask_image: ImageInput | None, num_prompts: int) -> GivenImages:
+def read_given(image: ImageInput, mask_image: ImageInput | None, num_prompts: int | None) -> GivenImages:
     """Images and masks of a caller, checked.
+
+    Args:
+        image: One for all prompts or one for each.
+        mask_image: The same, or None.
+        num_prompts: Number of prompts; None without text, where there may be any number of images.
 
     Raises:
         ValueError: for what cannot be read, images that are neither one nor one a prompt, and masks of another size or
             number than the images, or that leave nothing to paint.
     """
     pixels = read_images(image)
-    check_number("image", len(pixels), num_prompts)
+    masks = [] if mask_image is None else read_masks(mask_image, num_prompts or len(pixels))
+    if num_prompts is not None:
+        counted, number = f"there are {num_prompts} prompts", num_prompts
+    else:
+        counted, number = f"`image` has {len(pixels)}", len(pixels) if len(pixels) > 1 else max(1, len(masks))
+    check_number("image", len(pixels), number, counted)
     if mask_image is None:
         return GivenImages(pixels)
-    masks = read_masks(mask_image, num_prompts)
-    check_number("mask_image", len(masks), num_prompts)
+    check_number("mask_image", len(masks), number, counted)
     for i in range(max(len(pixels), len(masks))):
         picture, mask = pixels[i % len(pixels)], masks[i % len(masks)]
         if picture.shape[-2:] != mask.shape[-2:]:
@@ -77,12 +91,10 @@ def read_given(image: ImageInput, mask_image: ImageInput | None, num_prompts: in
     return GivenImages(pixels, masks)
 
 
-def check_number(name: str, number: int, num_prompts: int) -> None:
-    """One for all prompts, or one for each."""
-    if number not in (1, num_prompts):
-        raise ValueError(
-            f"`{name}` has {number} images, but there are {num_prompts} prompts: give 1 or {num_prompts}."
-        )
+def check_number(name: str, number: int, expected: int, counted: str) -> None:
+    """One for all prompts, or one for each; `counted` says what `expected` is the number of."""
+    if number not in (1, expected):
+        raise ValueError(f"`{name}` has {number} images, but {counted}: give 1 or {expected}.")
 
 
 def warn_of_stretching(given: GivenImages, size: tuple[int, int], last_size: tuple[int, int]) -> None:

@@ -284,11 +284,11 @@ class ImagenCascadePipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLo
             negative_prompt (`str` or `list[str]`, *optional*):
                 What to guide away from; without it, guidance is away from the absence of text, as in training.
             image (PIL image, `np.ndarray`, `torch.Tensor` or a list of them, *optional*):
-                One for all prompts or one for each, of any size: PIL or uint8, or floating point in [0, 1], or in
-                [-1, 1] if any value is negative; channels last in arrays and first in tensors. Alone it takes the
-                place of the base stage's image, and super-resolution starts from it; with `strength` the base stage
-                changes it; with `mask_image` it is painted anew in places. It is stretched to the size of the stage:
-                give `height` and `width` in its proportions.
+                One for all prompts or one for each, or any number if no stage that runs reads text; of any size. PIL or
+                uint8, or floating point in [0, 1], or in [-1, 1] if any value is negative; channels last in arrays and
+                first in tensors. Alone it takes the place of the base stage's image, and super-resolution starts from
+                it; with `strength` the base stage changes it; with `mask_image` it is painted anew in places. It is
+                stretched to the size of the stage: give `height` and `width` in its proportions.
             mask_image (the same, *optional*):
                 Of the image's size, white (1, or 255 in uint8) where it is painted anew. Every stage keeps the other
                 pixels that the image has at its resolution.

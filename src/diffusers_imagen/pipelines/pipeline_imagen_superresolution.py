@@ -138,7 +138,8 @@ class ImagenSuperResolutionPipeline(ImagenPipelineMixin, DiffusionPipeline, Imag
             negative_prompt (`str` or `list[str]`, *optional*):
                 What to guide away from; the absence of text if not given.
             image (PIL image, `np.ndarray`, `torch.Tensor` or a list of them):
-                The image to enlarge, one for all prompts or one for each; see [`ImagenCascadePipeline.__call__`].
+                The image to enlarge, one for all prompts or one for each, or any number for a network without text;
+                see [`ImagenCascadePipeline.__call__`].
             height, width (`int`, *optional*):
                 Of the result, in pixels; the image is brought to `1 / scale_factor` of that. `scale_factor` times the
                 image's own if None.

@@ -7,6 +7,7 @@ import torch
 
 from ..diffusion.guidance import classifier_free_guidance, rescale_guidance
 from ..models.interface import StageNetwork
+from ..utils.modules import is_compiled
 from .finite import FiniteWatch
 from .planning import StagePlan
 from .prompts import Branch, PromptEmbeds
@@ -47,6 +48,15 @@ class GuidedPrediction:
         # in place of the unconditional branch, a weaker network: Karras et al. 2024, arXiv 2406.02507
         self.guide = bind(plan.stage.guidance_unet) if plan.stage.guidance_unet is not None else None
         self.guide_branch: Branch = "unconditional" if text.negative_given else "conditional"
+        self.bind_text(plan)
+
+    def bind_text(self, plan: StagePlan) -> None:
+        """Encode the text for all calls before the first: `encode_text` may wait for the device."""
+        guided = [call.guided and plan.settings.guidance_scale != 1.0 for call in plan.calls]
+        if self.guide is not None or not all(guided):
+            self.network.bind_all("conditional")
+        if any(guided):
+            self.network.bind_all("both") if self.guide is None else self.guide.bind_all(self.guide_branch)
 
     def __call__(self, model_input: torch.Tensor, timestep: torch.Tensor, scale: float) -> torch.Tensor:
         """The prediction at a noise level, guided unless the guidance scale is 1."""
@@ -98,6 +108,7 @@ class BoundNetwork:
         self.slices = [slice(start, start + size) for start in range(0, num_images, size)]
         self.bound: dict[tuple[int, Branch], BoundInputs] = {}
         self.version = text.version
+        self.is_compiled = latents.sample.device.type == "cuda" and is_compiled(unet)
 
     def __call__(self, model_input: torch.Tensor, timestep: torch.Tensor, branch: Branch) -> list[torch.Tensor]:
         """The outputs `(B, C, H, W)` in float32 of one branch, or of the unconditional and then the conditional one."""
@@ -110,8 +121,13 @@ class BoundNetwork:
             parts.append(self.predict(x, timestep, self.bind(images, branch)).chunk(branches))
         return [torch.cat(outputs) if len(outputs) > 1 else outputs[0] for outputs in zip(*parts)]
 
+    def bind_all(self, branch: Branch) -> None:
+        """Make what a branch's calls have in common."""
+        for images in self.slices:
+            self.bind(images, branch)
+
     def bind(self, images: slice, branch: Branch) -> BoundInputs:
-        """What is constant over the steps, made at the first one."""
+        """What is constant over the steps, until a callback changes the text."""
         if self.version != self.text.version:  # a callback has changed the text
             self.bound, self.version = {}, self.text.version
         key = (images.start, branch)
@@ -135,12 +151,15 @@ class BoundNetwork:
     def call(
         self, x: torch.Tensor, timestep: torch.Tensor, inputs: BoundInputs, low_res: torch.Tensor | None
     ) -> torch.Tensor:
-        """One call of the network."""
-        return self.unet(
+        """One call of the network: its output in float32, in memory that no later call overwrites, as CUDA graphs do."""
+        if self.is_compiled:
+            torch.compiler.cudagraph_mark_step_begin()
+        output = self.unet(
             x,
             timestep,
             inputs.text,
             low_res_sample=low_res,
             low_res_timestep=inputs.low_res_timestep,
             return_dict=False,
-        )[0].float()
+        )[0]
+        return output.to(torch.float32, copy=True)

@@ -108,12 +108,12 @@ class Runner:
         )
         arguments.text.check(pipe.text_source, stages)
         check_stages(stages, pipe.text_width)
-        num_prompts = arguments.text.number
+        given, strength = self.read_images()
+        num_prompts = given.number if given is not None and self.counts_images else arguments.text.number
         num_images = num_prompts * inputs.as_images_per_prompt(arguments.num_images_per_prompt, num_prompts)
         inputs.check_generator(arguments.generator, num_images, pipe._execution_device)
         inputs.check_latents(arguments.latents, num_images, stages[0])
 
-        given, strength = self.read_images(num_prompts)
         sizes = self.sizes(given)
         inputs.check_pixels(num_images, sizes)
         if given is not None:
@@ -124,7 +124,12 @@ class Runner:
         generators = inputs.per_image_generators(arguments.generator, num_images)
         return Request(plans, num_images, generators, arguments.latents, given, strength < 1, callback)
 
-    def read_images(self, num_prompts: int) -> tuple[GivenImages | None, float]:
+    @property
+    def counts_images(self) -> bool:
+        """Whether the caller's images say how many are made: no stage reads text, and not several prompts are given."""
+        return self.arguments.text.number == 1 and not any(stage.reads_text for stage in self.stages)
+
+    def read_images(self) -> tuple[GivenImages | None, float]:
         """The caller's images and masks, if there are any, and the share of the base stage's steps that run."""
         arguments = self.arguments
         for name in ("mask_image", "strength"):
@@ -133,6 +138,7 @@ class Runner:
         strength = 1.0 if arguments.strength is None else as_number("strength", arguments.strength, 0.0, 1.0)
         if arguments.image is None:
             return None, strength
+        num_prompts = None if self.counts_images else arguments.text.number
         return read_given(arguments.image, arguments.mask_image, num_prompts), strength
 
     def sizes(self, given: GivenImages | None) -> dict[int, Size]:

@@ -164,7 +164,8 @@ class TextEncoder(TextSource):
                 f"`text_encoder` does not support the {ids.shape[1]} tokens of `tokenizer`: {one_line(error)}"
             ) from error
         mask = mask.to(embeds.device)  # may be changed by offloading
-        text = TextEmbeddings(embeds, mask.bool()) if self.keeps_padding else zero_padding(embeds, mask)
+        # a copy, because a CUDA graph overwrites its output
+        text = TextEmbeddings(embeds.clone(), mask.bool()) if self.keeps_padding else zero_padding(embeds, mask)
         if not text.embeds.isfinite().all():
             weight = find_not_finite(self.model)
             raise ValueError(

@@ -14,6 +14,12 @@ def unwrapped(module: Any) -> Any:
     return module._orig_mod if is_compiled_module(module) else module
 
 
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Return whether a module or a part of it is compiled, by `torch.compile` or by its own `compile`."""
+    parts = module.modules()
+    return is_compiled_module(module) or any(getattr(part, "_compiled_call_impl", None) is not None for part in parts)
+
+
 def is_offloaded(module: torch.nn.Module) -> bool:
     """Return whether weights may be offloaded, with parameters on the meta device."""
     return any(hasattr(part, "_hf_hook") for part in module.modules())

@@ -60,13 +60,13 @@ class StageCall:
             "num_inference_steps": num_inference_steps[0],
             "guidance_scale": guidance_scale[0],
         }
-        images = {} if image is None else {"image": image}
+        if image is not None:
+            options["image"] = image
         if self.text is not None:
-            return self.pipe(**prompt_arguments(self.text, captions), **images, generator=generator, **options)
-        if image is None:
-            return self.pipe(num_images_per_prompt=len(captions), generator=generator, **options)
-        made = [self.pipe(image=one, generator=[of], **options).images[0] for one, of in zip(image, generator)]
-        return ImagenPipelineOutput(made, {output_resolution: made})
+            options |= prompt_arguments(self.text, captions)
+        elif image is None:
+            options["num_images_per_prompt"] = len(captions)
+        return self.pipe(**options, generator=generator)
 
 
 class PictureMetrics:
