@@ -14,10 +14,24 @@ import torch
 from diffusers_imagen.commands import main as cli
 
 
+# the packages themselves import nothing until a name of theirs is used
+IMPORTS = [
+    "diffusers_imagen.commands.cache_embeddings",
+    "diffusers_imagen.commands.generate",
+    "diffusers_imagen.evaluation.evaluator",
+    "diffusers_imagen.pipelines.pipeline_imagen_cascade",
+    "diffusers_imagen.text.cache_writer",
+    "diffusers_imagen.training.finetuning.lora_trainer",
+    "diffusers_imagen.training.loop",
+    "transformers.models.bert.modeling_bert",
+    "transformers.models.bert.tokenization_bert",
+]
+
+
 def make_process(target: Callable, *arguments) -> multiprocessing.Process:
     """A process that runs a function."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["diffusers_imagen.training"])
+    context.set_forkserver_preload(IMPORTS)
     return context.Process(target=target, args=arguments)
 
 
