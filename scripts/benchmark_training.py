@@ -17,7 +17,8 @@ from PIL import Image
 
 from diffusers_imagen.models.presets import create_unet
 from diffusers_imagen.models.unet_base import ConditionalUNet
-from diffusers_imagen.text.cache import CacheWriter, EmbeddingCache
+from diffusers_imagen.text.cache import EmbeddingCache
+from diffusers_imagen.text.cache_writer import CacheWriter
 from diffusers_imagen.training import Trainer, TrainingConfig
 from diffusers_imagen.training.data import make_train_batches
 from diffusers_imagen.training.objective.losses import to_device

@@ -5,12 +5,14 @@ import os
 
 import pytest
 import torch
+from groups import run_command
+from kills import EXIT
 from tiny_t5 import save_text_parts
 
 from diffusers_imagen.commands import main as cli
 from diffusers_imagen.text import TextEncoder
 from diffusers_imagen.text.cache import EmbeddingCache, open_text
-from diffusers_imagen.text.cache_files import hold_cache
+from diffusers_imagen.text.cache_files import hold_cache, read_manifest
 from diffusers_imagen.utils.errors import describe
 
 
@@ -47,6 +49,33 @@ def test_captions_that_are_missing_are_passed_over(data, encoder, tmp_path, caps
         assert run(*arguments) == 2
         assert f"is '{tmp_path / 'c'}', which process {os.getpid()}" in capsys.readouterr().err
     assert run(*arguments) == 0 and "; 0 added" in capsys.readouterr().out
+
+
+def test_several_processes_write_what_one_writes(encoder, tmp_path, capsys):
+    """Also if one of them is killed, and the build is continued by another number of processes."""
+    (tmp_path / "data").mkdir()
+    words = ["a", "red", "blue", "apple", "face", "of", "tiger"]
+    rows = [{"file_name": "a.png", "text": f"{words[i % 7]} {words[i // 7]} " * (1 + i % 4)} for i in range(49)]
+    (tmp_path / "data" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["--text_encoder", encoder, "--train_data_dir", tmp_path / "data", "--device", "cpu"]
+    arguments += ["--batch_size", 4, "--shard_size_mb", 5e-4]
+    assert run(tmp_path / "one", *arguments) == 0
+    one = contents(tmp_path / "one")
+    assert sum(name.startswith("shard-") for name in one) > 6
+
+    killed = (str(tmp_path / "some"), 5)  # in its second shard
+    codes, printed = run_command(tmp_path, 2, "cache-embeddings", tmp_path / "some", *arguments, killed=killed)
+    assert codes[1] == EXIT and codes[0] not in (0, None) and " added" not in printed[0]
+    listed = len(read_manifest(tmp_path / "some")["shards"])
+    assert 1 <= listed < len(one) - 4
+    codes, printed = run_command(tmp_path, 3, "cache-embeddings", tmp_path / "some", *arguments)
+    assert codes == [0, 0, 0] and contents(tmp_path / "some") == one
+    assert "49 captions" in printed[0] and not any("captions" in text for text in printed[1:])
+
+
+def contents(folder) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def test_verify_names_every_problem(data, encoder, tmp_path, capsys):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from diffusers_imagen.commands import main as cli
 from diffusers_imagen.commands.diagnostics import examine_losses
 from diffusers_imagen.models import ImagenUNetModel
-from diffusers_imagen.text.cache import CacheWriter
+from diffusers_imagen.text.cache_writer import CacheWriter
 
 
 @pytest.fixture(autouse=True)

@@ -1,17 +1,14 @@
 """`diffusers-imagen evaluate`: the whole chain on a tiny model, and what is refused before anything is drawn."""
 
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from groups import run_command
 from PIL import Image
 from tiny_evaluation import CAPTIONS, save_clip, save_encoder, save_pictures
 
@@ -141,18 +138,10 @@ def evaluate_parser():
 def test_two_processes_are_one(run, options, data, tmp_path):
     arguments = [*options, "--captions", data["pairs"], "--batch-size", "2", "--num-images", "9", "--device", "cpu"]
     assert run("evaluate", *arguments)[0] == 0
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    shared |= {"ACCELERATE_USE_CPU": "true", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     arguments[arguments.index("--output-dir") + 1] = str(tmp_path / "two")
-    command = [sys.executable, "-m", "diffusers_imagen.commands.main", "evaluate", *arguments]
-    processes = [
-        subprocess.Popen(command, env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(2)
-    ]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    codes, printed = run_command(tmp_path, 2, "evaluate", *arguments)
+    assert codes == [0, 0]
+    assert printed[0].splitlines()[-1] == str(tmp_path / "two" / "report.html") and "report.html" not in printed[1]
     for path in (tmp_path / "out" / "images").rglob("*.png"):
         other = tmp_path / "two" / path.relative_to(tmp_path / "out")
         assert np.array_equal(np.array(Image.open(path)), np.array(Image.open(other)))

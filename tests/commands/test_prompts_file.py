@@ -3,6 +3,8 @@
 import os
 
 import pytest
+from groups import run_command
+from kills import EXIT
 
 from diffusers_imagen import ImagenCascadePipeline
 from diffusers_imagen.commands import generate
@@ -62,6 +64,43 @@ def test_what_fails_for_every_prompt_ends_at_once_and_leaves_no_folder(folder, d
     assert code == 2 and lines[-1].endswith("line 1: not finite")
     assert calls == [4, 1, 1, 1, 1]
     assert not (folder / "out").exists()
+
+
+def test_several_processes_draw_what_one_draws(folder, draw, model, tmp_path):
+    """Also if one of them is killed, and the rest is drawn by another number of processes; a bad prompt is named once."""
+    prompts = [f"a {colour} {thing}" for colour in ("red", "blue") for thing in ("apple", "face", "tiger", "red face")]
+    (folder / "prompts.txt").write_text("\n".join([*prompts, "x" * 10_001]))
+    settings = ("--batch-size", 2, "--num-images", 2)
+    assert draw(*settings)[0] == 2
+    one = pictures(folder / "out")
+    assert len(one) == 16
+
+    given = ("generate", "--prompts-file", "prompts.txt", "--model", model, "--steps", 1, "--resolution", 16)
+    given += ("--output-dir", "two", *settings)
+    codes, _ = run_command(tmp_path, 2, *given, killed=("two", 6))
+    assert codes[1] == EXIT and codes[0] not in (0, None)
+    assert 0 < len(pictures(folder / "two")) < 16
+    codes, printed = run_command(tmp_path, 3, *given)
+    assert codes == [2, 2, 2] and pictures(folder / "two") == one
+    reason = "two: 2 of 18 images could not be made: line 9: `prompt` has 10,001 characters"
+    assert all(reason in text.splitlines()[-1] for text in printed)
+    (folder / "prompts.txt").write_text("\n".join(prompts))
+    (folder / "two" / "00001-a-red-apple-1.png").unlink()
+    codes, printed = run_command(tmp_path, 2, *given)
+    assert codes == [0, 0] and pictures(folder / "two") == one
+    assert "two: 16 images, 1 of them new" in printed[0] and "images" not in printed[1]
+
+
+def pictures(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.png")}
+
+
+def test_a_prompt_alone_is_not_drawn_by_several_processes(run, folder, model, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    code, _, lines = run("generate", "a red apple", "--model", model)
+    assert code == 2 and lines[-1].endswith("One call of a model is the work of one process, but 4 were started.")
+    assert not (folder / "output.png").exists()
 
 
 def test_a_folder_in_use_is_refused_and_what_a_killed_process_left_goes(folder, draw):

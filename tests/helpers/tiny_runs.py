@@ -4,12 +4,12 @@ import json
 import math
 import multiprocessing
 import os
-import socket
 from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
+from groups import environments, exit_codes, make_process
 from text_sources import FunctionSource
 
 from diffusers_imagen import EfficientUNetModel, ImagenUNetModel
@@ -100,26 +100,16 @@ def run(settings: dict, seed: int = 0, environment: dict[str, str] | None = None
 
 
 def start(settings: dict, seed: int = 0, environment: dict[str, str] | None = None) -> multiprocessing.Process:
-    """Starts `run` in a process of its own, forked from one that has made its imports and has no threads yet."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["diffusers_imagen.training"])
-    process = context.Process(target=run, args=(settings, seed, environment))
+    """Starts `run` in a process of its own."""
+    process = make_process(run, settings, seed, environment)
     process.start()
     return process
 
 
 def run_in_processes(settings: dict, count: int, **environment: str) -> None:
     """A run shared by processes, through gloo."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    common |= {"ACCELERATE_USE_CPU": "true", **environment}
-    processes = [start(settings, environment={**common, "RANK": str(i), "LOCAL_RANK": str(i)}) for i in range(count)]
-    for process in processes:
-        process.join(timeout=200)
-        process.kill()
-    assert [process.exitcode for process in processes] == [0] * count
+    processes = [make_process(run, settings, 0, own) for own in environments(count, **environment)]
+    assert exit_codes(processes) == [0] * count
 
 
 def interrupt_at(monkeypatch, step: int):

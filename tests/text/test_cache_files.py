@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusers_imagen.text.cache import CacheWriter, EmbeddingCache, write_cache
+from diffusers_imagen.text.cache import EmbeddingCache
 from diffusers_imagen.text.cache_files import find_problems, read_manifest, render_manifest
+from diffusers_imagen.text.cache_writer import CacheWriter, write_cache
 
 
 CAPTIONS = [f"{'a' * (1 + i % 5)} {i}" for i in range(12)]
@@ -25,6 +26,9 @@ class Encoder:
 
     def identity(self) -> dict:
         return {"class": "Speller", "width": WIDTH, "max_length": MAX_LENGTH, "weights": [0.5, -0.25]}
+
+    def count_tokens(self, captions: list[str]) -> list[int]:
+        return [len(caption) for caption in captions]
 
     def unpadded(self, captions: list[str]) -> list[torch.Tensor]:
         longest = max(map(len, captions))

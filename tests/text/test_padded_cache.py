@@ -9,8 +9,9 @@ from text_sources import FunctionSource
 from tiny_t5 import save_text_parts
 
 from diffusers_imagen.text import TextEmbeddings, TextEncoder
-from diffusers_imagen.text.cache import CachedTextEncoder, CacheWriter, EmbeddingCache, open_text, write_cache
+from diffusers_imagen.text.cache import CachedTextEncoder, EmbeddingCache, open_text
 from diffusers_imagen.text.cache_files import render_manifest
+from diffusers_imagen.text.cache_writer import CacheWriter, write_cache
 from diffusers_imagen.text.identity import identity_mismatch
 from diffusers_imagen.text.source import ConcatenatedText, EncodedCaptions
 

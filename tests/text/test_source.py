@@ -6,7 +6,8 @@ import pytest
 import torch
 from tiny_runs import make_unet
 
-from diffusers_imagen.text.cache import CachedTextEncoder, CacheWriter, EmbeddingCache, open_text, write_cache
+from diffusers_imagen.text.cache import CachedTextEncoder, EmbeddingCache, open_text
+from diffusers_imagen.text.cache_writer import CacheWriter, write_cache
 from diffusers_imagen.text.encoder import TextEncoder
 from diffusers_imagen.text.source import ConcatenatedText, TextSource
 from diffusers_imagen.text.text_embeddings import (

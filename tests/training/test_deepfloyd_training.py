@@ -23,7 +23,7 @@ from diffusers_imagen import (
 )
 from diffusers_imagen.conversion.deepfloyd import unet_from_deepfloyd, unet_to_deepfloyd, weight_names
 from diffusers_imagen.pipelines.inputs import per_image_generators
-from diffusers_imagen.text.cache import CacheWriter, write_cache
+from diffusers_imagen.text.cache_writer import CacheWriter, write_cache
 from diffusers_imagen.text.encoder import TextEncoder
 from diffusers_imagen.training import (
     DreamBoothTrainingConfig,

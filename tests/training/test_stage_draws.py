@@ -19,7 +19,7 @@ from transformers import BertModel
 import diffusers_imagen
 from diffusers_imagen import ImagenCascadePipeline, ImagenPipeline, ImagenSuperResolutionPipeline
 from diffusers_imagen.text import TextEncoder
-from diffusers_imagen.text.cache import CacheWriter, save_parts, write_cache
+from diffusers_imagen.text.cache_writer import CacheWriter, save_parts, write_cache
 from diffusers_imagen.text.reference import ReferencedTextEncoder
 from diffusers_imagen.training import DreamBoothTrainingConfig, export, train
 from diffusers_imagen.training.ema.reconstruction import write_reconstructed

@@ -4,12 +4,19 @@ import argparse
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..utils.files import check_folder, refusing
+from ..utils.files import FolderHold, check_folder, refusing
 from .common import check_device
 from .model_arguments import DEVICE
 from .parser import Parser
+from .sharing import processes, refuse_several
 
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+    from ..text import TextEncoder
 
 MANY = 2**16  # tokens, captions or MB: what is above is a slip, and would need more memory than there is
 
@@ -18,7 +25,8 @@ def add_arguments(command: Parser) -> None:
     """Add the options of the command."""
     command.description = (
         "Writes the text embeddings of all captions, each once, for --embedding_cache of train_imagen.py. "
-        "A run that was ended goes on where it was when it is started again."
+        "A run that was ended goes on where it was when it is started again. With several GPUs: accelerate launch -m "
+        "diffusers_imagen cache-embeddings ..."
     )
     command.add_argument("output_dir", type=Path, help="folder of the cache")
     command.add_argument("--verify", action="store_true", help="check a finished cache by its checksums, and end")
@@ -57,6 +65,8 @@ def add_arguments(command: Parser) -> None:
 
 def cache_embeddings(args: argparse.Namespace) -> None:
     """Builds or verifies a cache, and reports its size."""
+    if args.verify or args.nemo_tars:
+        refuse_several("`verify`" if args.verify else "`nemo_tars`")
     if args.verify:
         verify(args.output_dir)
         report(args.output_dir, "verified")
@@ -65,8 +75,13 @@ def cache_embeddings(args: argparse.Namespace) -> None:
     check_output_dir(args.output_dir, args.train_data_dir)
     args.shard_bytes = int(args.shard_size_mb * 2**20)
     start = time.perf_counter()
-    added = import_nemo(args) if args.nemo_tars else encode_dataset(args)
-    report(args.output_dir, f"{added} added, {added / (time.perf_counter() - start):.0f} captions/s")
+    if args.nemo_tars:
+        added, is_main = import_nemo(args), True
+    else:
+        with processes(args) as state:
+            added, is_main = encode_dataset(args, state), state.is_main_process
+    if is_main:
+        report(args.output_dir, f"{added} added, {added / (time.perf_counter() - start):.0f} captions/s")
 
 
 def check_sources(args: argparse.Namespace) -> None:
@@ -127,33 +142,51 @@ def report(folder: Path, done: str) -> None:
     )
 
 
-def encode_dataset(args: argparse.Namespace) -> int:
-    """Encodes what the cache lacks of the data set's captions."""
-    import torch
-
-    from ..text.cache import CacheWriter, save_parts, write_cache
+def encode_dataset(args: argparse.Namespace, state: "PartialState") -> int:
+    """Encodes what the cache lacks of the data set's captions; all processes call this."""
     from ..text.cache_files import hold_cache
-    from ..text.encoder import TextEncoder
+    from ..text.cache_writer import CacheWriter, save_parts, write_cache
+    from ..utils.processes import check_shared, in_turn, on_main_process
 
     with ExitStack() as stack:
-        # a folder that is not there yet is made, and held, when there is something to write
-        hold = stack.enter_context(hold_cache(args.output_dir)) if args.output_dir.exists() else None
-        captions = read_captions(args)
-        device = torch.device(args.device)
-        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16  # T5 overflows in float16
-        encoder = TextEncoder.from_pretrained(
-            args.text_encoder,
-            args.tokenizer_max_length,
-            device,
-            dtype,
-            keeps_padding=args.keep_padding,
-            cleans_captions=args.clean_captions,
-            variant=args.variant,
-        )
-        writer = CacheWriter(args.output_dir, encoder.identity(), args.dtype, args.shard_bytes, hold)
-        added = write_cache(stack.enter_context(writer), captions, encoder, args.batch_size)
-        save_parts(args.output_dir, encoder)
+        held: list[FolderHold] = []
+        writers: list[CacheWriter] = []
+
+        def hold() -> None:
+            if args.output_dir.exists():  # else it is made, and held, when there is something to write
+                held.append(stack.enter_context(hold_cache(args.output_dir)))
+
+        def begin() -> None:
+            writer = CacheWriter(args.output_dir, encoder.identity(), args.dtype, args.shard_bytes, *held)
+            writers.append(stack.enter_context(writer))
+
+        on_main_process(state, hold)
+        captions = in_turn(state, lambda: read_captions(args))
+        encoder = in_turn(state, lambda: load_encoder(args))
+        on_main_process(state, begin)
+        check_shared(state, args.output_dir, "output_dir")
+        writer = writers[0] if writers else None
+        added = write_cache(writer, captions, encoder, args.batch_size, state)
+        on_main_process(state, lambda: save_parts(args.output_dir, encoder))
         return added
+
+
+def load_encoder(args: argparse.Namespace) -> "TextEncoder":
+    """The text encoder, whose network is loaded when it is first used."""
+    import torch
+
+    from ..text.encoder import TextEncoder
+
+    device = torch.device(args.device)
+    return TextEncoder.from_pretrained(
+        args.text_encoder,
+        args.tokenizer_max_length,
+        device,
+        torch.float32 if device.type == "cpu" else torch.bfloat16,  # T5 overflows in float16
+        keeps_padding=args.keep_padding,
+        cleans_captions=args.clean_captions,
+        variant=args.variant,
+    )
 
 
 def read_captions(args: argparse.Namespace) -> list[str]:
@@ -191,7 +224,7 @@ def import_nemo(args: argparse.Namespace) -> int:
     from tqdm.auto import tqdm
 
     from ..conversion.nemo_embeddings import read_tar
-    from ..text.cache import CacheWriter
+    from ..text.cache_writer import CacheWriter
 
     writer, added = None, 0
     with ExitStack() as stack:

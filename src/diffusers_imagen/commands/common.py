@@ -19,6 +19,7 @@ from ..utils.images import read_image as read_picture
 from .model_arguments import check_model, load_pipeline, sources_of
 from .parser import Parser, check_prompt
 from .picture_settings import describe_call, png_info
+from .sharing import refuse_several
 
 
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ def size_arguments(args: argparse.Namespace, pipe: "DiffusionPipeline") -> dict[
 
 def check_sampling(args: argparse.Namespace, upscaler_alone: bool = False) -> None:
     """Refuses what can be refused before pictures are read and a model loads: output, device, model and texts."""
+    refuse_several("One call of a model")
     check_output(args)
     check_device(args.device)
     check_model(args, upscaler_alone)

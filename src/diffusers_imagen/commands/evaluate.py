@@ -3,20 +3,19 @@
 import argparse
 import itertools
 from collections.abc import Callable
-from contextlib import ExitStack
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import evaluation
 from ..evaluation.choices import CLIP, DISTANCES, METRICS, NAMED, OF_FEATURES
 from ..utils.bounds import MAX_STEPS
-from ..utils.files import FolderHold, check_folder
+from ..utils.files import check_folder
 from ..utils.shipped import NAME
 from .common import MAX_GUIDANCE, MAX_SEED, MAX_SIZE, check_device
 from .generate import read_lines
 from .model_arguments import add_model_arguments, check_model, load_model, place, use_scheduler
 from .parser import Parser, check_prompt
+from .sharing import processes, shared_folder
 
 
 if TYPE_CHECKING:
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     from .evaluated_data import DataPictures
 
 MOST = 10_000_000  # pictures
-LONGEST_WAIT = timedelta(days=7)  # of a process for the others
 
 
 def add_arguments(command: Parser) -> None:
@@ -95,15 +93,15 @@ def by_stage(name: str, kind: type, lowest: float, highest: float) -> Callable[[
 
 def evaluate(args: argparse.Namespace) -> None:
     """Draws, measures and reports."""
-    import torch
-    from accelerate import PartialState
-
-    from ..utils.processes import on_main_process
-
     check_arguments(args)
-    state = PartialState(cpu=torch.device(args.device).type == "cpu", timeout=LONGEST_WAIT)
-    if state.num_processes > 1:
-        args.device = str(state.device)
+    with processes(args) as state:
+        run(args, state)
+        if state.is_main_process:
+            print(args.output_dir / "report.html")
+
+
+def run(args: argparse.Namespace, state: "PartialState") -> None:
+    """Loads what the arguments name, draws and measures; all processes call this."""
     captions, reference = open_captions(args), open_reference(args)
     indices = evaluation.choose("num-images", len(captions), args.num_images, args.seed)
     real = (
@@ -131,16 +129,8 @@ def evaluate(args: argparse.Namespace) -> None:
         source=args.model or NAME,
         model=model,
     )
-    with ExitStack() as stack:
-        on_main_process(state, lambda: hold(stack, args.output_dir))
+    with shared_folder(state, args.output_dir, "output-dir"):
         whole.run(pipe, use, state)
-    if state.is_main_process:
-        print(args.output_dir / "report.html")
-
-
-def hold(stack: ExitStack, folder: Path) -> None:
-    """Keeps others out of the folder until the stack is left."""
-    stack.enter_context(FolderHold(folder, "output-dir"))
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -158,12 +148,14 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def load_networks(args: argparse.Namespace, state: "PartialState") -> tuple[Any, Any]:
     """What makes features and what compares pictures with captions, where a metric needs it."""
+    from ..utils.processes import in_turn
+
     networks = evaluation.feature_networks
     features = clip = None
     if set(args.metrics) & set(OF_FEATURES):
-        features = networks.load_in_turn(state, lambda: networks.load_features(args.features, args.device))
+        features = in_turn(state, lambda: networks.load_features(args.features, args.device))
     if "clip" in args.metrics:
-        clip = networks.load_in_turn(state, lambda: networks.load_clip(args.clip_model, args.device))
+        clip = in_turn(state, lambda: networks.load_clip(args.clip_model, args.device))
     return features, clip
 
 

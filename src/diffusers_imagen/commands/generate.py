@@ -3,13 +3,13 @@
 import argparse
 import hashlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm import tqdm
 
 from ..pipelines.stage_table import DEFAULT_STRENGTH
 from ..utils.bounds import MAX_STEPS
-from ..utils.files import LOCK, FolderHold, check_writable
+from ..utils.files import LOCK, check_writable, list_names
 from .common import (
     add_sampling_arguments,
     check_device,
@@ -23,6 +23,11 @@ from .common import (
 from .model_arguments import add_model_arguments, check_model, load_pipeline, sources_of
 from .parser import Parser, check_prompt, refuse_empty
 from .picture_settings import describe_call
+from .sharing import processes, shared_folder
+
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 
 DEFAULT_OUTPUT_DIR = Path("outputs")
@@ -32,7 +37,10 @@ MAX_FILE_IMAGES = 100_000
 
 def add_arguments(command: Parser) -> None:
     """Add the options of the command."""
-    command.description = "Makes pictures."
+    command.description = (
+        "Makes pictures. Several processes share those of --prompts-file: accelerate launch -m diffusers_imagen generate "
+        "--prompts-file ..."
+    )
     source = command.add_mutually_exclusive_group(required=True)
     source.add_argument("prompt", nargs="?", help="what to draw")
     source.add_argument(
@@ -99,8 +107,15 @@ class Item(NamedTuple):
     seed: int
 
 
+class Failure(NamedTuple):
+    """Why an image could not be made."""
+
+    line: int
+    text: str
+
+
 def generate_many(args: argparse.Namespace) -> None:
-    """Makes the pictures of a file of prompts that do not exist yet.
+    """Makes the pictures of a file of prompts that do not exist yet, with all processes that were started for it.
 
     A prompt that cannot be drawn does not keep the others from it; they are all named at the end.
     """
@@ -110,54 +125,101 @@ def generate_many(args: argparse.Namespace) -> None:
     items = list_items(args.prompts_file, folder, args.seed, args.num_images)
     check_writable(max((item.path for item in items), key=lambda path: len(path.name.encode())), "output-dir")
     check_model(args)
-    if not to_do(items):
-        print(f"{folder}: all {len(items)} images exist")
-        return
+    with processes(args) as state:
+        complete(args, folder, items, state)
+
+
+def complete(args: argparse.Namespace, folder: Path, items: list[Item], state: "PartialState") -> None:
+    """Makes the images that do not exist yet, and says so when all of them do; all processes call this."""
+    from ..utils.processes import on_main_process
+
+    def find() -> list[int]:
+        return find_missing(folder, items)
 
     is_new = not folder.exists()
+    if not on_main_process(state, find):
+        if state.is_main_process:
+            print(f"{folder}: all {len(items)} images exist")
+        return
     try:
-        with FolderHold(folder, "output-dir"):
-            todo = to_do(items)  # another process may have made some meanwhile
+        with shared_folder(state, folder, "output-dir"):
+            missing = on_main_process(state, find)  # another run may have made some meanwhile
             try:
-                failed = draw_items(args, items, todo)
+                failed = draw_items(args, items, {items[number] for number in missing}, state)
             finally:
-                (folder / LOCK).unlink(missing_ok=True)  # nothing but pictures is to stay
+                if state.is_main_process:
+                    (folder / LOCK).unlink(missing_ok=True)  # nothing but pictures is to stay
     finally:
-        if is_new and folder.is_dir() and not any(folder.iterdir()):
+        if state.is_main_process and is_new and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
     if failed:
-        raise ValueError(f"{folder}: {len(failed)} of {len(items)} images could not be made: {'; '.join(failed[:10])}")
-    print(f"{folder}: {len(items)} images, {len(todo)} of them new")
+        lines = "; ".join(failure.text for failure in failed[:10])
+        raise ValueError(f"{folder}: {len(failed)} of {len(items)} images could not be made: {lines}")
+    if state.is_main_process:
+        print(f"{folder}: {len(items)} images, {len(missing)} of them new")
 
 
-def to_do(items: list[Item]) -> list[Item]:
-    """The images that do not exist yet; ValueError if something else is in the place of one."""
-    todo = [item for item in items if not item.path.exists()]
-    missing = {item.path for item in todo}
+def find_missing(folder: Path, items: list[Item]) -> list[int]:
+    """The numbers of the images that do not exist yet; ValueError if something else is in the place of one."""
+    exist = list_names(folder)
     for item in items:
-        if item.path not in missing and not item.path.is_file():
+        if item.path.name in exist and not item.path.is_file():
             raise ValueError(f"`output-dir` has '{item.path}', which is no file, in the place of an image.")
-    return todo
+    return [number for number, item in enumerate(items) if item.path.name not in exist]
 
 
-def draw_items(args: argparse.Namespace, items: list[Item], todo: list[Item]) -> list[str]:
-    """Makes images in batches and writes them; returns what went wrong, by line of the file."""
-    batch_size = 4 if args.batch_size is None else args.batch_size
-    pipe = load_pipeline(args)
+def draw_items(
+    args: argparse.Namespace, items: list[Item], missing: set[Item], state: "PartialState"
+) -> list[Failure]:
+    """Makes missing images in batches and writes them; returns what went wrong, the same in all processes.
+
+    Batches are made of consecutive images, whether they exist or not, so that an image depends neither on the number of
+    processes nor on interruptions.
+    """
+    from ..utils.processes import gather, in_turn
+
+    size = 4 if args.batch_size is None else args.batch_size
+    batches = [items[start : start + size] for start in range(0, len(items), size)]
+    todo = [batch for batch in batches if not missing.isdisjoint(batch)]
+    own = todo[state.process_index :: state.num_processes]
+    pipe = in_turn(state, lambda: load_pipeline(args))
     pipe.set_progress_bar_config(disable=True)
-    arguments, failed = sampling_arguments(args, pipe), []
-    with tqdm(total=len(items), initial=len(items) - len(todo), unit="image") as progress:
-        for start in range(0, len(todo), batch_size):
-            batch = todo[start : start + batch_size]
-            failed += draw_batch(args, pipe, batch, arguments)
-            if len(failed) == start + len(batch):  # none so far: it is not the prompts' fault
-                raise ValueError(failed[0])
-            progress.update(len(batch))
-    return failed
+    arguments = sampling_arguments(args, pipe)
+
+    def draw(some: list[list[Item]]) -> list[Failure]:
+        failed = []
+        for batch in some:
+            failed += draw_batch(args, pipe, batch, missing, arguments)
+            done = state.num_processes * len(missing.intersection(batch))
+            progress.update(min(done, progress.total - progress.n))
+        return failed
+
+    with tqdm(
+        total=len(items), initial=len(items) - len(missing), unit="image", disable=not state.is_main_process
+    ) as progress:
+        failed = draw(own[:1])
+        tried = sum(len(missing.intersection(batch)) for batch in own[:1])
+        refuse_all_failing(gather(state, (tried, failed)))
+        failed += draw(own[1:])
+    return sorted(failure for found in gather(state, failed) for failure in found)
 
 
-def draw_batch(args: argparse.Namespace, pipe: Any, batch: list[Item], arguments: dict[str, Any]) -> list[str]:
-    """Makes images together, or one by one where that fails; returns what went wrong."""
+def refuse_all_failing(outcomes: list[tuple[int, list[Failure]]]) -> None:
+    """Raise ValueError if none of the first images could be made: it is not the prompts' fault.
+
+    Args:
+        outcomes (`list[tuple[int, list[Failure]]]`): How many images each process tried, and what went wrong.
+    """
+    failed = [failure for _, found in outcomes for failure in found]
+    if failed and len(failed) == sum(tried for tried, _ in outcomes):
+        raise ValueError(min(failed).text)
+
+
+def draw_batch(
+    args: argparse.Namespace, pipe: Any, batch: list[Item], missing: set[Item], arguments: dict[str, Any]
+) -> list[Failure]:
+    """Makes images together, or one by one where that fails, and writes those that are missing; returns what went
+    wrong."""
     import torch
 
     generators = [torch.Generator().manual_seed(item.seed) for item in batch]
@@ -167,11 +229,13 @@ def draw_batch(args: argparse.Namespace, pipe: Any, batch: list[Item], arguments
         made = pipe([item.prompt for item in batch], generator=generators, **arguments)
     except (ValueError, FloatingPointError) as error:
         if len(batch) == 1:
-            return [f"line {batch[0].line}: {error}"]
-        return [failure for item in batch for failure in draw_batch(args, pipe, [item], arguments)]
+            return [Failure(batch[0].line, f"line {batch[0].line}: {error}")]
+        alone = [item for item in batch if item in missing]
+        return [failure for item in alone for failure in draw_batch(args, pipe, [item], missing, arguments)]
     settings = describe_call("generate", pipe, made.stage_images, sources_of(args), arguments)
     for item, image in zip(batch, made.images):
-        save_image(image, item.path, settings | {"prompt": item.prompt, "seed": item.seed, "image": 0})
+        if item in missing:
+            save_image(image, item.path, settings | {"prompt": item.prompt, "seed": item.seed, "image": 0})
     return []
 
 

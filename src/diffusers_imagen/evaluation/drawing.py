@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
 from ..pipelines.stages import Stage
-from ..utils.files import read_json_object, whole_file, write_json
+from ..utils.files import list_names, read_json_object, whole_file, write_json
 from ..utils.processes import on_main_process
 from .picture_sets import PictureFiles, PictureSet, reduced
 
@@ -174,7 +174,8 @@ def prepare(drawing: Drawing) -> list[tuple[list[int], bool]]:
         leftover.unlink()
     size, there = drawing.batch_size, drawing.files(drawing.resolution)
     batches = [drawing.indices[start : start + size] for start in range(0, len(drawing.indices), size)]
-    return [(batch, all(there.path(index).is_file() for index in batch)) for batch in batches]
+    exist = list_names(there.folder)
+    return [(batch, all(there.path(index).name in exist for index in batch)) for batch in batches]
 
 
 def draw_batch(pipe: DiffusionPipeline, drawing: Drawing, batch: list[int]) -> None:

@@ -16,7 +16,7 @@ from .choices import DISTANCES, METRICS, OF_PAIRS, least_pictures
 from .drawing import Drawing, Setting, draw, network_calls
 from .feature_networks import ClipScores, FeatureNetwork, check_package
 from .features import Features
-from .figures import SEED, Distances, Row, clip_score, sample_warnings
+from .figures import SEED, Distances, Figure, Row, clip_score, sample_warnings
 from .nearest import Nearest, find_nearest
 from .picture_sets import PictureSet
 from .reports import Report
@@ -35,6 +35,8 @@ PACKAGES = {
 REAL, FLOOR = "real images of the captions", "reference, split in two"
 SIZES_LOOKED_AT = 64
 INDEX = "captions.txt"
+
+Upscaling = tuple[str, int, int, dict[str, Figure]]  # the arguments of `Report.add_upscaling`
 
 
 @dataclass
@@ -101,8 +103,9 @@ class Evaluation:
         made = self.features()
         for features in made.values():
             features.make(state)
+        upscaling = self.measure_upscaling(state)
         if state.is_main_process:
-            self.report(calls, made)
+            self.report(calls, made, upscaling)
 
     def drawing(self, setting: Setting, enlarges: bool = False) -> Drawing:
         """Return the images to generate: with all stages, or from downsampled real images with those after the first."""
@@ -149,7 +152,7 @@ class Evaluation:
 
     # ---- figures
 
-    def report(self, calls: dict[Setting, int], made: dict) -> None:
+    def report(self, calls: dict[Setting, int], made: dict, upscaling: list[Upscaling]) -> None:
         """Compute metrics and write the report; only the main process calls this."""
         write_text(
             self.folder / INDEX, "".join(f"{i:08d} {one_line(self.captions.caption(i))}\n" for i in self.indices)
@@ -168,7 +171,8 @@ class Evaluation:
         for setting in self.settings:
             pictures = self.drawing(setting).files(self.resolutions[-1])
             report.add_contact_sheet(pictures, self.indices, self.resolutions[-1])
-        self.measure_upscaling(report)
+        for measured in upscaling:
+            report.add_upscaling(*measured)
         if self.captions.has_pictures:
             report.add_contact_sheet(self.captions, self.indices, self.resolutions[-1])
         report.write()
@@ -223,23 +227,26 @@ class Evaluation:
         places = [(self.indices[i], self.reference_indices[int(nearest.places[i])], i) for i in order[:8]]
         report.add_nearest(drawn, self.reference, [(a, b, nearest.cosines[i].item()) for a, b, i in places])
 
-    def measure_upscaling(self, report: Report) -> None:
-        """Measure the consistency of a cascade's stages, and super-resolution of real images against bicubic upsampling."""
+    def measure_upscaling(self, state: PartialState) -> list[Upscaling]:
+        """Measure the consistency of a cascade's stages, and super-resolution of real images against bicubic upsampling;
+        all processes call this."""
+        measured: list[Upscaling] = []
         first, *upscaled = self.resolutions
         for below, resolution in zip(self.resolutions, upscaled):
             for setting in self.settings:
                 drawing = self.drawing(setting)
-                agreement = consistency(drawing.files(resolution), drawing.files(below), self.indices, below)
-                report.add_upscaling(f"{setting.name}, drawn", below, resolution, {"consistency (dB)": agreement})
+                agreement = consistency(drawing.files(resolution), drawing.files(below), self.indices, below, state)
+                measured.append((f"{setting.name}, drawn", below, resolution, {"consistency (dB)": agreement}))
         if "super-resolution" not in self.metrics:
-            return
+            return measured
         drawings = {drawing.folder: drawing for drawing in (self.drawing(one, enlarges=True) for one in self.settings)}
         for drawing in drawings.values():
             for resolution in upscaled:
                 drawn = drawing.files(resolution)
-                found = upscaling_figures(drawn, self.captions, self.indices, first, resolution)
+                found = upscaling_figures(drawn, self.captions, self.indices, first, resolution, state)
                 for method, figures in found.items():
-                    report.add_upscaling(f"{drawing.setting.name}, {method}", first, resolution, figures)
+                    measured.append((f"{drawing.setting.name}, {method}", first, resolution, figures))
+        return measured
 
     # ---- report content besides the metrics
 

@@ -3,27 +3,23 @@
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
 from PIL import Image
 
 from ..pipelines.loading.folders import loading
 from ..utils.arguments import bad_argument
 from ..utils.errors import one_line
 from ..utils.modules import quiet_transformers
-from ..utils.processes import on_main_process
 from .choices import CLIP, NAMED
 from .drawing import digest_weights
 
 
 DINOV2 = "facebook/dinov2-large"  # the network of FD-DINOv2 in EDM2 (Karras et al. 2024, arXiv 2312.02696)
-Loaded = TypeVar("Loaded")
 
 
 class FeatureNetwork(Protocol):
@@ -232,14 +228,3 @@ def load_clip(source: str, device: str | torch.device = "cpu", argument: str = "
     """The network of CLIP scores; ValueError, in one line, if it cannot be had."""
     with loading(argument, source):
         return ClipScores(source, device)
-
-
-def load_in_turn(state: PartialState, load: Callable[[], Loaded]) -> Loaded:
-    """What each process loads for itself, the main process first, which downloads; all of them call this.
-
-    Raises:
-        ValueError: In all processes, if it cannot be had.
-    """
-    found: list[Loaded] = []
-    on_main_process(state, lambda: found.append(load()))
-    return found[0] if found else load()

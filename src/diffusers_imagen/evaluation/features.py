@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from ..utils.files import whole_file
+from ..utils.files import list_names, whole_file
 from ..utils.processes import on_main_process
 from .drawing import digest_json
 from .feature_networks import FeatureNetwork
@@ -57,7 +57,8 @@ class Features:
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.glob(".*.partial"):
             leftover.unlink()
-        return [number for number, path in enumerate(self.shards) if not path.is_file()]
+        exist = list_names(self.folder)
+        return [number for number, path in enumerate(self.shards) if path.name not in exist]
 
     def make_shard(self, number: int) -> None:
         """Compute and write one file of features."""

@@ -1,11 +1,12 @@
 """Super-resolution metrics, compared with bicubic interpolation: PSNR, SSIM, and consistency with the input."""
 
+from collections.abc import Callable
+
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
 from PIL import Image
 from tqdm import tqdm
 
+from ..utils.processes import OneProcess, Processes, gather
 from .figures import Figure, figure_of_mean
 from .picture_sets import PictureSet, fitted, reduced, resized, to_tensor
 
@@ -21,31 +22,42 @@ def upscaling_figures(
     indices: list[int],
     low: int,
     resolution: int,
-    state: PartialState | None = None,
+    state: Processes = OneProcess(),
 ) -> dict[str, dict[str, Figure]]:
     """Measure super-resolution of downsampled real images, and bicubic interpolation of the same images.
 
     Args:
         drawn ([`PictureSet`]): Pictures of `resolution` that a stage drew.
         real ([`PictureSet`]): The pictures that were reduced to `low` for it, of the same numbers.
-        state ([`~accelerate.PartialState`], *optional*): Processes that share the work, all of which call this; without
-            it this one does all of it.
+        state ([`~accelerate.PartialState`], *optional*): Processes that share the work, all of which call this.
 
     Returns:
         Metrics by method and label.
     """
-    place, count = (0, 1) if state is None else (state.process_index, state.num_processes)
-    label = f"super-resolution to {resolution} px"
-    own = []
-    for number in tqdm(range(place, len(indices), count), desc=label, unit="picture", disable=place > 0):
-        picture, index = real.picture(indices[number]), indices[number]
+
+    def measure(index: int) -> torch.Tensor:
+        picture = real.picture(index)
         small, target = reduced(picture, resolution, low), to_tensor(fitted(picture, resolution))
         bicubic = small.resize((resolution, resolution), Image.Resampling.BICUBIC)
-        found = [compare(to_tensor(one), target, to_tensor(small)) for one in (drawn.picture(index), bicubic)]
-        own.append((number, torch.stack(found)))
-    rows = own if count == 1 else gather_object(own)
-    by_method = torch.stack([found for _, found in sorted(rows, key=lambda row: row[0])], dim=-1)  # (2, 3, N)
+        return torch.stack(
+            [compare(to_tensor(one), target, to_tensor(small)) for one in (drawn.picture(index), bicubic)]
+        )
+
+    found = measure_all(indices, measure, state, f"super-resolution to {resolution} px")  # (N, 2, 3)
+    by_method = found.permute(1, 2, 0)
     return {method: dict(zip(MEASURES, map(figure_of_mean, values))) for method, values in zip(METHODS, by_method)}
+
+
+def measure_all(
+    indices: list[int], measure: Callable[[int], torch.Tensor], state: Processes, label: str
+) -> torch.Tensor:
+    """Measure images, each process its share of them, and stack the results in order; all processes call this."""
+    own = indices[state.process_index :: state.num_processes]
+    values = [measure(index) for index in tqdm(own, desc=label, unit="picture", disable=not state.is_main_process)]
+    found: list[torch.Tensor] = [torch.empty(0)] * len(indices)
+    for process, part in enumerate(gather(state, values)):
+        found[process :: state.num_processes] = part
+    return torch.stack(found)
 
 
 def compare(picture: torch.Tensor, target: torch.Tensor, small: torch.Tensor) -> torch.Tensor:
@@ -65,10 +77,12 @@ def signal_to_noise(picture: torch.Tensor, target: torch.Tensor) -> torch.Tensor
     return peak_signal_noise_ratio(picture, target, data_range=1.0).clamp(max=PEAK)
 
 
-def consistency(drawn: PictureSet, below: PictureSet, indices: list[int], low: int) -> Figure:
+def consistency(
+    drawn: PictureSet, below: PictureSet, indices: list[int], low: int, state: Processes = OneProcess()
+) -> Figure:
     """Return the PSNR of a stage's images, downsampled again, against those of the previous stage, its input."""
-    values = [
-        signal_to_noise(resized(to_tensor(drawn.picture(index)), low), to_tensor(below.picture(index)))
-        for index in indices
-    ]
-    return figure_of_mean(torch.stack(values))
+
+    def measure(index: int) -> torch.Tensor:
+        return signal_to_noise(resized(to_tensor(drawn.picture(index)), low), to_tensor(below.picture(index)))
+
+    return figure_of_mean(measure_all(indices, measure, state, f"consistency at {low} px"))

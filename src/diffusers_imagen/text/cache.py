@@ -11,32 +11,19 @@ import numpy as np
 import torch
 from diffusers.utils import logging
 from safetensors import safe_open
-from safetensors.torch import save
-from tqdm.auto import tqdm
 from transformers import AutoConfig
 
-from ..utils.arguments import shown
 from ..utils.errors import describe_fault
-from ..utils.files import FolderHold, whole_file, whole_folder
 from ..utils.references import read_reference
 from .cache_files import (
-    DTYPES,
-    FORMAT,
-    MANIFEST,
     MEND,
-    check_manifest,
     checksum_problem,
-    content_problem,
-    describe_shard,
     find_problems,
-    hold_cache,
     keeps_padding,
     open_shard,
     read_index,
     read_manifest,
-    remove_leftovers,
     size_problem,
-    write_manifest,
 )
 from .encoder import TextEncoder
 from .identity import LATER, identity_mismatch
@@ -297,190 +284,3 @@ def open_text(
     cache = EmbeddingCache(embedding_cache)
     cache.check_kind(keeps_padding, cleans_captions)
     return cache if encoder is None else CachedTextEncoder(encoder, cache)
-
-
-class CacheWriter:
-    """Writer that adds captions to a cache, shard by shard; finished shards of an interrupted run are kept.
-
-    Existing shards are checked; captions in damaged ones count as missing. The folder is locked until `close`, or the
-    end of the process, so that no other process writes to it.
-
-    Args:
-        folder (`str` or `Path`): The cache; created if it does not exist.
-        encoder (`dict`): The identity of the encoder, with `width` and `max_length`. If it has `keeps_padding`, the
-            cache has embeddings of all positions.
-        dtype (`str`): "bfloat16" or "float16".
-        shard_bytes (`int`): Size of embeddings in bytes at which a shard is written.
-        hold (`FolderHold`, *optional*): The folder's lock, if `hold_cache` was called before.
-
-    Raises:
-        ValueError: If the folder has other content, or a cache of another encoder or dtype, or another process writes
-            to it.
-    """
-
-    def __init__(
-        self,
-        folder: str | Path,
-        encoder: dict[str, Any],
-        dtype: str = "bfloat16",
-        shard_bytes: int = SHARD_BYTES,
-        hold: FolderHold | None = None,
-    ):
-        if dtype not in DTYPES:
-            raise ValueError(f"`dtype` is {dtype!r}, but should be one of {', '.join(DTYPES)}.")
-        self.folder = Path(folder)
-        self.dtype = DTYPES[dtype]
-        self.shard_bytes = shard_bytes
-        self.known: set[tuple[int, int]] = set()
-        self.manifest = {
-            "format": FORMAT,
-            "encoder": encoder,
-            "max_length": encoder["max_length"],
-            "width": encoder["width"],
-            "dtype": dtype,
-            "shards": [],
-        }
-        try:
-            check_manifest(self.manifest)
-            self.keeps_padding = keeps_padding(self.manifest)
-        except ValueError as error:
-            raise ValueError(f"`encoder` is not valid for a cache: its manifest {error}.") from error
-        self._hold = hold_cache(self.folder) if hold is None else hold
-        try:
-            self._begin()
-        except BaseException:
-            self.close()
-            raise
-        self._clear()
-
-    def _begin(self) -> None:
-        """Load existing shards, and write the manifest before any shard."""
-        found = None
-        if (self.folder / MANIFEST).exists():
-            found = read_manifest(self.folder, "output_dir")
-            self._continue(found)
-        if found is None or {**found, "sha256": ""} != {**self.manifest, "sha256": ""} or "sha256" not in found:
-            write_manifest(self.folder, self.manifest)
-        remove_leftovers(self.folder, self.manifest)
-
-    def __enter__(self) -> "CacheWriter":
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Release the folder; captions added since the last shard was written are discarded."""
-        self._hold.release()
-        self._clear()
-
-    def _clear(self) -> None:
-        self._embeds: list[torch.Tensor] = []
-        self._lengths: list[int] = []
-        self._keys: list[tuple[int, int]] = []
-        self._bytes = 0
-
-    def _continue(self, found: dict[str, Any]) -> None:
-        difference = identity_mismatch(found["encoder"], self.manifest["encoder"])
-        for name in ("width", "max_length", "dtype"):
-            if difference is None and found[name] != self.manifest[name]:
-                difference = f"{name} {found[name]}, not {self.manifest[name]}"
-        if difference is not None:
-            raise ValueError(f"`output_dir` is '{self.folder}', a cache of another encoder ({difference}).")
-        self.manifest["encoder"] = {**self.manifest["encoder"], **found["encoder"]}
-        for shard in tqdm(found["shards"], desc="Checking existing shards", mininterval=5):
-            problem = content_problem(self.folder, found, shard)
-            if problem is not None:
-                logger.warning(f"{problem}: its captions are encoded again.")
-                continue
-            index = read_index(self.folder, found, shard, open_shard(self.folder, shard))
-            self.known.update(map(tuple, index.keys.tolist()))
-            self.manifest["shards"].append({**shard, "index_sha256": index.sha256})
-
-    def __contains__(self, caption: str) -> bool:
-        return caption_key(caption) in self.known
-
-    def add(self, captions: list[str], embeds: list[torch.Tensor], lengths: list[int] | None = None) -> None:
-        """Add the embeddings `(tokens, E)` of new captions, all to one shard.
-
-        A resumed run thereby encodes the same batches as an uninterrupted one: an encoder's rounding depends on the
-        content of the batch. If padding is kept, the embeddings are `(max_length, E)`, and `lengths` is the number of
-        tokens of each caption.
-
-        Raises:
-            ValueError: If some have another width, too many tokens, or are not finite in the cache's precision.
-        """
-        length, width = self.manifest["max_length"], self.manifest["width"]
-        if self.keeps_padding is (lengths is None):
-            raise ValueError(f"`lengths` is {shown(lengths)}, but should be given if and only if padding is kept.")
-        up_to = "" if self.keeps_padding else "up to "
-        for caption, own, tokens in zip(captions, embeds, lengths or map(len, embeds), strict=True):
-            if own.ndim != 2 or own.shape[1] != width or len(own) > length or (not up_to and len(own) < length):
-                raise ValueError(
-                    f"The embeddings of {caption!r} have shape {tuple(own.shape)}, but should be "
-                    f"({up_to}{length}, {width})."
-                )
-            if not 0 <= tokens <= len(own):
-                raise ValueError(f"`lengths` has {tokens} for {caption!r}, but should have 0 to {length}.")
-            own = own.to(self.dtype)
-            if not own.isfinite().all():
-                raise ValueError(f"The embeddings of {caption!r} are not finite in {self.manifest['dtype']}.")
-            self._keys.append(caption_key(caption))
-            self.known.add(self._keys[-1])
-            self._embeds.append(own)
-            self._lengths.append(tokens)
-            self._bytes += own.nbytes
-        if self._bytes >= self.shard_bytes:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write the added embeddings as a shard: to a temporary file, moved into place, then listed in the manifest."""
-        if not self._keys:
-            return
-        taken = {shard["file"] for shard in self.manifest["shards"]}
-        number = next(i for i in range(len(taken) + 1) if f"shard-{i:05d}.safetensors" not in taken)
-        name = f"shard-{number:05d}.safetensors"
-        offsets, keys = np.cumsum([0, *self._lengths]), np.array(self._keys, np.int64)
-        # not save_file, which leaves a temporary file if the process is killed
-        data = save(
-            {"states": torch.cat(self._embeds), "offsets": torch.from_numpy(offsets), "keys": torch.from_numpy(keys)}
-        )
-        with whole_file(self.folder / name) as partial:
-            partial.write_bytes(data)
-        shards = [*self.manifest["shards"], describe_shard(name, data, keys, offsets)]
-        self.manifest["shards"] = sorted(shards, key=lambda shard: shard["file"])
-        write_manifest(self.folder, self.manifest)
-        self._clear()
-
-
-def save_parts(folder: Path, encoder: TextEncoder) -> None:
-    """Writes into a cache where its encoder is, with the tokenizer, for the stages that are trained with the cache."""
-    parts = encoder.parts()
-    if parts is not None and not (folder / ENCODER).is_dir():
-        with whole_folder(folder / ENCODER) as partial:
-            parts.save(partial, folder / ENCODER)
-
-
-def write_cache(writer: CacheWriter, captions: list[str], encoder: TextEncoder, batch_size: int = 256) -> int:
-    """Encode missing captions, and the empty text if padding is kept; return their number.
-
-    Args:
-        writer (`CacheWriter`): The cache.
-        captions (`list[str]`): Distinct captions.
-        encoder (`TextEncoder`): Has `unpadded(captions)`, and if padding is kept `padded(captions)`.
-        batch_size (`int`): Captions encoded at once.
-    """
-    if writer.keeps_padding and "" not in captions:
-        captions = [*captions, ""]
-    # sorted by length: a batch is padded to its longest caption
-    missing = sorted((caption for caption in captions if caption not in writer), key=lambda text: (len(text), text))
-    with tqdm(total=len(captions), initial=len(captions) - len(missing), desc="Encoding", mininterval=1) as progress:
-        for start in range(0, len(missing), batch_size):
-            part = missing[start : start + batch_size]
-            if writer.keeps_padding:
-                writer.add(part, *encoder.padded(part))
-            else:
-                writer.add(part, encoder.unpadded(part))
-            progress.update(len(part))
-    writer.flush()
-    return len(missing)

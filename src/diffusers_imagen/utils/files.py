@@ -243,6 +243,15 @@ def read_json_object(path: PathLike) -> dict[str, Any]:
     return value
 
 
+def list_names(folder: PathLike) -> set[str]:
+    """Return the names of what is in a folder, none if it does not exist.
+
+    To look for files that other hosts write, list the folder instead of asking for each file: a network file system
+    remembers for a while that a file did not exist.
+    """
+    return set(os.listdir(folder)) if os.path.isdir(folder) else set()
+
+
 def sync(path: PathLike) -> None:
     """Flush a file to disk."""
     with open(path, "rb") as file:

@@ -1,16 +1,35 @@
-"""Helpers for multiple processes: work of the main process for all."""
+"""Helpers for multiple processes: work of the main process for all, and what all of them have to agree on."""
 
+import secrets
+import socket
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
+
+from .files import OWNER
 
 
 Result = TypeVar("Result")
+SIGHT = 5.0  # seconds in which a network file system shows a new file to other hosts
 
 
-def on_main_process(state: Accelerator | PartialState, do: Callable[[], Result]) -> Result:
+class OneProcess:
+    """Stand-in for `PartialState` where one process works alone."""
+
+    process_index, num_processes, is_main_process = 0, 1, True
+
+    def wait_for_everyone(self) -> None:
+        """Return at once: there are no others."""
+
+
+Processes = Accelerator | PartialState | OneProcess
+
+
+def on_main_process(state: Processes, do: Callable[[], Result]) -> Result:
     """Call a function in the main process; all processes return its result or raise its error, so that all continue
     or all end. All processes must call this."""
     result: Any = None
@@ -28,3 +47,48 @@ def on_main_process(state: Accelerator | PartialState, do: Callable[[], Result])
     if failure is not None:
         raise failure
     return result
+
+
+def in_turn(state: Processes, do: Callable[[], Result]) -> Result:
+    """Call a function in every process, in the main process first, which downloads; all processes must call this.
+
+    Raises:
+        ValueError: In all processes, if it fails in the main process.
+    """
+    found: list[Result] = []
+    on_main_process(state, lambda: found.append(do()))
+    return found[0] if found else do()
+
+
+def gather(state: Processes, value: Result) -> list[Result]:
+    """Return the values of all processes, by process index; all processes must call this."""
+    return [value] if state.num_processes == 1 else gather_object([value])
+
+
+def check_shared(state: Processes, folder: Path, name: str) -> None:
+    """Check that all processes see the same folder, those on other hosts too; all processes must call this.
+
+    Args:
+        state ([`~accelerate.PartialState`]): The processes.
+        folder (`Path`): The folder, which the main process has created.
+        name (`str`): The argument's name, for the message.
+
+    Raises:
+        ValueError: In all processes, if one of them does not see a file that the main process writes.
+    """
+    if state.num_processes == 1:
+        return
+    # named like an unfinished file, which the next run removes if this one is killed
+    token = folder / on_main_process(state, lambda: f".{OWNER}.{secrets.randbits(60)}.partial")
+    on_main_process(state, token.touch)
+    end = time.monotonic() + SIGHT
+    while not (is_seen := token.is_file()) and time.monotonic() < end:
+        time.sleep(0.1)
+    hosts = [host for host in gather(state, None if is_seen else socket.gethostname()) if host is not None]
+    if state.is_main_process:
+        token.unlink()
+    if hosts:
+        raise ValueError(
+            f"`{name}` is '{folder}', which {hosts[0]} does not see as the main process does: all hosts need it on a file "
+            "system that they share."
+        )

@@ -13,7 +13,7 @@ from diffusers.utils import logging
 from ...evaluation import Distances, Drawing, Features, Setting, choose, draw, load_clip, load_features
 from ...evaluation.choices import DISTANCES, OF_FEATURES, least_pictures
 from ...evaluation.drawing import digest_networks, find_other, network_calls
-from ...evaluation.feature_networks import ClipScores, FeatureNetwork, load_in_turn
+from ...evaluation.feature_networks import ClipScores, FeatureNetwork
 from ...evaluation.figures import Figure, Row, clip_score, sample_warnings
 from ...evaluation.nearest import find_nearest
 from ...evaluation.picture_sets import PictureFiles
@@ -21,7 +21,7 @@ from ...evaluation.upscaling import METHODS, upscaling_figures
 from ...pipelines.pipeline_output import ImagenPipelineOutput
 from ...text.source import TextSource
 from ...utils.files import remove
-from ...utils.processes import on_main_process
+from ...utils.processes import OneProcess, in_turn, on_main_process
 from ..config import TrainingConfig
 from ..data.row_pictures import RowPictures, at_hand
 from ..data.sources import open_rows
@@ -113,10 +113,10 @@ class PictureMetrics:
         config, features, clip = self.config, None, None
         if set(self.wanted) & set(OF_FEATURES):
             source = config.validation_features
-            features = load_in_turn(self.state, lambda: load_features(source, "cpu", "validation_features"))
+            features = in_turn(self.state, lambda: load_features(source, "cpu", "validation_features"))
         if "clip" in self.wanted:
             model = config.validation_clip_model
-            clip = load_in_turn(self.state, lambda: load_clip(model, "cpu", "validation_clip_model"))
+            clip = in_turn(self.state, lambda: load_clip(model, "cpu", "validation_clip_model"))
         return features, clip
 
     def open_pictures(self, split: str, argument: str, with_text: bool) -> RowPictures:
@@ -291,15 +291,6 @@ class PictureMetrics:
             if number is not None and int(number[1]) < step:
                 remove(folder)
         return row
-
-
-class OneProcess:
-    """Stands for the processes where one works alone."""
-
-    process_index, num_processes, is_main_process = 0, 1, True
-
-    def wait_for_everyone(self) -> None:
-        """There is nobody to wait for."""
 
 
 def plan_setting(config: TrainingConfig, pipe: StagePipeline, guides: bool) -> tuple[Setting, int]:

@@ -1,0 +1,84 @@
+"""Processes that share work through gloo, each forked from one that has made its imports and has no threads yet."""
+
+import multiprocessing
+import os
+import socket
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import datasets
+import torch
+
+from diffusers_imagen.commands import main as cli
+
+
+# the packages themselves import nothing until a name of theirs is used
+IMPORTS = [
+    "diffusers_imagen.commands.cache_embeddings",
+    "diffusers_imagen.commands.generate",
+    "diffusers_imagen.evaluation.evaluator",
+    "diffusers_imagen.pipelines.pipeline_imagen_cascade",
+    "diffusers_imagen.text.cache_writer",
+    "diffusers_imagen.training.finetuning.lora_trainer",
+    "diffusers_imagen.training.loop",
+    "transformers.models.bert.modeling_bert",
+    "transformers.models.bert.tokenization_bert",
+]
+
+
+def make_process(target: Callable, *arguments) -> multiprocessing.Process:
+    """A process that runs a function."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTS)
+    return context.Process(target=target, args=arguments)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def environments(count: int, **more: str) -> list[dict[str, str]]:
+    """What torchrun tells each process of a group on this host."""
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    shared |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **more}
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+
+
+def exit_codes(processes: list[multiprocessing.Process]) -> list[int | None]:
+    """Starts the processes and waits for their end."""
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=200)
+        process.kill()
+    return [process.exitcode for process in processes]
+
+
+def command(arguments: list[str], environment: dict[str, str], log: Path, killed: tuple[str, int] | None) -> None:
+    """A command of `diffusers-imagen`, for a process of its own that ends before a change in a folder, if that is given."""
+    from kills import Killer  # which imports this module
+
+    os.environ.update(environment)
+    datasets.config.HF_DATASETS_CACHE = log.parent / "cache"
+    torch.set_num_threads(1)
+    with open(log, "w", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
+        if killed is not None:
+            Killer(*killed)
+        code = cli.main(arguments)
+    sys.exit(code)
+
+
+def run_command(
+    logs: Path, count: int, *arguments: object, killed: tuple[str, int] | None = None
+) -> tuple[list[int | None], list[str]]:
+    """A command that processes share, of which the last may be killed; their exit codes and what they printed."""
+    paths = [logs / f"process-{rank}.txt" for rank in range(count)]
+    processes = [
+        make_process(command, [*map(str, arguments)], own, path, killed if rank == count - 1 else None)
+        for rank, (own, path) in enumerate(zip(environments(count), paths))
+    ]
+    return exit_codes(processes), [path.read_text() for path in paths]
