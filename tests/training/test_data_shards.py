@@ -106,7 +106,7 @@ def test_a_cut_shard_is_refused_by_name_before_a_step(tmp_path, encode, reader, 
 def test_all_cut_shards_are_counted(tmp_path):
     folder = write(tmp_path / "d", {f"{i}.tar": WHOLE[:2048] for i in range(5)})
     with pytest.raises(ValueError, match="0.tar' is cut.*; '.*2.tar' .*; and 2 more shards: write them again"):
-        check_shards([Shard.at(f"{folder}/{i}.tar") for i in range(5)])
+        check_shards([Shard.at(f"{folder}/{i}.tar") for i in range(5)], 5)
 
 
 @pytest.mark.parametrize("reader", READERS)

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, BinaryIO, NamedTuple, cast
 
+import numpy as np
 from datasets import Features, Image, Value
 from datasets.packaged_modules.webdataset.webdataset import base_plus_ext
 from tqdm.auto import tqdm
@@ -28,6 +29,7 @@ from ...utils.images import check_regular, picture_extensions
 COMPRESSIONS: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
 TEXTS = ("txt", "text", "caption", "cap", "transcript", "label", "style", "split", "url")
 NUMBERS = ("cls", "cls2", "index", "inx", "id")
+MOST_EXAMINED = 256  # shards of a stream that are read from header to header; of the others the end is
 MAX_FIELD = 2**30  # bytes of one file in a shard; sparse files claim any size
 DAMAGE = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError, ValueError)
 
@@ -58,18 +60,40 @@ class Fault(Exception):
     """What is wrong with a shard."""
 
 
-def check_shards(shards: list[Shard]) -> list[Contents]:
-    """What is in each shard.
+def check_shards(shards: list[Shard], most: int) -> list[Contents]:
+    """What is in shards.
+
+    Args:
+        shards (`list[Shard]`): The shards.
+        most (`int`): Shards that are examined, evenly spread. Those between are examined only if they do not end as a whole
+            archive does: a header takes about 10 us, and 40,000 shards have 800 million of them.
 
     Raises:
         ValueError: If shards are cut or damaged; names them, and how many samples can be read.
     """
-    contents = [examine(shard) for shard in tqdm(shards, desc="Checking shards", mininterval=5)]
-    faults = [f"'{shard.path}' {found.fault}" for shard, found in zip(shards, contents) if found.fault]
+    spread = set(np.linspace(0, len(shards) - 1, min(most, len(shards))).round().astype(int).tolist())
+    contents, faults = [], []
+    for number, shard in enumerate(tqdm(shards, desc="Checking shards", mininterval=5)):
+        if number in spread or not is_ended(shard):
+            contents.append(examine(shard))
+            if contents[-1].fault:
+                faults.append(f"'{shard.path}' {contents[-1].fault}")
     if faults:
         more = f"; and {len(faults) - 3} more shards" if len(faults) > 3 else ""
         raise ValueError(f"{'; '.join(faults[:3])}{more}: write them again, or move them away")
     return contents
+
+
+def is_ended(shard: Shard) -> bool:
+    """Whether a shard ends with the zeros of a tar file; of one that is compressed, whether it begins as one should."""
+    check_regular(shard.path)
+    with open(shard.path, "rb") as file:
+        start = file.read(6)
+        if any(start.startswith(magic) for magic in COMPRESSIONS):
+            return True
+        file.seek(max(0, shard.size - tarfile.BLOCKSIZE))
+        end = file.read()
+    return len(end) == tarfile.BLOCKSIZE and not any(end)
 
 
 @lru_cache(maxsize=None)

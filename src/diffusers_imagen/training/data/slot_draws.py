@@ -9,11 +9,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from .permutation import Permutation
+
 
 VALIDATION_SEED = 1  # words after the run's seed: each names a sequence that no other draw shares
 ORDER_SEED = 2
 REPLACEMENT_SEED = 3
 BLOCK_SEED = 4
+SUBSET_SEED = 5
 
 ROW, CAPTION, CROP_TOP, CROP_LEFT, FLIP, BLUR, JPEG, PLACE_TOP, PLACE_LEFT, BUCKET = range(10)
 DRAWS_PER_SLOT = 12
@@ -67,7 +70,8 @@ def whole(uniform: np.ndarray, count: int) -> np.ndarray:
 class RowOrder:
     """Which row fills a slot.
 
-    Without weights all rows come once an epoch, in an order of its own; with weights each slot draws its row.
+    Without weights all rows come once an epoch, in an order of its own, of which nothing is kept; with weights each slot
+    draws its row, and the running sums of the weights are kept.
 
     Args:
         num_rows (`int`): Rows of the data set.
@@ -80,7 +84,6 @@ class RowOrder:
         self.seed = seed
         self.edges = None if weights is None else cumulate(weights)
         self.replacements = SlotDraws(seed, REPLACEMENT_SEED)
-        self._epoch, self._permutation = -1, np.arange(0)
 
     def __call__(self, first: int, draws: np.ndarray) -> np.ndarray:
         """Rows of the slots from `first` on, whose numbers are `draws` `(count, DRAWS_PER_SLOT)`."""
@@ -89,19 +92,14 @@ class RowOrder:
         epochs, places = np.divmod(np.arange(first, first + len(draws)), self.num_rows)
         rows = np.empty_like(places)
         for epoch in np.unique(epochs):
-            rows[epochs == epoch] = self._order(int(epoch))[places[epochs == epoch]]
+            order = Permutation(self.num_rows, philox_key(self.seed, ORDER_SEED, int(epoch)))
+            rows[epochs == epoch] = order(places[epochs == epoch])
         return rows
 
     def replacement(self, slot: int, attempt: int) -> int:
         """The row in place of one that cannot be used; a slot has `MAX_ATTEMPTS` of them."""
         uniform = self.replacements(slot, 1, MAX_ATTEMPTS)[0, attempt]
         return int(whole(uniform, self.num_rows) if self.edges is None else pick(self.edges, uniform))
-
-    def _order(self, epoch: int) -> np.ndarray:
-        if epoch != self._epoch:
-            self._permutation = philox(self.seed, ORDER_SEED, epoch).permutation(self.num_rows)
-            self._epoch = epoch
-        return self._permutation
 
 
 class BucketOrder:

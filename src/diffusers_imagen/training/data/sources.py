@@ -3,7 +3,7 @@
 import glob
 import os
 import re
-from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +32,9 @@ from .image_folders import (
     list_files,
     picture_rows,
 )
-from .shards import Shard, check_shards, choose_pictures, read_rows, shard_features
+from .permutation import Permutation
+from .shards import MOST_EXAMINED, Shard, check_shards, choose_pictures, read_rows, shard_features
+from .slot_draws import SUBSET_SEED, philox_key
 from .tables import EmptyTable, check_table, find_damage, find_fault, innermost
 
 
@@ -43,6 +45,7 @@ TABLES = (".parquet", ".arrow", ".csv", ".tsv", ".json", ".jsonl")
 RULES = re.DOTALL | re.MULTILINE
 MOST_CARD = 2**16  # characters of a card that are looked at
 MOST_SHARDS = 1024  # of a stream of pictures
+ROWS_AT_ONCE = 10_000  # of which some columns are in memory
 TEXT_TYPES = ("string", "large_string")
 
 
@@ -201,10 +204,10 @@ def load_pictures(folder: str, pictures: list[str], config: DataConfig) -> Datas
 
 
 def load_shards(folder: str, files: list[str], config: DataConfig) -> dict[str, Dataset | IterableDataset]:
-    """The samples of tar shards, of which every one is whole."""
+    """The samples of tar shards, of which every one is whole; of a stream's many shards some are examined."""
     groups = group_by_split(files, by_file_name=True)
     shards = {file: Shard.at(os.path.join(folder, file)) for file in files}
-    contents = check_shards(list(shards.values()))
+    contents = check_shards(list(shards.values()), MOST_EXAMINED if config.streaming else len(shards))
     if not any(found.samples for found in contents):
         raise ValueError(f"its {len(files)} tar shards hold no sample.")
     pictures = tuple(choose_pictures(contents, config.image_column))
@@ -305,7 +308,7 @@ def keep_rows(data, wanted: dict[str, list[str]], split: str):
         return data.filter(lambda row: all(row[column] in values for column, values in wanted.items()))
     keep = np.ones(len(data), dtype=bool)
     for column, values in wanted.items():
-        keep &= np.array([value in values for value in data[column][:]], dtype=bool)
+        keep &= np.fromiter((value in values for (value,) in iterate_cells(data, [column])), bool, len(data))
     if not keep.any():
         styles = f" and a style among {wanted['style']}" if "style" in wanted else ""
         raise ValueError(f"No row has split {split!r}{styles}.")
@@ -326,7 +329,14 @@ def take(data, number: int, seed: int):
     """So many rows: at random, or of a stream the first."""
     if isinstance(data, IterableDataset):
         return data.take(number)
-    return data.shuffle(seed=seed).select(range(min(number, len(data))))
+    order = Permutation(len(data), philox_key(seed, SUBSET_SEED))
+    return data.select(order(np.arange(min(number, len(data)))))
+
+
+def iterate_cells(data: Dataset, columns: list[str]) -> Iterator[tuple]:
+    """The cells of some columns, row by row, with few rows in memory."""
+    for part in data.select_columns(columns).iter(batch_size=ROWS_AT_ONCE):
+        yield from zip(*(part[column] for column in columns))
 
 
 def draw_columns(config: DataConfig) -> list[str]:
@@ -342,17 +352,20 @@ def draw_weights(rows: Dataset, config: DataConfig) -> np.ndarray | None:
     Raises:
         ValueError: If a weight is no number above 0.
     """
+    if not draw_columns(config):
+        return None
     weights = np.ones(len(rows))
     if config.balance_by:
-        keys = list(zip(*(map(str, rows[column][:]) for column in config.balance_by)))
-        counts = Counter(keys)
-        weights /= [counts[key] for key in keys]
+        groups: dict[tuple, int] = {}
+        keys = (tuple(map(str, cells)) for cells in iterate_cells(rows, config.balance_by))
+        found = np.fromiter((groups.setdefault(key, len(groups)) for key in keys), np.int32, len(rows))
+        weights /= np.bincount(found)[found]
     if config.weight_column is not None:
-        for row, weight in enumerate(rows[config.weight_column][:]):
+        for row, (weight,) in enumerate(iterate_cells(rows, [config.weight_column])):
             if not (isinstance(weight, (int, float)) and 0 < weight < float("inf")):
                 raise ValueError(
                     f"`weight_column` is {config.weight_column!r}, where row {row} has {weight!r}, but should have a "
                     "number above 0."
                 )
             weights[row] *= weight
-    return weights if draw_columns(config) else None
+    return weights
