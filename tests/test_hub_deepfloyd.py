@@ -123,10 +123,10 @@ for token in (False, "hf_another"):
 def test_what_cannot_be_used_is_refused_before_its_weights_are_downloaded(filled, client):
     lines = client.run(REFUSE).splitlines()
     assert lines[0].startswith(f"`base` is '{II}', which enlarges images and is no base stage")
-    assert lines[1].startswith(f"`sr256` is '{I}', a base stage, which enlarges no images")
+    assert lines[1].startswith(f"`sr256` is '{I}', a base stage, but should be a super-resolution stage")
     assert len(lines) == 8
     for line in lines[2:]:
-        assert f"accept its license on {filled.url}/{I}, and log in with `hf auth login` or give `token`" in line
+        assert f"accept its license on {filled.url}/{I}, and log in with `hf auth login` or pass `token`" in line
     assert {"(401)" in line for line in lines[2:5]} == {"(403)" in line for line in lines[5:]} == {True}
     assert loaded_files(filled, I) == {"unet/diffusion_pytorch_model.safetensors"}  # of the stage without other parts
     assert loaded_files(filled, II) == set()

@@ -1,4 +1,4 @@
-"""Imagen for diffusers: cascaded text-to-image diffusion in pixel space, to sample and to train."""
+"""Imagen for diffusers: training and sampling of cascaded text-to-image diffusion models in pixel space."""
 
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -49,10 +49,10 @@ __getattr__, __dir__ = lazy_names(
         ".training": (),
         ".utils": (),
         ".utils.shipped": ("shipped_cascade",),
-        # diffusers' loaders ask the package itself for the base classes that LOADABLE_CLASSES names
+        # diffusers' loaders look up the base classes of LOADABLE_CLASSES in the package itself
         "diffusers": ("ModelMixin", "SchedulerMixin"),
         "transformers": ("PreTrainedModel",),
-        # and for what stands in a folder for parts that are elsewhere
+        # and the classes that stand for components that are saved elsewhere
         ".pipelines.adapted_network": ("AdaptedNetwork",),
         ".text.reference": ("ReferencedTextEncoder",),
     },

@@ -1,8 +1,8 @@
-"""Makes diffusers find this package's classes: runs on `import diffusers_imagen`, which imports no diffusers for it.
+"""Registration with diffusers' loaders: runs on `import diffusers_imagen`, without importing diffusers.
 
-diffusers has no plug-in mechanism. It looks up the classes of a saved pipeline in tables of its own, which are no
-documented interface; the version range in setup.cfg and tests/test_register.py guard what is changed here. A module of
-diffusers that is not imported yet is changed when somebody imports it.
+diffusers has no plug-in mechanism. It looks up the classes of a saved pipeline in internal tables, which are not a
+documented interface; the version range in setup.cfg and tests/test_register.py guard the changes made here. Modules of
+diffusers that are not imported yet are changed on import.
 """
 
 from types import ModuleType
@@ -28,7 +28,7 @@ PIPELINES = ("ImagenCascadePipeline", "ImagenPipeline", "ImagenSuperResolutionPi
 
 
 def register() -> None:
-    """Enter the package's models, schedulers and pipelines into diffusers' tables, now or when diffusers is imported."""
+    """Add the package's models, schedulers and pipelines to diffusers' tables, now or when diffusers is imported."""
     after_import("diffusers", lambda module: add_names(module, COMPONENTS + PIPELINES))
     after_import("diffusers.pipelines", lambda module: add_names(module, PIPELINES))
     after_import("diffusers.pipelines.pipeline_loading_utils", add_loadable_classes)
@@ -37,10 +37,10 @@ def register() -> None:
 
 
 def add_names(module: ModuleType, names: tuple[str, ...]) -> None:
-    """Make the package's classes attributes of a module of diffusers, but for those that it has itself.
+    """Make the package's classes attributes of a module of diffusers, except for names that the module defines itself.
 
-    Each is imported when it is used. Python asks the `__getattr__` in a module's namespace before that of its class, which
-    diffusers' modules have.
+    Each class is imported on first use. Python calls the `__getattr__` in a module's namespace before that of its
+    class, which diffusers' modules define.
     """
     own = {*vars(module), *getattr(module, "__all__", ())}
     before = vars(module).get("__getattr__")
@@ -58,13 +58,13 @@ def add_names(module: ModuleType, names: tuple[str, ...]) -> None:
 
 
 def add_loadable_classes(module: Any) -> None:
-    """Make a saved pipeline name this package, and not the module of a class, as where it is found."""
+    """Make saved pipelines refer to this package as the library of a class, instead of the module of the class."""
     methods = ["save_pretrained", "from_pretrained"]
     module.LOADABLE_CLASSES[PACKAGE] = dict.fromkeys(("ModelMixin", "SchedulerMixin", "PreTrainedModel"), methods)
 
 
 def add_tasks(module: Any) -> None:
-    """Make diffusers' AutoPipelines find the pipelines."""
+    """Add the pipelines to the tables of diffusers' AutoPipelines."""
     from .pipelines import ImagenCascadePipeline, ImagenPipeline
 
     for mapping in (
@@ -77,21 +77,22 @@ def add_tasks(module: Any) -> None:
 
 
 def add_tied_weights(module: Any) -> None:
-    """Say for DeepFloyd IF's safety checker which weights are tied, which transformers 5 asks every model: none."""
+    """Declare that DeepFloyd IF's safety checker has no tied weights, an attribute that transformers 5 requires."""
     if not hasattr(module.IFSafetyChecker, "all_tied_weights_keys"):
         module.IFSafetyChecker.all_tied_weights_keys = {}
 
 
 def register_network(network_class: "type[StageNetwork]") -> None:
-    """Make the loaders find a network of another family by the name that its configuration file says.
+    """
+    Register a network class of another architecture, so that the loaders find it by the class name in a configuration
+    file.
 
-    A class that is defined again, as in a notebook, takes the place of the one of the same module and name.
-
+    A class that is defined again, as in a notebook, replaces the class of the same module and name.
     Args:
         network_class: A subclass of `models.interface.StageNetwork` and diffusers' `ModelMixin`.
 
     Raises:
-        ValueError: If it is no such class, or diffusers has another class of its name.
+        ValueError: If it is not such a class, or diffusers has another class of this name.
     """
     import diffusers
 

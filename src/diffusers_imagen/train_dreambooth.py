@@ -1,4 +1,4 @@
-"""`accelerate launch -m diffusers_imagen.train_dreambooth`: as `diffusers-imagen train-dreambooth`, on several devices too."""
+"""`accelerate launch -m diffusers_imagen.train_dreambooth`: `diffusers-imagen train-dreambooth` for one or more devices."""
 
 import sys
 from typing import NoReturn
@@ -8,8 +8,8 @@ from .utils.errors import run_program
 
 
 def main() -> NoReturn:
-    """Train as the command line says, and end the process: with exit code 0, 2 after one line about what was wrong with
-    arguments, files, devices or the Hub, or 128 plus the signal that stopped the run."""
+    """Train with the command line's arguments, and exit: with code 0, with 2 after a one-line message about invalid
+    arguments, files, devices or the Hub, or with 128 plus the number of the signal that stopped the run."""
     run_program(lambda: train_dreambooth(sys.argv[1:]))
 
 

@@ -137,15 +137,15 @@ def test_from_pipe_makes_a_stage_of_a_pipeline_of_diffusers():
     assert ours.config.call_defaults == repository.call_defaults(upscales=False) and ours.config.clean_caption
     assert torch.equal(draw(ours), draw(ImagenPipeline.from_stage(theirs)))
     assert ImagenPipeline.from_pipe(ours).unet is ours.unet
-    with pytest.raises(ValueError, match="a base stage, which enlarges no images"):
+    with pytest.raises(ValueError, match="a base stage, but should be a super-resolution stage"):
         ImagenSuperResolutionPipeline.from_pipe(theirs)
 
 
 def test_options_of_loading_are_refused_where_nothing_is_loaded(folders):
     first, second = stage_1(), stage_2()
-    with pytest.raises(ValueError, match="`dtype` is torch.float16, but is for loading"):
+    with pytest.raises(ValueError, match="`dtype` is torch.float16, but should not be given"):
         ImagenCascadePipeline.from_stages(first, second, dtype=torch.float16)
-    with pytest.raises(ValueError, match="`variant` is 'fp16', but is for loading"):
+    with pytest.raises(ValueError, match="`variant` is 'fp16', but should not be given"):
         ImagenPipeline.from_stage(first, variant="fp16")
     mixed = ImagenCascadePipeline.from_stages(first, folders["II"], dtype=torch.float16)
     assert (mixed.base_unet.dtype, mixed.sr256_unet.dtype) == (torch.float32, torch.float16)
@@ -359,22 +359,22 @@ def test_other_betas_of_the_augmentation_are_refused(copied):
 
 def test_stages_in_each_others_places_are_refused(copied):
     first, second = copied("I"), copied("II")
-    with pytest.raises(ValueError, match="`base` is '.*IF-II', which enlarges images and is no base stage"):
+    with pytest.raises(ValueError, match="`base` is '.*IF-II', a super-resolution stage, but should be a base stage"):
         ImagenCascadePipeline.from_stages(second)
-    with pytest.raises(ValueError, match="`sr256` is '.*IF-I', a base stage, which enlarges no images"):
+    with pytest.raises(ValueError, match="`sr256` is '.*IF-I', a base stage, but should be a super-resolution stage"):
         ImagenCascadePipeline.from_stages(first, first)
-    with pytest.raises(ValueError, match="open it alone with ImagenSuperResolutionPipeline"):
+    with pytest.raises(ValueError, match="open it with ImagenSuperResolutionPipeline"):
         ImagenPipeline.from_pretrained(second)
-    with pytest.raises(ValueError, match="open it alone with ImagenPipeline"):
+    with pytest.raises(ValueError, match="open it with ImagenPipeline"):
         ImagenSuperResolutionPipeline.from_pretrained(first)
-    with pytest.raises(ValueError, match="ImagenCascadePipeline.from_stages composes them"):
+    with pytest.raises(ValueError, match="ImagenCascadePipeline.from_stages for a cascade"):
         ImagenCascadePipeline.from_pretrained(first)
 
 
 def test_stages_of_another_text_are_refused(copied, folders, text_encoder):
     first, second = copied("I"), copied("II")
     change(first, "text_encoder/config.json", d_model=32)
-    with pytest.raises(ValueError, match="`base` is .*, which reads text of width 24, but the text encoder of .* has"):
+    with pytest.raises(ValueError, match="`base` is .*, which is conditioned on text of width 24, but the text encoder of .* has"):
         ImagenCascadePipeline.from_stages(first, second)
     with pytest.raises(ValueError, match="width 24, but the given text encoder has width 16"):
         ImagenCascadePipeline.from_stages(folders["I"], second, text_encoder=text_encoder)
@@ -396,7 +396,7 @@ def test_loaded_pipelines_of_another_kind_are_refused():
     other = stage_1(scheduler=DPMSolverMultistepScheduler.from_config(deepfloyd_repository.schedule(1.5).config))
     assert ImagenPipeline.from_stage(other).scheduler is other.scheduler
     other.unet.register_to_config(act_fn="silu")
-    with pytest.raises(ValueError, match="`source` is a IFPipeline of another kind: `act_fn` is 'silu'"):
+    with pytest.raises(ValueError, match="`source` is a IFPipeline that is not supported: `act_fn` is 'silu'"):
         ImagenPipeline.from_stage(other)
 
 
@@ -406,17 +406,17 @@ DAMAGE = {
     "weights of no layer": (
         UNET,
         lambda weights: weights.update({"extra.weight": torch.zeros(2)}),
-        "unet' has weights that its configuration has no place for: extra.weight",
+        "unet' has weights that its configuration does not have: extra.weight",
     ),
     "other shapes": (
         UNET,
         lambda weights: weights.update({"conv_out.bias": torch.zeros(3)}),
-        "unet' has weights of other shapes than its configuration says: conv_out.bias",
+        "unet' has weights of other shapes than its configuration: conv_out.bias",
     ),
     "integers": (
         UNET,
         lambda weights: weights.update({"conv_out.bias": torch.zeros(6, dtype=torch.int32)}),
-        "unet' has weights that are no numbers of floating point: conv_out.bias",
+        "unet' has weights that are not in floating point: conv_out.bias",
     ),
     "no watermark": (
         WATERMARK,
@@ -426,7 +426,7 @@ DAMAGE = {
     "a checker that finds nothing": (
         "safety_checker/model.safetensors",
         lambda weights: weights["p_head.bias"].fill_(float("nan")),
-        "`safety_checker` has weights that are not finite, p_head.bias among them",
+        "`safety_checker` has weights that are not finite, such as p_head.bias",
     ),
 }
 
@@ -448,7 +448,7 @@ def test_files_that_are_cut_off_or_missing_are_named(copied, folders):
         ImagenPipeline.from_stage(folder)
     shutil.copytree(folders["I"], folder, dirs_exist_ok=True)
     (folder / UNET).write_bytes((folders["I"] / UNET).read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"diffusion_pytorch_model.safetensors' is no whole file of weights"):
+    with pytest.raises(ValueError, match=r"diffusion_pytorch_model.safetensors' is not a complete safetensors file"):
         ImagenPipeline.from_stage(folder)
 
 

@@ -113,7 +113,7 @@ def test_the_low_resolution_is_diffused_as_ddpm_does(index):
 
 def test_a_scheduler_that_reads_a_variance_needs_a_network_that_predicts_one(base_pipeline, run):
     base_pipeline.scheduler = schedule()
-    with pytest.raises(ValueError, match="`variance_type` is 'learned_range', but the network predicts none"):
+    with pytest.raises(ValueError, match="`variance_type` is 'learned_range', but the network predicts no variance"):
         run(base_pipeline)
 
 

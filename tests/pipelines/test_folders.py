@@ -102,16 +102,16 @@ HOSTILE = {
         for name, data in NO_OBJECT.items()
     },
     "index of a string": (content(INDEX, b'"x"'), "holds a JSON str"),
-    "huge index": (content(INDEX, b'{"a": "' + b"x" * 2**22 + b'"}'), "bytes, but 4194304 are the most"),
+    "huge index": (content(INDEX, b'{"a": "' + b"x" * 2**22 + b'"}'), "bytes, but should have at most 4194304"),
     "no class": (entry(INDEX, _class_name=...), "is of None, but should be of ImagenCascadePipeline"),
     "another pipeline": (entry(INDEX, _class_name="StableDiffusionPipeline"), "should be of ImagenCascadePipeline"),
     "a pipeline of its own": (scripts(entry(INDEX, _class_name=["pipeline", "Evil"])), "is of ['pipeline', 'Evil']"),
     "os.system": (entry(INDEX, base_unet=["os", "system"]), "has ['os', 'system'] for `base_unet`"),
     "Popen": (entry(INDEX, text_encoder=["subprocess", "Popen"]), "for `text_encoder`"),
     "a path": (entry(INDEX, tokenizer=["../evil", "X"]), "for `tokenizer`"),
-    "an unknown component": (entry(INDEX, foo=["os", "system"]), "has 'foo', which is no component"),
+    "an unknown component": (entry(INDEX, foo=["os", "system"]), "has 'foo', which is not a component"),
     "a network of its own": (scripts(entry(INDEX, base_unet=["evil", "Evil"])), "for `base_unet`"),
-    "another network": (entry(INDEX, base_unet=["diffusers", "UNet2DModel"]), "should have a library and its StageN"),
+    "another network": (entry(INDEX, base_unet=["diffusers", "UNet2DModel"]), "should have a library and the name of its StageN"),
     "no network": (entry(INDEX, base_unet=[None, None]), "has no `base_unet`, which every"),
     "no pair": (entry(INDEX, base_unet=["diffusers_imagen"]), "for `base_unet`"),
     "no folder": (gone("base_unet"), "no folder base_unet/"),
@@ -127,12 +127,12 @@ HOSTILE = {
     "sizes as text": (entry(UNET, block_out_channels=["8", "16"]), "should be a list of integers"),
     "no heads": (entry(UNET, attention_head_dim=0), "`attention_head_dim` is 0"),
     "a million layers": (entry(UNET, layers_per_block=1_000_000), "from 0 to 128"),
-    "text without a place": (entry(UNET, encoder_hid_dim=None), "no place for: "),
-    "cut weights": (lambda folder, trap: os.truncate(folder / WEIGHTS, 5000), "is no whole file of weights"),
-    "empty weights": (content(WEIGHTS, b""), "is no whole file of weights"),
-    "a huge header": (content(WEIGHTS, struct.pack("<Q", 2**62) + b"{}"), "is no whole file of weights"),
+    "text without a place": (entry(UNET, encoder_hid_dim=None), "does not have: "),
+    "cut weights": (lambda folder, trap: os.truncate(folder / WEIGHTS, 5000), "is not a complete safetensors file"),
+    "empty weights": (content(WEIGHTS, b""), "is not a complete safetensors file"),
+    "a huge header": (content(WEIGHTS, struct.pack("<Q", 2**62) + b"{}"), "is not a complete safetensors file"),
     "a missing tensor": (tensors(WEIGHTS, lambda w: w.pop("conv_out.bias")), "lacks weights: conv_out.bias"),
-    "an extra tensor": (tensors(WEIGHTS, lambda w: w.update(foo=torch.ones(2))), "no place for: foo"),
+    "an extra tensor": (tensors(WEIGHTS, lambda w: w.update(foo=torch.ones(2))), "does not have: foo"),
     "another shape": (tensors(WEIGHTS, lambda w: w.update({"conv_out.bias": torch.ones(2)})), "shapes than its"),
     "integers": (tensors(WEIGHTS, lambda w: w.update({"conv_out.bias": torch.ones(3).int()})), "floating point: conv"),
     "pickled network": (pickled(WEIGHTS, "base_unet/diffusion_pytorch_model.bin"), "base_unet"),
@@ -140,7 +140,7 @@ HOSTILE = {
     "shards": (content("base_unet/diffusion_pytorch_model.safetensors.index.json", b"[]"), "base_unet"),
     "an encoder that lacks a tensor": (tensors(ENCODER_WEIGHTS, lambda w: w.pop(QUERY)), f"lacks weights: {QUERY}"),
     "an encoder of integers": (tensors(ENCODER_WEIGHTS, lambda w: w.update({QUERY: w[QUERY].int()})), QUERY),
-    "an encoder without end": (entry(ENCODER, num_hidden_layers=10**8), "1000 layers are the most"),
+    "an encoder without end": (entry(ENCODER, num_hidden_layers=10**8), "at most 1000 layers"),
     "an encoder of another width": (entry(ENCODER, hidden_size=32), "text_encoder"),
     "vocabulary": (content("tokenizer/tokenizer.json", b"[]"), "tokenizer"),
 }
@@ -162,14 +162,14 @@ def test_scripts_in_a_folder_are_not_run(folder, trap, cascade, run):
     assert torch.equal(run(load_cascade(str(folder))).images, run(cascade).images)
     assert not trap.exists()
     (folder / "base_unet" / "diffusers_imagen.py").write_text("raise SystemExit")  # as diffusers' custom components
-    with pytest.raises(ValueError, match="has a diffusers_imagen.py, which would be run"):
+    with pytest.raises(ValueError, match="has a diffusers_imagen.py, which would be executed"):
         load_cascade(str(folder))
 
 
 def test_a_fifo_is_no_configuration(folder):
     os.unlink(folder / UNET)
     os.mkfifo(folder / UNET)
-    with pytest.raises(ValueError, match="config.json' is no file"):
+    with pytest.raises(ValueError, match="config.json' is not a regular file"):
         load_cascade(str(folder))
 
 
@@ -234,6 +234,6 @@ def test_options_are_those_of_files_and_those_of_networks():
         with pytest.raises(ValueError, match=f"`{name}` is 'x', but should not be given"):
             split_options({name: "x"})
     with pytest.raises(
-        ValueError, match="`requires_safety_checker` is False, but .*`safety_checker=None` alone leaves"
+        ValueError, match="`requires_safety_checker` is False, but .*`safety_checker=None` alone disables"
     ):
         split_options({"requires_safety_checker": False})

@@ -108,7 +108,7 @@ BAD_IMAGES = {
     "a number": (np.array(1.0), r"`image` has shape \(1,\)"),
     "a row": (np.zeros(3), r"`image` has shape \(1, 3\)"),
     "five dimensions": (np.zeros((1, 1, 3, 4, 4)), "`image` has shape"),
-    "an empty batch": (np.zeros((0, 4, 4, 3)), r"`image` has shape \(0, 4, 4, 3\), which holds no image"),
+    "an empty batch": (np.zeros((0, 4, 4, 3)), r"`image` has shape \(0, 4, 4, 3\), which is an empty batch"),
     "no pixels": (Image.new("RGB", (0, 4)), "`image` "),
     "opacity": (np.zeros((4, 4, 4), np.uint8), r"`image` has shape \(4, 4, 4\)"),
     "NaN": (np.full((4, 4), np.nan), "`image` has values that are not finite"),

@@ -49,7 +49,7 @@ def test_a_saved_folder_has_a_card_with_the_license(base_unet, tmp_path):
     }
     assert body.count(NOTICE) == 1 and body.startswith("\n# mine\n")
     assert f"- Made from `DeepFloyd/IF-I-M-v1.0`, under the [DeepFloyd IF License]({LINK})." in body
-    for words in ("non-commercial research", "are under the same license", "not to be circumvented"):
+    for words in ("non-commercial research", "are under the same license", "must not be circumvented"):
         assert words in body
     # another copy of it says the same
     again = ImagenPipeline.from_pretrained(tmp_path / "mine")

@@ -195,7 +195,7 @@ BAD_INPUTS = {
     "prompt not a string": ({"prompt": 3}, "`prompt` is 3"),
     "prompt an empty list": ({"prompt": []}, "`prompt` is []"),
     "prompt a list of numbers": ({"prompt": ["a", 1]}, "`prompt` is ['a', 1]"),
-    "unknown resolution": ({"output_resolution": 512}, "`output_resolution` is 512, but the stages"),
+    "unknown resolution": ({"output_resolution": 512}, "`output_resolution` is 512, but should be"),
     "no steps": ({"num_inference_steps": 0}, "`num_inference_steps` is 0"),
     "half a step": ({"num_inference_steps": [2, 1.5]}, "`num_inference_steps` is 1.5"),
     "steps of three stages": ({"num_inference_steps": [1, 2, 3]}, "`num_inference_steps` has 3 entries"),
@@ -205,7 +205,7 @@ BAD_INPUTS = {
     "no noise": ({"low_res_noise_level": 0.0}, "`low_res_noise_level` is 0.0"),
     "no images": ({"num_images_per_prompt": 0}, "`num_images_per_prompt` is 0"),
     "unknown output": ({"output_type": "gif"}, "`output_type` is 'gif'"),
-    "too few generators": ({"generator": [torch.Generator()] * 2}, "`generator` has 2 entries, but 1 images"),
+    "too few generators": ({"generator": [torch.Generator()] * 2}, "`generator` has 2 entries, but should have 1"),
     "latents of another batch": ({"latents": torch.zeros(2, 3, 16, 16)}, "`latents` has shape (2, 3, 16, 16)"),
     "latents of odd size": ({"latents": torch.zeros(1, 3, 15, 16)}, "multiples of 2"),
     "embeddings too wide": ({"prompt": None, "prompt_embeds": torch.zeros(1, 4, 17)}, "has width 17"),
@@ -232,27 +232,27 @@ BAD_INPUTS = {
     "an interval upside down": ({"guidance_interval": (5.0, 1.0)}, "`guidance_interval` is (5.0, 1.0)"),
     "an interval of one number": ({"guidance_interval": 5.0}, "`guidance_interval` is 5.0"),
     "rescale above one": ({"guidance_rescale": 1.5}, "`guidance_rescale` is 1.5"),
-    "one list of levels for two stages": ({"sigmas": [80.0, 1.0]}, "give a dict with a list for each stage"),
+    "one list of levels for two stages": ({"sigmas": [80.0, 1.0]}, "pass a dict with a list for each stage"),
     "levels that rise": ({"sigmas": {"base": [1.0, 80.0]}}, "decrease strictly"),
     "sigmas and timesteps": ({"sigmas": {"base": [1.0]}, "timesteps": {"base": [0.0]}}, "Only one of `sigmas`"),
     "a height between strides": (
         {"height": 34},
-        "`height` is 34, but the networks of this pipeline take multiples of 4",
+        "`height` is 34, but should be a multiple of 4",
     ),
     "a width that is no number": ({"width": 32.0}, "`width` is 32.0"),
-    "latents of another size": ({"latents": torch.zeros(1, 3, 16, 16), "height": 64}, "`height` is 64, but `latents`"),
-    "strength without image": ({"strength": 0.5}, "`strength` was given without `image`"),
-    "mask without image": ({"mask_image": PICTURE[:, :1]}, "`mask_image` was given without `image`"),
+    "latents of another size": ({"latents": torch.zeros(1, 3, 16, 16), "height": 64}, "`height` is 64, but should be 32 for `latents`"),
+    "strength without image": ({"strength": 0.5}, "`strength` is given without `image`"),
+    "mask without image": ({"mask_image": PICTURE[:, :1]}, "`mask_image` is given without `image`"),
     "too much strength": ({"image": PICTURE, "strength": 1.5}, "`strength` is 1.5"),
     "too little strength": ({"image": PICTURE, "strength": 0.4}, "leaves none of the 2 steps of the stage `base`"),
     "a mask of another size": ({"image": PICTURE, "mask_image": PICTURE[:, :1, 1:]}, "`mask_image` is 31x32"),
-    "a mask of nothing": ({"image": PICTURE, "mask_image": PICTURE[:, :1] * 0}, "has no pixel to paint anew"),
+    "a mask of nothing": ({"image": PICTURE, "mask_image": PICTURE[:, :1] * 0}, "has no pixels to repaint"),
     "two images": ({"image": torch.cat([PICTURE] * 2)}, "`image` has 2 images, but there are 1 prompts"),
     "an image with NaN": ({"image": PICTURE * math.nan}, "`image` has values that are not finite"),
     "an image to 255 in floating point": ({"image": PICTURE * 255}, "`image` has values from 0 to 255"),
     "an image of two channels": ({"image": PICTURE[:, :2]}, "`image` has shape (2, 32, 32)"),
     "an image that is a name": ({"image": "tiger.png"}, "`image` is a str"),
-    "nothing left to run": ({"image": PICTURE, "output_resolution": 16}, "`output_resolution` is 16, but the stages"),
+    "nothing left to run": ({"image": PICTURE, "output_resolution": 16}, "`output_resolution` is 16, but should be"),
     "no resampling": ({"num_resample_times": 0}, "`num_resample_times` is 0"),
     "unknown callback tensor": ({"callback_on_step_end_tensor_inputs": ["x"]}, "['x']"),
 }
@@ -348,7 +348,7 @@ def test_image_to_image_goes_through_all_stages(cascade):
 def test_an_encoder_of_another_width_is_refused(cascade):
     config = cascade.text_encoder.config
     config.hidden_size = 24
-    with pytest.raises(ValueError, match="embeddings of width 24, but a network of the stage `base` reads width 16"):
+    with pytest.raises(ValueError, match="embeddings of width 24, but a network of the stage `base` needs width 16"):
         run(cascade)
 
 

@@ -284,7 +284,7 @@ def test_a_network_without_text_needs_no_prompt():
     pipe = ImagenPipeline(unet, EDMHeunScheduler())
     out = pipe(num_images_per_prompt=2, num_inference_steps=1, guidance_scale=1.0, output_type="pt")
     assert out.images.shape == (2, 3, 16, 16)
-    with pytest.raises(ValueError, match="reads no text: it should be 1"):
+    with pytest.raises(ValueError, match="but should be 1: the stage is not conditioned on text"):
         pipe(guidance_scale=4.0)
-    with pytest.raises(ValueError, match="no stage of this pipeline reads text"):
+    with pytest.raises(ValueError, match="no stage of this pipeline is conditioned on text"):
         pipe("a red apple", guidance_scale=1.0)

@@ -24,7 +24,7 @@ REFUSED = [
 def test_levels_that_a_scheduler_does_not_take_are_refused_by_name(base_pipeline, run, count_calls, name, own):
     base_pipeline.scheduler = getattr(diffusers, name)()
     calls = count_calls(base_pipeline.unet)
-    with pytest.raises(ValueError, match=f"`{next(iter(own))}` was given for the stage `base`, but its {name}"):
+    with pytest.raises(ValueError, match=f"`{next(iter(own))}` is given for the stage `base`, but its {name}"):
         run(base_pipeline, **own)
     assert calls == []
     run(base_pipeline)  # a number of steps is taken
@@ -88,7 +88,7 @@ def test_other_noise_levels_than_the_networks_own_are_refused(base_pipeline, run
     calls = count_calls(base_pipeline.unet)
     with pytest.raises(ValueError) as error:
         run(base_pipeline)
-    assert f"is {named}" in str(error.value) and "make one by" in str(error.value) and "\n" not in str(error.value)
+    assert f"is {named}" in str(error.value) and "create one by" in str(error.value) and "\n" not in str(error.value)
     assert calls == []
 
 

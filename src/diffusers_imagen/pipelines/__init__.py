@@ -1,4 +1,4 @@
-"""From a prompt to a picture. READ FIRST."""
+"""Pipelines: from a prompt to images. Start reading here."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""AdaptedNetwork: in the folder of a LoRA adapter that was trained, the network that it adapts, by reference."""
+"""AdaptedNetwork: reference to the network that a trained LoRA adapter belongs to, in the folder of the adapter."""
 
 import os
 from pathlib import Path
@@ -22,19 +22,19 @@ ADAPTER = "default"
 
 class AdaptedNetwork(StageNetwork, ModelMixin):
     """
-    Stands in a `model_index.json` for a network that is elsewhere and an adapter of it, in the folder of the pipeline. It
-    is never made: `from_pretrained` returns the network, with the adapter under the name `default`.
+    Placeholder in `model_index.json` for a network that is saved elsewhere, with an adapter in the pipeline's folder.
+    It is never instantiated: `from_pretrained` returns the network, with the adapter loaded as `default`.
     """
 
     names_another = True
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """The network that a folder's reference.json means, with the adapter in the folder above.
+        """Load the network that a folder's reference.json refers to, with the adapter in the parent folder.
 
         Args:
-            pretrained_model_name_or_path (`str` or `os.PathLike`): The folder, `unet/` of an adapter's.
-            kwargs: For diffusers' `from_pretrained` of the network.
+            pretrained_model_name_or_path (`str` or `os.PathLike`): The folder: `unet/` in the folder of an adapter.
+            kwargs: Options of diffusers' `from_pretrained` for the network.
 
         Raises:
             ValueError: If the file is malformed, or the network or the adapter cannot be loaded.
@@ -57,10 +57,10 @@ class AdaptedNetwork(StageNetwork, ModelMixin):
 
 
 def load_network(reference: Reference, **options: Any) -> Any:
-    """A network, which of DeepFloyd IF's in diffusers' format is renamed.
+    """Load a network; networks of DeepFloyd IF in diffusers' format are converted.
 
     Raises:
-        ValueError: If it is not there, or cannot be loaded.
+        ValueError: If it does not exist, or cannot be loaded.
     """
     if reference.is_local and not os.path.isdir(reference.source):
         raise ValueError(f"it is not in '{reference.source}'")
@@ -76,7 +76,7 @@ def load_network(reference: Reference, **options: Any) -> Any:
                     UNet2DConditionModel.from_pretrained(reference.source, **options, **attempt)
                 )
             found = AutoModel.from_pretrained(reference.source, trust_remote_code=False, **options, **attempt)
-        except Exception as error:  # whatever is in its files
+        except Exception as error:  # for any content of its files
             reason = error
             continue
         if not isinstance(found, StageNetwork):

@@ -16,7 +16,7 @@ PerStage: TypeAlias = T | list[T] | dict[str, T]
 
 @dataclass
 class CallArguments:
-    """What a pipeline's `__call__` was given, see there; what a pipeline has no argument for is left at its default."""
+    """Arguments of a pipeline's `__call__`; arguments that a pipeline does not have keep their defaults."""
 
     num_inference_steps: PerStage[int] | None
     sigmas: list[float] | dict[str, list[float]] | None
@@ -44,7 +44,7 @@ class CallArguments:
 
     @classmethod
     def of(cls, arguments: dict[str, Any]) -> "CallArguments":
-        """Those that are in the local variables at the beginning of `__call__`."""
+        """Collect the arguments from the local variables at the beginning of `__call__`."""
         arguments = {name: value for name, value in arguments.items() if name != "self"}
         text = Prompts(**{name: arguments.pop(name) for name in Prompts.__dataclass_fields__})
         return cls(text=text, **arguments)

@@ -1,4 +1,4 @@
-"""What a caller has called after every call of a network, and what it may change."""
+"""Callbacks after each network call, and the changes that they may make."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -9,21 +9,21 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from ..utils.arguments import is_number, shown
 
 
-PREDICTED = "pred_original_sample"  # the tensor that a callback may look at, but not change; named as in diffusers
+PREDICTED = "pred_original_sample"  # the tensor that a callback may read, but not change; named as in diffusers
 
 
 class Callback(NamedTuple):
-    """A function of the caller, and the names of the tensors that it takes."""
+    """Callback of the caller, and the names of the tensors that it takes."""
 
     function: Callable | None
     tensor_inputs: list[str]
 
 
 def check_callback(function: Any, tensor_inputs: Any, known: list[str]) -> Callback:
-    """The caller's callback; diffusers' own classes of callbacks name the tensors that they take.
+    """Return the caller's callback; diffusers' own callback classes declare the tensors that they take.
 
     Raises:
-        ValueError: If it cannot be called, or takes tensors that there are not.
+        ValueError: If it is not callable, or takes tensors that do not exist.
     """
     if function is not None and not callable(function):
         raise ValueError(
@@ -48,10 +48,10 @@ def check_callback(function: Any, tensor_inputs: Any, known: list[str]) -> Callb
 
 
 def read_changes(returned: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """What a callback returned, in place of the tensors of the same names.
+    """Return the tensors that a callback returned, as replacements for the given tensors of the same names.
 
     Raises:
-        ValueError: If it cannot take their place.
+        ValueError: If they cannot replace them.
     """
     if returned is None:
         return {}
@@ -61,20 +61,22 @@ def read_changes(returned: Any, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_scale(scale: Any, function: Callable) -> float:
-    """The guidance scale that a callback may have set.
+    """Check the guidance scale that a callback may have set.
 
     Raises:
-        ValueError: If it is no number.
+        ValueError: If it is not a number.
     """
     if not is_number(scale):
-        raise ValueError(f"`callback_on_step_end` set `_guidance_scale` to {shown(scale)}, which is no number.")
+        raise ValueError(f"`callback_on_step_end` set `_guidance_scale` to {shown(scale)}, but it should be a number.")
     if scale == 0 and isinstance(function, (PipelineCallback, MultiPipelineCallbacks)):
-        return 1.0  # with 0 diffusers' callbacks turn guidance off, which here is 1
+        return 1.0  # diffusers' callbacks disable guidance by 0, which here is 1
     return scale
 
 
 def _in_place_of(given: torch.Tensor | None, name: str, tensor: Any) -> torch.Tensor | None:
-    """A tensor that a callback returned, on the device of the one before; one that is the same stays the same object."""
+    """
+    Move a tensor that a callback returned to the device of the given one; an unchanged tensor stays the same object.
+    """
     if tensor is given:
         return given
     expected = "None" if given is None else f"a tensor of shape {tuple(given.shape)}"

@@ -1,4 +1,4 @@
-"""What belongs to a model card beside it: licenses, notices and the pictures that it shows. They go where the weights go."""
+"""Files that belong to a model card: licenses, notices and images, which are copied with the weights."""
 
 import os
 import re
@@ -21,12 +21,12 @@ LICENSES = "LICENSES"
 NOTICES = (f"{LICENSES}/*", "LICENSE*", "LICENCE*", "NOTICE*")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 LINK = re.compile(r"\]\(([^)\s]+)\)|\burl:\s*['\"]?([^\s'\"]+)|<img[^>]*\bsrc=[\"']([^\"']+)")
-MOST_BYTES = 2**24  # of a file
+MOST_BYTES = 2**24  # per file
 MOST_FILES = 200
 
 
 def find_beside_card(folder: Path) -> list[str]:
-    """The licenses and notices of a folder, and the pictures that its card shows, as paths from there."""
+    """Find the licenses and notices in a folder, and the images that its card shows, as relative paths."""
     found = set(find_notices(folder))
     card = folder / CARD_FILE
     if card.is_file():
@@ -37,7 +37,7 @@ def find_beside_card(folder: Path) -> list[str]:
 
 
 def is_small_file(folder: Path, name: str) -> bool:
-    """Whether a path is one of a file in a folder, and not of one outside, which is small enough for a notice or a picture."""
+    """Return whether a path is a file inside a folder, not outside it, and small enough for a notice or an image."""
     if "://" in name or os.path.isabs(name) or ".." in Path(name).parts:
         return False
     path = folder / name
@@ -45,7 +45,7 @@ def is_small_file(folder: Path, name: str) -> bool:
 
 
 def copy_card(source: Path, target: Path, with_card: bool = True) -> None:
-    """Copies a card, if the target has none, and what belongs to it beside; files that are there stay."""
+    """Copy a card, if the target has none, and the files that belong to it; existing files are kept."""
     names = find_beside_card(source) if with_card else [*find_notices(source)]
     for name in [*([CARD_FILE] if with_card and (source / CARD_FILE).is_file() else []), *names]:
         place = target / name
@@ -57,7 +57,7 @@ def copy_card(source: Path, target: Path, with_card: bool = True) -> None:
 
 
 def find_notices(folder: Path) -> list[str]:
-    """The licenses and notices of a folder, as paths from there."""
+    """Find the licenses and notices in a folder, as relative paths."""
     names = {path.relative_to(folder).as_posix() for pattern in NOTICES for path in folder.glob(pattern)}
     return sorted(name for name in names if is_small_file(folder, name))[:MOST_FILES]
 
@@ -65,9 +65,9 @@ def find_notices(folder: Path) -> list[str]:
 def find_card_folder(
     name: Any, token: str | None = None, revision: str | None = None, with_pictures: bool = True
 ) -> Path | None:
-    """The folder with the card of what was loaded from a folder or repository; of the latter, small files are downloaded.
+    """Return the folder with the card of a loaded folder or repository; of a repository, small files are downloaded.
 
-    None if there is none, or the Hub cannot be asked, of which the log says that the card stays behind.
+    None if there is none, or if the Hub cannot be reached, in which case a warning is logged that the card is missing.
     """
     if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
         return None
@@ -78,22 +78,22 @@ def find_card_folder(
     except HFValidationError:
         return None
     if str(name).count("/") != 1:
-        return None  # a folder that is gone
+        return None  # a folder that no longer exists
     patterns = [CARD_FILE, *NOTICES, *(f"*{end}" for end in PICTURES if with_pictures)]
     try:
         return Path(snapshot_download(str(name), allow_patterns=patterns, token=token, revision=revision))
-    except Exception as error:  # whatever the network does
-        logger.warning(f"The model card of '{name}', with its license and notices, cannot be fetched: {error}")
+    except Exception as error:  # any failure of the network
+        logger.warning(f"The model card of '{name}', with its license and notices, cannot be downloaded: {error}")
         return None
 
 
 def read_card_license(folder: Path | None) -> dict[str, str]:
-    """`license`, `license_name` and `license_link` of the metadata of a folder's card, those that it has."""
+    """Read `license`, `license_name` and `license_link` from the metadata of a folder's card, where present."""
     if folder is None or not (folder / CARD_FILE).is_file():
         return {}
     try:
         data = metadata_load(folder / CARD_FILE) or {}
-    except Exception:  # of a card that somebody wrote by hand
+    except Exception:  # cards can be written by hand
         return {}
     found = {name: data.get(name) for name in ("license", "license_name", "license_link")}
     return {name: value for name, value in found.items() if isinstance(value, str)}

@@ -1,7 +1,8 @@
-"""From the stages' tensors to what a call returns, past the safety checker and the watermarker of DeepFloyd IF.
+"""Conversion of the stages' tensors to a call's output, with DeepFloyd IF's safety checker and watermarker.
 
-Both are components that a pipeline may have. As in diffusers' pipelines of IF, pictures (`output_type="pil"`) are checked
-and then marked, arrays ("np") are checked only, and tensors ("pt" and "latent"), which are for further work, are neither.
+Both are optional components of a pipeline. As in diffusers' pipelines of IF, PIL images (`output_type="pil"`) are
+checked and then watermarked, arrays ("np") are only checked, and tensors ("pt" and "latent"), meant for further
+processing, are neither.
 """
 
 from collections.abc import Mapping
@@ -19,21 +20,21 @@ from .pipeline_output import Images
 from .stage_table import SAFETY_PARTS
 
 
-CHECKED, MARKED = ("pil", "np"), ("pil",)  # of the output types
-# IF's watermark has 62 px on a picture of 1024, and none on one below this size: diffusers fails there
+CHECKED, MARKED = ("pil", "np"), ("pil",)  # output types
+# IF's watermark is 62 px on an image of 1024 px, and vanishes on images below this size, for which diffusers fails
 MIN_MARKED_SIZE = 17
 
 
 class Finished(NamedTuple):
-    """What a call returns: the images of the stages by resolution, and what the safety checker said of them."""
+    """Output of a call: the images of the stages by resolution, and the results of the safety checker."""
 
     images: dict[int, Images]
-    nsfw_detected: list[bool] | None = None  # an entry for each image, of all stages together; None without a check
+    nsfw_detected: list[bool] | None = None  # one entry per image, over all stages; None without a safety checker
     watermark_detected: list[bool] | None = None
 
 
 def check_filter(components: Mapping[str, Any]) -> None:
-    """Raises ValueError for parts of a filter that are of another kind, or a safety checker without what it reads."""
+    """Raise ValueError for components of the wrong class, or a safety checker without its feature extractor."""
     checker, extractor, watermarker = (unwrapped(components.get(name)) for name in SAFETY_PARTS)
     if checker is not None and not isinstance(checker, IFSafetyChecker):
         raise bad_argument("safety_checker", checker, "an IFSafetyChecker")
@@ -43,19 +44,19 @@ def check_filter(components: Mapping[str, Any]) -> None:
         raise bad_argument("watermarker", watermarker, "an IFWatermarker")
     if checker is not None and extractor is None:
         raise ValueError(
-            "`feature_extractor` is None, but should be the image processor that `safety_checker` reads images by; "
-            "or give `safety_checker=None` too, which leaves the check out."
+            "`feature_extractor` is None, but should be the image processor of `safety_checker`; or pass "
+            "`safety_checker=None` too, which disables the check."
         )
 
 
 def finish_images(pipe: Any, images: Mapping[int, torch.Tensor], output_type: str) -> Finished:
-    """The images of a call as it asked for them, checked and marked by the components that the pipeline has.
+    """Convert the images of a call to the requested output type, checked and watermarked by the pipeline's components.
 
-    An image in which the safety checker finds something, at any stage, is black at every stage.
+    An image that the safety checker flags at any stage is black at every stage.
 
     Args:
         pipe: The pipeline.
-        images: By the stage's resolution, `(B, C, H, W)` in [-1, 1]; the images of all stages belong together.
+        images: By the stage's resolution, `(B, C, H, W)` in [-1, 1]; in the same order for all stages.
         output_type: "pil", "np", "pt" or "latent".
     """
     process = pipe.image_processor.postprocess
@@ -75,9 +76,9 @@ def finish_images(pipe: Any, images: Mapping[int, torch.Tensor], output_type: st
 
 
 def check(pipe: Any, images: np.ndarray) -> tuple[list[bool], list[bool]]:
-    """Which of the images `(B, H, W, C)` in [0, 1] the safety checker flags: as unfit for work, and as marked by others.
+    """Return which of the images `(B, H, W, C)` in [0, 1] the safety checker flags: as NSFW, and as watermarked.
 
-    The checker makes those black in the array. It reads a slice at a time where the networks do.
+    The checker makes flagged images black in the array. With `enable_slicing` it runs on one slice at a time.
     """
     checker = pipe.safety_checker
     device = pipe._execution_device if is_offloaded(checker) else checker.device
@@ -94,7 +95,7 @@ def check(pipe: Any, images: np.ndarray) -> tuple[list[bool], list[bool]]:
 
 
 def mark(pipe: Any, images: dict[int, Any]) -> dict[int, Any]:
-    """The pictures with IF's watermark in their corner: of the size that it has at the stage's resolution."""
+    """Add IF's watermark to the corner of the images, in its size at the stage's resolution."""
     for resolution, pictures in images.items():
         if max(resolution, min(pictures[0].size)) >= MIN_MARKED_SIZE:
             pipe.watermarker.apply_watermark(pictures, resolution)

@@ -1,4 +1,4 @@
-"""Whether what a stage computes is finite: found out once, at its end, and then why it is not."""
+"""Detection of values that are not finite: one check at the end of a stage, and the likely cause."""
 
 import torch
 
@@ -8,9 +8,9 @@ from .prompts import PromptEmbeds
 
 
 class FiniteWatch:
-    """Watches the tensors of a stage's calls, before thresholding makes finite numbers of infinite ones.
+    """Records whether the tensors of a stage are finite, before thresholding turns infinite values into finite ones.
 
-    The answers stay on the device until the end of the stage, so that the loop never waits for it.
+    The results stay on the device until the end of the stage, to avoid synchronization in the loop.
     """
 
     def __init__(self, plan: StagePlan):
@@ -19,26 +19,27 @@ class FiniteWatch:
         self.sources: list[tuple[int, str]] = []
 
     def see(self, source: str, tensor: torch.Tensor) -> None:
-        """Asks the device whether a tensor is finite; `source` says whose it is."""
+        """Record whether a tensor is finite; `source` names the tensor or its network."""
         self.answers.append(tensor.isfinite().all())
         self.sources.append((self.call, source))
 
     def raise_unless_finite(self, text: PromptEmbeds) -> None:
         """
         Raises:
-            FloatingPointError: If anything was not finite; names the stage, the call and the likely cause.
+            FloatingPointError: If any tensor was not finite; the message names the stage, the call and the likely
+                cause.
         """
         if not self.answers or torch.stack(self.answers).all():
             return
         first = torch.stack(self.answers).tolist().index(False)
         call, source = self.sources[first]
         raise FloatingPointError(
-            f"The stage `{self.plan.stage.name}` makes values that are not finite (NaN or infinite), first in call "
+            f"The stage `{self.plan.stage.name}` computes values that are not finite (NaN or infinite), first in call "
             f"{call} of {len(self.plan.calls)}: {self._cause(source, text)}"
         )
 
     def _cause(self, source: str, text: PromptEmbeds) -> str:
-        """What is to be mended."""
+        """Describe the cause and its remedy."""
         if source not in ("unet", "guidance_unet"):
             return f"{source}."
         unet = getattr(self.plan.stage, source)

@@ -1,4 +1,4 @@
-"""Images and masks that a caller gives, read and brought to the size of a stage."""
+"""Reading of the caller's images and masks, and resizing to the size of a stage."""
 
 from typing import Any, NamedTuple
 
@@ -19,10 +19,10 @@ ImageInput = (
 
 
 class GivenImages(NamedTuple):
-    """Images of the caller, one for all prompts or one a prompt, each in its own size; without text any number of them.
+    """Images of the caller, one for all prompts or one per prompt, each with its own size; any number without text.
 
-    `pixels` are `(3, H, W)` in [-1, 1]; `repainted` are `(1, H, W)` with 1 where an image is to be painted anew, 0 where
-    it is to be kept, or None.
+    `pixels` are `(3, H, W)` in [-1, 1]; `repainted` are `(1, H, W)` with 1 where an image is to be repainted and 0
+    where it is to be kept, or None.
     """
 
     pixels: list[torch.Tensor]
@@ -34,38 +34,38 @@ class GivenImages(NamedTuple):
         return max(len(self.pixels), len(self.repainted or ()))
 
     def resized(self, size: tuple[int, int], num_images: int, device: torch.device) -> torch.Tensor:
-        """`(num_images, 3, *size)` in float32."""
+        """Return the images as `(num_images, 3, *size)` in float32."""
         images = torch.stack([resize(image, size) for image in self.pixels])
         return images.repeat_interleave(num_images // len(images), dim=0).to(device)
 
     def mask(self, size: tuple[int, int], num_images: int, device: torch.device) -> torch.Tensor:
-        """`(num_images, 1, *size)`, True where a pixel is to be painted anew: wherever some of its area is."""
+        """Return the masks as `(num_images, 1, *size)`: True for pixels of which any part is to be repainted."""
         masks = torch.stack([F.interpolate(mask[None], size, mode="area")[0] > 0 for mask in self.repainted or ()])
         return masks.repeat_interleave(num_images // len(masks), dim=0).to(device)
 
     def are_as_large_as(self, size: tuple[int, int]) -> bool:
-        """Whether every image has at least this height and width, so that resizing invents none."""
+        """Return whether every image has at least this height and width, so that resizing does not enlarge any."""
         return all(image.shape[-2] >= size[0] and image.shape[-1] >= size[1] for image in self.pixels)
 
 
 def resize(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """`(3, H, W)` to `(3, *size)`, bicubic and antialiased, as training makes its low-resolution images."""
+    """Resize `(3, H, W)` to `(3, *size)`, bicubic and antialiased, like the low-resolution images in training."""
     if tuple(image.shape[-2:]) == tuple(size):
         return image
     return F.interpolate(image[None], size, mode="bicubic", antialias=True)[0].clamp(-1, 1)
 
 
 def read_given(image: ImageInput, mask_image: ImageInput | None, num_prompts: int | None) -> GivenImages:
-    """Images and masks of a caller, checked.
+    """Read and check the caller's images and masks.
 
     Args:
-        image: One for all prompts or one for each.
-        mask_image: The same, or None.
-        num_prompts: Number of prompts; None without text, where there may be any number of images.
+        image: One image for all prompts or one per prompt.
+        mask_image: Masks like `image`, or None.
+        num_prompts: Number of prompts; None without text, in which case any number of images is accepted.
 
     Raises:
-        ValueError: for what cannot be read, images that are neither one nor one a prompt, and masks of another size or
-            number than the images, or that leave nothing to paint.
+        ValueError: For unreadable images, a number of images that is neither one nor one per prompt, masks of another
+            size or number than the images, and masks without a pixel to repaint.
     """
     pixels = read_images(image)
     masks = [] if mask_image is None else read_masks(mask_image, num_prompts or len(pixels))
@@ -82,47 +82,50 @@ def read_given(image: ImageInput, mask_image: ImageInput | None, num_prompts: in
         if picture.shape[-2:] != mask.shape[-2:]:
             raise ValueError(
                 f"`mask_image` is {mask.shape[-2]}x{mask.shape[-1]} (height x width), but `image` is "
-                f"{picture.shape[-2]}x{picture.shape[-1]}: both must have one size."
+                f"{picture.shape[-2]}x{picture.shape[-1]}: they should have the same size."
             )
         if not mask.any():
             raise ValueError(
-                "`mask_image` has no pixel to paint anew: those are white, 1.0 in floating point or 255 in uint8."
+                "`mask_image` has no pixels to repaint: they should be white, 1.0 in floating point or 255 in uint8."
             )
     return GivenImages(pixels, masks)
 
 
 def check_number(name: str, number: int, expected: int, counted: str) -> None:
-    """One for all prompts, or one for each; `counted` says what `expected` is the number of."""
+    """Check that there is one image for all prompts, or one per prompt; `counted` describes the number `expected`."""
     if number not in (1, expected):
-        raise ValueError(f"`{name}` has {number} images, but {counted}: give 1 or {expected}.")
+        raise ValueError(f"`{name}` has {number} images, but {counted}: pass 1 or {expected}.")
 
 
 def warn_of_stretching(given: GivenImages, size: tuple[int, int], last_size: tuple[int, int]) -> None:
-    """Says when an image changes its proportions by more than a pixel."""
+    """Log a warning if resizing changes the aspect ratio of an image by more than a pixel."""
     for image in given.pixels:
         height, width = image.shape[-2:]
         if abs(height * size[1] - width * size[0]) > max(height, width):
             logger.warning(
-                f"`image` is {height}x{width} (height x width) and is stretched to {size[0]}x{size[1]}: give `height` "
-                f"and `width` in its proportions, or crop it. Now they are {last_size[0]} and {last_size[1]}."
+                f"`image` is {height}x{width} (height x width) and is stretched to {size[0]}x{size[1]}: pass `height` "
+                f"and `width` with its aspect ratio, or crop it. They are {last_size[0]} and {last_size[1]}."
             )
             return
 
 
 def read_images(image: ImageInput) -> list[torch.Tensor]:
-    """Each image as `(3, H, W)` in [-1, 1], float32 on the CPU.
+    """Convert images to a list of `(3, H, W)` in [-1, 1], float32 on the CPU.
 
-    PIL images of any mode are read as in training: upright, 16 bits as 8, transparency on white. Arrays have channels
-    last and tensors first; integers have 8 or 16 bits, by their type or their largest value, and floating-point values
-    are in [0, 1], or in [-1, 1] if any of that image is negative.
+    PIL images of any mode are read as in training: upright, 16 bits reduced to 8, transparency on white. Arrays have
+    channels last and tensors first; integers have 8 or 16 bits, according to their type or their largest value, and
+    floating-point values are in [0, 1], or in [-1, 1] if any value of the image is negative.
     """
     return [read_one("image", item) for item in _each("image", image)]
 
 
 def read_masks(mask_image: ImageInput, num_prompts: int = 1) -> list[torch.Tensor]:
-    """Each mask as `(1, H, W)`, 1 where it is at least half white, else 0; in the forms of images, or without channels.
+    """
+    Convert masks to a list of `(1, H, W)`: 1 where at least half white, else 0; accepts images, or arrays without
+    channels.
 
-    A tensor of three dimensions is a batch `(B, H, W)`, but for one of `(3, H, W)` where there are not three prompts:
+    A tensor of three dimensions is a batch `(B, H, W)`, except for `(3, H, W)` with a number of prompts other than
+    three:
     that is a single mask in RGB.
     """
     masks = []
@@ -133,7 +136,7 @@ def read_masks(mask_image: ImageInput, num_prompts: int = 1) -> list[torch.Tenso
 
 
 def _each(name: str, images: Any, num_prompts: int = 1) -> list:
-    """The images of a list or of a batch."""
+    """Return the images of a list or a batch."""
     if isinstance(images, (list, tuple)):
         if not images:
             raise ValueError(f"`{name}` is an empty list.")
@@ -141,7 +144,7 @@ def _each(name: str, images: Any, num_prompts: int = 1) -> list:
     if isinstance(images, (np.ndarray, torch.Tensor)):
         if images.ndim == 4 or (name == "mask_image" and _is_batch_of_masks(images, num_prompts)):
             if len(images) == 0:
-                raise ValueError(f"`{name}` has shape {tuple(images.shape)}, which holds no image.")
+                raise ValueError(f"`{name}` has shape {tuple(images.shape)}, which is an empty batch.")
             return list(images)
         return [images]
     if isinstance(images, PIL.Image.Image):
@@ -152,7 +155,7 @@ def _each(name: str, images: Any, num_prompts: int = 1) -> list:
 
 
 def _is_batch_of_masks(masks: np.ndarray | torch.Tensor, num_prompts: int) -> bool:
-    """Whether three dimensions are a batch without channels, and not a single mask with them."""
+    """Return whether three dimensions are a batch without channels, not a single mask with channels."""
     if masks.ndim != 3:
         return False
     if isinstance(masks, np.ndarray):
@@ -161,7 +164,7 @@ def _is_batch_of_masks(masks: np.ndarray | torch.Tensor, num_prompts: int) -> bo
 
 
 def read_one(name: str, image: PIL.Image.Image | np.ndarray | torch.Tensor, is_mask: bool = False) -> torch.Tensor:
-    """One image as `(3, H, W)` in float32, in [-1, 1]; a mask as `(3 or 1, H, W)` in [0, 1].
+    """Convert one image to `(3, H, W)` in float32, in [-1, 1]; a mask to `(3 or 1, H, W)` in [0, 1].
 
     Raises:
         ValueError: For shapes, types or values that `read_images` does not describe.
@@ -188,11 +191,11 @@ def read_one(name: str, image: PIL.Image.Image | np.ndarray | torch.Tensor, is_m
 
 
 def to_numbers(name: str, image: np.ndarray | torch.Tensor) -> torch.Tensor:
-    """An array, channels last, or a tensor, channels first, as a tensor on the CPU, channels first."""
+    """Convert an array, channels last, or a tensor, channels first, to a tensor on the CPU, channels first."""
     if isinstance(image, np.ndarray):
         if image.dtype.kind not in "buif":
             raise ValueError(f"`{name}` is an array of {image.dtype}, but should have real numbers.")
-        # torch knows the machine's byte order and no more than 64 bits
+        # torch supports only the machine's byte order and at most 64 bits
         image = np.array(image, dtype=np.float64 if image.dtype.itemsize > 8 else image.dtype.newbyteorder("="))
         image = torch.from_numpy(image)
         return image.movedim(-1, 0) if image.ndim == 3 else image[None]
@@ -204,7 +207,7 @@ def to_numbers(name: str, image: np.ndarray | torch.Tensor) -> torch.Tensor:
 
 
 def to_unit_range(name: str, values: torch.Tensor) -> torch.Tensor:
-    """Numbers of any type as float32 in [0, 1], or as they are where they are in [-1, 1] already."""
+    """Convert numbers of any type to float32 in [0, 1]; values already in [-1, 1] are kept."""
     if values.dtype.is_floating_point or values.dtype == torch.bool:
         values, white = values.to(torch.float32), 1
     elif values.dtype in (torch.uint8, torch.uint16):
@@ -218,7 +221,7 @@ def to_unit_range(name: str, values: torch.Tensor) -> torch.Tensor:
     values = values / white
     if values.abs().max() > 1:
         raise ValueError(
-            f"`{name}` has values from {values.min():g} to {values.max():g}, but should be integers of 8 or 16 bits, or "
-            "floating point in [0, 1] or [-1, 1]."
+            f"`{name}` has values from {values.min():g} to {values.max():g}, but should be integers of 8 or 16 bits, "
+            "or floating point in [0, 1] or [-1, 1]."
         )
     return values

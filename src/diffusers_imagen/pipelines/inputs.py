@@ -1,4 +1,4 @@
-"""Checks of what a caller gives to a pipeline. Every check raises ValueError before any network runs."""
+"""Checks of the arguments of a pipeline call; all of them raise ValueError before any network runs."""
 
 import math
 from collections.abc import Callable
@@ -20,22 +20,23 @@ from .tiling import Tiling
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-# Bounds of what one call may ask for: far beyond use, and below what would run until it is killed.
+# Bounds per call: far beyond practical use, and below values that would run until the process is killed.
 MAX_IMAGES = MAX_PROMPTS
 MAX_PIXELS = 2**30  # of all images of a call: 1024 images of 1024 px, or one of 32768 px
 MAX_RESAMPLE_TIMES = 100
-MAX_TILE = 2**20  # of tiles; an image has MAX_PIXELS
+MAX_TILE = 2**20  # the area of an image is limited by MAX_PIXELS
 
 
-# ---- one value for each stage
+# ---- one value per stage
 
 
 def per_stage(
     name: str, value: PerStage, stages: list[Stage], is_single: Callable[[Any], bool] = lambda value: False
 ) -> list:
-    """One value for each stage: a single value serves all, a list has one for each, a dict has them by stage name.
+    """
+    Return one value per stage: a single value applies to all, a list has one per stage, a dict has them by stage name.
 
-    `is_single` tells of a list whether it is a single value.
+    `is_single` returns whether a list is a single value.
     """
     names = [stage.name for stage in stages]
     if isinstance(value, dict):
@@ -54,30 +55,34 @@ def per_stage(
 
 
 def per_stage_or_default(name: str, value: PerStage | None, stages: list[Stage]) -> list:
-    """As `per_stage`, or without a value what each stage has by default."""
+    """Return one value per stage like `per_stage`, or the default of each stage if there is no value."""
     return [getattr(stage.defaults, name) for stage in stages] if value is None else per_stage(name, value, stages)
 
 
 def optional_per_stage(name: str, value: Any, stages: list[Stage], **kwargs) -> list:
-    """As `per_stage`, but stages that a dict lacks have None, as all have without a value."""
+    """
+    Return one value per stage like `per_stage`, or None for stages that a dict does not name and without a value.
+    """
     if isinstance(value, dict):
         value = {**dict.fromkeys(stage.name for stage in stages), **value}
     return per_stage(name, value, stages, **kwargs)
 
 
 def schedules_per_stage(name: str, value: Any, stages: list[Stage]) -> list[list[float] | torch.Tensor | None]:
-    """The caller's noise levels for each stage: a list if a single stage runs, else a dict by stage name."""
+    """Return the caller's noise levels for each stage: a list if a single stage runs, else a dict by stage name."""
     if isinstance(value, (list, tuple, np.ndarray, torch.Tensor)) and len(stages) > 1:
         raise ValueError(
-            f"`{name}` is {shown(value)}, but {len(stages)} stages run: give a dict with a list for each stage that is "
-            f"to have its own, among {[stage.name for stage in stages]}."
+            f"`{name}` is {shown(value)}, but {len(stages)} stages run: pass a dict with a list for each stage with a "
+            f"custom schedule, among {[stage.name for stage in stages]}."
         )
     per = optional_per_stage(name, value, stages, is_single=lambda value: True)
     return [None if values is None else as_schedule(name, values) for values in per]
 
 
 def as_schedule(name: str, values: Any) -> list[float] | torch.Tensor:
-    """Finite numbers in a list, or as a tensor of one dimension, whose dtype may mean something to a scheduler."""
+    """
+    Return finite numbers as a list, or as a tensor of one dimension, whose dtype can be significant to a scheduler.
+    """
     tensor = as_values(name, values)
     if len(tensor) == 0 or not tensor.isfinite().all():
         raise ValueError(f"`{name}` is {shown(values)}, but should be a list of finite numbers.")
@@ -85,7 +90,7 @@ def as_schedule(name: str, values: Any) -> list[float] | torch.Tensor:
 
 
 def stage_settings(arguments: CallArguments, stages: list[Stage]) -> list[StageSettings]:
-    """What is asked of each stage, checked."""
+    """Return the settings of each stage, checked."""
     name = "num_inference_steps"
     steps = per_stage_or_default(name, arguments.num_inference_steps, stages)
     steps = [as_integer(name, value, 1, MAX_STEPS) for value in steps]
@@ -110,7 +115,7 @@ def stage_settings(arguments: CallArguments, stages: list[Stage]) -> list[StageS
 
 
 def as_interval(interval: Any) -> tuple[float, float] | None:
-    """Lowest and highest noise level with guidance, as a pair of floats."""
+    """Return the lowest and the highest noise level with guidance as a pair of floats."""
     if interval is None:
         return None
     if not (_is_pair(interval) and 0 <= interval[0] <= interval[1]):
@@ -121,16 +126,17 @@ def as_interval(interval: Any) -> tuple[float, float] | None:
 
 
 def as_guidance(stage: Stage, scale: Any) -> float:
-    """A guidance scale that a stage can have."""
+    """Return the guidance scale of a stage, checked."""
     number = as_number("guidance_scale", scale, minimum=0.0)
     if number > MAX_GUIDANCE:
         raise ValueError(
-            f"`guidance_scale` is {shown(scale)} for the stage `{stage.name}`, but should be at most {MAX_GUIDANCE:g}: "
-            "beyond, guided predictions are not finite."
+            f"`guidance_scale` is {shown(scale)} for the stage `{stage.name}`, but should be at most "
+            f"{MAX_GUIDANCE:g}: above that, guided predictions are not finite."
         )
     if number != 1.0 and not stage.reads_text and stage.guidance_unet is None:
         raise ValueError(
-            f"`guidance_scale` is {scale} for the stage `{stage.name}`, which reads no text: it should be 1."
+            f"`guidance_scale` is {scale} for the stage `{stage.name}`, but should be 1: the stage is not "
+            "conditioned on text."
         )
     return number
 
@@ -144,33 +150,36 @@ def _is_pair(value: Any) -> bool:
 
 
 def check_flag(name: str, value: Any) -> None:
-    """True or False."""
+    """Check that a value is True or False."""
     if not isinstance(value, (bool, np.bool_)):
         raise ValueError(f"`{name}` is {shown(value)}, but should be True or False.")
 
 
 def as_images_per_prompt(value: Any, num_prompts: int) -> int:
-    """Images of each prompt, not too many in all."""
+    """Return the number of images per prompt; the total is limited."""
     number = as_integer("num_images_per_prompt", value, 1, MAX_IMAGES)
     if number * num_prompts > MAX_IMAGES:
         raise ValueError(
-            f"`num_images_per_prompt` is {number} for {num_prompts} prompts, but a call makes at most {MAX_IMAGES} images."
+            f"`num_images_per_prompt` is {number} for {num_prompts} prompts, but a call generates at most "
+            f"{MAX_IMAGES} images."
         )
     return number
 
 
 def check_pixels(num_images: int, sizes: dict[int, tuple[int, int]]) -> None:
-    """As many pixels as a call can have in all."""
+    """Check the total number of pixels of a call."""
     height, width = max(sizes.values())
     if num_images * height * width > MAX_PIXELS:
         raise ValueError(
-            f"`height` and `width` are {height} and {width} for {num_images} images, but the images of a call have at "
-            f"most {MAX_PIXELS} pixels: ask for smaller ones, or for fewer of them."
+            f"`height` and `width` are {height} and {width} for {num_images} images, but the images of a call should "
+            f"have at most {MAX_PIXELS} pixels in total: request smaller or fewer images."
         )
 
 
 def check_tiling(tile_size: Any, overlap: Any, stages: list[Stage]) -> Tiling:
-    """Tiles that every super-resolution network can take, and that overlap by less than a tile."""
+    """
+    Return tiles, checked: multiples of every super-resolution network's stride, with an overlap below the tile size.
+    """
     tiling = Tiling(as_integer("tile_size", tile_size, 1, MAX_TILE), as_integer("overlap", overlap, 0, MAX_TILE))
     for stage in stages:
         stride = stage.unet.total_stride
@@ -188,7 +197,7 @@ def check_tiling(tile_size: Any, overlap: Any, stages: list[Stage]) -> Tiling:
 
 
 def check_generator(generator: Any, num_images: int, device: torch.device) -> None:
-    """None, a generator, or one for each image, of a device that noise can be drawn on."""
+    """Check that the generator is None, one generator, or a list of one per image, on a supported device."""
     if generator is None:
         return
     entries = generator if isinstance(generator, list) else [generator]
@@ -198,15 +207,17 @@ def check_generator(generator: Any, num_images: int, device: torch.device) -> No
                 f"`generator` is {shown(generator)}, but should be a torch.Generator or a list of one for each image."
             )
         if entry.device.type not in ("cpu", device.type):
-            raise ValueError(f"`generator` is one of {entry.device}, but the pipeline runs on {device}.")
+            raise ValueError(f"`generator` is on {entry.device}, but the pipeline runs on {device}.")
     if len({entry.device.type for entry in entries}) > 1:
-        raise ValueError("`generator` has generators of several devices, but all should be of one.")
+        raise ValueError("`generator` has generators on several devices, but all should be on one.")
     if isinstance(generator, list) and len(generator) != num_images:
-        raise ValueError(f"`generator` has {len(generator)} entries, but {num_images} images are to be made.")
+        raise ValueError(
+            f"`generator` has {len(generator)} entries, but should have {num_images}, one for each image."
+        )
 
 
 def check_latents(latents: Any, num_images: int, first: Stage) -> None:
-    """The caller's own noise fits the first stage."""
+    """Check that the caller's initial noise fits the first stage."""
     if latents is None:
         return
     stride, channels = first.unet.total_stride, first.unet.in_channels
@@ -222,10 +233,10 @@ def check_latents(latents: Any, num_images: int, first: Stage) -> None:
 def per_image_generators(
     generator: torch.Generator | list[torch.Generator] | None, num_images: int
 ) -> list[torch.Generator] | None:
-    """A generator for each image, seeded from its own of the caller's, or from the caller's single one in turn.
+    """Return one generator per image, seeded from the caller's generator of that image, or from a single one in order.
 
-    So an image depends on the seed and on its place, and not on how many images are made along with it; and the first
-    image of a single generator is that of a list which begins with one of its seed.
+    An image therefore depends on the seed and on its position, not on the number of images in the batch; and the first
+    image of a single generator equals the first image of a list that begins with a generator of the same seed.
     """
     if generator is None:
         return None

@@ -1,4 +1,4 @@
-"""The model card that goes to the Hub with a pipeline, and into a folder with weights that are under a license."""
+"""Model cards, uploaded to the Hub with a pipeline, and saved beside weights that are under a license."""
 
 import os
 import tempfile
@@ -19,7 +19,7 @@ from .stages import Stage
 
 logger = logging.get_logger(__name__)
 
-UNKNOWN = "unknown"  # license, as the Hub calls it
+UNKNOWN = "unknown"  # the Hub's value for an unknown license
 TAGS = ["text-to-image", "diffusers", "diffusers-imagen"]
 CARD = """\
 # {name}
@@ -49,14 +49,14 @@ PACKAGE = "https://pypi.org/project/diffusers-imagen"
 
 
 def new_card(text: str) -> ModelCard:
-    """A card of a text."""
+    """Create a card with this text."""
     return ModelCard(f"---\nlibrary_name: diffusers\n---\n\n{text}")
 
 
 def add_license(card: ModelCard, origins: list[dict[str, str]]) -> None:
-    """Adds to a card `base_model`, the license and the notices that weights of these origins carry, where it lacks them.
+    """Add `base_model`, the license and the notices of weights with these origins to a card that lacks them.
 
-    A license that the card names already stays, and the log says so if it is another one.
+    A license in the card is kept; a warning is logged if it differs from that of the weights.
     """
     data: Any = card.data
     found = card_metadata(origins)
@@ -76,9 +76,9 @@ def add_license(card: ModelCard, origins: list[dict[str, str]]) -> None:
 
 
 class ModelCardMixin:
-    """Writes a model card of this package where diffusers writes an empty one, and keeps a card that is there.
+    """Mixin that writes a model card of this package instead of diffusers' empty one, and keeps existing cards.
 
-    It comes before `DiffusionPipeline` among the bases of a pipeline.
+    List it before `DiffusionPipeline` among the base classes of a pipeline.
     """
 
     config: Any
@@ -90,12 +90,12 @@ class ModelCardMixin:
 
     @property
     def stages(self) -> list[Stage]:
-        """The stages that are present, in the order in which they run."""
+        """The pipeline's stages, in the order in which they run."""
         raise NotImplementedError
 
     @property
     def origins(self) -> list[dict[str, str]]:
-        """Where the weights of the stages are from, as far as it is known."""
+        """The origins of the stages' weights, as far as known."""
         return list_origins(self.config.get("origin"))
 
     def save_pretrained(
@@ -108,25 +108,25 @@ class ModelCardMixin:
         **kwargs,
     ) -> str | None:
         r"""
-        Saves all components to a folder. See [`DiffusionPipeline.save_pretrained`].
+        Save all components to a folder. See [`DiffusionPipeline.save_pretrained`].
 
-        The model card of what the pipeline was loaded from goes along, with its pictures, licenses and notices, unless
-        the folder has a card. A pipeline that knows the `origin` of its weights writes one at least: copies carry the
+        The model card of the loaded pipeline is copied, with its images, licenses and notices, unless the folder has a
+        card. For a pipeline with an `origin`, a new card is written if there is none, so that copies include the
         license.
 
         Args:
-            save_directory (`str` or `os.PathLike`): Folder, made if it does not exist.
+            save_directory (`str` or `os.PathLike`): Folder, created if it does not exist.
             safe_serialization (`bool`, defaults to `True`): Whether to write safetensors files.
-            variant (`str`, *optional*): Goes into the names of the weights, as in `fp16`.
-            max_shard_size (`int` or `str`, *optional*): Weights are split into files of at most this size.
+            variant (`str`, *optional*): Added to the file names of the weights, as in `fp16`.
+            max_shard_size (`int` or `str`, *optional*): Maximum size of a file; larger weights are split.
             push_to_hub (`bool`, defaults to `False`):
-                Whether to upload the folder too, with the model card that it has, else with the repository's, else
-                with a new one.
-            kwargs: With `push_to_hub`: `repo_id` (the folder's name if not given), `private`, `token`,
+                Whether to upload the folder too, with the folder's model card, or else the repository's, or else a new
+                one.
+            kwargs: With `push_to_hub`: `repo_id` (by default the name of the folder), `private`, `token`,
                 `commit_message`, `create_pr`.
 
         Returns:
-            With `push_to_hub` the commit, else None.
+            The commit with `push_to_hub`, else None.
         """
         if os.path.isfile(save_directory):
             raise ValueError(f"`save_directory` is '{save_directory}', a file, but should be a folder.")
@@ -159,19 +159,19 @@ class ModelCardMixin:
         subfolder: str | None = None,
     ) -> str:
         r"""
-        Uploads all components, with the repository's model card or, if it has none, that of what the pipeline was loaded
-        from, with its licenses and notices, or a new one.
+        Upload all components, with the repository's model card, or else the card of the loaded pipeline, with its
+        licenses and notices, or else a new one.
 
         Args:
-            repo_id (`str`): Repository, `name` or `user/name`, made if it does not exist.
+            repo_id (`str`): Repository, `name` or `user/name`, created if it does not exist.
             commit_message (`str`, *optional*): `Upload` and the name of the class if None.
-            private (`bool`, *optional*): Whether a new repository is private; as the account says if None.
-            token (`str`, *optional*): Hub token; the one of `hf auth login` if None.
+            private (`bool`, *optional*): Whether a new repository is private; the account's default if None.
+            token (`str`, *optional*): Hub token; that of `hf auth login` if None.
             create_pr (`bool`, defaults to `False`): Whether to open a pull request instead.
             safe_serialization (`bool`, defaults to `True`): Whether to write safetensors files.
-            variant (`str`, *optional*): Goes into the names of the weights, as in `fp16`.
+            variant (`str`, *optional*): Added to the file names of the weights, as in `fp16`.
             subfolder (`str`, *optional*):
-                Folder of the repository to upload to; the repository's card is left as it is then.
+                Folder of the repository to upload to; the repository's card is then not changed.
 
         Returns:
             The commit.
@@ -189,11 +189,11 @@ class ModelCardMixin:
             )
 
     def copy_card(self, folder: str | os.PathLike, repo_id: str | None = None, token: str | None = None) -> None:
-        """Copies what the pipeline was loaded with of a card, its pictures, licenses and notices, to a folder.
+        """Copy the loaded pipeline's card, with its images, licenses and notices, to a folder.
 
         Args:
-            folder (`str` or `os.PathLike`): Where what is there stays.
-            repo_id (`str`, *optional*): The repository that it goes to, whose own card, if it has one, stays.
+            folder (`str` or `os.PathLike`): Folder, in which existing files are kept.
+            repo_id (`str`, *optional*): Repository that the folder is uploaded to; its own card, if any, is kept.
             token (`str`, *optional*): Hub token.
         """
         source = find_card_folder(self.config.get("_name_or_path"), token)
@@ -203,26 +203,26 @@ class ModelCardMixin:
         copy_card(source, Path(folder), with_card=not has_card)
 
     def save_model_card(self, folder: str | os.PathLike, repo_id: str, token: str | None = None) -> None:
-        """Completes the folder's card, else the repository's, else a new one, and writes it to the folder.
+        """Complete the folder's card, or else the repository's, or else a new one, and write it to the folder.
 
-        What a card says stays; `library_name`, `pipeline_tag` and tags that it lacks are added, and what the licenses
-        of the weights ask for.
+        The content of a card is kept; a missing `library_name`, `pipeline_tag` and tags are added, and the entries
+        that the licenses of the weights require.
         """
         path = Path(folder, CARD_FILE)
         card = load_or_create_model_card(
             str(path) if path.is_file() else repo_id,
             token=token,
             model_description=self.describe(repo_id),
-            is_modular=True,  # the description is the whole card: the other templates leave blanks to fill in
+            is_modular=True,  # the description is the whole card: other templates have placeholders
         )
         self.write_card(card, path)
 
     def write_card(self, card: ModelCard, path: Path) -> None:
-        """Adds to a card what it lacks, and writes it."""
+        """Complete a card, and write it."""
         data: Any = card.data
         populate_model_card(card, tags=[tag for tag in TAGS if tag not in (data.tags or [])])
         data.pipeline_tag = data.pipeline_tag or TAGS[0]
-        if data.license == UNKNOWN:  # as written below, before the weights had a license
+        if data.license == UNKNOWN:  # written by `data.license or UNKNOWN` below, before the license was known
             data.license = None
         add_license(card, self.origins)
         data.license = data.license or UNKNOWN
@@ -230,7 +230,7 @@ class ModelCardMixin:
             card.save(partial)
 
     def describe(self, repo_id: str) -> str:
-        """The text of a new card: a snippet that runs, and the parts."""
+        """Return the text of a new card: a runnable example, and a table of the components."""
         modules: dict[str, Any] = {name: part for name, part in self.components.items() if isinstance(part, nn.Module)}
         parts = (
             f"| `{name}` | {type(module).__name__} | {module.num_parameters() / 1e6:,.1f} M |"
@@ -248,11 +248,12 @@ class ModelCardMixin:
         )
 
     def model_card_call(self, prompt: str | None = None) -> str:
-        """The arguments of the snippet: a prompt, or where there is no text encoder, embeddings; an image to enlarge.
+        """
+        Return the arguments of the example: a prompt, or embeddings without a text encoder; and an image to upscale.
 
         Args:
-            prompt (`str`, *optional*): In the quotes of Python. If None, one that anything draws, where there is a text
-                encoder.
+            prompt (`str`, *optional*): As a Python literal. If None, and with a text encoder, a prompt that suits any
+                model.
         """
         unet = self.stages[0].unet
         width = unet.text_width

@@ -1,7 +1,7 @@
-"""Where weights are from and under which license: checked, and put into words for model cards.
+"""Origin and license of weights: checks, and their description in model cards.
 
-A pipeline has its `origin` in its configuration: a dict of `base_model`, a Hub id, and `license`, a key of `LICENSES`;
-a cascade one by stage name. Copies and fine-tuned weights keep it.
+A pipeline's configuration has its `origin`: a dict with `base_model`, a Hub id, and `license`, a key of `LICENSES`;
+for a cascade, a dict of these by stage name. Copies and fine-tuned weights keep it.
 """
 
 import functools
@@ -19,36 +19,36 @@ logger = logging.get_logger(__name__)
 
 
 class License(NamedTuple):
-    """A license of published weights, as a card names it."""
+    """License of published weights, as named in a model card."""
 
     title: str
     link: str
     fields: dict[str, str]  # of the card's metadata
-    notice: str  # that copies and derivatives carry, word by word
-    meaning: str  # in plain words
+    notice: str  # required in copies and derivatives, verbatim
+    meaning: str  # summary
 
 
 DEEPFLOYD = "deepfloyd"
 DEEPFLOYD_LINK = "https://huggingface.co/spaces/DeepFloyd/deepfloyd-if-license"
-# the strictest first: it is the one that a card of several names
+# the strictest first: with several licenses, a card names the strictest
 LICENSES = {
     DEEPFLOYD: License(
         "DeepFloyd IF License",
         DEEPFLOYD_LINK,
         {"license": "other", "license_name": "deepfloyd-if-license", "license_link": DEEPFLOYD_LINK},
         "DeepFloyd is licensed under the DeepFloyd License, Copyright (c) Stability AI Ltd. All Rights Reserved.",
-        "The weights, and whatever they produce, are for non-commercial research. Copies and derivatives, fine-tuned "
-        "weights and adapters among them, are under the same license, and carry it and the line above. The safety checker "
-        "and the watermark are protections that are not to be circumvented.",
+        "The weights, and everything that they generate, are for non-commercial research. Copies and derivatives, "
+        "including fine-tuned weights and adapters, are under the same license, and must include it and the line "
+        "above. The safety checker and the watermark are protections that must not be circumvented.",
     ),
     "karlo": License(
         "CreativeML OpenRAIL-M",
         "https://huggingface.co/spaces/CompVis/stable-diffusion-license",
         {"license": "creativeml-openrail-m"},
         "Karlo's weights are licensed under the CreativeML OpenRAIL-M license.",
-        "They may be used, changed and passed on, also for money, but not for the uses that the license's attachment A "
-        "lists. Copies and derivatives, fine-tuned weights and adapters among them, carry the license and these "
-        "restrictions.",
+        "They may be used, changed and distributed, also commercially, but not for the uses listed in attachment A of "
+        "the license. Copies and derivatives, including fine-tuned weights and adapters, must include the license and "
+        "these restrictions.",
     ),
 }  # fmt: skip
 KEYS = ("base_model", "license")
@@ -56,7 +56,7 @@ MODEL_ID = re.compile(r"(?:[\w.-]{1,96}/)?[\w.-]{1,96}", re.ASCII)
 
 
 def check_origin(name: str, origin: Any) -> None:
-    """Raises ValueError unless `origin` of the argument `name` is None, or says where one stage's weights are from."""
+    """Raise ValueError unless `origin`, of the argument `name`, is None or the origin of one stage's weights."""
     if origin is None:
         return
     if not isinstance(origin, Mapping):
@@ -70,7 +70,7 @@ def check_origin(name: str, origin: Any) -> None:
 
 
 def check_origins(name: str, origins: Any) -> None:
-    """As `check_origin`, of a dict by stage name."""
+    """Check a dict of origins by stage name; see `check_origin`."""
     check_stage_names(name, origins)
     for stage, origin in (origins or {}).items():
         if origin is None:
@@ -79,32 +79,38 @@ def check_origins(name: str, origins: Any) -> None:
 
 
 def list_origins(origin: Mapping[str, Any] | None) -> list[dict[str, str]]:
-    """Each stage's own, none of them empty, of a pipeline's `origin`: that of one stage, or a dict by stage name."""
+    """
+    Return the non-empty origins of the stages of a pipeline's `origin`: that of one stage, or a dict by stage name.
+    """
     stages = [value for value in (origin or {}).values() if isinstance(value, Mapping)]
     return [dict(stage) for stage in (stages or [origin or {}]) if stage]
 
 
 def licenses_of(origins: list[dict[str, str]]) -> list[License]:
-    """The licenses of weights, the strictest first, each once."""
+    """Return the licenses of weights, the strictest first, without duplicates."""
     keys = {origin.get("license") for origin in origins}
     return [license for key, license in LICENSES.items() if key in keys]
 
 
 def card_metadata(origins: list[dict[str, str]]) -> dict[str, Any]:
-    """Of a card of such weights: `base_model`, all of them, and the fields of the strictest license."""
+    """
+    Return the metadata of a card for such weights: `base_model`, all of them, and the fields of the strictest license.
+    """
     models = list(dict.fromkeys(origin["base_model"] for origin in origins if "base_model" in origin))
-    on_hub = [model for model in models if "/" in model]  # the Hub refuses a card with others
+    on_hub = [model for model in models if "/" in model]  # the Hub rejects a card with others
     found = {"base_model": on_hub[0] if len(on_hub) == 1 else on_hub} if on_hub else {}
     return {**found, **next((license.fields for license in licenses_of(origins)), {})}
 
 
 def license_section(origins: list[dict[str, str]]) -> str:
-    """The section of a card that says whose the weights are, and what their licenses ask; empty where nothing is known."""
+    """
+    Return the section of a card with the origin of the weights and the terms of their licenses; empty if unknown.
+    """
     if not origins:
         return ""
     lines = ["## License"]
     for origin in map(dict, dict.fromkeys(tuple(sorted(origin.items())) for origin in origins)):
-        source = f"`{origin['base_model']}`" if "base_model" in origin else "weights of others"
+        source = f"`{origin['base_model']}`" if "base_model" in origin else "published weights"
         license = LICENSES.get(origin.get("license", ""))
         terms = "" if license is None else f", under the [{license.title}]({license.link})"
         lines.append(f"- Made from {source}{terms}.")
@@ -115,9 +121,9 @@ def license_section(origins: list[dict[str, str]]) -> str:
 
 @functools.cache
 def warn_of_missing_filter(pipeline: str) -> None:
-    """Says in the log, once for each class of pipelines, that one of DeepFloyd IF's weights has no safety checker."""
+    """Log, once per pipeline class, that a pipeline with weights of DeepFloyd IF has no safety checker."""
     logger.warning(
-        f"This {pipeline} has weights of DeepFloyd IF, but no `safety_checker`: its images are not checked. IF's license "
-        f"({DEEPFLOYD_LINK}) permits research alone and forbids to circumvent the filters: give the safety checker, the "
-        "feature extractor and the watermarker of IF's repositories to whatever others see the images of."
+        f"This {pipeline} has weights of DeepFloyd IF, but no `safety_checker`: its images are not checked. IF's "
+        f"license ({DEEPFLOYD_LINK}) permits only research and forbids circumventing the filters: use the safety "
+        "checker, the feature extractor and the watermarker of IF's repositories if images are shown to others."
     )

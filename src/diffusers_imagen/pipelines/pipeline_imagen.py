@@ -1,4 +1,4 @@
-"""ImagenPipeline: the base stage alone, as training leaves it in a folder."""
+"""ImagenPipeline: a single base stage, as saved by training."""
 
 from collections.abc import Callable
 
@@ -39,20 +39,20 @@ class ImagenPipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLoaderMix
         unet ([`ImagenUNetModel`] or [`EfficientUNetModel`]): Network.
         scheduler ([`SchedulerMixin`]): Its scheduler.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            Its `model_max_length` is the number of tokens that the network was trained with.
+            Tokenizer; its `model_max_length` is the number of tokens that the network was trained with.
         text_encoder ([`~transformers.PreTrainedModel`], *optional*): Frozen text encoder.
         guidance_unet ([`ImagenUNetModel`] or [`EfficientUNetModel`], *optional*):
             A weaker network for autoguidance, see [`ImagenCascadePipeline`].
         safety_checker ([`IFSafetyChecker`], *optional*):
-            Of DeepFloyd IF: images that it flags are black, see [`ImagenPipelineOutput`].
-        feature_extractor ([`CLIPImageProcessor`], *optional*): What it reads images by; it cannot do without.
-        watermarker ([`IFWatermarker`], *optional*): Puts IF's watermark on pictures (`output_type="pil"`).
+            DeepFloyd IF's safety checker: images that it flags are black, see [`ImagenPipelineOutput`].
+        feature_extractor ([`CLIPImageProcessor`], *optional*): Image processor, required by the safety checker.
+        watermarker ([`IFWatermarker`], *optional*): Adds IF's watermark to PIL images (`output_type="pil"`).
         call_defaults (`dict[str, float]`, *optional*):
-            What a call has for `num_inference_steps`, `guidance_scale` and `low_res_noise_level` where it does not say.
+            Defaults of a call's `num_inference_steps`, `guidance_scale` and `low_res_noise_level`.
         clean_caption (`bool`, defaults to `False`):
-            Whether prompts are cleaned up as DeepFloyd IF's captions were, before they are encoded.
+            Whether prompts are cleaned like DeepFloyd IF's captions before they are encoded.
         origin (`dict[str, str]`, *optional*):
-            Where the weights are from, for the model card: `base_model`, a Hub id, and `license`.
+            Origin of the weights, for the model card: `base_model`, a Hub id, and `license`.
     """
 
     model_cpu_offload_seq = "text_encoder->guidance_unet->unet->safety_checker"
@@ -88,7 +88,7 @@ class ImagenPipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLoaderMix
 
     @property
     def stages(self) -> list[Stage]:
-        """The one stage."""
+        """The single stage, as a list."""
         defaults = BASE.defaults.updated("call_defaults", self.config.call_defaults)
         return [Stage(BASE, self.unet, self.scheduler, self.guidance_unet, defaults)]
 
@@ -124,51 +124,54 @@ class ImagenPipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLoaderMix
         cross_attention_kwargs: dict[str, float] | None = None,
     ) -> ImagenPipelineOutput | tuple:
         r"""
+        Generate images from a prompt, or change images as described by it.
+
         Args:
-            prompt (`str` or `list[str]`): What to draw.
+            prompt (`str` or `list[str]`): The prompt or prompts.
             negative_prompt (`str` or `list[str]`, *optional*):
-                What to guide away from; the absence of text if not given.
+                Text to guide away from; by default the unconditional embedding, as in training.
             image, mask_image (PIL image, `np.ndarray`, `torch.Tensor` or a list of them, *optional*):
-                An image to change, and where to paint it anew; see [`ImagenCascadePipeline.__call__`].
+                Image to change, and mask of the part to repaint; see [`ImagenCascadePipeline.__call__`].
             strength (`float`, *optional*, defaults to 0.7, and to 1 with `mask_image`):
-                The share of the steps that run from `image`; 1 starts from noise alone.
-            height, width (`int`, *optional*): Of the images, in pixels; the network's `sample_size` if None.
-            num_inference_steps (`int`, *optional*): Steps; 18, or as `call_defaults` says.
+                Share of the steps that run, starting from `image`; 1 starts from pure noise.
+            height, width (`int`, *optional*): Size of the images in pixels; the network's `sample_size` if None.
+            num_inference_steps (`int`, *optional*): Number of steps; 18, or the value in `call_defaults`.
             sigmas, timesteps (`list[float]`, *optional*):
-                The scheduler's noise levels or conditioning values in place of a number of steps.
+                Custom noise levels, or conditioning values, for the scheduler, instead of a number of steps.
             guidance_scale (`float`, *optional*):
-                Weight of classifier-free guidance; 1 turns it off. 4, or as `call_defaults` says.
+                Weight of classifier-free guidance; 1 disables it. 4, or the value in `call_defaults`.
             guidance_interval (`tuple[float, float]`, *optional*):
-                Lowest and highest noise level (EDM's sigma) with guidance.
+                Lowest and highest noise level (EDM's sigma) at which guidance is applied.
             guidance_rescale (`float`, defaults to 0):
-                Share of the guided prediction that is brought back to the contrast without.
-            num_resample_times (`int`, defaults to 4): With `mask_image`, how often each step is done.
-            num_images_per_prompt (`int`, defaults to 1): Images of each prompt.
+                How far the guided prediction is rescaled to the standard deviation of the unguided one, from 0 to 1.
+            num_resample_times (`int`, defaults to 4): Number of times that each step runs with `mask_image`.
+            num_images_per_prompt (`int`, defaults to 1): Number of images per prompt.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
-                Source of all noise: one, from which each image gets its own, or one an image.
-            latents (`torch.Tensor`, *optional*): Unit noise `(images, 3, height, width)`.
+                Source of all noise: one generator, from which one per image is derived, or one per image.
+            latents (`torch.Tensor`, *optional*): Initial unit noise `(images, 3, height, width)`.
             prompt_embeds, negative_prompt_embeds (`torch.Tensor` of shape `(prompts, tokens, width)`, *optional*):
-                Text embeddings in place of the texts, zero at padded positions.
+                Text embeddings to use instead of the texts, zero at padded positions.
             prompt_attention_mask, negative_prompt_attention_mask (`torch.Tensor` of shape `(prompts, tokens)`):
-                Which tokens of the embeddings count.
+                Mask of the valid tokens of the embeddings.
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
-            return_dict (`bool`, defaults to `True`): An [`ImagenPipelineOutput`], or a tuple.
+            return_dict (`bool`, defaults to `True`): Whether to return an [`ImagenPipelineOutput`] or a tuple.
             callback_on_step_end (`Callable`, *optional*):
                 Called as `callback(pipe, step, timestep, tensors)` after every network call.
             callback_on_step_end_tensor_inputs (`list[str]`):
-                Tensors it takes and may return changed; diffusers' `PipelineCallback` names its own.
-                `pred_original_sample`, the clean image predicted by the call, it may not change; None if the scheduler
-                does not return it.
-            cross_attention_kwargs (`dict`, *optional*): `{"scale": 0.5}` weighs the LoRA adapters of this call.
+                Names of the tensors passed to the callback, which may return changed ones; diffusers'
+                `PipelineCallback` declares its own. `pred_original_sample`, the clean image predicted by the call, is
+                read-only; it is None if the scheduler does not return it.
+            cross_attention_kwargs (`dict`, *optional*):
+                `{"scale": 0.5}` sets the weight of the LoRA adapters in this call.
 
         Examples:
 
         Returns:
-            [`ImagenPipelineOutput`] or `tuple`: the images, and the same by the stage's resolution.
+            [`ImagenPipelineOutput`] or `tuple`: the images, and the same images by the stage's resolution.
 
         Raises:
-            ValueError: If an argument does not fit, before any network runs.
-            FloatingPointError: If a stage makes values that are not finite; names the stage and the likely cause.
+            ValueError: If an argument is invalid; raised before any network runs.
+            FloatingPointError: If a stage computes values that are not finite; names the stage and the likely cause.
         """
         if image is not None and mask_image is None and strength is None:
             strength = DEFAULT_STRENGTH

@@ -1,4 +1,4 @@
-"""ImagenCascadePipeline: from a prompt to a picture. `runner.py` does what a call says; read it next, from its top."""
+"""ImagenCascadePipeline: from a prompt to images through all stages. Next, read `runner.py`, which runs a call."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -45,34 +45,33 @@ GUIDE = f"{BASE.name}_guidance_unet"
 
 class ImagenCascadePipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLoaderMixin):
     r"""
-    Text to image through a base stage and super-resolution stages (Imagen, arXiv 2205.11487).
+    Pipeline for text-to-image generation with a base stage and super-resolution stages (Imagen, arXiv 2205.11487).
 
-    Every component after the base stage is optional; so are tokenizer and text encoder, if embeddings are given.
-    How a predicted image is thresholded is a stage's scheduler's to say, in its configuration.
+    All components of super-resolution stages are optional, and so are tokenizer and text encoder if embeddings are
+    passed. Each stage's scheduler configures how predicted images are thresholded.
 
     Args:
         base_unet ([`ImagenUNetModel`] or [`EfficientUNetModel`]): Network of the base stage.
         base_scheduler ([`SchedulerMixin`]): Scheduler of the base stage.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            Its `model_max_length` is the number of tokens that the stages were trained with.
+            Tokenizer; its `model_max_length` is the number of tokens that the stages were trained with.
         text_encoder ([`~transformers.PreTrainedModel`], *optional*): Frozen text encoder.
         sr256_unet, sr1024_unet ([`EfficientUNetModel`] or [`ImagenUNetModel`], *optional*):
             Networks of the super-resolution stages.
         sr256_scheduler, sr1024_scheduler ([`SchedulerMixin`], *optional*): Their schedulers.
         base_guidance_unet ([`ImagenUNetModel`] or [`EfficientUNetModel`], *optional*):
-            A weaker network, less trained or smaller, that the base stage is guided away from in place of its own
-            prediction without text: autoguidance (arXiv 2406.02507).
+            A weaker network, less trained or smaller, whose prediction replaces the base stage's prediction without
+            text in guidance: autoguidance (arXiv 2406.02507).
         safety_checker ([`IFSafetyChecker`], *optional*):
-            Of DeepFloyd IF: images that it flags are black, see [`ImagenPipelineOutput`].
-        feature_extractor ([`CLIPImageProcessor`], *optional*): What it reads images by; it cannot do without.
-        watermarker ([`IFWatermarker`], *optional*): Puts IF's watermark on pictures (`output_type="pil"`).
+            DeepFloyd IF's safety checker: images that it flags are black, see [`ImagenPipelineOutput`].
+        feature_extractor ([`CLIPImageProcessor`], *optional*): Image processor, required by the safety checker.
+        watermarker ([`IFWatermarker`], *optional*): Adds IF's watermark to PIL images (`output_type="pil"`).
         call_defaults (`dict[str, dict[str, float]]`, *optional*):
-            By stage name, what a call has for `num_inference_steps`, `guidance_scale` and `low_res_noise_level` where it
-            does not say.
+            By stage name, the defaults of a call's `num_inference_steps`, `guidance_scale` and `low_res_noise_level`.
         clean_caption (`bool`, defaults to `False`):
-            Whether prompts are cleaned up as DeepFloyd IF's captions were, before they are encoded.
+            Whether prompts are cleaned like DeepFloyd IF's captions before they are encoded.
         origin (`dict[str, dict[str, str]]`, *optional*):
-            By stage name, where the weights are from, for the model card: `base_model`, a Hub id, and `license`.
+            By stage name, the origin of the weights, for the model card: `base_model`, a Hub id, and `license`.
     """
 
     model_cpu_offload_seq = "->".join(["text_encoder", GUIDE, *(kind.unet for kind in STAGES), "safety_checker"])
@@ -125,28 +124,28 @@ class ImagenCascadePipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLo
         **kwargs: Any,
     ) -> "ImagenCascadePipeline":
         r"""
-        Composes a cascade of stages that were trained one by one.
+        Compose a cascade from separately trained stages.
 
         Args:
             base (`str`, [`DiffusionPipeline`] or `tuple`):
-                The base stage: the folder that training wrote, a Hub id, an [`ImagenPipeline`], the pair of a network and
-                its scheduler, or one of DeepFloyd IF: its folder, Hub id or loaded `IFPipeline`.
-            upscalers (the same, *optional*):
+                The base stage: the folder of a training run, a Hub id, an [`ImagenPipeline`], a pair of a network and
+                its scheduler, or a stage of DeepFloyd IF: its folder, Hub id or loaded `IFPipeline`.
+            upscalers (as `base`, *optional*):
                 The super-resolution stages, in order; or by name: `sr256`, `sr1024`.
             text_encoder ([`~transformers.PreTrainedModel`], `str` or `os.PathLike`, *optional*):
-                The text encoder, or a folder or Hub id with `text_encoder/` and `tokenizer/`. If not given, that of
-                `base`; None leaves it out, and the tokenizer with it.
-            tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Its tokenizer.
+                The text encoder, or a folder or Hub id with `text_encoder/` and `tokenizer/`. By default that of
+                `base`; None omits the text encoder and the tokenizer.
+            tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): The text encoder's tokenizer.
             safety_checker, feature_extractor, watermarker (*optional*):
-                What looks at finished images. If not given, those of the first stage that has them; None leaves one
-                out. What is left out is not downloaded.
-            quantization_config (`PipelineQuantizationConfig` or a configuration of transformers', *optional*):
-                Of the text encoder, which alone is quantized.
-            kwargs: For `from_pretrained` of what is loaded: `dtype`, `variant` and the like for networks, and
-                `token`, `revision`, `cache_dir`, `local_files_only` and `force_download` for every file.
+                Components that process the final images. By default those of the first stage that has them; None omits
+                a component. Omitted components are not downloaded.
+            quantization_config (`PipelineQuantizationConfig`, or one of transformers, *optional*):
+                Quantization of the text encoder; other components are not quantized.
+            kwargs: For `from_pretrained` of the loaded components: `dtype`, `variant` and similar options for
+                networks, and `token`, `revision`, `cache_dir`, `local_files_only` and `force_download` for every file.
 
         Raises:
-            ValueError: If a source is no stage, was never trained, or does not fit the others.
+            ValueError: If a source is not a stage, is untrained, or does not fit the other stages.
         """
         if len(upscalers) >= len(STAGES):
             raise ValueError(f"`upscalers` has {len(upscalers)} stages, but should have at most {len(STAGES) - 1}.")
@@ -167,7 +166,7 @@ class ImagenCascadePipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLo
             values = {name: of_stage[setting] for name, of_stage in parts.items() if of_stage.get(setting) is not None}
             components[setting] = values or None
         components[GUIDE] = parts[BASE.name].get("guidance_unet")
-        # as the text encoder, that of the base stage
+        # the text encoder is that of the base stage, and so is the cleaning of its captions
         components["clean_caption"] = bool(parts[BASE.name].get("clean_caption"))
         factors = {kind: parts[kind.name].get("scale_factor") for kind in sources}
         pipe = cls(**components)
@@ -188,26 +187,28 @@ class ImagenCascadePipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLo
         dtype: torch.dtype | None = None,
     ) -> "ImagenCascadePipeline":
         r"""
-        Loads a cascade of NVIDIA NeMo's checkpoints. `diffusers-imagen convert-nemo` writes one to a folder.
+        Load a cascade from NVIDIA NeMo's checkpoints. `diffusers-imagen convert-nemo` writes a converted cascade to a
+        folder.
 
         Args:
             base, sr256, sr1024 (`str` or `os.PathLike`):
-                The stages: `.nemo` archives, folders that they were unpacked to, or `.ckpt` files of Lightning.
+                The stages: `.nemo` archives, folders with the unpacked archives, or `.ckpt` files of Lightning.
             text_encoder (`str` or `os.PathLike`, *optional*):
-                Folder or Hub id of the encoder that they were trained with, T5-11B for NeMo's own; texts are cut and
-                padded to the base stage's `token_length`. Without one, calls take embeddings.
+                Folder or Hub id of the text encoder of training, T5-11B for NeMo's own models; prompts are cut and
+                padded to the base stage's `token_length`. Without it, calls require embeddings.
             configs (`dict[str, str or dict]`, *optional*):
-                By stage name, NeMo's configuration of a checkpoint that has none.
-            ema (`bool`, defaults to `False`): Whether to take the averages, of `NAME-EMA.ckpt` beside `NAME.ckpt`.
-            dtype (`torch.dtype`, *optional*): Type of the weights; as in each checkpoint if None.
+                By stage name, NeMo's configuration for a checkpoint without one.
+            ema (`bool`, defaults to `False`):
+                Whether to load the averaged weights, from `NAME-EMA.ckpt` beside `NAME.ckpt`.
+            dtype (`torch.dtype`, *optional*): Dtype of the weights; that of each checkpoint if None.
 
         Raises:
-            ValueError: If a source is no such checkpoint, is damaged, or the stages do not fit together.
+            ValueError: If a source is not such a checkpoint, is damaged, or the stages do not fit together.
         """
         sources = {kind: source for kind, source in zip(STAGES, (base, sr256, sr1024)) if source is not None}
         check_stage_names("configs", configs)
         configs = configs or {}
-        for kind, source in sources.items():  # before the first is loaded
+        for kind, source in sources.items():  # all of them before the first is loaded
             find_source(source, ema, kind.name)
         stages = {
             kind: load_nemo_stage(source, configs.get(kind.name), ema, dtype, kind.name).parts
@@ -231,7 +232,7 @@ class ImagenCascadePipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLo
 
     @property
     def stages(self) -> list[Stage]:
-        """The stages that are present, in the order in which they run."""
+        """The pipeline's stages, in the order in which they run."""
         parts = ((kind, getattr(self, kind.unet), getattr(self, kind.scheduler)) for kind in STAGES)
         guides, given = {BASE: self.base_guidance_unet}, self.config.call_defaults or {}
         return [
@@ -276,73 +277,82 @@ class ImagenCascadePipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLo
         cross_attention_kwargs: dict[str, float] | None = None,
     ) -> ImagenPipelineOutput | tuple:
         r"""
-        Arguments that each stage has its own value of take one for all stages, a list with one for each stage that
-        runs, or a dict by stage name: `base`, `sr256`, `sr1024`.
+        Generate images from a prompt, or change or upscale images as described by it.
+
+        Arguments with a value per stage accept one value for all stages, a list with one value per stage that runs, or
+        a dict by stage name: `base`, `sr256`, `sr1024`.
 
         Args:
-            prompt (`str` or `list[str]`): What to draw.
+            prompt (`str` or `list[str]`): The prompt or prompts.
             negative_prompt (`str` or `list[str]`, *optional*):
-                What to guide away from; without it, guidance is away from the absence of text, as in training.
+                Text to guide away from; by default the unconditional embedding, as in training.
             image (PIL image, `np.ndarray`, `torch.Tensor` or a list of them, *optional*):
-                One for all prompts or one for each, or any number if no stage that runs reads text; of any size. PIL or
-                uint8, or floating point in [0, 1], or in [-1, 1] if any value is negative; channels last in arrays and
-                first in tensors. Alone it takes the place of the base stage's image, and super-resolution starts from
-                it; with `strength` the base stage changes it; with `mask_image` it is painted anew in places. It is
-                stretched to the size of the stage: give `height` and `width` in its proportions.
-            mask_image (the same, *optional*):
-                Of the image's size, white (1, or 255 in uint8) where it is painted anew. Every stage keeps the other
-                pixels that the image has at its resolution.
+                One image for all prompts or one per prompt, or any number if no stage that runs is conditioned on
+                text; of any size. PIL or uint8, or floating point in [0, 1], or in [-1, 1] if any value is negative;
+                channels last in arrays and first in tensors. Without the two arguments below, it replaces the base
+                stage's image, and super-resolution starts from it; with `strength` the base stage changes it; with
+                `mask_image` a part of it is repainted. It is stretched to the size of the stage: pass `height` and
+                `width` with its aspect ratio.
+            mask_image (as `image`, *optional*):
+                Mask of the same size as the image, white (1, or 255 in uint8) where the image is repainted. Every
+                stage keeps the image's other pixels, at the stage's resolution.
             strength (`float`, *optional*):
-                How much the base stage changes `image`: the share of its steps that run, above 0. 1 starts from noise
-                alone, and is what `mask_image` has if not given.
-            output_resolution (`int`, *optional*): Resolution of the stage to stop after; the last stage's if None.
+                How much the base stage changes `image`: the share of its steps that run, above 0. 1 starts from pure
+                noise, and is the default with `mask_image`.
+            output_resolution (`int`, *optional*):
+                Resolution of the last stage to run; that of the cascade's last stage if None.
             height, width (`int`, *optional*):
-                Of the last image in pixels; earlier stages have that in proportion. Its `output_resolution` if None.
+                Size of the last image in pixels; earlier stages are scaled in proportion. `output_resolution` if None.
             num_inference_steps (`int`, `list[int]` or `dict[str, int]`, *optional*):
-                Steps. Each stage has defaults of its own, `call_defaults`; 18 and then 8 unless these say otherwise.
+                Number of steps. By default the value in `call_defaults`, or else 18 for the base stage and 8 for
+                super-resolution.
             sigmas, timesteps (`list[float]` or `dict[str, list[float]]`, *optional*):
-                The scheduler's noise levels or conditioning values in place of a number of steps; a dict by stage
-                name if several stages run.
+                Custom noise levels, or conditioning values, for the scheduler, instead of a number of steps; a dict by
+                stage name if several stages run.
             guidance_scale (`float`, `list[float]` or `dict[str, float]`, *optional*):
-                Weight of classifier-free guidance; 1 turns it off. By default 4 and then 1, or as `call_defaults` says.
+                Weight of classifier-free guidance; 1 disables it. By default the value in `call_defaults`, or else 4
+                for the base stage and 1 for super-resolution.
             guidance_interval (`tuple[float, float]`, `list` or `dict` of them, *optional*):
-                Lowest and highest noise level (EDM's sigma) with guidance; outside, only the prompt's branch runs
-                (arXiv 2404.07724).
+                Lowest and highest noise level (EDM's sigma) at which guidance is applied; outside, the network runs
+                only with the prompt (arXiv 2404.07724).
             guidance_rescale (`float`, `list[float]` or `dict[str, float]`, defaults to 0):
-                Share of the guided prediction that is brought back to the contrast without (arXiv 2305.08891).
+                How far the guided prediction is rescaled to the standard deviation of the unguided one, from 0 to 1
+                (arXiv 2305.08891).
             low_res_noise_level (`float`, `list[float]` or `dict[str, float]`, *optional*):
-                Sigma of the noise in the low-resolution image; a list has it for each super-resolution stage. Stages
-                without noise conditioning take none. By default 0.1, or as `call_defaults` says.
+                Sigma of the noise added to the low-resolution image; a list has one value per super-resolution stage.
+                Not used by stages without noise conditioning. By default the value in `call_defaults`, or else 0.1.
             num_resample_times (`int`, defaults to 4):
-                With `mask_image`, how often the base stage does each step, to bring new and known pixels into harmony
+                Number of times that the base stage runs each step with `mask_image`, to harmonize new and known pixels
                 (RePaint, arXiv 2201.09865).
-            num_images_per_prompt (`int`, defaults to 1): Images of each prompt.
+            num_images_per_prompt (`int`, defaults to 1): Number of images per prompt.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
-                Source of all noise, one for all images or one for each. Each image gets a generator of its own from
-                it, so that an image depends on the seed and its place and not on the size of the batch.
-            latents (`torch.Tensor`, *optional*): Unit noise `(images, 3, height, width)` of the first stage that runs.
+                Source of all noise: one generator, from which one per image is derived, or one per image. An image
+                depends on the seed and its position, and not on the size of the batch.
+            latents (`torch.Tensor`, *optional*):
+                Initial unit noise `(images, 3, height, width)` of the first stage that runs.
             prompt_embeds, negative_prompt_embeds (`torch.Tensor` of shape `(prompts, tokens, width)`, *optional*):
-                Text embeddings in place of the texts, zero at padded positions.
+                Text embeddings to use instead of the texts, zero at padded positions.
             prompt_attention_mask, negative_prompt_attention_mask (`torch.Tensor` of shape `(prompts, tokens)`):
-                Which tokens of the embeddings count.
+                Mask of the valid tokens of the embeddings.
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
-            return_dict (`bool`, defaults to `True`): An [`ImagenPipelineOutput`], or a tuple.
+            return_dict (`bool`, defaults to `True`): Whether to return an [`ImagenPipelineOutput`] or a tuple.
             callback_on_step_end (`Callable`, *optional*):
                 Called as `callback(pipe, step, timestep, tensors)` after every network call, counted over all stages.
             callback_on_step_end_tensor_inputs (`list[str]`):
-                Tensors it takes and may return changed; diffusers' `PipelineCallback` names its own.
-                `pred_original_sample`, the clean image predicted by the call, it may not change; None if the scheduler
-                does not return it.
-            cross_attention_kwargs (`dict`, *optional*): `{"scale": 0.5}` weighs the LoRA adapters of this call.
+                Names of the tensors passed to the callback, which may return changed ones; diffusers'
+                `PipelineCallback` declares its own. `pred_original_sample`, the clean image predicted by the call, is
+                read-only; it is None if the scheduler does not return it.
+            cross_attention_kwargs (`dict`, *optional*):
+                `{"scale": 0.5}` sets the weight of the LoRA adapters in this call.
 
         Examples:
 
         Returns:
-            [`ImagenPipelineOutput`] or `tuple`: images of the last stage, and of every stage by resolution.
+            [`ImagenPipelineOutput`] or `tuple`: the images of the last stage, and those of every stage by resolution.
 
         Raises:
-            ValueError: If an argument does not fit, before any network runs.
-            FloatingPointError: If a stage makes values that are not finite; names the stage and the likely cause.
+            ValueError: If an argument is invalid; raised before any network runs.
+            FloatingPointError: If a stage computes values that are not finite; names the stage and the likely cause.
         """
         arguments = CallArguments.of(locals())
         upscales = image is not None and mask_image is None and strength is None
@@ -350,22 +360,23 @@ class ImagenCascadePipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLo
         return Runner(self, arguments, stages, self.stages[0].resolution if upscales else None).run()
 
     def stages_up_to(self, output_resolution: int | None, skip_base: bool = False) -> list[Stage]:
-        """The stages that lead to a resolution, from noise or from a given low-resolution image.
+        """Return the stages up to a resolution, starting from noise or from a given low-resolution image.
 
         Raises:
-            ValueError: If no stage ends there.
+            ValueError: If no stage has this resolution.
         """
         stages = self.stages[1:] if skip_base else self.stages
         resolutions = [stage.resolution for stage in stages]
         if not stages:
             raise ValueError(
-                "`image` was given alone, which starts super-resolution, but this cascade has no stage for that: give "
-                "`strength` or `mask_image` too, or load one."
+                "`image` is given without `strength` and `mask_image`, which starts super-resolution, but this "
+                "cascade has no super-resolution stage: pass `strength` or `mask_image` too, or load a stage."
             )
         if output_resolution is None:
             return stages
         if not is_integer(output_resolution) or output_resolution not in resolutions:
             raise ValueError(
-                f"`output_resolution` is {shown(output_resolution)}, but the stages of this cascade end at {resolutions}."
+                f"`output_resolution` is {shown(output_resolution)}, but should be that of a stage, one of "
+                f"{resolutions}."
             )
         return stages[: resolutions.index(output_resolution) + 1]

@@ -1,4 +1,4 @@
-"""ImagenSuperResolutionPipeline: one super-resolution stage alone, as training leaves it in a folder."""
+"""ImagenSuperResolutionPipeline: a single super-resolution stage, as saved by training."""
 
 from collections.abc import Callable
 
@@ -35,25 +35,25 @@ EXAMPLE_DOC_STRING = """
 
 class ImagenSuperResolutionPipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLoaderMixin):
     r"""
-    Makes images larger, with a text that says what is on them (Imagen, arXiv 2205.11487).
+    Pipeline for super-resolution of images, conditioned on a text (Imagen, arXiv 2205.11487).
 
     Args:
         unet ([`EfficientUNetModel`] or [`ImagenUNetModel`]): Network.
         scheduler ([`SchedulerMixin`]): Its scheduler.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            Its `model_max_length` is the number of tokens that the network was trained with.
+            Tokenizer; its `model_max_length` is the number of tokens that the network was trained with.
         text_encoder ([`~transformers.PreTrainedModel`], *optional*): Frozen text encoder.
-        scale_factor (`int`, defaults to 4): How many times larger the network was trained to make images.
+        scale_factor (`int`, defaults to 4): The factor by which the network was trained to upscale images.
         safety_checker ([`IFSafetyChecker`], *optional*):
-            Of DeepFloyd IF: images that it flags are black, see [`ImagenPipelineOutput`].
-        feature_extractor ([`CLIPImageProcessor`], *optional*): What it reads images by; it cannot do without.
-        watermarker ([`IFWatermarker`], *optional*): Puts IF's watermark on pictures (`output_type="pil"`).
+            DeepFloyd IF's safety checker: images that it flags are black, see [`ImagenPipelineOutput`].
+        feature_extractor ([`CLIPImageProcessor`], *optional*): Image processor, required by the safety checker.
+        watermarker ([`IFWatermarker`], *optional*): Adds IF's watermark to PIL images (`output_type="pil"`).
         call_defaults (`dict[str, float]`, *optional*):
-            What a call has for `num_inference_steps`, `guidance_scale` and `low_res_noise_level` where it does not say.
+            Defaults of a call's `num_inference_steps`, `guidance_scale` and `low_res_noise_level`.
         clean_caption (`bool`, defaults to `False`):
-            Whether prompts are cleaned up as DeepFloyd IF's captions were, before they are encoded.
+            Whether prompts are cleaned like DeepFloyd IF's captions before they are encoded.
         origin (`dict[str, str]`, *optional*):
-            Where the weights are from, for the model card: `base_model`, a Hub id, and `license`.
+            Origin of the weights, for the model card: `base_model`, a Hub id, and `license`.
     """
 
     model_cpu_offload_seq = "text_encoder->unet->safety_checker"
@@ -89,7 +89,7 @@ class ImagenSuperResolutionPipeline(ImagenPipelineMixin, DiffusionPipeline, Imag
 
     @property
     def low_resolution(self) -> int:
-        """Resolution of the images that the network was trained to enlarge, in pixels."""
+        """Resolution of the images that the network was trained to upscale, in pixels."""
         resolution, factor = self.unet.resolution, self.config.scale_factor
         as_integer("scale_factor", factor)
         if resolution % factor:
@@ -98,7 +98,7 @@ class ImagenSuperResolutionPipeline(ImagenPipelineMixin, DiffusionPipeline, Imag
 
     @property
     def stages(self) -> list[Stage]:
-        """The one stage, under the name of those that a cascade has."""
+        """The single stage, as a list; its name is that of the cascade's stage with its resolution."""
         kind = upscaler_of(self.unet.resolution)
         defaults = kind.defaults.updated("call_defaults", self.config.call_defaults)
         return [Stage(kind, self.unet, self.scheduler, given_defaults=defaults)]
@@ -133,56 +133,60 @@ class ImagenSuperResolutionPipeline(ImagenPipelineMixin, DiffusionPipeline, Imag
         cross_attention_kwargs: dict[str, float] | None = None,
     ) -> ImagenPipelineOutput | tuple:
         r"""
+        Upscale images, conditioned on a prompt.
+
         Args:
-            prompt (`str` or `list[str]`): What is on the image.
+            prompt (`str` or `list[str]`): Description of the image or images.
             negative_prompt (`str` or `list[str]`, *optional*):
-                What to guide away from; the absence of text if not given.
+                Text to guide away from; by default the unconditional embedding, as in training.
             image (PIL image, `np.ndarray`, `torch.Tensor` or a list of them):
-                The image to enlarge, one for all prompts or one for each, or any number for a network without text;
-                see [`ImagenCascadePipeline.__call__`].
+                The image to upscale, one for all prompts or one per prompt, or any number for a network that is not
+                conditioned on text; see [`ImagenCascadePipeline.__call__`].
             height, width (`int`, *optional*):
-                Of the result, in pixels; the image is brought to `1 / scale_factor` of that. `scale_factor` times the
-                image's own if None.
-            num_inference_steps (`int`, *optional*): Steps; 8, or as `call_defaults` says.
+                Size of the result in pixels; the image is resized to `1 / scale_factor` of it. `scale_factor` times
+                the size of the image if None.
+            num_inference_steps (`int`, *optional*): Number of steps; 8, or the value in `call_defaults`.
             sigmas, timesteps (`list[float]`, *optional*):
-                The scheduler's noise levels or conditioning values in place of a number of steps.
+                Custom noise levels, or conditioning values, for the scheduler, instead of a number of steps.
             guidance_scale (`float`, *optional*):
-                Weight of classifier-free guidance; 1 turns it off. 1, or as `call_defaults` says.
+                Weight of classifier-free guidance; 1 disables it. 1, or the value in `call_defaults`.
             guidance_interval (`tuple[float, float]`, *optional*):
-                Lowest and highest noise level (EDM's sigma) with guidance.
+                Lowest and highest noise level (EDM's sigma) at which guidance is applied.
             guidance_rescale (`float`, defaults to 0):
-                Share of the guided prediction that is brought back to the contrast without.
+                How far the guided prediction is rescaled to the standard deviation of the unguided one, from 0 to 1.
             low_res_noise_level (`float`, *optional*):
-                Sigma of the noise in the low-resolution image, if the network is conditioned on it. 0.1, or as
-                `call_defaults` says.
-            num_images_per_prompt (`int`, defaults to 1): Images of each prompt.
+                Sigma of the noise added to the low-resolution image, if the network is conditioned on it. 0.1, or the
+                value in `call_defaults`.
+            num_images_per_prompt (`int`, defaults to 1): Number of images per prompt.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
-                Source of all noise: one, from which each image gets its own, or one an image.
-            latents (`torch.Tensor`, *optional*): Unit noise `(images, 3, height, width)`, of the result's size.
+                Source of all noise: one generator, from which one per image is derived, or one per image.
+            latents (`torch.Tensor`, *optional*):
+                Initial unit noise `(images, 3, height, width)`, in the result's size.
             prompt_embeds, negative_prompt_embeds (`torch.Tensor` of shape `(prompts, tokens, width)`, *optional*):
-                Text embeddings in place of the texts, zero at padded positions.
+                Text embeddings to use instead of the texts, zero at padded positions.
             prompt_attention_mask, negative_prompt_attention_mask (`torch.Tensor` of shape `(prompts, tokens)`):
-                Which tokens of the embeddings count.
+                Mask of the valid tokens of the embeddings.
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
-            return_dict (`bool`, defaults to `True`): An [`ImagenPipelineOutput`], or a tuple.
+            return_dict (`bool`, defaults to `True`): Whether to return an [`ImagenPipelineOutput`] or a tuple.
             callback_on_step_end (`Callable`, *optional*):
                 Called as `callback(pipe, step, timestep, tensors)` after every network call.
             callback_on_step_end_tensor_inputs (`list[str]`):
-                Tensors it takes and may return changed; diffusers' `PipelineCallback` names its own.
-                `pred_original_sample`, the clean image predicted by the call, it may not change; None if the scheduler
-                does not return it.
-            cross_attention_kwargs (`dict`, *optional*): `{"scale": 0.5}` weighs the LoRA adapters of this call.
+                Names of the tensors passed to the callback, which may return changed ones; diffusers'
+                `PipelineCallback` declares its own. `pred_original_sample`, the clean image predicted by the call, is
+                read-only; it is None if the scheduler does not return it.
+            cross_attention_kwargs (`dict`, *optional*):
+                `{"scale": 0.5}` sets the weight of the LoRA adapters in this call.
 
         Examples:
 
         Returns:
-            [`ImagenPipelineOutput`] or `tuple`: the images, and the same by the stage's resolution.
+            [`ImagenPipelineOutput`] or `tuple`: the images, and the same images by the stage's resolution.
 
         Raises:
-            ValueError: If an argument does not fit, before any network runs.
-            FloatingPointError: If a stage makes values that are not finite; names the stage and the likely cause.
+            ValueError: If an argument is invalid; raised before any network runs.
+            FloatingPointError: If a stage computes values that are not finite; names the stage and the likely cause.
         """
         if image is None:
-            raise ValueError("`image` is None, but should be the image to enlarge.")
+            raise ValueError("`image` is None, but should be the image to upscale.")
         arguments = CallArguments.of(locals())
         return Runner(self, arguments, self.stages, self.low_resolution, self.config.scale_factor).run()

@@ -1,4 +1,4 @@
-"""What the pipelines share besides the runner of a call: memory, progress bars, the text of a prompt."""
+"""ImagenPipelineMixin, the base of all pipelines: loading, memory, progress bars, and encoding of prompts."""
 
 import inspect
 import io
@@ -30,13 +30,13 @@ from .tiling import Tiling
 
 
 class _TrialBar(tqdm):
-    _lock = threading.RLock()  # its own: tqdm keeps the one of all bars where a bar cannot be shown
+    _lock = threading.RLock()  # a separate lock: tqdm does not release the shared one if a bar cannot be shown
 
 
 class ImagenPipelineMixin(ModelCardMixin):
     """
-    Put before `DiffusionPipeline` in a pipeline's bases. The pipeline names its `stages`, and its `__call__` hands its
-    arguments to a [`Runner`], which does the rest.
+    Mixin of all pipelines; list it before `DiffusionPipeline` among the base classes. The pipeline implements
+    `stages`, and its `__call__` passes its arguments to a [`Runner`].
     """
 
     _execution_device: torch.device
@@ -51,9 +51,10 @@ class ImagenPipelineMixin(ModelCardMixin):
     _interrupt = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Makes `DiffusionPipeline.from_pretrained` take components that are given, None too, as this class's does.
+        """
+        Make `DiffusionPipeline.from_pretrained` accept components as arguments, including None, like this class's own.
 
-        Called on the base class, it takes what has a default for a setting, and loads the component all the same.
+        Called on the base class, it would treat parameters with a default as settings, and still load the component.
         """
         super().__init_subclass__(**kwargs)
         if "__init__" not in vars(cls):
@@ -73,8 +74,8 @@ class ImagenPipelineMixin(ModelCardMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
         """
-        As diffusers' `from_pretrained`; opens the folder or repository of a pipeline of DeepFloyd IF too, as `from_stage`
-        does, and `"imagen-emoji"`, the cascade that ships with this package.
+        Load a pipeline like diffusers' `from_pretrained`; also opens a folder or repository of DeepFloyd IF, like
+        `from_stage`, and `"imagen-emoji"`, the cascade that ships with this package.
         """
         place = find_source(pretrained_model_name_or_path)
         source, options = find_pipeline(place, kwargs)
@@ -84,7 +85,10 @@ class ImagenPipelineMixin(ModelCardMixin):
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
-        """As diffusers' `from_pipe`; makes a stage of a loaded pipeline of DeepFloyd IF too, as `from_stage` does."""
+        """
+        Convert a pipeline like diffusers' `from_pipe`; also accepts a loaded pipeline of DeepFloyd IF, like
+        `from_stage`.
+        """
         if is_deepfloyd(type(pipeline).__name__):
             return cls.from_stage(pipeline, **kwargs)
         return super().from_pipe(pipeline, **kwargs)  # type: ignore[misc]  # DiffusionPipeline
@@ -92,23 +96,23 @@ class ImagenPipelineMixin(ModelCardMixin):
     @classmethod
     def from_stage(cls, source: StageSource, **kwargs: Any) -> Any:
         r"""
-        Opens one stage, from wherever it is.
+        Load a single stage from any source.
 
         Args:
             source (`str`, [`DiffusionPipeline`] or `tuple`):
-                The folder that training wrote, a Hub id, a single-stage pipeline, the pair of a network and its scheduler,
+                The folder of a training run, a Hub id, a single-stage pipeline, a pair of a network and its scheduler,
                 or a stage of DeepFloyd IF: its folder, Hub id or loaded pipeline of diffusers.
             kwargs:
-                As [`ImagenCascadePipeline.from_stages`] has them: `text_encoder`, `tokenizer`, `safety_checker`,
-                `feature_extractor`, `watermarker`, `quantization_config`, `dtype`, `variant`, `token`, `revision` and the
-                like; and settings of the pipeline itself, such as `scale_factor`.
+                As in [`ImagenCascadePipeline.from_stages`]: `text_encoder`, `tokenizer`, `safety_checker`,
+                `feature_extractor`, `watermarker`, `quantization_config`, `dtype`, `variant`, `token`, `revision` and
+                similar options; and settings of the pipeline itself, such as `scale_factor`.
 
         Raises:
-            ValueError: If the source is no stage of the pipeline's kind, was never trained or lacks weights.
+            ValueError: If the source is not a stage of the pipeline's kind, is untrained, or lacks weights.
         """
         names = inspect.signature(cls.__init__).parameters
         if "unet" not in names:
-            raise ValueError(f"`source` is {shown(source)}, one stage; {cls.__name__}.from_stages composes them.")
+            raise ValueError(f"`source` is {shown(source)}, one stage; use {cls.__name__}.from_stages for a cascade.")
         settings = {name: kwargs.pop(name) for name in SETTINGS if name in names and name in kwargs}
         upscales = "scale_factor" in names
         parts, shared = load_stages({"source": source}, {"source": upscales}, kwargs)
@@ -119,7 +123,9 @@ class ImagenPipelineMixin(ModelCardMixin):
         return pipe
 
     def register_modules(self, **components) -> None:
-        """As diffusers' `register_modules`, which gets every component; refuses those that lack weights or others."""
+        """
+        Register components like diffusers' method, which receives all of them; reject incomplete or missing ones.
+        """
         check_components(components)
         check_filter({name: components.get(name, getattr(self, name, None)) for name in SAFETY_PARTS})
         super().register_modules(**components)  # type: ignore[misc]  # of DiffusionPipeline
@@ -127,10 +133,10 @@ class ImagenPipelineMixin(ModelCardMixin):
     def register_settings(
         self, call_defaults: dict[str, Any] | None, clean_caption: bool, origin: dict[str, Any] | None
     ) -> None:
-        """Puts what is no component into the configuration, which is saved with the components.
+        """Add settings that are not components to the configuration, which is saved with the components.
 
         Raises:
-            ValueError: If a value is none that it can be.
+            ValueError: If a value is invalid.
         """
         inputs.check_flag("clean_caption", clean_caption)
         self.check_call_defaults(call_defaults)
@@ -142,66 +148,66 @@ class ImagenPipelineMixin(ModelCardMixin):
             warn_of_missing_filter(type(self).__name__)
 
     def check_call_defaults(self, call_defaults: Any) -> None:
-        """Raises ValueError unless these are settings of a call by name; a cascade has them by stage."""
+        """Raise ValueError unless these are arguments of a call by name; for a cascade, by stage."""
         BASE.defaults.updated("call_defaults", call_defaults)
 
     def check_origin(self, origin: Any) -> None:
-        """Raises ValueError unless this says where the weights are from; a cascade has it by stage."""
+        """Raise ValueError unless this is an origin of weights; for a cascade, by stage."""
         check_origin("origin", origin)
 
     @property
     def num_timesteps(self) -> int:
-        """Network calls of the running or last call, over all stages."""
+        """Number of network calls of the running or last call, over all stages."""
         return self._num_timesteps
 
     @property
     def guidance_scale(self) -> float:
-        """Guidance scale of the stage that runs; a callback may change `_guidance_scale`."""
+        """Guidance scale of the running stage; a callback may change `_guidance_scale`."""
         return self._guidance_scale
 
     @property
     def interrupt(self) -> bool:
-        """Set `_interrupt` in a callback to stop after the step that runs."""
+        """Whether the call was interrupted; set `_interrupt` in a callback to stop after the current step."""
         return self._interrupt
 
     # ---- memory
 
     def enable_tiling(self, tile_size: int = 256, overlap: int = 64) -> None:
         """
-        Runs super-resolution networks on overlapping tiles and blends their outputs at every step.
+        Run super-resolution networks on overlapping tiles, and blend their outputs at every step.
 
-        The memory of a network is that of a tile then, whatever the size of the image.
+        A network then needs the memory for one tile, whatever the size of the image.
 
         Args:
             tile_size (`int`, defaults to 256): Height and width of a tile, in pixels of the stage's image.
-            overlap (`int`, defaults to 64): Pixels that neighbours share.
+            overlap (`int`, defaults to 64): Pixels that adjacent tiles share.
 
         Raises:
-            ValueError: If a network cannot take such tiles, or they do not advance.
+            ValueError: If a network does not support such tiles, or the overlap is not below the tile size.
         """
         self.tiling = inputs.check_tiling(tile_size, overlap, [stage for stage in self.stages if not stage.is_base])
 
     def disable_tiling(self) -> None:
-        """Runs super-resolution networks on whole images again."""
+        """Run super-resolution networks on whole images again."""
         self.tiling = None
 
     def enable_slicing(self, slice_size: int = 1) -> None:
         """
-        Runs every network on a few images at a time, so that many fit into memory.
+        Run every network on a few images at a time, to reduce the memory of large batches.
 
-        With slices of one, an image made alone and one made in a batch are the same to the last bit.
+        With slices of one, an image is the same to the last bit whether it is generated alone or in a batch.
 
         Args:
-            slice_size (`int`, defaults to 1): Images a call; with guidance a call has twice as many samples.
+            slice_size (`int`, defaults to 1): Images per network call; with guidance a call has twice as many samples.
         """
         self.slice_size = as_integer("slice_size", slice_size, 1, inputs.MAX_IMAGES)
 
     def disable_slicing(self) -> None:
-        """Runs networks on the whole batch again."""
+        """Run networks on the whole batch again."""
         self.slice_size = None
 
     def memory_report(self) -> str:
-        """A line for each model: parameters, memory of its weights in MiB, dtype and device, and their sum."""
+        """Return a table of the models: parameters, memory of the weights in MiB, dtype and device, and the total."""
         lines, total = [], 0.0
         for name, module in self.components.items():
             if not isinstance(module, torch.nn.Module):
@@ -214,22 +220,28 @@ class ImagenPipelineMixin(ModelCardMixin):
         return "\n".join([*lines, f"{'all weights':<20}{'':>12}{total:>12.1f} MiB"])
 
     def to(self, *args, **kwargs):
-        """As diffusers' `to`; layers of the text encoder that float16 is too narrow for stay in float32."""
+        """
+        Move the pipeline like diffusers' `to`; layers of the text encoder that overflow in float16 stay in float32.
+        """
         pipe = super().to(*args, **kwargs)  # type: ignore[misc]  # of DiffusionPipeline
         keep_in_fp32(pipe.text_encoder)
         return pipe
 
     def set_progress_bar_config(self, **kwargs) -> None:
-        """As diffusers' `set_progress_bar_config`, but refuses here what tqdm would refuse in the middle of a call."""
+        """
+        Configure progress bars like diffusers' method, but raise ValueError for arguments that tqdm would reject.
+        """
         own = {"total", "iterable"} & set(kwargs)
         if own:
-            raise ValueError(f"A progress bar's {sorted(own)} are the pipeline's to say.")
+            raise ValueError(
+                f"{sorted(own)} should not be given: the pipeline sets these arguments of a progress bar."
+            )
         try:
             with _TrialBar(**{"file": io.StringIO(), **kwargs, "disable": False, "total": 1}) as bar:
                 bar.set_description("base 64 px")
                 bar.update()
         except Exception as error:
-            raise ValueError(f"{shown(kwargs)} are no arguments of a progress bar: {error}") from error
+            raise ValueError(f"{shown(kwargs)} are invalid arguments of a progress bar: {error}") from error
         super().set_progress_bar_config(**kwargs)  # type: ignore[misc]  # of DiffusionPipeline
 
     # ---- text
@@ -245,21 +257,22 @@ class ImagenPipelineMixin(ModelCardMixin):
         negative_prompt_attention_mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor | None, ...]:
         r"""
-        Encodes prompts, unless embeddings are given, and repeats everything for the images of each prompt.
+        Encode prompts, unless embeddings are given, and repeat the results for the images of each prompt.
 
-        With `clean_caption` in the pipeline's configuration, prompts and negative prompts are cleaned first, as DeepFloyd
-        IF's captions were in training; without beautifulsoup4 and ftfy they are put in lower case and stripped.
+        With `clean_caption` in the pipeline's configuration, prompts and negative prompts are cleaned first, like
+        DeepFloyd IF's captions in training; without beautifulsoup4 and ftfy they are only converted to lower case and
+        stripped.
 
-        Without a negative prompt the negative embeddings are what the networks saw of dropped captions in training: zeros
-        under the prompt's mask, or for networks that attend to padding the embeddings of the empty text. To free the text
-        encoder before the networks run, call this first, and then the pipeline with what it returns (docs/memory.md).
+        Without a negative prompt, the negative embeddings are those of dropped captions in training: zeros with the
+        prompt's mask, or, for networks that attend to padding, the embeddings of the empty text. To free the text
+        encoder before the networks run, call this method first, and pass the results to the pipeline (docs/memory.md).
 
         Returns:
             `prompt_embeds` `(images, tokens, width)`, `prompt_attention_mask` `(images, tokens)`,
             `negative_prompt_embeds`, `negative_prompt_attention_mask`.
 
         Raises:
-            ValueError: If an argument does not fit, or the encoder's embeddings are not finite.
+            ValueError: If an argument is invalid, or the encoder's embeddings are not finite.
         """
         prompts = Prompts(
             prompt,
@@ -276,16 +289,16 @@ class ImagenPipelineMixin(ModelCardMixin):
 
     @property
     def text_width(self) -> int | None:
-        """Width of the text's embeddings; None without a text encoder."""
+        """Width of the text embeddings; None without a text encoder."""
         if self.text_encoder is None:
             return None
         return encoder_width(self.text_encoder.config) if self.text_source is None else self.text_source.width
 
     @property
     def text_source(self) -> TextSource | None:
-        """What encodes prompts, made of the components; None without a text encoder or its tokenizer.
+        """Encoder of prompts, built from the components; None without a text encoder or its tokenizer.
 
-        A pipeline with other encoders overrides this, and names them among its components.
+        Pipelines with other encoders override this property, and list the encoders among their components.
         """
         if self.text_encoder is None or self.tokenizer is None:
             return None
@@ -298,5 +311,5 @@ class ImagenPipelineMixin(ModelCardMixin):
 
     @property
     def keeps_padding(self) -> bool:
-        """Whether embeddings are kept as they are at padded positions, because some network attends to them."""
+        """Whether embeddings at padded positions are kept, because at least one network attends to them."""
         return any(stage.unet.attends_padding for stage in self.stages)

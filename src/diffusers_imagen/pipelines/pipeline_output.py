@@ -1,4 +1,4 @@
-"""What the pipelines return."""
+"""Output of the pipelines."""
 
 from dataclasses import dataclass
 
@@ -19,13 +19,13 @@ class ImagenPipelineOutput(BaseOutput):
     Args:
         images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`):
             The images of the last stage that ran; arrays are `(batch, height, width, channels)` and tensors
-            `(batch, channels, height, width)` in [0, 1], those of `output_type="latent"` in [-1, 1].
+            `(batch, channels, height, width)`, in [0, 1], or in [-1, 1] for `output_type="latent"`.
         stage_images (`dict[int, ...]`):
-            The images of every stage that ran, in the same form, by the stage's resolution.
+            The images of every stage that ran, in the same format, by the stage's resolution.
         nsfw_detected, watermark_detected (`list[bool]`, *optional*):
-            For each image, whether the safety checker took it for unfit for work, or for one with a watermark of
-            others, at any stage that ran. Such an image is black at every stage. None where nothing was checked: without
-            a safety checker, and for tensors (`output_type` "pt" and "latent").
+            For each image, whether the safety checker flagged it as NSFW, or as one with a foreign watermark, at any
+            stage that ran. Such an image is black at every stage. None if images were not checked: without a safety
+            checker, and for tensors (`output_type` "pt" and "latent").
     """
 
     images: Images

@@ -1,6 +1,6 @@
-"""What every network call of a stage will be, laid out before the first: sizes, noise levels, guidance, jumps.
+"""Planning of all network calls of a stage before the first: sizes, noise levels, guidance, resampling.
 
-All of it is CPU constants, so that the loop never waits for an accelerator to learn what to do next.
+All values are on the CPU, so that the loop does not synchronize with an accelerator.
 """
 
 import copy
@@ -30,36 +30,36 @@ class Call(NamedTuple):
 
     index: int  # type: ignore[assignment]  # into the scheduler's timesteps; hides tuple.index
     guided: bool  # whether its noise level lies in the guidance interval
-    noise_level_after: NoiseLevel | None  # of the sample after it; None in the middle of a step
-    back_to: int | None  # the index to go back to afterwards, with more noise: resampling
+    noise_level_after: NoiseLevel | None  # of the sample after the call; None in the middle of a step
+    back_to: int | None  # the index to return to afterwards, with more noise, for resampling
 
 
 class StagePlan(NamedTuple):
-    """A stage as it will run."""
+    """Plan of a stage."""
 
     stage: Stage
     scheduler: SchedulerMixin
     settings: StageSettings
     size: Size
-    low_res_size: Size | None  # of the image that a super-resolution stage starts from
+    low_res_size: Size | None  # of the low-resolution image of a super-resolution stage
     calls: list[Call]
     noise_levels: dict[int, NoiseLevel]  # at the start of each step, by its index
 
     @property
     def begins(self) -> int:
-        """Index of the first call: above 0 where the stage starts from an image."""
+        """Index of the first call: above 0 if the stage starts from an image."""
         return self.calls[0].index
 
 
 class Request(NamedTuple):
-    """A call of a pipeline as it will run, its arguments checked."""
+    """Plan of a pipeline call, with its arguments checked."""
 
     plans: list[StagePlan]
     num_images: int
     generators: Generators
-    noise: torch.Tensor | None  # the caller's own, of the first stage
-    given: GivenImages | None  # what super-resolution starts from, or what is changed or painted anew
-    starts_from_image: bool  # the base stage begins with the image under noise
+    noise: torch.Tensor | None  # the caller's initial noise for the first stage
+    given: GivenImages | None  # the caller's images, to upscale, change or repaint
+    starts_from_image: bool  # whether the base stage starts from the image with noise
     callback: Callback
 
 
@@ -72,15 +72,15 @@ def plan_stages(
     num_resample_times: int,
     device: torch.device,
 ) -> list[StagePlan]:
-    """Plans of all stages; `strength` and `num_resample_times` are for a base stage.
+    """Plan all stages; `strength` and `num_resample_times` apply to the base stage.
 
     Raises:
-        ValueError: for noise levels that a scheduler refuses, a scheduler that cannot drive a stage, or a guidance
-            interval for one that publishes no noise levels.
+        ValueError: for noise levels that a scheduler rejects, a scheduler that is not compatible with a stage, or a
+            guidance interval for a scheduler without `sigmas`.
     """
     plans, taken = [], set()
     for stage, wanted in zip(stages, settings):
-        # two stages may have been given one scheduler, which holds one schedule at a time
+        # two stages may share a scheduler, which can store only one schedule at a time
         scheduler = copy.deepcopy(stage.scheduler) if id(stage.scheduler) in taken else stage.scheduler
         taken.add(id(scheduler))
         check_drives(scheduler, stage, wanted)
@@ -96,12 +96,12 @@ def plan_stages(
 
 
 def first_step(name: str, num_steps: int, strength: float) -> int:
-    """The step at which image to image begins: the last `strength` of the steps run."""
+    """Return the first step of image-to-image generation: the last `strength` of the steps run."""
     running = min(int(num_steps * strength + 1e-6), num_steps)
     if running < 1:
         raise ValueError(
-            f"`strength` is {strength}, which leaves none of the {num_steps} steps of the stage `{name}`; it should be "
-            f"at least {1 / num_steps:.3g}."
+            f"`strength` is {strength}, which leaves none of the {num_steps} steps of the stage `{name}`; it should "
+            f"be at least {1 / num_steps:.3g}."
         )
     return num_steps - running
 
@@ -109,7 +109,9 @@ def first_step(name: str, num_steps: int, strength: float) -> int:
 def plan_calls(
     scheduler: SchedulerMixin, starts: list[tuple[int, NoiseLevel]], settings: StageSettings, num_resample_times: int
 ) -> list[Call]:
-    """The calls of the steps that begin at `starts`, each step but the last `num_resample_times` times."""
+    """
+    Plan the calls of the steps that begin at `starts`; each step except the last runs `num_resample_times` times.
+    """
     num_calls = len(scheduler.timesteps)
     guided = guided_calls(scheduler, settings.guidance_interval)
     following = [noise_level for _, noise_level in starts[1:]] + [CLEAN]
@@ -126,15 +128,13 @@ def plan_calls(
 
 
 def guided_calls(scheduler: SchedulerMixin, interval: tuple[float, float] | None) -> list[bool]:
-    """Whether the noise level of each call lies in the interval; everywhere without one."""
+    """Return for each call whether its noise level is in the interval; True for all calls without an interval."""
     num_calls = len(scheduler.timesteps)
     if interval is None:
         return [True] * num_calls
     sigmas = getattr(scheduler, "sigmas", None)
     if sigmas is None:
-        raise ValueError(
-            f"`guidance_interval` needs noise levels, and {type(scheduler).__name__} publishes no `sigmas`."
-        )
+        raise ValueError(f"`guidance_interval` needs noise levels, but {type(scheduler).__name__} has no `sigmas`.")
     return [interval[0] <= sigma <= interval[1] for sigma in sigmas[:num_calls].tolist()]
 
 
@@ -144,12 +144,13 @@ def guided_calls(scheduler: SchedulerMixin, interval: tuple[float, float] | None
 def plan_sizes(
     stages: list[Stage], low_resolution: int | None, height: int | None, width: int | None
 ) -> dict[int, Size]:
-    """Height and width of the images of every stage, by the stage's resolution, for a last image of `height x width`.
+    """
+    Return height and width of the images of every stage, by the stage's resolution, for a last image `height x width`.
 
-    `low_resolution` is that of the image which the first stage starts from, if it is one for super-resolution.
+    `low_resolution` is the resolution of the image that the first stage upscales, if it is a super-resolution stage.
 
     Raises:
-        ValueError: for a size that some network cannot take; it names the multiple that all can.
+        ValueError: for a size that a network does not support; the message names the multiple that all support.
     """
     last = stages[-1].resolution
     height, width = (last if pixels is None else pixels for pixels in (height, width))
@@ -158,25 +159,25 @@ def plan_sizes(
     for name, pixels in (("height", height), ("width", width)):
         if not is_integer(pixels) or pixels < 1 or pixels % multiple:
             raise ValueError(
-                f"`{name}` is {shown(pixels)}, but the networks of this pipeline take multiples of {multiple} only, in pixels "
-                "of the last image."
+                f"`{name}` is {shown(pixels)}, but should be a multiple of {multiple}, in pixels of the last image, "
+                "for the networks of this pipeline."
             )
     height, width = int(height), int(width)
     return {resolution: (height * resolution // last, width * resolution // last) for resolution in strides}
 
 
 def strides_of(stages: list[Stage], low_resolution: int | None) -> dict[int, int]:
-    """What height and width of a stage's images are multiples of, by its resolution; 1 for images that are given."""
+    """Return the divisor of height and width of each stage's images, by resolution; 1 for the caller's images."""
     given = {} if low_resolution is None else {low_resolution: 1}
     return {stage.resolution: stage.unet.total_stride for stage in stages} | given
 
 
 def multiple_of(stages: list[Stage], low_resolution: int | None) -> int:
-    """What height and width of the last image are multiples of, so that every stage's network takes its own."""
+    """Return the divisor of height and width of the last image for which every stage's size fits its network."""
     strides, last = strides_of(stages, low_resolution), stages[-1].resolution
     return next(n for n in itertools.count(1) if _fits(n, strides, last))
 
 
 def _fits(pixels: int, strides: dict[int, int], last: int) -> bool:
-    """Whether square images of so many pixels, made smaller for every stage, are whole numbers of its network's strides."""
+    """Return whether square images of this size, scaled to every stage, are multiples of its network's stride."""
     return all(Fraction(pixels * resolution, last) % stride == 0 for resolution, stride in strides.items())

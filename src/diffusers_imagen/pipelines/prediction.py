@@ -1,4 +1,4 @@
-"""The prediction of a stage at one noise level: guidance, tiles and slices around calls of its network."""
+"""Prediction of a stage at one noise level: guidance, tiles and slices around calls of its network."""
 
 import functools
 from typing import Any, NamedTuple
@@ -16,17 +16,18 @@ from .tiling import Tile, Tiling, blend, make_tiles
 
 
 class Latents(NamedTuple):
-    """What a stage starts from."""
+    """Initial tensors of a stage."""
 
-    sample: torch.Tensor  # (B, C, H, W), noise of the first noise level, over an image if there is one
+    sample: torch.Tensor  # (B, C, H, W), noise at the first noise level, added to an image if there is one
     low_res: torch.Tensor | None = None  # (B, C, H, W), upsampled
-    low_res_timestep: torch.Tensor | None = None  # (B,), its noise level as the network is told it
+    low_res_timestep: torch.Tensor | None = None  # (B,), the conditioning value of its noise level
 
 
 class GuidedPrediction:
-    """The guided output of a stage's network, `(B, C, H, W)` in float32, or `(B, 2 C, H, W)` with a predicted variance.
+    """
+    The guided output of a stage's network, `(B, C, H, W)` in float32, or `(B, 2 C, H, W)` with a predicted variance.
 
-    Guidance is of the prediction; the variance, for schedulers that read it, is that of the prompt's branch.
+    Guidance applies to the prediction; the variance, for schedulers that use it, is that of the conditional branch.
     """
 
     def __init__(
@@ -45,13 +46,13 @@ class GuidedPrediction:
             tiles = make_tiles(*plan.size, tiling, latents.sample.device)
         bind = functools.partial(BoundNetwork, text=text, latents=latents, slice_size=slice_size, tiles=tiles)
         self.network = bind(plan.stage.unet)
-        # in place of the unconditional branch, a weaker network: Karras et al. 2024, arXiv 2406.02507
+        # a weaker network instead of the unconditional branch: Karras et al. 2024, arXiv 2406.02507
         self.guide = bind(plan.stage.guidance_unet) if plan.stage.guidance_unet is not None else None
         self.guide_branch: Branch = "unconditional" if text.negative_given else "conditional"
         self.bind_text(plan)
 
     def bind_text(self, plan: StagePlan) -> None:
-        """Encode the text for all calls before the first: `encode_text` may wait for the device."""
+        """Encode the text for all calls before the first: `encode_text` may synchronize the device."""
         guided = [call.guided and plan.settings.guidance_scale != 1.0 for call in plan.calls]
         if self.guide is not None or not all(guided):
             self.network.bind_all("conditional")
@@ -59,7 +60,7 @@ class GuidedPrediction:
             self.network.bind_all("both") if self.guide is None else self.guide.bind_all(self.guide_branch)
 
     def __call__(self, model_input: torch.Tensor, timestep: torch.Tensor, scale: float) -> torch.Tensor:
-        """The prediction at a noise level, guided unless the guidance scale is 1."""
+        """Return the prediction at a noise level, guided unless the guidance scale is 1."""
         guided = scale != 1.0
         if not guided or self.guide is not None:
             (conditional,) = self.network(model_input, timestep, "conditional")
@@ -79,20 +80,20 @@ class GuidedPrediction:
         return self.with_variance(output, variance)
 
     def with_variance(self, prediction: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
-        """What the scheduler's step takes."""
+        """Append the variance to the prediction if the scheduler's step uses it."""
         return torch.cat([prediction, variance], dim=1) if self.keeps_variance else prediction
 
 
 class BoundInputs(NamedTuple):
-    """What some images' calls of a network have in common at all steps."""
+    """Inputs of a network for some images that are the same at all steps."""
 
-    text: Any  # what the network's `encode_text` made
+    text: Any  # the result of the network's `encode_text`
     low_res: torch.Tensor | None
     low_res_timestep: torch.Tensor | None
 
 
 class BoundNetwork:
-    """A network with its text and its low-resolution image, called on some images and some tiles at a time."""
+    """A network with its text and low-resolution image, called on slices of the batch and on tiles."""
 
     def __init__(
         self,
@@ -111,7 +112,9 @@ class BoundNetwork:
         self.is_compiled = latents.sample.device.type == "cuda" and is_compiled(unet)
 
     def __call__(self, model_input: torch.Tensor, timestep: torch.Tensor, branch: Branch) -> list[torch.Tensor]:
-        """The outputs `(B, C, H, W)` in float32 of one branch, or of the unconditional and then the conditional one."""
+        """
+        Return the outputs `(B, C, H, W)` in float32 of one branch, or of the unconditional and the conditional one.
+        """
         branches = 2 if branch == "both" else 1
         model_input = model_input.to(self.unet.dtype)
         parts = []
@@ -122,26 +125,26 @@ class BoundNetwork:
         return [torch.cat(outputs) if len(outputs) > 1 else outputs[0] for outputs in zip(*parts)]
 
     def bind_all(self, branch: Branch) -> None:
-        """Make what a branch's calls have in common."""
+        """Compute the inputs that a branch's calls have in common."""
         for images in self.slices:
             self.bind(images, branch)
 
     def bind(self, images: slice, branch: Branch) -> BoundInputs:
-        """What is constant over the steps, until a callback changes the text."""
-        if self.version != self.text.version:  # a callback has changed the text
+        """Return the inputs that are the same at all steps, until a callback changes the text."""
+        if self.version != self.text.version:  # a callback changed the text
             self.bound, self.version = {}, self.text.version
         key = (images.start, branch)
         if key not in self.bound:
             low_res, timestep = self.latents.low_res, self.latents.low_res_timestep
             low_res = None if low_res is None else low_res[images].to(self.unet.dtype)
             timestep = None if timestep is None else timestep[images]
-            if branch == "both":  # both branches see one low-resolution image
+            if branch == "both":  # both branches have the same low-resolution image
                 low_res, timestep = (None if t is None else torch.cat([t, t]) for t in (low_res, timestep))
             self.bound[key] = BoundInputs(self.text.encode_for(self.unet, branch, images), low_res, timestep)
         return self.bound[key]
 
     def predict(self, x: torch.Tensor, timestep: torch.Tensor, inputs: BoundInputs) -> torch.Tensor:
-        """The network's output, blended from that of the tiles if there are any."""
+        """Return the network's output, blended from those of the tiles if there are any."""
         low_res = inputs.low_res
         if self.tiles is None or low_res is None:
             return self.call(x, timestep, inputs, low_res)
@@ -151,7 +154,7 @@ class BoundNetwork:
     def call(
         self, x: torch.Tensor, timestep: torch.Tensor, inputs: BoundInputs, low_res: torch.Tensor | None
     ) -> torch.Tensor:
-        """One call of the network: its output in float32, in memory that no later call overwrites, as CUDA graphs do."""
+        """Call the network; return its output in float32, as a copy, because CUDA graphs reuse their memory."""
         if self.is_compiled:
             torch.compiler.cudagraph_mark_step_begin()
         output = self.unet(

@@ -1,4 +1,4 @@
-"""A call of a pipeline, from its arguments to its images, in order. Read from the top; then `prediction.py`."""
+"""Runner of a pipeline call, in order from its arguments to its images. Next, read `prediction.py`."""
 
 import copy
 import inspect
@@ -32,14 +32,14 @@ from .stages import Stage, check_kinds, check_stages
 
 class Runner:
     """
-    A call of a pipeline.
+    Runs one call of a pipeline.
 
     Args:
-        pipe: The pipeline, whose `__call__` was called.
-        arguments: What it was called with.
-        stages: Those that run, in order.
-        low_resolution: Of `image` in the arguments, if the first stage enlarges it; else None.
-        scale_factor: How many times larger the result is than `image`, unless the arguments say otherwise; None for the
+        pipe: The pipeline.
+        arguments: The arguments of its `__call__`.
+        stages: The stages that run, in order.
+        low_resolution: Resolution of `image` in the arguments, if the first stage upscales it; else None.
+        scale_factor: Ratio of the result's size to that of `image`, unless the arguments set the size; None for the
             resolution of the last stage.
     """
 
@@ -53,27 +53,27 @@ class Runner:
     ):
         self.pipe, self.arguments, self.stages = pipe, arguments, stages
         self.low_resolution, self.scale_factor = low_resolution, scale_factor
-        self.calls = 0  # of networks so far, as a callback counts them
+        self.calls = 0  # number of network calls so far, as passed to callbacks
 
     def run(self) -> ImagenPipelineOutput | tuple:
-        """Make the images.
+        """Generate the images.
 
         Raises:
-            ValueError: If an argument does not fit, before any network runs.
-            FloatingPointError: If a stage makes values that are not finite; names the stage and the likely cause.
+            ValueError: If an argument is invalid; raised before any network runs.
+            FloatingPointError: If a stage computes values that are not finite; names the stage and the likely cause.
         """
         arguments, pipe = self.arguments, self.pipe
         with pipe.scaled_adapters(arguments.cross_attention_kwargs):
-            # 1. Check everything and lay out every network call, before any network runs
+            # 1. Check all arguments and plan every network call, before any network runs
             request = self.plan()
 
             # 2. Encode the prompt, once for all stages and images
             text = self.encode_text()
 
-            # 3. Base stage, then each super-resolution stage on what the one before it made: (B, 3, 64, 64), ...
+            # 3. Run the base stage, then each super-resolution stage on the images of the previous: (B, 3, 64, 64), ...
             images = self.run_stages(request, text)
 
-        # 4. Pixels in [-1, 1] to what was asked for, past the safety checker and the watermarker
+        # 4. Convert pixels in [-1, 1] to the output type, with the safety checker and the watermarker
         finished = finish_images(pipe, images, arguments.output_type)
         pipe.maybe_free_model_hooks()
         last = finished.images[max(finished.images)]
@@ -81,7 +81,7 @@ class Runner:
         return output if arguments.return_dict else output.to_tuple()
 
     def encode_text(self) -> PromptEmbeds:
-        """The text of all images, by the pipeline's `encode_prompt`."""
+        """Encode the text of all images by the pipeline's `encode_prompt`."""
         if not any(stage.reads_text for stage in self.stages):
             return PromptEmbeds(None, None, None, None)
         text = self.arguments.text
@@ -95,7 +95,7 @@ class Runner:
     # ---- 1. checks and plans
 
     def plan(self) -> Request:
-        """Check the arguments, and lay out every network call."""
+        """Check the arguments, and plan every network call."""
         arguments, pipe, stages = self.arguments, self.pipe, self.stages
         check_kinds(stages, starts_from_noise=self.low_resolution is None)
         settings = inputs.stage_settings(arguments, stages)
@@ -126,15 +126,16 @@ class Runner:
 
     @property
     def counts_images(self) -> bool:
-        """Whether the caller's images say how many are made: no stage reads text, and not several prompts are given."""
+        """Whether the number of the caller's images determines the number of results: without text or several prompts."""
         return self.arguments.text.number == 1 and not any(stage.reads_text for stage in self.stages)
 
     def read_images(self) -> tuple[GivenImages | None, float]:
-        """The caller's images and masks, if there are any, and the share of the base stage's steps that run."""
+        """Return the caller's images and masks, if any, and the share of the base stage's steps that run."""
+
         arguments = self.arguments
         for name in ("mask_image", "strength"):
             if getattr(arguments, name) is not None and arguments.image is None:
-                raise ValueError(f"`{name}` was given without `image`.")
+                raise ValueError(f"`{name}` is given without `image`.")
         strength = 1.0 if arguments.strength is None else as_number("strength", arguments.strength, 0.0, 1.0)
         if arguments.image is None:
             return None, strength
@@ -142,7 +143,7 @@ class Runner:
         return read_given(arguments.image, arguments.mask_image, num_prompts), strength
 
     def sizes(self, given: GivenImages | None) -> dict[int, Size]:
-        """Height and width of the images of each stage, by resolution."""
+        """Return height and width of the images of each stage, by resolution."""
         asked = {"height": self.arguments.height, "width": self.arguments.width}
         implied: list[int | None] = [None, None]
         if self.arguments.latents is not None:
@@ -151,12 +152,12 @@ class Runner:
             implied = [pixels * last // first for pixels in shape[-2:]]
             for (name, pixels), own in zip(asked.items(), implied):
                 if pixels not in (None, own):
-                    raise ValueError(f"`{name}` is {pixels}, but `latents` {shape} lead to {own}.")
+                    raise ValueError(f"`{name}` is {pixels}, but should be {own} for `latents` of shape {shape}.")
             asked = {}
         elif self.scale_factor is not None and given is not None:
             found = {tuple(image.shape[-2:]) for image in given.pixels}
             if len(found) > 1 and None in asked.values():
-                raise ValueError(f"`image` has images of the sizes {sorted(found)}: give `height` and `width`.")
+                raise ValueError(f"`image` has images of the sizes {sorted(found)}: pass `height` and `width`.")
             implied = [pixels * self.scale_factor for pixels in found.pop()]
         height, width = (
             own if asked.get(name) is None else asked[name] for name, own in zip(("height", "width"), implied)
@@ -166,7 +167,7 @@ class Runner:
     # ---- 3. stages
 
     def run_stages(self, request: Request, text: PromptEmbeds) -> dict[int, torch.Tensor]:
-        """The stages one after the other, each on what the one before it made: images in [-1, 1] by resolution."""
+        """Run the stages in order, each on the images of the previous one; return images in [-1, 1] by resolution."""
         pipe, plans = self.pipe, request.plans
         pipe._interrupt = False
         pipe._num_timesteps = sum(len(plan.calls) for plan in plans)
@@ -177,12 +178,12 @@ class Runner:
         for plan in plans:
             if pipe.interrupt and images:
                 break
-            # a callback changes the guidance of the stage that runs, and no other's
+            # a callback changes the guidance of the running stage only
             pipe._guidance_scale = asked = plan.settings.guidance_scale
             image = StageRunner(self, plan, request, text).run(image)
             images[plan.stage.resolution] = image
             added += pipe._guidance_scale - asked
-            if pipe._guidance_scale != asked:  # for after the call: what was added, step by step, in all stages
+            if pipe._guidance_scale != asked:  # for readers after the call: the sum of the changes in all stages
                 pipe._guidance_scale = asked + added
         return images
 
@@ -194,9 +195,9 @@ class Runner:
         predicted: torch.Tensor | None,
         text: PromptEmbeds,
     ) -> torch.Tensor:
-        """Call the caller's function after a network call; take over the sample, the text and the guidance as it says.
+        """Call the caller's function after a network call; apply its changes to the sample, the text and the guidance.
 
-        It may look at `predicted`, the clean image that the call led to, but not change it.
+        `predicted`, the clean image that the call predicted, is read-only.
         """
         function, given = callback.function, {"latents": sample, **text.tensors()}
         if function is None:
@@ -211,7 +212,7 @@ class Runner:
 
 
 class StageRunner:
-    """The reverse process of one stage of a call: from noise to images, with guidance and kept pixels."""
+    """Runs the reverse process of one stage: from noise to images, with guidance and known pixels."""
 
     def __init__(self, runner: Runner, plan: StagePlan, request: Request, text: PromptEmbeds):
         self.runner, self.plan, self.request, self.text = runner, plan, request, text
@@ -221,15 +222,18 @@ class StageRunner:
         self.space = SampleSpace()
 
     def run(self, image: torch.Tensor | None) -> torch.Tensor:
-        """Images `(B, C, H, W)` in [-1, 1].
+        """Return the stage's images `(B, C, H, W)` in [-1, 1].
 
-        The sample stays in float32 whatever the network's dtype: bf16 cannot hold a low noise level beside an image.
+        The sample stays in float32 whatever the network's dtype: bfloat16 cannot represent low noise levels added to
+        an image.
 
         Args:
-            image: `(B, C, h, w)` in [-1, 1], the low-resolution image of a super-resolution stage; None for a base stage.
+            image: `(B, C, h, w)` in [-1, 1], the low-resolution image of a super-resolution stage; None for a base
+                stage.
 
         Raises:
-            FloatingPointError: If the network, its guidance, the scheduler or a callback made values that are not finite.
+            FloatingPointError: If the network, guidance, the scheduler or a callback returned values that are not
+                finite.
         """
         plan, watch, scheduler = self.plan, self.watch, self.plan.scheduler
         self.space = self.choose_space(image)
@@ -250,7 +254,7 @@ class StageRunner:
                     break
                 watch.call += 1
                 timestep = scheduler.timesteps[call.index]
-                scale = self.pipe.guidance_scale if call.guided else 1.0  # which a callback may have changed
+                scale = self.pipe.guidance_scale if call.guided else 1.0  # may have been changed by a callback
                 output = predict(scheduler.scale_model_input(sample, timestep), timestep, scale)
                 sample, *denoised = scheduler.step(output, timestep, sample, **step_kwargs, return_dict=False)
                 if known is not None and call.noise_level_after is not None:
@@ -258,35 +262,37 @@ class StageRunner:
                 if call.back_to is not None and call.noise_level_after is not None:
                     higher = plan.noise_levels[call.back_to]
                     sample = add_more_noise(sample, call.noise_level_after, higher, self.generators)
-                    scheduler = copy.deepcopy(untouched)  # without the history of the step that is done again
+                    scheduler = copy.deepcopy(untouched)  # without the history of the step that is repeated
                     begin_at(scheduler, call.back_to)
                 watch.see(f"the step of its {type(scheduler).__name__} overflows", sample)
                 if self.request.callback.function is not None:
                     shown = self.space.decode(sample)
-                    predicted = self.space.decode(denoised[0]) if denoised else None  # not every scheduler returns it
+                    predicted = (
+                        self.space.decode(denoised[0]) if denoised else None
+                    )  # some schedulers do not return it
                     changed = self.runner.call_back(self.request.callback, timestep, shown, predicted, self.text)
                     sample = sample if changed is shown else self.space.encode(changed)
                     watch.see("`callback_on_step_end` returned such `latents`", sample)
                 progress.update()
-        watch.raise_unless_finite(self.text)  # before the clamp, which makes finite numbers of infinite ones
+        watch.raise_unless_finite(self.text)  # before the clamp, which turns infinite values into finite ones
         return self.space.decode(sample).clamp(-1, 1)
 
     def choose_space(self, image: torch.Tensor | None) -> SampleSpace:
-        """The space that the network denoises in, with its low-resolution image `(B, C, h, w)`."""
+        """Return the space that the network denoises in, with its low-resolution image `(B, C, h, w)`."""
         scale = self.plan.stage.unet.residual_scale
         if image is None or scale is None:
             return SampleSpace()
         return SampleSpace(self.upsample(image).float(), scale)
 
     def upsample(self, image: torch.Tensor) -> torch.Tensor:
-        """The low-resolution image `(B, C, h, w)` at the size of the sample, by the network's kernel."""
+        """Upsample the low-resolution image `(B, C, h, w)` to the size of the sample, with the network's kernel."""
         unet = self.plan.stage.unet
         if unet.low_res_augmentation == "discrete":
             return upsample_before_noise(image, self.plan.size)
         return upsample_low_res(image, self.plan.size, unet.low_res_upsampling == "bicubic_antialias")
 
     def prepare_latents(self, image: torch.Tensor | None) -> Latents:
-        """What the stage starts from: noise, and the low-resolution image `(B, C, h, w)` with noise of its own."""
+        """Return the initial tensors: noise, and the low-resolution image `(B, C, h, w)` with its own noise."""
         plan, request, unet = self.plan, self.request, self.plan.stage.unet
         low_res, low_res_timestep = (None, None) if image is None else self.prepare_low_res(image)
         noise = request.noise if plan is request.plans[0] else None
@@ -302,9 +308,9 @@ class StageRunner:
         return Latents(sample, low_res, low_res_timestep)
 
     def prepare_low_res(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The low-resolution image `(B, C, h, w)` as the network reads it, upsampled, and how it is told of its noise.
+        """Return the upsampled low-resolution image `(B, C, h, w)` with noise, and its conditioning value.
 
-        The noise is drawn once, before the loop: both branches of guidance see the same image at every step.
+        The noise is drawn once, before the loop: both branches of guidance have the same image at every step.
         """
         plan, unet, timestep = self.plan, self.plan.stage.unet, None
         sigma, discrete = plan.settings.low_res_noise_level, unet.low_res_augmentation == "discrete"
@@ -317,12 +323,12 @@ class StageRunner:
             else:
                 sigma_data = getattr(plan.scheduler.config, "sigma_data", 0.5)
                 image, timestep = augment_low_res(image, sigma, noise, sigma_data)
-        if not discrete:  # the network would do this at every step
+        if not discrete:  # otherwise the network would do this at every step
             image = self.upsample(image)
         return image, timestep
 
     def prepare_known(self) -> "KnownPixels | None":
-        """The pixels that the stage keeps: at its own resolution, if the caller's images have as many."""
+        """Return the pixels to keep, at the stage's resolution, unless the caller's images are smaller."""
         given, plan = self.request.given, self.plan
         if given is None or given.repainted is None:
             return None
@@ -333,13 +339,13 @@ class StageRunner:
 
 
 class KnownPixels(NamedTuple):
-    """Pixels that inpainting keeps."""
+    """Known pixels, which inpainting keeps."""
 
-    image: torch.Tensor  # (B, C, H, W), in the space that the stage diffuses in
-    repainted: torch.Tensor  # (B, 1, H, W), True where the image is painted anew
+    image: torch.Tensor  # (B, C, H, W), in the space of the stage's diffusion
+    repainted: torch.Tensor  # (B, 1, H, W), True where the image is repainted
 
     def put_into(self, sample: torch.Tensor, noise_level: NoiseLevel, generators: Generators) -> torch.Tensor:
-        """The sample with the known pixels as they are at its noise level: the original and fresh noise."""
+        """Replace the known pixels of the sample: by the original with fresh noise at the sample's noise level."""
         known = self.image * noise_level.signal
         if noise_level.noise > 0:
             known = known + noise_level.noise * randn_tensor(sample.shape, generators, sample.device, sample.dtype)
@@ -349,7 +355,9 @@ class KnownPixels(NamedTuple):
 def add_more_noise(
     sample: torch.Tensor, noise_level: NoiseLevel, higher: NoiseLevel, generators: Generators
 ) -> torch.Tensor:
-    """The forward process between two noise levels, the jump back of RePaint (arXiv 2201.09865, algorithm 1)."""
+    """
+    Add noise from one noise level to a higher one, as in the resampling of RePaint (arXiv 2201.09865, algorithm 1).
+    """
     factor = higher.signal / noise_level.signal
     std = max(higher.noise**2 - (factor * noise_level.noise) ** 2, 0.0) ** 0.5
     return factor * sample + std * randn_tensor(sample.shape, generators, sample.device, sample.dtype)

@@ -1,4 +1,4 @@
-"""The table of stages: all that pipelines, commands and the web demo know of a stage by its name."""
+"""Table of stages: names, components, resolutions and defaults, for pipelines, commands and the web demo."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -8,17 +8,17 @@ from ..utils.bounds import MAX_GUIDANCE, MAX_NOISE_LEVEL, MAX_STEPS, MIN_AUGMENT
 
 
 class CallDefaults(NamedTuple):
-    """What a stage is called with where a call does not say; see the pipelines' arguments of the same names."""
+    """Default arguments of a stage's call; see the pipelines' arguments of the same names."""
 
     num_inference_steps: int
     guidance_scale: float
     low_res_noise_level: float = 0.1
 
     def updated(self, name: str, given: Mapping[str, Any] | None) -> "CallDefaults":
-        """These with those that a configuration gives, under the argument `name`.
+        """Return these defaults with the values in a configuration, which is the argument `name`.
 
         Raises:
-            ValueError: If it gives something else, or a value out of its range.
+            ValueError: If it has other keys, or a value that is out of range.
         """
         if given is None:
             return self
@@ -35,26 +35,26 @@ class CallDefaults(NamedTuple):
 
 
 class StageKind(NamedTuple):
-    """A stage that a cascade can have: its place in the cascade, and the defaults of a call."""
+    """Kind of stage in a cascade: its position, and the defaults of a call."""
 
     name: str  # of the components `{name}_unet` and `{name}_scheduler`, and in arguments by stage
     title: str
-    resolution: int  # of the published network, in pixels; a pipeline asks its own network
-    takes_low_res: bool  # whether a network in this place enlarges the images of the stage before
+    resolution: int  # of the published network, in pixels; a pipeline uses the resolution of its own network
+    takes_low_res: bool  # whether the network upscales the images of the previous stage
     defaults: CallDefaults  # of a stage whose pipeline has no others in its configuration
 
     @property
     def unet(self) -> str:
-        """The component that is the stage's network."""
+        """Name of the component with the stage's network."""
         return f"{self.name}_unet"
 
     @property
     def scheduler(self) -> str:
-        """The component that is its scheduler."""
+        """Name of the component with the stage's scheduler."""
         return f"{self.name}_scheduler"
 
 
-# the low-resolution image leaves little to decide: super-resolution needs few steps and no guidance
+# the low-resolution image determines most of the result: super-resolution needs few steps and no guidance
 UPSCALING = CallDefaults(num_inference_steps=8, guidance_scale=1.0)
 STAGES = (
     StageKind("base", "Base", 64, False, CallDefaults(num_inference_steps=18, guidance_scale=4.0)),
@@ -62,29 +62,29 @@ STAGES = (
     StageKind("sr1024", "Super-resolution", 1024, True, UPSCALING),
 )
 BASE = STAGES[0]
-DEFAULT_STRENGTH = 0.7  # how much of a picture the base stage changes; that of DeepFloyd IF
-# Of a base stage and of an upscaler; Adams calls the network once a step, Heun twice. Figures in docs/deepfloyd.md.
+DEFAULT_STRENGTH = 0.7  # how much the base stage changes an image; the default of DeepFloyd IF
+# For base and super-resolution stages; Adams calls the network once per step, Heun twice. Figures in docs/deepfloyd.md.
 MOST_STEPS = {"adams": (31, 18), "heun": (18, 9)}
 # the networks of the pipelines of a single stage, and of a cascade
 NETWORKS = ("unet", *(kind.unet for kind in STAGES))
-TEXT_PARTS = ("tokenizer", "text_encoder")  # components of all pipelines that read texts
-# components of all pipelines that look at finished images, which come with DeepFloyd IF's weights
+TEXT_PARTS = ("tokenizer", "text_encoder")  # components of all pipelines that are conditioned on text
+# components of all pipelines that process the final images, and are published with DeepFloyd IF's weights
 SAFETY_PARTS = ("safety_checker", "feature_extractor", "watermarker")
 
-# what messages advise who calls this package; the command line has words of its own in their place
-AS_UPSCALER = "give it as an upscaler of ImagenCascadePipeline, or open it alone with ImagenSuperResolutionPipeline"
-AS_BASE = "give it as `base` of ImagenCascadePipeline, or open it alone with ImagenPipeline"
-AS_STAGES = "ImagenCascadePipeline.from_stages composes single stages, with from_pretrained each opens alone"
+# advice in error messages for users of the Python package; the command line replaces it with its own
+AS_UPSCALER = "pass it to ImagenCascadePipeline as an upscaler, or open it with ImagenSuperResolutionPipeline"
+AS_BASE = "pass it to ImagenCascadePipeline as `base`, or open it with ImagenPipeline"
+AS_STAGES = "ImagenCascadePipeline.from_stages composes single stages, and from_pretrained opens each of them"
 
 
 def most_steps(solver: str, takes_low_res: bool) -> int:
-    """The most steps that a stage has by default with a solver that takes the place of an ancestral sampler."""
+    """Return the default maximum number of a stage's steps with a solver that replaces an ancestral sampler."""
     base, upscaling = MOST_STEPS[solver]
     return upscaling if takes_low_res else base
 
 
 def check_stage_names(name: str, value: Any) -> None:
-    """Raises ValueError unless `value` of the argument `name` is None, or a dict by names of stages."""
+    """Raise ValueError unless `value`, of the argument `name`, is None or a dict by stage name."""
     known = [kind.name for kind in STAGES]
     if value is not None and not isinstance(value, Mapping):
         raise bad_argument(name, value, f"a dict by stage name, of {', '.join(known)}")
@@ -94,6 +94,6 @@ def check_stage_names(name: str, value: Any) -> None:
 
 
 def upscaler_of(resolution: int) -> StageKind:
-    """The stage as which a cascade would have a super-resolution network of this resolution."""
+    """Return the stage of a cascade for a super-resolution network of this resolution."""
     upscalers = [kind for kind in STAGES if kind.takes_low_res]
     return next((kind for kind in upscalers if resolution <= kind.resolution), upscalers[-1])

@@ -1,4 +1,4 @@
-"""The stages of a pipeline: a network and its scheduler each, and whether they fit, are complete and were trained."""
+"""Stages of a pipeline, each a network and its scheduler, and checks that they fit, are complete and are trained."""
 
 import os
 from typing import Any, NamedTuple
@@ -15,16 +15,16 @@ from ..utils.modules import find_not_finite, first_names, is_offloaded, unwrappe
 from .stage_table import CallDefaults, StageKind
 
 
-# the hint of a network in the pipelines' constructors: diffusers hands components of these very classes on to another
-# pipeline, and asks for those of others by name
+# type of networks in the pipelines' constructors: diffusers passes components of exactly these classes to another
+# pipeline, and requires other classes by name
 UNet = ImagenUNetModel | EfficientUNetModel | StageNetwork
 StageSource = str | os.PathLike | DiffusionPipeline | tuple[StageNetwork, SchedulerMixin]
 
 logger = logging.get_logger(__name__)
 
 UNTRAINED = (
-    "The network of the stage `{name}`, loaded from '{path}', was never trained: its residual branches end in the zeros "
-    "of a new network. Load the folder that training wrote, or leave the stage out."
+    "The network of the stage `{name}`, loaded from '{path}', is untrained: the last layers of its residual branches "
+    "are zero, as in a new network. Load the folder of a training run, or leave the stage out."
 )
 
 
@@ -39,7 +39,7 @@ class Stage(NamedTuple):
 
     @property
     def defaults(self) -> CallDefaults:
-        """What it is called with where a call does not say."""
+        """Default arguments of a call."""
         defaults = self.kind.defaults if self.given_defaults is None else self.given_defaults
         can_be_guided = self.reads_text or self.guidance_unet is not None
         return defaults if can_be_guided else defaults._replace(guidance_scale=1.0)
@@ -51,17 +51,17 @@ class Stage(NamedTuple):
 
     @property
     def resolution(self) -> int:
-        """Height and width of the images that it was trained for, in pixels."""
+        """Height and width of the images that the network was trained for, in pixels."""
         return self.unet.resolution
 
     @property
     def is_base(self) -> bool:
-        """Whether it makes images from text alone, and not from those of a stage before it."""
+        """Whether the stage generates images from text alone, and not from those of the previous stage."""
         return not self.unet.takes_low_res
 
     @property
     def unets(self) -> list[StageNetwork]:
-        """Its network, and the weaker one that guides it if there is one; compiled ones as they were before."""
+        """The network, and the weaker one that guides it if there is one, without the wrapper of torch.compile."""
         return [unwrapped(unet) for unet in (self.unet, self.guidance_unet) if unet is not None]
 
     @property
@@ -74,19 +74,21 @@ class Stage(NamedTuple):
 
 
 def check_kinds(stages: list[Stage], starts_from_noise: bool) -> None:
-    """Raises ValueError for networks of another kind than their place needs."""
+    """Raise ValueError for a base network in a super-resolution stage, or the reverse."""
     for stage in stages:
         if stage.is_base == stage.kind.takes_low_res:
             raise ValueError(
-                f"The network of the stage `{stage.name}` has `low_res_conditioning={not stage.is_base}`: it is one for "
-                + ("a base stage." if stage.is_base else "super-resolution.")
+                f"The network of the stage `{stage.name}` has `low_res_conditioning={not stage.is_base}`: it is one "
+                "for " + ("a base stage." if stage.is_base else "super-resolution.")
             )
     if starts_from_noise and not stages[0].is_base:
-        raise ValueError(f"The first stage is `{stages[0].name}`, which enlarges images, but there is no base stage.")
+        raise ValueError(
+            f"The first stage is `{stages[0].name}`, a super-resolution stage, but there is no base stage before it."
+        )
 
 
 def check_stages(stages: list[Stage], text_width: int | None) -> None:
-    """Raises ValueError for stages that do not fit together or the text, or loaded networks that lack weights."""
+    """Raise ValueError for stages that do not fit together or the text, or loaded networks that lack weights."""
     check_kinds(stages, starts_from_noise=False)
     for stage in stages:
         if stage.scheduler is None:
@@ -99,36 +101,38 @@ def check_stages(stages: list[Stage], text_width: int | None) -> None:
     for below, stage in zip(stages, stages[1:]):
         if stage.resolution % below.resolution or stage.resolution == below.resolution:
             raise ValueError(
-                f"The stage `{stage.name}` is for {stage.resolution} px, which is no multiple of the "
+                f"The stage `{stage.name}` is for {stage.resolution} px, which is not a multiple of the "
                 f"{below.resolution} px of `{below.name}`, the stage before it."
             )
 
 
 def check_factors(stages: list[Stage], factors: dict[StageKind, int | None]) -> None:
-    """Raises ValueError for a stage that was trained to enlarge images of another size than the stage before it makes."""
+    """
+    Raise ValueError for a stage that was trained to upscale images of another size than the previous stage generates.
+    """
     for below, stage in zip(stages, stages[1:]):
         factor = factors.get(stage.kind)
         if factor is not None and stage.resolution != factor * below.resolution:
             raise ValueError(
-                f"The stage `{stage.name}` was trained to enlarge images of {stage.resolution // factor} px, but those of "
-                f"`{below.name}`, the stage before it, have {below.resolution} px."
+                f"The stage `{stage.name}` was trained to upscale images of {stage.resolution // factor} px, but "
+                f"those of `{below.name}`, the stage before it, have {below.resolution} px."
             )
 
 
 def check_text_width(stage: Stage, width: int | None) -> None:
-    """Raises ValueError unless the network reads embeddings of this width; None is not known."""
+    """Raise ValueError unless the network's text embeddings have this width; None for an unknown width."""
     for unet in stage.unets:
         if width is not None and unet.text_width not in (None, width):
             raise ValueError(
-                f"The text encoder has embeddings of width {width}, but a network of the stage `{stage.name}` reads width "
-                f"{unet.text_width}: use the encoder that it was trained with."
+                f"The text encoder has embeddings of width {width}, but a network of the stage `{stage.name}` needs "
+                f"width {unet.text_width}: use the encoder that it was trained with."
             )
 
 
 def check_loaded(name: str, unet: StageNetwork) -> None:
-    """Raises ValueError for a loaded network that lacks weights, and warns of one that was never trained.
+    """Raise ValueError for a loaded network that lacks weights, and log a warning for an untrained one.
 
-    Networks that were built in this process are the caller's to judge.
+    Networks that were created in this process are not checked.
     """
     refuse_missing(f"The network of the stage `{name}`", unet)
     if was_loaded(unet) and not is_offloaded(unet) and unet.is_untrained():
@@ -136,17 +140,17 @@ def check_loaded(name: str, unet: StageNetwork) -> None:
 
 
 def refuse_missing(description: str, unet: StageNetwork) -> None:
-    """Raises ValueError for a loaded network that lacks weights."""
+    """Raise ValueError for a loaded network that lacks weights."""
     missing = missing_weights(unet) if was_loaded(unet) and not is_offloaded(unet) else []
     if missing:
         raise ValueError(
-            f"{description}, loaded from '{unet.config._name_or_path}', lacks weights: {first_names(missing)}. Save it "
-            "again from where it is complete, or load it with `low_cpu_mem_usage=False` and train it."
+            f"{description}, loaded from '{unet.config._name_or_path}', lacks weights: {first_names(missing)}. Save "
+            "the complete network again, or load it with `low_cpu_mem_usage=False` and train it."
         )
 
 
 def refuse_untrained(stages: list[Stage]) -> None:
-    """Raises ValueError for loaded networks that were never trained."""
+    """Raise ValueError for loaded networks that are untrained."""
     for stage in stages:
         unet = unwrapped(stage.unet)
         if was_loaded(unet) and unet.is_untrained():
@@ -154,12 +158,12 @@ def refuse_untrained(stages: list[Stage]) -> None:
 
 
 def missing_weights(unet: StageNetwork) -> list[str]:
-    """Parameters that a checkpoint lacked: diffusers leaves them on the meta device, without a word."""
+    """Return parameters that a checkpoint lacked: diffusers leaves them on the meta device without a warning."""
     return [name for name, parameter in unwrapped(unet).named_parameters() if parameter.is_meta]
 
 
 def was_loaded(unet: StageNetwork) -> bool:
-    """Whether the network comes from a folder or the Hub."""
+    """Return whether the network was loaded from a folder or the Hub."""
     return bool(unet.config.get("_name_or_path"))
 
 
@@ -167,9 +171,9 @@ def was_loaded(unet: StageNetwork) -> bool:
 
 
 def check_components(components: dict[str, Any]) -> None:
-    """Raises ValueError for a network of another kind, and for what was loaded and is not complete.
+    """Raise ValueError for a network of the wrong class, and for incomplete components that were loaded.
 
-    Whatever made a pipeline, its components come by here: diffusers loads them without a word about what is missing.
+    Every way to create a pipeline calls this check: diffusers loads incomplete components without a warning.
     """
     for name, component in components.items():
         component = unwrapped(component)
@@ -177,13 +181,13 @@ def check_components(components: dict[str, Any]) -> None:
             refuse_missing(f"`{name}`", component)
         elif name.endswith("unet") and isinstance(component, (ModelMixin, PreTrainedModel)):
             raise ValueError(
-                f"`{name}` is a {type(component).__name__}, but should be an ImagenUNetModel, an EfficientUNetModel or another "
-                "StageNetwork."
+                f"`{name}` is a {type(component).__name__}, but should be an ImagenUNetModel, an EfficientUNetModel "
+                "or another StageNetwork."
             )
         elif isinstance(component, PreTrainedTokenizerBase):
             refuse_empty_vocabulary(f"`{name}`, loaded from '{component.name_or_path}',", component)
         elif isinstance(component, PreTrainedModel):
             refuse_random_weights(f"`{name}`, loaded from '{component.name_or_path}',", random_weights(component))
             broken = find_not_finite(component) if isinstance(component, IFSafetyChecker) else None
-            if broken is not None:  # compared with a threshold, NaN would let everything pass
-                raise ValueError(f"`{name}` has weights that are not finite, {broken} among them: load it again.")
+            if broken is not None:  # NaN compares as below any threshold, so that every image would pass
+                raise ValueError(f"`{name}` has weights that are not finite, such as {broken}: load it again.")

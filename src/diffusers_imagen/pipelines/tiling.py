@@ -1,4 +1,4 @@
-"""Large images in overlapping tiles, whose outputs are blended at every step (MultiDiffusion, arXiv 2302.08113)."""
+"""Tiling of large images, with overlapping tiles blended at every step (MultiDiffusion, arXiv 2302.08113)."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -7,14 +7,16 @@ import torch
 
 
 class Tiling(NamedTuple):
-    """Height and width of the tiles, and how much neighbours overlap, in pixels."""
+    """Height and width of the tiles, and the overlap of adjacent tiles, in pixels."""
 
     tile_size: int
     overlap: int
 
 
 class Tile(NamedTuple):
-    """A part of the image, and the weight of its pixels in the blend: over all tiles they sum to 1 at every pixel."""
+    """
+    Part of the image, and the weight of its pixels in the blend; the weights of all tiles sum to 1 at every pixel.
+    """
 
     rows: slice
     columns: slice
@@ -22,7 +24,7 @@ class Tile(NamedTuple):
 
 
 def make_tiles(height: int, width: int, tiling: Tiling, device: torch.device) -> list[Tile]:
-    """Tiles that cover an image; a single one, of weight 1, where it fits into a tile."""
+    """Return tiles that cover an image; a single one of weight 1 if the image fits into a tile."""
     return [
         Tile(rows, columns, (down[:, None] * across[None, :]).to(device))
         for rows, down in _intervals(height, tiling)
@@ -31,10 +33,10 @@ def make_tiles(height: int, width: int, tiling: Tiling, device: torch.device) ->
 
 
 def _intervals(length: int, tiling: Tiling) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Intervals that cover a height or width, with their weights: ramps over the overlap, normalised."""
+    """Return intervals that cover a height or width, with their weights: normalized ramps over the overlap."""
     size = min(tiling.tile_size, length)
     starts = list(range(0, length - size, tiling.tile_size - tiling.overlap)) + [length - size]
-    # from the border inwards, never 0, so that a pixel that only one tile has gets all of its weight from it
+    # from the border inwards, never 0, so that the weight of a pixel in only one tile is 1
     distance = torch.arange(1, size + 1, dtype=torch.float64)
     ramp = torch.minimum(distance, distance.flip(0)).clamp(max=tiling.overlap + 1)
     total = torch.zeros(length, dtype=torch.float64)
@@ -46,7 +48,9 @@ def _intervals(length: int, tiling: Tiling) -> Iterator[tuple[slice, torch.Tenso
 
 
 def blend(outputs: Iterator[torch.Tensor], tiles: list[Tile], like: torch.Tensor) -> torch.Tensor:
-    """The sum of the tiles' outputs `(B, C', h, w)` by weight: `(B, C', H, W)` in float32, of the size of `like`."""
+    """
+    Return the weighted sum of the tiles' outputs `(B, C', h, w)`: `(B, C', H, W)` in float32, in the size of `like`.
+    """
     blended = None
     for output, tile in zip(outputs, tiles):
         if blended is None:

@@ -1,1 +1,1 @@
-"""Stages and pipelines from folders, the Hub and loaded pipelines: what is there is checked first, then loaded."""
+"""Loading of stages and pipelines from folders, the Hub and loaded pipelines, after checks of their files."""

@@ -1,8 +1,8 @@
-"""Stages of DeepFloyd IF: diffusers' pipeline of one, in a folder, on the Hub or loaded, as the parts of a stage here.
+"""Loading of DeepFloyd IF's stages from diffusers' pipelines: from a folder, from the Hub, or already loaded.
 
-The parts are IF's own: the network is renamed (`conversion/deepfloyd.py`) and shares its memory, scheduler, text encoder,
-safety checker and watermark are as they come. `read_deepfloyd` checks the small files of a repository, before weights are
-downloaded.
+The components are IF's own: the network is converted by renaming (`conversion/deepfloyd.py`) and shares its memory;
+scheduler, text encoder, safety checker and watermarker are unchanged. `read_deepfloyd` checks the small files of a
+repository before weights are downloaded.
 """
 
 import copy
@@ -29,7 +29,7 @@ from .folder_checks import CONFIGS, INDEX, KINDS, check_component, check_tensors
 from .folders import DOWNLOAD_OPTIONS, download_index, is_hub_id, refusal_of_hub
 
 
-# diffusers' pipelines of IF, the variants of which have the same parts, and whether they enlarge images
+# diffusers' pipelines of IF, whose variants have the same components, and whether they upscale images
 PIPELINES = {
     "IFPipeline": False,
     "IFImg2ImgPipeline": False,
@@ -44,19 +44,19 @@ COMPONENTS = {
     "image_noising_scheduler": SchedulerMixin,
     **{name: KINDS[name] for name in (*TEXT_PARTS, *SAFETY_PARTS)},
 }
-MAX_TOKENS = 77  # that the networks were trained with; the tokenizer's own limit is 512
-BASE_RESOLUTION = 64  # of the images that stage II was trained to enlarge
-MAX_BOUND = 100.0  # of thresholded pictures; IF has 1.5 and 1
-NOISE_INDEX = 250  # of the low-resolution image, in IFSuperResolutionPipeline
+MAX_TOKENS = 77  # as in the training of the networks; the tokenizer's own limit is 512
+BASE_RESOLUTION = 64  # of the images that stage II was trained to upscale
+MAX_BOUND = 100.0  # of thresholded images; IF has 1.5 and 1
+NOISE_INDEX = 250  # noise level of the low-resolution image in IFSuperResolutionPipeline
 
 
 def is_deepfloyd(class_name: Any) -> bool:
-    """Whether a `model_index.json` with this `_class_name` is of a pipeline of IF."""
+    """Return whether a `model_index.json` with this `_class_name` belongs to a pipeline of IF."""
     return isinstance(class_name, str) and class_name in PIPELINES
 
 
 def call_defaults(upscales: bool) -> dict[str, float]:
-    """What IFPipeline and IFSuperResolutionPipeline are called with where a call does not say."""
+    """Return the defaults of a call of IFPipeline or IFSuperResolutionPipeline."""
     if not upscales:
         return {"num_inference_steps": 100, "guidance_scale": 7.0}
     noise = augmentation_sigma(torch.tensor(NOISE_INDEX)).item()
@@ -64,13 +64,13 @@ def call_defaults(upscales: bool) -> dict[str, float]:
 
 
 def find_pipeline(source: str | os.PathLike, options: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
-    """The folder or repository if it is one of IF, else None, and the options of `from_pretrained` to go on with.
+    """Return the folder or repository if it is a pipeline of IF, else None, and the options for `from_pretrained`.
 
-    A repository's `model_index.json` is what diffusers would download first too; the options have its commit then, so that
-    nothing is asked twice.
+    A repository's `model_index.json` is the first file that diffusers would download too; the options then contain its
+    commit, so that later requests are consistent and cached.
 
     Raises:
-        ValueError: For a repository that is closed.
+        ValueError: For a repository without access.
     """
     if os.path.isdir(source):
         path = os.path.join(source, INDEX)
@@ -85,32 +85,33 @@ def find_pipeline(source: str | os.PathLike, options: dict[str, Any]) -> tuple[s
         reason = refusal_of_hub(error, str(source))
         if reason is not None:
             raise ValueError(f"`source` is '{source}', which cannot be loaded: {reason}") from error
-        return None, options  # which diffusers says in its own words
+        return None, options  # diffusers raises its own error
     if is_deepfloyd(class_name):
         return str(source), options
     return None, {**options, "revision": Path(index).parent.name}
 
 
-# ---- what small files say
+# ---- configurations
 
 
 def read_deepfloyd(folder: Path, index: dict[str, Any], left_out: Collection[str]) -> dict[str, Any]:
-    """The configuration of the `ImagenUNetModel` that a repository's network becomes, everything small being checked.
+    """Return the configuration of the `ImagenUNetModel` for a repository's network, after checking all small files.
 
     Args:
-        folder: With the repository's JSON files, at least.
+        folder: Folder with at least the repository's JSON files.
         index: Its `model_index.json`, of a pipeline of IF.
-        left_out: Components that are not going to be loaded.
+        left_out: Components that will not be loaded.
 
     Raises:
-        ValueError: For what is none of IF's published kind, and for a tokenizer whose packages are missing.
+        ValueError: For anything that is not like IF's published models, and for a tokenizer whose packages are
+            missing.
     """
     classes = {}
     for name, entry in index.items():
         if name.startswith("_") or name == "requires_safety_checker" or name in left_out or entry == [None, None]:
             continue
         if name not in COMPONENTS:
-            raise ValueError(f"its {INDEX} has {shown(name)}, which is no component of {index['_class_name']}.")
+            raise ValueError(f"its {INDEX} has {shown(name)}, which is not a component of {index['_class_name']}.")
         classes[name] = find_class(name, entry, COMPONENTS[name])
     for name in ("unet", "scheduler"):
         if name not in classes:
@@ -133,27 +134,27 @@ def read_deepfloyd(folder: Path, index: dict[str, Any], left_out: Collection[str
 
 
 def check_scheduler(name: str, scheduler_class: Any, config: Mapping[str, Any]) -> None:
-    """Raises ValueError for the configuration of a scheduler that does not fit IF's networks."""
+    """Raise ValueError for the configuration of a scheduler that does not fit IF's networks."""
     count = config.get("num_train_timesteps", DECLARED_LEVELS)
-    if count != DECLARED_LEVELS:  # before so many betas are made
+    if count != DECLARED_LEVELS:  # checked before as many betas are computed
         raise bad_argument(f"num_train_timesteps of {name}", count, f"{DECLARED_LEVELS}, as in training")
     config = scheduler_class.from_config(dict(config)).config
     if not has_levels(config, BETA_SCHEDULE):
         raise bad_argument(
             f"beta_schedule of {name}",
             config.get("beta_schedule"),
-            f"{BETA_SCHEDULE!r}, and nothing else to change the betas that DeepFloyd IF was trained with",
+            f"{BETA_SCHEDULE!r}, without other entries that change the betas that DeepFloyd IF was trained with",
         )
     prediction = config.get("prediction_type", "epsilon")
     if prediction != "epsilon":
-        raise bad_argument(f"prediction_type of {name}", prediction, "'epsilon', as DeepFloyd IF predicts noise")
-    if config.get("thresholding"):  # diffusers takes any number, and draws white or black pictures with it
+        raise bad_argument(f"prediction_type of {name}", prediction, "'epsilon', because DeepFloyd IF predicts noise")
+    if config.get("thresholding"):  # diffusers accepts any number, which can result in white or black images
         as_number(f"sample_max_value of {name}", config.get("sample_max_value"), 1.0, MAX_BOUND)
         as_number(f"dynamic_thresholding_ratio of {name}", config.get("dynamic_thresholding_ratio"), 0.0, 1.0)
 
 
 def check_tokenizer_packages(folder: Path) -> None:
-    """Raises ValueError for a tokenizer that is sentencepiece's model alone, where what reads that is missing."""
+    """Raise ValueError for a tokenizer with only a sentencepiece model, if the packages for it are missing."""
     if (folder / "tokenizer.json").is_file() or (is_sentencepiece_available() and is_protobuf_available()):
         return
     raise ValueError(
@@ -168,13 +169,13 @@ def check_tokenizer_packages(folder: Path) -> None:
 def load_deepfloyd(
     source: str, class_name: str, left_out: Collection[str], hub: dict[str, Any], networks: dict[str, Any]
 ) -> dict[str, Any]:
-    """The parts of a stage, of a folder or repository that `read_deepfloyd` passed.
+    """Load the components of a stage from a folder or repository that `read_deepfloyd` accepted.
 
     Args:
         source: Folder or Hub id.
-        class_name: The pipeline that it is of.
+        class_name: The class of its pipeline.
         left_out: Components that are neither downloaded nor loaded.
-        hub, networks: Options of `from_pretrained`, as `split_options` has them.
+        hub, networks: Options of `from_pretrained`, as returned by `split_options`.
     """
     if networks.get("device_map") is not None:
         raise bad_argument(
@@ -196,9 +197,9 @@ def load_deepfloyd(
 
 
 def check_weights(folder: Path, left_out: Collection[str], variant: str | None) -> None:
-    """Raises ValueError for networks whose files do not hold what their configurations say; reads headers alone.
+    """Raise ValueError for networks whose files do not match their configurations; reads only headers.
 
-    diffusers would leave out what a network has no place for, and a watermark of zeros in the place of one that is missing.
+    diffusers would ignore unexpected weights, and use a watermark of zeros if the watermark is missing.
     """
     for name in ("unet", "watermarker"):
         path = folder / name
@@ -212,14 +213,14 @@ def check_weights(folder: Path, left_out: Collection[str], variant: str | None) 
 
 
 def parts_of_deepfloyd(pipe: DiffusionPipeline, base_model: Any = None) -> dict[str, Any]:
-    """The parts of a stage, of a loaded pipeline of IF, which stays as it is.
+    """Return the components of a stage from a loaded pipeline of IF, which is not changed.
 
     Args:
         pipe: The pipeline, whose network's weights are shared.
-        base_model: The Hub id that it is from, if that is known.
+        base_model: The Hub id of the pipeline, if known.
 
     Raises:
-        ValueError: If network or scheduler are of another kind than those of IF.
+        ValueError: If the network or the scheduler is not like those of IF.
     """
     theirs = unwrapped(pipe.unet)
     unet = unet_from_deepfloyd(theirs)
@@ -227,7 +228,7 @@ def parts_of_deepfloyd(pipe: DiffusionPipeline, base_model: Any = None) -> dict[
         scheduler = pipe.components.get(name)
         if scheduler is not None:
             check_scheduler(name, type(scheduler), scheduler.config)
-    unet.register_to_config(_name_or_path=theirs.config.get("_name_or_path"))  # one that was loaded is checked further
+    unet.register_to_config(_name_or_path=theirs.config.get("_name_or_path"))  # loaded networks are checked further
     tokenizer = copy.deepcopy(pipe.components.get("tokenizer"))
     if tokenizer is not None:
         tokenizer.model_max_length = MAX_TOKENS
@@ -243,10 +244,10 @@ def parts_of_deepfloyd(pipe: DiffusionPipeline, base_model: Any = None) -> dict[
 
 
 def scale_factor(resolution: int) -> int | None:
-    """How many times larger stage II was trained to make images: 4, at 256 px.
+    """Return the factor by which stage II was trained to upscale images: 4, at 256 px.
 
-    Its configuration does not say, and the network gets the image upsampled already. None for another size than IF's
-    could be, of which nothing is known.
+    Its configuration does not contain the factor, and the network receives the image already upsampled. None for sizes
+    other than IF's.
     """
     factor, rest = divmod(resolution, BASE_RESOLUTION)
     return factor if factor > 1 and not rest else None

@@ -1,7 +1,7 @@
-"""What a folder of a pipeline says of itself, before anything of it is loaded.
+"""Checks of a pipeline's folder before any of it is loaded.
 
-A folder may come from anybody. Its index may name no class but those of a pipeline, and its files must fit together; no
-more than small files and the headers of large ones are read.
+Folders are untrusted. The index may only name classes of a pipeline's components, and the files must fit together;
+only small files and the headers of large ones are read.
 """
 
 import os
@@ -37,7 +37,7 @@ CONFIGS = {
     "feature_extractor": "preprocessor_config.json",
     "watermarker": "config.json",
 }
-# where a pipeline's classes come from, and what they are, by the end of a component's name
+# libraries and base classes of a pipeline's components, by the end of a component's name
 LIBRARIES = {
     "diffusers_imagen": diffusers,
     "diffusers": diffusers,
@@ -53,7 +53,7 @@ KINDS = {
     "feature_extractor": BaseImageProcessor,
     "watermarker": IFWatermarker,
 }
-SETTINGS = ("scale_factor", "call_defaults", "clean_caption", "origin")  # of a pipeline, beside its components
+SETTINGS = ("scale_factor", "call_defaults", "clean_caption", "origin")  # of a pipeline, besides its components
 REQUIRED = {
     "ImagenCascadePipeline": (BASE.unet, BASE.scheduler),
     "ImagenPipeline": ("unet", "scheduler"),
@@ -64,27 +64,27 @@ MAX_ENCODER_LAYERS = 1000
 
 
 def read_config(path: str | os.PathLike) -> dict[str, Any]:
-    """The object in a configuration file.
+    """Read the object in a configuration file.
 
     Raises:
-        ValueError: If there is none; names the file.
+        ValueError: If there is none; the message names the file.
     """
     if os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError(f"'{path}' is no file.")  # a pipe would never end
+        raise ValueError(f"'{path}' is not a regular file.")  # reading a pipe would never end
     if os.path.exists(path) and os.path.getsize(path) > MAX_CONFIG_BYTES:
-        raise ValueError(f"'{path}' has {os.path.getsize(path)} bytes, but {MAX_CONFIG_BYTES} are the most.")
+        raise ValueError(f"'{path}' has {os.path.getsize(path)} bytes, but should have at most {MAX_CONFIG_BYTES}.")
     return read_json_object(path)
 
 
 def check_index(index: dict[str, Any], class_names: tuple[str, ...]) -> dict[str, Any]:
-    """The classes of a pipeline's components, by name; of none that is absent.
+    """Return the classes of a pipeline's components by name, without absent components.
 
     Args:
-        index: What a `model_index.json` holds.
-        class_names: The pipelines that it may be of.
+        index: The content of `model_index.json`.
+        class_names: The accepted classes of the pipeline.
 
     Raises:
-        ValueError: If it is of another pipeline, or names a class that is no component of it.
+        ValueError: If it is of another pipeline, or names a class that is not a component of it.
     """
     class_name = index.get("_class_name")
     if not isinstance(class_name, str) or class_name not in class_names:
@@ -97,7 +97,7 @@ def check_index(index: dict[str, Any], class_names: tuple[str, ...]) -> dict[str
             continue
         kind = next((kind for end, kind in KINDS.items() if name.endswith(end)), None)
         if kind is None:
-            raise ValueError(f"its {INDEX} has {shown(name)}, which is no component of {class_name}.")
+            raise ValueError(f"its {INDEX} has {shown(name)}, which is not a component of {class_name}.")
         classes[name] = find_class(name, entry, kind)
     missing = [name for name in REQUIRED[class_name] if name not in classes]
     if missing:
@@ -106,39 +106,39 @@ def check_index(index: dict[str, Any], class_names: tuple[str, ...]) -> dict[str
 
 
 def find_class(name: str, entry: Any, kind: type) -> Any:
-    """The class that an entry of a `model_index.json` names, if it is of the right kind."""
+    """Return the class that an entry of a `model_index.json` names, if it is of the right kind."""
     is_pair = isinstance(entry, (list, tuple)) and len(entry) == 2 and all(isinstance(part, str) for part in entry)
     found: Any = getattr(LIBRARIES.get(entry[0], diffusers), entry[1], None) if is_pair else None
-    # a class that was given to `register_network` is saved with its module
+    # a class passed to `register_network` is saved with its module
     is_known = isinstance(found, type) and (entry[0] in LIBRARIES or entry[0] == found.__module__)
     if not is_known or not issubclass(found, kind):
-        registered = ", or a class that was given to `register_network`" if kind is StageNetwork else ""
+        registered = ", or a class passed to `register_network`" if kind is StageNetwork else ""
         raise ValueError(
-            f"its {INDEX} has {shown(entry)} for `{name}`, but should have a library and its {kind.__name__} "
-            f"there{registered}."
+            f"its {INDEX} has {shown(entry)} for `{name}`, but should have a library and the name of its "
+            f"{kind.__name__}{registered}."
         )
     return found
 
 
 def configured_class(name: str, config: dict[str, Any]) -> Any:
-    """The class that the configuration of a stage's `unet` or `scheduler` names, if it is of the right kind."""
+    """Return the class that the configuration of a stage's `unet` or `scheduler` names, if it is of the right kind."""
     return find_class(name, ["diffusers", config.get("_class_name")], KINDS[name])
 
 
 def check_component(folder: Path, name: str, component_class: type, variant: str | None = None) -> None:
-    """Raises ValueError for the folder of a component that lacks files, or has files that say something else."""
+    """Raise ValueError for the folder of a component that lacks files, or whose files contradict the index."""
     path = folder / name
     if not path.is_dir():
         raise ValueError(f"its {INDEX} names `{name}`, but it has no folder {name}/.")
     scripts = [library for library in LIBRARIES if (path / f"{library}.py").exists()]
     if scripts:
-        raise ValueError(f"{name}/ has a {scripts[0]}.py, which would be run; no code of a model is.")
+        raise ValueError(f"{name}/ has a {scripts[0]}.py, which would be executed; code of models is not supported.")
     config_file = path / CONFIGS[next(end for end in CONFIGS if name.endswith(end))]
     if issubclass(component_class, PreTrainedTokenizerBase):
         if not config_file.is_file() and not (path / "tokenizer.json").is_file():
             raise ValueError(f"{name}/ has neither a {config_file.name} nor a tokenizer.json.")
         if config_file.is_file():
-            read_json_object(config_file)  # some list thousands of added tokens
+            read_json_object(config_file)  # without a size limit: some contain thousands of added tokens
         return
     config = read_config(config_file)
     if issubclass(component_class, PreTrainedModel):
@@ -146,7 +146,7 @@ def check_component(folder: Path, name: str, component_class: type, variant: str
         return
     if issubclass(component_class, BaseImageProcessor):
         return
-    if getattr(component_class, "names_another", False):  # by reference: the configuration is of that one
+    if getattr(component_class, "names_another", False):  # by reference: the configuration is that of the network
         component_class = configured_class("unet", config)
     if config.get("_class_name") != component_class.__name__:
         raise ValueError(
@@ -157,39 +157,39 @@ def check_component(folder: Path, name: str, component_class: type, variant: str
 
 
 def check_tensors(folder: Path, network: torch.nn.Module, variant: str | None) -> None:
-    """Raises ValueError unless a network's files hold its tensors, all and no others, parameters in floating point.
+    """Raise ValueError unless a network's files contain exactly its tensors, with parameters in floating point.
 
-    Nothing but headers is read.
+    Only headers are read.
 
     Args:
-        folder: With the files.
-        network: As the configuration describes it, on any device.
-        variant: Of the files.
+        folder: Folder with the files.
+        network: The network of the configuration, on any device.
+        variant: Variant of the files.
     """
     expected = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
     found = read_headers(folder, variant)
     if not found:
-        return  # weights of another form, which diffusers reads or refuses
+        return  # weights in another format, which diffusers reads or rejects
     missing = [name for name in expected if name not in found]
     others = [name for name in found if name not in expected]
     shapes = [name for name in expected if name in found and found[name][1] != expected[name]]
-    parameters = dict(network.named_parameters())  # a buffer, such as a watermark, may have bytes
+    parameters = dict(network.named_parameters())  # a buffer, such as a watermark, may have integers
     integers = [name for name, (dtype, _) in found.items() if name in parameters and not dtype.startswith(("F", "BF"))]
     for names, reason in (
         (missing, "lacks weights"),
-        (others, "has weights that its configuration has no place for"),
-        (shapes, "has weights of other shapes than its configuration says"),
-        (integers, "has weights that are no numbers of floating point"),
+        (others, "has weights that its configuration does not have"),
+        (shapes, "has weights of other shapes than its configuration"),
+        (integers, "has weights that are not in floating point"),
     ):
         if names:
             raise ValueError(f"'{folder}' {reason}: {first_names(names)}.")
 
 
 def describe_network(config: dict[str, Any]) -> StageNetwork:
-    """The network that a configuration describes, without weights: on the meta device, where it takes no memory.
+    """Build the network of a configuration without weights: on the meta device, where it takes no memory.
 
     Raises:
-        ValueError: If it describes none.
+        ValueError: If the configuration is not that of a network.
     """
     unet_class = configured_class("unet", config)
     with torch.device("meta"):
@@ -197,7 +197,7 @@ def describe_network(config: dict[str, Any]) -> StageNetwork:
 
 
 def read_headers(folder: Path, variant: str | None = None) -> dict[str, tuple[str, list[int]]]:
-    """Type and shape of each tensor in the safetensors files of a folder, by name."""
+    """Read dtype and shape of each tensor in the safetensors files of a folder, by name."""
     files: dict[str | None, list[Path]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         name = re.fullmatch(r"(?:diffusion_pytorch_)?model(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors", path.name)
@@ -210,21 +210,25 @@ def read_headers(folder: Path, variant: str | None = None) -> dict[str, tuple[st
                 slices = {name: file.get_slice(name) for name in file.keys()}
                 found.update({name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()})
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"'{path}' is no whole file of weights: {one_line(error)}") from error
+            raise ValueError(f"'{path}' is not a complete safetensors file: {one_line(error)}") from error
     return found
 
 
 def check_encoder(folder: Path, config: dict[str, Any]) -> None:
-    """Raises ValueError for more layers than anybody waits for, which transformers makes one by one, or for integers."""
-    parts = [config, *(part for part in config.values() if isinstance(part, dict))]  # CLIP has one of each tower
+    """
+    Raise ValueError for an excessive number of layers, which transformers creates one by one, or for integer weights.
+    """
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]  # CLIP has one for each tower
     for name, value in (entry for part in parts for entry in part.items()):
         if "layers" in name and isinstance(value, (int, float)) and value > MAX_ENCODER_LAYERS:
-            raise ValueError(f"'{folder}' has `{name}` {shown(value)}, but {MAX_ENCODER_LAYERS} layers are the most.")
+            raise ValueError(
+                f"'{folder}' has `{name}` {shown(value)}, but should have at most {MAX_ENCODER_LAYERS} layers."
+            )
     if "quantization_config" in config:
         return
     for name, (dtype, _) in read_headers(folder).items():
         if name.endswith((".weight", ".bias")) and not dtype.startswith(("F", "BF")):
-            raise ValueError(f"'{folder}' has weights that are no numbers of floating point: {name}.")
+            raise ValueError(f"'{folder}' has weights that are not in floating point: {name}.")
 
 
 def check_pipeline_folder(
@@ -233,15 +237,15 @@ def check_pipeline_folder(
     variant: str | None = None,
     left_out: Collection[str] = (),
 ) -> dict[str, Any]:
-    """The classes of a pipeline's components, by name, without those that are left out.
+    """Return the classes of a pipeline's components by name, without those in `left_out`.
 
     Raises:
-        ValueError: For a folder that holds no pipeline of these classes, or whose files do not fit together, as far as
-            can be said without reading weights.
+        ValueError: For a folder without a pipeline of these classes, or whose files do not fit together, as far as
+            this can be determined without reading weights.
     """
     folder = Path(folder)
     if not (folder / INDEX).is_file():
-        raise ValueError(f"a folder without a {INDEX}: it holds no pipeline.")
+        raise ValueError(f"a folder without a {INDEX}, which is not a pipeline.")
     classes = check_index(read_config(folder / INDEX), class_names)
     classes = {name: component_class for name, component_class in classes.items() if name not in left_out}
     for name, component_class in classes.items():

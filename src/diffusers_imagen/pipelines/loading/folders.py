@@ -1,6 +1,6 @@
-"""Stages and pipelines in folders and on the Hub: what is there is checked, loaded and indexed.
+"""Loading of pipelines and text encoders from folders and the Hub, after checks of their small files.
 
-What diffusers and transformers raise for files that they cannot load becomes one line.
+Errors of diffusers and transformers for files that cannot be loaded are reduced to one line.
 """
 
 import os
@@ -30,7 +30,7 @@ from .folder_checks import (
 )
 
 
-DOWNLOAD_OPTIONS = ("variant", "use_safetensors")  # which of a repository's files are loaded
+DOWNLOAD_OPTIONS = ("variant", "use_safetensors")  # which files of a repository are loaded
 SINGLE_STAGES = ("ImagenPipeline", "ImagenSuperResolutionPipeline")
 
 
@@ -38,22 +38,22 @@ SINGLE_STAGES = ("ImagenPipeline", "ImagenSuperResolutionPipeline")
 
 
 def split_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Keyword arguments of `from_pretrained` in two: where files come from, and how a network is loaded.
+    """Split keyword arguments of `from_pretrained` into options for the location of files and for loading networks.
 
     Raises:
-        ValueError: For an option that stages do not have.
+        ValueError: For an option that stages do not support.
     """
     for name, reason in (
-        ("subfolder", "a stage is a folder or a repository of its own"),
-        ("trust_remote_code", "no code of a repository is run"),
-        ("custom_pipeline", "no code of a repository is run"),
+        ("subfolder", "a stage is a separate folder or repository"),
+        ("trust_remote_code", "code of repositories is not executed"),
+        ("custom_pipeline", "code of repositories is not executed"),
     ):
         if options.get(name):
             raise ValueError(f"`{name}` is {options[name]!r}, but should not be given: {reason}.")
     if "requires_safety_checker" in options:  # of diffusers' pipelines of DeepFloyd IF
         raise ValueError(
             f"`requires_safety_checker` is {options['requires_safety_checker']!r}, but should not be given: "
-            "`safety_checker=None` alone leaves the safety checker out."
+            "`safety_checker=None` alone disables the safety checker."
         )
     hub = {name: value for name, value in options.items() if name in HUB_OPTIONS}
     return hub, {name: value for name, value in options.items() if name not in HUB_OPTIONS}
@@ -61,9 +61,9 @@ def split_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, An
 
 @contextmanager
 def loading(name: str, source: str | os.PathLike) -> Iterator[None]:
-    """Turns whatever is raised inside for a source that cannot be loaded into a ValueError that names the argument.
+    """Convert any error raised inside, for a source that cannot be loaded, to a ValueError that names the argument.
 
-    Libraries raise errors of every type for files that they do not understand.
+    Libraries raise errors of many types for files that they cannot read.
     """
     try:
         yield
@@ -81,27 +81,27 @@ def loading(name: str, source: str | os.PathLike) -> Iterator[None]:
 
 
 def refusal_of_hub(error: BaseException, source: str) -> str | None:
-    """What to do where the Hub gives a repository to nobody who has no access; None for any other error."""
+    """Return instructions if the Hub denied access to a repository; None for any other error."""
     cause: BaseException | None = error
     while cause is not None:
         status = getattr(getattr(cause, "response", None), "status_code", None)
         page = f"{constants.ENDPOINT}/{source}"
         if isinstance(cause, GatedRepoError):
             return (
-                f"the repository is gated ({status}): accept its license on {page}, and log in with `hf auth login` or "
-                "give `token`."
+                f"the repository is gated ({status}): accept its license on {page}, and log in with `hf auth login` "
+                "or pass `token`."
             )
         if status in (401, 403):
             return (
-                f"the Hub refuses it ({status}): if {page} exists, accept its license there, and log in with `hf auth "
-                "login` or give `token`."
+                f"the Hub denied access ({status}): if {page} exists, accept its license there, and log in with `hf "
+                "auth login` or pass `token`."
             )
         cause = cause.__cause__ or cause.__context__
     return None
 
 
 def check_source(name: str, source: str | os.PathLike) -> None:
-    """Raises ValueError for what is neither a folder nor the id of a repository, before anything is asked of the Hub."""
+    """Raise ValueError for a value that is neither a folder nor a repository id, before any request to the Hub."""
     if not os.path.isdir(source) and not is_hub_id(source):
         raise ValueError(
             f"`{name}` is {shown(str(source))}, which is neither a folder nor a Hub id like 'name/repository'."
@@ -109,7 +109,7 @@ def check_source(name: str, source: str | os.PathLike) -> None:
 
 
 def is_hub_id(source: Any) -> bool:
-    """Whether a value may be the id of a repository, and is nothing that exists in the file system."""
+    """Return whether a value has the form of a repository id and does not exist in the file system."""
     try:
         validate_repo_id(str(source))
     except HFValidationError:
@@ -120,16 +120,16 @@ def is_hub_id(source: Any) -> bool:
 def load_pipeline_folder(
     pipeline_class: type[DiffusionPipeline], source: str, class_names: tuple[str, ...], **kwargs
 ) -> DiffusionPipeline:
-    """A pipeline of a folder, or of a repository that is downloaded, which are checked first.
+    """Load a pipeline from a folder or a repository, after checking its files.
 
     Args:
-        pipeline_class: Whose `from_pretrained` loads it; of DiffusionPipeline, that of the class in the index.
+        pipeline_class: Class whose `from_pretrained` loads it; for DiffusionPipeline, the class in the index.
         source: The folder or Hub id.
-        class_names: The pipelines that it may be of.
+        class_names: The accepted classes of the pipeline.
         kwargs: For `from_pretrained`.
 
     Raises:
-        ValueError: If it holds no such pipeline, or a component cannot be loaded; names the component.
+        ValueError: If there is no such pipeline, or a component cannot be loaded; the message names the component.
     """
     hub, networks = split_options(kwargs)
     left_out = [name for name, value in networks.items() if name in KINDS and value is None]  # not downloaded
@@ -143,7 +143,7 @@ def load_pipeline_folder(
         with quiet_transformers():
             return owner_of(pipeline_class, index).from_pretrained(source, **networks)
     except Exception:
-        for name, component_class in classes.items():  # which one is it?
+        for name, component_class in classes.items():  # find the component that failed
             if name not in networks:
                 with loading(name, Path(source, name)), quiet_transformers():
                     component_class.from_pretrained(Path(source, name))
@@ -151,19 +151,19 @@ def load_pipeline_folder(
 
 
 def owner_of(pipeline_class: type[DiffusionPipeline], index: str) -> type[DiffusionPipeline]:
-    """The pipeline that loads: DiffusionPipeline itself would load optional components that are given as None too."""
+    """Return the class that loads: DiffusionPipeline itself would load optional components that are passed as None."""
     if pipeline_class is not DiffusionPipeline:
         return pipeline_class
     return getattr(diffusers, read_config(index)["_class_name"])
 
 
 def download_index(source: str, hub: dict[str, Any]) -> str:
-    """The path of a repository's `model_index.json`."""
+    """Return the local path of a repository's `model_index.json`."""
     return hf_hub_download(source, INDEX, **for_huggingface_hub(hub))
 
 
 def small_files(source: str, hub: dict[str, Any]) -> Path:
-    """A folder with all JSON files of a folder or repository, of which those are downloaded and no weights."""
+    """Return a folder with all JSON files of a folder or repository; of a repository, only these are downloaded."""
     if os.path.isdir(source):
         return Path(source)
     return Path(snapshot_download(source, allow_patterns="*.json", **for_huggingface_hub(hub)))
@@ -173,15 +173,15 @@ def small_files(source: str, hub: dict[str, Any]) -> Path:
 
 
 def load_text_parts(source: str, **kwargs) -> dict[str, Any]:
-    """The text encoder and the tokenizer in `text_encoder/` and `tokenizer/` of a folder or Hub repository.
+    """Load the text encoder and the tokenizer in `text_encoder/` and `tokenizer/` of a folder or Hub repository.
 
     Raises:
-        ValueError: If there are none, or the encoder lacks weights.
+        ValueError: If they do not exist, or the encoder lacks weights.
     """
     check_source("text_encoder", source)
     hub, networks = split_options(kwargs)
     quantization = networks.pop("quantization_config", None)
-    if quantization is not None:  # of a pipeline
+    if quantization is not None:  # that of a pipeline
         networks["quantization_config"] = quantization._resolve_quant_config(False, "text_encoder")
     with loading("text_encoder", source), quiet_transformers():
         if os.path.isdir(source):

@@ -1,6 +1,6 @@
-"""Stages from wherever they are: described by their small files, checked beside each other, and then loaded.
+"""Loading of stages from any source: described by small files, checked against each other, and then loaded.
 
-Gigabytes are downloaded only for stages that fit their places, the text encoder and the installed packages.
+Gigabytes are downloaded only for stages that fit their positions, the text encoder and the installed packages.
 """
 
 import os
@@ -42,25 +42,25 @@ from .folders import (
 )
 
 
-SHARED_PARTS = (*TEXT_PARTS, *SAFETY_PARTS)  # of which a pipeline has one, whatever its stages
-# a part that means nothing without another one is left out with it
+SHARED_PARTS = (*TEXT_PARTS, *SAFETY_PARTS)  # components that a pipeline has once, for all stages
+# components that are left out together with the component that needs them
 TOGETHER = {"text_encoder": "tokenizer", "safety_checker": "feature_extractor"}
 
 
 class DescribedStage(NamedTuple):
-    """What is known of a stage before it is loaded."""
+    """Description of a stage before it is loaded."""
 
     name: str  # of the argument
     source: StageSource
-    class_name: str | None  # of the pipeline that it is saved as; None for a network and its scheduler alone
+    class_name: str | None  # of the saved pipeline; None for only a network and its scheduler
     takes_low_res: bool
-    text_width: int | None  # that the network reads
-    encoder_width: int | None  # of its own text encoder
-    parts: frozenset[str]  # those of SHARED_PARTS that it has
+    text_width: int | None  # of the network's text embeddings
+    encoder_width: int | None  # of the stage's own text encoder
+    parts: frozenset[str]  # those of SHARED_PARTS that the stage has
 
     @property
     def shown(self) -> str:
-        """The source in a message."""
+        """Return the source as shown in a message."""
         is_path = isinstance(self.source, (str, os.PathLike))
         return f"'{self.source}'" if is_path else f"a {type(self.source).__name__}"
 
@@ -71,16 +71,16 @@ class DescribedStage(NamedTuple):
 def load_stages(
     sources: dict[str, StageSource], upscales: dict[str, bool], options: dict[str, Any]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """The parts of each stage by the argument that named it, and what all share: text encoder, safety checker and so on.
+    """Load the components of each stage, by argument name, and the components that all stages share.
 
     Args:
-        sources: By argument, in the order of the stages.
-        upscales: By argument, whether it is for a stage that enlarges images.
-        options: Of `SHARED_PARTS`, those that the caller gave; `quantization_config` of the text encoder; and for
-            diffusers' `from_pretrained`, such as `dtype`, `variant`, `token` or `revision`.
+        sources: By argument name, in the order of the stages.
+        upscales: By argument name, whether the argument is for a super-resolution stage.
+        options: Those of `SHARED_PARTS` that the caller passed; `quantization_config` of the text encoder; and options
+            of diffusers' `from_pretrained`, such as `dtype`, `variant`, `token` or `revision`.
 
     Raises:
-        ValueError: If a source is no stage, or does not fit its place, the text or the packages that there are.
+        ValueError: If a source is not a stage, or does not fit its position, the text or the installed packages.
     """
     options = dict(options)
     given = {name: options.pop(name) for name in SHARED_PARTS if name in options}
@@ -95,7 +95,8 @@ def load_stages(
     if not any(isinstance(source, (str, os.PathLike)) for source in (*sources.values(), given.get("text_encoder"))):
         for name in (name for name, value in options.items() if value is not None):
             raise ValueError(
-                f"`{name}` is {shown(options[name])}, but is for loading, and everything that is given is loaded already."
+                f"`{name}` is {shown(options[name])}, but should not be given: everything that was passed is already "
+                "loaded."
             )
     described, first = [], next(iter(sources))
     for name, source in sources.items():
@@ -114,16 +115,16 @@ def load_stages(
     if isinstance(given.get("text_encoder"), (str, os.PathLike)):
         own = {} if quantization is None else {"quantization_config": quantization}
         text = load_text_parts(str(given.pop("text_encoder")), **options, **own)
-        if is_deepfloyd(described[0].class_name):  # whatever its own limit
+        if is_deepfloyd(described[0].class_name):  # overrides the tokenizer's own limit
             text["tokenizer"].model_max_length = MAX_TOKENS
         given = {**text, **given}
     return parts, {**shared, **given}
 
 
 def find_providers(described: list[DescribedStage], given: dict[str, Any]) -> dict[str, str]:
-    """The stage that each part which is not given is taken from.
+    """Return, for each component that was not passed, the stage that it is loaded from.
 
-    All stages read the text of one encoder, that of the first; they are looked after by the first safety checker.
+    All stages use the text encoder of the first stage, and the first safety checker that a stage has.
     """
     providers = {}
     for part in SHARED_PARTS:
@@ -135,7 +136,7 @@ def find_providers(described: list[DescribedStage], given: dict[str, Any]) -> di
 
 
 def check_shared_parts(given: dict[str, Any]) -> None:
-    """Raises ValueError for what is no text encoder or no tokenizer, before anything is loaded."""
+    """Raise ValueError for an invalid text encoder or tokenizer, before anything is loaded."""
     text_encoder, tokenizer = given.get("text_encoder"), given.get("tokenizer")
     if isinstance(text_encoder, (str, os.PathLike)):
         check_source("text_encoder", text_encoder)
@@ -146,18 +147,23 @@ def check_shared_parts(given: dict[str, Any]) -> None:
 
 
 def check_places(described: list[DescribedStage], upscales: dict[str, bool]) -> None:
-    """Raises ValueError for a stage of another kind than its place needs."""
+    """Raise ValueError for a base stage where a super-resolution stage is needed, or the reverse."""
     for stage in described:
         if stage.takes_low_res and not upscales[stage.name]:
             raise ValueError(
-                f"`{stage.name}` is {stage.shown}, which enlarges images and is no base stage: {AS_UPSCALER}."
+                f"`{stage.name}` is {stage.shown}, a super-resolution stage, but should be a base stage: "
+                f"{AS_UPSCALER}."
             )
         if upscales[stage.name] and not stage.takes_low_res:
-            raise ValueError(f"`{stage.name}` is {stage.shown}, a base stage, which enlarges no images: {AS_BASE}.")
+            raise ValueError(
+                f"`{stage.name}` is {stage.shown}, a base stage, but should be a super-resolution stage: {AS_BASE}."
+            )
 
 
 def check_text_widths(described: list[DescribedStage], given: dict[str, Any], hub: dict[str, Any]) -> None:
-    """Raises ValueError for a stage that reads text of another width than the encoder makes, if there is one."""
+    """
+    Raise ValueError for a stage whose text embeddings have another width than those of the encoder, if there is one.
+    """
     encoder = given.get("text_encoder", described[0].encoder_width)
     owner = "the given text encoder" if "text_encoder" in given else f"the text encoder of {described[0].shown}"
     if isinstance(encoder, (str, os.PathLike)):
@@ -168,8 +174,9 @@ def check_text_widths(described: list[DescribedStage], given: dict[str, Any], hu
     for stage in described:
         if width is not None and stage.text_width not in (None, width):
             raise ValueError(
-                f"`{stage.name}` is {stage.shown}, which reads text of width {stage.text_width}, but {owner} has width "
-                f"{width}: stages that share a pipeline read the text of one encoder, which they were trained with."
+                f"`{stage.name}` is {stage.shown}, which is conditioned on text of width {stage.text_width}, but "
+                f"{owner} has width {width}: all stages of a pipeline should have been trained with the same text "
+                "encoder."
             )
 
 
@@ -177,10 +184,11 @@ def check_text_widths(described: list[DescribedStage], given: dict[str, Any], hu
 
 
 def text_quantization(config: Any) -> PipelineQuantizationConfig | None:
-    """The argument `quantization_config` as one of a pipeline that quantizes the text encoder.
+    """Return the argument `config` as the quantization of a pipeline that quantizes the text encoder.
 
     Raises:
-        ValueError: If it is none, or for something else too: networks are converted, or trained further.
+        ValueError: For other types, and for quantization of other components: networks are converted, or trained
+            further.
     """
     if isinstance(config, QuantizationConfigMixin):
         return PipelineQuantizationConfig(quant_mapping={"text_encoder": config})
@@ -188,14 +196,17 @@ def text_quantization(config: Any) -> PipelineQuantizationConfig | None:
         return None
     if not isinstance(config, PipelineQuantizationConfig):
         raise bad_argument(
-            "quantization_config", config, "a PipelineQuantizationConfig, or a configuration of transformers'"
+            "quantization_config",
+            config,
+            "a PipelineQuantizationConfig, or a quantization configuration of transformers",
         )
     names = list(config.quant_mapping or config.components_to_quantize or ["every component"])
     others = [name for name in names if name != "text_encoder"]
     if others:
         raise ValueError(
-            f"`quantization_config` is for {', '.join(others)}, but of stages the text encoder alone is quantized: give "
-            '`components_to_quantize=["text_encoder"]`, or a `quant_mapping` of it.'
+            f"`quantization_config` is for {', '.join(others)}, but only the text encoder of stages can be "
+            "quantized: pass "
+            '`components_to_quantize=["text_encoder"]`, or a `quant_mapping` for it.'
         )
     return config
 
@@ -206,7 +217,7 @@ def check_quantization(
     providers: dict[str, str],
     given: dict[str, Any],
 ) -> None:
-    """Raises ValueError for a quantization where no text encoder is loaded from files."""
+    """Raise ValueError for a quantization if no text encoder is loaded from files."""
     if config is None or isinstance(given.get("text_encoder"), (str, os.PathLike)):
         return
     owner = next((stage for stage in described if stage.name == providers.get("text_encoder")), None)
@@ -218,19 +229,19 @@ def check_quantization(
 
 
 def load_stage(name: str, source: StageSource, **kwargs) -> dict[str, Any]:
-    """The parts of a stage: `unet`, `scheduler`, and of a folder or pipeline what else it has.
+    """Load the components of a stage: `unet`, `scheduler`, and others that its folder or pipeline has.
 
-    That is `scale_factor` (None where it is not known), `tokenizer`, `text_encoder`, `guidance_unet`, `safety_checker`,
+    These are `scale_factor` (None if unknown), `tokenizer`, `text_encoder`, `guidance_unet`, `safety_checker`,
     `feature_extractor`, `watermarker`, and the settings `call_defaults`, `clean_caption` and `origin`.
 
     Args:
-        name: The argument that named it, for the message.
-        source: A single-stage pipeline of this package or of DeepFloyd IF; the pair of a network and its scheduler; or
-            the folder or Hub id of such a pipeline, or of `unet/` and `scheduler/` alone.
+        name: The name of the argument, for messages.
+        source: A single-stage pipeline of this package or of DeepFloyd IF; a pair of a network and its scheduler; or
+            the folder or Hub id of such a pipeline, or of only `unet/` and `scheduler/`.
         kwargs: For diffusers' `from_pretrained`, such as `dtype`, `variant`, `token` or `revision`.
 
     Raises:
-        ValueError: If it is none of these.
+        ValueError: If it is not one of these.
     """
     check_stage_source(name, source)
     hub, _ = split_options(kwargs)
@@ -238,7 +249,7 @@ def load_stage(name: str, source: StageSource, **kwargs) -> dict[str, Any]:
 
 
 def check_stage_source(name: str, source: Any) -> None:
-    """Raises ValueError for what is no stage, as far as can be said before anything is loaded."""
+    """Raise ValueError for a source that is not a stage, as far as this can be determined before loading."""
     if isinstance(source, (str, os.PathLike)):
         check_source(name, source)
         folder = Path(source)
@@ -253,16 +264,16 @@ def check_stage_source(name: str, source: Any) -> None:
     unet, scheduler = pair if isinstance(pair, (tuple, list)) and len(pair) == 2 else (None, None)
     if not isinstance(unwrapped(unet), network_class) or not isinstance(scheduler, SchedulerMixin):
         raise ValueError(
-            f"`{name}` is {shown(source)}, but should be a folder, a Hub id, a single-stage pipeline, or a network and "
-            "its scheduler."
+            f"`{name}` is {shown(source)}, but should be a folder, a Hub id, a single-stage pipeline, or a network "
+            "and its scheduler."
         )
 
 
 def describe_stage(name: str, source: StageSource, hub: dict[str, Any], left_out: Collection[str]) -> DescribedStage:
-    """What is known of a stage without its weights; of a repository, its small files are downloaded.
+    """Describe a stage without its weights; of a repository, the small files are downloaded.
 
     Raises:
-        ValueError: For files that say that it cannot be loaded, if not for the parts that are left out.
+        ValueError: For files that cannot be loaded, except for components in `left_out`.
     """
     if isinstance(source, (str, os.PathLike)):
         with loading(name, source):
@@ -275,7 +286,7 @@ def describe_stage(name: str, source: StageSource, hub: dict[str, Any], left_out
             try:
                 config = config_from_deepfloyd(unwrapped(source.unet).config)
             except ValueError as error:
-                raise ValueError(f"`{name}` is a {type(source).__name__} of another kind: {error}") from error
+                raise ValueError(f"`{name}` is a {type(source).__name__} that is not supported: {error}") from error
             kind = config["low_res_conditioning"], config["encoder_hid_dim"]
         else:
             kind = source.unet.takes_low_res, source.unet.text_width
@@ -285,7 +296,7 @@ def describe_stage(name: str, source: StageSource, hub: dict[str, Any], left_out
 
 
 def describe_files(name: str, source: str, hub: dict[str, Any], left_out: Collection[str]) -> DescribedStage:
-    """What the small files of a folder or repository say of a stage."""
+    """Describe a stage by the small files of its folder or repository."""
     folder = small_files(source, hub)
     index = read_config(folder / INDEX) if (folder / INDEX).is_file() else {}
     class_name = index.get("_class_name")
@@ -303,15 +314,15 @@ def describe_files(name: str, source: str, hub: dict[str, Any], left_out: Collec
 
 
 def read_encoder_width(folder: Path) -> int | None:
-    """Width of the embeddings of the text encoder in a folder; None for one of which that cannot be said."""
+    """Return the width of the embeddings of the text encoder in a folder; None if it cannot be determined."""
     try:
         return encoder_width(AutoConfig.from_pretrained(folder / "text_encoder", trust_remote_code=False))
-    except (OSError, ValueError, KeyError):  # what cannot be read is refused when it is loaded
+    except (OSError, ValueError, KeyError):  # unreadable configurations are rejected when they are loaded
         return None
 
 
 def load_described(stage: DescribedStage, left_out: Collection[str], **kwargs) -> dict[str, Any]:
-    """The parts of a stage, without those that are left out; see `load_stage`."""
+    """Load the components of a stage, except those in `left_out`; see `load_stage`."""
     source = stage.source
     if isinstance(source, DiffusionPipeline):
         if is_deepfloyd(stage.class_name):
@@ -331,12 +342,12 @@ def load_described(stage: DescribedStage, left_out: Collection[str], **kwargs) -
 
 
 def parts_of(pipe: DiffusionPipeline) -> dict[str, Any]:
-    """The components of a single-stage pipeline, and its settings."""
+    """Return the components and the settings of a single-stage pipeline."""
     return {**pipe.components, **{name: pipe.config.get(name) for name in SETTINGS}}
 
 
 def load_network_and_scheduler(source: str, hub: dict[str, Any], networks: dict[str, Any]) -> dict[str, Any]:
-    """The components in `unet/` and `scheduler/` of a folder or Hub repository."""
+    """Load the components in `unet/` and `scheduler/` of a folder or Hub repository."""
     folder = small_files(source, hub)
     config = read_config(folder / "scheduler" / CONFIGS["scheduler"])
     scheduler_class = configured_class("scheduler", config)
