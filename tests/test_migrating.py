@@ -107,7 +107,7 @@ def test_the_example_runs_from_start_to_end(folder, capsys):
             assert all(torch.equal(value, start[name]) for name, value in unet.state_dict().items())
             Trainer(config, unet).train()
     out = capsys.readouterr().out
-    assert "Optimizer and schedule were not carried over" in out and "tensors are those of the checkpoint" in out
+    assert "Optimizer and schedule were not converted" in out and "tensors equal those of the checkpoint" in out
     pipe = ImagenCascadePipeline.from_pretrained("imagen-nemo")
     assert pipe.tokenizer.model_max_length == 6
     assert [stage.scheduler.config.sigma_data for stage in pipe.stages] == [0.4, 0.4]

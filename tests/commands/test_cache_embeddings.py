@@ -107,7 +107,7 @@ WRONG = {
     "a device of nobody": (["--device", "toaster"], "`device` is 'toaster', which cannot be used"),
     "a device far away": (["--device", "cuda:99"], "`device` is 'cuda:99', which cannot be used"),
     "a device without numbers": (["--device", "meta"], "`device` is 'meta', which cannot be used"),
-    "two data sets": (["--dataset_name", "a/b"], "and not both of them"),
+    "two data sets": (["--dataset_name", "a/b"], "Exactly one of `train-data-dir` and `dataset-name`"),
     "tar files and data": (["--nemo_tars", "a.tar"], "`nemo-tars` and `train-data-dir` are both given"),
 }
 
@@ -140,7 +140,7 @@ def test_an_output_folder_that_is_none_is_refused_before_anything_is_read(tmp_pa
 
 def test_nemo_files_that_are_none_are_refused(tmp_path, capsys):
     assert run(tmp_path / "c", "--nemo_tars", tmp_path, "--tokenizer_max_length", "4") == 2
-    assert f"`nemo-tars` has '{tmp_path}', which is no file" in capsys.readouterr().err
+    assert f"`nemo-tars` has '{tmp_path}', which is not a file" in capsys.readouterr().err
     (tmp_path / "a.tar").write_bytes(b"all my work")
     assert run(tmp_path / "c", "--nemo_tars", tmp_path / "a.tar", "--tokenizer_max_length", "4") == 2
     assert "a.tar' cannot be read as a tar file" in capsys.readouterr().err

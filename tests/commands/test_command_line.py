@@ -266,6 +266,6 @@ def test_completion_without_its_package_names_the_extra(run, monkeypatch):
 def test_a_default_is_found_when_the_command_runs():
     """torch looks for the device, and `--help` need not import it."""
     args = make_parser(["generate"]).parse_args(["generate", "a"])
-    assert str(args.device) == "cuda if there is one, else cpu" and not isinstance(args.device, str)
+    assert str(args.device) == "cuda if available, else cpu" and not isinstance(args.device, str)
     cli.find_defaults(args)
     assert args.device in ("cpu", "cuda")

@@ -57,9 +57,9 @@ def assert_refused(convert, folder, arguments, message):
         (["--output", "/proc/run.yaml"], "cannot be written"),
         (["--output", "./nemo.yaml"], "which is the configuration to translate"),
         (["--output", "run.yaml", "--network", "file"], "`network` is 'file/unet', which needs the folder"),
-        (["--output", "run", "--network", "run"], "would take its place"),
-        (["--output", "run", "--network", "run/network"], "would take its place"),
-        (["--output", "run/unet/run.yaml", "--network", "run"], "would take its place"),
+        (["--output", "run", "--network", "run"], "would overwrite it"),
+        (["--output", "run", "--network", "run/network"], "would overwrite it"),
+        (["--output", "run/unet/run.yaml", "--network", "run"], "would overwrite it"),
     ],
 )
 def test_outputs_that_cannot_be_written_are_refused_before_the_file_is_read(
@@ -71,7 +71,7 @@ def test_outputs_that_cannot_be_written_are_refused_before_the_file_is_read(
 
 def test_a_network_that_is_there_stays(convert, folder):
     (folder / "network" / "unet").mkdir(parents=True)
-    assert_refused(convert, folder, ["--output", "run.yaml", "--network", "network"], "which has a network")
+    assert_refused(convert, folder, ["--output", "run.yaml", "--network", "network"], "which already has a network")
 
 
 def test_settings_and_network_are_written_both_or_not_at_all(convert, folder, monkeypatch):

@@ -120,7 +120,7 @@ def test_the_way_back_gives_the_same_weights(run, folder, repositories, cascade_
 
 
 BAD = {
-    "no stage": (["convert-if"], "`model` is not given: name the base stage"),
+    "no stage": (["convert-if"], "`model` is not given: pass the base stage"),
     "files in the way": (
         ["convert-if", "--model", "{base}", "--output", "."],
         "`output` is '.', which is not empty: name a new folder",

@@ -60,7 +60,7 @@ def test_everything_that_is_wrong_is_said(tmp_path, capsys, tokenizer):
     assert code == 1
     for part in (
         "1 of 8 images cannot be read and are skipped in training: 5.png: ",
-        "configured 0.25: give `sigma_data` 0.5",
+        "configured 0.25: set `sigma_data` 0.5",
         "1 of 8 images are smaller than 16 px and are enlarged: small.png (8x8)",
         "1 of 8 images are pixel for pixel copies: copy.png of 0.png",
         "1 of 8 captions are empty",
@@ -94,7 +94,7 @@ def test_stages(tmp_path, capsys, text_encoder):
     unet = make_unet()
     unet.save_pretrained(tmp_path / "unet")
     code, wrong, _ = run(capsys, tmp_path)
-    assert code == 1 and "this network was never trained" in wrong[0]
+    assert code == 1 and "it is untrained" in wrong[0]
     with torch.no_grad():
         for parameter in unet.parameters():
             parameter.add_(0.01)
@@ -104,7 +104,7 @@ def test_stages(tmp_path, capsys, text_encoder):
     width = text_encoder.config.hidden_size
     code, wrong, text = run(capsys, tmp_path)
     if width == 8:
-        assert (code, wrong) == (0, []) and "as the network reads them" in text
+        assert (code, wrong) == (0, []) and "as the network needs" in text
     else:
         assert code == 1 and f"embeddings are {width} wide, but the network reads 8" in wrong[0]
     assert "loss 1.0000 at first, 0.2500 at its lowest, 0.2500 at last" in text
@@ -192,8 +192,8 @@ FAULTS = {
     "a word": (lambda stage: (stage / "losses.jsonl").write_text('{"loss": "low"}'), "losses.jsonl cannot be read: line 1"),
     "bytes": (lambda stage: (stage / "losses.jsonl").write_bytes(b"\xff"), "losses.jsonl cannot be read: "),
     "diverged": (lambda stage: (stage / "losses.jsonl").write_text('{"loss": NaN}'), "the loss is nan at step None"),
-    "fifo": (lambda stage: os.mkfifo(stage / "unet" / "fifo"), "unet/fifo is no regular file"),
-    "broken link": (lambda stage: (stage / "a").symlink_to("nowhere"), "a is no regular file"),
+    "fifo": (lambda stage: os.mkfifo(stage / "unet" / "fifo"), "unet/fifo is not a regular file"),
+    "broken link": (lambda stage: (stage / "a").symlink_to("nowhere"), "a is not a regular file"),
     "manifest": (lambda stage: (stage / "manifest.json").write_text("[]"), "the embedding cache cannot be read: "),
     "manifest of another": (lambda stage: (stage / "manifest.json").write_text("{}"), "the embedding cache cannot be read: "),
 }  # fmt: skip
@@ -248,4 +248,4 @@ def test_what_is_no_folder_is_refused_without_asking_the_hub(tmp_path, monkeypat
 def test_one_colour_has_no_deviation(tmp_path, capsys):
     images = {f"{i}.png": np.full((16, 16, 3), 77, np.uint8) for i in range(2)}
     code, wrong, text = run(capsys, write_data(tmp_path / "d", images, ["a", "b"]), "--resolution", 16)
-    assert code == 1 and "measured sigma_data 0.000" in text and "give `sigma_data`" not in text
+    assert code == 1 and "measured sigma_data 0.000" in text and "set `sigma_data`" not in text

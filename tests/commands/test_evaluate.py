@@ -176,7 +176,7 @@ def no_network(url, **options):
         (["--features", "dinov2"], "`features` is 'dinov2', which cannot be loaded"),
         (["--features", "."], "`features` is '.', which cannot be loaded"),
         (["--metrics", "clip"], "`clip-model` is 'openai/clip-vit-large-patch14', which cannot be loaded"),
-        (["--metrics", "is"], "`metrics` has 'is', which is of Inception's classes"),
+        (["--metrics", "is"], "`metrics` has 'is', which uses Inception's classes"),
         (["--captions", "nothing"], "`captions` is 'nothing', which cannot be used"),
         (["--captions-split", "test", "--captions", "pairs"], "There is no split 'test'"),
         (["--steps", "1,2,3"], "`steps` is 1,2,3, but should have one value, or 2"),

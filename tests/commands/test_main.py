@@ -132,7 +132,7 @@ def test_images_of_a_prompts_file_do_not_depend_on_batches_and_numbers(model, pr
 
 BAD_PROMPTS_FILES = {
     "no file": (["--prompts-file", "{tmp}/none.txt"], "none.txt', which cannot be read"),
-    "no prompt": (["--prompts-file", "{tmp}/empty.txt"], "empty.txt', which has no prompt in it"),
+    "no prompt": (["--prompts-file", "{tmp}/empty.txt"], "empty.txt', which has no prompts"),
     "not text": (["--prompts-file", "{tmp}/binary.txt"], "binary.txt', which cannot be read"),
     "one output": (["--prompts-file", "{tmp}/prompts.txt", "--output", "a.png"], "`output` is 'a.png', but does not"),
     "a grid": (["--prompts-file", "{tmp}/prompts.txt", "--grid"], "`grid` is 'True', but does not"),

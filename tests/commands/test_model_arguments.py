@@ -127,7 +127,7 @@ BAD = {
     ),
     "two upscalers alone": (
         ["upscale", "picture.png", "--sr256", "{sr}", "--sr1024", "{sr}"],
-        "or one such stage alone",
+        "or only one such stage",
     ),
     "an upscaler as the base": (
         ["generate", "a", "--model", "{sr}"],
@@ -135,7 +135,7 @@ BAD = {
     ),
     "a base as upscaler": (
         ["generate", "a", "--model", "{base}", "--sr256", "{base}"],
-        "`sr256` is '{base}', a base stage, which enlarges no images",
+        "`sr256` is '{base}', a base stage, but should be a super-resolution stage",
     ),
     "a base to upscale with": (
         ["upscale", "picture.png", "--sr256", "{base}"],
@@ -147,7 +147,7 @@ BAD = {
     ),
     "a stage beside a cascade": (
         ["generate", "a", "--model", "{cascade}", "--sr256", "{sr}"],
-        "`sr256` is '{sr}', but `model` '{cascade}' is a whole cascade: give its base stage",
+        "`sr256` is '{sr}', but `model` '{cascade}' is a whole cascade: pass its base stage",
     ),
     "no stage": (["generate", "a", "--model", "{text}"], "a folder with neither a model_index.json nor a network"),
     "no name": (

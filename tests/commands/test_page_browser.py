@@ -209,7 +209,7 @@ def test_progress_previews_stopping_errors_and_a_full_queue(cascade, open_page, 
     page.locator(".im-grid figure > button img").first.wait_for()  # the base stage's, as soon as there is one
     steps.go.release()
     wait_for(page, "`prompt` is <b>bad</b>")
-    wait_for(page, "Not drawn.")
+    wait_for(page, "Failed.")
     page.screenshot(path=tmp_path / "error.png")
     assert "Traceback" not in page.content()
 
@@ -220,7 +220,7 @@ def test_progress_previews_stopping_errors_and_a_full_queue(cascade, open_page, 
     assert codes[0] == 200 and codes[-1] == 429
     press(page, "Draw")
     wait_for(page, "16 drawings are waiting, which is all that this page holds: try again later.")
-    wait_for(page, "Not drawn.")
+    wait_for(page, "Failed.")
     page.screenshot(path=tmp_path / "full.png")
     for _ in range(2 * len(codes)):
         steps.go.release()
@@ -248,7 +248,7 @@ def test_what_is_no_picture_and_none_at_all_is_said_in_one_line(open_page, tmp_p
     page = open_page(DESKTOP)
     page.get_by_role("tab", name="Upscale").click()
     press(page, "Upscale")
-    wait_for(page, "Give a picture first.")
+    wait_for(page, "Upload an image first.")
     page.screenshot(path=tmp_path / "none.png")
 
 

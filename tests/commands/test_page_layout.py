@@ -155,7 +155,7 @@ def test_stages_of_deepfloyd_if(picture):
 
 def test_a_model_whose_text_nothing_encodes_is_refused(cascade):
     pipe = ImagenCascadePipeline(base_unet=cascade.base_unet, base_scheduler=cascade.base_scheduler)
-    with pytest.raises(ValueError, match="no text encoder, which its networks need: give --text-encoder"):
+    with pytest.raises(ValueError, match="no text encoder, which its networks need: pass --text-encoder"):
         webdemo.build(pipe, SOURCES)
 
 
@@ -196,7 +196,7 @@ def test_proportions_are_kept_to_a_step_of_the_networks(cascade, size, result):
 def test_a_mask_that_is_cropped_away_is_refused(cascade):
     mask = Image.new("L", (1000, 10), 0)
     mask.paste(255, (0, 0, 50, 10))
-    with pytest.raises(gr.Error, match="outside of the middle"):
+    with pytest.raises(gr.Error, match="outside the center"):
         page_requests.fitted(tasks_of(cascade)[2], Image.new("RGB", (1000, 10)), mask)
 
 

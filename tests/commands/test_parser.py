@@ -122,7 +122,7 @@ def test_a_full_disk_is_found_before_a_model_loads(run, folder, monkeypatch):
         ([], "COMMAND"),
         (["generate", ""], "`prompt` is '', but should say what to draw"),
         (["inpaint", "picture.png", "mask.png", " "], "`prompt` is ' ', but should say what to draw"),
-        (["generate", "\ud800"], "which is no text in UTF-8"),
+        (["generate", "\ud800"], "which is not valid UTF-8"),
         (["generate", "x" * 10_001], "`prompt` has 10,001 characters, but should have at most 10,000"),
         (["generate", "a", "--negative-prompt", "\ud800"], "`negative-prompt` is '\\ud800', which is no text"),
     ],

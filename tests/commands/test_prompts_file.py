@@ -130,7 +130,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_prompt(folder):
     ("content", "message"),
     [
         (bytes(range(256)), "cannot be read"),
-        (b"", "has no prompt in it"),
+        (b"", "has no prompts"),
         (b"a\n" * 1001, "asks for more than 1,000 images"),
         (b"x" * (2**25 + 1), "it has more than 33,554,432 bytes"),
     ],

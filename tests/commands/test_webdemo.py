@@ -323,7 +323,7 @@ def test_the_painted_part_of_a_picture_is_drawn_anew(cascade, client):
         ({"layers": []}, "Paint over the part"),
         ({"layers": [upload(client, Image.new("RGBA", canvas.size))]}, "Paint over the part"),
         ({"layers": [upload(client, layer.resize((8, 8)))]}, "cannot be read"),
-        ({"background": None}, "Give a picture first"),
+        ({"background": None}, "Upload an image first"),
         ({"background": upload(client, Image.new("RGBA", canvas.size))}, "Paint over the part"),
     ]:
         answer = ask(client, [{**value, **changes}, *data[1:]], "inpaint")
@@ -336,8 +336,8 @@ def test_what_the_page_would_not_send_is_refused_and_nothing_runs(client, monkey
         (0, "x" * 1001, "has 1001 characters, but should have at most 1000"),
         (0, "\ud800", "is no text"),
         (0, 5, "is no text"),
-        (0, None, "Say what to draw"),
-        (0, " ", "Say what to draw"),
+        (0, None, "Enter a prompt"),
+        (0, " ", "Enter a prompt"),
         (1, -1, "Seed should be a number from 0 to"),
         (1, 2**40, "Seed should be a number from 0 to"),
         (1, math.nan, "error"),
@@ -399,7 +399,7 @@ def test_files_of_the_machine_and_of_others_are_not_taken_for_pictures(client, t
     assert answer.startswith("event: error")
     data = [{"path": "http://example.com/a.png", **meta}, "", 5, False, 1, "", 2, 1.0]
     answer = client.post("/gradio_api/call/upscale", json={"data": data})
-    assert answer.status_code == 403 and "fetches nothing" in answer.text
+    assert answer.status_code == 403 and "does not download files" in answer.text
 
 
 def test_only_pictures_of_a_bounded_size_are_taken(client, page, monkeypatch):
@@ -407,7 +407,7 @@ def test_only_pictures_of_a_bounded_size_are_taken(client, page, monkeypatch):
         answer = client.post("/gradio_api/upload", files={"files": ("a.png", data)}, **options)
         return answer.status_code, answer.text
 
-    assert send(b"#!/bin/sh\n") == (415, "The file cannot be used as a picture: " + send(b"#!")[1].split(": ", 1)[1])
+    assert send(b"#!/bin/sh\n") == (415, "The file cannot be used as an image: " + send(b"#!")[1].split(": ", 1)[1])
     assert send(b"<svg xmlns='http://www.w3.org/2000/svg'/>")[0] == 415
     assert send(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n")[0] == 415  # which Pillow gives to Ghostscript
     assert send(b"x" * (page_guard.MAX_PICTURE_BYTES + 1)) == (413, "The request has more than 16 MiB.")
@@ -426,7 +426,7 @@ def test_only_pictures_of_a_bounded_size_are_taken(client, page, monkeypatch):
     assert held >= len(data)
     monkeypatch.setattr(page_guard, "MAX_FOLDER_BYTES", held - 1)
     code, text = send(data)
-    assert code == 503 and "try again in some minutes" in text
+    assert code == 503 and "try again in a few minutes" in text
     assert page_guard.size_of_folder("nowhere") == 0
 
 
@@ -472,8 +472,8 @@ def test_pictures_are_deleted(client, page):
     assert pictures() == []
     answer = ask(client, data, "upscale")
     assert answer.startswith("event: error")
-    with pytest.raises(gr.Error, match="draw one first"):
+    with pytest.raises(gr.Error, match="generate one first"):
         page_layout.taken([{"path": str(kept[0])}])
     for files in (None, [], [{}], "x"):
-        with pytest.raises(gr.Error, match="draw one first"):
+        with pytest.raises(gr.Error, match="generate one first"):
             page_layout.taken(files)

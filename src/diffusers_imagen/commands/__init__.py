@@ -1,1 +1,1 @@
-"""One module a command of `diffusers-imagen`, in the table `main.COMMANDS`; each has `add_arguments`, and loads quickly."""
+"""Commands of `diffusers-imagen`, one module each, listed in `main.COMMANDS`; quick to import."""

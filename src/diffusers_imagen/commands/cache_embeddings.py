@@ -1,4 +1,4 @@
-"""`diffusers-imagen cache-embeddings`: text embeddings of a data set's captions on disk."""
+"""`diffusers-imagen cache-embeddings`: write the text embeddings of a data set's captions to disk."""
 
 import argparse
 import time
@@ -18,53 +18,55 @@ if TYPE_CHECKING:
 
     from ..text import TextEncoder
 
-MANY = 2**16  # tokens, captions or MB: what is above is a slip, and would need more memory than there is
+MANY = 2**16  # tokens, captions or MB: larger values are mistakes, and would need more memory than any machine has
 
 
 def add_arguments(command: Parser) -> None:
     """Add the options of the command."""
     command.description = (
-        "Writes the text embeddings of all captions, each once, for --embedding_cache of train_imagen.py. "
-        "A run that was ended goes on where it was when it is started again. With several GPUs: accelerate launch -m "
+        "Write the text embeddings of all distinct captions to disk, for --embedding_cache of the training commands. "
+        "An interrupted run continues when it is started again. With several GPUs: accelerate launch -m "
         "diffusers_imagen cache-embeddings ..."
     )
     command.add_argument("output_dir", type=Path, help="folder of the cache")
-    command.add_argument("--verify", action="store_true", help="check a finished cache by its checksums, and end")
+    command.add_argument("--verify", action="store_true", help="only verify the checksums of a finished cache")
     command.add_argument("--text-encoder", help="folder or Hub id of the text encoder")
     command.add_number(
-        "--tokenizer-max-length", int, 1, MANY, help="tokens of a caption; default: the tokenizer's limit"
+        "--tokenizer-max-length", int, 1, MANY, help="maximum tokens per caption; default: the tokenizer's limit"
     )
-    command.add_argument("--variant", help="of the text encoder's files, such as fp16")
+    command.add_argument("--variant", help="variant of the text encoder's files, such as fp16")
     command.add_argument(
         "--keep-padding",
         action="store_true",
-        help="keep the encoder's embeddings at padded positions, for networks that attend to them, as DeepFloyd IF's",
+        help="keep embeddings at padded positions, for networks that attend to them, such as DeepFloyd IF",
     )
     command.add_argument(
-        "--clean-captions", action="store_true", help="clean captions before they are encoded, as DeepFloyd IF's"
+        "--clean-captions", action="store_true", help="clean captions before they are encoded, as for DeepFloyd IF"
     )
     command.add_argument("--train-data-dir", help="folder with the data set")
     command.add_argument("--dataset-name", help="data set on the Hub")
-    command.add_argument("--dataset-config-name", help="configuration of that data set")
-    command.add_argument("--cache-dir", help="where `datasets` keeps what it downloads")
-    command.add_argument("--caption-column", nargs="+", default=["text"], help="default: text")
-    command.add_argument("--image-column", default="image", help="default: %(default)s")
-    command.add_argument("--splits", nargs="+", help="default: all")
+    command.add_argument("--dataset-config-name", help="configuration of the data set on the Hub")
+    command.add_argument("--cache-dir", help="download folder of `datasets`")
+    command.add_argument("--caption-column", nargs="+", default=["text"], help="columns with captions; default: text")
+    command.add_argument("--image-column", default="image", help="column with images; default: %(default)s")
+    command.add_argument("--splits", nargs="+", help="splits of the data set; default: all")
     command.add_argument(
-        "--nemo-tars", nargs="+", type=Path, help="take the embeddings that NeMo pickled in these tar files"
+        "--nemo-tars", nargs="+", type=Path, help="import embeddings from tar files with NeMo's pickles"
     )
-    command.add_argument("--nemo-key", default="t5_text", help="encoder's name in those pickles; default: %(default)s")
-    command.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="default: %(default)s")
-    command.add_number(
-        "--batch-size", int, 1, MANY, default=256, help="captions encoded at once; default: %(default)s"
+    command.add_argument(
+        "--nemo-key", default="t5_text", help="name of the encoder in these pickles; default: %(default)s"
     )
-    command.add_number("--shard-size-mb", float, 1e-6, MANY, default=128, help="default: %(default)s")
-    command.add_argument("--device", default=DEVICE, help="default: %(default)s")
+    command.add_argument(
+        "--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="dtype of the cache; default: %(default)s"
+    )
+    command.add_number("--batch-size", int, 1, MANY, default=256, help="captions per batch; default: %(default)s")
+    command.add_number("--shard-size-mb", float, 1e-6, MANY, default=128, help="size of a file; default: %(default)s")
+    command.add_argument("--device", default=DEVICE, help="device of the text encoder; default: %(default)s")
     command.set_defaults(run=cache_embeddings)
 
 
 def cache_embeddings(args: argparse.Namespace) -> None:
-    """Builds or verifies a cache, and reports its size."""
+    """Build or verify a cache, and print its size."""
     if args.verify or args.nemo_tars:
         refuse_several("`verify`" if args.verify else "`nemo_tars`")
     if args.verify:
@@ -85,30 +87,30 @@ def cache_embeddings(args: argparse.Namespace) -> None:
 
 
 def check_sources(args: argparse.Namespace) -> None:
-    """Refuses arguments of which one is missing, or that do not go together."""
+    """Raise ValueError for missing or incompatible arguments."""
     data = [name for name in ("train_data_dir", "dataset_name") if getattr(args, name) is not None]
     if not args.nemo_tars:
         if args.text_encoder is None:
-            raise ValueError("`text_encoder` is not given, but captions are encoded with one.")
+            raise ValueError("`text_encoder` is not given, but is needed to encode captions.")
         if len(data) != 1:
-            raise ValueError("`train_data_dir` or `dataset_name` should be given, and not both of them.")
+            raise ValueError("Exactly one of `train_data_dir` and `dataset_name` should be given.")
         check_device(args.device)
         return
     others = [name for name in ("text_encoder", "variant", "keep_padding", "clean_captions") if getattr(args, name)]
     if data or others:
         name = [*data, *others][0]
         raise ValueError(
-            f"`nemo_tars` and `{name}` are both given, but NeMo's tar files have captions and embeddings."
+            f"`nemo_tars` and `{name}` are both given, but NeMo's tar files contain captions and embeddings."
         )
     if args.tokenizer_max_length is None:
-        raise ValueError("`tokenizer_max_length` is not given: it is NeMo's `encoding_lengths`, often 128.")
+        raise ValueError("`tokenizer_max_length` is not given: it should be NeMo's `encoding_lengths`, often 128.")
     for path in args.nemo_tars:
         if not path.is_file():
-            raise ValueError(f"`nemo_tars` has '{path}', which is no file.")
+            raise ValueError(f"`nemo_tars` has '{path}', which is not a file.")
 
 
 def check_output_dir(folder: Path, data: str | None) -> None:
-    """Refuses a folder in which no cache can be built, before anything is read."""
+    """Raise ValueError for a folder in which a cache cannot be built, before anything is read."""
     from ..text.cache_files import check_folder as check_cache_folder
 
     with refusing(folder, "output_dir"):
@@ -121,7 +123,7 @@ def check_output_dir(folder: Path, data: str | None) -> None:
 
 
 def verify(folder: Path) -> None:
-    """Raises ValueError, which names every problem of a cache, if there are any."""
+    """Raise ValueError with all problems of a cache, if there are any."""
     from ..text.cache_files import MEND, find_problems, read_manifest
 
     problems = find_problems(folder, read_manifest(folder, "output_dir"))
@@ -130,7 +132,7 @@ def verify(folder: Path) -> None:
 
 
 def report(folder: Path, done: str) -> None:
-    """Says how large a cache is."""
+    """Print the size of a cache."""
     from ..text.cache import EmbeddingCache
 
     cache = EmbeddingCache(folder)
@@ -138,12 +140,12 @@ def report(folder: Path, done: str) -> None:
     tokens = sum(shard["tokens"] for shard in cache.manifest["shards"])
     print(
         f"{folder}: {len(cache)} captions, {tokens / max(1, len(cache)):.1f} tokens and "
-        f"{size / max(1, len(cache)):.0f} bytes a caption" + (", " if done == "verified" else "; ") + done
+        f"{size / max(1, len(cache)):.0f} bytes per caption" + (", " if done == "verified" else "; ") + done
     )
 
 
 def encode_dataset(args: argparse.Namespace, state: "PartialState") -> int:
-    """Encodes what the cache lacks of the data set's captions; all processes call this."""
+    """Encode the captions of the data set that the cache lacks; return their number. Called by all processes."""
     from ..text.cache_files import hold_cache
     from ..text.cache_writer import CacheWriter, save_parts, write_cache
     from ..utils.processes import check_shared, in_turn, on_main_process
@@ -190,7 +192,7 @@ def load_encoder(args: argparse.Namespace) -> "TextEncoder":
 
 
 def read_captions(args: argparse.Namespace) -> list[str]:
-    """Every caption of the data set once."""
+    """Return the distinct captions of the data set."""
     from ..text.source import distinct_captions
     from ..training.data.captions import iterate_captions
     from ..training.data.data_config import DataConfig
@@ -220,7 +222,7 @@ def read_captions(args: argparse.Namespace) -> list[str]:
 
 
 def import_nemo(args: argparse.Namespace) -> int:
-    """Adds the embeddings of NeMo's tar files; returns how many they were."""
+    """Add the embeddings in NeMo's tar files; return their number."""
     from tqdm.auto import tqdm
 
     from ..conversion.nemo_embeddings import read_tar

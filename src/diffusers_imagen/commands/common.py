@@ -1,4 +1,4 @@
-"""What several commands need: the settings of a call, and image files that are whole or absent."""
+"""Shared code of commands: options of a pipeline call, and complete image files."""
 
 import argparse
 import math
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 DEFAULT_OUTPUT = Path("output.png")
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 MAX_SIZES = {"JPEG": 65500, "WEBP": 16383}  # height and width in pixels
-# how much of a prompt goes into the name of its file, in characters and in bytes: file systems take 255 bytes in all
+# limits of the prompt in a file name, in characters and in bytes: file systems allow 255 bytes in total
 NAME_LENGTH, NAME_BYTES = 60, 180
-# bounds: what is above is a slip, and would run until it is killed
+# bounds: larger values are mistakes, and would run until the process is killed
 MAX_SIZE = 8192  # height and width in pixels
 MAX_SEED = 2**63 - 1
 MAX_GUIDANCE = 1000
@@ -38,23 +38,27 @@ MAX_IMAGES = 1000
 
 
 def add_sampling_arguments(command: Parser) -> None:
-    """How images are made, and where they go."""
-    command.add_argument("--negative-prompt", help="what to guide away from")
-    command.add_argument("--output", type=Path, help=f"image file; default: {DEFAULT_OUTPUT}")
+    """Add options for the pipeline call and its output."""
+    command.add_argument("--negative-prompt", help="text to guide away from")
+    command.add_argument("--output", type=Path, help=f"image file to write; default: {DEFAULT_OUTPUT}")
     command.add_number(
         "--resolution",
         int,
         1,
         MAX_SIZE,
         "output_resolution",
-        help="stop after the stage of this resolution: " + ", ".join(str(kind.resolution) for kind in STAGES),
+        help="resolution of the last stage to run: " + ", ".join(str(kind.resolution) for kind in STAGES),
     )
-    command.add_number("--height", int, 1, MAX_SIZE, help="of the image in pixels; default: the resolution")
-    command.add_number("--width", int, 1, MAX_SIZE, help="of the image in pixels; default: the resolution")
-    command.add_number("--seed", int, 0, MAX_SEED, default=0, help="default: %(default)s")
-    per_stage = "for all stages, or one value a stage; default: each stage's own"
-    command.add_number("--steps", int, 1, MAX_STEPS, "num_inference_steps", nargs="+", help=per_stage)
-    command.add_number("--guidance-scale", float, 0, MAX_GUIDANCE, nargs="+", help=per_stage)
+    command.add_number("--height", int, 1, MAX_SIZE, help="height of the image in pixels; default: the resolution")
+    command.add_number("--width", int, 1, MAX_SIZE, help="width of the image in pixels; default: the resolution")
+    command.add_number("--seed", int, 0, MAX_SEED, default=0, help="seed of all noise; default: %(default)s")
+    per_stage = "one value for all stages, or one per stage; default: that of each stage"
+    command.add_number(
+        "--steps", int, 1, MAX_STEPS, "num_inference_steps", nargs="+", help=f"number of steps: {per_stage}"
+    )
+    command.add_number(
+        "--guidance-scale", float, 0, MAX_GUIDANCE, nargs="+", help=f"weight of classifier-free guidance: {per_stage}"
+    )
     command.add_number(
         "--guidance-interval",
         float,
@@ -62,7 +66,7 @@ def add_sampling_arguments(command: Parser) -> None:
         math.inf,
         nargs=2,
         metavar=("LOW", "HIGH"),
-        help="lowest and highest noise level (sigma) with guidance; default: all",
+        help="lowest and highest noise level (sigma) at which guidance is applied; default: all",
     )
     command.add_number(
         "--guidance-rescale",
@@ -70,7 +74,7 @@ def add_sampling_arguments(command: Parser) -> None:
         0,
         1,
         default=0.0,
-        help="share brought back to plain contrast; default: %(default)s",
+        help="how far guided predictions are rescaled to the contrast of unguided ones; default: %(default)s",
     )
     command.add_number(
         "--num-images",
@@ -79,13 +83,13 @@ def add_sampling_arguments(command: Parser) -> None:
         MAX_IMAGES,
         "num_images_per_prompt",
         default=1,
-        help="of each prompt, numbered: output-0.png, ...",
+        help="number of images per prompt, numbered output-0.png, ...; default: %(default)s",
     )
-    command.add_argument("--grid", action="store_true", help="write all images into one file, side by side")
+    command.add_argument("--grid", action="store_true", help="write all images to one file, as a grid")
 
 
 def sampling_arguments(args: argparse.Namespace, pipe: "DiffusionPipeline") -> dict:
-    """What the pipeline is told of them, but for the number of images and the source of noise."""
+    """Return the pipeline's arguments from these options, except for the number of images and the generator."""
     return {
         "negative_prompt": args.negative_prompt,
         **size_arguments(args, pipe),
@@ -97,22 +101,26 @@ def sampling_arguments(args: argparse.Namespace, pipe: "DiffusionPipeline") -> d
 
 
 def size_arguments(args: argparse.Namespace, pipe: "DiffusionPipeline") -> dict[str, int | None]:
-    """The size of the result: of a cascade the stage to stop after, of an upscaler alone, by default its own resolution.
+    """
+    Return the size of the result: for a cascade, the last stage to run; for a single upscaler, its resolution by
+    default.
 
     Raises:
-        ValueError: If a stage alone has another resolution than was asked for.
+        ValueError: If a single stage does not have the requested resolution.
     """
     sizes = {"height": args.height, "width": args.width}
     if not isinstance(pipe, pipelines.ImagenSuperResolutionPipeline):
         return {"output_resolution": args.resolution, **sizes}
     resolution = pipe.stages[0].resolution
     if args.resolution not in (None, resolution):
-        raise ValueError(f"`output_resolution` is {args.resolution}, but the one stage ends at {resolution}.")
+        raise ValueError(
+            f"`output_resolution` is {args.resolution}, but should be {resolution}, that of the only stage."
+        )
     return {name: pixels or resolution for name, pixels in sizes.items()}
 
 
 def check_sampling(args: argparse.Namespace, upscaler_alone: bool = False) -> None:
-    """Refuses what can be refused before pictures are read and a model loads: output, device, model and texts."""
+    """Raise ValueError for an invalid output, device, model or text, before images are read and a model is loaded."""
     refuse_several("One call of a model")
     check_output(args)
     check_device(args.device)
@@ -126,9 +134,9 @@ def check_sampling(args: argparse.Namespace, upscaler_alone: bool = False) -> No
 
 
 def make_images(args: argparse.Namespace, task: str, prepare: Callable = lambda pipe: None, **inputs) -> None:
-    """Makes the pictures of one call of the pipeline, and writes them; after `check_sampling`.
+    """Generate the images of one pipeline call, and write them; `check_sampling` must be called before.
 
-    `task` is what the settings in the files call it.
+    `task` is the name of the task in the saved settings.
     """
     import torch
     from diffusers.utils import make_image_grid
@@ -147,12 +155,12 @@ def make_images(args: argparse.Namespace, task: str, prepare: Callable = lambda 
     paths = output_paths(args)
     for image, path, number in zip(images, paths, numbers):
         save_image(image, path, settings | number)
-    for path in paths:  # when all are on the disk: who reads the names may end early
+    for path in paths:  # after all are written: the reader of the names may close the pipe early
         print(path)
 
 
 def output_paths(args: argparse.Namespace) -> list[Path]:
-    """The files of one call of the pipeline."""
+    """Return the output files of one pipeline call."""
     output = args.output or DEFAULT_OUTPUT
     if args.grid or args.num_images == 1:
         return [output]
@@ -160,13 +168,13 @@ def output_paths(args: argparse.Namespace) -> list[Path]:
 
 
 def grid_shape(count: int) -> tuple[int, int]:
-    """Rows and columns of a grid without gaps, rows being the more."""
+    """Return the rows and columns of a grid without empty cells, with at least as many rows as columns."""
     columns = next(n for n in range(int(count**0.5), 0, -1) if count % n == 0)
     return count // columns, columns
 
 
 def read_image(name: str, path: Path) -> Image.Image:
-    """An image file, upright, in RGB, as training reads it; ValueError if it cannot be read."""
+    """Read an image file as in training, upright and in RGB; raise ValueError if it cannot be read."""
     try:
         return read_picture(path)
     except BadImage as error:
@@ -174,7 +182,7 @@ def read_image(name: str, path: Path) -> Image.Image:
 
 
 def check_output(args: argparse.Namespace) -> None:
-    """Checks that the images can be written, before it takes minutes to make them."""
+    """Raise ValueError if the images cannot be written, before they are generated."""
     output = args.output or DEFAULT_OUTPUT
     if output.suffix.lower() not in FORMATS:
         raise ValueError(f"`output` is '{output}', but should end in one of {', '.join(FORMATS)}.")
@@ -183,11 +191,11 @@ def check_output(args: argparse.Namespace) -> None:
         for name in ("image", "mask"):
             given = getattr(args, name, None)
             if given is not None and path.exists() and given.exists() and path.samefile(given):
-                raise ValueError(f"`output` is '{path}', which is the `{name}`: name another file.")
+                raise ValueError(f"`output` is '{path}', which is the `{name}`: choose another file.")
 
 
 def check_picture_size(args: argparse.Namespace, pipe: "DiffusionPipeline") -> None:
-    """Checks that the format of the output takes images of this size."""
+    """Raise ValueError if the output format does not support images of this size."""
     output = args.output or DEFAULT_OUTPUT
     format = FORMATS[output.suffix.lower()]
     resolution = args.resolution or pipe.stages[-1].resolution
@@ -195,32 +203,32 @@ def check_picture_size(args: argparse.Namespace, pipe: "DiffusionPipeline") -> N
     height, width = (count * (own or resolution) for count, own in zip(shape, (args.height, args.width)))
     if max(height, width) > MAX_SIZES.get(format, math.inf):
         raise ValueError(
-            f"`output` is '{output}', but {format} takes at most {MAX_SIZES[format]} pixels of height and width, not "
-            f"{height}x{width}: take .png."
+            f"`output` is '{output}', but {format} supports at most {MAX_SIZES[format]} pixels of height and width, "
+            f"not {height}x{width}: use .png."
         )
 
 
 def check_device(device: str) -> None:
-    """Checks that there is such a device, and that tensors can be on it."""
+    """Raise ValueError if the device does not exist, or tensors cannot be created on it."""
     import torch
 
     try:
         if torch.device(device).type == "meta":
             raise RuntimeError("tensors on it have no values")
         torch.zeros(1, device=device).add(1).item()
-    except Exception as error:  # each of torch's backends has its own
+    except Exception as error:  # torch's backends raise different types
         reason = textwrap.shorten(str(error).strip().partition("\n")[0], 200) or type(error).__name__
         raise ValueError(f"`device` is {device!r}, which cannot be used: {reason}") from error
 
 
 def slug_of(prompt: str) -> str:
-    """A prompt as part of a file's name."""
+    """Convert a prompt to a part of a file name."""
     slug = re.sub(r"\W+", "-", prompt[: 20 * NAME_LENGTH].lower())[:NAME_LENGTH]
     return slug.encode()[:NAME_BYTES].decode(errors="ignore").strip("-")
 
 
 def save_image(image: Image.Image, path: Path, settings: Mapping[str, Any] | None = None) -> None:
-    """Writes an image file, whole or not at all; a PNG file with the settings that it was made with, if they are given."""
+    """Write a complete image file, or none; PNG files include the settings, if given."""
     path.parent.mkdir(parents=True, exist_ok=True)
     format = FORMATS[path.suffix.lower()]
     options = {"pnginfo": png_info(settings)} if format == "PNG" and settings else {}
@@ -229,5 +237,5 @@ def save_image(image: Image.Image, path: Path, settings: Mapping[str, Any] | Non
 
 
 def scalar_or_list(values: list | None):
-    """A single value serves all stages; several are one a stage."""
+    """Return a single value for all stages, or a list with one per stage."""
     return values[0] if isinstance(values, list) and len(values) == 1 else values

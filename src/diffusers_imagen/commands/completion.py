@@ -1,4 +1,4 @@
-"""`diffusers-imagen completion`: what a shell needs to complete the commands and options of this one. Needs shtab."""
+"""`diffusers-imagen completion`: print the completion script of a shell. Requires shtab."""
 
 import argparse
 from pathlib import Path
@@ -8,7 +8,7 @@ from ..utils.packages import MissingPackages, require_packages
 from .parser import Parser
 
 
-PLACES = {  # where shells look for it
+PLACES = {  # where the shells search for it
     "bash": "~/.local/share/bash-completion/completions/diffusers-imagen",
     "zsh": "_diffusers-imagen in a folder of fpath",
     "fish": "~/.config/fish/completions/diffusers-imagen.fish",
@@ -18,15 +18,13 @@ PLACES = {  # where shells look for it
 def add_arguments(command: Parser) -> None:
     """Add the options of the command."""
     places = "; ".join(f"{shell}: {place}" for shell, place in PLACES.items())
-    command.description = (
-        f"Prints the completion script of a shell, for the file where the shell looks for it. {places}."
-    )
+    command.description = f"Print the completion script of a shell; save it where the shell searches for it. {places}."
     command.add_argument("shell", choices=tuple(PLACES), help="the shell")
     command.set_defaults(run=completion)
 
 
 def completion(args: argparse.Namespace) -> None:
-    """Print the script."""
+    """Print the completion script."""
     require_packages("completion", "completion", "shtab")
     import shtab
 
@@ -42,7 +40,10 @@ def completion(args: argparse.Namespace) -> None:
 
 
 def training_commands() -> dict[str, argparse.ArgumentParser]:
-    """The parsers of the training commands by name, which are made of configurations; none without training's packages."""
+    """
+    Return the training commands' parsers by name, created from configurations; empty without the packages for
+    training.
+    """
     try:
         from ..training import DreamBoothTrainingConfig, LoraTrainingConfig, TrainingConfig
     except MissingPackages:
@@ -54,7 +55,7 @@ def training_commands() -> dict[str, argparse.ArgumentParser]:
 
 
 def offer_files(command: argparse.ArgumentParser, files: dict[str, Any]) -> None:
-    """Let names of files complete arguments that take any text, as shells do where they are told nothing."""
+    """Complete arguments of any text with file names, as shells do by default."""
     for action in command._actions:
         if action.choices is None and action.nargs != 0 and action.type in (None, str, Path):
-            setattr(action, "complete", files)  # where shtab looks
+            setattr(action, "complete", files)  # read by shtab

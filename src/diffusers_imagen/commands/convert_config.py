@@ -1,4 +1,4 @@
-"""`diffusers-imagen convert-config`: a NeMo configuration as the settings of a training run."""
+"""`diffusers-imagen convert-config`: convert a NeMo configuration to settings of a training run."""
 
 import argparse
 import os
@@ -11,19 +11,21 @@ from .parser import Parser
 def add_arguments(command: Parser) -> None:
     """Add the options of the command."""
     command.description = (
-        "Translates the training sections of a NeMo Imagen configuration into the names of "
-        "train_imagen.py --config, says by name what has no counterpart, and refuses what would train something else."
+        "Translate the training sections of a NeMo Imagen configuration to the settings of the training commands' "
+        "--config, list settings without a counterpart, and reject those that would change the training."
     )
-    command.add_argument("nemo", type=Path, metavar="NEMO.yaml", help="NeMo's configuration")
+    command.add_argument("nemo", type=Path, metavar="NEMO.yaml", help="NeMo's configuration file")
     command.add_argument("--output", type=Path, required=True, metavar="RUN.yaml", help="file to write")
     command.add_argument(
-        "--network", type=Path, metavar="FOLDER", help="also write the network that it describes, with random weights"
+        "--network", type=Path, metavar="FOLDER", help="also write the configured network, with random weights"
     )
     command.set_defaults(run=convert_config)
 
 
 def convert_config(args: argparse.Namespace) -> None:
-    """Writes the settings, and the network if asked for: both or none; says what became of the rest."""
+    """
+    Write the settings, and the network if requested, either both or none; print differences and missing settings.
+    """
     import yaml
 
     from ..conversion.nemo_training import to_be_given, translate_training
@@ -45,9 +47,9 @@ def convert_config(args: argparse.Namespace) -> None:
 
     print(f"{args.output}: {len(settings)} settings")
     sections = {
-        "Not quite the same": differences,
+        "Differences": differences,
         "No counterpart, left out": left_out,
-        "Still to be given": to_be_given(settings, args.network),
+        "Still required": to_be_given(settings, args.network),
     }
     for title, lines in sections.items():
         if lines:
@@ -55,29 +57,31 @@ def convert_config(args: argparse.Namespace) -> None:
 
 
 def check_outputs(args: argparse.Namespace) -> None:
-    """Refuses outputs that cannot be written, or that would take each other's or the input's place."""
+    """Raise ValueError for outputs that cannot be written, or that would overwrite each other or the input."""
     check_writable(args.output, "output")
     output = args.output.resolve()
     if output == args.nemo.resolve():
-        raise ValueError(f"`output` is '{args.output}', which is the configuration to translate: name another file.")
+        raise ValueError(f"`output` is '{args.output}', which is the configuration to translate: choose another file.")
     if args.network is None:
         return
     if (args.network / "unet").exists():
-        raise ValueError(f"`network` is '{args.network}', which has a network: name another folder.")
+        raise ValueError(f"`network` is '{args.network}', which already has a network: choose another folder.")
     check_writable(args.network / "unet", "network")
     network = args.network.resolve()
     if output in (network, *network.parents) or output.is_relative_to(network / "unet"):
-        raise ValueError(f"`network` is '{args.network}', but `output` '{args.output}' would take its place.")
+        raise ValueError(f"`network` is '{args.network}', but `output` '{args.output}' would overwrite it.")
 
 
 def write_settings(path: Path, text: str) -> None:
-    """Writes the file, in a folder that is made."""
+    """Write the settings to a file, and create its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, text)
 
 
 def make_network(model_config: dict, seed: int):
-    """The network of a configuration, with random weights; refuses one that this machine cannot hold."""
+    """
+    Create the network of a configuration with random weights; raise ValueError if it exceeds the machine's memory.
+    """
     # torch and diffusers take seconds to import; --help should not
     import torch
 
@@ -87,12 +91,12 @@ def make_network(model_config: dict, seed: int):
         with torch.device("meta"):
             size = unet_from_nemo_config(model_config).num_parameters()
     except (TypeError, KeyError, AttributeError, ArithmeticError, IndexError, RuntimeError) as error:
-        raise ValueError(f"`model.unet` describes no network: {type(error).__name__}: {error}") from error
+        raise ValueError(f"`model.unet` is not a valid network: {type(error).__name__}: {error}") from error
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if 4 * size > memory:
         raise ValueError(
-            f"`model.unet` describes a network of {size:,} parameters, which are more than the {memory / 2**30:.0f} GiB "
-            "of this machine's memory."
+            f"`model.unet` has {size:,} parameters, which do not fit into the {memory / 2**30:.0f} GiB of this "
+            "machine's memory."
         )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)

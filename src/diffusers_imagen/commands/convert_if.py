@@ -1,4 +1,4 @@
-"""`diffusers-imagen convert-if`: DeepFloyd IF in this package's format."""
+"""`diffusers-imagen convert-if`: convert DeepFloyd IF to this package's format."""
 
 import argparse
 import os
@@ -22,38 +22,38 @@ from .model_arguments import (
 from .parser import Parser
 
 
-LICENSE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*")  # files of a repository that go along with its weights
+LICENSE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*")  # files of a repository that are copied with its weights
 NONE = "none"
 
 
 def add_arguments(command: Parser) -> None:
     """Add the options of the command."""
     command.description = (
-        "Writes repositories or folders of DeepFloyd IF as one cascade, or one of them as a single stage: for "
-        "--model of the other commands, for from_pretrained, and to train further. All weights of the result are in "
-        "memory at once. For repositories that need a login, run `hf auth login` first."
+        "Write repositories or folders of DeepFloyd IF as one cascade, or one of them as a single stage: for "
+        "--model of other commands, for from_pretrained, and for further training. All weights of the result are "
+        "loaded at once. For repositories that require a login, run `hf auth login` first."
     )
     add_stage_arguments(command, "folder or Hub id of the base stage, such as DeepFloyd/IF-I-M-v1.0", ", or none")
     command.add_argument(
         "--dtype",
         choices=DTYPES,
-        help="of the weights that are written; default: float16 with --variant fp16, else float32",
+        help="dtype of the written weights; default: float16 with --variant fp16, else float32",
     )
     add_output_argument(command)
     command.set_defaults(run=convert_if)
 
 
 def add_output_argument(command: Parser) -> None:
-    """Where a folder goes."""
+    """Add the option for the output folder."""
     command.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="new or empty folder to write")
 
 
 def convert_if(args: argparse.Namespace) -> None:
-    """Writes the folder, whole or not at all, and says what is in it."""
+    """Write the complete folder, or none, and print its content."""
     from ..pipelines.model_card import new_card
 
     if args.model is None and all(getattr(args, name) is None for name in UPSCALERS):
-        raise ValueError("`model` is not given: name the base stage, or a super-resolution stage alone as --sr256.")
+        raise ValueError("`model` is not given: pass the base stage, or a single super-resolution stage as --sr256.")
     check_new_folder(args.output, "output")
     given = sources_of(args)
     check_sources(given, upscaler_alone=True)
@@ -69,19 +69,20 @@ def convert_if(args: argparse.Namespace) -> None:
 
 
 def check_if(given: dict[str, str]) -> None:
-    """Refuses what is no stage of DeepFloyd IF."""
+    """Raise ValueError for a source that is not a stage of DeepFloyd IF."""
     from ..pipelines.loading.deepfloyd_repository import is_deepfloyd
 
     for name, source in given.items():
         found = class_of(name, source)
         if not is_deepfloyd(found):
             raise ValueError(
-                f"`{name}` is '{source}', which is of {found}, but should be of IFPipeline or IFSuperResolutionPipeline."
+                f"`{name}` is '{source}', which is a {found}, but should be an IFPipeline or "
+                "IFSuperResolutionPipeline."
             )
 
 
 def read_stages(args: argparse.Namespace, given: dict[str, str]):
-    """The stages as a pipeline of this package: of one stage alone, or a cascade."""
+    """Load the stages as a pipeline of this package: a single stage, or a cascade."""
     options = load_options(args)
     if options.get("text_encoder") == NONE:
         options |= {"text_encoder": None, "tokenizer": None}
@@ -90,7 +91,7 @@ def read_stages(args: argparse.Namespace, given: dict[str, str]):
 
 
 def copy_licenses(given: dict[str, str], folder: Path) -> list[str]:
-    """Copies the license files that come with the weights; of two of the same name and other words, both.
+    """Copy the license files of the weights; files with the same name and different content are all kept.
 
     Returns:
         Their names.
@@ -109,7 +110,7 @@ def copy_licenses(given: dict[str, str], folder: Path) -> list[str]:
 
 
 def report(folder: Path, pipe, licenses: list[str]) -> None:
-    """Says what was written, and how large it is."""
+    """Print the content and size of the written folder."""
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"{folder}: {type(pipe).__name__}, {size / 2**30:.2f} GiB")
     parts = {name: part for name, part in pipe.components.items() if hasattr(part, "num_parameters")}

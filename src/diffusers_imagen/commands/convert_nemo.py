@@ -1,4 +1,4 @@
-"""`diffusers-imagen convert-nemo`: NeMo's checkpoints as a stage or a cascade that opens with `from_pretrained`."""
+"""`diffusers-imagen convert-nemo`: convert NeMo's checkpoints to a stage or a cascade for `from_pretrained`."""
 
 import argparse
 import json
@@ -13,7 +13,7 @@ from .parser import Parser
 
 RECORD, VERIFICATION = "nemo_conversion.json", "nemo_verification.json"
 TRAINING = (
-    "Optimizer and schedule were not carried over: training goes on from the weights, with a new optimizer "
+    "Optimizer and schedule were not converted: training continues from the weights, with a new optimizer "
     "(--pretrained_model_name_or_path, and the settings of convert-config)."
 )
 CARD = """\
@@ -21,7 +21,7 @@ CARD = """\
 ## Origin
 Converted from checkpoints of NVIDIA NeMo's Imagen by diffusers-imagen. No weight was changed{cast}.
 
-| part | checkpoint | parameters | type there | type here |
+ part | checkpoint | parameters | original dtype | dtype |
 |---|---|---|---|---|
 {stages}
 
@@ -32,25 +32,30 @@ Converted from checkpoints of NVIDIA NeMo's Imagen by diffusers-imagen. No weigh
 def add_arguments(command: Parser) -> None:
     """Add the options of the command."""
     command.description = (
-        "Converts .nemo archives and Lightning checkpoints of NVIDIA NeMo's Imagen: one to a stage, several "
-        "to a cascade. Nothing in them is run, and weights go to the disk one by one. Says what became of every key."
+        "Convert .nemo archives and Lightning checkpoints of NVIDIA NeMo's Imagen: one to a stage, several "
+        "to a cascade. No code in them is executed, and weights are converted one by one. Every converted and "
+        "omitted key is reported."
     )
     command.add_argument("base", type=Path, metavar="base.nemo", help="a stage: .nemo, its unpacked folder, or .ckpt")
-    command.add_argument("--base-config", type=Path, metavar="YAML", help="its configuration, if it has none")
+    command.add_argument("--base-config", type=Path, metavar="YAML", help="its configuration, if the file has none")
     for kind in STAGES[1:]:
         resolution = f"super-resolution stage, {kind.resolution} px"
         command.add_argument(f"--{kind.name}", type=Path, metavar="sr.nemo", help=resolution)
-        command.add_argument(f"--{kind.name}-config", type=Path, metavar="YAML", help="its configuration, likewise")
-    command.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="a new folder")
-    command.add_argument("--text-encoder", metavar="MODEL", help="folder or Hub id of the encoder, to go along")
-    command.add_argument("--ema", action="store_true", help="take the averages, of NAME-EMA.ckpt beside NAME.ckpt")
-    command.add_argument("--dtype", choices=DTYPES, help="type of the weights; default: as in the checkpoint")
+        command.add_argument(
+            f"--{kind.name}-config", type=Path, metavar="YAML", help="its configuration, if the file has none"
+        )
+    command.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="new folder to write")
+    command.add_argument("--text-encoder", metavar="MODEL", help="folder or Hub id of the text encoder to include")
+    command.add_argument(
+        "--ema", action="store_true", help="use averaged weights, from NAME-EMA.ckpt beside NAME.ckpt"
+    )
+    command.add_argument("--dtype", choices=DTYPES, help="dtype of the weights; default: as in the checkpoint")
     command.add_argument("--verify", action="store_true", help="compare every written tensor with the checkpoint")
     command.set_defaults(run=convert_nemo)
 
 
 def convert_nemo(args: argparse.Namespace) -> None:
-    """Writes the folder, whole or not at all; says what became of the checkpoints."""
+    """Write the complete folder, or none, and print a report on each checkpoint."""
     from ..conversion.nemo_archive import find_source
     from ..text.pretrained import load_tokenizer
 
@@ -59,7 +64,7 @@ def convert_nemo(args: argparse.Namespace) -> None:
     for kind, source in sources.items():
         find_source(source, args.ema, kind.name)
     if args.text_encoder is not None:
-        load_tokenizer(args.text_encoder, 1)  # whether there is one, before weights are read
+        load_tokenizer(args.text_encoder, 1)  # fails early if there is none, before weights are read
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with whole_folder(args.output) as partial:
         stages, reports = convert_stages(args, sources, partial)
@@ -74,7 +79,9 @@ def convert_nemo(args: argparse.Namespace) -> None:
 def convert_stages(
     args: argparse.Namespace, sources: dict[StageKind, Path], folder: Path
 ) -> tuple[dict[StageKind, Any], dict[str, dict[str, Any]]]:
-    """Writes the networks and schedulers; the stages without weights, and by name what became of each checkpoint."""
+    """
+    Write the networks and schedulers; return the stages without weights, and by name the report on each checkpoint.
+    """
     import torch
 
     from ..conversion.nemo_archive import open_nemo
@@ -105,7 +112,7 @@ def convert_stages(
 
 
 def make_pipeline(args: argparse.Namespace, stages: dict[StageKind, Any], folder: Path) -> Any:
-    """The pipeline of stages without weights; writes its index and, if it has them, text encoder and tokenizer."""
+    """Create the pipeline of stages without weights; write its index and, if any, text encoder and tokenizer."""
     from ..conversion.nemo_stage import cascade_components
     from ..pipelines import ImagenCascadePipeline, ImagenPipeline, ImagenSuperResolutionPipeline
     from ..pipelines.stages import check_factors, check_stages
@@ -130,7 +137,7 @@ def make_pipeline(args: argparse.Namespace, stages: dict[StageKind, Any], folder
 
 
 def write_about(args: argparse.Namespace, pipe: Any, reports: dict[str, dict[str, Any]], folder: Path) -> None:
-    """Writes the card, and the record of the conversion, with NeMo's configurations in it."""
+    """Write the model card, and the record of the conversion, including NeMo's configurations."""
     from ..pipelines.model_card import new_card
 
     rows = (
@@ -139,10 +146,10 @@ def write_about(args: argparse.Namespace, pipe: Any, reports: dict[str, dict[str
         for name, report in reports.items()
     )
     name = args.output.resolve().name
-    without = "The text encoder is not part of this folder: give embeddings, or compose it with one.\n\n"
+    without = "The text encoder is not part of this folder: pass embeddings, or compose it with a text encoder.\n\n"
     text = CARD.format(
         description=pipe.describe(name),
-        cast=f", but for its type, which is {args.dtype}" if args.dtype else "",
+        cast=f", except for its dtype, which is {args.dtype}" if args.dtype else "",
         stages="\n".join(rows),
         text="" if args.text_encoder else without,
         training=TRAINING,
@@ -152,11 +159,11 @@ def write_about(args: argparse.Namespace, pipe: Any, reports: dict[str, dict[str
     data.pipeline_tag = "image-to-image" if pipe.stages[0].unet.takes_low_res else "text-to-image"
     pipe.write_card(card, folder / "README.md")
     record = {"stages": reports, "optimizer": TRAINING}
-    write_json(folder / RECORD, json.loads(json.dumps(record, default=str)))  # YAML has dates
+    write_json(folder / RECORD, json.loads(json.dumps(record, default=str)))  # YAML can contain dates
 
 
 def describe_report(name: str, report: dict[str, Any]) -> str:
-    """What became of a checkpoint, in words."""
+    """Return the report on a checkpoint as text."""
     types = f"{', '.join(report['dtypes'])} to {', '.join(report['written'])}".replace("torch.", "")
     lines = [f"{name}: {report['source']}, {report['parameters']:,} parameters, {report['mapped']} keys, {types}"]
     for title, entries in (("left out on purpose", report["dropped"]), ("not converted", report["left_out"])):
@@ -167,5 +174,5 @@ def describe_report(name: str, report: dict[str, Any]) -> str:
             more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
             lines.append(f"{title}: {', '.join(keys[:3])}{more} ({reason})")
     if "verified" in report:
-        lines.append(f"verified: {report['verified']} tensors are those of the checkpoint, by SHA-256")
+        lines.append(f"verified: {report['verified']} tensors equal those of the checkpoint, by SHA-256")
     return "\n  ".join(lines)

@@ -1,4 +1,4 @@
-"""`diffusers-imagen demo`: a model in a browser."""
+"""`diffusers-imagen demo`: use a model in a browser."""
 
 import argparse
 import errno
@@ -19,27 +19,29 @@ from .parser import Parser
 def add_arguments(command: Parser) -> None:
     """Add the options of the command."""
     command.description = (
-        "Serves a page to draw, enlarge and inpaint with: what the model can do. A super-resolution stage alone, "
-        "--sr256 or --sr1024 without --model, enlarges. Needs gradio."
+        "Serve a web page to generate, upscale and inpaint images, depending on the model. A single "
+        "super-resolution stage, --sr256 or --sr1024 without --model, upscales. Requires gradio."
     )
     add_model_arguments(command)
-    command.add_argument("--host", default="127.0.0.1", help="0.0.0.0 serves other machines too; default: %(default)s")
-    command.add_number("--port", int, 0, 65535, default=7860, help="0 takes a free one; default: %(default)s")
+    command.add_argument(
+        "--host", default="127.0.0.1", help="address; 0.0.0.0 also serves other machines; default: %(default)s"
+    )
+    command.add_number("--port", int, 0, 65535, default=7860, help="port; 0 selects a free one; default: %(default)s")
     command.add_argument("--open", action="store_true", help="open the page in a browser")
     command.set_defaults(run=demo)
 
 
 def demo(args: argparse.Namespace) -> None:
-    """Serves the page until interrupted."""
+    """Serve the page until interrupted."""
     require_packages("the demo", "demo", "gradio")
     check_device(args.device)
     check_model(args, upscaler_alone=True)
     port = find_port(args.host, args.port)
-    # gradio would report its use to its makers, from the moment of its import
+    # gradio would report its use over the network, starting with its import
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the pictures are deleted
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the images are deleted
     with tempfile.TemporaryDirectory(prefix="diffusers-imagen-demo-") as pictures:
-        os.environ["GRADIO_TEMP_DIR"] = pictures  # read at gradio's import
+        os.environ["GRADIO_TEMP_DIR"] = pictures  # read when gradio is imported
         try:
             serve(args, port)
         finally:
@@ -47,7 +49,7 @@ def demo(args: argparse.Namespace) -> None:
 
 
 def serve(args: argparse.Namespace, port: int) -> None:
-    """Loads the model and serves the page until interrupted."""
+    """Load the model and serve the page until interrupted."""
     from . import webdemo
 
     page = webdemo.build(load_pipeline(args), sources_of(args))
@@ -67,7 +69,10 @@ def serve(args: argparse.Namespace, port: int) -> None:
 
 
 def find_port(host: str, port: int) -> int:
-    """The port, or for 0 a free one; ValueError if it is in use, or `host` is no address of this machine."""
+    """
+    Return the port, or a free one for 0; raise ValueError if it is in use, or `host` is not an address of this
+    machine.
+    """
     if host != "localhost":
         try:
             ipaddress.IPv4Address(host)

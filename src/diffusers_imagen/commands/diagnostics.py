@@ -1,4 +1,4 @@
-"""Examinations of data sets, trained stages and embedding caches."""
+"""Checks of data sets, trained stages and embedding caches, for `diffusers-imagen doctor`."""
 
 import hashlib
 import json
@@ -28,13 +28,13 @@ from ..utils.errors import one_line
 from ..utils.files import read_json_object
 
 
-SIGMA_TOLERANCE = 0.25  # relative: the preconditioning forgives that much
-MANY = 0.01  # shares from here on are worth a word
+SIGMA_TOLERANCE = 0.25  # relative: the preconditioning tolerates this deviation
+MANY = 0.01  # share from which a finding is reported as wrong
 NAMED = 3
 
 
 class Finding(NamedTuple):
-    """One thing that was looked at."""
+    """Result of one check."""
 
     wrong: bool
     text: str
@@ -43,13 +43,13 @@ class Finding(NamedTuple):
 def examine_data(
     config: DataConfig, sigma_data: float = 0.5, text_encoder: str | None = None, num_images: int = 1000
 ) -> list[Finding]:
-    """Images, captions and duplicates of a data set's training split.
+    """Check images, captions and duplicates of a data set's training split.
 
     Args:
-        config (`DataConfig`): The data.
-        sigma_data (`float`): The configured standard deviation of the images in [-1, 1].
-        text_encoder (`str`, *optional*): Whose tokenizer counts tokens.
-        num_images (`int`): Images that are opened, evenly spread over the rows.
+        config (`DataConfig`): Configuration of the data.
+        sigma_data (`float`): Configured standard deviation of the images in [-1, 1].
+        text_encoder (`str`, *optional*): Text encoder whose tokenizer counts tokens.
+        num_images (`int`): Number of images to open, spread evenly over the rows.
     """
     rows = open_rows(config, config.train_split)
     if not len(rows.data):
@@ -62,7 +62,7 @@ def examine_data(
 
 
 def examine_images(rows: Rows, places: np.ndarray, config: DataConfig, sigma_data: float) -> list[Finding]:
-    """Modes, sizes, range, standard deviation, duplicates, and files that cannot be read."""
+    """Check modes, sizes, value range, standard deviation, duplicates, and unreadable files."""
     modes: Counter[str] = Counter()
     seen: dict[bytes, str] = {}
     bad: dict[str, str] = {}
@@ -101,33 +101,33 @@ def examine_images(rows: Rows, places: np.ndarray, config: DataConfig, sigma_dat
         Finding(
             len(small) >= max(1, MANY * len(places)),
             report(
-                small, len(places), f"are smaller than {config.resolution} px and are enlarged", "none is enlarged"
+                small, len(places), f"are smaller than {config.resolution} px and are upscaled", "none is upscaled"
             ),
         ),
         Finding(
             len(copies) >= max(1, MANY * len(places)),
-            report(copies, len(places), "are pixel for pixel copies", "no image is a copy of another"),
+            report(copies, len(places), "are exact copies of others", "no image is a copy of another"),
         ),
     ]
     return findings
 
 
 def judge_range(low: int, high: int) -> Finding:
-    """Whether pixels use the range that they are kept in."""
+    """Check that pixels use the value range."""
     uniform = high - low < 128
     hint = ": nearly uniform; were they scaled to [0, 1] before they were saved?" if uniform else ""
     return Finding(uniform, f"pixels from {low} to {high} of 255{hint}")
 
 
 def judge_sigma(sigma: float, sigma_data: float, where: str) -> Finding:
-    """Whether the images have the standard deviation that is configured."""
+    """Check that the images have the configured standard deviation."""
     off = abs(sigma / sigma_data - 1) > SIGMA_TOLERANCE
-    hint = f": give `sigma_data` {sigma:.2f}" if off and sigma > 0.005 else ""
+    hint = f": set `sigma_data` to {sigma:.2f}" if off and sigma > 0.005 else ""
     return Finding(off, f"measured sigma_data {sigma:.3f} {where}; configured {sigma_data}{hint}")
 
 
 def examine_captions(rows: Rows, config: DataConfig, text_encoder: str | None) -> list[Finding]:
-    """Empty and repeated captions, and how many are cut."""
+    """Check for empty and repeated captions, and count those that are cut."""
     captions = list(iterate_captions(rows.data, config.caption_column))
     counts = Counter(captions)
     empty = sum(number for caption, number in counts.items() if not caption.strip())
@@ -143,7 +143,7 @@ def examine_captions(rows: Rows, config: DataConfig, text_encoder: str | None) -
         ),
     ]
     if text_encoder is None:
-        return findings + [Finding(False, "token lengths were not counted: give `text_encoder`")]
+        return findings + [Finding(False, "token lengths were not counted: pass `text_encoder`")]
     encoder = TextEncoder.from_pretrained(text_encoder, config.tokenizer_max_length)
     distinct = list(counts)
     lengths = []
@@ -161,7 +161,7 @@ def examine_captions(rows: Rows, config: DataConfig, text_encoder: str | None) -
 
 
 def attempt(what: str, examine: Callable[[], list[Finding]]) -> list[Finding]:
-    """What an examination finds; that it cannot be made is a finding too, whatever is in the files."""
+    """Return the findings of a check; an error of any type is a finding too."""
     try:
         return examine()
     except Exception as error:
@@ -170,40 +170,40 @@ def attempt(what: str, examine: Callable[[], list[Finding]]) -> list[Finding]:
 
 
 def examine_cache(folder: Path) -> list[Finding]:
-    """Size, width and checksums of an embedding cache."""
+    """Check size, width and checksums of an embedding cache."""
     return find_irregular(folder) or attempt("the embedding cache", lambda: examine_shards(EmbeddingCache(folder)))
 
 
 def examine_shards(cache: EmbeddingCache) -> list[Finding]:
-    """Size, width and checksums of a cache that can be opened."""
+    """Check size, width and checksums of an open cache."""
     encoder = cache.manifest["encoder"]
     findings = [
         Finding(
             len(cache) == 0,
             f"{len(cache)} captions, width {cache.width}, up to {cache.max_length} tokens, {cache.manifest['dtype']}, "
-            f"made by {encoder.get('class', 'an encoder that is not named')}",
+            f"encoded by {encoder.get('class', 'an unnamed encoder')}",
         )
     ]
     problems = cache.verify()
-    return findings + ([Finding(True, text) for text in problems] or [Finding(False, "all checksums are right")])
+    return findings + ([Finding(True, text) for text in problems] or [Finding(False, "all checksums are correct")])
 
 
 def find_irregular(folder: Path) -> list[Finding]:
-    """FIFOs, sockets, devices and broken links in a folder, which nothing could be read from."""
+    """Find FIFOs, sockets, devices and broken links in a folder, which cannot be read."""
     paths = [path for path in sorted(folder.rglob("*")) if not path.is_file() and not path.is_dir()]
-    return [Finding(True, f"{path.relative_to(folder)} is no regular file") for path in paths[:NAMED]]
+    return [Finding(True, f"{path.relative_to(folder)} is not a regular file") for path in paths[:NAMED]]
 
 
 def find_networks(folder: Path) -> list[Path]:
-    """The folders of networks: of a stage's `unet/`, a cascade's `base_unet/` and the like, or the folder itself."""
+    """Find the folders of networks: a stage's `unet/`, a cascade's `base_unet/` and others, or the folder itself."""
     inside = sorted(path.parent for path in folder.glob("*unet/config.json"))
     return inside or [folder] * (folder / "config.json").exists()
 
 
 def examine_stage(folder: Path, text_encoder: str | None = None) -> list[Finding]:
-    """Weights, widths and losses of a stage folder, or of all stages of a cascade."""
+    """Check weights, widths and losses of a stage folder, or of all stages of a cascade."""
     findings = find_irregular(folder)
-    if findings:  # reading a FIFO would not end
+    if findings:  # reading a FIFO would never end
         return findings
     encoder = text_encoder or (str(folder) if (folder / "text_encoder").is_dir() else None)
     for path in [folder / "model_index.json", *sorted(folder.glob("*scheduler/scheduler_config.json"))]:
@@ -218,34 +218,34 @@ def examine_stage(folder: Path, text_encoder: str | None = None) -> list[Finding
 
 
 def examine_json(path: Path) -> list[Finding]:
-    """Whether a file is a JSON object: nothing more is said of it."""
+    """Check that a file is a JSON object, without further findings."""
     read_json_object(path)
     return []
 
 
 def read_losses(path: Path) -> list[dict[str, Any]]:
-    """The records of a run's losses; ValueError, which names it, for a line that is none."""
+    """Read the records of a run's losses; raise ValueError for an invalid line, with its number."""
     records = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             record = json.loads(line)
             float(record.get("loss") or 0)
         except (ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
-            raise ValueError(f"line {number} is no record with a `loss`: {line[:80]!r}") from error
+            raise ValueError(f"line {number} is not a record with a `loss`: {line[:80]!r}") from error
         records.append(record)
     return records
 
 
 def examine_network(folder: Path, text_encoder: str | None) -> list[Finding]:
-    """The weights of a network, and whether they go with the text encoder."""
+    """Check the weights of a network, and that it fits the text encoder."""
     unet = AutoModel.from_pretrained(str(folder))
     if isinstance(unet, UNet2DConditionModel):  # as DeepFloyd IF is published
         unet = unet_from_deepfloyd(unet)
     if not isinstance(unet, StageNetwork):
-        return [Finding(True, f"it is {type(unet).__name__}, but should be ImagenUNetModel or EfficientUNetModel")]
+        return [Finding(True, f"it is a {type(unet).__name__}, but should be ImagenUNetModel or EfficientUNetModel")]
     missing = missing_weights(unet)
     if missing:
-        return [Finding(True, f"{len(missing)} weights are missing, {missing[0]} among them")]
+        return [Finding(True, f"{len(missing)} weights are missing, such as {missing[0]}")]
     findings = [examine_weights(unet)]
     if text_encoder is not None:
         findings += attempt("the text encoder", lambda: [examine_width(unet.text_width, text_encoder)])
@@ -253,31 +253,31 @@ def examine_network(folder: Path, text_encoder: str | None) -> list[Finding]:
 
 
 def examine_weights(unet: StageNetwork) -> Finding:
-    """Whether the weights are finite, and were ever trained."""
+    """Check that the weights are finite, and not those of a new network."""
     parameters = dict(unet.named_parameters())
     broken = [name for name, value in parameters.items() if not value.isfinite().all()]
     count = sum(value.numel() for value in parameters.values())
     if broken:
         return Finding(True, f"{len(broken)} weights are not finite, such as {broken[0]}: training diverged")
     if unet.is_untrained():
-        return Finding(True, "all residual branches end in zeros, as in a new network: this network was never trained")
+        return Finding(True, "the last layers of all residual branches are zero, as in a new network: it is untrained")
     trained = " and trained" if unet.zero_initialized() else ""
     return Finding(False, f"{type(unet).__name__}: {count:,} weights, finite{trained}")
 
 
 def examine_width(width: int | None, text_encoder: str) -> Finding:
-    """Whether the network reads embeddings as wide as the encoder makes them."""
+    """Check that the network's text embeddings have the width of the encoder's."""
     if width is None:
-        return Finding(False, "the network reads no text")
+        return Finding(False, "the network is not conditioned on text")
     subfolder = "text_encoder" if (Path(text_encoder) / "text_encoder").is_dir() else ""
     actual = encoder_width(AutoConfig.from_pretrained(text_encoder, subfolder=subfolder, trust_remote_code=False))
     wrong = width != actual
-    text = f"the text encoder's embeddings are {actual} wide"
-    return Finding(wrong, text + (f", but the network reads {width}" if wrong else ", as the network reads them"))
+    text = f"the text encoder's embeddings have width {actual}"
+    return Finding(wrong, text + (f", but the network needs width {width}" if wrong else ", as the network needs"))
 
 
 def examine_losses(records: list[dict[str, Any]]) -> list[Finding]:
-    """Whether a curve of losses is finite and falls."""
+    """Check that a loss curve is finite and decreases."""
     losses = [float(record["loss"]) for record in records if record.get("loss") is not None]
     for record in records:
         if not math.isfinite(float(record.get("loss") or 0)):
@@ -286,12 +286,12 @@ def examine_losses(records: list[dict[str, Any]]) -> list[Finding]:
         return [Finding(False, f"{len(losses)} recorded losses, too few to judge")]
     lowest, last = min(losses), losses[-1]
     rises = last > 1.1 * lowest and last > losses[0] * 0.9
-    text = f"loss {losses[0]:.4f} at first, {lowest:.4f} at its lowest, {last:.4f} at last"
-    return [Finding(rises, text + (": it rises; lower `learning_rate`, or look at the data" if rises else ""))]
+    text = f"loss: first {losses[0]:.4f}, lowest {lowest:.4f}, last {last:.4f}"
+    return [Finding(rises, text + (": it increases; lower `learning_rate`, or check the data" if rises else ""))]
 
 
 def report(found: dict | list, total: int, what: str, nothing: str) -> str:
-    """How many of the images, with the first of them named."""
+    """Return a count of images, with the names of the first ones."""
     if not found:
         return f"images: {nothing}"
     named = [f"{name}: {found[name]}" if isinstance(found, dict) else name for name in list(found)[:NAMED]]

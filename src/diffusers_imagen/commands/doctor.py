@@ -1,4 +1,4 @@
-"""`diffusers-imagen doctor`: what is wrong with a data set, a stage, a cascade, or an embedding cache, in words."""
+"""`diffusers-imagen doctor`: find problems of a data set, a stage, a cascade, or an embedding cache."""
 
 import argparse
 import re
@@ -14,23 +14,29 @@ HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 def add_arguments(command: Parser) -> None:
     """Add the options of the command."""
     command.description = (
-        "Says what is wrong with a data set, a stage, a cascade or an embedding cache. "
-        "The exit code is 1 if something is."
+        "Check a data set, a stage, a cascade or an embedding cache, and list problems. "
+        "The exit code is 1 if there are any."
     )
-    command.add_argument("path", help="folder of a data set, of a stage or of an embedding cache, or a Hub data set")
+    command.add_argument(
+        "path", help="folder of a data set, a stage, a cascade or an embedding cache, or a Hub data set"
+    )
     command.add_argument("--resolution", type=int, default=64, help="training resolution; default: %(default)s")
-    command.add_argument("--sigma-data", type=float, default=0.5, help="as configured; default: %(default)s")
+    command.add_argument(
+        "--sigma-data", type=float, default=0.5, help="configured standard deviation; default: %(default)s"
+    )
     command.add_argument("--text-encoder", help="count tokens with its tokenizer, or compare widths with it")
-    command.add_argument("--tokenizer-max-length", type=int, help="default: the tokenizer's limit")
-    command.add_argument("--image-column", default="image", help="default: %(default)s")
-    command.add_argument("--caption-column", nargs="+", default=["text"], help="default: text")
-    command.add_argument("--split", default="train", help="default: %(default)s")
-    command.add_argument("--num-images", type=int, default=1000, help="images that are opened; default: %(default)s")
+    command.add_argument(
+        "--tokenizer-max-length", type=int, help="maximum tokens per caption; default: the tokenizer's limit"
+    )
+    command.add_argument("--image-column", default="image", help="column with images; default: %(default)s")
+    command.add_argument("--caption-column", nargs="+", default=["text"], help="columns with captions; default: text")
+    command.add_argument("--split", default="train", help="split of the data set; default: %(default)s")
+    command.add_argument("--num-images", type=int, default=1000, help="images to open; default: %(default)s")
     command.set_defaults(run=doctor)
 
 
 def doctor(args: argparse.Namespace) -> int:
-    """Prints what was found; returns 1 if something is wrong."""
+    """Print the findings; return 1 if there are problems."""
     # torch and transformers take seconds to import; --help should not
     from ..training.settings import COUNT, check_value
     from . import diagnostics as examine

@@ -1,4 +1,4 @@
-"""`diffusers-imagen evaluate`: FID, KID, CLIP score and others of a model, with curves over its settings."""
+"""`diffusers-imagen evaluate`: compute FID, KID, CLIP score and other metrics of a model, over several settings."""
 
 import argparse
 import itertools
@@ -25,59 +25,79 @@ if TYPE_CHECKING:
     from ..pipelines import ImagenCascadePipeline
     from .evaluated_data import DataPictures
 
-MOST = 10_000_000  # pictures
+MOST = 10_000_000  # images
 
 
 def add_arguments(command: Parser) -> None:
     """Add the options of the command."""
     command.description = (
-        "Draws a picture for each caption and compares them with real ones; writes report.html and "
-        "results.json. Started again it goes on where it was. With several GPUs: accelerate launch -m "
-        "diffusers_imagen evaluate ..."
+        "Generate an image for each caption and compare the images with real ones; write report.html and "
+        "results.json. An interrupted evaluation continues when it is started again. With several GPUs: accelerate "
+        "launch -m diffusers_imagen evaluate ..."
     )
     add_model_arguments(command, sweeps=True)
     add_data_arguments(command)
     command.add_argument(
-        "--metrics", nargs="+", choices=METRICS, default=["fid", "kid"], help="default: fid kid, of --reference"
+        "--metrics",
+        nargs="+",
+        choices=METRICS,
+        default=["fid", "kid"],
+        help="metrics to compute; default: fid kid, which need --reference",
     )
     command.add_argument(
         "--features",
         default="inception",
-        help=f"what distances are of: {', '.join(NAMED)}, or the folder of an image encoder; default: %(default)s",
+        help=f"features for distances: {', '.join(NAMED)}, or the folder of an image encoder; default: %(default)s",
     )
-    command.add_argument("--clip-model", default=CLIP, help="of --metrics clip; default: %(default)s")
-    sweep = "for all stages, or by stage with commas, as 30,20; several are compared; default: each stage's own"
-    command.add_argument("--steps", type=by_stage("steps", int, 1, MAX_STEPS), nargs="+", metavar="N", help=sweep)
+    command.add_argument("--clip-model", default=CLIP, help="model for the metric clip; default: %(default)s")
+    sweep = (
+        "for all stages, or per stage with commas, such as 30,20; several are compared; default: that of each stage"
+    )
     command.add_argument(
-        "--guidance-scale", type=by_stage("guidance-scale", float, 0, MAX_GUIDANCE), nargs="+", metavar="W", help=sweep
+        "--steps",
+        type=by_stage("steps", int, 1, MAX_STEPS),
+        nargs="+",
+        metavar="N",
+        help=f"numbers of steps {sweep}",
     )
-    command.add_number("--resolution", int, 1, MAX_SIZE, help="stop after the stage of this resolution")
-    command.add_number("--seed", int, 0, MAX_SEED, default=0, help="of all noise; default: %(default)s")
-    command.add_number("--batch-size", int, 1, 1024, default=16, help="pictures at once; default: %(default)s")
+    command.add_argument(
+        "--guidance-scale",
+        type=by_stage("guidance-scale", float, 0, MAX_GUIDANCE),
+        nargs="+",
+        metavar="W",
+        help=f"guidance scales {sweep}",
+    )
+    command.add_number("--resolution", int, 1, MAX_SIZE, help="resolution of the last stage to run")
+    command.add_number("--seed", int, 0, MAX_SEED, default=0, help="seed of all noise; default: %(default)s")
+    command.add_number("--batch-size", int, 1, 1024, default=16, help="images per batch; default: %(default)s")
     command.add_number(
-        "--resamples", int, 0, 1000, default=5, help="bootstrap samples for the spread of FID; default: %(default)s"
+        "--resamples", int, 0, 1000, default=5, help="bootstrap samples for the deviation of FID; default: %(default)s"
     )
-    command.add_argument("--output-dir", type=Path, required=True, help="folder for pictures, features and the report")
+    command.add_argument("--output-dir", type=Path, required=True, help="folder for images, features and the report")
     command.set_defaults(run=evaluate)
 
 
 def add_data_arguments(command: Parser) -> None:
-    """What is drawn, and what it is compared with."""
+    """Add options for the captions and the reference images."""
     command.add_argument(
-        "--captions", required=True, help="a text file, one caption a line, or a data set: a folder or Hub id"
+        "--captions", required=True, help="a text file with one caption per line, or a data set: a folder or Hub id"
     )
-    command.add_argument("--captions-split", default="train", help="of a data set; default: %(default)s")
-    command.add_argument("--caption-column", default="text", help="default: %(default)s")
-    command.add_argument("--reference", help="real pictures: a folder of them, or a data set")
-    command.add_argument("--reference-split", default="train", help="of a data set; default: %(default)s")
-    command.add_argument("--image-column", default="image", help="default: %(default)s")
-    command.add_argument("--styles", nargs="+", help="of captions and reference, rows whose `style` is one of these")
-    command.add_number("--num-images", int, 2, MOST, help="captions that are drawn, at random; default: all")
-    command.add_number("--num-reference", int, 2, MOST, help="pictures of the reference, at random; default: all")
+    command.add_argument("--captions-split", default="train", help="split of the captions; default: %(default)s")
+    command.add_argument("--caption-column", default="text", help="column with captions; default: %(default)s")
+    command.add_argument("--reference", help="real images: a folder of images, or a data set")
+    command.add_argument("--reference-split", default="train", help="split of the reference; default: %(default)s")
+    command.add_argument("--image-column", default="image", help="column with images; default: %(default)s")
+    command.add_argument(
+        "--styles", nargs="+", help="use only rows of captions and reference whose `style` is one of these"
+    )
+    command.add_number("--num-images", int, 2, MOST, help="number of captions, chosen at random; default: all")
+    command.add_number(
+        "--num-reference", int, 2, MOST, help="number of reference images, chosen at random; default: all"
+    )
 
 
 def by_stage(name: str, kind: type, lowest: float, highest: float) -> Callable[[str], tuple]:
-    """A reader of numbers with commas between them, for the parser."""
+    """Return a parser of numbers separated by commas, as the `type` of an argument."""
 
     def read(text: str) -> tuple:
         try:
@@ -92,7 +112,7 @@ def by_stage(name: str, kind: type, lowest: float, highest: float) -> Callable[[
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Draws, measures and reports."""
+    """Generate the images, compute the metrics and write the report."""
     check_arguments(args)
     with processes(args) as state:
         run(args, state)
@@ -109,7 +129,7 @@ def run(args: argparse.Namespace, state: "PartialState") -> None:
     )
     features, clip = load_networks(args, state)
     pipe = load_model(args)
-    model = evaluation.drawing.digest_networks(pipe)  # before it is placed, which may leave no weights to read
+    model = evaluation.drawing.digest_networks(pipe)  # before it is placed, which can remove readable weights
     use = scheduler_switch(pipe, args)
     settings, resolutions = list_settings(pipe, args, use)
     whole = evaluation.Evaluation(
@@ -134,7 +154,7 @@ def run(args: argparse.Namespace, state: "PartialState") -> None:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Refuses what can be refused before anything is read."""
+    """Raise ValueError for arguments that can be rejected before anything is read."""
     check_folder(args.output_dir, "output-dir")
     check_device(args.device)
     check_model(args)
@@ -147,7 +167,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def load_networks(args: argparse.Namespace, state: "PartialState") -> tuple[Any, Any]:
-    """What makes features and what compares pictures with captions, where a metric needs it."""
+    """Load the network for features and the one that compares images with captions, if a metric needs them."""
     from ..utils.processes import in_turn
 
     networks = evaluation.feature_networks
@@ -160,24 +180,24 @@ def load_networks(args: argparse.Namespace, state: "PartialState") -> tuple[Any,
 
 
 def open_captions(args: argparse.Namespace) -> "PictureSet":
-    """What is drawn: lines of a file, or rows of a data set."""
+    """Open the captions: lines of a file, or rows of a data set."""
     if not Path(args.captions).is_file():
         return open_data(args, "captions", with_text=True)
     lines = [line.strip() for line in read_lines("captions", Path(args.captions)) if line.strip()]
     if not lines:
-        raise ValueError(f"`captions` is '{args.captions}', which has no caption in it.")
+        raise ValueError(f"`captions` is '{args.captions}', which has no captions.")
     for line in lines:
         check_prompt("captions", line)
     return evaluation.CaptionList(lines, Path(args.captions).name)
 
 
 def open_reference(args: argparse.Namespace) -> "PictureSet | None":
-    """The real pictures, if there are any."""
+    """Open the real images, if any."""
     return None if args.reference is None else open_data(args, "reference", with_text=False)
 
 
 def open_data(args: argparse.Namespace, name: str, with_text: bool) -> "DataPictures":
-    """The rows of a data set; ValueError, in one line, if there is none."""
+    """Open the rows of a data set; raise ValueError if there is none."""
     from .evaluated_data import DataPictures
 
     source, split = getattr(args, name), getattr(args, f"{name}_split")
@@ -187,7 +207,9 @@ def open_data(args: argparse.Namespace, name: str, with_text: bool) -> "DataPict
 
 
 def scheduler_switch(pipe: "ImagenCascadePipeline", args: argparse.Namespace) -> Callable[[str], None]:
-    """Puts the model where it computes; a function that gives its stages a sampler by name, or their own again."""
+    """
+    Place the model on its device; return a function that sets the samplers of its stages, by name or the saved ones.
+    """
     own = {stage.kind.scheduler: stage.scheduler for stage in pipe.stages}
     defaults = pipe.config.call_defaults
     place(pipe, argparse.Namespace(**{**vars(args), "scheduler": "model"}))
@@ -205,7 +227,10 @@ def scheduler_switch(pipe: "ImagenCascadePipeline", args: argparse.Namespace) ->
 def list_settings(
     pipe: "ImagenCascadePipeline", args: argparse.Namespace, use: Callable[[str], None]
 ) -> "tuple[list[Setting], list[int]]":
-    """All combinations of schedulers, steps and guidance, with a value for each stage, and the stages' resolutions."""
+    """
+    Return all combinations of schedulers, steps and guidance, with a value for each stage, and the stages'
+    resolutions.
+    """
     settings = []
     for scheduler in dict.fromkeys(args.scheduler):
         use(scheduler)
@@ -221,9 +246,9 @@ def list_settings(
 
 
 def for_stages(name: str, values: tuple, count: int) -> tuple:
-    """A value for each stage."""
+    """Return one value per stage."""
     if len(values) not in (1, count):
         raise ValueError(
-            f"`{name}` is {','.join(map(str, values))}, but should have one value, or {count}, one a stage."
+            f"`{name}` is {','.join(map(str, values))}, but should have one value, or {count}, one per stage."
         )
     return values * count if len(values) == 1 else values

@@ -1,4 +1,4 @@
-"""Rows of a data set that a command names, as an evaluation sees them."""
+"""Rows of a data set for an evaluation, selected by a command's arguments."""
 
 from pathlib import Path
 
@@ -8,15 +8,15 @@ from ..training.data.sources import SAVED, open_rows
 
 
 class DataPictures(RowPictures):
-    """The pictures of a split, with their captions or without.
+    """The images of a split, with or without their captions.
 
     Args:
-        argument (`str`): The argument that named it, for messages.
+        argument (`str`): Name of the argument, for messages.
         source (`str`): Folder or Hub id.
         split (`str`): The split.
-        image_column (`str`): Where the pictures are.
-        styles (`list[str]`, *optional*): Values of the column `style` that rows should have.
-        caption_column (`str`, *optional*): Where the captions are, if there should be some; rows without are left out.
+        image_column (`str`): Column with images.
+        styles (`list[str]`, *optional*): Accepted values of the column `style`.
+        caption_column (`str`, *optional*): Column with captions; rows without a caption are skipped.
 
     Raises:
         ValueError: If there is no such data.

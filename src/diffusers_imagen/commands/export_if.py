@@ -1,4 +1,4 @@
-"""`diffusers-imagen export-if`: a stage of DeepFloyd IF back in diffusers' format."""
+"""`diffusers-imagen export-if`: export a stage of DeepFloyd IF to diffusers' format."""
 
 import argparse
 from typing import TYPE_CHECKING
@@ -23,19 +23,21 @@ A stage of DeepFloyd IF for `{class_name}` of diffusers, written by [diffusers-i
 def add_arguments(command: Parser) -> None:
     """Add the options of the command."""
     command.description = (
-        "Writes a stage of DeepFloyd IF that this package has, trained further or not, as the folder of an "
+        "Write a stage of DeepFloyd IF in this package's format, possibly fine-tuned, as the folder of an "
         "IFPipeline or IFSuperResolutionPipeline of diffusers."
     )
-    command.add_argument("model", help="folder or Hub id of the stage, or of a cascade with it")
-    command.add_argument("--stage", help="which one of a cascade: base or sr256")
-    command.add_argument("--variant", help="of the files of weights that are read and written, such as fp16")
-    command.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
+    command.add_argument("model", help="folder or Hub id of the stage, or of a cascade with the stage")
+    command.add_argument("--stage", help="stage of a cascade: base or sr256")
+    command.add_argument("--variant", help="variant of the weight files to read and write, such as fp16")
+    command.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="dtype of the weights; default: %(default)s"
+    )
     add_output_argument(command)
     command.set_defaults(run=export_if)
 
 
 def export_if(args: argparse.Namespace) -> None:
-    """Writes the folder, whole or not at all, and says what is in it."""
+    """Write the complete folder, or none, and print its content."""
     import torch
     from diffusers import DiffusionPipeline
 
@@ -63,7 +65,7 @@ def export_if(args: argparse.Namespace) -> None:
 
 
 def make_card(name: str, class_name: str, origins: list[dict[str, str]]) -> "ModelCard":
-    """A card with the license that copies and derivatives carry."""
+    """Create a card with the license that copies and derivatives must include."""
     from ..pipelines.model_card import PACKAGE, add_license, new_card
 
     card = new_card(CARD.format(name=name, class_name=class_name, package=PACKAGE))

@@ -1,4 +1,4 @@
-"""`diffusers-imagen export-nemo`: a stage as an archive of NVIDIA NeMo."""
+"""`diffusers-imagen export-nemo`: export a stage to an archive of NVIDIA NeMo."""
 
 import argparse
 from pathlib import Path
@@ -13,18 +13,18 @@ from .parser import Parser
 def add_arguments(command: Parser) -> None:
     """Add the options of the command."""
     command.description = (
-        "Writes the network of a stage folder, or of one stage of a cascade, as a .nemo archive: NeMo's names, "
-        "its configuration, and the weights as they are. A stage that NeMo has no network for is refused."
+        "Write the network of a stage folder, or of one stage of a cascade, as a .nemo archive, with NeMo's names, "
+        "its configuration, and unchanged weights. Stages without a counterpart in NeMo are rejected."
     )
     command.add_argument("folder", type=Path, help="folder of a stage or a cascade")
     names = [kind.name for kind in STAGES]
-    command.add_argument("--stage", choices=names, default=names[0], help="of a cascade; default: %(default)s")
+    command.add_argument("--stage", choices=names, default=names[0], help="stage of a cascade; default: %(default)s")
     command.add_argument("--output", type=Path, required=True, metavar="base.nemo", help="file to write")
     command.set_defaults(run=export_nemo)
 
 
 def export_nemo(args: argparse.Namespace) -> None:
-    """Writes the archive."""
+    """Write the archive."""
     from ..conversion.nemo_export import export_nemo, nemo_config
 
     check_writable(args.output, "output")
@@ -41,7 +41,7 @@ def export_nemo(args: argparse.Namespace) -> None:
 
 
 def read_network(folder: Path) -> tuple[Any, dict[str, Any]]:
-    """The network of a folder without weights, and its weights, mapped from the disk."""
+    """Return the network of a folder without weights, and its weights as a memory map."""
     from safetensors import safe_open
 
     from ..models import EfficientUNetModel, ImagenUNetModel
@@ -50,7 +50,7 @@ def read_network(folder: Path) -> tuple[Any, dict[str, Any]]:
     config = read_config(folder / "config.json")
     unet = describe_network(config)
     if not isinstance(unet, (ImagenUNetModel, EfficientUNetModel)):
-        raise ValueError(f"'{folder}' has a {type(unet).__name__}, which NeMo does not have.")
+        raise ValueError(f"'{folder}' has a {type(unet).__name__}, which NeMo does not support.")
     check_component(folder.parent, folder.name, type(unet))
     weights: dict[str, Any] = {}
     for path in sorted(folder.glob("diffusion_pytorch_model*.safetensors")):
@@ -63,7 +63,7 @@ def read_network(folder: Path) -> tuple[Any, dict[str, Any]]:
 
 
 def read_scheduler(folder: Path) -> Any:
-    """The scheduler of a folder."""
+    """Load the scheduler of a folder."""
     from ..pipelines.loading.folder_checks import CONFIGS, configured_class, read_config
 
     config = read_config(folder / CONFIGS["scheduler"])
@@ -71,7 +71,7 @@ def read_scheduler(folder: Path) -> Any:
 
 
 def read_record(folder: Path, stage: str) -> dict[str, Any] | None:
-    """The NeMo configuration that a stage was converted from, if it was."""
+    """Read the NeMo configuration that a stage was converted from, if any."""
     path = folder / RECORD
     if not path.is_file():
         return None
@@ -84,7 +84,7 @@ def read_record(folder: Path, stage: str) -> dict[str, Any] | None:
 
 
 def read_token_length(folder: Path) -> int | None:
-    """Tokens of a text, if the folder has a tokenizer that is limited."""
+    """Read the maximum number of tokens, if the folder has a tokenizer with a limit."""
     path = folder / "tokenizer" / "tokenizer_config.json"
     limit = read_json_object(path).get("model_max_length") if path.is_file() else None
     return limit if type(limit) is int and limit < 2**20 else None

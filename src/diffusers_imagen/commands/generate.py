@@ -1,4 +1,4 @@
-"""`diffusers-imagen generate`: pictures from a prompt, or from a file of prompts."""
+"""`diffusers-imagen generate`: generate images from a prompt, or from a file of prompts."""
 
 import argparse
 import hashlib
@@ -38,36 +38,36 @@ MAX_FILE_IMAGES = 100_000
 def add_arguments(command: Parser) -> None:
     """Add the options of the command."""
     command.description = (
-        "Makes pictures. Several processes share those of --prompts-file: accelerate launch -m diffusers_imagen generate "
-        "--prompts-file ..."
+        "Generate images from prompts. Several processes can share --prompts-file: accelerate launch -m "
+        "diffusers_imagen generate --prompts-file ..."
     )
     source = command.add_mutually_exclusive_group(required=True)
-    source.add_argument("prompt", nargs="?", help="what to draw")
+    source.add_argument("prompt", nargs="?", help="the prompt")
     source.add_argument(
-        "--prompts-file", type=Path, metavar="FILE", help="a text file, one prompt a line; see --output-dir"
+        "--prompts-file", type=Path, metavar="FILE", help="a text file with one prompt per line; see --output-dir"
     )
     add_model_arguments(command)
     add_sampling_arguments(command)
-    command.add_argument("--image", type=Path, help="picture to change, with --strength")
+    command.add_argument("--image", type=Path, help="image to change, with --strength")
     command.add_number(
         "--strength",
         float,
         1 / MAX_STEPS,
         1,
-        help=f"how much of --image changes, above 0 and up to 1; default: {DEFAULT_STRENGTH}",
+        help=f"how much --image is changed, above 0 and up to 1; default: {DEFAULT_STRENGTH}",
     )
     command.add_argument(
         "--output-dir",
         type=Path,
-        help="folder for the images of --prompts-file, named by line and prompt; what exists is skipped, so that an "
-        f"interrupted run goes on; default: {DEFAULT_OUTPUT_DIR}",
+        help="folder for the images of --prompts-file, named by line and prompt; existing images are skipped, so that "
+        f"an interrupted run can continue; default: {DEFAULT_OUTPUT_DIR}",
     )
-    command.add_number("--batch-size", int, 1, 1024, help="images at once with --prompts-file; default: 4")
+    command.add_number("--batch-size", int, 1, 1024, help="images per batch with --prompts-file; default: 4")
     command.set_defaults(run=generate)
 
 
 def generate(args: argparse.Namespace) -> None:
-    """Makes pictures and writes them."""
+    """Generate images and write them."""
     check_arguments(args)
     if args.prompts_file is None:
         generate_one(args)
@@ -76,17 +76,17 @@ def generate(args: argparse.Namespace) -> None:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Refuses options that the other kind of source would ignore."""
+    """Raise ValueError for options that apply only to the other kind of source."""
     idle = ("output_dir", "batch_size") if args.prompts_file is None else ("output", "grid", "image", "strength")
     for name in idle:
         value = getattr(args, name)
         if value is not None and value is not False:
             source = "a prompt" if args.prompts_file is None else "`prompts-file`"
-            raise ValueError(f"`{name.replace('_', '-')}` is {str(value)!r}, but does not go with {source}.")
+            raise ValueError(f"`{name.replace('_', '-')}` is {str(value)!r}, but does not apply to {source}.")
 
 
 def generate_one(args: argparse.Namespace) -> None:
-    """Makes pictures of one prompt, from noise or from a picture."""
+    """Generate images from one prompt, starting from noise or from an image."""
     check_sampling(args)
     refuse_empty(args.prompt)
     inputs: dict[str, Any] = {}
@@ -99,7 +99,7 @@ def generate_one(args: argparse.Namespace) -> None:
 
 
 class Item(NamedTuple):
-    """One image to make."""
+    """One image to generate."""
 
     line: int
     prompt: str
@@ -115,9 +115,9 @@ class Failure(NamedTuple):
 
 
 def generate_many(args: argparse.Namespace) -> None:
-    """Makes the pictures of a file of prompts that do not exist yet, with all processes that were started for it.
+    """Generate the missing images of a file of prompts, with all processes that were started.
 
-    A prompt that cannot be drawn does not keep the others from it; they are all named at the end.
+    An invalid prompt does not affect the others; failed images are listed at the end.
     """
     folder = args.output_dir or DEFAULT_OUTPUT_DIR
     check_device(args.device)
@@ -143,37 +143,37 @@ def complete(args: argparse.Namespace, folder: Path, items: list[Item], state: "
         return
     try:
         with shared_folder(state, folder, "output-dir"):
-            missing = on_main_process(state, find)  # another run may have made some meanwhile
+            missing = on_main_process(state, find)  # another run may have written some in the meantime
             try:
                 failed = draw_items(args, items, {items[number] for number in missing}, state)
             finally:
                 if state.is_main_process:
-                    (folder / LOCK).unlink(missing_ok=True)  # nothing but pictures is to stay
+                    (folder / LOCK).unlink(missing_ok=True)  # only images should remain
     finally:
         if state.is_main_process and is_new and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
     if failed:
         lines = "; ".join(failure.text for failure in failed[:10])
-        raise ValueError(f"{folder}: {len(failed)} of {len(items)} images could not be made: {lines}")
+        raise ValueError(f"{folder}: {len(failed)} of {len(items)} images failed: {lines}")
     if state.is_main_process:
         print(f"{folder}: {len(items)} images, {len(missing)} of them new")
 
 
 def find_missing(folder: Path, items: list[Item]) -> list[int]:
-    """The numbers of the images that do not exist yet; ValueError if something else is in the place of one."""
+    """Return the numbers of the missing images; raise ValueError if a path exists but is not a file."""
     exist = list_names(folder)
     for item in items:
         if item.path.name in exist and not item.path.is_file():
-            raise ValueError(f"`output-dir` has '{item.path}', which is no file, in the place of an image.")
+            raise ValueError(f"`output-dir` has '{item.path}', which is not a file, but should be an image.")
     return [number for number, item in enumerate(items) if item.path.name not in exist]
 
 
 def draw_items(
     args: argparse.Namespace, items: list[Item], missing: set[Item], state: "PartialState"
 ) -> list[Failure]:
-    """Makes missing images in batches and writes them; returns what went wrong, the same in all processes.
+    """Generate missing images in batches and write them; return failures, the same in all processes.
 
-    Batches are made of consecutive images, whether they exist or not, so that an image depends neither on the number of
+    Batches consist of consecutive images, whether they exist or not, so that an image depends neither on the number of
     processes nor on interruptions.
     """
     from ..utils.processes import gather, in_turn
@@ -205,10 +205,10 @@ def draw_items(
 
 
 def refuse_all_failing(outcomes: list[tuple[int, list[Failure]]]) -> None:
-    """Raise ValueError if none of the first images could be made: it is not the prompts' fault.
+    """Raise ValueError if all of the first images failed, so that the prompts are not the cause.
 
     Args:
-        outcomes (`list[tuple[int, list[Failure]]]`): How many images each process tried, and what went wrong.
+        outcomes (`list[tuple[int, list[Failure]]]`): Number of images that each process tried, and its failures.
     """
     failed = [failure for _, found in outcomes for failure in found]
     if failed and len(failed) == sum(tried for tried, _ in outcomes):
@@ -218,8 +218,7 @@ def refuse_all_failing(outcomes: list[tuple[int, list[Failure]]]) -> None:
 def draw_batch(
     args: argparse.Namespace, pipe: Any, batch: list[Item], missing: set[Item], arguments: dict[str, Any]
 ) -> list[Failure]:
-    """Makes images together, or one by one where that fails, and writes those that are missing; returns what went
-    wrong."""
+    """Generate images together, or one by one if that fails, and write the missing ones; return failures."""
     import torch
 
     generators = [torch.Generator().manual_seed(item.seed) for item in batch]
@@ -240,9 +239,9 @@ def draw_batch(
 
 
 def list_items(prompts_file: Path, folder: Path, seed: int, num_images: int) -> list[Item]:
-    """The images of a file of prompts, with their names: `00012-a-red-apple.png` is of line 12.
+    """Return the images of a file of prompts, with their names: `00012-a-red-apple.png` for line 12.
 
-    The noise of an image depends on the seed, the line and the image's number, not on what else is made.
+    The noise of an image depends only on the seed, the line and the image's number.
     """
     items = []
     for line, prompt in enumerate(map(str.strip, read_lines("prompts-file", prompts_file)), start=1):
@@ -252,18 +251,18 @@ def list_items(prompts_file: Path, folder: Path, seed: int, num_images: int) -> 
             items.append(Item(line, prompt, folder / name, int.from_bytes(digest[:8], "big") >> 1))
             if len(items) > MAX_FILE_IMAGES:
                 raise ValueError(
-                    f"`prompts-file` is '{prompts_file}', which asks for more than {MAX_FILE_IMAGES:,} images: split it."
+                    f"`prompts-file` is '{prompts_file}', which has more than {MAX_FILE_IMAGES:,} images: split it."
                 )
     if not items:
-        raise ValueError(f"`prompts-file` is '{prompts_file}', which has no prompt in it.")
+        raise ValueError(f"`prompts-file` is '{prompts_file}', which has no prompts.")
     return items
 
 
 def read_lines(name: str, path: Path) -> list[str]:
-    """The lines of a text file in UTF-8, with or without a byte order mark."""
+    """Read the lines of a text file in UTF-8, with or without a byte order mark."""
     try:
         if path.exists() and not path.is_file():
-            raise OSError("it is no regular file.")
+            raise OSError("it is not a regular file.")
         if path.stat().st_size > MAX_FILE_BYTES:
             raise OSError(f"it has more than {MAX_FILE_BYTES:,} bytes.")
         return path.read_text(encoding="utf-8-sig").splitlines()
@@ -272,5 +271,5 @@ def read_lines(name: str, path: Path) -> list[str]:
 
 
 def name_of(line: int, prompt: str, suffix: str) -> str:
-    """The name of an image's file."""
+    """Return the file name of an image."""
     return f"{line:05d}-{slug_of(prompt)}{suffix}.png"

@@ -1,4 +1,4 @@
-"""`diffusers-imagen inpaint`: a part of a picture, painted anew."""
+"""`diffusers-imagen inpaint`: repaint a part of an image."""
 
 import argparse
 from pathlib import Path
@@ -11,14 +11,14 @@ from .parser import Parser, refuse_empty
 
 def add_arguments(command: Parser) -> None:
     """Add the options of the command."""
-    command.description = "Paints a part of a picture anew."
+    command.description = "Repaint a part of an image."
     command.add_argument("image", type=Path, help="image file")
-    command.add_argument("mask", type=Path, help="image file of the same size, white where it is painted anew")
-    command.add_argument("prompt", help="what to draw")
+    command.add_argument("mask", type=Path, help="mask file of the same size, white where the image is repainted")
+    command.add_argument("prompt", help="the prompt")
     add_model_arguments(command)
     add_sampling_arguments(command)
     command.add_number(
-        "--strength", float, 1 / MAX_STEPS, 1, help="how much of the masked part changes; default: 1, all of it"
+        "--strength", float, 1 / MAX_STEPS, 1, help="how much the masked part is changed; default: 1, completely"
     )
     command.add_number(
         "--resample-times",
@@ -27,13 +27,13 @@ def add_arguments(command: Parser) -> None:
         100,
         "num_resample_times",
         default=4,
-        help="how often each step is done, for harmony; default: %(default)s",
+        help="number of times that each step runs, to harmonize new and known pixels; default: %(default)s",
     )
     command.set_defaults(run=inpaint)
 
 
 def inpaint(args: argparse.Namespace) -> None:
-    """Paints a part of a picture anew and writes it."""
+    """Repaint a part of an image and write the result."""
     check_sampling(args)
     refuse_empty(args.prompt)
     make_images(

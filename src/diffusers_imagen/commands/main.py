@@ -1,4 +1,4 @@
-"""The command `diffusers-imagen`."""
+"""Command line entry point: the command `diffusers-imagen`."""
 
 import difflib
 import importlib
@@ -13,44 +13,44 @@ from .parser import Parser, check_numbers, find_defaults
 
 
 class Command(NamedTuple):
-    """Where a command is, and its line in the list of commands."""
+    """Module of a command, and its line in the list of commands."""
 
     module: str  # of this package, with `add_arguments`
     help: str
 
 
 COMMANDS = {
-    "generate": Command("generate", "make pictures from prompts"),
-    "upscale": Command("upscale", "make a picture larger"),
-    "inpaint": Command("inpaint", "paint a part of a picture anew"),
-    "demo": Command("demo", "draw in a browser"),
+    "generate": Command("generate", "generate images from prompts"),
+    "upscale": Command("upscale", "upscale an image"),
+    "inpaint": Command("inpaint", "repaint a part of an image"),
+    "demo": Command("demo", "use a model in a browser"),
     "train": Command("train", "train a stage of a cascade"),
     "train-lora": Command("train_lora", "train a LoRA adapter of a stage"),
-    "train-dreambooth": Command("train_dreambooth", "teach a stage a subject from a few images (DreamBooth)"),
+    "train-dreambooth": Command("train_dreambooth", "fine-tune a stage on a few images of a subject (DreamBooth)"),
     "reconstruct-ema": Command("reconstruct_ema", "average the weights of a finished run over another length"),
-    "cache-embeddings": Command("cache_embeddings", "encode the captions of a data set once"),
-    "doctor": Command("doctor", "examine a data set, a trained stage or an embedding cache"),
-    "evaluate": Command("evaluate", "FID, KID, CLIP score and others of a model"),
-    "convert-if": Command("convert_if", "write DeepFloyd IF in the format of this package"),
-    "export-if": Command("export_if", "write a stage of DeepFloyd IF in diffusers' format"),
+    "cache-embeddings": Command("cache_embeddings", "write the text embeddings of a data set's captions to disk"),
+    "doctor": Command("doctor", "check a data set, a trained stage or an embedding cache"),
+    "evaluate": Command("evaluate", "compute FID, KID, CLIP score and other metrics of a model"),
+    "convert-if": Command("convert_if", "convert DeepFloyd IF to the format of this package"),
+    "export-if": Command("export_if", "export a stage of DeepFloyd IF to diffusers' format"),
     "convert-nemo": Command("convert_nemo", "convert checkpoints of NVIDIA NeMo's Imagen"),
-    "export-nemo": Command("export_nemo", "write a stage as an archive of NVIDIA NeMo"),
-    "convert-config": Command("convert_config", "translate a NeMo configuration for training"),
-    "completion": Command("completion", "print a script that completes this command in a shell"),
+    "export-nemo": Command("export_nemo", "export a stage to an archive of NVIDIA NeMo"),
+    "convert-config": Command("convert_config", "convert a NeMo configuration to training settings"),
+    "completion": Command("completion", "print the completion script of a shell"),
 }
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command.
+    """Run a command.
 
     Returns:
-        Its exit code, 0 if it has none, 2 after one line about what does not fit, 130 if interrupted. A line that
-        cannot be parsed ends in SystemExit with code 2.
+        The exit code: that of the command, or 0; 2 after a one-line error message; 130 if interrupted. Arguments that
+        cannot be parsed raise SystemExit with code 2.
     """
 
     def run() -> int | None:
         if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
+            sys.stdout.reconfigure(errors="backslashreplace")  # file names can contain undecodable bytes
         arguments = sys.argv[1:] if argv is None else argv
         named = next((argument for argument in arguments if not argument.startswith("-")), None)
         parser = make_parser(() if named is None else (named,))
@@ -68,11 +68,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def make_parser(names: Collection[str] = tuple(COMMANDS)) -> Parser:
-    """Make the command line.
+    """Create the command line parser.
 
     Args:
-        names (`Collection[str]`, defaults to all): The commands whose modules are imported for their arguments; of the
-            others there is the name.
+        names (`Collection[str]`, defaults to all):
+            Commands whose modules are imported to add their arguments; of other commands only the name is added.
     """
     parser = Parser(prog="diffusers-imagen", description="Imagen for diffusers.")
     parser.add_argument("--version", action="version", version=version("diffusers-imagen"))
@@ -85,12 +85,12 @@ def make_parser(names: Collection[str] = tuple(COMMANDS)) -> Parser:
 
 
 def commands_of(parser: Parser) -> dict[str, Parser]:
-    """The parsers of the commands of a command line, by name."""
+    """Return the parsers of the commands, by name."""
     return next(action.choices for action in parser._actions if isinstance(action.choices, dict))
 
 
 def describe_unknown(name: str) -> str:
-    """What may have been meant by a command that does not exist."""
+    """Return an error message for a command that does not exist, with a suggestion."""
     close = difflib.get_close_matches(name.replace("_", "-"), COMMANDS, n=1)
     meant = f"did you mean {close[0]}?" if close else f"the commands are {', '.join(COMMANDS)}"
     return f"there is no command {name!r}: {meant}"

@@ -1,4 +1,4 @@
-"""The model of a command: a cascade, or stages that are composed; its samplers, and where it computes."""
+"""Options for the model of a command: a cascade or composed stages, their samplers, and the device."""
 
 import argparse
 import os
@@ -24,123 +24,131 @@ CASCADE = "ImagenCascadePipeline"
 DTYPES = ("float32", "bfloat16", "float16")
 SCHEDULERS = {"adams": "EDMAdamsScheduler", "heun": "EDMHeunScheduler"}
 UPSCALER_FLAGS = [f"--{name}" for name in UPSCALERS]
-ADVICE = {  # where to give a stage, in the words of the command line
-    AS_UPSCALER: f"give it as {' or '.join(UPSCALER_FLAGS)}",
-    AS_BASE: "give it as --model",
-    AS_STAGES: f"give a base stage as --model, and super-resolution stages as {' and '.join(UPSCALER_FLAGS)}",
+ADVICE = {  # advice of error messages, as command line options
+    AS_UPSCALER: f"pass it as {' or '.join(UPSCALER_FLAGS)}",
+    AS_BASE: "pass it as --model",
+    AS_STAGES: f"pass a base stage as --model, and super-resolution stages as {' and '.join(UPSCALER_FLAGS)}",
 }
 
 
 def find_device() -> str:
-    """Return the device that there is."""
+    """Return the available device."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-DEVICE = Default("cuda if there is one, else cpu", find_device)
+DEVICE = Default("cuda if available, else cpu", find_device)
 
 
 def add_model_arguments(command: Parser, sweeps: bool = False) -> None:
-    """Which model, where and in which precision.
+    """Add options for the model, its device and its dtype.
 
     Args:
-        command (`Parser`): What they are added to.
-        sweeps (`bool`): Whether the command compares models' settings: it takes the model without a flag, and several
-            schedulers.
+        command (`Parser`): Parser that the options are added to.
+        sweeps (`bool`): Whether the command compares settings: the model is then a positional argument, and several
+            schedulers are accepted.
     """
     add_stage_arguments(
         command,
-        "folder or Hub id of a cascade, or of a base stage, such as DeepFloyd/IF-I-M-v1.0; default: the shipped cascade",
+        "folder or Hub id of a cascade, or of a base stage, such as DeepFloyd/IF-I-M-v1.0; default: the shipped "
+        "cascade",
         model="model" if sweeps else "--model",
     )
-    command.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights; default: %(default)s")
+    command.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="dtype of the weights; default: %(default)s"
+    )
     default = "model"
     command.add_argument(
         "--scheduler",
         choices=("model", *SCHEDULERS),
         nargs="+" if sweeps else None,
         default=[default] if sweeps else default,
-        help=f"sampler of every stage: the one that was saved, or one that needs fewer steps; default: {default}",
+        help=f"sampler of every stage: the saved one, or one that needs fewer steps; default: {default}",
     )
-    command.add_argument("--device", default=DEVICE, help="default: %(default)s")
+    command.add_argument("--device", default=DEVICE, help="device of the model; default: %(default)s")
     command.add_argument(
         "--offload",
         choices=("model", "sequential"),
-        help="keep in CPU memory what does not run: whole models, or layers, which takes least memory and most time",
+        help="keep idle models or layers in CPU memory: sequential (layers) needs the least memory and the most time",
     )
 
 
 def add_stage_arguments(command: Parser, model_help: str, or_none: str = "", model: str = "--model") -> None:
-    """Which stages and which text encoder, and which of their files; `model` is the argument of the base stage."""
+    """
+    Add options for the stages, the text encoder, and the variant of their files; `model` names the base stage's
+    argument.
+    """
     command.add_argument(model, nargs=None if model.startswith("-") else "?", help=model_help)
     for kind in STAGES:
         if kind.takes_low_res:
             command.add_argument(
                 f"--{kind.name}",
-                help=f"folder or Hub id of the stage to {kind.resolution} px, where the model is a stage",
+                help=f"folder or Hub id of the stage to {kind.resolution} px, if the model is a stage",
             )
     command.add_argument(
         "--text-encoder",
-        help=f"folder or Hub id with text_encoder/ and tokenizer/{or_none}; default: the one of the model",
+        help=f"folder or Hub id with text_encoder/ and tokenizer/{or_none}; default: that of the model",
     )
-    command.add_argument("--variant", help="of the files of weights, such as fp16")
+    command.add_argument("--variant", help="variant of the weight files, such as fp16")
 
 
 def check_model(args: argparse.Namespace, upscaler_alone: bool = False) -> None:
-    """Refuses what can be refused of the model before anything is read: options that do not go together.
+    """Raise ValueError for options of the model that are invalid or incompatible, before anything is read.
 
     Args:
-        args: With the options of `add_model_arguments`.
-        upscaler_alone: Whether an upscaler without a base stage is a model for this command.
+        args: Namespace with the options of `add_model_arguments`.
+        upscaler_alone: Whether the command accepts a super-resolution stage without a base stage.
     """
     import torch
 
     if args.offload is not None and torch.device(args.device).type == "cpu":
         raise ValueError(
-            f"`offload` is {args.offload!r}, but `device` is {args.device!r}, where there is nothing to make room on."
+            f"`offload` is {args.offload!r}, but `device` is {args.device!r}, from which nothing can be offloaded."
         )
     check_sources(sources_of(args), upscaler_alone)
 
 
 def check_sources(given: dict[str, str], upscaler_alone: bool) -> None:
-    """Raises ValueError for what is no folder of a stage and no Hub id, and for upscalers without what they enlarge."""
+    """
+    Raise ValueError for invalid folders or Hub ids of stages, and for super-resolution stages without a base stage.
+    """
     from ..pipelines.loading.stage_loading import check_stage_source
 
     if "model" not in given and len(given) > upscaler_alone:
         name = next(iter(given))
-        one = ", or one such stage alone" if upscaler_alone else ""
+        one = ", or only one such stage" if upscaler_alone else ""
         raise ValueError(
-            f"`{name}` is {given[name]!r}, but needs the base stage whose images it enlarges: give --model{one}."
+            f"`{name}` is {given[name]!r}, but needs the base stage whose images it upscales: pass --model{one}."
         )
     for name, source in given.items():
         check_stage_source(name, source)
 
 
 def sources_of(args: argparse.Namespace) -> dict[str, str]:
-    """The folders and Hub ids of the stages that were named, by option; the shipped cascade if none was.
+    """Return the folders and Hub ids of the stages, by option; those of the shipped cascade if none is given.
 
     Raises:
-        ValueError: If that is not installed.
+        ValueError: If the shipped cascade is not installed.
     """
     given = {name: getattr(args, name) for name in ("model", *UPSCALERS) if getattr(args, name) is not None}
     return {name: str(find_source(source)) for name, source in given.items()} or {"model": str(shipped_cascade())}
 
 
 def load_pipeline(args: argparse.Namespace) -> "ImagenCascadePipeline | ImagenSuperResolutionPipeline":
-    """The model that the options name, with their samplers, where they say; after `check_model`.
+    """Load the model of the options, with the requested samplers; `check_model` must be called before.
 
     Raises:
-        ValueError: If there is none, or one that was never trained, or its stages do not fit together.
+        ValueError: If there is none, it is untrained, or its stages do not fit together.
     """
     pipe = load_model(args)
     if pipe.text_source is None and any(stage.reads_text for stage in pipe.stages):
-        raise ValueError("The model reads prompts, but has no text encoder: give --text-encoder.")
+        raise ValueError("The model is conditioned on text, but has no text encoder: pass --text-encoder.")
     return place(pipe, args)
 
 
 def load_model(args: argparse.Namespace) -> "ImagenCascadePipeline | ImagenSuperResolutionPipeline":
-    """The model in CPU memory, as it was saved."""
+    """Load the model to CPU memory, as saved."""
     from ..pipelines.loading.folders import load_text_parts
 
     given, options = sources_of(args), load_options(args)
@@ -154,21 +162,21 @@ def load_model(args: argparse.Namespace) -> "ImagenCascadePipeline | ImagenSuper
 
 
 def open_stage(name: str, source: str, options: dict[str, Any]) -> Any:
-    """The stage that the option `name` gives, as the pipeline of it alone."""
+    """Open the stage of the option `name` as a single-stage pipeline."""
     pipeline_class = pipelines.ImagenPipeline if name == "model" else pipelines.ImagenSuperResolutionPipeline
     with naming("source", name):
         return pipeline_class.from_stage(source, **options)
 
 
 def compose_stages(given: dict[str, str], options: dict[str, Any]) -> "ImagenCascadePipeline":
-    """The cascade of the stages that the options give, by name."""
+    """Compose a cascade from the stages of the options."""
     upscalers = {name: source for name, source in given.items() if name != "model"}
     with naming("base", "model"):
         return pipelines.ImagenCascadePipeline.from_stages(given["model"], **upscalers, **options)
 
 
 def load_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What loading is told beside the stages."""
+    """Return the options of `from_pretrained`."""
     import torch
 
     options = {"dtype": getattr(torch, args.dtype), "variant": args.variant}
@@ -176,7 +184,7 @@ def load_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def load_cascade(model: str, **options: Any) -> "ImagenCascadePipeline":
-    """A cascade from a folder or from the Hub; ValueError if there is none, or one that was never trained."""
+    """Load a cascade from a folder or the Hub; raise ValueError if there is none, or it is untrained."""
     from ..pipelines.loading.folders import check_source, load_pipeline_folder, loading
     from ..pipelines.stages import check_stages, refuse_untrained
 
@@ -189,22 +197,23 @@ def load_cascade(model: str, **options: Any) -> "ImagenCascadePipeline":
 
 
 def is_cascade(given: dict[str, str]) -> bool:
-    """Whether the model is a whole cascade and no base stage; one small file is read, or downloaded.
+    """Return whether the model is a cascade and not a base stage; reads or downloads one small file.
 
     Raises:
-        ValueError: For stages beside a cascade.
+        ValueError: For other stages in addition to a cascade.
     """
     if "model" not in given or class_of("model", given["model"]) != CASCADE:
         return False
     for name in given.keys() - {"model"}:
         raise ValueError(
-            f"`{name}` is '{given[name]}', but `model` '{given['model']}' is a whole cascade: give its base stage as --model."
+            f"`{name}` is '{given[name]}', but `model` '{given['model']}' is a whole cascade: pass its base stage as "
+            "--model."
         )
     return True
 
 
 def class_of(name: str, source: str) -> str | None:
-    """The class that the `model_index.json` of a folder or repository names; None for a stage that has none."""
+    """Return the class in the `model_index.json` of a folder or repository; None for a stage without the file."""
     from ..pipelines.loading.folder_checks import INDEX, read_config
     from ..pipelines.loading.folders import download_index, loading
 
@@ -222,7 +231,7 @@ def class_of(name: str, source: str) -> str | None:
 
 @contextmanager
 def naming(argument: str, option: str) -> Iterator[None]:
-    """Inside, a ValueError about an argument of Python is one about the option that it came from."""
+    """Context manager that renames a Python argument in the message of a ValueError to the command line option."""
     try:
         yield
     except ValueError as error:
@@ -235,7 +244,7 @@ def naming(argument: str, option: str) -> Iterator[None]:
 
 
 def place(pipe: "DiffusionPipeline", args: argparse.Namespace) -> Any:
-    """The pipeline with the schedulers that were asked for, on the device."""
+    """Set the requested schedulers, and move the pipeline to the device."""
     if args.scheduler != "model":
         use_scheduler(pipe, args.scheduler)
     if args.offload == "model":
@@ -248,10 +257,11 @@ def place(pipe: "DiffusionPipeline", args: argparse.Namespace) -> Any:
 
 
 def use_scheduler(pipe: "DiffusionPipeline", name: str) -> None:
-    """Replaces each stage's scheduler by one of this name for the same network, and default steps by as many as it needs.
+    """
+    Replace each stage's scheduler by one of this name for the same network, and limit default steps to what it needs.
 
     Raises:
-        ValueError: If the configuration of a scheduler has a meaning that the other one does not know.
+        ValueError: If the scheduler does not support an entry of the configuration.
     """
     from ..pipelines.loading.folders import loading
 

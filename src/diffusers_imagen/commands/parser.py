@@ -1,4 +1,4 @@
-"""What the command line asks of arguments before anything is loaded: their names in full, and numbers in their range."""
+"""Command line parser: full option names, numbers within ranges, and one-line errors, before anything is loaded."""
 
 import argparse
 import difflib
@@ -9,11 +9,11 @@ from ..utils.errors import USAGE
 from ..utils.flags import BothSpellings, hyphenated
 
 
-MAX_PROMPT_LENGTH = 10_000  # in characters; a text encoder reads some hundred tokens
+MAX_PROMPT_LENGTH = 10_000  # in characters; text encoders use a few hundred tokens
 
 
 class Range(NamedTuple):
-    """The numbers that an option takes, both ends included."""
+    """Range of an option's numbers, both bounds included."""
 
     flag: str
     name: str  # of the argument in messages
@@ -21,15 +21,15 @@ class Range(NamedTuple):
     highest: int | float
 
     def check(self, value: Any) -> None:
-        """Raises ValueError for a number outside, or NaN."""
+        """Raise ValueError for a number outside the range, or NaN."""
         if not self.lowest <= value <= self.highest:
             raise ValueError(f"`{self.name}` is {value}, but should be from {self.lowest:,} to {self.highest:,}.")
 
 
 class Default(NamedTuple):
-    """A default that takes an import of seconds to find out: a command does it when it runs, and not for its help."""
+    """Default value that requires slow imports; it is computed when a command runs, and not for its help."""
 
-    text: str  # of the help
+    text: str  # shown in the help
     find: Callable[[], Any]
 
     def __str__(self) -> str:
@@ -37,13 +37,14 @@ class Default(NamedTuple):
 
 
 class Parser(BothSpellings):
-    """A parser that wants options in full, reports errors in one line, and knows the ranges of numbers.
+    """Parser that requires full option names, reports errors in one line, and checks ranges of numbers.
 
-    Subparsers are of the same class.
+    Subparsers have the same class.
 
     Attributes:
-        unread (`bool`): Whether its arguments are left as they are, `--help` too, for a parser that is made later: they
-            are the list `arguments` of the namespace.
+        unread (`bool`):
+            Whether arguments, including `--help`, are left to a parser that is created later; they are then the list
+            `arguments` of the namespace.
     """
 
     unread = False
@@ -56,20 +57,20 @@ class Parser(BothSpellings):
     def add_number(
         self, flag: str, kind: type, lowest: float, highest: float, name: str | None = None, **kwargs
     ) -> None:
-        """Adds an option that takes numbers of a kind, from `lowest` to `highest`; see `check_numbers`.
+        """Add an option for numbers from `lowest` to `highest`; see `check_numbers`.
 
-        `name` is what messages call it, where that is not its flag: the argument of a pipeline.
+        `name` is the name in messages if it differs from the flag: an argument of a pipeline.
         """
         action = self.add_argument(flag, type=kind, **kwargs)
         self.ranges[action.dest] = Range(flag, name or flag.lstrip("-"), lowest, highest)
 
     def leave_unread(self, run: Callable[[list[str], str], int]) -> None:
-        """Leave the arguments to `run(arguments, program)`, which has a parser of its own."""
+        """Leave the arguments to `run(arguments, program)`, which has its own parser."""
         self.unread = True
         self.set_defaults(run=lambda args: run(args.arguments, self.prog))
 
     def with_flags(self, message: str) -> str:
-        """A message about arguments, of which some are named as in Python, for somebody who gave them as options."""
+        """Replace names of Python arguments in a message by those of the options."""
         for action in self._actions:
             if action.option_strings:
                 message = message.replace(f"`{action.dest}`", f"`{action.option_strings[-1].lstrip('-')}`")
@@ -88,16 +89,16 @@ class Parser(BothSpellings):
         return namespace, unknown
 
     def describe_unknown(self, argument: str) -> str:
-        """What may have been meant by an argument that has no place."""
+        """Return an error message for an unknown argument, with a suggestion."""
         name = argument.split("=")[0]
         positionals = {
             hyphenated(f"--{action.dest}"): action.dest for action in self._actions if not action.option_strings
         }
         positional = positionals.get(hyphenated(name))
         if positional is not None:
-            return f"there is no option {name}: give the {positional} without it, in quotes if it has spaces"
+            return f"there is no option {name}: pass the {positional} without it, in quotes if it has spaces"
         if not argument.startswith("-"):
-            return f"unrecognized argument {argument!r}: one of several words needs quotes"
+            return f"unrecognized argument {argument!r}: an argument of several words needs quotes"
         options = {hyphenated(option): option for action in self._actions for option in action.option_strings}
         close = difflib.get_close_matches(hyphenated(name), options, n=1)
         return f"there is no option {name}" + (f": did you mean {options[close[0]]}?" if close else "")
@@ -108,23 +109,23 @@ class Parser(BothSpellings):
 
 
 def find_defaults(args: argparse.Namespace) -> None:
-    """Put the values of the defaults that were left to be found."""
+    """Compute the default values that are still unset."""
     for name, value in vars(args).items():
         if isinstance(value, Default):
             setattr(args, name, value.find())
 
 
 def check_numbers(args: argparse.Namespace) -> None:
-    """Raises ValueError for a number that is outside of its option's range."""
+    """Raise ValueError for a number outside the range of its option."""
     for name, range in args.ranges.items():
         values = getattr(args, name)
         for value in values if isinstance(values, list) else [values]:
-            if isinstance(value, (int, float)):  # not None, nor the defaults by stage
+            if isinstance(value, (int, float)):  # excludes None and defaults per stage
                 range.check(value)
 
 
 def check_prompt(name: str, prompt: str | None) -> None:
-    """Raises ValueError for a prompt that no tokenizer reads."""
+    """Raise ValueError for a prompt that tokenizers do not support."""
     if prompt is None:
         return
     if len(prompt) > MAX_PROMPT_LENGTH:
@@ -132,10 +133,10 @@ def check_prompt(name: str, prompt: str | None) -> None:
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"`{name}` is {prompt!r}, which is no text in UTF-8.") from error
+        raise ValueError(f"`{name}` is {prompt!r}, which is not valid UTF-8.") from error
 
 
 def refuse_empty(prompt: str) -> None:
-    """Raises ValueError for a prompt that says nothing."""
+    """Raise ValueError for an empty prompt."""
     if not prompt.strip():
-        raise ValueError(f"`prompt` is {prompt!r}, but should say what to draw.")
+        raise ValueError(f"`prompt` is {prompt!r}, but should not be empty.")

@@ -1,18 +1,20 @@
-"""The settings that a picture was made with, in its PNG file: prompt, seed, steps, guidance, model, version.
+"""Settings of an image, stored in its PNG file: prompt, seed, steps, guidance, model, version.
 
-The file has an international text chunk (iTXt) with the keyword `diffusers-imagen`. Its text is a JSON object in UTF-8:
+The file has an international text chunk (iTXt) with the keyword `diffusers-imagen`. Its text is a JSON object in
+UTF-8:
 
-    version (str): of this package.
+    version (str): version of this package.
     task (str): "generate", "image-to-image", "upscale" or "inpaint".
-    model (dict[str, str]): by option, such as "model" or "sr256", the Hub id, or the name of the folder without its path.
+    model (dict[str, str]):
+        by option, such as "model" or "sr256", the Hub id, or the name of the folder without its path.
     prompt (str), negative_prompt (str or null): the texts.
-    seed (int): of the call, as `torch.Generator().manual_seed(seed)`.
-    image (int): the number of the picture among those of the call, from 0; `images` instead, for a grid of so many.
+    seed (int): seed of the call, as in `torch.Generator().manual_seed(seed)`.
+    image (int): index of the image in the call, from 0; for a grid, `images` instead, the number of images.
     num_inference_steps (dict[str, int]), guidance_scale (dict[str, float]), scheduler (dict[str, str]): by the name of
         each stage that ran.
-    and every other setting of the call that is not at its default, by the pipeline's name of the argument.
+    and all other settings of the call without their default value, by the pipeline's argument name.
 
-Pictures that were given, paths, users and machines are not in it. Other formats than PNG have no settings.
+Input images, paths, users and host names are not stored. Formats other than PNG contain no settings.
 """
 
 import json
@@ -29,9 +31,9 @@ if TYPE_CHECKING:
 
 KEYWORD = "diffusers-imagen"
 BY_STAGE = ("num_inference_steps", "guidance_scale")
-# what is recorded under names of its own, or is no setting
+# arguments that are stored under other names, or are not settings
 OWN = (*BY_STAGE, "prompt", "negative_prompt", "image", "mask_image", "generator", "num_images_per_prompt")
-IDLE = (None, 0, False)  # settings at their defaults
+IDLE = (None, 0, False)  # default values of settings
 
 
 def describe_call(
@@ -41,14 +43,14 @@ def describe_call(
     sources: Mapping[str, str],
     arguments: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The settings of a call of a pipeline, for all of its pictures; see above. `seed` and `image` are to be added.
+    """Return the settings of a pipeline call, for all of its images; see above. The caller adds `seed` and `image`.
 
     Args:
-        task (`str`): What was asked for.
-        pipe ([`DiffusionPipeline`]): What was called.
-        resolutions (`list[int]`): Of the stages that ran.
+        task (`str`): Name of the task.
+        pipe ([`DiffusionPipeline`]): The pipeline.
+        resolutions (`list[int]`): Resolutions of the stages that ran.
         sources (`dict[str, str]`): Folders and Hub ids of the model, by option.
-        arguments (`dict`): What the pipeline was called with.
+        arguments (`dict`): Arguments of the call.
     """
     from ..pipelines.inputs import per_stage_or_default
 
@@ -71,12 +73,12 @@ def describe_call(
 
 
 def source_name(source: str) -> str:
-    """A Hub id, or the name of a folder without the path to it."""
+    """Return a Hub id, or the name of a folder without its path."""
     return Path(source).resolve().name if Path(source).is_dir() else source
 
 
 def png_info(settings: Mapping[str, Any]) -> PngInfo:
-    """The settings as Pillow writes them into a PNG file: `image.save(path, pnginfo=png_info(settings))`."""
+    """Return the settings for a PNG file, to save with Pillow: `image.save(path, pnginfo=png_info(settings))`."""
     info = PngInfo()
     info.add_itxt(KEYWORD, json.dumps(settings, ensure_ascii=False, allow_nan=False))
     return info

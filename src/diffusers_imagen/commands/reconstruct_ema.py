@@ -1,4 +1,4 @@
-"""`diffusers-imagen reconstruct-ema`: averages of any width from the snapshots of a finished run."""
+"""`diffusers-imagen reconstruct-ema`: compute averages of any width from the snapshots of a finished run."""
 
 import argparse
 from pathlib import Path
@@ -9,20 +9,22 @@ from .parser import Parser
 def add_arguments(command: Parser) -> None:
     """Add the options of the command."""
     command.description = (
-        "Solves for the weights of a run averaged with another width, from the snapshots that a run with "
-        "--ema_type power leaves, and writes a stage folder for each width."
+        "Compute the averaged weights of a run for other widths, from the snapshots of a run with --ema_type power, "
+        "and write a stage folder for each width."
     )
     command.add_argument("folder", metavar="run", type=Path, help="output folder of the run")
     command.add_argument(
-        "--ema-std", type=float, nargs="+", required=True, help="widths as shares of the run, such as 0.03 0.12"
+        "--ema-std", type=float, nargs="+", required=True, help="widths as fractions of the run, such as 0.03 0.12"
     )
-    command.add_argument("--step", type=int, help="as if the run had ended there; default: its last snapshot")
-    command.add_argument("--output-dir", type=Path, help="default: ema-WIDTH inside the run; for one width only")
+    command.add_argument("--step", type=int, help="compute averages up to this step; default: the last snapshot")
+    command.add_argument(
+        "--output-dir", type=Path, help="folder to write, for one width; default: ema-WIDTH inside the run"
+    )
     command.set_defaults(run=reconstruct_ema)
 
 
 def reconstruct_ema(args: argparse.Namespace) -> None:
-    """Writes a stage folder for each width."""
+    """Write a stage folder for each width."""
     # torch and diffusers take seconds to import; --help should not
     from ..training.ema.reconstruction import write_reconstructed
 

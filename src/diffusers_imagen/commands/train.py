@@ -1,10 +1,10 @@
-"""`diffusers-imagen train`: one stage of a cascade, from images with captions."""
+"""`diffusers-imagen train`: train a stage of a cascade on images with captions."""
 
 from .parser import Parser
 
 
-DESCRIPTION = """Trains one stage of a cascade: a base network, or a super-resolution network with --low_resolution.
-The options are the fields of diffusers_imagen.training.TrainingConfig; --config FILE.yaml takes the same names.
+DESCRIPTION = """Train one stage of a cascade: a base network, or a super-resolution network with --low_resolution.
+The options are the fields of diffusers_imagen.training.TrainingConfig; --config FILE.yaml accepts the same names.
 On several devices: accelerate launch -m diffusers_imagen.train, with the same options."""
 
 
@@ -14,7 +14,7 @@ def add_arguments(command: Parser) -> None:
 
 
 def train(argv: list[str], program: str | None = None) -> int:
-    """Train as flags say; `program` is what `--help` calls itself. Return the exit code of `run_training`."""
+    """Train with these arguments; `program` is the name in the help. Return the exit code of `run_training`."""
     # imports the packages of the extra `train`
     from ..training import TrainingConfig
     from ..training.command import run_training
@@ -23,7 +23,7 @@ def train(argv: list[str], program: str | None = None) -> int:
 
 
 def find_trainer():
-    """Import what makes the run of a configuration and a network."""
+    """Return the trainer class."""
     from ..training import Trainer
 
     return Trainer

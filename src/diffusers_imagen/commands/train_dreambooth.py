@@ -1,10 +1,10 @@
-"""`diffusers-imagen train-dreambooth`: a stage of a cascade learns a subject from a few images of it."""
+"""`diffusers-imagen train-dreambooth`: fine-tune a stage on a few images of a subject (DreamBooth)."""
 
 from .parser import Parser
 
 
-DESCRIPTION = """Teaches one stage of a cascade a subject from a few images of it (DreamBooth), whole, or with --rank a
-LoRA adapter for pipe.load_lora_weights("OUTPUT_DIR").
+DESCRIPTION = """Fine-tune one stage of a cascade on a few images of a subject (DreamBooth): all weights, or with --rank
+a LoRA adapter for pipe.load_lora_weights("OUTPUT_DIR").
 The options are those of `train-lora`, and the fields of diffusers_imagen.training.DreamBoothTrainingConfig.
 On several devices: accelerate launch -m diffusers_imagen.train_dreambooth, with the same options."""
 
@@ -15,7 +15,7 @@ def add_arguments(command: Parser) -> None:
 
 
 def train_dreambooth(argv: list[str], program: str | None = None) -> int:
-    """Train as flags say; `program` is what `--help` calls itself. Return the exit code of `run_training`."""
+    """Train with these arguments; `program` is the name in the help. Return the exit code of `run_training`."""
     # imports the packages of the extra `train`
     from ..training import DreamBoothTrainingConfig
     from ..training.command import run_training
@@ -24,7 +24,7 @@ def train_dreambooth(argv: list[str], program: str | None = None) -> int:
 
 
 def find_trainer():
-    """Import what makes the run of a configuration and a network."""
+    """Return the function that creates the trainer."""
     from ..training.finetuning.dreambooth import make_trainer
 
     return make_trainer

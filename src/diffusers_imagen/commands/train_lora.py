@@ -1,12 +1,12 @@
-"""`diffusers-imagen train-lora`: a LoRA adapter of one stage of a cascade."""
+"""`diffusers-imagen train-lora`: train a LoRA adapter of one stage of a cascade."""
 
 from ..utils.packages import require_packages
 from .parser import Parser
 
 
-DESCRIPTION = """Trains a LoRA adapter of one stage of a cascade, of a super-resolution stage with --low_resolution.
-The options are those of `train`, and the fields of diffusers_imagen.training.LoraTrainingConfig. The result is for
-pipe.load_lora_weights("OUTPUT_DIR"), of a cascade with component="base_unet".
+DESCRIPTION = """Train a LoRA adapter of one stage of a cascade; of a super-resolution stage with --low_resolution.
+The options are those of `train`, and the fields of diffusers_imagen.training.LoraTrainingConfig. Load the result with
+pipe.load_lora_weights("OUTPUT_DIR"), and for a cascade with component="base_unet".
 On several devices: accelerate launch -m diffusers_imagen.train_lora, with the same options."""
 
 
@@ -16,7 +16,7 @@ def add_arguments(command: Parser) -> None:
 
 
 def train_lora(argv: list[str], program: str | None = None) -> int:
-    """Train as flags say; `program` is what `--help` calls itself. Return the exit code of `run_training`."""
+    """Train with these arguments; `program` is the name in the help. Return the exit code of `run_training`."""
     require_packages("training of adapters", "train", "datasets", "peft")
     from ..training import LoraTrainingConfig
     from ..training.command import run_training
@@ -25,7 +25,7 @@ def train_lora(argv: list[str], program: str | None = None) -> int:
 
 
 def find_trainer():
-    """Import what makes the run of a configuration and a network."""
+    """Return the trainer class."""
     from ..training import LoraTrainer
 
     return LoraTrainer

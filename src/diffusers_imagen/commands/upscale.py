@@ -1,4 +1,4 @@
-"""`diffusers-imagen upscale`: a picture, larger."""
+"""`diffusers-imagen upscale`: upscale an image."""
 
 import argparse
 from pathlib import Path
@@ -12,12 +12,12 @@ from .parser import Parser
 def add_arguments(command: Parser) -> None:
     """Add the options of the command."""
     command.description = (
-        "Runs the super-resolution stages on a picture, which is first brought to the base resolution in "
-        "the proportions of --height and --width. A super-resolution stage alone, --sr256 or --sr1024 without --model, "
-        "does for one step."
+        "Run the super-resolution stages on an image, which is first resized to the base resolution with "
+        "the aspect ratio of --height and --width. --sr256 or --sr1024 without --model run a single "
+        "super-resolution stage."
     )
     command.add_argument("image", type=Path, help="image file")
-    command.add_argument("--prompt", default="", help="what is on it; default: nothing is said")
+    command.add_argument("--prompt", default="", help="description of the image; default: the empty text")
     add_model_arguments(command)
     add_sampling_arguments(command)
     command.add_number(
@@ -26,19 +26,19 @@ def add_arguments(command: Parser) -> None:
         MIN_AUGMENTATION_SIGMA,
         80,
         "low_res_noise_level",
-        help="sigma of the noise in the small image; default: the stage's own",
+        help="sigma of the noise added to the low-resolution image; default: that of the stage",
     )
     command.add_number(
-        "--tile-size", int, 1, MAX_SIZE, help="work in tiles of this resolution, for images larger than trained for"
+        "--tile-size", int, 1, MAX_SIZE, help="run on tiles of this size, for images larger than in training"
     )
     command.add_number(
-        "--tile-overlap", int, 0, MAX_SIZE, help="pixels that tiles share; default: a quarter of a tile"
+        "--tile-overlap", int, 0, MAX_SIZE, help="pixels that adjacent tiles share; default: a quarter of a tile"
     )
     command.set_defaults(run=upscale)
 
 
 def upscale(args: argparse.Namespace) -> None:
-    """Makes a picture larger and writes it."""
+    """Upscale an image and write it."""
     check_sampling(args, upscaler_alone=True)
     if args.tile_overlap is not None and args.tile_size is None:
         raise ValueError(f"`tile-overlap` is {args.tile_overlap}, but there is no `tile-size`.")

@@ -1,7 +1,7 @@
-"""The page of `diffusers-imagen demo`: draw, enlarge and paint anew in a browser. Needs gradio, the extra `demo`.
+"""Web page of `diffusers-imagen demo`: generate, upscale and inpaint in a browser. Requires gradio, the extra `demo`.
 
-It may be served to anybody, so what a visitor can ask for is bounded: one drawing at a time and few that wait, short texts,
-numbers within the page's limits, pictures of a bounded size, and nothing that is kept: what was drawn or given is deleted
+The page may be public, so requests are limited: one image generation at a time and a short queue, short texts, numbers
+within the page's limits, images of limited size, and no permanent storage: generated and uploaded images are deleted
 after a while.
 """
 

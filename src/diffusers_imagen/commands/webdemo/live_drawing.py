@@ -1,4 +1,4 @@
-"""A call of a pipeline in another thread, which tells how far it is after every call of a network."""
+"""Pipeline calls in another thread, with progress after every network call."""
 
 import queue
 import threading
@@ -21,38 +21,36 @@ PREVIEW_PIXELS = 256  # height or width at most
 
 
 class Progress(NamedTuple):
-    """How far a drawing is."""
+    """Progress of a drawing."""
 
-    calls: int  # of networks, done
+    calls: int  # completed network calls
     total: int
-    stage: Stage | None  # that runs; None at the end
-    stage_images: dict[int, list[Image.Image]]  # of the stages that have finished, by resolution
-    preview: np.ndarray | None = (
-        None  # (B, H, W, 3) in uint8: what the running stage predicts, if it is time to show it
-    )
+    stage: Stage | None  # the running stage; None at the end
+    stage_images: dict[int, list[Image.Image]]  # of the finished stages, by resolution
+    preview: np.ndarray | None = None  # (B, H, W, 3) in uint8: prediction of the running stage, at intervals
 
 
 class Drawing:
-    """One call: its pipeline, the stages that run, and what they have made so far."""
+    """State of one call: its pipeline, the stages that run, and their images so far."""
 
     def __init__(self, pipe: DiffusionPipeline, stages: list[Stage]):
         self.pipe, self.stages = pipe, stages
         self.events: queue.Queue = queue.Queue()
         self.stopped = threading.Event()
-        self.made: dict[int, torch.Tensor] = {}  # by the stages that have finished, in [-1, 1]
+        self.made: dict[int, torch.Tensor] = {}  # images of the finished stages, in [-1, 1]
         self.finished: dict[int, Any] = {}
         self.last: torch.Tensor | None = None
-        self.place = 0  # of the running stage
-        self.shown = 0.0  # when the last preview was made
-        # a preview would pass by what looks at finished pictures
+        self.place = 0  # index of the running stage
+        self.shown = 0.0  # time of the last preview
+        # previews would bypass the safety checker and the watermarker
         self.previews = pipe.safety_checker is None and pipe.watermarker is None
 
     def on_step_end(self, pipe: DiffusionPipeline, step: int, timestep: Any, tensors: dict[str, Any]) -> dict:
-        """The callback of the pipeline."""
-        latents = tensors["latents"]  # (B, C, H, W) of the stage that runs
+        """Callback of the pipeline."""
+        latents = tensors["latents"]  # (B, C, H, W) of the running stage
         if self.last is not None and self.last.shape != latents.shape:
             self.made[self.stages[self.place].resolution] = self.last.clamp(-1, 1)
-            # all of them again: an image that is flagged at one stage is black at the others too
+            # all of them again: an image that is flagged at one stage is black at the other stages too
             self.finished.update(finish_images(pipe, self.made, "pil").images)
             self.place += 1
         self.last = latents
@@ -63,7 +61,7 @@ class Drawing:
         return {}
 
     def preview_of(self, predicted: torch.Tensor | None) -> np.ndarray | None:
-        """The predicted clean images `(B, 3, H, W)` as pixels `(B, H, W, 3)`, if there are any and the last are old."""
+        """Return the predicted clean images `(B, 3, H, W)` as pixels `(B, H, W, 3)`, if any, at intervals."""
         if not self.previews or predicted is None or time.monotonic() - self.shown < PREVIEW_SECONDS:
             return None
         every = -(-max(predicted.shape[-2:]) // PREVIEW_PIXELS)
@@ -72,17 +70,17 @@ class Drawing:
         return pixels.movedim(1, -1).cpu().numpy()
 
     def run(self, turn: threading.Lock, arguments: dict[str, Any]) -> None:
-        """Calls the pipeline, which `turn` is held for; the last event is None."""
+        """Call the pipeline while holding `turn`; the last event is None."""
         try:
             with turn:
                 if not self.stopped.is_set():
                     self.call(arguments)
-        except Exception as error:  # raised again where the caller waits
+        except Exception as error:  # raised again in the caller's thread
             self.events.put(error)
         self.events.put(None)
 
     def call(self, arguments: dict[str, Any]) -> None:
-        """Calls the pipeline; the event after those of its steps has what it returns."""
+        """Call the pipeline; the event after those of its steps has the results."""
         out = self.pipe(
             callback_on_step_end=self.on_step_end,
             callback_on_step_end_tensor_inputs=["latents", PREDICTED],
@@ -95,16 +93,16 @@ class Drawing:
 def draw(
     pipe: DiffusionPipeline, stages: list[Stage], turn: threading.Lock, **arguments: Any
 ) -> Generator[Progress, None, None]:
-    """Runs a pipeline in another thread, and yields after every network call.
+    """Run a pipeline in another thread, and yield after every network call.
 
-    A stage's images come with the first call of the stage after it. Closing the iterator stops the pipeline,
-    whose errors it raises.
+    A stage's images are included from the first call of the next stage. Closing the iterator stops the pipeline;
+    errors of the pipeline are raised by the iterator.
 
     Args:
-        pipe ([`DiffusionPipeline`]): What draws.
-        stages (`list[Stage]`): Those of its stages that run, in order.
-        turn (`threading.Lock`): Of the pipeline, which does one call at a time: one that was stopped ends its step first.
-        arguments: Of the pipeline's call.
+        pipe ([`DiffusionPipeline`]): The pipeline.
+        stages (`list[Stage]`): The stages that run, in order.
+        turn (`threading.Lock`): Lock of the pipeline, for one call at a time: a stopped call first ends its step.
+        arguments: Arguments of the call.
     """
     drawing = Drawing(pipe, stages)
     thread = threading.Thread(target=drawing.run, args=(turn, arguments), daemon=True)

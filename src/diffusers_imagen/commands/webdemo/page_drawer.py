@@ -1,4 +1,4 @@
-"""What the buttons of the page do: a drawing, reported while it runs, whose pictures become files for a while."""
+"""Actions of the page's buttons: a drawing with progress, whose images are saved to temporary files."""
 
 import logging
 import secrets
@@ -21,26 +21,26 @@ from .page_requests import DrawingRequest, generator_of, read_request, refusal
 from .page_tasks import Task, stage_title
 
 
-SECONDS_BETWEEN_REPORTS = 0.1  # of the status, so that a fast network is not kept waiting
+SECONDS_BETWEEN_REPORTS = 0.1  # of the status, so that a fast network does not wait
 
 logger = logging.getLogger(__name__)
 
 
 class Shared(NamedTuple):
-    """What the tabs of a page share."""
+    """Objects that the tabs of a page share."""
 
-    turn: threading.Lock  # of the pipeline
+    turn: threading.Lock  # lock of the pipeline
     pictures: set[str]  # the paths of files that are deleted after a while
 
 
 class Drawer:
-    """What the button of a tab does.
+    """Action of a tab's button.
 
     Args:
-        pipe ([`DiffusionPipeline`]): What draws.
-        task ([`Task`]): Of the tab.
-        sources (`dict[str, str]`): Where the model comes from, for the settings in the files.
-        page ([`Shared`]): What the tabs share.
+        pipe ([`DiffusionPipeline`]): The pipeline.
+        task ([`Task`]): Task of the tab.
+        sources (`dict[str, str]`): Folders and Hub ids of the model, for the settings in the files.
+        page ([`Shared`]): Objects that the tabs share.
     """
 
     def __init__(self, pipe: DiffusionPipeline, task: Task, sources: Mapping[str, str], page: Shared):
@@ -48,12 +48,12 @@ class Drawer:
         self.names: list[str] = []  # of the tab's fields, in the order of the values of a request
 
     def run(self, *values: Any) -> Iterator[list[Any]]:
-        """A drawing, as what `Outputs` shows; raises gr.Error."""
+        """Generate images, and yield the values of `Outputs`; raises gr.Error."""
         if len(values) != len(self.names):
             raise refusal(f"There should be {len(self.names)} values, not {len(values)}.")
         request = read_request(self.task, dict(zip(self.names, values)))
         skip = gr.skip()
-        yield [page_html.status("Reading the prompt ...", 0), page_html.EMPTY, request.seed, skip]
+        yield [page_html.status("Encoding the prompt ...", 0), page_html.EMPTY, request.seed, skip]
         progress = draw(
             self.pipe, self.task.stages, self.page.turn, generator=generator_of(request), **request.arguments
         )
@@ -63,14 +63,14 @@ class Drawer:
             raise refusal(str(error)) from error
         except gr.Error:
             raise
-        except Exception as error:  # its text may tell of this machine
+        except Exception as error:  # its text could contain details of the server
             logger.exception("A drawing failed")
-            raise refusal("The drawing failed; the log of the server says why.") from error
+            raise refusal("The request failed; see the log of the server for the reason.") from error
         finally:
             progress.close()
 
     def reports(self, request: DrawingRequest, progress: Iterator[Progress]) -> Iterator[list[Any]]:
-        """What the page shows of a drawing while it runs, and at its end."""
+        """Yield what the page shows during the drawing, and at its end."""
         began = reported = time.monotonic()
         shown: dict[int, page_html.Shown] = {}
         caption, skip = f"{request.arguments.get('prompt') or self.task.title}, seed {request.seed}", gr.skip()
@@ -79,7 +79,7 @@ class Drawer:
             if not (is_new or preview is not None) and time.monotonic() - reported < SECONDS_BETWEEN_REPORTS:
                 continue
             reported = time.monotonic()
-            if stage is None:  # the last: all pictures as the pipeline returned them
+            if stage is None:  # the last event: all images as returned by the pipeline
                 shown = {resolution: self.keep(request, resolution, images) for resolution in sorted(images)}
                 text = f"Done in {reported - began:.1f} s, seed {request.seed}."
                 files = shown[self.task.resolution].paths
@@ -96,7 +96,7 @@ class Drawer:
     def keep(
         self, request: DrawingRequest, resolution: int, images: Mapping[int, list[Image.Image]]
     ) -> page_html.Shown:
-        """Writes the pictures of one stage into files that are deleted later, named by prompt and seed."""
+        """Write the images of one stage to temporary files, named by prompt and seed."""
         done = [ran for ran in self.task.stages if ran.resolution <= resolution]
         resolutions = [ran.resolution for ran in done]
         arguments = dict(request.arguments)

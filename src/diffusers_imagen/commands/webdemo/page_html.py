@@ -1,4 +1,4 @@
-"""The page's own HTML: where a drawing is, and its pictures, which fit, are enlarged by a click, and are saved by name."""
+"""HTML of the page: the progress of a drawing, and its images, which can be enlarged by a click and saved."""
 
 import base64
 import html
@@ -13,13 +13,13 @@ import numpy as np
 from PIL import Image
 
 
-COLUMNS = {1: 1, 2: 2, 3: 2, 4: 2, 5: 3, 6: 3}  # of so many pictures; of more, 4
-SMALL = 64  # pictures up to this size are shown with their pixels
-EMPTY = '<div class="im-grid" style="--columns:1;--rows:1"><div class="im-empty">The picture appears here.</div></div>'
+COLUMNS = {1: 1, 2: 2, 3: 2, 4: 2, 5: 3, 6: 3}  # by number of images; 4 for more
+SMALL = 64  # images up to this size are shown with visible pixels
+EMPTY = '<div class="im-grid" style="--columns:1;--rows:1"><div class="im-empty">The image appears here.</div></div>'
 
 
 class Shown(NamedTuple):
-    """The pictures of one stage, as files of the page."""
+    """The images of one stage, as files of the page."""
 
     title: str
     size: tuple[int, int]  # width, height
@@ -27,7 +27,7 @@ class Shown(NamedTuple):
 
 
 def status(text: str, done: int | None = None, total: int = 1) -> str:
-    """A line that says where a drawing is, with a bar while it runs."""
+    """Return the status line of a drawing, with a progress bar while it runs."""
     bar = ""
     if done is not None:
         numbers = f'aria-valuemin="0" aria-valuemax="{total}" aria-valuenow="{done}"'
@@ -36,13 +36,13 @@ def status(text: str, done: int | None = None, total: int = 1) -> str:
 
 
 def pictures(stages: Sequence[Shown], caption: str, preview: np.ndarray | None = None) -> str:
-    """The pictures of the last stage, large, and of the stages before it, small.
+    """Return the images of the last stage, large, and those of earlier stages, small.
 
     Args:
-        stages (`list[Shown]`): In the order in which they ran.
-        caption (`str`): What was drawn, for those who do not see it, and under a picture that is enlarged.
+        stages (`list[Shown]`): The stages, in the order in which they ran.
+        caption (`str`): Description of the images, for screen readers and below an enlarged image.
         preview (`np.ndarray` of shape `(B, H, W, 3)`, *optional*):
-            What the stage that runs predicts, in uint8: large in place of those, which are all small then.
+            Prediction of the running stage, in uint8: shown large, and all finished stages small.
     """
     if preview is None:
         *before, last = stages
@@ -61,12 +61,17 @@ def pictures(stages: Sequence[Shown], caption: str, preview: np.ndarray | None =
 
 
 def figures(stage: Shown, caption: str, saves: bool) -> str:
-    """Each picture as a button that enlarges it; with a link to save it if `saves`, which the enlarged one has anyway."""
+    """
+    Return each image as a button that enlarges it; with a download link if `saves`, which the enlarged image always
+    has.
+    """
     return "".join(figure(stage, path, caption, saves) for path in stage.paths)
 
 
 def figure(stage: Shown, path: str, caption: str, saves: bool) -> str:
-    """One picture, and the same enlarged: an element that the browser opens, and closes by a click beside it or Escape."""
+    """
+    Return an image, and its enlarged popover, which the browser opens by a click and closes by a click or Escape.
+    """
     source, name, key = f"gradio_api/file={quote(path)}", os.path.basename(path), f"im-{secrets.token_hex(6)}"
     label = html.escape(caption)
     image = f'<img src="{source}" alt="{label}" class="{pixel_class(*stage.size)}">'
@@ -81,18 +86,18 @@ def figure(stage: Shown, path: str, caption: str, saves: bool) -> str:
 
 
 def pixel_class(width: int, height: int) -> str:
-    """The class of a picture of this size: small ones are shown with their pixels."""
+    """Return the CSS class of an image of this size: small images are shown with visible pixels."""
     return "im-small" if max(width, height) <= SMALL else ""
 
 
 def data_address(pixels: np.ndarray) -> str:
-    """A picture `(H, W, 3)` in uint8, within an address."""
+    """Return an image `(H, W, 3)` in uint8 as a data URL."""
     data = io.BytesIO()
     Image.fromarray(pixels).save(data, "JPEG", quality=80)
     return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
 
 
 def grid(count: int, content: Any) -> str:
-    """Content in so many cells, which together fit."""
+    """Arrange this number of cells in a grid."""
     columns = COLUMNS.get(count, 4)
     return f'<div class="im-grid" style="--columns:{columns};--rows:{-(-count // columns)}">{content}</div>'

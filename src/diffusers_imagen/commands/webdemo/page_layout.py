@@ -1,4 +1,4 @@
-"""The page: a tab for each task of the model, with its fields, and what its buttons do."""
+"""Layout of the page: a tab for each task of the model, with its fields and the actions of its buttons."""
 
 import json
 import re
@@ -21,7 +21,7 @@ from .page_requests import MAX_IMAGES, MAX_PROMPT_LENGTH, MAX_SEED, MIN_STRENGTH
 from .page_tasks import Task, limits_of, stage_title, tasks_of
 
 
-# what the shipped cascade draws, and what models draw that were trained on pictures of all kinds
+# examples for the shipped cascade, and for models that were trained on general images
 EMOJI_EXAMPLES = [
     "a 3d render of a tiger face",
     "a noto emoji of a red apple",
@@ -36,39 +36,39 @@ EXAMPLES = [
     "an oil painting of a sailing ship in a storm",
     'a wooden sign that says "hello"',
 ]
-# on a phone, where a given picture may have pushed the result out of view
+# for phones, where an input image may have moved the result out of view
 INTO_VIEW = (
     "document.querySelectorAll('.shown').forEach(shown => { if (shown.offsetParent && innerWidth <= 768)"
     " shown.scrollIntoView({block: 'nearest'}) });"
 )
-SECONDS_TO_LIVE = 1800  # of a picture on the disk: the page has it long before
-EDITOR_PIXELS = 512  # height and width of the mask editor's canvas, or the resolution of the model
+SECONDS_TO_LIVE = 1800  # lifetime of a temporary image on the disk; the page downloads it earlier
+EDITOR_PIXELS = 512  # height and width of the mask editor's canvas, or the resolution of the model if larger
 
 
 class Outputs(NamedTuple):
-    """What a tab shows, in this order."""
+    """Outputs of a tab, in this order."""
 
     status: gr.HTML
     view: gr.HTML
     seed: gr.Number
-    files: gr.File  # of the last stage, for programs that draw without the page
+    files: gr.File  # images of the last stage, for API clients
 
 
 def build(pipe: DiffusionPipeline, sources: Mapping[str, str]) -> gr.Blocks:
-    """The page.
+    """Build the page.
 
     Args:
-        pipe ([`DiffusionPipeline`]): What draws: a cascade, or a stage alone.
-        sources (`dict[str, str]`): Folders or Hub ids that it comes from, by option, which the page names.
+        pipe ([`DiffusionPipeline`]): The pipeline: a cascade, or a single stage.
+        sources (`dict[str, str]`): Folders or Hub ids of the model, by option, which the page shows.
 
     Raises:
-        ValueError: If it has no text encoder, but networks that read text.
+        ValueError: If it has no text encoder, but networks that are conditioned on text.
     """
     tasks, files = tasks_of(pipe), None
     with gr.Blocks(title="diffusers-imagen", delete_cache=(60, SECONDS_TO_LIVE)) as page:
         gr.Markdown(f"# diffusers-imagen\n{headline(pipe, sources)}", elem_classes="headline")
         shared = Shared(threading.Lock(), set())
-        page.temp_file_sets.append(shared.pictures)  # what `delete_cache` deletes
+        page.temp_file_sets.append(shared.pictures)  # files that `delete_cache` deletes
         for task in tasks:
             with gr.Tab(task.title):
                 drawer = Drawer(pipe, task, sources, shared)
@@ -76,7 +76,7 @@ def build(pipe: DiffusionPipeline, sources: Mapping[str, str]) -> gr.Blocks:
                 files = files or made
         with gr.Accordion("About this model", open=False):
             gr.Markdown(describe(pipe, sources))
-    # without the queue, everybody's drawings would run at once
+    # without the queue, the requests of all visitors would run at once
     return page.queue(max_size=MAX_WAITING, default_concurrency_limit=1, api_open=False)
 
 
@@ -84,9 +84,9 @@ def build(pipe: DiffusionPipeline, sources: Mapping[str, str]) -> gr.Blocks:
 
 
 def add_tab(drawer: Drawer, examples: list[str], drawn: gr.File | None) -> gr.File:
-    """Adds the fields and the pictures of a task; returns the files that it makes.
+    """Add the fields and the images of a task; return the component of its image files.
 
-    `drawn` has those of the tab before, which can be taken over.
+    `drawn` is that of the previous tab, whose images can be used as input.
     """
     task = drawer.task
     with gr.Row(elem_classes="sheet"):
@@ -98,7 +98,7 @@ def add_tab(drawer: Drawer, examples: list[str], drawn: gr.File | None) -> gr.Fi
         with gr.Column(elem_classes="shown"):
             status = gr.HTML(page_html.status("Ready."))
             view = gr.HTML(page_html.EMPTY)
-            files = gr.File(label="Pictures", file_count="multiple", visible="hidden")
+            files = gr.File(label="Images", file_count="multiple", visible="hidden")
         with gr.Column(elem_classes="more"):
             if "prompt" in fields:
                 gr.Examples(examples, inputs=fields["prompt"], label="Examples")
@@ -107,7 +107,7 @@ def add_tab(drawer: Drawer, examples: list[str], drawn: gr.File | None) -> gr.Fi
     drawer.names = list(fields)
     triggers = [start.click] + ([fields["prompt"].submit] if "prompt" in fields else [])
     in_browser: dict[str, Any] = {"fn": None, "outputs": status, "show_progress": "hidden"}
-    gr.on(triggers, js=shows("Waiting for its turn ...", 0), **in_browser)
+    gr.on(triggers, js=shows("Waiting in the queue ...", 0), **in_browser)
     event = gr.on(
         triggers,
         drawer.run,
@@ -115,11 +115,11 @@ def add_tab(drawer: Drawer, examples: list[str], drawn: gr.File | None) -> gr.Fi
         outputs=list(outputs),
         show_progress="hidden",
         api_name=task.name,
-        preprocess=False,  # pictures are read by this package alone
+        preprocess=False,  # images are read only by this package
         concurrency_limit=1,
-        concurrency_id="pipeline",  # of all tabs together
+        concurrency_id="pipeline",  # shared by all tabs
     )
-    event.failure(js=shows("Not drawn."), **in_browser)
+    event.failure(js=shows("Failed."), **in_browser)
     stop.click(
         lambda: page_html.status("Stopped."),
         outputs=status,
@@ -128,23 +128,23 @@ def add_tab(drawer: Drawer, examples: list[str], drawn: gr.File | None) -> gr.Fi
         show_progress="hidden",
         api_visibility="private",
     )
-    # a seed that is written down is one to keep
+    # a typed seed is kept
     fields["seed"].input(None, outputs=fields["random_seed"], js="() => false", show_progress="hidden")
     return files
 
 
 def shows(text: str, done: int | None = None) -> str:
-    """JavaScript that makes a status, so that the page says at once what the server cannot; brings pictures into view."""
+    """Return JavaScript that shows a status immediately, without the server, and scrolls images into view."""
     return f"() => {{ {INTO_VIEW} return {json.dumps(page_html.status(text, done))} }}"
 
 
 def ask_fields(task: Task, drawn: gr.File | None, examples: list[str]) -> dict[str, Any]:
-    """The fields of a task that come first, by their names in requests: its picture and its prompt."""
+    """Return the first fields of a task, by their names in requests: its input image and its prompt."""
     fields: dict[str, Any] = {}
     if task.takes_mask:
         side = max(EDITOR_PIXELS, task.resolution)
         fields["picture"] = gr.ImageEditor(
-            label="Picture: paint over a part",
+            label="Image: paint over the part to repaint",
             type="filepath",
             sources=("upload", "clipboard"),
             buttons=["fullscreen"],
@@ -158,26 +158,26 @@ def ask_fields(task: Task, drawn: gr.File | None, examples: list[str]) -> dict[s
         )
     elif task.takes_picture:
         fields["picture"] = gr.Image(
-            label=f"Picture, which is first brought to {task.low_resolution} px",
+            label=f"Image, which is first resized to {task.low_resolution} px",
             type="filepath",
             sources=["upload", "clipboard"],
             buttons=[],
             height=220,
         )
     if task.takes_picture and drawn is not None:
-        take = gr.Button("Take the picture that was drawn", size="sm")
+        take = gr.Button("Use the generated image", size="sm")
         take.click(
             taken, inputs=drawn, outputs=fields["picture"], queue=False, preprocess=False, api_visibility="private"
         )
     if task.reads_text:
-        what = "Prompt" if task.needs_prompt else "Prompt: what is on the picture"
+        what = "Prompt" if task.needs_prompt else "Prompt: description of the image"
         value = "" if task.takes_picture else examples[0]
         fields["prompt"] = gr.Textbox(value, label=what, max_length=MAX_PROMPT_LENGTH, lines=1, max_lines=4)
     return fields
 
 
 def more_fields(task: Task) -> dict[str, Any]:
-    """The fields of a task that have defaults, by their names in requests."""
+    """Return the fields of a task that have defaults, by their names in requests."""
     fields: dict[str, Any] = {}
     with gr.Row():
         fields["seed"] = gr.Number(
@@ -190,7 +190,7 @@ def more_fields(task: Task) -> dict[str, Any]:
     with gr.Accordion("Settings", open=False):
         if task.reads_text:
             fields["negative_prompt"] = gr.Textbox(
-                label="Negative prompt", placeholder="what to guide away from", max_length=MAX_PROMPT_LENGTH
+                label="Negative prompt", placeholder="text to guide away from", max_length=MAX_PROMPT_LENGTH
             )
         if task.takes_mask:
             fields["strength"] = gr.Slider(MIN_STRENGTH, 1, label="Strength", step=0.05, value=1)
@@ -200,7 +200,7 @@ def more_fields(task: Task) -> dict[str, Any]:
 
 
 def stage_fields(stage: Stage) -> dict[str, gr.Slider]:
-    """Steps and guidance of one stage; guidance of 1 alone where a stage cannot be guided."""
+    """Return the fields for steps and guidance of one stage; guidance is hidden for a stage that cannot be guided."""
     name, defaults, (steps, guidance) = f"{stage.resolution} px", stage.defaults, limits_of(stage)
     can_be_guided = stage.reads_text or stage.guidance_unet is not None
     with gr.Row():
@@ -221,10 +221,10 @@ def stage_fields(stage: Stage) -> dict[str, gr.Slider]:
 
 
 def taken(files: Any) -> str:
-    """The last picture that was drawn, for another tab."""
+    """Return the last generated image, as the input of another tab."""
     path = files[-1].get("path") if isinstance(files, list) and files and isinstance(files[-1], dict) else None
     if not isinstance(path, str) or not Path(path).is_file():
-        raise refusal("There is no drawn picture, or no more: draw one first.")
+        raise refusal("There is no generated image, or it was deleted: generate one first.")
     return path
 
 
@@ -232,18 +232,18 @@ def taken(files: Any) -> str:
 
 
 def examples_for(sources: Any) -> list[str]:
-    """Prompts to try: of what the model was trained on."""
+    """Return example prompts for the training data of the model."""
     is_emoji = any(source_name(source) == NAME for source in sources)
     return EMOJI_EXAMPLES if is_emoji else EXAMPLES
 
 
 def headline(pipe: DiffusionPipeline, sources: Mapping[str, str]) -> str:
-    """Which model draws, and how large its pictures are."""
+    """Return the name of the model, and the resolution of its images."""
     return f"{' + '.join(map(source_name, sources.values()))}, to {pipe.stages[-1].resolution} px"
 
 
 def describe(pipe: DiffusionPipeline, sources: Mapping[str, str]) -> str:
-    """Which model draws, how large it is, where it runs, what its card says of its limits, and its licenses."""
+    """Return the model's name, size, device, limits from its model card, and licenses."""
     parts = ", ".join(
         f"{stage_title(stage)} ({stage.unet.num_parameters() / 1e6:,.1f} M parameters)" for stage in pipe.stages
     )

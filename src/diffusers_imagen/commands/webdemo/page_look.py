@@ -1,4 +1,4 @@
-"""How the page looks, and how it is served: the arguments of gradio's `launch`."""
+"""Style of the page, and the arguments of gradio's `launch`."""
 
 import gradio as gr
 from starlette.middleware import Middleware
@@ -6,8 +6,8 @@ from starlette.middleware import Middleware
 from .page_guard import MAX_PICTURE_BYTES, Guard
 
 
-# Wide screens: what is asked at the left, pictures at the right. Narrow ones: the prompt, its button, the pictures, and
-# then the settings. Pictures always fit into the height of the screen.
+# Wide screens: inputs on the left, images on the right. Narrow screens: the prompt, its button, the images, and
+# then the settings. Images always fit into the height of the screen.
 CSS = """
 .gradio-container { max-width: 1400px !important; padding: 0 !important }
 .gradio-container > .main { padding: .75rem 1.5rem !important }
@@ -58,14 +58,14 @@ CSS = """
 }
 """
 
-# System fonts, so that nothing is asked of other servers.
+# System fonts, so that no other servers are contacted.
 LOOK = {
     "theme": gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
     "css": CSS,
     "footer_links": ["api", "gradio"],
     "ssr_mode": False,
     "share": False,
-    "show_error": False,  # errors of Python are the log's
+    "show_error": False,  # errors of Python are only logged
     "max_file_size": MAX_PICTURE_BYTES,
     "enable_monitoring": False,
     "app_kwargs": {"middleware": [Middleware(Guard)]},

@@ -1,4 +1,4 @@
-"""What a visitor asks for, as arguments of a pipeline: requests need not come from the page, and everything is checked."""
+"""Page requests as arguments of a pipeline; all values are checked, because requests need not come from the page."""
 
 import html
 import random
@@ -18,32 +18,32 @@ MAX_SEED = 2**31 - 1
 MAX_IMAGES = 8
 MAX_PROMPT_LENGTH = 1000  # in characters
 MIN_STRENGTH = 0.1
-UNREADABLE = "The picture cannot be read, or was deleted meanwhile: give it again."
+UNREADABLE = "The image cannot be read, or was deleted in the meantime: upload it again."
 
 
 class DrawingRequest(NamedTuple):
     """One drawing."""
 
     seed: int
-    arguments: dict[str, Any]  # of the pipeline's call, without the source of noise
+    arguments: dict[str, Any]  # of the pipeline's call, without the generator
 
 
 def read_request(task: Task, values: Mapping[str, Any]) -> DrawingRequest:
-    """What a visitor asks for.
+    """Read a visitor's request.
 
     Args:
-        task ([`Task`]): Of the tab.
-        values (`dict`): Of its fields, by name: those that `page_layout.fields_of` makes.
+        task ([`Task`]): Task of the tab.
+        values (`dict`): Values of its fields by name; the fields are those of `page_layout`.
 
     Raises:
-        gr.Error: For what the page would not send, or that cannot be drawn.
+        gr.Error: For values that the page would not send, or that are invalid.
     """
     arguments: dict[str, Any] = {}
     if task.reads_text:
         arguments["prompt"] = read_text("The prompt", values["prompt"])
         arguments["negative_prompt"] = read_text("The negative prompt", values["negative_prompt"]).strip() or None
         if task.needs_prompt and not arguments["prompt"].strip():
-            raise refusal("Say what to draw.")
+            raise refusal("Enter a prompt.")
     if task.takes_mask:
         image, mask = read_drawn_mask(values["picture"])
         arguments |= fitted(task, image, mask)
@@ -61,12 +61,12 @@ def read_request(task: Task, values: Mapping[str, Any]) -> DrawingRequest:
 
 
 def choose_seed(seed: Any, is_random: Any) -> int:
-    """The seed of a drawing, which the page shows so that it can be drawn again."""
+    """Return the seed of a drawing, which the page shows so that the images can be reproduced."""
     return random.SystemRandom().randint(0, MAX_SEED) if is_random is True else whole("Seed", seed or 0, 0, MAX_SEED)
 
 
 def generator_of(request: DrawingRequest) -> torch.Generator:
-    """The source of all noise of a drawing, as the command line has it."""
+    """Return the source of all noise of a drawing, as on the command line."""
     return torch.Generator().manual_seed(request.seed)
 
 
@@ -74,26 +74,26 @@ def generator_of(request: DrawingRequest) -> torch.Generator:
 
 
 def read_text(name: str, text: Any) -> str:
-    """A text that a tokenizer can read; empty for None."""
+    """Return a text within the limits; empty for None."""
     if not isinstance(text, (str, type(None))):
-        raise refusal(f"{name} is no text.")
+        raise refusal(f"{name} is not a text.")
     text = text or ""
     if len(text) > MAX_PROMPT_LENGTH:
         raise refusal(f"{name} has {len(text)} characters, but should have at most {MAX_PROMPT_LENGTH}.")
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-        raise refusal(f"{name} is no text.")
+        raise refusal(f"{name} is not valid Unicode.")
     return text
 
 
 def number(name: str, value: Any, lowest: float, highest: float) -> float:
-    """A number that is within the page's limits."""
+    """Return a number within the page's limits."""
     if not is_finite(value) or not lowest <= value <= highest:
         raise refusal(f"{name} should be a number from {lowest} to {highest}.")
     return value
 
 
 def whole(name: str, value: Any, lowest: int, highest: int) -> int:
-    """As `number`, without what comes after the point."""
+    """Return a number within the page's limits, without its fraction."""
     return int(number(name, value, lowest, highest))
 
 
@@ -101,7 +101,7 @@ def whole(name: str, value: Any, lowest: int, highest: int) -> int:
 
 
 def read_picture(value: Any) -> Image.Image:
-    """A picture that was given as a file, upright and in RGB."""
+    """Read an uploaded image, upright and in RGB."""
     try:
         return read_image(file_of(value))
     except BadImage as error:  # its text may have the path
@@ -109,9 +109,9 @@ def read_picture(value: Any) -> Image.Image:
 
 
 def read_drawn_mask(value: Any) -> tuple[Image.Image, Image.Image]:
-    """A picture and, of its size, white where something was painted over it.
+    """Read an image, and a mask of the same size, white where the visitor painted.
 
-    The editor lays a picture on a larger canvas, which is transparent around it: that is cut off.
+    The editor places an image on a larger, transparent canvas, which is cropped.
     """
     value = value if isinstance(value, dict) else {}
     try:
@@ -122,24 +122,26 @@ def read_drawn_mask(value: Any) -> tuple[Image.Image, Image.Image]:
             if painted.size != canvas.size:
                 raise BadImage(f"its mask is {painted.size}, but should be {canvas.size}")
             mask.paste(255, mask=painted.point(lambda opacity: 255 if opacity > 0 else 0))
-    except (BadImage, OSError, SyntaxError) as error:  # Pillow's, of files that are damaged
+    except (BadImage, OSError, SyntaxError) as error:  # Pillow's errors for damaged files
         raise refusal(UNREADABLE) from error
     box = canvas.getchannel("A").getbbox()
     if box is None or mask.crop(box).getbbox() is None:
-        raise refusal("Paint over the part that should be drawn anew.")
+        raise refusal("Paint over the part to repaint.")
     return read_image(canvas.crop(box)), mask.crop(box)
 
 
 def file_of(value: Any) -> str:
-    """The path of a file that gradio holds for the page."""
+    """Return the path of a file that gradio stores for the page."""
     path = value.get("path") if isinstance(value, dict) else None
     if not isinstance(path, str):
-        raise refusal("Give a picture first.")
+        raise refusal("Upload an image first.")
     return path
 
 
 def fitted(task: Task, image: Image.Image, mask: Image.Image | None = None) -> dict[str, Any]:
-    """A picture and its mask, cropped to what the networks take, and the size of the result, as arguments of a call."""
+    """
+    Crop an image and its mask to sizes that the networks support; return them and the result's size as arguments.
+    """
     width, height = task.size_for(*image.size)
     scale = min(image.width / width, image.height / height)
     size = (max(round(width * scale), 1), max(round(height * scale), 1))
@@ -149,10 +151,12 @@ def fitted(task: Task, image: Image.Image, mask: Image.Image | None = None) -> d
     if mask is not None:
         arguments["mask_image"] = mask.crop(box)
         if arguments["mask_image"].getbbox() is None:
-            raise refusal("The painted part is outside of the middle that is kept of such a long picture.")
+            raise refusal(
+                "The painted part is outside the center of the image, to which such a long image is cropped."
+            )
     return arguments
 
 
 def refusal(text: str) -> gr.Error:
-    """An error that the page shows, in one line, and the log does not; gradio takes it for HTML."""
+    """Return a one-line error that the page shows, but which is not logged; gradio interprets it as HTML."""
     return gr.Error(html.escape(" ".join(text.split()), quote=False), print_exception=False)

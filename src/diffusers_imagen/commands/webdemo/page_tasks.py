@@ -1,4 +1,4 @@
-"""What the page can do with a model: to draw, to enlarge a picture, and to paint a part of one anew; a tab each."""
+"""Tasks of the page for a model: generate, upscale and inpaint, with one tab each."""
 
 from typing import NamedTuple
 
@@ -9,35 +9,36 @@ from ...pipelines.planning import multiple_of
 from ...pipelines.stages import Stage
 
 
-MAX_STEPS, MAX_GUIDANCE = 50, 10  # or the default of a stage that has more
-MAX_PROPORTION = 2  # of the sides of a picture: what is longer is cropped
+MAX_STEPS, MAX_GUIDANCE = 50, 10  # or the default of a stage if larger
+MAX_PROPORTION = 2  # aspect ratio of an image: longer images are cropped
 
 
 class Task(NamedTuple):
-    """What a tab does."""
+    """Task of a tab."""
 
-    name: str  # as the settings in the files of pictures have it, and of the endpoint
-    title: str  # of the tab, and of its button
-    stages: list[Stage]  # that run
-    low_resolution: int | None  # that a given picture is first brought to, in pixels
+    name: str  # in the settings of image files, and of the API endpoint
+    title: str  # of the tab and its button
+    stages: list[Stage]  # the stages that run
+    low_resolution: int | None  # that an input image is first resized to, in pixels
     takes_picture: bool
     takes_mask: bool
     needs_prompt: bool
 
     @property
     def reads_text(self) -> bool:
-        """Whether there is something to say."""
+        """Whether a stage is conditioned on text."""
         return any(stage.reads_text for stage in self.stages)
 
     @property
     def resolution(self) -> int:
-        """Of the pictures that it makes, in pixels."""
+        """Resolution of the generated images, in pixels."""
         return self.stages[-1].resolution
 
     def size_for(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height of the result for a picture of this size: its short side has the resolution of the last stage.
+        """
+        Return width and height of the result for an image of this size: its short side is the last stage's resolution.
 
-        Proportions are kept to within a step of the networks, and to MAX_PROPORTION.
+        The aspect ratio is rounded to the networks' stride, and limited to MAX_PROPORTION.
         """
         step, short = multiple_of(self.stages, self.low_resolution), self.resolution
         longer = min(max(width, height) / min(width, height), MAX_PROPORTION) * short
@@ -46,14 +47,14 @@ class Task(NamedTuple):
 
 
 def tasks_of(pipe: DiffusionPipeline) -> list[Task]:
-    """What a model can do.
+    """Return the tasks of a model.
 
     Raises:
-        ValueError: If its networks read text that nothing encodes.
+        ValueError: If its networks are conditioned on text, but it has no text encoder.
     """
     stages, found = pipe.stages, []
     if pipe.text_source is None and any(stage.reads_text for stage in stages):
-        raise ValueError("`model` has no text encoder, which its networks need: give --text-encoder.")
+        raise ValueError("`model` has no text encoder, which its networks need: pass --text-encoder.")
     if stages[0].is_base:
         found.append(Task("generate", "Draw", stages, None, False, False, stages[0].reads_text))
     upscalers = [stage for stage in stages if not stage.is_base]
@@ -67,10 +68,10 @@ def tasks_of(pipe: DiffusionPipeline) -> list[Task]:
 
 
 def limits_of(stage: Stage) -> tuple[int, float]:
-    """The most steps and the strongest guidance that a visitor can ask a stage for: at least its defaults."""
+    """Return the maximum number of steps and guidance scale of a stage: at least its defaults."""
     return max(MAX_STEPS, stage.defaults.num_inference_steps), max(MAX_GUIDANCE, stage.defaults.guidance_scale)
 
 
 def stage_title(stage: Stage) -> str:
-    """A stage's name on the page."""
+    """Return the name of a stage on the page."""
     return f"{stage.kind.title} {stage.resolution} px"
