@@ -147,7 +147,7 @@ def test_nothing_in_a_checkpoint_runs_code(run, tmp_path):
             path.write_bytes(content)
             (checkpoint / MANIFEST).unlink()
             seal(checkpoint, record)
-            with pytest.raises(ValueError, match="does not hold the state of this run: .*is no saved state"):
+            with pytest.raises(ValueError, match="does not contain the state of this run: .*is not a saved state"):
                 go_on()
         path.write_bytes(whole)
     assert not trace.exists()
@@ -178,7 +178,7 @@ def test_a_state_that_does_not_fit_is_refused(run):
     check("model", {**model, "conv_in.bias": model["conv_in.bias"].int()}, "conv_in.bias has shape")
     check("model", {**model, "conv_in.bias": model["conv_in.bias"] / 0}, "weights or averages that are not finite")
     check("model", {name: model[name] for name in list(model)[1:]}, "the network lacks")
-    check("model", [1, 2], "does not hold the state")
+    check("model", [1, 2], "does not contain the state")
     moments = states["optimizer"]["moments"]
     check("optimizer", {"moments": {**moments, 9999: moments[0]}, "scaler": None}, "moments of a parameter 9999")
     short = {**moments[0], "exp_avg": torch.zeros(1)}
@@ -188,8 +188,8 @@ def test_a_state_that_does_not_fit_is_refused(run):
     own = states["process-0"]
     check("process-0", {**own, "data": {"images_seen": 9}}, "says that 9 images were seen, but 2 steps see 8")
     check("process-0", {**own, "data": {"images_seen": "x"}}, "says that 'x' images were seen")
-    check("process-0", {**own, "losses": {"loss": "x"}}, "its losses are no numbers")
-    check("process-0", {**own, "monitor": {}}, "does not hold the state")
+    check("process-0", {**own, "losses": {"loss": "x"}}, "its losses are not numbers")
+    check("process-0", {**own, "monitor": {}}, "does not contain the state")
 
 
 def test_a_checkpoint_of_an_earlier_version_is_refused(run):
@@ -208,7 +208,7 @@ def test_a_checkpoint_whose_settings_had_other_names_is_refused(run):
     manifest |= {"format": 2, "run": {**manifest["run"], "preconditioning": "ddpm"}}
     path.write_text(json.dumps({**manifest, OWN_DIGEST: digest_of(manifest)}))
     with pytest.raises(
-        ValueError, match="was written by another version of diffusers-imagen. To train its weights on"
+        ValueError, match="was written by another version of diffusers-imagen. To continue training from its weights"
     ):
         go_on()
 
@@ -224,7 +224,7 @@ def test_a_state_is_what_was_saved(tmp_path):
     tensors = load_file(tmp_path / "s.safetensors")
     for tree in ('["tensor", "zzz"]', '["dict", 5]', '["what", []]', "[" * 100_000, "{", '["dict", [[[], 1]]]'):
         save_file(tensors, tmp_path / "t.safetensors", metadata={"state": tree})
-        with pytest.raises(ValueError, match="is no saved state"):
+        with pytest.raises(ValueError, match="is not a saved state"):
             load_state(tmp_path / "t.safetensors")
     with pytest.raises(TypeError, match="has a set at 'a'"):
         save_state(tmp_path / "u.safetensors", {"a": set()})

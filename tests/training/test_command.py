@@ -97,7 +97,7 @@ def test_what_the_hub_and_the_network_refuse_names_the_argument(make_config, mon
             Trainer(config, make_unet(), encode).train()
         assert not Path(config.output_dir, "metrics.jsonl").exists()  # before any step
     else:
-        with pytest.raises(ValueError, match="The run is whole in '.*', but was not uploaded to 'me/stage': "):
+        with pytest.raises(ValueError, match="The run is complete in '.*', but was not uploaded to 'me/stage': "):
             export.upload_stage("me/stage", config, 4)
 
 

@@ -31,7 +31,7 @@ TINY = {"block_out_channels": (16, 16, 16), "norm_num_groups": 4, "attention_hea
 MISFITS = {
     "side": ({"resolution": 66}, True, "`resolution` gives images of 66x66, but .* multiples of 4, such as 64 or 68"),
     "bucket": ({"aspect_ratio_buckets": "64,64;32,90"}, True, "`aspect_ratio_buckets` gives images of 32x90"),
-    "no text": ({}, False, "This network reads text: give `text_encoder` or `embedding_cache`"),
+    "no text": ({}, False, "This network is conditioned on text: pass `text_encoder` or `embedding_cache`"),
     "low resolution": ({"low_resolution": 16}, True, "`low_resolution` is 16, but this network takes none"),
 }
 
@@ -117,5 +117,5 @@ def test_padding_is_kept_where_the_network_attends_to_it():
     check_text(unet, source_of(384, keeps_padding=True))
     with pytest.raises(ValueError, match="The text embeddings have `keeps_padding` False, but should have True"):
         check_text(unet, source_of(384))
-    with pytest.raises(ValueError, match="`embedding_cache` lacks the empty text, which dropped captions become"):
+    with pytest.raises(ValueError, match="`embedding_cache` lacks the empty text, which replaces dropped captions"):
         check_text(unet, source_of(384, keeps_padding=True, known=False))

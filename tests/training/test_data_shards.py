@@ -79,7 +79,7 @@ def long_name() -> bytes:
 FAULTS = {
     "nothing": (b"", "is empty, 0 bytes"),
     "text": (b"no archive" * 100, "cannot be read: "),
-    "two archives": (WHOLE + WHOLE, f"goes on after the zeros that end a tar file, at byte {END} .6 samples"),
+    "two archives": (WHOLE + WHOLE, f"continues after the zeros that end a tar file, at byte {END} .6 samples"),
     "a file twice": (tar({"a.png": b"a"})[:1024] + tar({"a.png": b"a"}), "has 'a.png' twice"),
     "apart": (tar({"a.png": b"a", "b.png": b"b", "a.txt": b"a"}), "has files of the sample 'a' in two places"),
     "a file of any size": (sparse(), "has 'a.png' of 2199023255552 bytes"),
@@ -133,7 +133,7 @@ def test_which_of_several_pictures_is_meant_is_asked(tmp_path, encode):
     files = {"0.png": picture(1), "0.jpg": picture(2, "JPEG"), "0.mask.png": picture(3), "0.txt": b"n"}
     folder = write(tmp_path / "d", {"a.tar": tar(files)})
     message = refusal(folder, "memory", encode, **TEXT)
-    assert "`image_column` is 'image', but samples hold several images, ['jpg', 'png']: name one" in message
+    assert "`image_column` is 'image', but samples hold several images, ['jpg', 'png']: choose one" in message
     for column, number in (("png", 1), ("jpg", 2), ("mask.png", 3)):
         assert read(folder, "memory", encode, image_column=column, **TEXT)[0] == {number}
     folder = write(tmp_path / "masks", {"a.tar": tar({"0.mask.png": picture(3), "0.txt": b"n"})})

@@ -119,7 +119,7 @@ def test_an_empty_data_set_is_refused(tmp_path, encode):
     (tmp_path / "d" / "metadata.jsonl").write_text("")
     with pytest.raises(ValueError, match="`train_data_dir` is .*, whose metadata file is empty"):
         make_train_batches(config_of(str(tmp_path / "d")), encode)
-    with pytest.raises(ValueError, match="There is no data: give `train_data_dir` or `dataset_name`"):
+    with pytest.raises(ValueError, match="There is no data: set `train_data_dir` or `dataset_name`"):
         make_train_batches(config_of(None), encode)
     with pytest.raises(ValueError, match="`train_data_dir` is '/nowhere', which is no folder"):
         make_train_batches(config_of("/nowhere"), encode)

@@ -103,7 +103,7 @@ def test_a_folder_that_holds_itself_is_read_once(tmp_path):
 
 def test_pictures_beside_shards_are_refused(tmp_path, encode):
     folder = write(tmp_path / "d", PICTURES | {"a.tar": tar({})})
-    assert "it has pictures, such as" in refusal(folder, "memory", encode, caption="x")
+    assert "it has images, such as" in refusal(folder, "memory", encode, caption="x")
 
 
 def test_tables_that_belong_to_no_split_are_refused(tmp_path, encode):
@@ -135,8 +135,8 @@ BAD_ROWS = {
     "a bucket": ({"file_name": "s3://b/a.png", "text": "a"}, "s3://b/a.png", "is a URL"),
     "the Hub": ({"file_name": "hf://datasets/a/b/c.png", "text": "a"}, "hf://datasets/a/b/c.png", "is a URL"),
     "a file URL": ({"file_name": "file:///etc/hosts", "text": "a"}, "file:///etc/hosts", "is a URL"),
-    "a folder above": ({"file_name": "../a.png", "text": "a"}, "../a.png", "leads out of the data set's folder"),
-    "another folder": ({"file_name": "/etc/hosts", "text": "a"}, "/etc/hosts", "leads out of the data set's folder"),
+    "a folder above": ({"file_name": "../a.png", "text": "a"}, "../a.png", "is outside the data set's folder"),
+    "another folder": ({"file_name": "/etc/hosts", "text": "a"}, "/etc/hosts", "is outside the data set's folder"),
 }
 
 
@@ -165,8 +165,8 @@ BAD_TABLES = {
     "a CSV not UTF-8": ("metadata.csv", b"file_name,text\n0.png,\xff\n", "line 2 is not in UTF-8"),
     "no rows": ("metadata.csv", b"file_name,text\n", "whose metadata file is empty"),
     "an empty CSV": ("metadata.csv", b"", "whose metadata file is empty"),
-    "no Parquet": ("metadata.parquet", b"PAR1....PAR1", "metadata.parquet' is no Parquet file, or one that was cut"),
-    "a cut shard": ("train.parquet", b"PAR1....", "train.parquet' is no Parquet file, or one that was cut"),
+    "no Parquet": ("metadata.parquet", b"PAR1....PAR1", "metadata.parquet' is not a Parquet file, or incomplete"),
+    "a cut shard": ("train.parquet", b"PAR1....", "train.parquet' is not a Parquet file, or incomplete"),
     "a broken table": ("data.jsonl", lines(ROWS)[:-4], "data.jsonl', line 4 is not JSON"),
 }
 

@@ -253,7 +253,7 @@ def test_a_run_whose_steps_are_all_skipped_stops(make_config):
     unet = make_unet()
     before = weights_of(unet)
     seen = spoil_gradients(unet, set(range(1000)))
-    with pytest.raises(FloatingPointError, match=f"not finite in {MAX_SKIPPED_IN_ROW} steps in a row: lower"):
+    with pytest.raises(FloatingPointError, match=f"not finite in {MAX_SKIPPED_IN_ROW} consecutive steps: lower"):
         train(make_config(max_train_steps=100, checkpointing_steps=100), unet, encode)
     assert len(seen) == MAX_SKIPPED_IN_ROW and are_equal(weights_of(unet), before)
 
@@ -344,7 +344,7 @@ def test_samples_of_a_super_resolution_stage_enlarge_the_given_images(make_confi
             True,
             "`noise_conditioning_augmentation` is 0, but this network is told",
         ),
-        (make_unet, {}, False, "This network reads text: give `text_encoder` or `embedding_cache`"),
+        (make_unet, {}, False, "This network is conditioned on text: pass `text_encoder` or `embedding_cache`"),
         (make_unet, {"use_8bit_adam": True}, True, "`use_8bit_adam` needs bitsandbytes: pip install bitsandbytes"),
     ],
 )

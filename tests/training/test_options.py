@@ -41,7 +41,7 @@ def test_the_flags_of_the_shipped_recipe_are_understood():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("preset: a\nlearning_speed: 1\nfoo: 2\n", r"has \['foo', 'learning_speed'\], which are no options"),
+        ("preset: a\nlearning_speed: 1\nfoo: 2\n", r"has \['foo', 'learning_speed'\], which are not options"),
         ("- preset\n", "should have a line `name: value`"),
         ("a: [\n", "which cannot be read"),
         ("seed: 1\nseed: 2\n", "which cannot be read: it has the key 'seed' twice"),
@@ -120,7 +120,7 @@ def test_a_wrong_flag_is_one_line(flags, message):
             {"preconditioning": "variance_preserving", "p_mean": 0.0},
             "`p_mean` is 0.0, but `preconditioning` 'variance_preserving' has none",
         ),
-        ({"ema_stds": [0.05, 0.4]}, r"`ema_stds` is \[0.05, 0.4\], but should be shares of the run"),
+        ({"ema_stds": [0.05, 0.4]}, r"`ema_stds` is \[0.05, 0.4\], but should be fractions of the run"),
         ({"ema_snapshot_steps": 5}, "`ema_snapshot_steps` is 5, but only `ema_type` 'power' has snapshots"),
         ({"max_grad_norm": -1.0}, "`max_grad_norm` is -1.0, but should be at least 0"),
         ({"hub_model_id": "a"}, "`push_to_hub` is False"),

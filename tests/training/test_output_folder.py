@@ -89,7 +89,7 @@ def test_what_was_just_written_is_never_deleted(make_config, tmp_path, monkeypat
         interrupt_at(patch, 2)
         train(make_config(**options), make_unet(), encode)
     assert names(tmp_path / "stage") == ["checkpoint-3"]
-    assert f"everything is in {tmp_path / 'stage' / 'checkpoint-3'}" in str(stopped.value)
+    assert f"the state is saved in {tmp_path / 'stage' / 'checkpoint-3'}" in str(stopped.value)
 
 
 def test_a_last_step_later_than_the_checkpoint_is_needed(make_config):

@@ -268,10 +268,10 @@ def test_pictures_that_are_not_finite_do_not_end_the_run(measured, monkeypatch, 
         ),
         ({"validation_metrics": []}, "`validation_metrics` is .., but should be some of fid"),
         ({"validation_split": None}, "`validation_metrics` has 'fid', but there are no held-out pictures"),
-        ({"validation_metrics": "none"}, "`validation_features` is .*, but only `validation_metrics` draw"),
+        ({"validation_metrics": "none"}, "`validation_features` is .*, but is only used with `validation_metrics`"),
         ({"validation_metrics": ["clip"]}, "`validation_features` is .*, but `validation_metrics` has no 'fid'"),
-        ({"validation_metrics": ["super-resolution"], "validation_features": "none"}, "this stage enlarges nothing"),
-        ({"validation_metrics": ["is"]}, "`validation_metrics` has 'is', which is of Inception's classes"),
+        ({"validation_metrics": ["super-resolution"], "validation_features": "none"}, "this is not a super-resolution stage"),
+        ({"validation_metrics": ["is"]}, "`validation_metrics` has 'is', which uses Inception's classes"),
         (
             {"validation_metrics": ["precision-recall"], "validation_num_images": 3},
             "`validation_num_images` is 3, .* 4",
@@ -317,7 +317,7 @@ def test_what_needs_text_is_refused_for_a_network_without(measured, tmp_path):
     unet = ImagenUNetModel(sample_size=16, attention_resolutions=(8,), encoder_hid_dim=None, **TINY)
     clip = {"validation_metrics": ["clip"], "validation_features": "none"}
     for options, message in (
-        (clip, "`validation_metrics` has 'clip', which needs captions, but this network reads no text"),
+        (clip, "`validation_metrics` has 'clip', which needs captions, but this network is not conditioned on text"),
         ({"validation_guidance_scale": 2.0}, "`validation_guidance_scale` is 2.0, but this network reads no text"),
     ):
         with pytest.raises(ValueError, match=message):

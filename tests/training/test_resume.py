@@ -147,7 +147,7 @@ def test_a_signal_finishes_the_step_and_saves(make_config, whole, monkeypatch, s
         patch.setattr(Trainer, "train_step", signalled)
         train(config, make_unet(), encode)
     assert stopped.value.signum == signum
-    assert str(stopped.value).startswith(f"Stopped by {signal.Signals(signum).name}; everything is in ")
+    assert str(stopped.value).startswith(f"Stopped by {signal.Signals(signum).name}; the state is saved in ")
     assert signal.getsignal(signum) == before
     assert [path.name for path in list_checkpoints(config.output_dir)] == ["checkpoint-2", "checkpoint-3"]
     train(config, make_unet(seed=1), encode)

@@ -182,9 +182,9 @@ def test_what_json_cannot_hold_becomes_plain():
         ({"push_to_hub": True, "hub_token": "hf_a", "hub_model_id": "a b"}, "`hub_model_id` is 'a b', and 'a b' cannot be"),
         ({"push_to_hub": True, "hub_token": "hf_a", "hub_model_id": "a/b/c"}, "`hub_model_id` is 'a/b/c'"),
         ({"push_to_hub": True, "hub_token": "hf_a", "output_dir": "."}, "`hub_model_id` is None, and '' cannot be"),
-        ({"push_to_hub": True, "hub_token": "hf_a\n"}, "`hub_token` has characters that no token has"),
+        ({"push_to_hub": True, "hub_token": "hf_a\n"}, "`hub_token` has invalid characters"),
         ({"push_to_hub": True, "hub_token": ""}, "`push_to_hub` is True, but there is no token"),
-        ({"push_to_hub": True}, "`push_to_hub` is True, but there is no token: give `hub_token`"),
+        ({"push_to_hub": True}, "`push_to_hub` is True, but there is no token: pass `hub_token`"),
     ],
 )  # fmt: skip
 def test_what_no_run_can_do_is_refused(monkeypatch, options, message):

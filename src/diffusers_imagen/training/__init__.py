@@ -1,4 +1,4 @@
-"""From captioned images to a stage. READ SECOND."""
+"""Training: from captioned images to a trained stage. Read this package after `pipelines`."""
 
 from typing import TYPE_CHECKING
 

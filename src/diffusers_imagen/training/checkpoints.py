@@ -1,8 +1,8 @@
-"""Checkpoints: all that a run needs to go on as if it had never stopped.
+"""Checkpoints of a run, from which training is resumed exactly.
 
-A checkpoint is written beside its place and moved there when it is whole. `checkpoint.json` in it says which files
-there are, how long they are and what their SHA-256 is, and what run they belong to. Its files are safetensors: none can
-run code.
+A checkpoint is written next to its final path and moved there when it is complete. Its `checkpoint.json` contains the
+list of files with their sizes and SHA-256, and a description of the run. All files are safetensors, which cannot
+contain code.
 """
 
 import hashlib
@@ -26,15 +26,15 @@ from .states import check_deepspeed_files, load_state, save_state
 logger = logging.get_logger(__name__)
 
 MANIFEST = "checkpoint.json"
-FORMAT = 3  # 1 had pickles, and the runs of 2 had other names for settings
-OWN_DIGEST = "sha256"  # of the manifest itself, in it
+FORMAT = 3  # format 1 used pickles, and format 2 other names of settings
+OWN_DIGEST = "sha256"  # digest of the manifest, stored in the manifest
 NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})")
-DEEPSPEED = "deepspeed"  # the folder of what DeepSpeed writes
+DEEPSPEED = "deepspeed"  # the folder of files that DeepSpeed writes
 MALFORMED = (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError)
 
 
 class Stateful(Protocol):
-    """What has a state to be saved, of dictionaries, lists, numbers, strings and tensors."""
+    """Object with a state of dictionaries, lists, numbers, strings and tensors, which can be saved."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -42,7 +42,7 @@ class Stateful(Protocol):
 
 
 class Found(NamedTuple):
-    """The checkpoint that a run begins with, and those that were to be preferred but are damaged."""
+    """The checkpoint that a run resumes from, and newer ones that are damaged."""
 
     folder: Path | None
     step: int = 0
@@ -53,27 +53,27 @@ class Checkpoints:
     """Saves and loads the checkpoints of a run.
 
     Args:
-        accelerator (`Accelerator`): The processes that share the run.
-        config (`TrainingConfig`): Where, and how many.
-        run (`dict`): What must agree, as `describe_run` says.
+        accelerator (`Accelerator`): The processes of the run.
+        config (`TrainingConfig`): Configuration with the folder and the number of checkpoints.
+        run (`dict`): Description of the run, as returned by `describe_run`, which a checkpoint must match.
 
     Attributes:
-        shared (`dict[str, Stateful]`): What is the same in all processes: the main process writes it.
-        own (`dict[str, Stateful]`): What each process has for itself.
-        engine: DeepSpeed's, which writes weights and moments itself; else None.
+        shared (`dict[str, Stateful]`): States that are the same in all processes, written by the main process.
+        own (`dict[str, Stateful]`): States that differ between processes.
+        engine: DeepSpeed's engine, which writes weights and moments itself; else None.
     """
 
     def __init__(self, accelerator: Accelerator, config: TrainingConfig, run: dict[str, Any]):
         self.accelerator, self.config, self.run = accelerator, config, run
         self.output_dir = Path(config.output_dir)
         self.limit = config.checkpoints_total_limit
-        self.saved: Path | None = None  # the last one that was saved or loaded
+        self.saved: Path | None = None  # the checkpoint that was last saved or loaded
         self.shared: dict[str, Stateful] = {}
         self.own: dict[str, Stateful] = {}
         self.engine: Any | None = None
 
     def save(self, step: int) -> Path:
-        """Writes a checkpoint and removes the oldest ones, never one of this step or a later one."""
+        """Write a checkpoint, and remove the oldest ones; checkpoints of this or a later step are kept."""
         folder = self.output_dir / f"checkpoint-{step}"
         partial = folder.with_name(f".{folder.name}.partial")
         main = self.accelerator.is_main_process
@@ -110,13 +110,15 @@ class Checkpoints:
         save_state(folder / process_file(self.accelerator.process_index), own)
 
     def find(self, thoroughly: bool = False) -> Found:
-        """The checkpoint that the configuration asks for, checked; none if it asks for none, or the latest of none.
+        """
+        Find and check the checkpoint that the configuration selects; none if it selects none, or there is no latest
+        one.
 
         Args:
-            thoroughly (`bool`): Whether the content of files is checked too, which reads them.
+            thoroughly (`bool`): Whether to check the content of files too, which reads them.
 
         Raises:
-            ValueError: If it is none, damaged, of another run, or later than this run's last step.
+            ValueError: If it is not a checkpoint, damaged, of another run, or later than this run's last step.
         """
         name = self.config.resume_from_checkpoint
         if name is None:
@@ -124,7 +126,7 @@ class Checkpoints:
         if name != "latest":
             folder = Path(name)
             if not folder.is_dir():
-                raise ValueError(f"`resume_from_checkpoint` is {name!r}, which is no folder.")
+                raise ValueError(f"`resume_from_checkpoint` is {name!r}, which is not a folder.")
             problem = find_damage(folder, thoroughly)
             if problem is not None:
                 raise ValueError(f"`resume_from_checkpoint` is {name!r}, which is damaged: {problem}.")
@@ -135,26 +137,26 @@ class Checkpoints:
             if problem is None:
                 return self._found(folder, partly=not thoroughly)._replace(damaged=tuple(damaged))
             if thoroughly:
-                logger.warning(f"{folder} is damaged ({problem}): going on with the one before.")
+                logger.warning(f"{folder} is damaged ({problem}): resuming from the previous checkpoint.")
             damaged.append(folder)
         if thoroughly:
             logger.info(f"No checkpoint in {self.output_dir}: starting from the beginning.")
         return Found(None, damaged=tuple(damaged))
 
     def load(self, folder: Path) -> None:
-        """Loads a checkpoint that is whole.
+        """Load a complete checkpoint.
 
         Raises:
-            ValueError: If what is in its files is not the state of such a run.
+            ValueError: If its files do not contain the state of such a run.
         """
         files = read_json_object(folder / MANIFEST)["files"]
         own = process_file(self.accelerator.process_index)
-        if own not in files:  # a process that the saved run did not have begins with what the first one knew
+        if own not in files:  # a process that the saved run did not have starts with the state of the first one
             own = process_file(0)
         try:
             for name in (own, *(f"{name}.safetensors" for name in self.shared)):
                 if name not in files:
-                    raise ValueError(f"{MANIFEST} names no {name}")
+                    raise ValueError(f"{MANIFEST} has no {name}")
             if self.engine is not None:
                 check_deepspeed_files(folder / DEEPSPEED)
                 self.engine.load_checkpoint(str(folder / DEEPSPEED), "state")
@@ -165,7 +167,7 @@ class Checkpoints:
                 state.load_state_dict(saved[name])
         except MALFORMED as error:
             raise ValueError(
-                f"`resume_from_checkpoint`: {folder} does not hold the state of this run: {one_line(error)}"
+                f"`resume_from_checkpoint`: {folder} does not contain the state of this run: {one_line(error)}"
             ) from error
         self.saved = folder
 
@@ -173,24 +175,24 @@ class Checkpoints:
         manifest = read_json_object(folder / MANIFEST)
         if is_of_another_version(manifest):
             raise ValueError(
-                f"`resume_from_checkpoint`: {folder} was written by another version of diffusers-imagen. To train its "
-                "weights on, give the stage as `pretrained_model_name_or_path`."
+                f"`resume_from_checkpoint`: {folder} was written by another version of diffusers-imagen. To continue "
+                "training from its weights, pass the stage as `pretrained_model_name_or_path`."
             )
         difference = find_difference(manifest["run"], self.run, partly)
         if difference is not None:
             raise ValueError(
-                f"`resume_from_checkpoint`: {folder} {difference}. To train its weights on in another run, give the "
-                "stage as `pretrained_model_name_or_path`."
+                f"`resume_from_checkpoint`: {folder} {difference}. To continue training from its weights in another "
+                "run, pass the stage as `pretrained_model_name_or_path`."
             )
         step, last = manifest["step"], self.config.max_train_steps
         if step > last:
             raise ValueError(
-                f"`max_train_steps` is {last}, but {folder} is of step {step}: give a later last step, or an earlier "
-                "checkpoint."
+                f"`max_train_steps` is {last}, but {folder} is of step {step}: set a later last step, or choose an "
+                "earlier checkpoint."
             )
         if not partly:
             changes = describe_changes(manifest["settings"], changeable_settings(self.config))
-            logger.info(f"Going on from {folder}" + (f", with {changes}" if changes else ""))
+            logger.info(f"Resuming from {folder}" + (f", with {changes}" if changes else ""))
         return Found(folder, step)
 
 
@@ -199,17 +201,17 @@ def process_file(index: int) -> str:
 
 
 def number_of(checkpoint: Path) -> int:
-    """The step in a checkpoint's name."""
+    """Return the step in a checkpoint's name."""
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def list_checkpoints(output_dir: Path | str) -> list[Path]:
-    """The checkpoints of a run, oldest first, whole or not."""
+    """Return the checkpoints of a run, oldest first, whether complete or not."""
     return sorted((path for path in Path(output_dir).glob("checkpoint-*") if NAME.fullmatch(path.name)), key=number_of)
 
 
 def seal(folder: Path, record: dict[str, Any]) -> None:
-    """Writes down which files a checkpoint has and what is in them, when all of them are on the disk."""
+    """Write the manifest of a checkpoint's files, after all of them are on the disk."""
     files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
@@ -220,13 +222,13 @@ def seal(folder: Path, record: dict[str, Any]) -> None:
 
 
 def digest_of(manifest: dict[str, Any]) -> str:
-    """SHA-256 of what a checkpoint.json says, but for this."""
+    """Return the SHA-256 of the content of a checkpoint.json, excluding the digest itself."""
     content = {key: value for key, value in manifest.items() if key != OWN_DIGEST}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def is_of_another_version(manifest: dict[str, Any]) -> bool:
-    """Whether a checkpoint.json is whole but not of this format; the first one had sizes alone."""
+    """Return whether a checkpoint.json is complete but has another format; format 1 contains only sizes."""
     files = manifest.get("files")
     if OWN_DIGEST not in manifest:
         return "run" in manifest and isinstance(files, dict) and all(isinstance(size, int) for size in files.values())
@@ -234,11 +236,11 @@ def is_of_another_version(manifest: dict[str, Any]) -> bool:
 
 
 def find_damage(folder: Path, thoroughly: bool = True) -> str | None:
-    """What is wrong with a checkpoint's files; None if nothing is.
+    """Return a description of what is wrong with a checkpoint's files; None if they are valid.
 
     Args:
         folder (`Path`): The checkpoint.
-        thoroughly (`bool`): Whether to look into the files, not only at their sizes.
+        thoroughly (`bool`): Whether to check the content of files, not only their sizes.
     """
     if not (folder / MANIFEST).is_file():
         return f"it has no {MANIFEST}"
@@ -257,14 +259,14 @@ def find_damage(folder: Path, thoroughly: bool = True) -> str | None:
         if actual != expected["bytes"]:
             return f"{name} is missing" if actual is None else f"{name} has {actual} bytes, not {expected['bytes']}"
         if thoroughly and sha256(path) != expected["sha256"]:
-            return f"{name} has another SHA-256 than {MANIFEST} says"
+            return f"{name} has another SHA-256 than in {MANIFEST}"
     return None
 
 
 def find_malformed(manifest: dict[str, Any], folder: Path) -> str | None:
-    """What in a checkpoint.json is not as `Checkpoints.save` writes it."""
+    """Return a description of what is malformed in a checkpoint.json; None if it is valid."""
     if manifest.get(OWN_DIGEST) != digest_of(manifest):
-        return "it has another SHA-256 than it says"
+        return "its SHA-256 does not match its content"
     step = manifest.get("step")
     if not isinstance(step, int) or isinstance(step, bool) or step < 0:
         return f"`step` is {step!r}"
@@ -272,7 +274,7 @@ def find_malformed(manifest: dict[str, Any], folder: Path) -> str | None:
         return f"`step` is {step}"
     for key in ("run", "settings", "files"):
         if not isinstance(manifest.get(key), dict):
-            return f"`{key}` is no object"
+            return f"`{key}` is not an object"
     for name, expected in manifest["files"].items():
         if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
             return f"`files` has {name!r}, which is not in the folder"

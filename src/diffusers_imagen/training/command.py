@@ -1,4 +1,4 @@
-"""What a training command does, as a command of `diffusers-imagen` or as a program of its own."""
+"""Training commands, run by `diffusers-imagen` or as separate programs."""
 
 import logging
 import sys
@@ -20,24 +20,25 @@ def run_training(
     program: str | None = None,
     description: str | None = None,
 ) -> int:
-    """Train as flags say.
+    """Train with command line arguments.
 
     Args:
-        config_class (`type`): Whose fields are the flags.
-        find_trainer (`Callable`): What imports the run's class, or what makes the run of configuration and network, which
-            takes seconds; `--help` does not call it.
-        argv (`list[str]`, *optional*): The flags; those of the process if None.
-        program (`str`, *optional*): What `--help` calls the program; without it, the file of the process.
-        description (`str`, *optional*): What `--help` begins with.
+        config_class (`type`): Configuration whose fields are the options.
+        find_trainer (`Callable`): Imports and returns the class of the run, or a function that creates the run from a
+            configuration and a network. Slow, and not called for `--help`.
+        argv (`list[str]`, *optional*): The arguments; those of the process if None.
+        program (`str`, *optional*): Name of the program in `--help`; by default the file of the process.
+        description (`str`, *optional*): First lines of `--help`.
 
     Returns:
-        0, or 128 plus the signal that stopped the run.
+        0, or 128 plus the number of the signal that stopped the run.
 
     Raises:
-        ValueError: And what else `utils.errors.describe` knows, for arguments, files, devices or the Hub.
+        ValueError: Or another error that `utils.errors.describe` supports, for invalid arguments, files, devices or
+            the Hub.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-    for name in ("httpx", "httpx2"):  # of huggingface_hub: a line for each file that it asks for
+    for name in ("httpx", "httpx2"):  # used by huggingface_hub: one line per requested file
         logging.getLogger(name).setLevel(logging.WARNING)
     config = parse_args(argv, description, config_class, program)
     # torch and diffusers take seconds to import; --help should not

@@ -1,4 +1,4 @@
-"""What a training run is told. Field names are those of diffusers' training scripts where they have one."""
+"""Configuration of a training run. Field names are those of diffusers' training scripts where they exist."""
 
 import importlib.util
 import os
@@ -19,9 +19,9 @@ from .validation.metric_settings import MetricSettings
 
 
 POLYNOMIAL_END = 1e-7  # learning rate at the end of diffusers' polynomial schedule
-# each may be the name of the shipped cascade too
+# each accepts the name of the shipped cascade too
 NETWORK_SOURCES = {"pretrained_model_name_or_path", "model_config_name_or_path", "text_encoder", "class_model"}
-TRACKER_MODULES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}  # any of them serves
+TRACKER_MODULES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}  # any of them is sufficient
 
 MAX_STEPS = 10**9
 OF_EPOCHS = {"num_train_epochs": "max_train_steps", "validation_epochs": "validation_steps"}
@@ -29,32 +29,32 @@ OF_EPOCHS = {"num_train_epochs": "max_train_steps", "validation_epochs": "valida
 
 @dataclass
 class TrainingConfig(MetricSettings):
-    """Settings of one run, which trains one stage."""
+    """Configuration of a run, which trains one stage."""
 
-    output_dir: str = arg("imagen-stage", "Where checkpoints and the trained stage are written.", place="local")
+    output_dir: str = arg("imagen-stage", "Folder for checkpoints and the trained stage.", place="local")
     overwrite_output_dir: bool = arg(
-        False, "Set aside what another run left in output_dir, in output_dir/set-aside-1, instead of refusing it."
+        False, "Move the files of another run in output_dir to output_dir/set-aside-1, instead of raising an error."
     )
     pretrained_model_name_or_path: str | None = arg(
         None,
-        "Stage whose weights are trained further, or a cascade, of which the resolutions name the stage: a folder, a "
+        "Stage to continue training from, or a cascade, from which the resolutions select the stage: a folder, a "
         "Hub id, or imagen-emoji, the shipped cascade.",
         place="local_or_hub",
     )
     revision: str | None = arg(
         None,
-        "Branch, tag or commit of that repository on the Hub, and of text_encoder where that is the same repository.",
+        "Branch, tag or commit of this repository on the Hub, and of text_encoder if it is the same repository.",
     )
     variant: str | None = arg(
-        None, "Of the weights' files in it, such as fp16, and of text_encoder where that is the same."
+        None, "Variant of its weight files, such as fp16, and of those of text_encoder if it is the same repository."
     )
-    grow: bool = arg(False, "Put a finer level around the pretrained network, for images of twice the resolution.")
+    grow: bool = arg(False, "Add a level of twice the resolution around the pretrained network.")
     layers_per_block: list[int] | None = field(
-        default=None, metadata={"help": "Give the pretrained ImagenUNetModel so many blocks at each level."}
+        default=None, metadata={"help": "Change the number of blocks at each level of the pretrained ImagenUNetModel."}
     )
     preset: str | None = arg(None, "Name of a network in diffusers_imagen.models.presets, trained from scratch.")
     model_config_name_or_path: str | None = arg(
-        None, "Network, by its config.json in a folder or on the Hub, trained from scratch.", place="local_or_hub"
+        None, "Folder or Hub id with the config.json of a network, trained from scratch.", place="local_or_hub"
     )
     text_encoder: str | None = arg(
         None,
@@ -64,97 +64,99 @@ class TrainingConfig(MetricSettings):
 
     preconditioning: NetworkPreconditioning = arg(
         "edm",
-        "How the network is trained: edm of Karras et al. 2022, variance_preserving as DDPM, in continuous time, or "
-        "discrete as DDPM, of whose 1000 noise levels it is told the index, as DeepFloyd IF's networks are.",
+        "Preconditioning of the network: edm as in Karras et al. 2022, variance_preserving as in DDPM, in continuous "
+        "time, or discrete as in DDPM, conditioned on the index of one of 1000 noise levels, as in DeepFloyd IF.",
     )
     sigma_data: float = arg(0.5, "Standard deviation of the images.")
-    p_mean: float = arg(-1.2, "edm: mean of the training noise levels' logarithm.")
-    p_std: float = arg(1.2, "edm: standard deviation of the training noise levels' logarithm.")
+    p_mean: float = arg(-1.2, "edm: mean of the logarithm of noise levels in training.")
+    p_std: float = arg(1.2, "edm: standard deviation of the logarithm of noise levels in training.")
     prediction_type: PredictionType = arg(
-        "epsilon", "variance_preserving: what the network predicts: noise, image or velocity."
+        "epsilon", "variance_preserving: prediction of the network: noise, image or velocity."
     )
     beta_schedule: BetaSchedule = arg(
         "squaredcos_cap_v2",
-        "variance_preserving: noise schedule, whose times are drawn uniformly, squaredcos_cap_v2 or linear. discrete: "
-        "betas by diffusers' name, whose indices are drawn uniformly.",
+        "variance_preserving: noise schedule with uniformly drawn times, squaredcos_cap_v2 or linear. discrete: "
+        "beta schedule by diffusers' name, with uniformly drawn indices.",
     )
-    loss: Literal["l2", "l1", "huber"] = arg("l2", "Distance of prediction and target.")
+    loss: Literal["l2", "l1", "huber"] = arg("l2", "Distance between prediction and target.")
     loss_weighting: Literal["uniform", "min_snr", "uncertainty"] = arg(
         "uniform",
-        "What a noise level counts: all alike; min_snr of Hang et al. 2023 with variance_preserving or discrete; "
-        "uncertainty learns it along with the network (Karras et al. 2024, EDM2).",
+        "Weight of a noise level: uniform; min_snr of Hang et al. 2023 with variance_preserving or discrete; "
+        "uncertainty, learned with the network (Karras et al. 2024, EDM2).",
     )
     snr_gamma: float | None = arg(None, "min_snr: gamma; 5 if not given.")
-    stratified_noise: bool = arg(False, "Spread the noise levels of a step evenly over their distribution.")
-    text_drop_rate: float = arg(0.1, "Rate of dropped captions, for classifier-free guidance.")
+    stratified_noise: bool = arg(False, "Draw the noise levels of a step by stratified sampling.")
+    text_drop_rate: float = arg(0.1, "Share of captions to drop, for classifier-free guidance.")
     noise_conditioning_augmentation: float = arg(
         0.5,
-        "Largest noise level of the conditioning image's augmentation; 0 for none. To be left out for networks that are "
-        "told an index, as DeepFloyd IF's are: theirs is drawn uniformly among all 1000.",
+        "Highest noise level of the low-resolution image's augmentation; 0 for none. Leave out for networks "
+        "conditioned on an index, such as DeepFloyd IF's, for which it is drawn uniformly among all 1000.",
     )
 
-    max_train_steps: int = arg(10_000, "Optimizer steps.")
-    num_train_epochs: int | None = arg(None, "In place of max_train_steps: how often all images are seen.")
+    max_train_steps: int = arg(10_000, "Number of optimizer steps.")
+    num_train_epochs: int | None = arg(None, "Instead of max_train_steps: number of passes over the images.")
     learning_rate: float = arg(4e-4, "Peak learning rate.")
-    scale_lr: bool = arg(False, "Multiply the learning rate by the images of a step.")
+    scale_lr: bool = arg(False, "Multiply the learning rate by the number of images per step.")
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
-    ] = arg("constant_with_warmup", "A schedule of diffusers.optimization.")
-    lr_warmup_steps: int = arg(500, "Steps of linear warm-up.")
-    lr_num_cycles: int = arg(1, "Hard restarts of cosine_with_restarts.")
+    ] = arg("constant_with_warmup", "Learning rate schedule of diffusers.optimization.")
+    lr_warmup_steps: int = arg(500, "Number of steps of linear warm-up.")
+    lr_num_cycles: int = arg(1, "Number of hard restarts of cosine_with_restarts.")
     adam_beta1: float = arg(0.9, "AdamW's first beta.")
     adam_beta2: float = arg(0.99, "AdamW's second beta.")
     adam_weight_decay: float = arg(1e-2, "AdamW's weight decay.")
     adam_epsilon: float = arg(1e-8, "AdamW's epsilon.")
     use_8bit_adam: bool = arg(False, "Keep AdamW's state in 8 bits, with bitsandbytes.")
-    max_grad_norm: float = arg(1.0, "Gradients are clipped to this norm; 0 does not clip.")
+    max_grad_norm: float = arg(1.0, "Maximum norm of gradients, which are clipped; 0 disables clipping.")
 
     mixed_precision: Literal["no", "fp16", "bf16"] | None = arg(
-        None, "Precision of the network's arithmetic; without it, that of `accelerate launch`, or none."
+        None, "Precision of the network's arithmetic; by default that of `accelerate launch`, or none."
     )
     allow_tf32: bool = arg(False, "Multiply float32 matrices in TF32 on NVIDIA GPUs.")
-    gradient_checkpointing: bool = arg(False, "Recompute activations in the backward pass, to save memory.")
-    channels_last: bool = arg(True, "Keep images as (height, width, channels) in memory, as convolutions like it.")
+    gradient_checkpointing: bool = arg(False, "Recompute activations in the backward pass, to reduce memory.")
+    channels_last: bool = arg(True, "Use the channels-last memory format, which is faster for convolutions.")
     torch_compile: bool = arg(False, "Compile the network with torch.compile.")
     attention_backend: str | None = arg(
-        None, "Attention of diffusers' dispatch, such as flash or _native_math; without it, torch's own choice."
+        None, "Attention backend of diffusers' dispatch, such as flash or _native_math; by default chosen by torch."
     )
 
-    use_ema: bool = arg(True, "Average the weights over steps; the average is what is exported.")
+    use_ema: bool = arg(True, "Average the weights over steps; the averaged weights are exported.")
     ema_type: Literal["warmup", "constant", "power"] = arg(
         "warmup",
-        "warmup: the decay rises to ema_decay; constant: it does not; power: power functions of EDM2, snapshots of "
-        "which `diffusers-imagen reconstruct-ema` turns into averages of other lengths.",
+        "warmup: the decay increases to ema_decay; constant: fixed decay; power: power functions of EDM2, with "
+        "snapshots from which `diffusers-imagen reconstruct-ema` computes averages of other lengths.",
     )
     ema_decay: float = arg(0.999, "Decay of the averaged weights.")
-    ema_stds: list[float] = arg([0.05, 0.1], "power: widths of the averages as shares of the run; the first exports.")
-    ema_snapshot_steps: int | None = arg(None, "power: steps between snapshots; without it, checkpointing_steps.")
+    ema_stds: list[float] = arg(
+        [0.05, 0.1], "power: widths of the averages as fractions of the run; the first is exported."
+    )
+    ema_snapshot_steps: int | None = arg(None, "power: steps between snapshots; by default checkpointing_steps.")
 
     checkpointing_steps: int = arg(500, "Steps between checkpoints, from which a run is resumed.")
-    checkpoints_total_limit: int = arg(2, "Checkpoints kept.")
-    resume_from_checkpoint: str | None = arg(None, "A checkpoint folder, or `latest`.", place="local_or_hub")
+    checkpoints_total_limit: int = arg(2, "Maximum number of checkpoints to keep.")
+    resume_from_checkpoint: str | None = arg(
+        None, "Checkpoint folder to resume from, or `latest`.", place="local_or_hub"
+    )
     validation_steps: int | None = arg(
-        None, "Steps between validation losses, metrics and sample grids; without it, checkpointing_steps."
+        None, "Steps between validation losses, metrics and sample grids; by default checkpointing_steps."
     )
-    validation_epochs: int | None = arg(None, "In place of validation_steps: how often all images are seen between.")
-    validation_prompts: list[str] | None = field(
-        default=None, metadata={"help": "Prompts that samples are drawn for."}
-    )
-    num_validation_images: int = arg(1, "Samples of each prompt.")
+    validation_epochs: int | None = arg(None, "Instead of validation_steps: passes over the images between them.")
+    validation_prompts: list[str] | None = field(default=None, metadata={"help": "Prompts for samples."})
+    num_validation_images: int = arg(1, "Number of samples per prompt.")
     validation_images: list[str] | None = arg(
-        None, "For a super-resolution stage: the image of each prompt, to be enlarged.", place="local"
+        None, "For a super-resolution stage: the image to upscale for each prompt.", place="local"
     )
-    report_to: Literal["tensorboard", "wandb"] | None = arg(None, "Where the losses are shown; it must be installed.")
-    logging_dir: str = arg("logs", "Folder of those logs inside output_dir.", place="local")
-    logging_steps: int = arg(10, "Steps between looks at the losses, each of which waits for the device.")
+    report_to: Literal["tensorboard", "wandb"] | None = arg(None, "Tracker of the losses; it must be installed.")
+    logging_dir: str = arg("logs", "Folder of the tracker's logs inside output_dir.", place="local")
+    logging_steps: int = arg(10, "Steps between logs of the losses, each of which synchronizes the device.")
     push_to_hub: bool = arg(False, "Upload the trained stage.")
-    hub_model_id: str | None = arg(None, "Repository to upload to; without it, the name of output_dir.")
+    hub_model_id: str | None = arg(None, "Repository to upload to; by default the name of output_dir.")
     license: str | None = arg(
         None,
-        "License of the trained weights for their card, as the Hub calls it, such as apache-2.0; without it, that of the "
-        "weights that training begins with.",
+        "License of the trained weights for the model card, by its Hub name, such as apache-2.0; by default that of "
+        "the pretrained weights.",
     )
-    hub_token: str | None = arg(None, "Token to upload with; without it, that of `hf auth login`.")
+    hub_token: str | None = arg(None, "Token for the upload; by default that of `hf auth login`.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -168,8 +170,8 @@ class TrainingConfig(MetricSettings):
                 raise ValueError("`grow` is True, but there is no `pretrained_model_name_or_path` to grow.")
             if self.layers_per_block:
                 raise ValueError(
-                    f"`layers_per_block` is {self.layers_per_block}, but there is no `pretrained_model_name_or_path` to "
-                    "change: a fresh network has those of its configuration."
+                    f"`layers_per_block` is {self.layers_per_block}, but there is no `pretrained_model_name_or_path` "
+                    "to change: a new network has the number of its configuration."
                 )
         self._check_source()
         self._check_epochs()
@@ -178,8 +180,8 @@ class TrainingConfig(MetricSettings):
         self._check_validation()
         if self.lr_scheduler == "polynomial" and self.learning_rate <= POLYNOMIAL_END:
             raise ValueError(
-                f"`learning_rate` is {self.learning_rate}, but `lr_scheduler` 'polynomial' ends at {POLYNOMIAL_END}: it "
-                "should be above that."
+                f"`learning_rate` is {self.learning_rate}, but should be above {POLYNOMIAL_END}, at which "
+                "`lr_scheduler` 'polynomial' ends."
             )
         self._check_tracker()
         self._check_hub()
@@ -187,20 +189,20 @@ class TrainingConfig(MetricSettings):
             raise ValueError(f"`license` is {self.license!r}, but should be a name like 'apache-2.0' or 'cc0-1.0'.")
 
     def tags(self) -> list[str]:
-        """What a model card adds to the tags of all stages."""
+        """Return additional tags of the model card."""
         return []
 
     def hub_options(self, name: str) -> dict[str, str]:
-        """`revision` and `variant` of what is loaded from a folder or repository, as far as they are of that."""
+        """Return `revision` and `variant` if they apply to this folder or repository."""
         is_source = name in (self.pretrained_model_name_or_path, self.model_config_name_or_path)
         given = {"revision": self.revision, "variant": self.variant} if is_source else {}
         return {option: value for option, value in given.items() if value is not None}
 
     def set_epoch(self, steps: int | None) -> None:
-        """Turns numbers of epochs into numbers of steps, when it is known how many steps see all images.
+        """Convert numbers of epochs to numbers of steps, given the number of steps per epoch.
 
         Raises:
-            ValueError: If that is not known, as of a stream, or there are too many.
+            ValueError: If this number is unknown, as for a stream, or the result is too large.
         """
         for name, of_steps in OF_EPOCHS.items():
             epochs = getattr(self, name)
@@ -208,11 +210,11 @@ class TrainingConfig(MetricSettings):
                 continue
             if steps is None:
                 raise ValueError(
-                    f"`{name}` is {epochs}, but how many images a stream has is not known: give `{of_steps}`."
+                    f"`{name}` is {epochs}, but the number of images in a stream is unknown: set `{of_steps}`."
                 )
             if epochs * steps > MAX_STEPS:
                 raise ValueError(
-                    f"`{name}` is {epochs}, which are {epochs * steps} steps, but {MAX_STEPS} are the most."
+                    f"`{name}` is {epochs}, which is {epochs * steps} steps, but should be at most {MAX_STEPS}."
                 )
             setattr(self, of_steps, epochs * steps)
             setattr(self, name, None)
@@ -221,7 +223,7 @@ class TrainingConfig(MetricSettings):
         source = self.pretrained_model_name_or_path or self.model_config_name_or_path
         if self.revision is not None and (source is None or os.path.isdir(source)):
             raise ValueError(
-                f"`revision` is {self.revision!r}, but nothing is loaded from the Hub that has revisions."
+                f"`revision` is {self.revision!r}, but should not be given: nothing is loaded from the Hub."
             )
         if self.variant is not None and self.pretrained_model_name_or_path is None:
             raise ValueError(f"`variant` is {self.variant!r}, but no weights are loaded.")
@@ -248,7 +250,9 @@ class TrainingConfig(MetricSettings):
             chosen = getattr(self, setting)
             for name in (name for names in of_values.values() for name in names):
                 if name not in of_values.get(chosen, ()) and getattr(self, name) != defaults[name]:
-                    raise ValueError(f"`{name}` is {getattr(self, name)!r}, but `{setting}` {chosen!r} has none.")
+                    raise ValueError(
+                        f"`{name}` is {getattr(self, name)!r}, but is not used with `{setting}` {chosen!r}."
+                    )
         kind, when = PRECONDITIONINGS[self.preconditioning], f" with `preconditioning` {self.preconditioning!r}"
         check_choice("beta_schedule", self.beta_schedule, kind.beta_schedules, when)
         if self.preconditioning not in WEIGHTINGS[self.loss_weighting].preconditionings:
@@ -260,13 +264,13 @@ class TrainingConfig(MetricSettings):
             self.noise_conditioning_augmentation == 0 or self.noise_conditioning_augmentation > MIN_AUGMENTATION_SIGMA
         ):
             raise ValueError(
-                f"`noise_conditioning_augmentation` is {self.noise_conditioning_augmentation}, but should be 0, for none, or above "
-                f"{MIN_AUGMENTATION_SIGMA}."
+                f"`noise_conditioning_augmentation` is {self.noise_conditioning_augmentation}, but should be 0, for "
+                f"none, or above {MIN_AUGMENTATION_SIGMA}."
             )
 
     def _check_ema(self) -> None:
         if not self.ema_stds:
-            raise ValueError(f"`ema_stds` is {self.ema_stds}, but should be shares of the run between 0 and 0.25.")
+            raise ValueError(f"`ema_stds` is {self.ema_stds}, but should be fractions of the run between 0 and 0.25.")
         if len({f"{std:.4f}" for std in self.ema_stds}) < len(self.ema_stds):  # names of snapshots
             raise ValueError(f"`ema_stds` is {self.ema_stds}, but should differ in their first four digits.")
         if self.ema_snapshot_steps is not None and not (self.use_ema and self.ema_type == "power"):
@@ -277,7 +281,7 @@ class TrainingConfig(MetricSettings):
     def _check_validation(self) -> None:
         images, prompts = self.validation_images, self.validation_prompts
         if images is not None and self.low_resolution is None:
-            raise ValueError("`validation_images` is given, but only super-resolution (`low_resolution`) enlarges.")
+            raise ValueError("`validation_images` is given, but only super-resolution (`low_resolution`) uses it.")
         if self.low_resolution is not None and len(images or []) != len(prompts or []):
             raise ValueError(
                 f"`validation_images` has {len(images or [])} entries, but should have one for each of the "
@@ -288,11 +292,12 @@ class TrainingConfig(MetricSettings):
         modules = TRACKER_MODULES.get(self.report_to or "", ())
         if modules and not any(importlib.util.find_spec(module) for module in modules):
             raise ValueError(
-                f"`report_to` is {self.report_to!r}, which is not installed: pip install {self.report_to}, or leave it out."
+                f"`report_to` is {self.report_to!r}, which is not installed: pip install {self.report_to}, or leave "
+                "it out."
             )
 
     def _check_hub(self) -> None:
-        """Checks what can be known of an upload without asking the Hub."""
+        """Check an upload as far as possible without requests to the Hub."""
         if not self.push_to_hub:
             if self.hub_model_id or self.hub_token:
                 raise ValueError("`hub_model_id` or `hub_token` is given, but `push_to_hub` is False.")
@@ -306,13 +311,13 @@ class TrainingConfig(MetricSettings):
             ) from error
         token = get_token() if self.hub_token is None else self.hub_token
         if not token:
-            raise ValueError("`push_to_hub` is True, but there is no token: give `hub_token`, or `hf auth login`.")
+            raise ValueError("`push_to_hub` is True, but there is no token: pass `hub_token`, or run `hf auth login`.")
         if not (token.isascii() and token.isprintable()) or " " in token:
-            raise ValueError("`hub_token` has characters that no token has: is it whole, in one line?")
+            raise ValueError("`hub_token` has invalid characters: it should be complete and on one line.")
 
 
 def settings_of_choices() -> dict[str, dict[str, tuple[str, ...]]]:
-    """By setting and value, the settings that have a meaning for that one value only."""
+    """Return, by setting and value, the settings that apply only to that value."""
     from .objective.weightings import WEIGHTINGS
 
     return {

@@ -1,4 +1,4 @@
-"""Where a run takes place: devices, processes, precision, and networks spread over them."""
+"""Devices of a run: processes, precision, and networks sharded over processes."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -18,10 +18,10 @@ logger = logging.get_logger(__name__)
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
-    """Devices, processes and precision, as `accelerate launch` and the configuration say.
+    """Create the accelerator from the configuration and `accelerate launch`.
 
     Raises:
-        ValueError: For a way of sharing that this loop does not know.
+        ValueError: For a distributed type that this loop does not support.
     """
     accelerator = Accelerator(
         gradient_accumulation_steps=config.gradient_accumulation_steps,
@@ -41,8 +41,8 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         plugin = accelerator.state.deepspeed_plugin
         if plugin.zero_stage > 2:
-            raise ValueError(f"DeepSpeed's `zero_stage` is {plugin.zero_stage}, but should be up to 2; or take FSDP.")
-        # there is no DataLoader from which accelerate could tell
+            raise ValueError(f"DeepSpeed's `zero_stage` is {plugin.zero_stage}, but should be at most 2; or use FSDP.")
+        # accelerate would read the batch size from a DataLoader, which is not used here
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = config.train_batch_size
         plugin.deepspeed_config["gradient_clipping"] = config.max_grad_norm
     if config.allow_tf32:
@@ -51,29 +51,31 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
 
 
 def is_spread(accelerator: Accelerator) -> bool:
-    """Whether weights or moments are spread over processes, by FSDP or DeepSpeed."""
+    """Return whether weights or moments are sharded over processes, by FSDP or DeepSpeed."""
     return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 def cpu_lacks_bf16() -> bool:
-    """Whether bf16 has to be imitated: x86 has it from AVX-512 on."""
+    """Return whether bf16 is emulated: x86 CPUs support it from AVX-512 on."""
     return torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 def gathered(value: torch.Tensor) -> torch.Tensor:
-    """All of a tensor that may be spread over processes."""
+    """Return the whole of a tensor that may be sharded over processes."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def own_part(parameter: torch.Tensor) -> torch.Tensor:
-    """What this process has of a parameter that may be spread over processes: the same memory."""
+    """Return this process's part of a parameter that may be sharded over processes, in the same memory."""
     if not isinstance(parameter, DTensor):
         return parameter
     return cast(DTensor, parameter.detach()).to_local().requires_grad_(parameter.requires_grad)
 
 
 def join(part: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
-    """All of what each process has a part of, spread as a parameter is; all processes call this."""
+    """
+    Return the whole of a tensor of which each process has a part, sharded like a parameter; called by all processes.
+    """
     if not isinstance(parameter, DTensor):
         return part
     mesh, shape, stride = parameter.device_mesh, parameter.shape, parameter.stride()
@@ -81,26 +83,26 @@ def join(part: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
 
 
 def describe_sharing(accelerator: Accelerator) -> str:
-    """How weights and moments are spread over processes, which decides how a checkpoint has them."""
+    """Describe how weights and moments are sharded over processes, which determines the content of a checkpoint."""
     if is_spread(accelerator):
         return f"{accelerator.distributed_type.value} over {accelerator.num_processes} processes"
     return "whole in each process"
 
 
 def inner_network(accelerator: Accelerator, module: torch.nn.Module) -> Any:
-    """A module without the wrappers of accelerate, those of its compiler too."""
+    """Return a module without the wrappers of accelerate and torch.compile."""
     return accelerator.unwrap_model(getattr(module, "_orig_mod", module))
 
 
 def whole_network(accelerator: Accelerator, unet: torch.nn.Module) -> StageNetwork:
-    """The network without wrappers; where it is spread over processes, the main process gets a gathered copy.
+    """Return the network without wrappers; if it is sharded over processes, the main process gets a gathered copy.
 
-    All processes call this.
+    Called by all processes.
     """
     inner = inner_network(accelerator, unet)
     if accelerator.distributed_type != DistributedType.FSDP:
         return inner
-    state = accelerator.get_state_dict(unet)  # empty but in the main process
+    state = accelerator.get_state_dict(unet)  # empty except in the main process
     if not accelerator.is_main_process:
         return inner
     own_class: Any = next(kind for kind in type(inner).__mro__ if not issubclass(kind, FSDPModule))

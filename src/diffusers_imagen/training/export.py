@@ -1,4 +1,4 @@
-"""A trained network as a stage folder that opens as a pipeline, with a card and what it was trained with."""
+"""Export of a trained network as a stage folder that opens as a pipeline, with a model card and training settings."""
 
 import functools
 import os
@@ -42,7 +42,7 @@ STAGE_PARTS = (
     *("unet", "scheduler", *ENCODER_PARTS, INDEX, ADAPTER_FILE, CARD_FILE, RECORD),
     *(PICTURES, LICENSES),
 )
-# of what a run writes, and of what else is in its folder, this is for others
+# the files of a run's folder to upload
 UPLOADED = (
     *(
         "unet/config.json",
@@ -57,9 +57,10 @@ UPLOADED = (
 
 @contextmanager
 def parts_of(config: TrainingConfig) -> Iterator[Path]:
-    """A folder beside the parts of `config.output_dir`; what is in it at the end is moved into place, part by part.
+    """Context manager for a temporary folder, whose files are moved to `config.output_dir` at the end, one by one.
 
-    A process that is killed while it moves them leaves the rest in a folder of its own, and `finish_move` goes on.
+    If the process is killed while it moves them, the rest stays in a separate folder, from which `finish_move`
+    continues.
     """
     folder = Path(config.output_dir)
     with whole_folder(folder / UPCOMING) as partial:
@@ -68,10 +69,10 @@ def parts_of(config: TrainingConfig) -> Iterator[Path]:
 
 
 def finish_move(folder: Path) -> None:
-    """Moves what is in a folder's `.stage.new`, which is whole, into place; nothing where there is none.
+    """Move the content of a folder's `.stage.new`, which is complete, to the folder; does nothing if there is none.
 
-    training.json goes first and comes last, so that it is never beside parts of another step. A part that is replaced
-    is there until the new one is, but for the moment between two renames.
+    The old training.json is removed first and the new one is moved last, so that it never describes parts of another
+    step. An old part exists until the new one replaces it, except for the time between two renames.
     """
     upcoming, replaced = folder / UPCOMING, folder / REPLACED
     if upcoming.is_dir():
@@ -88,7 +89,7 @@ def finish_move(folder: Path) -> None:
 
 
 def digest_stage(folder: Path) -> dict[str, str]:
-    """SHA-256 of the files of a stage or an adapter, by name, but for the card, which a user may complete."""
+    """Return the SHA-256 of a stage's or adapter's files, by name, except the model card, which users may edit."""
     parts = [folder / name for name in STAGE_PARTS if name not in (CARD_FILE, PICTURES, LICENSES)]
     files = [path for part in parts for path in (part, *sorted(part.rglob("*"))) if path.is_file()]
     return {path.relative_to(folder).as_posix(): sha256(path) for path in files}
@@ -102,12 +103,12 @@ def save_stage(
     pretrained: PretrainedStage = PretrainedStage(),
     encoder: EncoderParts | None = None,
 ) -> None:
-    """Writes the stage to `config.output_dir`: all of it beside its place first, then part by part into it.
+    """Write the stage to `config.output_dir`: first to a temporary folder, and then moved part by part.
 
     Args:
         pipe (`StagePipeline`): The stage, without its text encoder.
-        config (`TrainingConfig`), step (`int`), results (`dict[str, float]`): How it was trained.
-        pretrained (`PretrainedStage`): What it was made from.
+        config (`TrainingConfig`), step (`int`), results (`dict[str, float]`): Settings and results of the training.
+        pretrained (`PretrainedStage`): The stage that training started from.
         encoder (`EncoderParts`, *optional*): Its text encoder, which is saved by reference.
     """
     unet = pipe.unet
@@ -121,7 +122,7 @@ def save_stage(
 
 
 def in_cascade(config: TrainingConfig, pretrained: PretrainedStage) -> str:
-    """What a card says of the cascade that a stage was made from and fits; nothing if there is none."""
+    """Return the section of a card about the cascade that a stage was made from and fits; empty if there is none."""
     if pretrained.part in (None, "unet") or config.grow or pretrained.preconditioning != config.preconditioning:
         return ""
     cascade = str(public_name(config.pretrained_model_name_or_path))
@@ -129,7 +130,7 @@ def in_cascade(config: TrainingConfig, pretrained: PretrainedStage) -> str:
 
 
 def write_card(folder: Path, config: TrainingConfig, step: int, facts: CardFacts, text: str) -> None:
-    """Writes a card with its pictures, and the notices of the weights that training began with."""
+    """Write a card with its images, and the notices of the pretrained weights."""
     write_pictures(folder, config, step)
     (folder / CARD_FILE).write_text(text, encoding="utf-8")
     if facts.pretrained.folder is not None:
@@ -137,7 +138,7 @@ def write_card(folder: Path, config: TrainingConfig, step: int, facts: CardFacts
 
 
 def save_parts(pipe: StagePipeline, config: TrainingConfig, encoder: EncoderParts | None, folder: Path) -> None:
-    """Writes the small files of a stage, and of its text encoder the tokenizer and where it is."""
+    """Write the small files of a stage, the tokenizer, and the reference to the text encoder."""
     pipe.unet.save_config(folder / "unet")
     hide_place(folder / "unet" / "config.json")
     pipe.scheduler.save_pretrained(folder / "scheduler")
@@ -148,30 +149,30 @@ def save_parts(pipe: StagePipeline, config: TrainingConfig, encoder: EncoderPart
 
 
 def hide_place(path: Path) -> None:
-    """Takes the folder that a network was loaded from out of its configuration."""
+    """Remove the path of the folder that a network was loaded from from its configuration."""
     settings = read_json_object(path)
     if "_name_or_path" in settings:
         write_json(path, {**settings, "_name_or_path": public_name(settings["_name_or_path"])})
 
 
 def write_record(folder: Path, config: TrainingConfig, step: int, results: dict[str, float]) -> None:
-    """Writes what was trained how, as JSON."""
+    """Write the settings and results of training, as JSON."""
     settings = {name: value for name, value in public_settings(config).items() if name not in OF_THIS_START}
     write_json(folder / RECORD, {"step": step, **results, "config": settings})
 
 
 def make_repository(config: TrainingConfig) -> str | None:
-    """The repository to upload to, made if there is none yet; None without `push_to_hub`."""
+    """Return the repository to upload to, created if it does not exist; None without `push_to_hub`."""
     if not config.push_to_hub:
         return None
     name = config.hub_model_id or last_name(config.output_dir)
-    with hub_errors(f"`push_to_hub` is True, but '{name}' cannot be made on the Hub (`hub_model_id`, `hub_token`)"):
+    with hub_errors(f"`push_to_hub` is True, but '{name}' cannot be created on the Hub (`hub_model_id`, `hub_token`)"):
         return create_repo(name, exist_ok=True, token=config.hub_token).repo_id
 
 
 @contextmanager
 def hub_errors(what: str) -> Iterator[None]:
-    """Inside, errors of the network and of the Hub are ValueErrors that begin with what failed."""
+    """Context manager that converts errors of the network and the Hub to ValueErrors that begin with `what`."""
     try:
         yield
     except (*NETWORK, ValueError) as error:
@@ -179,33 +180,33 @@ def hub_errors(what: str) -> Iterator[None]:
 
 
 def upload_stage(repository: str, config: TrainingConfig, step: int, encoder: EncoderParts | None = None) -> None:
-    """Uploads the stage and the pictures that its card shows: nothing else that is in the folder.
+    """Upload only the stage and the images of its card.
 
-    A text encoder that is in a folder of this machine is uploaded in full, so that the stage draws elsewhere.
+    A text encoder in a local folder is uploaded completely, so that the stage works on other machines.
     """
     sample = shown_sample(config, step)
     is_local = encoder is not None and encoder.reference.is_local
     left_out = [INDEX, "text_encoder/*"] if is_local else []
     network = Path(config.output_dir, "unet")
-    if (network / REFERENCE).is_file() and read_reference(network).is_local:  # the adapter alone
+    if (network / REFERENCE).is_file() and read_reference(network).is_local:  # only the adapter
         left_out, is_local = [INDEX, *(f"{part}/*" for part in ("unet", "scheduler", *ENCODER_PARTS))], False
     upload = functools.partial(
         upload_folder, repo_id=repository, token=config.hub_token, commit_message=f"Stage after {step} steps"
     )
-    with hub_errors(f"The run is whole in '{config.output_dir}', but was not uploaded to '{repository}'"):
+    with hub_errors(f"The run is complete in '{config.output_dir}', but was not uploaded to '{repository}'"):
         upload(
             folder_path=config.output_dir,
             allow_patterns=[*UPLOADED, *([] if sample is None else [sample])],
             ignore_patterns=["checkpoint-*", f"{config.logging_dir.rstrip('/')}/*", *left_out],
         )
-        if encoder is not None and is_local:  # last comes the index, that names it
+        if encoder is not None and is_local:  # the index that names it is uploaded last
             with TemporaryDirectory() as folder:
                 save_whole_encoder(encoder, Path(config.output_dir), Path(folder))
                 upload(folder_path=folder)
 
 
 def save_whole_encoder(encoder: EncoderParts, stage: Path, folder: Path) -> None:
-    """Writes a text encoder and the index of a stage with it into a folder."""
+    """Write a text encoder, and the index of a stage with it, to a folder."""
     model = load_reference(encoder.reference, dtype="auto")
     model.save_pretrained(folder / "text_encoder")
     entry = {"text_encoder": ["transformers", type(model).__name__]}

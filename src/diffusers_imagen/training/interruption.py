@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: it ends its step, saves, and says how to go on."""
+"""Handling of signals that stop a run: the current step is finished, and a checkpoint is saved."""
 
 import signal
 import threading
@@ -15,29 +15,29 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class TrainingInterrupted(Exception):
-    """A run was asked to stop, and has saved its state.
+    """Raised when a run was stopped by a signal, after its state was saved.
 
     Attributes:
-        signum (`int`): The signal that asked.
+        signum (`int`): Number of the signal.
     """
 
     def __init__(self, signum: int, checkpoint: str):
         super().__init__(
-            f"Stopped by {signal.Signals(signum).name}; everything is in {checkpoint}. "
-            "Go on with --resume_from_checkpoint latest."
+            f"Stopped by {signal.Signals(signum).name}; the state is saved in {checkpoint}. "
+            "Continue with --resume_from_checkpoint latest."
         )
         self.signum = signum
 
 
 class Interruption:
-    """Inside, SIGTERM and SIGINT are noted; a second one ends the process as usual."""
+    """Context manager that records SIGTERM and SIGINT; a second signal ends the process as usual."""
 
     def __init__(self):
         self.signum: int | None = None
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "Interruption":
-        if threading.current_thread() is threading.main_thread():  # others cannot handle signals
+        if threading.current_thread() is threading.main_thread():  # other threads cannot handle signals
             self._previous = {signum: signal.signal(signum, self._note) for signum in SIGNALS}
         return self
 
@@ -45,7 +45,7 @@ class Interruption:
         self._restore()
 
     def agreed(self, accelerator: Accelerator) -> int | None:
-        """The signal that any process noted: the same answer in all of them, which must ask together."""
+        """Return the signal that any process recorded, the same in all processes; called by all of them."""
         if accelerator.num_processes > 1:
             noted = torch.tensor([self.signum or 0], device=accelerator.device)
             self.signum = int(accelerator.gather(noted).max()) or None
@@ -54,7 +54,7 @@ class Interruption:
     def _note(self, signum: int, frame) -> None:
         self.signum = signum
         self._restore()
-        logger.warning(f"{signal.Signals(signum).name}: this step will be finished and saved.")
+        logger.warning(f"{signal.Signals(signum).name}: stopping after this step, with a checkpoint.")
 
     def _restore(self) -> None:
         for signum, handler in self._previous.items():

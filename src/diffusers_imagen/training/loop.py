@@ -1,8 +1,7 @@
-"""The training loop of one stage. Read `Trainer.train` and `Trainer.train_step` first.
+"""Training loop of one stage. Start reading at `Trainer.train` and `Trainer.train_step`.
 
-Every draw belongs to a slot of a step: to an image's place among those of all processes and accumulated batches. So
-two processes train as one with twice the batch does, and a resumed run goes on with the draws of one that was never
-stopped.
+Random numbers are determined by the slot of an image: its position in a step, over all processes and accumulated
+batches. Two processes therefore train like one with twice the batch size, and a resumed run like an uninterrupted one.
 """
 
 import math
@@ -47,42 +46,47 @@ logger = logging.get_logger(__name__)
 
 
 def train(config: TrainingConfig, unet: StageNetwork, text: TextSource | None = None) -> dict[str, float]:
-    """Trains a network and writes the stage to `config.output_dir`; returns the last losses.
+    """Train a network and write the stage to `config.output_dir`; return the last losses.
 
     Args:
-        config (`TrainingConfig`): The settings.
+        config (`TrainingConfig`): The configuration.
         unet (`StageNetwork`): The network, trained in place.
-        text (`TextSource`, *optional*): Makes the embeddings of captions and prompts; by default what `text_encoder`
-            and `embedding_cache` of `config` name. Without any the network has to be one without text.
+        text (`TextSource`, *optional*):
+            Source of the embeddings of captions and prompts; by default `text_encoder` and `embedding_cache` of
+            `config`. Without any of them the network must not be conditioned on text.
 
     Raises:
-        ValueError: If network, data, checkpoint and settings do not fit each other, before any step; if another
-            process has the folder, or it has a checkpoint or results of another run.
-        FloatingPointError: If the gradient is not finite in many steps in a row, or a weight is not.
+        ValueError: Before any step: if network, data, checkpoint and settings do not fit each other, another process
+            uses the folder, or it has a checkpoint or results of another run.
+        FloatingPointError: If the gradient is not finite in many consecutive steps, or a weight is not.
         TrainingInterrupted: After SIGTERM or SIGINT, when the state is saved.
     """
     return Trainer(config, unet, text).train()
 
 
 class Trainer:
-    """A run: what is trained, on what, and what is kept of it.
+    """A training run: the network, the data, and the results.
 
-    It is made without any work but checks; `train` does the rest, or `prepare`, `start` and `train_step` one by one.
+    Its creation only checks arguments; `train` does the rest, or `prepare`, `start` and `train_step` one by one.
 
-    A run of another kind overrides some of these, and nothing else:
+    Other kinds of training override only some of these methods:
 
-    - `adapt(unet)`: changes the network in place, before anything is made for it, such as adds an adapter to it.
-    - `describe()`: what a checkpoint must agree on with the run.
-    - `make_batches()`: the training batches of this process.
-    - `weigh(losses, log_snr)`: the numbers whose mean a step minimizes, of the losses of a batch.
-    - `network_state()`: what a checkpoint has of the network.
-    - `export(unet, done, results)`: writes what was trained.
+    - `adapt(unet)`: change the network in place before it is used, for example add an adapter.
+    - `describe()`: return a description of the run that a checkpoint must match.
+    - `make_batches()`: return the training batches of this process.
+    - `weigh(losses, log_snr)`: return the values whose mean a step minimizes, from the losses of a batch.
+    - `network_state()`: return the state of the network for a checkpoint.
+    - `export(unet, done, results)`: write the trained weights.
 
-    Args: as `train`.
+    Args: see `train`.
     """
 
     def __init__(self, config: TrainingConfig, unet: StageNetwork, text: TextSource | None = None):
-        self.config, self.unet, self.text = config, unet, text  # `read_data` opens the text that the settings name
+        self.config, self.unet, self.text = (
+            config,
+            unet,
+            text,
+        )  # without `text`, `read_data` opens that of the settings
         self.accelerator = make_accelerator(config)
         self.pretrained = find_pretrained(config)
         kept = self.pretrained.scheduler_for(config.preconditioning)
@@ -102,7 +106,7 @@ class Trainer:
         self.parameters = trainable(unet)
 
     def train(self) -> dict[str, float]:
-        """Runs to the last step."""
+        """Train up to the last step."""
         self.prepare()
         try:
             first_step = self.start()
@@ -118,7 +122,7 @@ class Trainer:
             self.folder.release()
 
     def train_step(self, step: int) -> None:
-        """One optimizer step over all accumulated batches."""
+        """Perform one optimizer step over all accumulated batches."""
         accumulated = self.config.gradient_accumulation_steps
         self.draws.begin(step, self.batches.images_seen, self.images_per_step)
         for part in range(accumulated):
@@ -141,37 +145,37 @@ class Trainer:
         self.averages.step(self.parameters)
         self.monitor.end_step(grad_norm)
 
-    # ---- what another kind of run overrides
+    # ---- overridden by other kinds of training
 
     def adapt(self, unet: StageNetwork) -> None:
-        """Changes the network, in place, before anything is made for it; what needs no gradient then is not trained."""
+        """Change the network in place before it is used; parameters without gradient are then not trained."""
 
     def describe(self) -> dict[str, Any]:
-        """What a checkpoint must agree on with this run, but for the data."""
+        """Return a description of the run that a checkpoint must match, except the data."""
         accelerator = self.accelerator
         sharing = (accelerator.num_processes, describe_sharing(accelerator))
         return describe_run(self.config, self.unet, accelerator.mixed_precision, *sharing)
 
     def make_batches(self) -> BatchStream:
-        """The training batches of this process."""
+        """Return the training batches of this process."""
         return make_train_batches(self.config, self.text, *self.place)
 
     def weigh(self, losses: torch.Tensor, log_snr: torch.Tensor) -> torch.Tensor:
-        """Losses `(B,)` at noise levels `(B,)` as the numbers whose mean the step takes."""
+        """Convert losses `(B,)` at noise levels `(B,)` to the values whose mean the step minimizes."""
         return self.objective.minimized(losses, log_snr)
 
     def network_state(self) -> dict[str, NetworkState]:
-        """What a checkpoint has of the network, by the name of its file."""
+        """Return the state of the network for a checkpoint, by file name."""
         return {"model": NetworkState(inner_network(self.accelerator, self.unet))}
 
     def export(self, unet: StageNetwork, done: int, results: dict[str, float]) -> None:
-        """Writes what is trained, with its averaged weights."""
+        """Write the stage, with its averaged weights."""
         save_stage(self.pipeline(unet), self.config, done, results, self.pretrained, self.encoder)
 
     # ---- before the first step
 
     def prepare(self) -> None:
-        """Looks at the folder, reads the data, and puts what is trained where it is trained."""
+        """Check the folder, read the data, and move modules to their devices."""
         modules, config, accelerator = self.objective.trained_modules, self.config, self.accelerator
         optimizer = make_optimizer(config, self.unet, modules, accelerator.num_processes)
         self.checkpoints = Checkpoints(accelerator, config, in_json(self.describe()))
@@ -180,7 +184,7 @@ class Trainer:
 
         unet = prepare_network(self.unet, config, accelerator.distributed_type)
         self.unet, self.optimizer, *self.objective.trained_modules = accelerator.prepare(unet, optimizer, *modules)
-        self.objective.weighting.to(accelerator.device)  # one that is not trained was not moved
+        self.objective.weighting.to(accelerator.device)  # not moved by `prepare` if it is not trained
         self.parameters = trainable(self.unet)
         self.averages = WeightAverages(config, self.parameters)
         self.monitor, self.clock = Monitor(accelerator.device), ComputeClock(accelerator.device)
@@ -189,12 +193,12 @@ class Trainer:
         self.register_states()
 
     def look_ahead(self) -> None:
-        """Refuses, before there is any work, what `begin` would refuse."""
+        """Raise the errors of `begin` early, before other work."""
         self.folder.check_free()
         self.folder.plan(self.checkpoints.find(), self.checkpoints.run, partly=True)
 
     def read_data(self) -> None:
-        """Opens what is trained and validated on; the text encoder leaves memory where it is not needed any more."""
+        """Open the training and validation data; the text encoder is freed if it is no longer needed."""
         config = self.config
         if self.text is None:
             max_length = config.tokenizer_max_length or self.pretrained.max_length
@@ -205,7 +209,7 @@ class Trainer:
         check_text(self.unet, text)
         no_text = None
         if text is not None and text.keeps_padding:
-            no_text = text.encode([""]).embeds.float().to(self.accelerator.device)  # what `TextSource.no_text` repeats
+            no_text = text.encode([""]).embeds.float().to(self.accelerator.device)  # repeated by `TextSource.no_text`
         self.conditioning = Conditioning.of(self.unet, config.crop_size is not None, no_text)
         self.prompts, self.metrics = read_prompts(config, text), None
         if config.validation_metrics is not None:
@@ -228,7 +232,7 @@ class Trainer:
             text.release()
 
     def register_states(self) -> None:
-        """Tells the checkpoints what to save."""
+        """Register the states that checkpoints save."""
         kind, checkpoints = self.accelerator.distributed_type, self.checkpoints
         states: dict[str, Stateful] = {}
         if kind == DistributedType.DEEPSPEED:
@@ -238,31 +242,31 @@ class Trainer:
         states["averages"] = self.averages
         checkpoints.own |= {"data": self.batches, "monitor": self.monitor, "losses": self.losses}
         if kind == DistributedType.FSDP:
-            checkpoints.own |= states  # each process has its part of them
+            checkpoints.own |= states  # each process has a part of them
         else:
             checkpoints.shared |= states
         for number, module in enumerate(self.objective.trained_modules, start=1):
             checkpoints.shared[f"model_{number}"] = NetworkState(inner_network(self.accelerator, module))
         if not self.objective.trained_modules and self.objective.weighting.state_dict():
-            checkpoints.own["weighting"] = NetworkState(self.objective.weighting)  # each process saw its own losses
+            checkpoints.own["weighting"] = NetworkState(self.objective.weighting)  # each process has its own losses
 
     @property
     def modules(self) -> list[torch.nn.Module]:
-        """What has weights that are trained."""
+        """Modules with trained weights."""
         return [self.unet, *self.objective.trained_modules]
 
     @property
     def place(self) -> tuple[int, int]:
-        """This process among all."""
+        """Index of this process, and number of processes."""
         return self.accelerator.process_index, self.accelerator.num_processes
 
     @property
     def images_per_step(self) -> int:
-        """Images of a step, over all processes and accumulated batches."""
+        """Number of images per step, over all processes and accumulated batches."""
         return self.batches.stride * self.config.gradient_accumulation_steps
 
     def start(self) -> int:
-        """Takes the folder, and goes on from the checkpoint, if there is one; returns the first step."""
+        """Lock the folder, and resume from the checkpoint, if there is one; return the first step."""
         accelerator, config = self.accelerator, self.config
         found = on_main_process(accelerator, self.begin)
         if found.folder is not None:
@@ -272,7 +276,7 @@ class Trainer:
         self.repository = on_main_process(accelerator, lambda: make_repository(config))
         config.hub_model_id = (
             self.repository or config.hub_model_id
-        )  # with the user's name, as the card's Python needs it
+        )  # with the user name, which the example in the model card needs
         self.records = {name: Records(Path(config.output_dir) / f"{name}.jsonl") for name in RECORDS}
         self.losses["loss"] = self.monitor.running_loss(accelerator)
         if self.metrics is not None:
@@ -284,7 +288,7 @@ class Trainer:
         return found.step
 
     def begin(self) -> Found:
-        """Holds the folder, chooses the checkpoint, and sets aside what is not of this run. In the main process."""
+        """Lock the folder, choose the checkpoint, and move files of other runs aside. In the main process."""
         self.folder.hold()
         found = self.checkpoints.find(thoroughly=True)
         plan = self.folder.plan(found, self.checkpoints.run)
@@ -292,7 +296,7 @@ class Trainer:
         return found
 
     def check_place(self, found: Found) -> None:
-        """Checks that the state of a checkpoint is one of its step, and can be trained on.
+        """Check that the state of a checkpoint belongs to its step, and is finite.
 
         Raises:
             ValueError: If not.
@@ -300,23 +304,23 @@ class Trainer:
         seen = found.step * self.images_per_step
         if self.batches.images_seen != seen:
             raise ValueError(
-                f"`resume_from_checkpoint`: {found.folder} says that {self.batches.images_seen!r} images were seen, but "
-                f"{found.step} steps see {seen}."
+                f"`resume_from_checkpoint`: {found.folder} is of {self.batches.images_seen!r} images, but should be "
+                f"of {seen} after {found.step} steps."
             )
         if self.count_not_finite():
             raise ValueError(
-                f"`resume_from_checkpoint`: {found.folder} has weights or averages that are not finite: go back to an "
-                "earlier checkpoint."
+                f"`resume_from_checkpoint`: {found.folder} has weights or averages that are not finite: resume from "
+                "an earlier checkpoint."
             )
 
     def count_not_finite(self) -> int:
-        """How many weights and averages, as tensors, have a value that is not finite, in all processes."""
+        """Return the number of weights and averages, as tensors, with values that are not finite, in all processes."""
         tensors = [*map(own_part, self.parameters), *self.averages.tensors()]
         return int(self.accelerator.reduce(not_finite(tensors).to(self.accelerator.device), "sum").item())
 
     def after_step(self, done: int, progress: tqdm, interruption: Interruption) -> None:
-        """What there is to do between steps, of which `done` are done. The checkpoint comes last of what belongs to a
-        step: a run that is killed before does all of it again, and one that is killed after has all of it."""
+        """Log, validate and save after `done` steps. The checkpoint of a step is written last: a run killed before
+        repeats all of it, and a run killed after has all of it."""
         config, last = self.config, done == self.config.max_train_steps
         looks = done % config.logging_steps == 0 or last
         if looks:
@@ -324,7 +328,7 @@ class Trainer:
         with self.stopwatch:
             saves = done % config.checkpointing_steps == 0 or last
             self.write_results(done, last)
-            # processes agree where they meet anyway
+            # processes agree only when they synchronize anyway
             meets = looks or self.accelerator.num_processes == 1
             stops = meets and interruption.agreed(self.accelerator) and not last
             if saves or stops:
@@ -334,7 +338,7 @@ class Trainer:
                 raise TrainingInterrupted(interruption.signum, str(self.checkpoints.saved))
 
     def write_results(self, done: int, last: bool) -> None:
-        """Writes what there is to see of a step, which is the last one or one of those that the settings name."""
+        """Write the results of a step, if it is the last one or one of the configured steps."""
         config = self.config
         saves = done % config.checkpointing_steps == 0 or last
         validates = done % (config.validation_steps or config.checkpointing_steps) == 0 or last
@@ -351,21 +355,21 @@ class Trainer:
             self.folder.note(completed=self.completed(done))
 
     def check_weights(self, done: int) -> None:
-        """Keeps weights that are not finite from being written over those that are.
+        """Raise an error for weights that are not finite, before they replace earlier results.
 
         Raises:
-            FloatingPointError: If one is not.
+            FloatingPointError: If a weight is not finite.
         """
         if self.count_not_finite():
             kept = self.checkpoints.saved
             raise FloatingPointError(
-                f"The weights are not finite after step {done}, so that nothing of it was written: lower "
-                "`learning_rate`, or look at the data with `diffusers-imagen doctor`. "
-                + ("There is no checkpoint from before." if kept is None else f"The last checkpoint is {kept}.")
+                f"The weights are not finite after step {done}, which was not saved: lower `learning_rate`, or check "
+                "the data with `diffusers-imagen doctor`. "
+                + ("There is no earlier checkpoint." if kept is None else f"The last checkpoint is {kept}.")
             )
 
     def save_checkpoint(self, done: int) -> None:
-        """Writes all that the run needs to go on after a step."""
+        """Write the state after a step, from which the run can be resumed."""
         self.check_weights(done)
         if self.accelerator.is_main_process:
             for records in self.records.values():
@@ -375,8 +379,8 @@ class Trainer:
             self.folder.note(has_checkpoint=True)
 
     def complete(self, done: int) -> None:
-        """Writes what belongs to the last step and is not there: the checkpoint that the run goes on from was not
-        written as that of a last step, or the stage is not what it was."""
+        """Write missing results of the last step: the checkpoint that the run resumes from was not written as that of
+        a last step, or the stage was changed."""
         is_whole, is_logged = on_main_process(self.accelerator, lambda: self.look_back(done))
         if is_whole:
             return
@@ -388,16 +392,16 @@ class Trainer:
         self.write_results(done, last=True)
 
     def look_back(self, done: int) -> tuple[bool, bool]:
-        """Whether all that belongs to the last step is there, and whether its metrics are."""
+        """Return whether all results of the last step exist, and whether its metrics do."""
         is_whole = self.folder.noted("completed") == self.completed(done)
         return is_whole, self.records["metrics"].last_step() >= done
 
     def completed(self, done: int) -> dict[str, Any]:
-        """What run.json has of a last step whose results are written."""
+        """Return the entry in run.json for a last step with complete results."""
         return {"step": done, "files": digest_stage(Path(self.config.output_dir))}
 
     def log(self, done: int, progress: tqdm | None = None) -> None:
-        """Fetches what the last steps had to tell, and shows it."""
+        """Fetch the metrics of the last steps, and log them."""
         record = self.monitor.fetch(self.accelerator)
         seconds, before = self.stopwatch.seconds(), self.seen
         self.seen = (seconds, done)
@@ -411,12 +415,12 @@ class Trainer:
         self.accelerator.log({**record, **speed}, step=done)
 
     def record(self, name: str, done: int, record: dict[str, Any]) -> None:
-        """Adds a line to a file of the run."""
+        """Append a line to a file of the run."""
         if self.accelerator.is_main_process:
             self.records[name].append(done, record)
 
     def validate(self, done: int) -> None:
-        """Loss on held-out rows, metrics of pictures and samples, with the averaged weights."""
+        """Compute the loss on held-out rows, metrics and samples, with the averaged weights."""
         found: dict[str, float] = {}
         with self.averages.applied(self.parameters):
             if self.validation is not None:
@@ -431,7 +435,7 @@ class Trainer:
             self.accelerator.log(found, step=done)
 
     def sample(self, done: int) -> None:
-        """Draws the validation prompts and writes a grid; the other processes wait where they meet next."""
+        """Generate images for the validation prompts and write a grid; other processes wait at the next barrier."""
         unet = whole_network(self.accelerator, self.unet)
         if self.accelerator.is_main_process and self.prompts is not None:
             images = draw_samples(self.pipeline(unet.eval()), self.prompts, self.config)
@@ -439,17 +443,17 @@ class Trainer:
             show_samples(self.accelerator, images, self.config, done)
 
     def pipeline(self, unet: StageNetwork) -> StagePipeline:
-        """What draws with the network, as the exported stage does."""
+        """Return the pipeline of the network, with the settings of the exported stage."""
         settings = self.pretrained.settings(self.config.preconditioning, self.objective.sampling, unet.takes_low_res)
         return stage_pipeline(unet, self.objective.scheduler(), self.config, settings)
 
     def save_snapshots(self, done: int) -> None:
-        """Writes the power-function averages."""
+        """Write the power function averages."""
         parameters = dict(zip(self.names, self.parameters))
         self.averages.save_snapshots(self.config.output_dir, parameters, done, self.accelerator.is_main_process)
 
     def save_results(self, done: int) -> None:
-        """Writes the losses, and the averaged weights as a stage."""
+        """Write the losses, and the averaged weights as a stage."""
         self.losses["loss"] = self.monitor.running_loss(self.accelerator)
         self.record("losses", done, self.losses)
         with self.averages.applied(self.parameters):
@@ -460,13 +464,13 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def finish(self, first_step: int) -> dict[str, float]:
-        """Says where the time went, and uploads the stage."""
+        """Log the time spent, and upload the stage."""
         steps = max(0, self.config.max_train_steps - first_step)
         seconds, compute = self.stopwatch.seconds(), self.clock.seconds()
         if self.accelerator.is_main_process:
             logger.info(describe_time(steps, steps * self.images_per_step, seconds, compute, self.stopwatch.between))
             if self.batches.skipped:
-                logger.info(f"{len(self.batches.skipped)} images were skipped, each named above.")
+                logger.info(f"{len(self.batches.skipped)} images were skipped, as logged above.")
             if self.repository is not None:
                 upload_stage(self.repository, self.config, self.config.max_train_steps, self.encoder)
         self.close()
@@ -474,10 +478,10 @@ class Trainer:
 
     def close(self) -> None:
         """
-        Ends what runs beside the loop.
+        Close batches, networks and trackers.
 
-        The wrappers of the networks go before the process group. If they held it last, its destructor would wait for
-        gloo's threads without giving up the interpreter's lock, which those threads may need for their last tensors.
+        The wrappers of the networks are freed before the process group. Otherwise its destructor, called with the last
+        reference, would wait for gloo's threads while holding the interpreter lock, which these threads may need.
         """
         self.batches.close()
         self.unet, *self.objective.trained_modules = map(self.accelerator.unwrap_model, self.modules)
@@ -485,7 +489,7 @@ class Trainer:
         self.accelerator.end_training()
 
     def progress_bar(self, first_step: int) -> tqdm:
-        """Of the steps of the whole run."""
+        """Return the progress bar for the steps of the whole run."""
         return tqdm(
             initial=first_step,
             total=self.config.max_train_steps,

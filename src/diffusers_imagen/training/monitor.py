@@ -1,6 +1,6 @@
-"""What is seen of a run: losses by noise level, norms, rates, skipped steps, and where the time went.
+"""Monitoring of a run: losses by noise level, norms, rates, skipped steps, and time.
 
-Sums are kept on the device and fetched together every so many steps: nothing else waits for the device.
+Sums are kept on the device and fetched together at intervals, to avoid other synchronizations.
 """
 
 import json
@@ -21,10 +21,10 @@ from .states import copy_into
 
 SIGMA_EDGES = (0.1, 0.3, 1.0, 3.0)
 BUCKETS = tuple(f"sigma_{low:g}_to_{high:g}" for low, high in zip((0.0, *SIGMA_EDGES), (*SIGMA_EDGES, float("inf"))))
-AVERAGED_STEPS = 100  # about as many as the running loss is an average of; a single batch says little
+AVERAGED_STEPS = 100  # approximate number of steps in the running loss, because single batches are noisy
 MAX_SKIPPED_IN_ROW = 50
-VALIDATION = "validation"  # names of what a validation finds begin with it
-RECORDS = ("metrics", "losses", "validation")  # names of the files of a run that have a line for a step
+VALIDATION = "validation"  # prefix of the names of validation results
+RECORDS = ("metrics", "losses", "validation")  # names of a run's files with one line per step
 
 
 class NoiseLevelMeans:
@@ -35,22 +35,22 @@ class NoiseLevelMeans:
         self.sums = torch.zeros(2, len(BUCKETS), device=device)  # of losses, and of ones
 
     def add(self, losses: torch.Tensor, sigma: torch.Tensor) -> None:
-        """Takes in losses `(B,)` at noise levels `(B,)`; those that are not finite do not count."""
+        """Add losses `(B,)` at noise levels `(B,)`; those that are not finite are ignored."""
         finite = losses.isfinite()
         values = torch.stack([losses.where(finite, 0), finite.to(losses.dtype)])
         self.sums.index_add_(1, torch.bucketize(sigma, self.edges), values)
 
     @staticmethod
     def means(sums: torch.Tensor) -> dict[str, float]:
-        """The means of noise levels that there were, from `sums` `(2, len(BUCKETS))` on the CPU."""
+        """Return the means of noise levels with losses, from `sums` `(2, len(BUCKETS))` on the CPU."""
         return {name: total / count for name, total, count in zip(BUCKETS, *sums.tolist()) if count}
 
 
 class Losses(dict[str, float]):
-    """The last losses of a run, and metrics of its pictures, by their names."""
+    """The last losses of a run, and metrics of its images, by their names."""
 
     def take_validation(self, found: dict[str, float]) -> None:
-        """Takes what the last validation found for what an earlier one did."""
+        """Replace the results of the previous validation."""
         for name in [name for name in self if name.startswith(VALIDATION)]:
             del self[name]
         self.update(found)
@@ -60,26 +60,26 @@ class Losses(dict[str, float]):
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         if not all(isinstance(name, str) and isinstance(value, float) for name, value in state.items()):
-            raise ValueError("its losses are no numbers")
+            raise ValueError("its losses are not numbers")
         self.update(state)
 
 
 class Monitor:
-    """Losses and norms of the steps since they were last fetched, and a running average of the loss."""
+    """Losses and norms of the steps since the last fetch, and a running average of the loss."""
 
     def __init__(self, device: torch.device | str = "cpu"):
         self.noise_levels = NoiseLevelMeans(device)
-        self.step_loss = torch.zeros((), device=device)  # of the step that runs
-        # sum of losses, steps, gradient norm, running loss, skipped steps, skipped in a row
+        self.step_loss = torch.zeros((), device=device)  # of the current step
+        # sum of losses, steps, gradient norm, running loss, skipped steps, consecutive skipped steps
         self.values = torch.tensor([0, 0, 0, torch.nan, 0, 0], device=device)
 
     def add(self, losses: torch.Tensor, sigma: torch.Tensor, share: float) -> None:
-        """Takes in a micro-batch, which is a share of its step."""
+        """Add a micro-batch, which is a share of its step."""
         self.noise_levels.add(losses, sigma)
         self.step_loss += share * losses.mean()
 
     def end_step(self, grad_norm: torch.Tensor) -> None:
-        """Takes in a step; one whose gradient is not finite was skipped."""
+        """Add a step; steps with a gradient that is not finite were skipped."""
         finite = grad_norm.isfinite()
         total, steps, norm, running, skipped, in_row = self.values.unbind()
         average = running + (self.step_loss - running) / AVERAGED_STEPS
@@ -97,10 +97,10 @@ class Monitor:
         self.step_loss = torch.zeros_like(self.step_loss)
 
     def fetch(self, accelerator: Accelerator) -> dict[str, float]:
-        """Means over processes and over the steps since the last fetch.
+        """Return means over processes and over the steps since the last fetch.
 
         Raises:
-            FloatingPointError: After many skipped steps in a row.
+            FloatingPointError: After many consecutive skipped steps.
         """
         numbers = torch.cat([self.values, self.noise_levels.sums.flatten()])
         numbers = accelerator.reduce(numbers, "mean").cpu()
@@ -110,8 +110,8 @@ class Monitor:
         self.noise_levels.sums.zero_()
         if in_row >= MAX_SKIPPED_IN_ROW:
             raise FloatingPointError(
-                f"The gradient was not finite in {in_row:.0f} steps in a row: lower `learning_rate`, or look at the "
-                "data with `diffusers-imagen doctor`. The last checkpoint is from before."
+                f"The gradient was not finite in {in_row:.0f} consecutive steps: lower `learning_rate`, or check the "
+                "data with `diffusers-imagen doctor`. The last checkpoint is from before these steps."
             )
         record = {"loss": total / steps} if steps else {}
         return {
@@ -123,7 +123,7 @@ class Monitor:
         }
 
     def running_loss(self, accelerator: Accelerator) -> float:
-        """Average over about the last hundred steps and all processes; waits for the device."""
+        """Return the average over about a hundred steps and all processes; synchronizes the device."""
         return accelerator.reduce(self.values[3], "mean").item()
 
     def state_dict(self) -> dict[str, Any]:
@@ -135,7 +135,7 @@ class Monitor:
 
 
 class ComputeClock:
-    """Seconds inside: on a CPU by the clock, on a GPU by events that are looked at when somebody asks."""
+    """Context manager that measures seconds: by the clock on a CPU, by events, evaluated on request, on a GPU."""
 
     def __init__(self, device: torch.device):
         self.on_gpu = device.type == "cuda"
@@ -160,7 +160,7 @@ class ComputeClock:
         return event
 
     def seconds(self) -> float:
-        """Seconds so far; waits for a GPU."""
+        """Return the seconds so far; synchronizes a GPU."""
         for start, end in self._events:
             end.synchronize()
             self.total += start.elapsed_time(end) / 1000
@@ -169,7 +169,7 @@ class ComputeClock:
 
 
 class Stopwatch:
-    """Time of a run, without what is done between steps: checkpoints, validation, samples."""
+    """Time of a run, excluding work between steps: checkpoints, validation, samples."""
 
     def __init__(self):
         self.start, self.between = time.perf_counter(), 0.0
@@ -181,22 +181,22 @@ class Stopwatch:
         self.between += time.perf_counter() - self._since
 
     def seconds(self) -> float:
-        """Seconds of steps so far."""
+        """Return the seconds of steps so far."""
         return time.perf_counter() - self.start - self.between
 
 
 def describe_time(steps: int, images: int, seconds: float, compute: float, between: float) -> str:
-    """Where the time of a run went, in words."""
+    """Return a summary of the time of a run."""
     if steps == 0:
-        return "no step was left to do"
+        return "no steps were left"
     return (
-        f"{steps} steps in {seconds:.1f} s ({images / seconds:.1f} images/s), {1 - compute / seconds:.1%} of it outside "
-        f"forward, backward and optimizer; {between:.1f} s more for checkpoints, validation and samples"
+        f"{steps} steps in {seconds:.1f} s ({images / seconds:.1f} images/s), {1 - compute / seconds:.1%} of it "
+        f"outside forward, backward and optimizer; {between:.1f} s more for checkpoints, validation and samples"
     )
 
 
 def memory_used(device: torch.device) -> float:
-    """The most memory that was used so far, in GiB: of the GPU, or of the process."""
+    """Return the peak memory so far, in GiB: of the GPU, or of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
@@ -204,15 +204,15 @@ def memory_used(device: torch.device) -> float:
 
 
 class Records:
-    """A file of one JSON object a line, each of a step."""
+    """File with one JSON object per line, each for a step."""
 
     def __init__(self, path: Path):
         self.path = path
 
     def append(self, step: int, record: dict[str, Any]) -> None:
-        """Adds a line, or leaves the file as it was where there is no room for it."""
-        if self.path.exists() and not self.path.is_file():  # to open a FIFO waits for a reader
-            raise ValueError(f"'{self.path}' is no file, but should be one of a run, or not there: move it.")
+        """Append a line; if the disk is full, the file is not changed."""
+        if self.path.exists() and not self.path.is_file():  # opening a FIFO would wait for a reader
+            raise ValueError(f"'{self.path}' is not a file, but should be a file of a run, or not exist: move it.")
         size = self.path.stat().st_size if self.path.is_file() else 0
         try:
             with open(self.path, "a") as file:
@@ -223,23 +223,23 @@ class Records:
             raise
 
     def cut(self, step: int) -> None:
-        """Forgets what comes after a step, which a resumed run does again; a half-written line too."""
+        """Remove lines after a step, which a resumed run repeats, and incomplete lines."""
         if self.path.is_file():
             kept = "".join(line + "\n" for line, of_step in self._lines() if of_step <= step)
             if kept.encode() != self.path.read_bytes():
                 write_text(self.path, kept)
 
     def last_step(self) -> int:
-        """The latest step that there is a line of; -1 if there is none."""
+        """Return the last step with a line; -1 if there is none."""
         return max((step for _, step in self._lines()), default=-1)
 
     def sync(self) -> None:
-        """Waits until the lines are on the disk."""
+        """Flush the lines to the disk."""
         if self.path.is_file():
             sync(self.path)
 
     def _lines(self) -> Iterator[tuple[str, int]]:
-        """The lines that are whole, and their steps."""
+        """Iterate over the complete lines, with their steps."""
         text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.is_file() else ""
         for line in text.splitlines():
             try:
@@ -251,6 +251,6 @@ class Records:
 
 
 def not_finite(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-    """How many of some tensors have a value that is not finite; nothing waits for the device."""
+    """Return the number of tensors with values that are not finite, without synchronizing the device."""
     found = [(~tensor.isfinite()).any() for tensor in tensors if tensor.is_floating_point()]
     return torch.stack(found).sum() if found else torch.zeros((), dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""The network of a run: made, and set up for training."""
+"""Creation of the network of a run, and its setup for training."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,26 +26,26 @@ from .config import TrainingConfig
 
 
 OF_A_CASCADE = [kind.unet for kind in STAGES]
-NETWORK_CLASSES = "ImagenUNetModel, EfficientUNetModel or a class that was given to `register_network`"
+NETWORK_CLASSES = "ImagenUNetModel, EfficientUNetModel or a class passed to `register_network`"
 THEIR_NETWORK = UNet2DConditionModel.__name__  # the class of DeepFloyd IF's networks in diffusers
-DROPOUT_SEED = 33  # a word after the run's seed, unlike those of its data and steps
+DROPOUT_SEED = 33  # a word after the run's seed, different from those of its data and steps
 
 
 @contextmanager
 def fresh_weights(seed: int) -> Iterator[None]:
-    """Weights that are drawn inside are those of a seed; the global generator, which layers draw from, gets its state
-    back."""
+    """Context manager in which new weights are drawn with this seed; the state of the global generator, from which
+    layers draw, is restored."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
 
 
 def make_unet(config: TrainingConfig) -> StageNetwork:
-    """The network to train, set to the resolution that it is trained at. What it has of fresh weights, all or those of
-    levels and blocks that were added, `config.seed` decides.
+    """Create or load the network to train, set to the training resolution. New weights, of the whole network or of
+    added levels and blocks, are determined by `config.seed`.
 
     Raises:
-        ValueError: If there is none, or the configuration changes one whose kind cannot be changed.
+        ValueError: If there is none, or its class does not support the configured change.
     """
     with fresh_weights(config.seed):
         unet = start_network(config)
@@ -54,7 +54,7 @@ def make_unet(config: TrainingConfig) -> StageNetwork:
         if not isinstance(unet, ImagenUNetModel):
             argument = "grow" if config.grow else "layers_per_block"
             raise ValueError(
-                f"`{argument}` is {getattr(config, argument)}, but only an ImagenUNetModel can be changed so, and "
+                f"`{argument}` is {getattr(config, argument)}, but only an ImagenUNetModel supports this, and "
                 f"'{config.pretrained_model_name_or_path}' has an {type(unet).__name__}."
             )
         if config.grow:
@@ -65,7 +65,7 @@ def make_unet(config: TrainingConfig) -> StageNetwork:
 
 
 def start_network(config: TrainingConfig) -> StageNetwork:
-    """The network that the configuration names, before it is changed."""
+    """Create or load the configured network, before it is changed."""
     if config.preset is not None:
         return create_unet(config.preset)
     if config.model_config_name_or_path is not None:
@@ -76,10 +76,10 @@ def start_network(config: TrainingConfig) -> StageNetwork:
 
 
 def find_network(config: TrainingConfig) -> str | None:
-    """The subfolder of the network that a run begins with: of a cascade that of the stage with these sizes, of a single
-    stage `unet`; None if the name is that of the network itself.
+    """Return the subfolder of the network that a run starts from: in a cascade that of the stage with these sizes, in
+    a single stage `unet`; None if the name is that of the network's own folder.
 
-    A base stage can be trained at another resolution than its network's, an upscaler cannot.
+    A base stage can be trained at another resolution than its network's, a super-resolution stage cannot.
 
     Raises:
         ValueError: If a cascade has no such stage, or its model_index.json or a config.json is malformed.
@@ -92,15 +92,15 @@ def find_network(config: TrainingConfig) -> str | None:
     parts = [part for part in OF_A_CASCADE if isinstance(index.get(part), list) and index[part][:1] != [None]]
     if not parts:
         return "unet"
-    with torch.device("meta"):  # for their sizes, without memory for their weights
+    with torch.device("meta"):  # only their sizes are needed, without memory for weights
         networks = {part: fresh_unet(argument, name, part, config.revision) for part in parts}
     takes_low_res, below = config.low_resolution is not None, None
     for part, unet in networks.items():
         if unet.takes_low_res == takes_low_res and (unet.resolution == config.resolution or not takes_low_res):
             if takes_low_res and below is not None and config.low_resolution != below:
                 raise ValueError(
-                    f"`low_resolution` is {config.low_resolution}, but the stage below `{part}` of the cascade '{name}' makes "
-                    f"images of {below} px: set it to that."
+                    f"`low_resolution` is {config.low_resolution}, but should be {below}, the resolution of the "
+                    f"stage before `{part}` in the cascade '{name}'."
                 )
             return part
         below = unet.resolution
@@ -112,7 +112,7 @@ def find_network(config: TrainingConfig) -> str | None:
 
 
 def load_index(name: str, revision: str | None = None) -> dict[str, Any]:
-    """What a pipeline's model_index.json says; nothing for a stage that has none."""
+    """Return a pipeline's model_index.json; empty for a stage without it."""
     if Path(name).is_dir():
         index = Path(name) / DiffusionPipeline.config_name
         return read_json_object(index) if index.exists() else {}
@@ -123,10 +123,10 @@ def load_index(name: str, revision: str | None = None) -> dict[str, Any]:
 
 
 def fresh_unet(argument: str, name: str, subfolder: str | None, revision: str | None = None) -> StageNetwork:
-    """A network with fresh weights, of the config.json in a folder or on the Hub that an argument names.
+    """Create a network with new weights, from the config.json in a folder or on the Hub that an argument names.
 
     Raises:
-        ValueError: If there is none, or none that this loop trains.
+        ValueError: If there is none, or the network is not supported.
     """
     what = f"`{argument}` is '{name}', "
     try:
@@ -134,27 +134,27 @@ def fresh_unet(argument: str, name: str, subfolder: str | None, revision: str | 
     except Exception as error:
         raise ValueError(f"{what}which has no config.json: {describe_fault(error)}") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{what}whose config.json holds no object.")
+        raise ValueError(f"{what}whose config.json is not an object.")
     try:
         return find_network_class(what, found).from_config(found)
     except (TypeError, KeyError, AttributeError, ArithmeticError, RuntimeError) as error:
-        raise ValueError(f"{what}of which no network can be made: {describe_fault(error)}") from error
+        raise ValueError(f"{what}from which no network can be created: {describe_fault(error)}") from error
 
 
 def find_network_class(what: str, config: dict[str, Any]) -> type[StageNetwork]:
-    """The class that a config.json names.
+    """Return the class that a config.json names.
 
     Raises:
-        ValueError: If there is none; begins with `what`.
+        ValueError: If there is none; the message begins with `what`.
     """
     network_class = getattr(diffusers, str(config.get("_class_name")), None)
     if not (isinstance(network_class, type) and issubclass(network_class, StageNetwork)):
-        raise ValueError(f"{what}which is of {config.get('_class_name')}, but should be of {NETWORK_CLASSES}.")
+        raise ValueError(f"{what}which is a {config.get('_class_name')}, but should be an {NETWORK_CLASSES}.")
     return network_class
 
 
 def load_unet(name: str, subfolder: str | None = "unet", **hub: str) -> StageNetwork:
-    """A network in a folder, or of a repository on the Hub, of which `hub` has `revision` and `variant`.
+    """Load a network from a folder, or from a Hub repository with `revision` and `variant` in `hub`.
 
     Raises:
         ValueError: If there is none.
@@ -162,7 +162,7 @@ def load_unet(name: str, subfolder: str | None = "unet", **hub: str) -> StageNet
     what = f"`pretrained_model_name_or_path` is '{name}', "
     if Path(name).is_dir() and not (Path(name) / (subfolder or "") / "config.json").is_file():
         raise ValueError(
-            f"{what}which has no {subfolder or '.'}/config.json: give a stage, a cascade or the folder of a network."
+            f"{what}which has no {subfolder or '.'}/config.json: pass a stage, a cascade or the folder of a network."
         )
     try:
         config = ConditionalUNet.load_config(name, subfolder=subfolder, revision=hub.get("revision"))
@@ -173,8 +173,8 @@ def load_unet(name: str, subfolder: str | None = "unet", **hub: str) -> StageNet
     if isinstance(config, dict) and "_class_name" in config:
         find_network_class(what, config)
     try:
-        unet = AutoModel.from_pretrained(name, subfolder=subfolder, **hub)  # knows our classes: they are registered
-    except Exception as error:  # whatever is in its files
+        unet = AutoModel.from_pretrained(name, subfolder=subfolder, **hub)  # our classes are registered
+    except Exception as error:  # for any content of its files
         raise ValueError(f"{what}which has no network that can be loaded: {describe_fault(error)}") from error
     if not isinstance(unet, StageNetwork):
         raise ValueError(f"{what}which has an {type(unet).__name__}, but should have an {NETWORK_CLASSES}.")
@@ -183,54 +183,54 @@ def load_unet(name: str, subfolder: str | None = "unet", **hub: str) -> StageNet
 
 
 def load_deepfloyd(what: str, name: str, subfolder: str | None, config: dict[str, Any], **hub: str) -> StageNetwork:
-    """A network of DeepFloyd IF in diffusers' format, with that configuration, as an `ImagenUNetModel`.
+    """Load a network of DeepFloyd IF in diffusers' format, with this configuration, as an `ImagenUNetModel`.
 
     Raises:
-        ValueError: If it is another network, or cannot be loaded; begins with `what`.
+        ValueError: If it is another network, or cannot be loaded; the message begins with `what`.
     """
     try:
         config_from_deepfloyd(config)  # before weights are downloaded
         theirs = UNet2DConditionModel.from_pretrained(name, subfolder=subfolder, **hub)
         refuse_missing(what, missing_weights(theirs))
         return unet_from_deepfloyd(theirs)
-    except Exception as error:  # whatever is in its files
+    except Exception as error:  # for any content of its files
         if str(error).startswith(what):
             raise
         raise ValueError(f"{what}which has no network that can be loaded: {describe_fault(error)}") from error
 
 
 def refuse_missing(what: str, missing: list[str]) -> None:
-    """Raises ValueError, which begins with `what`, if a network lacks weights."""
+    """Raise ValueError, beginning with `what`, if a network lacks weights."""
     if missing:
         raise ValueError(
-            f"{what}whose network lacks {len(missing)} weights, {missing[0]} among them: it was saved by another "
-            "version, or is not complete."
+            f"{what}whose network lacks {len(missing)} weights, such as {missing[0]}: it was saved by another "
+            "version, or is incomplete."
         )
 
 
 def check_finite(unet: StageNetwork, name: str | None = None) -> None:
-    """Refuses a network that cannot be trained, because a weight is not finite.
+    """Raise an error for a network with weights that are not finite.
 
     Args:
         unet (`StageNetwork`): The network.
-        name (`str`, *optional*): Where it is from.
+        name (`str`, *optional*): Its folder or Hub id.
 
     Raises:
-        ValueError: If one is not.
+        ValueError: If a weight is not finite.
     """
     wrong = [key for key, value in unet.state_dict().items() if not value.isfinite().all()]
     if wrong:
         which = "The network" if name is None else f"`pretrained_model_name_or_path` is '{name}', whose network"
         raise ValueError(
-            f"{which} has {len(wrong)} weights that are not finite, {wrong[0]} among them: its training diverged, or "
+            f"{which} has {len(wrong)} weights that are not finite, such as {wrong[0]}: its training diverged, or "
             "the file is damaged."
         )
 
 
 @contextmanager
 def seeded_dropout(unet: torch.nn.Module, *words: int) -> Iterator[None]:
-    """What layers of dropout draw inside belongs to a step: they draw from the global generators, which get their state
-    back. Nothing where there are none."""
+    """Context manager in which dropout layers draw with a seed for the step from the global generators, whose state is
+    restored. Does nothing if there is no dropout."""
     if not any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in unet.modules()):
         yield
         return
@@ -242,10 +242,10 @@ def seeded_dropout(unet: torch.nn.Module, *words: int) -> Iterator[None]:
 
 
 def choose_attention(unet: StageNetwork, config: TrainingConfig) -> None:
-    """Takes the attention that the configuration names.
+    """Set the configured attention backend.
 
     Raises:
-        ValueError: If diffusers has none of that name, or it needs what is not installed.
+        ValueError: If diffusers has no backend of this name, or its package is not installed.
     """
     if config.attention_backend is None:
         return
@@ -258,12 +258,12 @@ def choose_attention(unet: StageNetwork, config: TrainingConfig) -> None:
 
 
 def prepare_network(unet: StageNetwork, config: TrainingConfig, distributed_type: DistributedType) -> StageNetwork:
-    """Sets the network up for training, in place."""
+    """Set up the network for training, in place."""
     unet.train()
-    if config.channels_last and distributed_type != DistributedType.FSDP:  # whose shards have to be contiguous
-        unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch has no type of it
+    if config.channels_last and distributed_type != DistributedType.FSDP:  # which requires contiguous shards
+        unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch does not declare it
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if config.torch_compile:
-        unet.compile()  # in place: no `_orig_mod.` in the names of saved weights
+        unet.compile()  # in place, so that the names of saved weights do not change
     return unet

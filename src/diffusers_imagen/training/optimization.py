@@ -1,4 +1,4 @@
-"""The optimizer, and what keeps it from a step that is not finite."""
+"""Optimizer and learning rates, and steps that skip gradients that are not finite."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -14,17 +14,17 @@ from .devices import gathered
 
 
 def trainable(module: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """The parameters that are trained: all, or those of an adapter."""
+    """Return the trained parameters: all, or those of an adapter."""
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 def make_optimizer(
     config: TrainingConfig, unet: torch.nn.Module, others: Sequence[torch.nn.Module] = (), num_processes: int = 1
 ) -> torch.optim.Optimizer:
-    """AdamW, in its fused form or with a state of 8 bits; the weights of modules beside the network do not decay.
+    """Create AdamW, fused or with 8-bit states; weights of modules other than the network do not decay.
 
     Raises:
-        ValueError: If bitsandbytes is asked for and not installed.
+        ValueError: If bitsandbytes is required and not installed.
     """
     rate = config.learning_rate
     if config.scale_lr:
@@ -44,9 +44,9 @@ def make_optimizer(
 def learning_rates(
     config: TrainingConfig, optimizer: torch.optim.Optimizer, step: int = 0
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """The schedule of learning rates from a step on: a function of the step, without a state to be saved.
+    """Create the learning rate schedule starting at a step: a function of the step, without a state to save.
 
-    To be made after the optimizer's state is loaded: rates, betas and decay are those that the run is told, not
+    Call it after the optimizer's state is loaded: rates, betas and decay are those of the run's configuration, not
     those of the checkpoint.
     """
     for group in optimizer.param_groups:
@@ -68,16 +68,16 @@ def learning_rates(
 def clip_gradients(
     accelerator: Accelerator, parameters: Iterable[torch.nn.Parameter], max_norm: float
 ) -> torch.Tensor:
-    """Clips gradients to a norm, 0 for none; returns their norm before, the same in all processes."""
+    """Clip gradients to a norm, 0 for none; return their norm before clipping, the same in all processes."""
     norm = accelerator.clip_grad_norm_(parameters, max_norm or math.inf)
     return torch.as_tensor(1.0 if norm is None else gathered(norm), dtype=torch.float32, device=accelerator.device)
 
 
 def step_if_finite(optimizer: AcceleratedOptimizer, grad_norm: torch.Tensor) -> None:
-    """An optimizer step that leaves weights and state as they are where the gradient is not finite.
+    """Perform an optimizer step that does not change weights and state if the gradient is not finite.
 
-    The fused AdamW decides that on the device, by the flag that GradScaler gives it in fp16: nothing waits for the
-    gradient. Other optimizers have to be told by the host.
+    The fused AdamW decides this on the device, by the flag that GradScaler sets in fp16, without synchronization. For
+    other optimizers the host decides.
     """
     inner = optimizer.optimizer
     if not getattr(inner, "_step_supports_amp_scaling", False):
@@ -86,5 +86,5 @@ def step_if_finite(optimizer: AcceleratedOptimizer, grad_norm: torch.Tensor) -> 
         return
     inner.found_inf = (~torch.isfinite(grad_norm)).to(torch.float32)
     optimizer.step()
-    if hasattr(inner, "found_inf"):  # a GradScaler takes its own away
+    if hasattr(inner, "found_inf"):  # a GradScaler removes its own
         del inner.found_inf

@@ -1,8 +1,8 @@
-"""The folder of a run: held by one process, and with nothing in it of another run.
+"""Output folder of a run: locked by one process, and without files of other runs.
 
-What lies above the step at which a run begins was written either by the run itself, after its last checkpoint and
-before it was killed, and is done again; or by another run, and is refused, or set aside in `set-aside-1` and so on.
-Nothing of another run is deleted.
+Files of steps after the one that a run starts from were written either by the run itself, between its last checkpoint
+and an interruption, and are written again; or by another run, and raise an error, or are moved to `set-aside-1` and so
+on. Files of other runs are never deleted.
 """
 
 import os
@@ -27,7 +27,7 @@ from .validation.picture_metrics import PICTURES, STEP
 
 logger = logging.get_logger(__name__)
 
-RUN = "run.json"  # what run began here, so that one killed before its first checkpoint can go on
+RUN = "run.json"  # description of the run, so that a run interrupted before its first checkpoint can be resumed
 SET_ASIDE = "set-aside"
 NUMBERED = (
     (SAMPLES, re.compile(r"step-(\d+)\.png")),
@@ -37,18 +37,18 @@ NUMBERED = (
 
 
 class Plan(NamedTuple):
-    """What is to be done with what a folder has above the step at which a run begins."""
+    """Plan for files of steps after the one that a run starts from."""
 
-    kept_step: int  # up to which what is there is of this run
+    kept_step: int  # the last step whose files belong to this run
     set_aside: tuple[Path, ...] = ()
-    again: bool = False  # this run wrote the rest, and does it again
+    again: bool = False  # whether this run wrote the other files, and writes them again
 
 
 class OutputFolder:
-    """What a run finds in its folder, and does with it.
+    """Checks the folder of a run, and prepares it.
 
     Args:
-        config (`TrainingConfig`): Which folder, and whether what another run left is to be set aside.
+        config (`TrainingConfig`): Configuration with the folder, and whether to move files of other runs.
     """
 
     def __init__(self, config: TrainingConfig):
@@ -56,40 +56,40 @@ class OutputFolder:
         self._hold: FolderHold | None = None
 
     def check_free(self) -> None:
-        """Refuses a folder that another process holds, or that cannot be written to.
+        """Check that no other process uses the folder, and that it can be written to.
 
         Raises:
-            ValueError: If so.
+            ValueError: If not.
         """
         check_folder(self.config.output_dir, "output_dir")
         if self.folder.is_dir() and self._hold is None:
             FolderHold(self.folder, "output_dir").release()
 
     def hold(self) -> None:
-        """Keeps other processes out until `release`, and finishes what a killed run had begun to move.
+        """Lock the folder until `release`, and finish a move that was interrupted.
 
         Raises:
-            ValueError: If another process holds the folder.
+            ValueError: If another process uses the folder.
         """
         self._hold = FolderHold(self.folder, "output_dir")
         finish_move(self.folder)
 
     def release(self) -> None:
-        """Lets others have the folder."""
+        """Unlock the folder."""
         if self._hold is not None:
             self._hold.release()
             self._hold = None
 
     def plan(self, found: Found, run: dict[str, Any], partly: bool = False) -> Plan:
-        """What has to be set aside.
+        """Determine which files to move.
 
         Args:
-            found (`Found`): The checkpoint that the run begins with.
-            run (`dict`): What must agree between two starts of a run.
-            partly (`bool`): Whether `run` is not complete yet.
+            found (`Found`): The checkpoint that the run resumes from.
+            run (`dict`): Description of the run, which must match between two starts.
+            partly (`bool`): Whether `run` is still incomplete.
 
         Raises:
-            ValueError: If there is something of another run and `overwrite_output_dir` is False.
+            ValueError: If there are files of another run and `overwrite_output_dir` is False.
         """
         config = self.config
         is_own = found.folder is not None and found.folder.resolve().parent == self.folder.resolve()
@@ -102,9 +102,9 @@ class OutputFolder:
         if not above:
             return Plan(kept)
         if is_own:
-            which = f"that went on after step {found.step}"
+            which = f"that continued after step {found.step}"
         elif config.resume_from_checkpoint is None:
-            which = "that began before"
+            which = "that started earlier"
         elif (other := self._other_run(found.step, run, partly)) is None:
             return Plan(kept, again=True)
         else:
@@ -113,52 +113,52 @@ class OutputFolder:
             names = ", ".join(path.relative_to(self.folder).as_posix() for path in above[:3])
             more = f" and {len(above) - 3} more" if len(above) > 3 else ""
             raise ValueError(
-                f"`output_dir` is '{self.folder}', which has {names}{more} of a run {which}. Name another folder, go on "
-                "with that run by --resume_from_checkpoint latest, or set aside what it wrote by "
+                f"`output_dir` is '{self.folder}', which has {names}{more} of a run {which}. Use another folder, "
+                "resume that run with --resume_from_checkpoint latest, or move its files aside with "
                 "--overwrite_output_dir True."
             )
         return Plan(kept, above)
 
     def carry_out(self, plan: Plan, found: Found, run: dict[str, Any]) -> None:
-        """Sets aside what is to be, takes away what the run does again, and notes what run begins."""
+        """Move files of other runs, remove files that the run writes again, and record the run."""
         self._set_aside(plan)
         for name, _ in NUMBERED:
-            for leftover in (self.folder / name).glob(".*.partial"):  # of a process that was killed
+            for leftover in (self.folder / name).glob(".*.partial"):  # of a killed process
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         for name in RECORDS:
             Records(self.folder / f"{name}.jsonl").cut(plan.kept_step)
         if plan.again:
             for path in self._numbered_above(plan.kept_step):
-                if not path.is_dir():  # the run comes to the same weights again, and goes on with pictures of them
+                if not path.is_dir():  # validation images are reused, because the run computes the same weights again
                     path.unlink()
         if not list_checkpoints(self.folder):
             write_json(self.folder / RUN, {"run": run, "from_step": found.step, "has_checkpoint": False})
 
     def note(self, **facts: Any) -> None:
-        """Writes something about the run into run.json, if it is not there yet: `has_checkpoint`, so that a run whose
-        checkpoints are gone does not begin anew in its own results; `completed`, what a last step left."""
+        """Write facts about the run to run.json, if it exists: `has_checkpoint`, so that a run whose checkpoints were
+        deleted does not restart in its own results; `completed`, the results of the last step."""
         record = read_run(self.folder)
         if record is not None and {**record, **facts} != record:
             write_json(self.folder / RUN, {**record, **facts})
 
     def noted(self, fact: str) -> Any:
-        """What `note` wrote; None if it did not."""
+        """Return a fact written by `note`; None if there is none."""
         return (read_run(self.folder) or {}).get(fact)
 
     def _other_run(self, step: int, run: dict[str, Any], partly: bool) -> str | None:
-        """What tells the run that is there from this one before its first checkpoint; None if nothing does."""
+        """Describe how the recorded run differs from this one before its first checkpoint; None if it does not."""
         record = read_run(self.folder)
         if record is None:
             return "without a checkpoint"
         if record["has_checkpoint"]:
-            return "whose checkpoints are gone"
+            return "whose checkpoints are missing"
         if record["from_step"] != step:
-            return f"that began after step {record['from_step']}, not after {step}"
+            return f"that started after step {record['from_step']}, not after {step}"
         difference = find_difference(record["run"], run, partly)
         return None if difference is None else f"that {difference}"
 
     def _above(self, step: int | None) -> Iterator[Path]:
-        """What there is of a run above a step; with None, all that there is of a run."""
+        """Iterate over files of steps after `step`; with None, over all files of a run."""
         if not self.folder.is_dir():
             return
         yield from (path for path in list_checkpoints(self.folder) if step is None or number_of(path) > step)
@@ -185,7 +185,7 @@ class OutputFolder:
             try:
                 if read_json_object(self.folder / RECORD)["step"] <= step:
                     return
-            except (ValueError, KeyError, TypeError):  # nobody knows of which step it is
+            except (ValueError, KeyError, TypeError):  # the step is unknown
                 pass
         yield from parts
 
@@ -197,15 +197,15 @@ class OutputFolder:
         for path in plan.set_aside:
             target = place / path.relative_to(self.folder)
             target.parent.mkdir(parents=True, exist_ok=True)
-            if path.suffix == ".jsonl" and plan.kept_step:  # its beginning is this run's
+            if path.suffix == ".jsonl" and plan.kept_step:  # its first lines belong to this run
                 shutil.copyfile(path, target)
             else:
                 os.replace(path, target)
-        logger.warning(f"What another run left in {self.folder}, or is damaged, is now in {place}.")
+        logger.warning(f"Files in {self.folder} that are damaged or of another run were moved to {place}.")
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:
-    """What a folder's run.json says; None if it has none that can be read."""
+    """Read a folder's run.json; None if it does not exist or is invalid."""
     try:
         record = read_json_object(folder / RUN)
     except ValueError:

@@ -1,4 +1,4 @@
-"""The stage that a run begins with: what its folder or repository says beside the weights of its network."""
+"""Pretrained stage of a run: the metadata of its folder or repository besides the network's weights."""
 
 import os
 from collections.abc import Mapping
@@ -20,33 +20,33 @@ from .network import THEIR_NETWORK, find_network, load_index
 
 
 class PretrainedStage(NamedTuple):
-    """What is known of a stage; nothing of a run that begins with a new network."""
+    """Metadata of a pretrained stage; empty for a run that starts with a new network."""
 
     scheduler: dict[str, Any] | None = None  # its configuration
-    call_defaults: dict[str, float] | None = None  # these three as in the pipelines
+    call_defaults: dict[str, float] | None = None  # this and the next two are settings of pipelines
     clean_caption: bool = False
     origin: dict[str, str] | None = None
-    max_length: int | None = None  # tokens of a text, where the kind of network says that
-    part: str | None = None  # the component of its pipeline that is trained further, such as `base_unet` of a cascade
-    folder: Path | None = None  # with its card and notices
-    license: dict[str, str] | None = None  # of its card's metadata
+    max_length: int | None = None  # maximum tokens per text, if the kind of network determines it
+    part: str | None = None  # the component of its pipeline to train, such as `base_unet` of a cascade
+    folder: Path | None = None  # with its model card and notices
+    license: dict[str, str] | None = None  # from the metadata of its model card
 
     @property
     def preconditioning(self) -> str | None:
-        """How the network was trained, if its scheduler says so."""
+        """Preconditioning of the network in training, according to its scheduler."""
         if self.scheduler is None:
             return None
         return "discrete" if is_discrete(self.scheduler) else self.scheduler.get("preconditioning")
 
     def scheduler_for(self, preconditioning: str) -> dict[str, Any] | None:
-        """The scheduler's configuration, if the network is trained further for the same discrete noise levels."""
+        """Return the scheduler's configuration, if the network is trained for the same discrete noise levels again."""
         return self.scheduler if self.preconditioning == preconditioning == "discrete" else None
 
     def settings(self, preconditioning: str, sampling: dict[str, Any], upscales: bool) -> dict[str, Any]:
-        """The settings of a pipeline with what is trained of this stage; `sampling` is the objective's.
+        """Return the settings of a pipeline with the trained network; `sampling` is the objective's.
 
-        A network that is trained for something else is called otherwise, and one of discrete noise levels with the solver
-        that takes the place of its ancestral sampler.
+        Call defaults are not kept for another preconditioning; for discrete noise levels, steps are limited to those
+        of the solver that replaces the ancestral sampler.
         """
         own = self.call_defaults if self.preconditioning == preconditioning else None
         call_defaults = {**sampling, **(own or {})} or None
@@ -57,7 +57,7 @@ class PretrainedStage(NamedTuple):
 
 
 def find_pretrained(config: TrainingConfig) -> PretrainedStage:
-    """What the stage says that the weights of a run are from.
+    """Find the metadata of the stage that a run starts from.
 
     Raises:
         ValueError: If one of its files is malformed.
@@ -85,7 +85,7 @@ def find_pretrained(config: TrainingConfig) -> PretrainedStage:
 
 
 def place_of_network(config: TrainingConfig) -> tuple[str, str]:
-    """The folder or repository of the stage or cascade, and the subfolder of the network in it."""
+    """Return the folder or repository of the stage or cascade, and the subfolder of the network in it."""
     name = str(config.pretrained_model_name_or_path)
     subfolder = find_network(config)
     if subfolder is not None:
@@ -95,12 +95,12 @@ def place_of_network(config: TrainingConfig) -> tuple[str, str]:
 
 
 def read_scheduler(config: TrainingConfig) -> dict[str, Any] | None:
-    """The configuration of the scheduler of the stage that a run begins with, as `load_scheduler_config` has it."""
+    """Read the configuration of the pretrained stage's scheduler; see `load_scheduler_config`."""
     return load_scheduler_config(*place_of_network(config), config.revision)
 
 
 def load_scheduler_config(place: str, subfolder: str, revision: str | None = None) -> dict[str, Any] | None:
-    """The configuration of the scheduler beside the network in a subfolder; None if there is none.
+    """Load the configuration of the scheduler of the network in a subfolder; None if there is none.
 
     Raises:
         ValueError: If it is malformed.
@@ -112,13 +112,15 @@ def load_scheduler_config(place: str, subfolder: str, revision: str | None = Non
     if Path(place).is_dir():
         return None
     try:
-        return EDMHeunScheduler.load_config(place, subfolder=part, revision=revision)  # reads what any scheduler saved
+        return EDMHeunScheduler.load_config(place, subfolder=part, revision=revision)  # reads that of any scheduler
     except OSError:
         return None
 
 
 def load_network_config(place: str, subfolder: str, revision: str | None = None) -> dict[str, Any]:
-    """The configuration of a network; nothing if it cannot be read, which the network's own loading says."""
+    """
+    Load the configuration of a network; empty if it cannot be read, which raises an error when the network is loaded.
+    """
     try:
         found = ConditionalUNet.load_config(place, subfolder=subfolder, revision=revision)
     except (OSError, ValueError):
@@ -127,16 +129,16 @@ def load_network_config(place: str, subfolder: str, revision: str | None = None)
 
 
 def base_model(place: str, index: Mapping[str, Any]) -> dict[str, str]:
-    """The Hub id of a repository that was loaded or downloaded, as far as its folder tells."""
+    """Return the Hub id of a loaded or downloaded repository, if its folder has it."""
     name = index.get("_name_or_path") if Path(place).is_dir() else place
     return {"base_model": str(name)} if is_hub_id(name) else {}
 
 
 def read_settings(index: Mapping[str, Any], stage: str) -> tuple[Any, bool, Any]:
-    """`call_defaults`, `clean_caption` and `origin` of a stage in the index of its pipeline, or of its cascade.
+    """Read `call_defaults`, `clean_caption` and `origin` of a stage from the index of its pipeline, or of its cascade.
 
     Raises:
-        ValueError: If one of them is none that it can be; names it.
+        ValueError: If one of them is invalid; names it.
     """
     found = []
     for name in ("call_defaults", "origin"):

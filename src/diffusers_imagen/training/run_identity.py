@@ -1,7 +1,7 @@
-"""What makes a run the run that it is: what must agree between a checkpoint and the run that goes on with it.
+"""Identity of a run: settings and data that must match between a checkpoint and the run that resumes from it.
 
-Every setting belongs to one of the classes below, `tests/training/test_run_identity.py` sees to that; one that belongs
-to none makes another run.
+Every setting belongs to one of the classes below, as checked by `tests/training/test_run_identity.py`; settings in
+none of them must match.
 """
 
 import json
@@ -13,7 +13,7 @@ from ..text.identity import identity_mismatch
 from .config import TrainingConfig
 
 
-# the draws, the data, the loss, and what a checkpoint has the state of: with another value it is another run
+# random numbers, data, loss, and settings that the state in a checkpoint depends on: must match
 ANOTHER_RUN = (
     *(
         "seed",
@@ -48,14 +48,14 @@ ANOTHER_RUN = (
     *("rank", "lora_alpha", "lora_target_modules"),
     *("with_prior_preservation", "instance_prompt", "class_prompt", "prior_loss_weight"),
 )
-# compared by what is there, not by where it is
+# compared by content, independent of the location
 BY_CONTENT = (
     *("train_data_dir", "dataset_name", "dataset_config_name", "instance_data_dir", "class_data_dir"),
     *("text_encoder", "embedding_cache"),
 )
-# compared as the number of images in a step, however processes and batches share it
+# compared as the number of images per step, independent of processes and batches
 IN_A_STEP = ("train_batch_size", "gradient_accumulation_steps")
-# a checkpoint has what became of them
+# their results are in the checkpoint
 AT_THE_START = (
     *(
         "pretrained_model_name_or_path",
@@ -68,7 +68,7 @@ AT_THE_START = (
     ),
     *("class_model", "num_class_images", "sample_batch_size"),
 )
-# a user may change them, and is told
+# may change, and changes are logged
 CHANGEABLE = (
     *(
         "max_train_steps",
@@ -87,7 +87,7 @@ CHANGEABLE = (
     *("validation_num_reference", "validation_num_inference_steps", "validation_guidance_scale"),
     *("report_to", "logging_steps", "in_memory", "dataloader_num_workers", *IN_A_STEP),
 )
-# where things are on this machine, what is shown, and how the run is started
+# locations, displayed results, and how the run is started
 NOT_COMPARED = (
     *("output_dir", "cache_dir", "logging_dir", "resume_from_checkpoint", "overwrite_output_dir"),
     *(
@@ -105,7 +105,7 @@ NOT_COMPARED = (
 IMAGES_IN_A_STEP = "`train_batch_size` x `gradient_accumulation_steps` x processes ="
 TEXT_ENCODER = "the text encoder"
 
-# Options that networks and data did not have at first, with the values that checkpoints without them stand for.
+# Options that networks and data did not have in earlier versions, with the values that their checkpoints imply.
 LATER_OPTIONS = {
     "image_interpolation_mode": "bicubic",
     "unet act_fn": "silu",
@@ -122,14 +122,14 @@ LATER_OPTIONS = {
 def describe_run(
     config: TrainingConfig, unet: StageNetwork, mixed_precision: str, num_processes: int = 1, sharing: str = ""
 ) -> dict[str, Any]:
-    """What must agree between a checkpoint and the run that goes on with it, but for the data.
+    """Describe a run by what must match between a checkpoint and the run that resumes from it, except the data.
 
     Args:
-        config (`TrainingConfig`): The settings.
+        config (`TrainingConfig`): The configuration.
         unet (`StageNetwork`): The network.
-        mixed_precision (`str`): As accelerate calls it; fp16 alone has a gradient scaler.
-        num_processes (`int`): How many share a step.
-        sharing (`str`): How weights are spread over them.
+        mixed_precision (`str`): Name in accelerate; only fp16 has a gradient scaler.
+        num_processes (`int`): Number of processes that share a step.
+        sharing (`str`): How weights are sharded over them.
     """
     network = {key: value for key, value in unet.config.items() if not key.startswith("_")}
     others = BY_CONTENT + IN_A_STEP + AT_THE_START + CHANGEABLE + NOT_COMPARED
@@ -146,16 +146,16 @@ def describe_run(
 
 
 def changeable_settings(config: TrainingConfig) -> dict[str, Any]:
-    """The settings that a user may change from one start of a run to the next."""
+    """Return the settings that may change between two starts of a run."""
     return in_json({f.name: getattr(config, f.name) for f in fields(config) if f.name in CHANGEABLE})
 
 
 def find_difference(saved: dict[str, Any], own: dict[str, Any], partly: bool = False) -> str | None:
-    """How a run differs from the one of a checkpoint, in words; None if it does not.
+    """Describe how a run differs from that of a checkpoint; None if it does not.
 
     Args:
-        saved (`dict`), own (`dict`): As `describe_run`.
-        partly (`bool`): Whether `own` is not complete yet.
+        saved (`dict`), own (`dict`): Results of `describe_run`.
+        partly (`bool`): Whether `own` is still incomplete.
     """
     for key in own if partly else {**own, **saved}:
         before, now = (run.get(key, LATER_OPTIONS.get(key)) for run in (saved, own))
@@ -169,11 +169,11 @@ def find_difference(saved: dict[str, Any], own: dict[str, Any], partly: bool = F
 
 
 def describe_changes(saved: dict[str, Any], own: dict[str, Any]) -> str:
-    """The settings that are no longer what they were, in words; empty if there are none."""
+    """Describe the changed settings; empty if there are none."""
     changed = [name for name in own if name in saved and saved[name] != own[name]]
     return ", ".join(f"{name} {own[name]!r} (it was {saved[name]!r})" for name in changed)
 
 
 def in_json(value: dict[str, Any]) -> dict[str, Any]:
-    """As it will be when it has been written and read."""
+    """Return a value as it is after conversion to JSON and back."""
     return json.loads(json.dumps(value))

@@ -1,4 +1,4 @@
-"""Samples of given prompts while a stage is trained."""
+"""Samples of validation prompts during training."""
 
 import re
 from pathlib import Path
@@ -27,14 +27,14 @@ StagePipeline = ImagenPipeline | ImagenSuperResolutionPipeline
 
 
 class Prompts(NamedTuple):
-    """What samples are drawn for."""
+    """Inputs of samples."""
 
     text: dict[str, torch.Tensor] | None  # as arguments of a pipeline
     low_res: torch.Tensor | None  # (B, 3, h, w) in [-1, 1]
 
 
 def read_prompts(config: TrainingConfig, source: TextSource | None) -> Prompts | None:
-    """The validation prompts, encoded, and their images; None if there are none.
+    """Return the validation prompts, encoded, and their images; None if there are none.
 
     Raises:
         ValueError: If a prompt is not in the embedding cache, and there is no encoder, or an image cannot be read.
@@ -47,8 +47,8 @@ def read_prompts(config: TrainingConfig, source: TextSource | None) -> Prompts |
         missing = [caption for caption in captions if caption not in source]
         if missing:
             raise ValueError(
-                f"`validation_prompts` has {missing[0]!r}, which is not in the embedding cache: give `text_encoder`, "
-                "or prompts that are captions of the data."
+                f"`validation_prompts` has {missing[0]!r}, which is not in the embedding cache: pass `text_encoder`, "
+                "or use captions of the data as prompts."
             )
         text = prompt_arguments(source, captions)
     if config.low_resolution is not None:
@@ -57,13 +57,13 @@ def read_prompts(config: TrainingConfig, source: TextSource | None) -> Prompts |
 
 
 def prompt_arguments(source: TextSource, texts: list[str]) -> dict[str, torch.Tensor]:
-    """Embeddings of texts as arguments of a pipeline without text encoder, with those of no text where it needs them."""
+    """Return embeddings of texts as arguments of a pipeline without text encoder, with the empty text's if needed."""
     text = source.encode(texts)
     return text.for_pipeline(source.no_text(text) if source.keeps_padding else None)
 
 
 def read_low_res(path: str, config: TrainingConfig) -> torch.Tensor:
-    """An image of the size that the stage enlarges, `(3, h, w)` in [-1, 1]."""
+    """Read an image in the low resolution of the stage, `(3, h, w)` in [-1, 1]."""
     try:
         image = read_image(path, "", config.background)
     except BadImage as error:
@@ -76,16 +76,16 @@ def read_low_res(path: str, config: TrainingConfig) -> torch.Tensor:
 def stage_pipeline(
     unet: StageNetwork, scheduler: SchedulerMixin, config: TrainingConfig, settings: dict[str, Any]
 ) -> StagePipeline:
-    """The pipeline of a stage alone, without a text encoder; `settings` are those of `PretrainedStage.settings`."""
+    """Create a single-stage pipeline without a text encoder; `settings` are those of `PretrainedStage.settings`."""
     if unet.takes_low_res:
         return ImagenSuperResolutionPipeline(unet, scheduler, scale_factor=config.factor, **settings)
     return ImagenPipeline(unet, scheduler, **settings)
 
 
 def draw_samples(pipe: StagePipeline, prompts: Prompts, config: TrainingConfig) -> torch.Tensor:
-    """Images `(B, 3, H, W)` in [-1, 1] by the stage's own pipeline, with the same noise at every call.
+    """Generate images `(B, 3, H, W)` in [-1, 1] with the stage's pipeline, with the same noise at every call.
 
-    There are `num_validation_images` of each prompt, one after another.
+    There are `num_validation_images` consecutive images per prompt.
     """
     number = config.num_validation_images
     pipe.set_progress_bar_config(disable=True)
@@ -102,18 +102,18 @@ def draw_samples(pipe: StagePipeline, prompts: Prompts, config: TrainingConfig) 
 
 
 def sample_name(step: int) -> str:
-    """The file of a step's samples."""
+    """Return the file name of a step's samples."""
     return f"step-{step:06d}.png"
 
 
 def sample_step(name: str) -> int | None:
-    """The step of a file of samples; None of another file."""
+    """Return the step of a file of samples; None for another file."""
     match = re.fullmatch(r"step-([0-9]+)\.png", name)
     return None if match is None or sample_name(int(match[1])) != name else int(match[1])
 
 
 def show_samples(accelerator: Accelerator, images: torch.Tensor, config: TrainingConfig, step: int) -> None:
-    """Writes the images of a step, and hands them to tensorboard or wandb, unless they are not finite."""
+    """Write the images of a step, and log them to tensorboard or wandb, unless they are not finite."""
     if not images.isfinite().all():
         logger.warning(f"The samples of step {step} are not finite: they are not written.")
         return
@@ -123,7 +123,7 @@ def show_samples(accelerator: Accelerator, images: torch.Tensor, config: Trainin
 
 
 def write_samples(images: torch.Tensor, output_dir: str, step: int, rows: int = 1) -> Path:
-    """The images as a PNG, a column of `rows` for each prompt."""
+    """Write the images to a PNG file, with a column of `rows` images per prompt."""
     pixels = to_uint8(images)
     pixels = pixels.reshape(-1, rows, *pixels.shape[1:]).swapaxes(0, 1).reshape(pixels.shape)
     folder = Path(output_dir) / SAMPLES
@@ -137,7 +137,7 @@ def write_samples(images: torch.Tensor, output_dir: str, step: int, rows: int = 
 
 
 def log_samples(accelerator: Accelerator, images: torch.Tensor, captions: list[str], step: int) -> None:
-    """Hands the images to tensorboard or wandb."""
+    """Log the images to tensorboard or wandb."""
     pixels = to_uint8(images)
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
@@ -150,5 +150,5 @@ def log_samples(accelerator: Accelerator, images: torch.Tensor, captions: list[s
 
 
 def to_uint8(images: torch.Tensor) -> np.ndarray:
-    """Images in [-1, 1] `(B, 3, H, W)` as pixels `(B, H, W, 3)`."""
+    """Convert images in [-1, 1] `(B, 3, H, W)` to pixels `(B, H, W, 3)`."""
     return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()

@@ -1,4 +1,4 @@
-"""Which values settings may have: of the type that their hint says, and numbers within the bounds of one table."""
+"""Checks of settings: types according to their hints, and numbers within the bounds of one table."""
 
 import os
 import types
@@ -12,7 +12,7 @@ from ..utils.bounds import MAX_STD, MAX_STEPS, MIN_STD
 
 
 class Bounds(NamedTuple):
-    """The least and the largest value, or what the value has to be above and below, of what a list has."""
+    """Bounds of a value, or of each entry of a list, inclusive, or exclusive with `above` and `below`."""
 
     low: float
     high: float
@@ -21,7 +21,7 @@ class Bounds(NamedTuple):
     of: str = "numbers"
 
     def has(self, value: float) -> bool:
-        """Whether a number is within; NaN never is."""
+        """Return whether a number is within the bounds; NaN never is."""
         return (self.low < value if self.above else self.low <= value) and (
             value < self.high if self.below else value <= self.high
         )
@@ -35,18 +35,18 @@ RESOLUTION = Bounds(1, 2**14)  # pixels
 COUNT, STEPS = Bounds(1, 2**20), Bounds(1, 10**9)
 SHARE = Bounds(0, 1)
 
-# of every number among the settings of a run, of its data, of an adapter and of DreamBooth; of lists, for each entry
+# bounds of all numbers in the configuration of a run, its data, an adapter and DreamBooth; for lists, of each entry
 BOUNDS = {
     **dict.fromkeys(("resolution", "min_resolution", "bucket_step", "low_resolution"), RESOLUTION),
     "max_train_samples": Bounds(1, 10**12),
     "shuffle_buffer_size": Bounds(1, 10**7),
     "caption_probabilities": Bounds(0, 10**6),
     "degradation_blur_sigma": Bounds(0, 1000),
-    "degradation_jpeg_quality": Bounds(0, 100),  # of this and of crop_size, 0 is refused with more to say
+    "degradation_jpeg_quality": Bounds(0, 100),  # for this and crop_size, 0 has a more specific error
     "crop_size": Bounds(0, RESOLUTION.high),
     **dict.fromkeys(("tokenizer_max_length", "train_batch_size", "gradient_accumulation_steps"), COUNT),
     "dataloader_num_workers": Bounds(0, 1024),
-    "seed": Bounds(0, 2**32 - 1),  # what Python, NumPy and torch take alike
+    "seed": Bounds(0, 2**32 - 1),  # supported by Python, NumPy and torch
     "layers_per_block": Bounds(0, 100),
     "sigma_data": Bounds(0, 1000, above=True),
     "p_mean": Bounds(-20, 20),
@@ -61,9 +61,9 @@ BOUNDS = {
     "lr_num_cycles": Bounds(1, 10**6),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "ema_decay"), Bounds(0, 1, below=True)),
     "adam_weight_decay": Bounds(0, 100),
-    "adam_epsilon": Bounds(0, 1, above=True),  # with 0, a gradient of 0 would be 0 / 0
+    "adam_epsilon": Bounds(0, 1, above=True),  # with 0, a gradient of 0 would result in 0 / 0
     "max_grad_norm": Bounds(0, 10**9),
-    "ema_stds": Bounds(MIN_STD, MAX_STD, below=True, of="shares of the run"),
+    "ema_stds": Bounds(MIN_STD, MAX_STD, below=True, of="fractions of the run"),
     "ema_snapshot_steps": STEPS,
     **dict.fromkeys(("checkpointing_steps", "checkpoints_total_limit", "validation_steps", "logging_steps"), STEPS),
     "validation_num_images": Bounds(2, 10**7),
@@ -86,10 +86,10 @@ KINDS: dict[type, tuple[Any, str]] = {
 
 
 def check_settings(settings: Any) -> None:
-    """Checks types and bounds of all fields of a dataclass, in place: numbers and paths become int, float and str.
+    """Check types and bounds of all fields of a dataclass, in place: numbers and paths become int, float and str.
 
     Raises:
-        ValueError: For the first field that does not fit; names field, value and what it should be.
+        ValueError: For the first invalid field; names the field, its value and what it should be.
     """
     hints = hints_of(type(settings))
     for field in fields(settings):
@@ -102,12 +102,12 @@ def check_settings(settings: Any) -> None:
 
 
 def hints_of(settings_class: type) -> dict[str, Any]:
-    """The types of a dataclass's fields."""
+    """Return the types of a dataclass's fields."""
     return get_type_hints(settings_class)
 
 
 def check_value(name: str, value: Any, hint: Any) -> Any:
-    """A value that fits its hint and bounds, in the type that the hint says."""
+    """Check a value against its hint and bounds, and return it in the type of the hint."""
     if get_origin(hint) is Literal:
         check_choice(name, value, get_args(hint))
         return str(value)
@@ -129,14 +129,14 @@ def check_value(name: str, value: Any, hint: Any) -> Any:
 
 
 def is_of_kind(value: Any, kind: type) -> bool:
-    """Whether a value can stand for one of a kind: True is no number."""
+    """Return whether a value is accepted for a type: True is not a number."""
     if kind is bool or isinstance(value, bool):
         return kind is bool and isinstance(value, bool)
     return isinstance(value, KINDS[kind][0])
 
 
 def plain(name: str, value: Any, kind: type) -> Any:
-    """A value as JSON has it."""
+    """Convert a value to a type of JSON."""
     if kind is str:
         text = os.fspath(value)
         if not isinstance(text, str) or not is_text(text):
@@ -148,7 +148,7 @@ def plain(name: str, value: Any, kind: type) -> Any:
 
 
 def is_text(value: str) -> bool:
-    """Whether files and tokenizers can take a string: what a shell gives need not be UTF-8."""
+    """Return whether a string is valid in files and for tokenizers: shell arguments can contain invalid UTF-8."""
     try:
         return "\0" not in value.encode().decode()
     except UnicodeEncodeError:

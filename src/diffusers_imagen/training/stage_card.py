@@ -1,4 +1,4 @@
-"""The model card of a stage or an adapter that was trained: metadata, Python that runs, data, losses, settings and samples."""
+"""Model card of a trained stage or adapter: metadata, example, data, losses, settings and samples."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from .sampling import SAMPLES, sample_name, sample_step
 
 
 SECRET = ("hub_token",)
-OF_THIS_START = ("resume_from_checkpoint", "overwrite_output_dir")  # not of the run
+OF_THIS_START = ("resume_from_checkpoint", "overwrite_output_dir")  # not settings of the run
 PICTURES = "card_images"  # folder of a stage, with the sample of each validation prompt
 
 CARD = """---
@@ -43,7 +43,7 @@ CARD = """---
 {losses}
 {samples}
 ## Configuration
-What is not the default:
+Settings other than the defaults:
 
 ```yaml
 {settings}
@@ -59,7 +59,7 @@ image = pipe({call}generator=torch.Generator().manual_seed(0)).images[0]
 image.save("image.png")"""
 
 IN_CASCADE = """
-In the cascade that it was made from, it takes the place of the stage there:
+In the cascade that it was trained from, it replaces the stage:
 
 ```python
 from diffusers import AutoModel
@@ -69,7 +69,7 @@ cascade = ImagenCascadePipeline.from_pretrained("{cascade}", {part}=AutoModel.fr
 ```
 """
 ADAPTER_USE = """
-In a pipeline that is loaded already, such as a cascade, the adapter is loaded alone:
+To load only the adapter, into a pipeline that is already loaded, such as a cascade:
 
 ```python
 pipe = DiffusionPipeline.from_pretrained("{stage}")
@@ -89,23 +89,23 @@ image.save("image.png")"""
 
 
 class CardFacts(NamedTuple):
-    """What a card says of where the weights are from, and how they are used."""
+    """Origin and use of the weights, for a card."""
 
     pretrained: PretrainedStage
-    usage: str  # Python, with `{name}` for the folder
-    further: str = ""  # more of that, with its words
-    adapter_of: str | None = None  # the stage that was left as it is, if only an adapter was trained
+    usage: str  # Python example, with `{name}` for the folder
+    further: str = ""  # further examples, with text
+    adapter_of: str | None = None  # the unchanged stage, if only an adapter was trained
 
 
 def model_card(
     unet: StageNetwork, config: TrainingConfig, step: int, results: dict[str, float], facts: CardFacts
 ) -> str:
-    """The card of what was trained.
+    """Return the card of a trained stage or adapter.
 
     Args:
-        unet (`StageNetwork`), config (`TrainingConfig`): What was trained, and how.
-        step (`int`), results (`dict[str, float]`): How long, and with which losses.
-        facts (`CardFacts`): Where it is from, and how it is used.
+        unet (`StageNetwork`), config (`TrainingConfig`): The network and the configuration.
+        step (`int`), results (`dict[str, float]`): Number of steps, and losses.
+        facts (`CardFacts`): Origin and use of the weights.
     """
     is_base, adapter_of = config.low_resolution is None, facts.adapter_of
     images = step * results.get("images_per_step", config.train_batch_size * config.gradient_accumulation_steps)
@@ -140,12 +140,12 @@ def model_card(
 
 
 def card_name(config: TrainingConfig) -> str:
-    """What the card calls the stage, and its Python opens."""
+    """Return the name of the stage in the card and its example."""
     return config.hub_model_id or last_name(config.output_dir)
 
 
 def describe_metadata(config: TrainingConfig, step: int, facts: CardFacts) -> dict[str, Any]:
-    """The metadata of a card, by the Hub's names."""
+    """Return the metadata of a card, by the Hub's names."""
     task = "text-to-image" if config.low_resolution is None else "image-to-image"
     found = card_metadata(list_origins(facts.pretrained.origin))
     models = found.pop("base_model", [])
@@ -173,14 +173,14 @@ def describe_metadata(config: TrainingConfig, step: int, facts: CardFacts) -> di
 
 
 def drawn_prompt(config: TrainingConfig) -> str:
-    """The prompt of a card's Python: one that the run was given."""
+    """Return the prompt of a card's example: a validation prompt or caption of the run."""
     prompts = config.validation_prompts or []
     prompt = prompts[0] if prompts else config.caption or "a red circle"
     return json.dumps(prompt, ensure_ascii=False).replace("{", "{{").replace("}", "}}")
 
 
 def changed_settings(config: TrainingConfig) -> str:
-    """The settings that are not the default as YAML, without secrets and places."""
+    """Return settings other than the defaults as YAML, without secrets and paths."""
     defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(config)}
     hidden = {*OF_THIS_START, *(name for name, place in places(config).items() if place == "local")}
     settings = {name: value for name, value in public_settings(config).items() if name not in hidden}
@@ -188,11 +188,11 @@ def changed_settings(config: TrainingConfig) -> str:
     return "\n".join(f"{name}: {json.dumps(value)}" for name, value in shown.items())
 
 
-# ---- pictures
+# ---- images
 
 
 def shown_sample(config: TrainingConfig, step: int) -> str | None:
-    """The pictures that the card of a step shows, the newest of them; None if there are none."""
+    """Return the newest samples up to a step, for its card; None if there are none."""
     folder = Path(config.output_dir) / SAMPLES
     steps = [sample_step(path.name) for path in folder.glob("*.png")] if folder.is_dir() else []
     newest = max((number for number in steps if number is not None and number <= step), default=None)
@@ -200,7 +200,7 @@ def shown_sample(config: TrainingConfig, step: int) -> str | None:
 
 
 def write_pictures(folder: Path, config: TrainingConfig, step: int) -> None:
-    """Writes the first picture of each validation prompt beside a card; nothing where there are none."""
+    """Write the first image of each validation prompt next to a card; nothing if there are none."""
     sample, prompts = shown_sample(config, step), config.validation_prompts or []
     if sample is None or not prompts:
         return
@@ -213,11 +213,11 @@ def write_pictures(folder: Path, config: TrainingConfig, step: int) -> None:
                 column.save(partial, "PNG")
 
 
-# ---- what is told of the settings
+# ---- published settings
 
 
 def public_settings(config: TrainingConfig) -> dict[str, Any]:
-    """The settings without secrets, and without places on this machine: of those their last name."""
+    """Return the settings without secrets, and with only the last part of local paths."""
     settings = {name: value for name, value in asdict(config).items() if name not in SECRET}
     for name, place in places(config).items():
         reduce = last_name if place == "local" else public_name
@@ -227,17 +227,17 @@ def public_settings(config: TrainingConfig) -> dict[str, Any]:
 
 
 def places(config: TrainingConfig) -> dict[str, str]:
-    """The settings that can be places on this machine, with what `arg` says of each."""
+    """Return the settings that can be local paths, with their `place` in `arg`."""
     return {f.name: f.metadata["place"] for f in fields(config) if "place" in f.metadata}
 
 
 def last_name(path: Any) -> Any:
-    """The last name of a path."""
+    """Return the last part of a path."""
     return os.path.basename(os.path.abspath(path)) if isinstance(path, str) else path
 
 
 def public_name(name: Any) -> Any:
-    """A Hub id as it is, and of a place on this machine its last name."""
+    """Return a Hub id unchanged, and only the last part of a local path."""
     if not isinstance(name, str):
         return name
     is_local = name.startswith((".", "~", "/")) or "\\" in name or os.path.isabs(name) or os.path.exists(name)
@@ -245,7 +245,7 @@ def public_name(name: Any) -> Any:
 
 
 def describe_data(config: TrainingConfig) -> str:
-    """Where the images came from, in a sentence."""
+    """Describe the data in a sentence."""
     name = public_name(config.dataset_name) or last_name(config.train_data_dir)
     columns = ", ".join(f"`{column}`" for column in config.caption_column)
     captions = f"captions from {columns}" if config.caption is None else f'all captioned "{config.caption}"'

@@ -1,8 +1,8 @@
-"""State on disk as safetensors: nothing that is read can run code, and nothing is read that does not fit.
+"""States saved as safetensors: reading cannot execute code, and states that do not match are rejected.
 
-A state is made of dictionaries, lists, numbers, strings and tensors. The tensors are those of the file; the rest is
-JSON in its metadata. DeepSpeed reads its own files with pickle, which can run anything. They are looked at before: one that
-names something else than DeepSpeed's own few classes is not given to it.
+A state consists of dictionaries, lists, numbers, strings and tensors. The tensors are those of the file; the rest is
+JSON in its metadata. DeepSpeed reads its own files with pickle, which can execute any code. They are checked before:
+files that refer to anything other than a few classes of DeepSpeed are rejected.
 """
 
 import json
@@ -19,8 +19,8 @@ from .devices import own_part
 
 
 TREE = "state"  # the key of the metadata
-ADAMW = {"step", "exp_avg", "exp_avg_sq"}  # what torch's AdamW keeps of a parameter
-# what DeepSpeed's files name besides what `torch.load(weights_only=True)` allows
+ADAMW = {"step", "exp_avg", "exp_avg_sq"}  # state of torch's AdamW for a parameter
+# names in DeepSpeed's files besides those that `torch.load(weights_only=True)` allows
 DEEPSPEED_NAMES = {
     "argparse.Namespace",
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
@@ -31,11 +31,11 @@ DEEPSPEED_NAMES = {
 
 
 def save_state(path: Path, state: Any) -> None:
-    """Writes a state.
+    """Write a state.
 
     Raises:
-        OSError or SafetensorError: If it cannot be written, such as to a full disk.
-        TypeError: If it has something else than dictionaries, lists, numbers, strings and tensors.
+        OSError or SafetensorError: If it cannot be written, for example to a full disk.
+        TypeError: If it has other types than dictionaries, lists, numbers, strings and tensors.
     """
     tensors: dict[str, torch.Tensor] = {}
     tree = _encode(state, "", tensors)
@@ -43,24 +43,26 @@ def save_state(path: Path, state: Any) -> None:
 
 
 def load_state(path: Path) -> Any:
-    """Reads a state, to the CPU.
+    """Read a state to the CPU.
 
     Raises:
-        ValueError: If the file is not one that `save_state` wrote.
+        ValueError: If the file was not written by `save_state`.
     """
     try:
         with safe_open(path, "pt") as file:
             tree = json.loads((file.metadata() or {})[TREE])
             return _decode(tree, {name: file.get_tensor(name) for name in file.keys()})
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"'{path}' is no saved state: {type(error).__name__} ({error}).") from error
+        raise ValueError(f"'{path}' is not a saved state: {type(error).__name__} ({error}).") from error
 
 
 def _encode(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """JSON of a value: a list of its kind and its parts, or the value itself."""
+    """Convert a value to JSON: a list of its type and its parts, or the value itself."""
     if isinstance(value, torch.Tensor):
         name = place if place and place not in tensors else f"{place}#{len(tensors)}"
-        tensors[name] = own_part(value).detach().cpu().contiguous().clone()  # files hold no views of one memory
+        tensors[name] = (
+            own_part(value).detach().cpu().contiguous().clone()
+        )  # files cannot contain views of shared memory
         return ["tensor", name]
     if isinstance(value, dict):
         inner = f"{place}." if place else ""
@@ -86,10 +88,10 @@ def _decode(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
 
 
 def copy_into(own: torch.Tensor, saved: Any, name: str) -> None:
-    """Gives a tensor the values of a saved one, and keeps its layout in memory.
+    """Copy the values of a saved tensor into a tensor, which keeps its memory layout.
 
     Raises:
-        ValueError: If the saved one is no tensor of that shape and kind of number.
+        ValueError: If the saved value is not a tensor of this shape and type of number.
     """
     shape = tuple(saved.shape) if isinstance(saved, torch.Tensor) else type(saved).__name__
     if shape != tuple(own.shape) or saved.is_floating_point() != own.is_floating_point():
@@ -99,7 +101,7 @@ def copy_into(own: torch.Tensor, saved: Any, name: str) -> None:
 
 
 class NetworkState:
-    """The weights and buffers of a network, or some of them; of those spread over processes this process's part.
+    """State of the weights and buffers of a network, or some of them; of sharded ones, of this process's part.
 
     Args:
         module (`torch.nn.Module`): The network, without wrappers.
@@ -110,7 +112,7 @@ class NetworkState:
         self.module, self.names = module, names
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """By their names, in their own memory."""
+        """Return the tensors by name, without copies."""
         state = self.module.state_dict()
         names = state if self.names is None else self.names
         return {name: own_part(state[name]) for name in names}
@@ -128,12 +130,12 @@ class NetworkState:
 
 
 class OptimizerState:
-    """The moments of an optimizer, and the scale of gradients in fp16. Rates, betas and decay are not part of it: they
-    are those that the run is told.
+    """State of an optimizer's moments, and of the gradient scaler in fp16. Rates, betas and decay are not included:
+    they are those of the run's configuration.
 
     Args:
         optimizer (`AcceleratedOptimizer`): The optimizer.
-        scaler (`torch.amp.GradScaler`, *optional*): Of fp16.
+        scaler (`torch.amp.GradScaler`, *optional*): Scaler for fp16.
     """
 
     def __init__(self, optimizer: AcceleratedOptimizer, scaler: Any | None = None):
@@ -160,11 +162,11 @@ class OptimizerState:
 
 
 def like(parameter: torch.nn.Parameter, name: str, value: torch.Tensor | float) -> torch.Tensor | float:
-    """A moment in the layout of its parameter, and spread over processes as that is: fused optimizers run through the
-    memory of both in step.
+    """Return a moment in the memory layout of its parameter, and sharded like it: fused optimizers iterate over the
+    memory of both in parallel.
 
     Raises:
-        ValueError: If it has another shape. Numbers of steps and tables of 8-bit states have shapes of their own.
+        ValueError: If the shapes differ. Step numbers and tables of 8-bit states have other shapes.
     """
     if not isinstance(value, torch.Tensor):
         if name in ADAMW and not (name == "step" and isinstance(value, (int, float))):
@@ -184,19 +186,19 @@ def like(parameter: torch.nn.Parameter, name: str, value: torch.Tensor | float) 
 
 
 def check_deepspeed_files(folder: Path) -> None:
-    """Refuses files of DeepSpeed that could run code.
+    """Check that files of DeepSpeed cannot execute code.
 
     Raises:
-        ValueError: If there is one.
+        ValueError: If a file could.
     """
     for path in sorted(folder.rglob("*")):
         if not path.is_file() or path.name == "latest":
             continue
         if path.suffix != ".pt":
-            raise ValueError(f"{path.name} is no file of DeepSpeed's")
+            raise ValueError(f"{path.name} is not a file of DeepSpeed")
         try:
             unknown = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - DEEPSPEED_NAMES
-        except Exception as error:  # whatever a broken file brings it to
-            raise ValueError(f"{path.name} cannot be looked into ({type(error).__name__})") from error
+        except Exception as error:  # damaged files raise errors of any type
+            raise ValueError(f"{path.name} cannot be checked ({type(error).__name__})") from error
         if unknown:
-            raise ValueError(f"{path.name} names {sorted(unknown)[0]}, which could run code")
+            raise ValueError(f"{path.name} refers to {sorted(unknown)[0]}, which could execute code")

@@ -140,7 +140,7 @@ def test_a_file_that_is_cut_and_one_that_is_none_are_refused_by_name(run, capsys
     path.unlink()
     os.mkfifo(path)
     code, said = reconstruct(capsys, run, "--ema_std", 0.07)
-    assert code == 2 and f"{NAME}' is no regular file" in said
+    assert code == 2 and f"{NAME}' is not a regular file" in said
 
 
 @pytest.mark.parametrize(

@@ -302,9 +302,9 @@ def test_what_is_written(make_subject_config, stage, tmp_path):
         ({"with_prior_preservation": True}, "`with_prior_preservation` needs `class_prompt`, but it is None"),
         ({**PRIOR, "prior_loss_weight": 0}, "`prior_loss_weight` is 0, but should be above 0"),
         ({**PRIOR, "num_class_images": 0}, "`num_class_images` is 0, but should be at least 1"),
-        ({**PRIOR, "aspect_ratio_buckets": "auto"}, "share a batch of squares"),
+        ({**PRIOR, "aspect_ratio_buckets": "auto"}, "share batches of square images"),
         ({"lora_alpha": 4}, "without `rank` there is no adapter"),
-        ({"pretrained_model_name_or_path": None, "preset": "emoji_base_64"}, "begins with a trained stage"),
+        ({"pretrained_model_name_or_path": None, "preset": "emoji_base_64"}, "requires a trained stage"),
     ],
 )
 def test_settings_that_are_refused(make_subject_config, options, message):
@@ -316,7 +316,7 @@ def test_stages_that_are_refused(make_subject_config, stage):
     unet = tiny_runs.ImagenUNetModel(
         sample_size=16, attention_resolutions=(8,), encoder_hid_dim=None, **tiny_runs.TINY
     )
-    with pytest.raises(ValueError, match="This network reads no text"):
+    with pytest.raises(ValueError, match="This network is not conditioned on text"):
         DreamBoothTrainer(make_subject_config(), unet)
     with pytest.raises(ValueError, match="`sigma_data` is 0.25, but .* was trained with 0.5"):
         DreamBoothTrainer(make_subject_config(sigma_data=0.25), load(stage), encode)

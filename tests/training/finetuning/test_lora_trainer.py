@@ -193,8 +193,8 @@ def test_the_adapter_depends_on_the_seed_and_leaves_the_global_generator_alone(m
         ({"lora_alpha": 0}, "`lora_alpha` is 0, but should be above 0"),
         ({"lora_target_modules": []}, "`lora_target_modules` is empty"),
         ({"ema_type": "power"}, "only averages of whole networks"),
-        ({"grow": True}, "not `grow` or `layers_per_block`"),
-        ({"layers_per_block": [1, 1]}, "not `grow` or `layers_per_block`"),
+        ({"grow": True}, "without `grow` and `layers_per_block`"),
+        ({"layers_per_block": [1, 1]}, "without `grow` and `layers_per_block`"),
     ],
 )
 def test_settings_that_are_refused(make_lora_config, options, message):
@@ -220,7 +220,7 @@ def test_flags_and_file_have_the_options_of_adapters(tmp_path):
     file.write_text("rank: 16\nlora_target_modules: [to_q, to_v]\npretrained_model_name_or_path: stage\n")
     config = parse_args(["--config", str(file), "--lora_alpha", "8"], config_class=LoraTrainingConfig)
     assert (config.rank, config.lora_alpha, config.lora_target_modules) == (16, 8.0, ["to_q", "to_v"])
-    with pytest.raises(ValueError, match="which are no options"):
+    with pytest.raises(ValueError, match="which are not options"):
         parse_args(["--config", str(file)])
 
 

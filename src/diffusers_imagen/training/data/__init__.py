@@ -1,4 +1,4 @@
-"""Captioned images, from where they are kept to batches."""
+"""Data: captioned images, from their source to batches."""
 
 from typing import TYPE_CHECKING
 

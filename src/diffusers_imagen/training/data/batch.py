@@ -1,4 +1,4 @@
-"""What the loop gets, and what it is made of."""
+"""Batches of the training loop, and the samples that they consist of."""
 
 from typing import NamedTuple
 
@@ -27,12 +27,12 @@ class Sample(NamedTuple):
 
 
 class Samples(NamedTuple):
-    """A micro-batch whose captions are not encoded yet, as it comes from a worker: a quarter of a `Batch`'s size."""
+    """A micro-batch with captions that are not encoded yet, as returned by a worker: a quarter of a `Batch`'s size."""
 
     pixels: torch.Tensor  # (B, 3, H, W) uint8
     low_res: torch.Tensor | None  # (B, 3, h, w) in [-1, 1]
     captions: list[str] | None
-    text: TextEmbeddings | None = None  # where the worker read them
+    text: TextEmbeddings | None = None  # if the worker read them
 
     @classmethod
     def stack(cls, samples: list[Sample], source: TextSource | None = None) -> "Samples":
@@ -42,7 +42,7 @@ class Samples(NamedTuple):
         return cls(torch.stack(pixels), None if low_res[0] is None else torch.stack(low_res), captions, text)
 
     def finish(self, source: TextSource | None) -> Batch:
-        """Encodes what is not encoded."""
+        """Encode captions that are not encoded yet, and return the batch."""
         text = source.encode(self.captions or []) if self.text is None and source is not None else self.text
         embeds, mask = (None, None) if text is None else (text.embeds.float(), text.mask.bool())
         return Batch(to_float(self.pixels), self.low_res, embeds, mask)

@@ -1,4 +1,4 @@
-"""The micro-batches of a run: where the data becomes what the loop sees."""
+"""Micro-batches of a run, for training and validation."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -22,21 +22,21 @@ from .streaming import StreamDataset
 
 logger = logging.get_logger(__name__)
 
-MEMORY_LIMIT = 4 * 2**30  # bytes of pixels that are kept without being asked to
+MEMORY_LIMIT = 4 * 2**30  # bytes of pixels up to which images are kept in memory by default
 
 
 def make_train_batches(
     config: DataConfig, text: TextSource | None = None, process_index: int = 0, num_processes: int = 1
 ) -> "BatchStream":
-    """The training batches of a process, without end.
+    """Return the training batches of a process, an infinite stream.
 
     Args:
-        config (`DataConfig`): The data, and what is done to it.
-        text (`TextSource`, *optional*): Makes the embeddings of captions; without it batches have no text.
-        process_index (`int`), num_processes (`int`): This process among all.
+        config (`DataConfig`): Configuration of the data and its processing.
+        text (`TextSource`, *optional*): Source of the captions' embeddings; without it batches have no text.
+        process_index (`int`), num_processes (`int`): Index of this process, and number of processes.
 
     Raises:
-        ValueError: If the data is not what the configuration says.
+        ValueError: If the data does not match the configuration.
     """
     rows = open_rows(config, config.train_split, text is not None)
     stream = _make_batches(rows, config, config.train_split, text, process_index, num_processes, training=True)
@@ -51,9 +51,9 @@ def make_validation_batches(
     num_processes: int = 1,
     num_images: int = 512,
 ) -> "ValidationBatches":
-    """The validation batches of a process: the same at each iteration, without random flips or degradations.
+    """Return the validation batches of a process: the same at each iteration, without random flips or degradations.
 
-    Together the processes see `num_images` rows, or all rows if they are fewer, rounded up to whole batches.
+    All processes together use `num_images` rows, rounded up to whole batches, or all rows if there are fewer.
     """
     split = str(config.validation_split)
     rows = open_rows(config, split, text is not None)
@@ -97,7 +97,9 @@ def _make_batches(
 
 
 def keeps_in_memory(config: DataConfig, rows: Rows) -> bool:
-    """Whether pixels are kept in memory: as configured, or if they are squares and few."""
+    """
+    Return whether pixels are kept in memory: as configured, or if the images are squares and small enough in total.
+    """
     if config.in_memory is not None or config.aspect_ratio_buckets or not config.center_crop:
         return bool(config.in_memory)
     pixels = 3 * config.resolution**2
@@ -106,14 +108,14 @@ def keeps_in_memory(config: DataConfig, rows: Rows) -> bool:
 
 
 class BatchStream(Iterator[Batch]):
-    """This process's micro-batches.
+    """Stream of this process's micro-batches.
 
-    Slots are numbered over processes and batches; `images_seen` counts those of all processes that were handed out.
+    Slots are numbered over processes and batches; `images_seen` counts those that all processes have returned.
 
     Attributes:
-        images_seen (`int`): Slots handed out, of all processes.
-        skipped (`dict[str, str]`): Images that were passed over, and why.
-        content (`dict[str, Any]`): What tells training data from others, as `describe_data` says.
+        images_seen (`int`): Number of slots returned, by all processes.
+        skipped (`dict[str, str]`): Images that were skipped, and why.
+        content (`dict[str, Any]`): Description that identifies the training data, as returned by `describe_data`.
     """
 
     content: dict[str, Any] | None = None
@@ -131,17 +133,17 @@ class BatchStream(Iterator[Batch]):
 
     @property
     def epoch(self) -> int | None:
-        """Slots in which as many images are seen as there are; None if that is not known."""
+        """Number of slots in one pass over the images; None if unknown."""
         return None
 
     @property
     def stride(self) -> int:
-        """Slots that all processes take together."""
+        """Number of slots that all processes use together per batch."""
         return self.config.train_batch_size * self.num_processes
 
     @property
     def first_slot(self) -> int:
-        """The first slot of this process's next batch."""
+        """First slot of this process's next batch."""
         return self.images_seen + self.process_index * self.config.train_batch_size
 
     def __next__(self) -> Batch:
@@ -153,22 +155,22 @@ class BatchStream(Iterator[Batch]):
         raise NotImplementedError
 
     def report(self, skipped: dict[str, str]) -> None:
-        """Notes images that were passed over, and names each once."""
+        """Record skipped images, and log each of them once."""
         for name, reason in skipped.items():
             if name not in self.skipped:
                 self.skipped[name] = reason
                 logger.warning(f"Skipped {name} ({len(self.skipped)} so far): {reason}")
 
     def state_dict(self) -> dict[str, Any]:
-        """The place after the last batch that was handed out."""
+        """Return the position after the last returned batch."""
         return {"images_seen": self.images_seen}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a place, also with other numbers of processes, workers, or images a batch."""
+        """Resume from a position, also with other numbers of processes, workers, or images per batch."""
         self.images_seen = state["images_seen"]
 
     def close(self) -> None:
-        """Ends the processes that read ahead."""
+        """Stop the processes that read ahead."""
 
 
 class MemoryBatches(BatchStream):
@@ -221,7 +223,7 @@ class LoaderBatches(BatchStream):
 
 
 class StreamBatches(LoaderBatches):
-    """Batches of a stream that workers read ahead, each from shards of its own."""
+    """Batches of a stream that workers read ahead, each from its own shards."""
 
     def __init__(self, config, text, process_index, num_processes, rows, maker, draws):
         BatchStream.__init__(self, config, text, process_index, num_processes)
@@ -257,7 +259,7 @@ class StreamBatches(LoaderBatches):
 
     @property
     def layout(self) -> dict[str, int]:
-        """What the places of the readers depend on."""
+        """Settings that the positions of the readers depend on."""
         return {
             "process_index": self.process_index,
             "num_processes": self.num_processes,
@@ -267,22 +269,24 @@ class StreamBatches(LoaderBatches):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The place after the last batch that was handed out, of this process."""
+        """Return the position of this process after the last returned batch."""
         return {**super().state_dict(), "places": list(self.places), "layout": self.layout}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a place of the same process, with the same numbers of processes, workers and images a batch."""
+        """
+        Resume from a position of the same process, with the same numbers of processes, workers and images per batch.
+        """
         if state.get("layout") != self.layout:
             raise ValueError(
-                f"The stream was saved with {state.get('layout')}, but this run has {self.layout}: a stream is resumed "
-                "by the same processes and workers."
+                f"The stream was saved with {state.get('layout')}, but this run has {self.layout}: they should be "
+                "equal to resume a stream."
             )
         super().load_state_dict(state)
         self.places = list(state["places"])
 
 
 def make_loader(dataset, config: DataConfig, **kwargs) -> DataLoader:
-    """A loader of ready batches, which leaves the global random state alone."""
+    """Create a loader of complete batches, which does not use the global random state."""
     return DataLoader(
         dataset,
         batch_size=None,

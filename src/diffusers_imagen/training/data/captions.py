@@ -14,11 +14,11 @@ SIDES = re.compile(r"\b(?:left|right|(?:anti|counter)?-?clockwise)", re.IGNORECA
 
 
 class BadCaption(Exception):
-    """A cell that holds no caption."""
+    """Cell without a caption."""
 
 
 def caption_text(value: Any) -> str:
-    """A cell as a caption; a list, of keywords, is joined by commas."""
+    """Convert a cell to a caption; a list of keywords is joined by commas."""
     if isinstance(value, str):
         return value
     if isinstance(value, (list, tuple)) and all(isinstance(word, str) for word in value):
@@ -27,12 +27,12 @@ def caption_text(value: Any) -> str:
 
 
 def speaks_of_sides(caption: str | None) -> bool:
-    """Whether a mirrored image would belie its caption."""
+    """Return whether a caption mentions left or right, so that mirroring the image would contradict it."""
     return caption is not None and SIDES.search(caption) is not None
 
 
 def iterate_captions(rows: Dataset, columns: list[str]) -> Iterable[str]:
-    """All captions of all rows, in order; cells that hold none are passed over, as their rows are, and counted.
+    """Return all captions of all rows, in order; cells without a caption are skipped and counted, like their rows.
 
     Raises:
         ValueError: At the end, if no cell is a caption.

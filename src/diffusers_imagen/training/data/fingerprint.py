@@ -1,4 +1,4 @@
-"""What tells a data set from others: the same on every machine and in every folder, and quick to find out."""
+"""Fingerprints of data sets: independent of machine and folder, and fast to compute."""
 
 import hashlib
 import json
@@ -13,21 +13,21 @@ from .data_config import DataConfig
 from .sources import Rows
 
 
-IMAGES_READ = 256  # whose bytes are compared; of larger sets as many, evenly spread
-FILES_READ = 256  # of a stream, whose beginnings are compared; of more files as many, evenly spread
-BYTES_READ = 2**20  # of such a beginning
+IMAGES_READ = 256  # maximum number of images whose bytes are hashed, evenly spaced
+FILES_READ = 256  # maximum number of a stream's files whose beginnings are hashed, evenly spaced
+BYTES_READ = 2**20  # from the beginning of such a file
 HIDDEN = (".", "_")
 
 
 def describe_data(rows: Rows, config: DataConfig) -> dict[str, Any]:
-    """The number of rows, and digests of what is drawn from them: captions and file names of all, bytes of some images.
+    """Return the number of rows, and digests of captions and file names of all rows, and of the bytes of some images.
 
-    A stream has no numbered rows: of it names and sizes of the files in its folder and beginnings of some, or else its
-    name.
+    For a stream, which has no numbered rows: a digest of names and sizes of the files in its folder and of the
+    beginnings of some, or its name.
 
     Args:
         rows (`Rows`): The data set.
-        config (`DataConfig`): Where it is.
+        config (`DataConfig`): Configuration with its location.
     """
     if not rows.streaming:
         return {
@@ -41,7 +41,7 @@ def describe_data(rows: Rows, config: DataConfig) -> dict[str, Any]:
 
 
 def digest_columns(data: Dataset, image_columns: list[str]) -> str:
-    """Of all cells but images, in order."""
+    """Return a digest of all cells except images, in order."""
     columns = [name for name in data.column_names if name not in image_columns or is_text(data, name)]
     sha = hashlib.sha256(json.dumps(columns).encode())
     for part in data.select_columns(columns).iter(batch_size=1000) if columns else ():
@@ -50,12 +50,12 @@ def digest_columns(data: Dataset, image_columns: list[str]) -> str:
 
 
 def is_text(data: Dataset, column: str) -> bool:
-    """Whether a column has file names."""
+    """Return whether a column has file names."""
     return getattr(data.features[column], "dtype", None) in ("string", "large_string")
 
 
 def digest_images(rows: Rows) -> str:
-    """Of the bytes of some images, as they are on disk."""
+    """Return a digest of the bytes of some images, as stored on disk."""
     sha = hashlib.sha256()
     count = min(len(rows.data), IMAGES_READ)
     for place in np.linspace(0, len(rows.data) - 1, count).round().astype(int):
@@ -66,7 +66,9 @@ def digest_images(rows: Rows) -> str:
 
 
 def image_bytes(value: Any, folder: str) -> bytes:
-    """The bytes of a cell's image; none of one that is no file, which is skipped or refused where images are read."""
+    """
+    Return the bytes of a cell's image; empty if it is not a file, which is skipped or rejected when images are read.
+    """
     if isinstance(value, dict):
         if value.get("bytes") is not None:
             return value["bytes"]
@@ -79,7 +81,7 @@ def image_bytes(value: Any, folder: str) -> bytes:
 
 
 def digest_files(folder: Path) -> str:
-    """Of names and sizes of the files below a folder, without hidden ones, and of the beginnings of some."""
+    """Return a digest of names and sizes of the files below a folder, except hidden ones, and of some beginnings."""
     sha = hashlib.sha256()
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     files = [path for path in files if not any(part.startswith(HIDDEN) for part in path.relative_to(folder).parts)]

@@ -1,4 +1,4 @@
-"""What lies in a folder of data: its files, the splits that they belong to, pictures and the captions beside them."""
+"""Files in a data folder: the splits that they belong to, images, and the captions next to them."""
 
 import os
 import re
@@ -12,7 +12,7 @@ from ...utils.images import BadImage, check_regular, picture_extensions
 METADATA = {"metadata.jsonl": "json", "metadata.csv": "csv", "metadata.parquet": "parquet"}
 SHARDS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 CAPTIONS = (".txt", ".caption")
-# the words of folders and shards that `datasets` takes for splits
+# words in names of folders and shards that `datasets` interprets as splits
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "dev", "val"), "validation"),
@@ -21,10 +21,12 @@ SPLITS = {
 
 
 def list_files(folder: str) -> list[str]:
-    """All files of a folder and the folders in it, relative and sorted, but hidden ones and what macOS and Jupyter add.
+    """
+    List all files in a folder and its subfolders, relative and sorted, except hidden files and those of macOS and
+    Jupyter.
 
     Raises:
-        ValueError: If a folder in it cannot be read.
+        ValueError: If a subfolder cannot be read.
     """
     try:
         return sorted(_walk(Path(folder), "", ()))
@@ -35,7 +37,7 @@ def list_files(folder: str) -> list[str]:
 def _walk(root: Path, relative: str, above: tuple) -> Iterator[str]:
     place = (root / relative).stat()
     identity = (place.st_dev, place.st_ino)
-    if identity in above:  # a link to a folder that it is in
+    if identity in above:  # a link to a parent folder
         return
     with os.scandir(root / relative) as listing:
         entries = list(listing)
@@ -50,25 +52,25 @@ def _walk(root: Path, relative: str, above: tuple) -> Iterator[str]:
 
 
 def find_pictures(files: list[str]) -> list[str]:
-    """Those files that are pictures by their ending."""
+    """Return the files that are images by their suffix."""
     return [path for path in files if os.path.splitext(path)[1].lower() in picture_extensions()]
 
 
 def find_shards(files: list[str]) -> list[str]:
-    """Those files that are tar shards by their ending."""
+    """Return the files that are tar shards by their suffix."""
     return [path for path in files if path.lower().endswith(SHARDS)]
 
 
 def find_metadata(files: list[str]) -> list[str]:
-    """Those files that say what belongs to pictures."""
+    """Return the metadata files."""
     return [path for path in files if os.path.basename(path) in METADATA]
 
 
 def group_by_split(files: list[str], by_file_name: bool) -> dict[str, list[str]]:
-    """Files by the split that a word of their folder's name means, or with `by_file_name` of their own; else `train`.
+    """Group files by split, named by a word in their folder's name, or with `by_file_name` in their own; else `train`.
 
     Raises:
-        ValueError: If some files belong to a split and others to none: those would be left out without a word.
+        ValueError: If some files belong to a split and others to none, which would be ignored silently.
     """
     splits = {path: _split_of(path, by_file_name) for path in files}
     if not any(splits.values()):
@@ -77,8 +79,8 @@ def group_by_split(files: list[str], by_file_name: bool) -> dict[str, list[str]]
     if outside:
         inside, split = next(item for item in splits.items() if item[1] is not None)
         raise ValueError(
-            f"it has files of splits, such as '{inside}' of {split!r}, and {len(outside)} that belong to none, such as "
-            f"'{outside[0]}': move or rename either."
+            f"it has files of splits, such as '{inside}' of {split!r}, and {len(outside)} without a split, such as "
+            f"'{outside[0]}': move or rename them."
         )
     return {
         split: [path for path in files if splits[path] == split]
@@ -98,11 +100,11 @@ def _split_of(path: str, by_file_name: bool) -> str | None:
 
 
 def picture_rows(folder: str, pictures: list[str]) -> dict[str, list]:
-    """The columns of a folder of pictures: `file_name`; `text` of the .txt or .caption files beside them, where there are
-    any; `label`, the name of the folder, where they lie in several.
+    """Return the columns of a folder of images: `file_name`; `text` from the .txt or .caption files next to them, if
+    there are any; `label`, the name of the folder, if there are several.
 
     Raises:
-        ValueError: If the file of a caption cannot be read.
+        ValueError: If a caption file cannot be read.
     """
     columns: dict[str, list] = {"file_name": pictures}
     texts = [read_caption(folder, path) for path in pictures]
@@ -115,7 +117,7 @@ def picture_rows(folder: str, pictures: list[str]) -> dict[str, list]:
 
 
 def read_caption(folder: str, picture: str) -> str | None:
-    """The caption in the file that has a picture's name and another ending, its lines as one; None without a file."""
+    """Read the caption file of an image, with the same name and another suffix, as one line; None without a file."""
     stem = Path(folder) / os.path.splitext(picture)[0]
     for ending in CAPTIONS:
         path = stem.with_name(stem.name + ending)

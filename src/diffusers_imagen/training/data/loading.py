@@ -1,4 +1,4 @@
-"""A data set whose rows are at hand but not its pixels: images are read when they are drawn."""
+"""Data set with random access to rows, whose images are read when they are drawn."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from .sources import Rows
 
 
 class PlannedBatch(NamedTuple):
-    """Which rows fill the slots of a micro-batch."""
+    """Rows for the slots of a micro-batch."""
 
     first: int
     rows: list[int]
@@ -26,15 +26,15 @@ class PlannedBatch(NamedTuple):
 
 
 class BatchPlan(Sampler):
-    """The micro-batches of one process, without end.
+    """Infinite sequence of one process's micro-batches.
 
     Args:
-        order (`RowOrder` or `BucketOrder`): Which row fills a slot.
-        draws (`SlotDraws`): The slots' numbers.
-        start (`int`): Slots of all processes that came before.
-        stride (`int`): Slots that all processes take together.
-        offset (`int`): Where this process's slots begin among them.
-        batch_size (`int`): Slots of a micro-batch.
+        order (`RowOrder` or `BucketOrder`): Selects the row of a slot.
+        draws (`SlotDraws`): Random numbers of the slots.
+        start (`int`): Number of earlier slots of all processes.
+        stride (`int`): Number of slots that all processes use together.
+        offset (`int`): Position of this process's slots among them.
+        batch_size (`int`): Number of slots of a micro-batch.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class BatchPlan(Sampler):
 
 
 class SlotDataset(Dataset):
-    """Reads the micro-batches of a plan; another row takes the place of one that cannot be used."""
+    """Reads the micro-batches of a plan; rows that cannot be used are replaced by others."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class SlotDataset(Dataset):
         self.text = None if text is None or text.needs_encoder else text
 
     def __getitem__(self, plan: PlannedBatch) -> tuple[Samples, dict[str, str]]:
-        """The samples, and why rows were passed over, by name."""
+        """Return the samples, and the skipped rows by name, with the reasons."""
         skipped: dict[str, str] = {}
         draws = self.draws(plan.first, len(plan.rows))
         samples = [self._sample(plan, i, draws[i], skipped) for i in range(len(plan.rows))]
@@ -90,26 +90,27 @@ class SlotDataset(Dataset):
                 skipped[name_image(row[self.rows.image_column], index)] = str(error)
             index = self.order.replacement(plan.first + i, attempt, *group)
         name, reason = next(iter(skipped.items()))
-        raise ValueError(f"{len(skipped)} rows one after another cannot be used; {name}: {reason}.")
+        raise ValueError(f"{len(skipped)} consecutive rows cannot be used; {name}: {reason}.")
 
 
 def image_size(row: dict, index: int, column: str, folder: str) -> dict[str, int | str]:
-    """Height and width of an upright image, from its header; zeros where there is none, and why."""
+    """Return height and width of an upright image, from its header; zeros if there is none, with the reason."""
     try:
         with open_image(row[column], folder) as image:
-            turned = image.getexif().get(0x0112, 1) >= 5  # orientations that lie on their side
+            turned = image.getexif().get(0x0112, 1) >= 5  # orientations that swap height and width
             width, height = image.size[::-1] if turned else image.size
-    # what reads damaged headers raises whatever it stumbles over
+    # damaged headers raise errors of any type
     except Exception as error:
         return {"height": 0, "width": 0, "name": name_image(row[column], index), "reason": str(error)}
     return {"height": height, "width": width, "name": name_image(row[column], index), "reason": ""}
 
 
 def assign_buckets(rows: Rows, config: DataConfig) -> tuple[np.ndarray, dict[str, str]]:
-    """The bucket of each row `(N,)`, by its aspect ratio, -1 for images that cannot be used; and those, with why.
+    """
+    Return the bucket of each row `(N,)`, by its aspect ratio, -1 for unusable images; and these images, with reasons.
 
     Raises:
-        ValueError: If none can be used.
+        ValueError: If no image can be used.
     """
     shapes = config.bucket_shapes()
     sizes = rows.data.map(

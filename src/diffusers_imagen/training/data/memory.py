@@ -1,4 +1,4 @@
-"""A data set whose images are kept in memory as uint8 pixels: the fast way for small ones."""
+"""Data set whose images are kept in memory as uint8 pixels, the fastest option for small data sets."""
 
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -17,18 +17,18 @@ from .slot_draws import RowOrder, SlotDraws
 from .sources import Rows, draw_weights
 
 
-READ_AT_ONCE = 256  # rows whose files may be in memory at the same time
+READ_AT_ONCE = 256  # maximum number of rows whose files are in memory at the same time
 
 
 class CaptionedImages:
     """Pixels and captions of all rows, from which the samples of slots are drawn.
 
     Args:
-        config (`DataConfig`): What is done to images and captions.
+        config (`DataConfig`): Configuration of the processing.
         rows (`Rows`): The data set.
-        maker (`SampleMaker`): Makes samples.
+        maker (`SampleMaker`): Creates samples.
         seed (`tuple[int, ...]`): The run's seed, and words that distinguish its sequences.
-        weighted (`bool`): Whether rows are drawn as `config.balance_by` and `config.weight_column` say.
+        weighted (`bool`): Whether rows are weighted by `config.balance_by` and `config.weight_column`.
 
     Raises:
         ValueError: If no image can be used.
@@ -55,7 +55,7 @@ class CaptionedImages:
         return len(self.pixels)
 
     def draw(self, first: int, count: int) -> Samples:
-        """The samples of `count` slots from `first` on."""
+        """Return the samples of `count` slots, starting at `first`."""
         draws = self.draws(first, count)
         rows = self.order(first, draws)
         captions = None
@@ -69,11 +69,11 @@ class CaptionedImages:
         return Samples.stack([self.maker.finish(*part) for part in parts])
 
     def _cut(self, rows: np.ndarray, draws: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Images and their reductions, cropped at the same places of both grids."""
+        """Return images and low-resolution images, cropped at the same positions."""
         if self.config.crop_size is None:
             chosen = torch.from_numpy(rows)
             return self.pixels[chosen], None if self.low_res is None else self.low_res[chosen]
-        assert self.low_res is not None  # crops are of super-resolution
+        assert self.low_res is not None  # only super-resolution uses crops
         size, factor = self.config.crop_size, self.config.factor
         corners = [self.maker.corner(self.pixels[0], slot) for slot in draws]
         return (
@@ -83,20 +83,20 @@ class CaptionedImages:
 
 
 class Loaded(NamedTuple):
-    """The rows of a data set that can be used."""
+    """Usable rows of a data set."""
 
     pixels: torch.Tensor  # (N, 3, R, R) uint8
-    low_res: torch.Tensor | None  # (N, 3, r, r) uint8, where the data set has them
-    captions: list[list[str]] | None  # one a column
+    low_res: torch.Tensor | None  # (N, 3, r, r) uint8, if the data set has them
+    captions: list[list[str]] | None  # one per column
     rows: np.ndarray  # (N,)
-    skipped: dict[str, str]  # the others by name, and why
+    skipped: dict[str, str]  # unusable rows by name, with the reason
 
 
 def load_samples(rows: Rows, maker: SampleMaker, resolution: int) -> Loaded:
-    """All images and captions.
+    """Load all images and captions.
 
     Raises:
-        ValueError: If none can be used.
+        ValueError: If no image can be used.
     """
 
     def load(row: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None, list[str]] | Exception:
@@ -137,7 +137,7 @@ def load_samples(rows: Rows, maker: SampleMaker, resolution: int) -> Loaded:
 
 
 def reduce_all(pixels: torch.Tensor, factor: int, interpolation: Interpolation) -> torch.Tensor:
-    """Reductions of all images `(N, 3, R / factor, R / factor)` in float32, made once."""
+    """Downsample all images once: `(N, 3, R / factor, R / factor)` in float32."""
     resolution = pixels.shape[-1] // factor
     low_res = torch.empty(len(pixels), 3, resolution, resolution)
     for start in range(0, len(pixels), 64):

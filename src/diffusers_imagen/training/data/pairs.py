@@ -1,4 +1,4 @@
-"""Two streams of batches as one."""
+"""Combination of two streams of batches, for DreamBooth with prior preservation."""
 
 from typing import Any
 
@@ -10,12 +10,12 @@ from .batches import BatchStream
 
 
 class PairedBatches(BatchStream):
-    """Batches of two streams, image by image in turn: slots 2 k and 2 k + 1 are the k-th images of the two.
+    """Alternates images of two streams: slots 2 k and 2 k + 1 are the k-th images of the two.
 
-    A batch has twice the images of `train_batch_size`, whoever of the processes draws them.
+    A batch has twice `train_batch_size` images, independent of the number of processes.
 
     Args:
-        first (`BatchStream`), second (`BatchStream`): Of the same image sizes, batch sizes and processes.
+        first (`BatchStream`), second (`BatchStream`): Streams with the same image sizes, batch sizes and processes.
     """
 
     def __init__(self, first: BatchStream, second: BatchStream):
@@ -61,14 +61,14 @@ class PairedBatches(BatchStream):
 
 
 def interleave(first: Batch, second: Batch) -> Batch:
-    """Two batches of B images as one of 2 B, image by image in turn; the shorter texts are padded."""
+    """Combine two batches of B images into one of 2 B, alternating images; the shorter texts are padded."""
     tokens = max((batch.text.shape[1] for batch in (first, second) if batch.text is not None), default=0)
     pairs = zip(pad_text(first, tokens), pad_text(second, tokens))
     return Batch._make(None if a is None or b is None else torch.stack([a, b], dim=1).flatten(0, 1) for a, b in pairs)
 
 
 def pad_text(batch: Batch, tokens: int) -> Batch:
-    """The batch with texts of so many tokens, padded at the end."""
+    """Pad the texts of a batch at the end to this number of tokens."""
     if batch.text is None or batch.text_mask is None:
         return batch
     text = pad_tokens(TextEmbeddings(batch.text, batch.text_mask), tokens)

@@ -1,4 +1,4 @@
-"""Images in the cells of a data set, read by `utils.images`, at the size of the batch."""
+"""Images in the cells of a data set, read by `utils.images`, and resized to the size of the batch."""
 
 import os
 import re
@@ -13,38 +13,39 @@ from ...utils.images import BadImage
 from .data_config import Interpolation
 
 
-# a file of a streamed data set, where `datasets` found it: in archives or not, of the repository {name} or at hand
+# path of a file of a streamed data set, as given by `datasets`: in archives or not, of the repository {name} or local
 STREAMED = r"(?:(?:zip|tar|gzip|bz2|xz|zstd|lz4)://(?:(?!::).)*::)*(?:hf://datasets/{name}[@/].*|(?:(?!://).)*)"
 
 
-# Pixels that an image is decoded with for one of its resolution, at least: with fewer, details between them are lost.
+# Minimum ratio of decoded pixels to the target resolution: with fewer, details are lost.
 OVERSAMPLING = 2
 
 
 def read_image(value: Any, folder: str = "", background: str = "white") -> Image.Image:
-    """The image of a data set's cell, upright, as RGB.
+    """Read the image in a data set's cell, upright, as RGB.
 
     Args:
-        value (`str`, `bytes`, `dict` or `PIL.Image.Image`): A path, bytes of a file, or what `datasets` makes of them.
-        folder (`str`): Where relative paths begin, and which paths must not leave; without it any path will do.
-        background (`str`): Colour behind transparent images.
+        value (`str`, `bytes`, `dict` or `PIL.Image.Image`):
+            A path, bytes of a file, or a value as returned by `datasets`.
+        folder (`str`): Base folder of relative paths, which paths must not leave; without it any path is accepted.
+        background (`str`): Background color of transparent images.
 
     Raises:
-        BadImage: If it cannot be read to the end, or the cell names what is no file of the data set.
+        BadImage: If it cannot be read completely, or the cell does not name a file of the data set.
     """
     return pictures.read_image(find_source(value, folder), background)
 
 
 def open_image(value: Any, folder: str = "") -> Image.Image:
-    """As `read_image`, up to the header only: size and mode are known, pixels are not."""
+    """Open an image like `read_image`, but read only the header, which has size and mode."""
     return pictures.open_image(find_source(value, folder))
 
 
 def find_source(value: Any, folder: str) -> str | bytes | Image.Image:
-    """The file, bytes or picture that a cell means.
+    """Return the file, bytes or image of a cell.
 
     Raises:
-        BadImage: If it means none, or a file that the data set must not name.
+        BadImage: If it has none, or a file that is not part of the data set.
     """
     if isinstance(value, (bytes, Image.Image)):
         return value
@@ -61,13 +62,13 @@ def find_source(value: Any, folder: str) -> str | bytes | Image.Image:
         value = path
     if value is None:
         raise BadImage("the cell is empty")
-    raise BadImage(f"the cell holds {type(value).__name__}, neither a path nor an image")
+    raise BadImage(f"the cell has {type(value).__name__}, which is neither a path nor an image")
 
 
 def check_path(path: str, folder: str) -> str:
-    """Where the file lies that a row names by its path in `folder`.
+    """Return the absolute path of a file that a row names by its path in `folder`.
 
-    Whoever wrote the row may be a stranger: it reaches no other machine, and no file outside of the folder.
+    Rows are untrusted: they cannot refer to other machines, or to files outside the folder.
     """
     if "://" in path:
         raise BadImage(f"{path!r} is a URL, but only files of the data set are read: download it first")
@@ -75,24 +76,24 @@ def check_path(path: str, folder: str) -> str:
         return path
     root, full = os.path.abspath(folder), os.path.abspath(os.path.join(folder, path))
     if full != root and not full.startswith(os.path.join(root, "")):
-        raise BadImage(f"{path!r} leads out of the data set's folder: move or link the image into it")
+        raise BadImage(f"{path!r} is outside the data set's folder: move or link the image into it")
     return full
 
 
 def read_streamed(path: str, name: str) -> bytes:
-    """The bytes of a file that `datasets` streams from its own repository, or from an archive at hand."""
+    """Read a file that `datasets` streams from its own repository, or from a local archive."""
     if not re.fullmatch(STREAMED.format(name=re.escape(name)), path, re.DOTALL):
         raise BadImage(f"{path!r} is a URL, but only files of the data set are read: download it first")
     try:
         with fsspec.open(path, "rb") as file:
             return file.read()
-    # archives and file systems raise whatever they stumble over
+    # archives and file systems raise errors of any type
     except Exception as error:
         raise BadImage(f"{type(error).__name__}: {error}") from error
 
 
 def name_image(value: Any, row: Any) -> str:
-    """How an image is called in reports: its path, or its row."""
+    """Return the name of an image in reports: its path, or its row."""
     if isinstance(value, dict):
         value = value.get("path")
     return value if isinstance(value, str) and value else f"row {row}"
@@ -106,11 +107,11 @@ def fit_image(
     left: float = 0.5,
     interpolation: Interpolation = "bicubic",
 ) -> np.ndarray:
-    """The largest part of that shape, resized with antialiasing: `(height, width, 3)` uint8.
+    """Crop an image to the largest part of this shape, and resize it with antialiasing: `(height, width, 3)` uint8.
 
     Args:
-        top (`float`): Where the part lies from the image's top (0) to its bottom (1).
-        left (`float`): The same from left to right.
+        top (`float`): Vertical position of the part, from the top (0) to the bottom (1).
+        left (`float`): Horizontal position of the part, from left (0) to right (1).
         interpolation (`str`): The filter, one of Pillow's.
     """
     method = Image.Resampling[interpolation.upper()]
@@ -123,23 +124,23 @@ def read_fitting(
 ) -> Image.Image:
     """Read an image like `read_image`, with at least the pixels that `fit_image` needs for that height and width.
 
-    A JPEG file with more than twice as many is decoded at 1/2, 1/4 or 1/8 of its size, in a fraction of the time.
+    A JPEG file with more than twice as many is decoded at 1/2, 1/4 or 1/8 of its size, which is much faster.
 
     Raises:
         BadImage: As `read_image`, and for an image whose height or width is below `min_resolution`.
     """
-    source = find_source(value, folder)  # once: a stream is read for it
+    source = find_source(value, folder)  # only once, because a streamed file is read here
     if isinstance(source, Image.Image):
         check_size(source, min_resolution)
         return pictures.read_image(source, background)
     with pictures.open_image(source) as image:
         check_size(image, min_resolution)
         enough = OVERSAMPLING * max(size)
-        image.draft(None, (enough, enough))  # changes nothing for formats other than JPEG
+        image.draft(None, (enough, enough))  # has no effect on formats other than JPEG
         return pictures.read_image(image, background)
 
 
 def check_size(image: Image.Image, min_resolution: int | None) -> None:
-    """Refuses an image whose height or width is too small."""
+    """Raise BadImage for an image whose height or width is too small."""
     if min_resolution is not None and min(image.size) < min_resolution:
         raise BadImage(f"{image.width}x{image.height} is below `min_resolution` {min_resolution}")

@@ -1,4 +1,4 @@
-"""The conditioning image of a super-resolution stage: reduced, cropped at the same place, and made worse on purpose."""
+"""Low-resolution images for training super-resolution: downsampled, cropped with their image, and degraded."""
 
 import functools
 import io
@@ -13,18 +13,18 @@ from .data_config import DataConfig, Interpolation
 from .slot_draws import BLUR, JPEG
 
 
-MARGIN = 2  # low-resolution pixels around a crop, which its bicubic enlargement sees
-# low-resolution pixels to each side that a filter of Pillow sees
+MARGIN = 2  # low-resolution pixels around a crop, used by its bicubic upsampling
+# support of Pillow's filters to each side, in low-resolution pixels
 SUPPORT = {"nearest": 0.5, "box": 0.5, "bilinear": 1.0, "hamming": 1.0, "bicubic": 2.0, "lanczos": 3.0}
 
 
 def to_float(pixels: torch.Tensor) -> torch.Tensor:
-    """uint8 to [-1, 1]."""
+    """Convert uint8 to [-1, 1]."""
     return pixels.float().div_(127.5).sub_(1)
 
 
 def reduce(images: torch.Tensor, factor: int, interpolation: Interpolation = "bicubic") -> torch.Tensor:
-    """`(B, 3, H, W)` in [-1, 1] to `(B, 3, H / factor, W / factor)`, antialiased by any filter but "nearest"."""
+    """Downsample `(B, 3, H, W)` in [-1, 1] to `(B, 3, H / factor, W / factor)`, antialiased except for "nearest"."""
     height, width = images.shape[-2] // factor, images.shape[-1] // factor
     if interpolation == "bicubic":
         return F.interpolate(images, (height, width), mode="bicubic", antialias=True).clamp(-1, 1)
@@ -35,9 +35,9 @@ def reduce(images: torch.Tensor, factor: int, interpolation: Interpolation = "bi
 
 @functools.lru_cache(maxsize=64)
 def filter_weights(length: int, factor: int, interpolation: Interpolation) -> torch.Tensor:
-    """What each of `length` reduced pixels takes of each pixel, `(length, length * factor)`: Pillow's filters.
+    """Return the weights of pixels in each of `length` reduced pixels, `(length, length * factor)`: Pillow's filters.
 
-    The filter is as many times wider as the image is reduced, is cut at the border, and has the sum 1.
+    The filter is scaled by the factor, cut at the border, and normalized to the sum 1.
     """
     centers = torch.arange(length, dtype=torch.float64)[:, None] + 0.5
     places = (torch.arange(length * factor, dtype=torch.float64) + 0.5) / factor
@@ -60,14 +60,15 @@ def filter_weights(length: int, factor: int, interpolation: Interpolation) -> to
 def crop_both(
     pixels: torch.Tensor, factor: int, top: int, left: int, size: int, interpolation: Interpolation = "bicubic"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A crop and the same crop of the reduction with a margin, for one image; only the crop's surroundings are reduced.
+    """
+    Return a crop of an image, and the same crop of its low-resolution image with a margin; downsamples only this part.
 
     Args:
         pixels (`torch.Tensor`): `(3, H, W)` uint8.
-        factor (`int`): H over the height of the reduction.
-        top (`int`), left (`int`): The corner on the grid of the reduction.
+        factor (`int`): Ratio of H to the height of the low-resolution image.
+        top (`int`), left (`int`): The corner, in low-resolution pixels.
         size (`int`): Height and width of the crop, in pixels of the image.
-        interpolation (`str`): Filter of the reduction.
+        interpolation (`str`): Filter for downsampling.
 
     Returns:
         `(3, size, size)` uint8, and `(3, size / factor + 2 MARGIN, size / factor + 2 MARGIN)` in [-1, 1].
@@ -81,14 +82,14 @@ def crop_both(
 
 
 def crop(image: torch.Tensor, top: int, left: int, size: int) -> torch.Tensor:
-    """`(C, H, W)` to `(C, size, size)`."""
+    """Crop `(C, H, W)` to `(C, size, size)`."""
     return image[:, top : top + size, left : left + size]
 
 
 def crop_wider(low_res: torch.Tensor, top: int, left: int, size: int) -> torch.Tensor:
-    """`(C, h, w)` to `(C, size + 2 MARGIN, size + 2 MARGIN)`: a crop with what its enlargement sees around it.
+    """Crop `(C, h, w)` to `(C, size + 2 MARGIN, size + 2 MARGIN)`: a crop with the margin that its upsampling uses.
 
-    Outside of the image its outermost pixels are repeated, as in bicubic interpolation.
+    Outside the image the border pixels are repeated, as in bicubic interpolation.
     """
     rows, columns = (
         torch.arange(corner - MARGIN, corner + size + MARGIN).clamp(0, length - 1)
@@ -98,9 +99,12 @@ def crop_wider(low_res: torch.Tensor, top: int, left: int, size: int) -> torch.T
 
 
 def degrade(low_res: torch.Tensor, config: DataConfig, draws: np.ndarray) -> torch.Tensor:
-    """Blur and JPEG of one `(3, h, w)` image in [-1, 1], as strong as the slot's draws `(DRAWS_PER_SLOT,)` say.
+    """
+    Apply blur and JPEG compression to a `(3, h, w)` image in [-1, 1], with the strength drawn for the slot
+    `(DRAWS_PER_SLOT,)`.
 
-    A network that saw clean reductions only takes every artefact of the stage below, or of a user's file, for detail.
+    A network trained only on clean downsampled images treats artifacts of the previous stage, or of a user's file, as
+    detail.
     """
     sigma = _between(config.degradation_blur_sigma, draws[BLUR])
     quality = _between(config.degradation_jpeg_quality, draws[JPEG])

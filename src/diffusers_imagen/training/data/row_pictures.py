@@ -1,4 +1,4 @@
-"""Rows of a data set as an evaluation sees them: pictures and captions by number."""
+"""Rows of a data set for evaluation: images and captions by index."""
 
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,15 @@ from .sources import Rows
 
 
 class RowPictures:
-    """The pictures of a split, with their captions or without: a `PictureSet` of `evaluation`.
+    """The images of a split, with or without their captions: a `PictureSet` of `evaluation`.
 
     Args:
-        rows (`Rows`): The rows, at hand.
-        config (`DataConfig`): What they were opened with; captions are those of its first caption column.
+        rows (`Rows`): The rows, with random access.
+        config (`DataConfig`):
+            Configuration that they were opened with; captions are those of its first caption column.
         split (`str`): The split.
-        argument (`str`): The argument that named them, for messages.
-        with_text (`bool`): Whether there should be captions; rows without are left out then.
+        argument (`str`): Name of the argument, for messages.
+        with_text (`bool`): Whether captions are needed; rows without a caption are then skipped.
 
     Raises:
         ValueError: If no row has a caption.
@@ -69,7 +70,7 @@ class RowPictures:
 
 
 def text_of(cell: Any) -> str:
-    """A cell's caption; empty for one that holds none."""
+    """Return a cell's caption; empty if it has none."""
     try:
         return caption_text(cell)
     except BadCaption:
@@ -77,7 +78,7 @@ def text_of(cell: Any) -> str:
 
 
 def at_hand(rows: Rows, count: int) -> Rows:
-    """Rows that have numbers: of a stream the first `count`, whose pictures are kept in memory as they are in its files."""
+    """Return rows with random access: of a stream the first `count`, whose encoded image files are kept in memory."""
     if not rows.streaming:
         return rows
     return rows._replace(data=Dataset.from_list(list(rows.data.take(count)), features=rows.data.features))

@@ -1,4 +1,4 @@
-"""From a row and its slot's draws to an image and a caption."""
+"""Samples: images and captions, from a row and the random numbers of its slot."""
 
 from typing import Any
 
@@ -15,14 +15,14 @@ from .slot_draws import CAPTION, CROP_LEFT, CROP_TOP, FLIP, PLACE_LEFT, PLACE_TO
 
 
 class SampleMaker:
-    """Makes the sample of a row.
+    """Creates the sample of a row.
 
     Args:
-        config (`DataConfig`): What is done to images and captions.
-        image_column (`str`): Column with the images.
-        folder (`str`): Where relative file names begin.
-        with_text (`bool`): Whether captions are drawn.
-        augment (`bool`): Whether images are flipped and placed at random, and low resolutions made worse.
+        config (`DataConfig`): Configuration of the processing.
+        image_column (`str`): Column with images.
+        folder (`str`): Base folder of relative file names.
+        with_text (`bool`): Whether captions are used.
+        augment (`bool`): Whether images are flipped and cropped at random, and low-resolution images degraded.
     """
 
     def __init__(self, config: DataConfig, image_column: str, folder: str, with_text: bool, augment: bool = True):
@@ -37,16 +37,16 @@ class SampleMaker:
         self.column_edges = cumulate(config.caption_probabilities or [1.0] * len(config.caption_column))
 
     def __call__(self, row: dict[str, Any], draws: np.ndarray, shape: tuple[int, int] | None = None) -> Sample:
-        """The sample of a row.
+        """Return the sample of a row.
 
         Args:
             row (`dict`): A row of the data set.
-            draws (`np.ndarray`): `(DRAWS_PER_SLOT,)`, the slot's numbers.
-            shape (`tuple[int, int]`, *optional*): Height and width of its bucket; a square of `resolution` without.
+            draws (`np.ndarray`): `(DRAWS_PER_SLOT,)`, the slot's random numbers.
+            shape (`tuple[int, int]`, *optional*): Height and width of its bucket; by default a square of `resolution`.
 
         Raises:
             BadImage: If the image cannot be used.
-            BadCaption: If the cell holds no caption.
+            BadCaption: If the cell has no caption.
         """
         caption = self.caption(row, draws)
         pixels = self.pixels(row, draws, shape)
@@ -56,27 +56,27 @@ class SampleMaker:
         return self.finish(pixels, low_res, caption, draws)
 
     def caption(self, row: dict[str, Any], draws: np.ndarray) -> str | None:
-        """The row's caption in the column that the slot draws."""
+        """Return the row's caption in the column that is drawn for the slot."""
         if not self.with_text:
             return None
         return self.captions(row)[int(self.columns(draws))]
 
     def captions(self, row: dict[str, Any]) -> list[str]:
-        """The row's captions, one a column.
+        """Return the row's captions, one per column.
 
         Raises:
-            BadCaption: If one of them is missing, whichever is drawn: a row is used with all or not at all.
+            BadCaption: If any of them is missing: such a row is never used.
         """
         return [caption_text(row[column]) for column in self.config.caption_column]
 
     def columns(self, draws: np.ndarray) -> np.ndarray:
-        """Which caption column each slot draws."""
+        """Return the caption column drawn for each slot."""
         return pick(self.column_edges, draws[..., CAPTION])
 
     def pixels(
         self, row: dict[str, Any], draws: np.ndarray | None = None, shape: tuple[int, int] | None = None
     ) -> torch.Tensor:
-        """The row's image, cropped and resized: `(3, H, W)` uint8."""
+        """Return the row's image, cropped and resized: `(3, H, W)` uint8."""
         size = shape or (self.config.resolution, self.config.resolution)
         where = self.folder, self.config.background
         image = read_fitting(row[self.image_column], size, *where, self.config.min_resolution)
@@ -85,7 +85,7 @@ class SampleMaker:
     def low_resolution(
         self, row: dict[str, Any], draws: np.ndarray | None = None, shape: tuple[int, int] | None = None
     ) -> torch.Tensor | None:
-        """The row's low-resolution image where it has one, cropped and resized as its image: `(3, h, w)` uint8."""
+        """Return the row's low-resolution image, if any, cropped and resized like its image: `(3, h, w)` uint8."""
         if self.config.low_resolution_column is None:
             return None
         image = read_image(row[self.config.low_resolution_column], self.folder, self.config.background)
@@ -93,7 +93,7 @@ class SampleMaker:
         return self.fit(image, height // self.config.factor, width // self.config.factor, draws)
 
     def fit(self, image: Image.Image, height: int, width: int, draws: np.ndarray | None) -> torch.Tensor:
-        """An image at a size, the place of its crop as drawn: `(3, height, width)` uint8."""
+        """Crop and resize an image, at the position drawn for the slot: `(3, height, width)` uint8."""
         place = (0.5, 0.5)
         if draws is not None and self.augment and not self.config.center_crop:
             place = (draws[PLACE_TOP], draws[PLACE_LEFT])
@@ -103,7 +103,9 @@ class SampleMaker:
     def pyramid(
         self, pixels: torch.Tensor, draws: np.ndarray, low_res: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The image, or a crop of it, as uint8, and its low-resolution image in [-1, 1]: that of the row or a reduction."""
+        """
+        Return the image or a crop of it as uint8, and its low-resolution image in [-1, 1]: the row's, or downsampled.
+        """
         size, factor, interpolation = self.config.crop_size, self.config.factor, self.config.image_interpolation_mode
         if size is None:
             low_res = (
@@ -117,7 +119,7 @@ class SampleMaker:
         return image, crop_wider(to_float(low_res), *corner, size // factor)
 
     def corner(self, pixels: torch.Tensor, draws: np.ndarray) -> tuple[int, int]:
-        """Top and left of the slot's crop, on the grid of the reduction."""
+        """Return top and left of the slot's crop, in low-resolution pixels."""
         size, factor = self.config.crop_size or 0, self.config.factor
         height, width = ((length - size) // factor for length in pixels.shape[-2:])
         return int(whole(draws[CROP_TOP], height + 1)), int(whole(draws[CROP_LEFT], width + 1))
@@ -125,7 +127,7 @@ class SampleMaker:
     def finish(
         self, pixels: torch.Tensor, low_res: torch.Tensor | None, caption: str | None, draws: np.ndarray
     ) -> Sample:
-        """Mirrors and degrades, as the slot's draws say."""
+        """Flip and degrade the images, as drawn for the slot."""
         if self.changes_samples:
             if self.config.random_flip and draws[FLIP] < 0.5 and not speaks_of_sides(caption):
                 pixels = pixels.flip(-1)

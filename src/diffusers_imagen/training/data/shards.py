@@ -1,7 +1,7 @@
-"""WebDataset tar shards at hand: whether they are whole, and the samples in them.
+"""Local WebDataset tar shards: integrity checks, and the samples in them.
 
-Tar files end with zeros, so that a cut one can be told; what reads them in order (`tarfile`, `datasets`) takes a cut or a
-damaged header for the end, and says nothing of the samples after it.
+Tar files end with zeros, so that truncation can be detected; sequential readers (`tarfile`, `datasets`) treat a
+truncated file or a damaged header as the end, and ignore the samples after it.
 """
 
 import bz2
@@ -29,13 +29,13 @@ from ...utils.images import check_regular, picture_extensions
 COMPRESSIONS: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
 TEXTS = ("txt", "text", "caption", "cap", "transcript", "label", "style", "split", "url")
 NUMBERS = ("cls", "cls2", "index", "inx", "id")
-MOST_EXAMINED = 256  # shards of a stream that are read from header to header; of the others the end is
-MAX_FIELD = 2**30  # bytes of one file in a shard; sparse files claim any size
+MOST_EXAMINED = 256  # maximum number of a stream's shards whose headers are all read; of others only the end is read
+MAX_FIELD = 2**30  # bytes of one file in a shard; headers of sparse files can declare any size
 DAMAGE = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError, ValueError)
 
 
 class Shard(NamedTuple):
-    """A tar file as it was when it was examined."""
+    """A tar file, with its size and modification time when it was checked."""
 
     path: str
     size: int
@@ -48,28 +48,28 @@ class Shard(NamedTuple):
 
 
 class Contents(NamedTuple):
-    """What a shard holds."""
+    """Content of a shard."""
 
     samples: int
-    fields: frozenset[str]  # the endings of its files
-    pictures: frozenset[tuple[str, ...]]  # the endings of the pictures that a sample has together
-    fault: str | None  # what is wrong with it
+    fields: frozenset[str]  # the suffixes of its files
+    pictures: frozenset[tuple[str, ...]]  # the suffixes of images that belong to the same sample
+    fault: str | None  # description of damage
 
 
 class Fault(Exception):
-    """What is wrong with a shard."""
+    """Damage of a shard."""
 
 
 def check_shards(shards: list[Shard], most: int) -> list[Contents]:
-    """What is in shards.
+    """Check shards, and return their contents.
 
     Args:
         shards (`list[Shard]`): The shards.
-        most (`int`): Shards that are examined, evenly spread. Those between are examined only if they do not end as a whole
-            archive does: a header takes about 10 us, and 40,000 shards have 800 million of them.
+        most (`int`): Maximum number of shards to read completely, evenly spaced. Others are read completely only if they
+            do not end like a complete archive: a header takes about 10 us, and 40,000 shards have 800 million of them.
 
     Raises:
-        ValueError: If shards are cut or damaged; names them, and how many samples can be read.
+        ValueError: If shards are truncated or damaged; names them, and the number of readable samples.
     """
     spread = set(np.linspace(0, len(shards) - 1, min(most, len(shards))).round().astype(int).tolist())
     contents, faults = [], []
@@ -98,7 +98,7 @@ def is_ended(shard: Shard) -> bool:
 
 @lru_cache(maxsize=None)
 def examine(shard: Shard) -> Contents:
-    """Goes from header to header to the end of a shard; one that is compressed is unpacked on the way."""
+    """Read all headers of a shard up to its end, decompressing it if necessary."""
     samples = 0
     fields: set[str] = set()
     pictures: set[tuple[str, ...]] = set()
@@ -108,7 +108,7 @@ def examine(shard: Shard) -> Contents:
         for key, members in _group(shard.path, lambda archive, member: None):
             if key in seen:
                 raise Fault(
-                    f"has files of the sample {key!r} in two places: those of a sample belong one after another"
+                    f"has files of the sample {key!r} in two places: the files of a sample should be consecutive"
                 )
             seen.add(key)
             samples += 1
@@ -122,7 +122,7 @@ def examine(shard: Shard) -> Contents:
 
 
 def is_picture(field: str) -> bool:
-    """Whether an ending is that of a picture; one of two parts, such as `mask.png`, is something else."""
+    """Return whether a suffix is that of an image; one of two parts, such as `mask.png`, is not."""
     return f".{field.lower()}" in picture_extensions()
 
 
@@ -143,10 +143,12 @@ def _open(path: str) -> Iterator[BinaryIO]:
 def _group(
     path: str, take: Callable[[tarfile.TarFile, tarfile.TarInfo], bytes | None]
 ) -> Iterator[tuple[str, dict[str, bytes | None]]]:
-    """The samples of a shard, files one after another that are alike up to the first dot: name, and what `take` reads.
+    """
+    Iterate over the samples of a shard, consecutive files with the same name up to the first dot: name, and `take`'s
+    results.
 
     Raises:
-        Fault: If the archive does not go on to its end.
+        Fault: If the archive is not complete.
     """
     current, before = "", None
     members: dict[str, bytes | None] = {}
@@ -157,14 +159,14 @@ def _group(
                 if not member.isreg() or key is None or os.path.basename(member.name).startswith((".", "__")):
                     continue
                 if member.size > MAX_FIELD:
-                    raise Fault(f"has '{member.name}' of {member.size} bytes, more than the {MAX_FIELD} that are read")
+                    raise Fault(f"has '{member.name}' of {member.size} bytes, more than the supported {MAX_FIELD}")
                 if key != current and members:
                     yield current, members
                     members, before = {}, set(members)
                 if field in members:
                     raise Fault(f"has '{member.name}' twice")
                 current, members[field] = key, take(archive, member)
-        except Fault:  # which lies after the last member
+        except Fault:  # after the last member
             if set(members) == before:
                 yield current, members
             raise
@@ -182,25 +184,25 @@ def _archive(file: BinaryIO) -> Iterator[tarfile.TarFile]:
 
 
 class Bounded:
-    """A file of which no part larger than `MAX_FIELD` is read: a damaged or hostile header may claim any size."""
+    """
+    File of which at most `MAX_FIELD` bytes are read at a time: damaged or malicious headers can declare any size.
+    """
 
     def __init__(self, file: BinaryIO):
         self.file, self.seek, self.tell = file, file.seek, file.tell
 
     def read(self, size: int = -1) -> bytes:
-        """Reads so many bytes."""
+        """Read this number of bytes."""
         if not 0 <= size <= MAX_FIELD:
-            raise Fault(
-                f"has a header at byte {self.tell()} that claims more than the {MAX_FIELD} bytes that are read"
-            )
+            raise Fault(f"has a header at byte {self.tell()} that declares more than the supported {MAX_FIELD} bytes")
         return self.file.read(size)
 
 
 def _members(archive: tarfile.TarFile, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
-    """The members of an archive, and then a look at its end."""
+    """Iterate over the members of an archive, and check its end."""
     while (member := archive.next()) is not None:
         yield member
-        archive.members = []  # type: ignore[attr-defined]  # which tarfile keeps, and does not declare
+        archive.members = []  # type: ignore[attr-defined]  # a list that tarfile keeps, and does not declare
     file.seek(archive.offset)
     block = file.read(tarfile.BLOCKSIZE)
     if len(block) < tarfile.BLOCKSIZE:
@@ -209,17 +211,17 @@ def _members(archive: tarfile.TarFile, file: BinaryIO) -> Iterator[tarfile.TarIn
         raise Fault(f"has a damaged header at byte {archive.offset}")
     while part := file.read(2**20):
         if any(part):
-            raise Fault(f"goes on after the zeros that end a tar file, at byte {archive.offset}")
+            raise Fault(f"continues after the zeros that end a tar file, at byte {archive.offset}")
 
 
 # ---- rows
 
 
 def choose_pictures(contents: list[Contents], image_column: str) -> list[str]:
-    """The endings of the files that are images: `image_column`, or where it is no ending, any picture.
+    """Return the suffixes of image files: `image_column`, or, if it is not a suffix, those of all images.
 
     Raises:
-        ValueError: If samples hold several pictures, and `image_column` names none of them.
+        ValueError: If samples have several images, and `image_column` selects none of them.
     """
     fields = set().union(*(found.fields for found in contents))
     together = set().union(*(found.pictures for found in contents))
@@ -228,7 +230,7 @@ def choose_pictures(contents: list[Contents], image_column: str) -> list[str]:
     several = [group for group in together if len(group) > 1 and image_column not in group]
     if several:
         raise ValueError(
-            f"`image_column` is {image_column!r}, but samples hold several images, {list(several[0])}: name one."
+            f"`image_column` is {image_column!r}, but samples have several images, {list(several[0])}: choose one."
         )
     pictures = sorted({field for group in together for field in group})
     if not pictures:
@@ -237,7 +239,7 @@ def choose_pictures(contents: list[Contents], image_column: str) -> list[str]:
 
 
 def shard_features(contents: list[Contents], image_column: str) -> Features:
-    """The columns of the rows: the image, and the files of text and numbers."""
+    """Return the columns of the rows: the image, and the files with text and numbers."""
     fields = sorted(set().union(*(found.fields for found in contents)))
     columns = {field: Value("string") for field in fields if _ending(field) in TEXTS}
     columns |= {field: Value("int64") for field in fields if _ending(field) in NUMBERS}
@@ -245,10 +247,10 @@ def shard_features(contents: list[Contents], image_column: str) -> Features:
 
 
 def read_rows(shards: list[Shard], pictures: tuple[str, ...], features: Features) -> Iterator[dict[str, Any]]:
-    """The samples of shards as rows, the images as bytes.
+    """Iterate over the samples of shards as rows, with images as bytes.
 
     Raises:
-        ValueError: If a shard has changed since it was examined, and cannot be read.
+        ValueError: If a shard was changed after it was checked, and cannot be read.
     """
     (image_column,) = (name for name, feature in features.items() if isinstance(feature, Image))
     texts = [name for name in features if name != image_column]
@@ -266,7 +268,7 @@ def read_rows(shards: list[Shard], pictures: tuple[str, ...], features: Features
                 image = {"bytes": members[picture] if picture else b"", "path": name}
                 yield {image_column: image, **{text: _decode(text, members.get(text)) for text in texts}}
         except (Fault, *DAMAGE) as error:
-            raise ValueError(f"'{shard.path}' cannot be read any more: {one_line(error)}") from error
+            raise ValueError(f"'{shard.path}' can no longer be read: {one_line(error)}") from error
 
 
 def _ending(field: str) -> str:
@@ -274,7 +276,7 @@ def _ending(field: str) -> str:
 
 
 def _decode(field: str, data: bytes | None) -> Any:
-    """A file of text or a number; None for one that is missing or is something else."""
+    """Decode a file with text or a number; None if it is missing or invalid."""
     if data is None or len(data) > MAX_CAPTION:
         return None
     try:

@@ -1,4 +1,4 @@
-"""Rows of images and captions, from a folder or from the Hub, with images not yet decoded."""
+"""Sources of rows of images and captions: a folder or the Hub, with images that are not decoded yet."""
 
 import glob
 import os
@@ -40,12 +40,12 @@ from .tables import EmptyTable, check_table, find_damage, find_fault, innermost
 
 logger = logging.get_logger(__name__)
 
-SAVED = ("dataset_dict.json", "state.json")  # of what `save_to_disk` wrote
+SAVED = ("dataset_dict.json", "state.json")  # files written by `save_to_disk`
 TABLES = (".parquet", ".arrow", ".csv", ".tsv", ".json", ".jsonl")
 RULES = re.DOTALL | re.MULTILINE
-MOST_CARD = 2**16  # characters of a card that are looked at
-MOST_SHARDS = 1024  # of a stream of pictures
-ROWS_AT_ONCE = 10_000  # of which some columns are in memory
+MOST_CARD = 2**16  # maximum characters of a card that are read
+MOST_SHARDS = 1024  # maximum shards of a stream of images
+ROWS_AT_ONCE = 10_000  # maximum number of rows of which some columns are in memory
 TEXT_TYPES = ("string", "large_string")
 
 
@@ -54,8 +54,8 @@ class Rows(NamedTuple):
 
     data: Dataset | IterableDataset
     image_column: str
-    folder: str  # where relative file names begin
-    low_res_column: str | None = None  # with the images that are enlarged, if not reductions of the others are
+    folder: str  # base folder of relative file names
+    low_res_column: str | None = None  # with the low-resolution images, if they are not downsampled images
 
     @property
     def image_columns(self) -> list[str]:
@@ -68,15 +68,15 @@ class Rows(NamedTuple):
 
 
 def open_rows(config: DataConfig, split: str, with_text: bool = True) -> Rows:
-    """The rows of a split, in the chosen styles.
+    """Open the rows of a split, with the selected styles.
 
     Args:
-        config (`DataConfig`): Where the data is.
+        config (`DataConfig`): Configuration of the data.
         split (`str`): The split's name, or the value of the split column.
         with_text (`bool`): Whether captions are needed.
 
     Raises:
-        ValueError: If there is no such data, column or split, or a caption column that holds no text.
+        ValueError: If there is no such data, column or split, or a caption column does not contain text.
     """
     splits, folder = load_splits(config)
     some = next(iter(splits.values()))
@@ -107,36 +107,39 @@ def open_rows(config: DataConfig, split: str, with_text: bool = True) -> Rows:
 
 
 def load_splits(config: DataConfig) -> tuple[dict[str, Dataset | IterableDataset], str]:
-    """All splits by name, and the folder where relative file names begin, or the data set's name on the Hub."""
+    """
+    Load all splits by name; return the base folder of relative file names, or the data set's name on the Hub, too.
+    """
     argument = "dataset_name" if config.train_data_dir is None else "train_data_dir"
     name = config.train_data_dir or config.dataset_name
     if name is None:
-        raise ValueError("There is no data: give `train_data_dir` or `dataset_name`.")
+        raise ValueError("There is no data: set `train_data_dir` or `dataset_name`.")
     if config.train_data_dir is not None and not Path(name).is_dir():
-        raise ValueError(f"`train_data_dir` is {name!r}, which is no folder.")
+        raise ValueError(f"`train_data_dir` is {name!r}, which is not a folder.")
     try:
         if argument == "dataset_name" and any((Path(name) / file).is_file() for file in SAVED):
             return as_splits(load_from_disk(name), config), ""
         if Path(name).is_dir():
             return as_splits(load_folder(name, config), config), name
         return as_splits(load_dataset(name, config.dataset_config_name, **load_options(config)), config), name
-    except (EmptyTable, StopIteration):  # StopIteration: of datasets' JSON reader, at an empty file
+    except (EmptyTable, StopIteration):  # StopIteration: from datasets' JSON reader, for an empty file
         raise ValueError(f"`{argument}` is {name!r}, whose metadata file is empty.") from None
-    # readers of damaged files raise whatever they stumble over
+    # damaged files raise errors of any type
     except Exception as error:
         raise ValueError(f"`{argument}` is {name!r}, which cannot be opened: {innermost(error)}") from error
 
 
 def load_options(config: DataConfig) -> dict[str, Any]:
-    """How `datasets` reads a data set."""
+    """Return the options of `datasets` for reading a data set."""
     return {"cache_dir": config.cache_dir, "streaming": config.streaming}
 
 
 def load_folder(folder: str, config: DataConfig) -> Any:
-    """A folder at hand: with a metadata file, of pictures, of tar shards, or of what `datasets` knows.
+    """
+    Load a local folder: with a metadata file, of images, of tar shards, or of another format that `datasets` supports.
 
     Raises:
-        ValueError: If files would be left out, or one is damaged.
+        ValueError: If files would be ignored, or are damaged.
     """
     for file in METADATA:
         if os.path.lexists(os.path.join(folder, file)):
@@ -150,7 +153,7 @@ def load_folder(folder: str, config: DataConfig) -> Any:
         return {split: join([load_table(folder, file, config) for file in group]) for split, group in groups.items()}
     if pictures and shards:
         raise ValueError(
-            f"it has pictures, such as '{pictures[0]}', and tar shards, such as '{shards[0]}': move one of them away."
+            f"it has images, such as '{pictures[0]}', and tar shards, such as '{shards[0]}': move one of them away."
         )
     if shards:
         return load_shards(folder, shards, config)
@@ -158,7 +161,8 @@ def load_folder(folder: str, config: DataConfig) -> Any:
     if len(pictures) > len(others):
         if others:
             logger.warning(
-                f"{folder!r} has {len(pictures)} pictures; {len(others)} other files, such as {others[0]!r}, are not read"
+                f"{folder!r} has {len(pictures)} images; {len(others)} other files, such as {others[0]!r}, are not "
+                "read"
             )
         groups = group_by_split(pictures, by_file_name=False)
         return {split: load_pictures(folder, group, config) for split, group in groups.items()}
@@ -166,7 +170,7 @@ def load_folder(folder: str, config: DataConfig) -> Any:
 
 
 def is_configured(folder: str) -> bool:
-    """Whether the card of a folder says which files belong to which split."""
+    """Return whether the card of a folder configures which files belong to which split."""
     card = Path(folder) / "README.md"
     return (
         card.is_file()
@@ -175,7 +179,7 @@ def is_configured(folder: str) -> bool:
 
 
 def load_table(folder: str, file: str, config: DataConfig) -> Dataset | IterableDataset:
-    """The rows of a metadata file, whose file names begin at its place."""
+    """Load the rows of a metadata file, whose file names are relative to its folder."""
     path = os.path.join(folder, file)
     check_table(path)
     place, name = os.path.split(file)
@@ -187,29 +191,29 @@ def load_table(folder: str, file: str, config: DataConfig) -> Dataset | Iterable
 
 
 def place_file(row: dict[str, Any], place: str) -> dict[str, Any]:
-    """The row with a file name that begins at the data set's folder."""
+    """Make the file name of a row relative to the data set's folder."""
     name = row.get("file_name")
     return {**row, "file_name": os.path.join(place, name) if isinstance(name, str) else name}
 
 
 def join(parts: list) -> Dataset | IterableDataset:
-    """Several tables as one."""
+    """Concatenate several tables."""
     return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
 
 
 def load_pictures(folder: str, pictures: list[str], config: DataConfig) -> Dataset | IterableDataset:
-    """Pictures without a metadata file, with the captions beside them."""
+    """Load images without a metadata file, with the captions next to them."""
     data = Dataset.from_dict(picture_rows(folder, pictures))
     return data.to_iterable_dataset(min(len(data), MOST_SHARDS)) if config.streaming else data
 
 
 def load_shards(folder: str, files: list[str], config: DataConfig) -> dict[str, Dataset | IterableDataset]:
-    """The samples of tar shards, of which every one is whole; of a stream's many shards some are examined."""
+    """Load the samples of tar shards, all of which must be complete; of a stream's many shards some are read completely."""
     groups = group_by_split(files, by_file_name=True)
     shards = {file: Shard.at(os.path.join(folder, file)) for file in files}
     contents = check_shards(list(shards.values()), MOST_EXAMINED if config.streaming else len(shards))
     if not any(found.samples for found in contents):
-        raise ValueError(f"its {len(files)} tar shards hold no sample.")
+        raise ValueError(f"its {len(files)} tar shards have no samples.")
     pictures = tuple(choose_pictures(contents, config.image_column))
     features = shard_features(contents, config.image_column)
     options = {"features": features} | ({} if config.streaming else {"cache_dir": config.cache_dir})
@@ -222,8 +226,8 @@ def load_shards(folder: str, files: list[str], config: DataConfig) -> dict[str, 
 
 
 def load_tables(folder: str, files: list[str], config: DataConfig) -> Any:
-    """What `datasets` makes of a folder, of Parquet files and the like, if it makes something of all of them."""
-    # in a stream a fault would show up in the middle of the run
+    """Load a folder by `datasets`, for example of Parquet files, and check that no file is ignored."""
+    # in a stream an error would occur in the middle of the run
     find_fault(folder, files if config.streaming else [file for file in files if file.endswith(".parquet")])
     try:
         builder = load_dataset_builder(folder, cache_dir=config.cache_dir)
@@ -235,7 +239,7 @@ def load_tables(folder: str, files: list[str], config: DataConfig) -> Any:
         lost = [file for file in lost if os.path.basename(file) not in FILES_TO_IGNORE] if endings else []
         if lost:
             raise ValueError(
-                f"{len(lost)} of its files belong to no split, such as '{lost[0]}', where others are named after one: "
+                f"{len(lost)} of its files belong to no split, such as '{lost[0]}', while others are named after one: "
                 "rename or move them."
             )
         return load_dataset(folder, **load_options(config))
@@ -245,7 +249,7 @@ def load_tables(folder: str, files: list[str], config: DataConfig) -> Any:
 
 
 def as_splits(data, config: DataConfig) -> dict[str, Dataset | IterableDataset]:
-    """A single data set is a data set of one split."""
+    """Return a data set as splits; a single data set is the split `train`."""
     if not isinstance(data, dict):
         data = {"train": data}
     if config.streaming:
@@ -257,7 +261,7 @@ def as_splits(data, config: DataConfig) -> dict[str, Dataset | IterableDataset]:
 
 
 def column_names(data: Dataset | IterableDataset, config: DataConfig) -> list[str]:
-    """The columns; of a stream that does not say, those of its first row."""
+    """Return the columns; for a stream that does not declare them, those of its first row."""
     if data.column_names is not None and not (isinstance(data, Dataset) and len(data) == 0):
         return data.column_names
     first = next(iter(data), None)
@@ -268,7 +272,7 @@ def column_names(data: Dataset | IterableDataset, config: DataConfig) -> list[st
 
 
 def find_image_column(data, columns: list[str], config: DataConfig) -> str:
-    """The configured column; without it that of a metadata file, or the only one with images."""
+    """Return the configured column, or else that of a metadata file, or the only one with images."""
     if config.image_column in columns:
         return config.image_column
     if "file_name" in columns:
@@ -280,7 +284,7 @@ def find_image_column(data, columns: list[str], config: DataConfig) -> str:
 
 
 def check_columns(data, columns: list[str], config: DataConfig, with_text: bool) -> None:
-    """Checks that the columns exist and that captions are text."""
+    """Check that the columns exist and that captions are text."""
     captions = config.caption_column if with_text and config.caption is None else []
     needed = {*captions, *draw_columns(config)}
     needed |= {"style"} if config.styles else set()
@@ -291,17 +295,17 @@ def check_columns(data, columns: list[str], config: DataConfig, with_text: bool)
     for column in captions if data.features is not None else []:
         feature = data.features[column]
         inner = feature.feature if isinstance(feature, List) else feature
-        if type(inner).__name__ == "Json":  # of cells of several kinds: those that are no captions are skipped
+        if type(inner).__name__ == "Json":  # cells of several types: those that are not captions are skipped
             continue
         if not (isinstance(inner, Value) and inner.dtype in TEXT_TYPES):
             raise ValueError(
-                f"`caption_column` {column!r} holds {getattr(inner, 'dtype', type(inner).__name__)}, but captions are "
-                f"text or lists of words: name a text column among {columns}."
+                f"`caption_column` {column!r} has {getattr(inner, 'dtype', type(inner).__name__)}, but should have "
+                f"text or lists of words: choose a text column among {columns}."
             )
 
 
 def keep_rows(data, wanted: dict[str, list[str]], split: str):
-    """Rows whose columns have one of the wanted values."""
+    """Select rows whose columns have one of the given values."""
     if isinstance(data, IterableDataset):
         if not wanted:
             return data
@@ -316,7 +320,7 @@ def keep_rows(data, wanted: dict[str, list[str]], split: str):
 
 
 def give_caption(data, config: DataConfig):
-    """The rows with `config.caption` instead of their own."""
+    """Replace the captions of the rows by `config.caption`."""
     (column,) = config.caption_column
     if isinstance(data, IterableDataset):
         return data.map(lambda row: {column: config.caption})
@@ -326,7 +330,7 @@ def give_caption(data, config: DataConfig):
 
 
 def take(data, number: int, seed: int):
-    """So many rows: at random, or of a stream the first."""
+    """Select a number of rows: at random, or the first rows of a stream."""
     if isinstance(data, IterableDataset):
         return data.take(number)
     order = Permutation(len(data), philox_key(seed, SUBSET_SEED))
@@ -340,17 +344,17 @@ def iterate_cells(data: Dataset, columns: list[str]) -> Iterator[tuple]:
 
 
 def draw_columns(config: DataConfig) -> list[str]:
-    """The columns that say how often a row is drawn."""
+    """Return the columns that determine how often a row is drawn."""
     return [*(config.balance_by or []), *([config.weight_column] if config.weight_column else [])]
 
 
 def draw_weights(rows: Dataset, config: DataConfig) -> np.ndarray | None:
-    """How often each row is drawn, `(N,)`, in proportion; None for all alike.
+    """Return the relative frequency of each row, `(N,)`; None for uniform frequencies.
 
     Every combination of values in `config.balance_by` is drawn equally often, times `config.weight_column`.
 
     Raises:
-        ValueError: If a weight is no number above 0.
+        ValueError: If a weight is not a number above 0.
     """
     if not draw_columns(config):
         return None

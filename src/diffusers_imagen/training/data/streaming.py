@@ -1,7 +1,7 @@
-"""A data set that is read in order: WebDataset tar shards, or a stream from the Hub.
+"""Data set that is read in order: WebDataset tar shards, or a stream from the Hub.
 
-Rows cannot be reached by number here, so a run's order depends on how many processes and workers read it: each reads
-shards of its own. Its position can be saved and resumed exactly nevertheless.
+Rows are not accessible by index, so a run's order depends on the number of processes and workers: each reads its own
+shards. Its position can still be saved and resumed exactly.
 """
 
 from collections.abc import Iterator
@@ -23,30 +23,30 @@ from .sources import Rows
 from .tables import innermost
 
 
-MAX_BAD_ROWS = 1000  # one after another, before the data set is given up
+MAX_BAD_ROWS = 1000  # consecutive rows that cannot be used before an error is raised
 
 
 class ShardReader:
-    """Rows of one reader's shards, without end: shards in an order of each epoch, rows shuffled block by block.
+    """Infinite stream of the rows in one reader's shards: shards in a new order each epoch, rows shuffled in blocks.
 
-    `datasets`' own shuffling forgets its buffer when it is resumed. Here a block is read again from where it began.
+    The shuffling of `datasets` loses its buffer when it is resumed. Here a block is read again from its beginning.
 
     Args:
         data (`datasets.IterableDataset`): The stream.
         seed (`int`): The run's seed.
-        reader (`int`): This reader's number among all readers of all processes.
-        num_readers (`int`): How many there are. If there are fewer shards, each reads all and keeps its share of rows.
-        block_size (`int`): Rows that are shuffled together.
+        reader (`int`): Index of this reader among all readers of all processes.
+        num_readers (`int`): Number of readers. With fewer shards, each reads all of them and keeps its share of rows.
+        block_size (`int`): Number of rows that are shuffled together.
     """
 
     def __init__(self, data: Stream, seed: int, reader: int, num_readers: int, block_size: int):
         self.data, self.seed = data, seed
         self.reader, self.num_readers, self.block_size = reader, num_readers, block_size
         self.state: dict[str, Any] = {"epoch": 0, "shard": 0, "block": 0, "taken": 0, "stream": None}
-        self.place = ""  # of the last row, for reports
+        self.place = ""  # position of the last row, for reports
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Rows; `state` is the place after the last one."""
+        """Yield rows; `state` is the position after the last one."""
         while True:
             found = self.state["shard"] > 0 or self.state["block"] > 0
             for shard in self._shards()[self.state["shard"] :]:
@@ -66,7 +66,7 @@ class ShardReader:
         return self.data.num_shards >= self.num_readers
 
     def _rows(self, shard: int) -> Iterator[dict[str, Any]]:
-        """Rows of a shard, from the state's block on."""
+        """Yield the rows of a shard, starting at the state's block."""
         stream = self.data.shard(num_shards=self.data.num_shards, index=shard)
         if self.state["stream"] is not None:
             stream.load_state_dict(self.state["stream"])
@@ -87,33 +87,33 @@ class ShardReader:
             self.state = {**self.state, "block": self.state["block"] + 1, "taken": 0, "stream": start}
 
     def _read(self, stream: Stream, shard: int) -> Iterator[dict[str, list]]:
-        """Blocks of a shard's rows.
+        """Yield blocks of a shard's rows.
 
         Raises:
-            ValueError: If the shard cannot be read on, as one of the Hub that was cut; names it.
+            ValueError: If the rest of the shard cannot be read, such as a truncated shard on the Hub; names the shard.
         """
         try:
-            # `iter`, unlike a for loop, does not split a shard's rows over the workers once more
+            # `iter`, unlike a for loop, does not split a shard's rows over the workers again
             yield from stream.iter(batch_size=self.block_size)
         except DAMAGE as error:
             raise ValueError(
-                f"Shard {shard} of the stream cannot be read on after {self.state['block']} blocks of "
+                f"Shard {shard} of the stream cannot be read further after {self.state['block']} blocks of "
                 f"{self.block_size} rows: {innermost(error)}"
             ) from error
 
 
 class StreamDataset(IterableDataset):
-    """The micro-batches of one process from a stream; each worker makes every num_workers-th.
+    """Micro-batches of one process from a stream; each worker creates every num_workers-th.
 
     Args:
         rows (`Rows`): The data set.
-        maker (`SampleMaker`): Makes samples.
-        text (`TextSource`, *optional*): Makes the embeddings of captions.
-        draws (`SlotDraws`): The slots' numbers.
-        place (`tuple[int, int]`): The number of this process, and how many there are.
-        num_workers (`int`): Workers of each process.
-        batches (`int`): Batches of this process that came before.
-        states (`dict[int, dict]`): The place of each worker's reader; empty at the beginning.
+        maker (`SampleMaker`): Creates samples.
+        text (`TextSource`, *optional*): Source of the captions' embeddings.
+        draws (`SlotDraws`): Random numbers of the slots.
+        place (`tuple[int, int]`): Index of this process, and number of processes.
+        num_workers (`int`): Number of workers per process.
+        batches (`int`): Number of earlier batches of this process.
+        states (`dict[int, dict]`): Position of each worker's reader; empty at the beginning.
     """
 
     def __init__(
@@ -133,9 +133,9 @@ class StreamDataset(IterableDataset):
         self.batches, self.states = batches, states or {}
 
     def __iter__(self) -> Iterator[tuple[Samples, dict[str, str], tuple[int, dict]]]:
-        """Samples, why rows were passed over, and the worker with its reader's place."""
+        """Yield samples, skipped rows with reasons, and the worker with its reader's position."""
         info = get_worker_info()
-        # a DataLoader begins with its first worker; the next batch is another's if the run was stopped in between
+        # a DataLoader starts with its first worker; after a resume, the next batch may be that of another worker
         batch = self.batches + (info.id if info else 0)
         worker = batch % self.num_workers
         config = self.maker.config
@@ -164,4 +164,4 @@ class StreamDataset(IterableDataset):
             except (BadImage, BadCaption) as error:
                 skipped[name_image(row[self.rows.image_column], reader.place)] = str(error)
         name, reason = list(skipped.items())[-1]
-        raise ValueError(f"{MAX_BAD_ROWS} rows one after another cannot be used; {name}: {reason}.")
+        raise ValueError(f"{MAX_BAD_ROWS} consecutive rows cannot be used; {name}: {reason}.")

@@ -1,4 +1,4 @@
-"""What is wrong with a table of rows: the file and its line, of which the readers of `datasets` say little."""
+"""Checks of tables of rows: errors name the file and the line, which the readers of `datasets` do not."""
 
 import csv
 import json
@@ -19,7 +19,7 @@ class EmptyTable(ValueError):
 
 
 def check_table(path: str) -> None:
-    """Checks that a .jsonl, .csv or .parquet file can be read to its end.
+    """Check that a .jsonl, .csv or .parquet file can be read completely.
 
     Raises:
         ValueError: If it cannot; names the file and its line.
@@ -35,7 +35,7 @@ def check_table(path: str) -> None:
 
 
 def find_fault(folder: str, files: list[str]) -> None:
-    """Looks for the table that cannot be read among files of a folder.
+    """Check tables in a folder, to find one that cannot be read.
 
     Raises:
         ValueError: For the first one; names the file and its line.
@@ -45,10 +45,10 @@ def find_fault(folder: str, files: list[str]) -> None:
 
 
 def find_damage(folder: str, files: list[str]) -> None:
-    """As `find_fault`, and reads Parquet files through: for when there is a fault.
+    """Check tables like `find_fault`, and also read Parquet files completely; called after an error.
 
     Raises:
-        ValueError: For the first one; names the file.
+        ValueError: For the first damaged file; names it.
     """
     find_fault(folder, files)
     for path in (os.path.join(folder, file) for file in files if file.endswith(".parquet")):
@@ -60,7 +60,7 @@ def find_damage(folder: str, files: list[str]) -> None:
 
 
 def innermost(error: BaseException) -> str:
-    """What an error says that `datasets` wraps in others, in one line."""
+    """Return the message of an error that `datasets` wraps in others, in one line."""
     while isinstance(error, DatasetsError) and error.__cause__ is not None:
         error = error.__cause__
     kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
@@ -68,7 +68,7 @@ def innermost(error: BaseException) -> str:
 
 
 def _lines(path: str) -> Iterator[tuple[int, str]]:
-    """Numbers and text of the lines."""
+    """Iterate over the lines, with their numbers."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             try:
@@ -83,7 +83,7 @@ def _check_jsonl(path: str) -> None:
         if not line.strip():
             continue
         if rows == 0 and line.lstrip().startswith("["):
-            return  # one array of all rows, which `datasets` reads too
+            return  # one array of all rows, which `datasets` supports too
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
@@ -92,7 +92,8 @@ def _check_jsonl(path: str) -> None:
             raise ValueError(f"'{path}', line {number} is JSON that is nested too deeply.") from None
         if not isinstance(row, dict):
             raise ValueError(
-                f"'{path}', line {number} holds a JSON {type(row).__name__}, but should hold an object, one row a line."
+                f"'{path}', line {number} has a JSON {type(row).__name__}, but should have an object, one row per "
+                "line."
             )
         rows += 1
     if rows == 0:
@@ -108,11 +109,11 @@ def _check_csv(path: str) -> None:
             if len(row) > len(header):
                 raise ValueError(
                     f"'{path}', line {rows.line_num} has {len(row)} values, but the first line names {len(header)} "
-                    "columns: text with commas belongs into quotes."
+                    "columns: text with commas should be in quotes."
                 )
             count += 1
     except csv.Error as error:
-        if "field limit" in str(error):  # a long text, of which nothing is wrong
+        if "field limit" in str(error):  # a long text, which is valid
             return
         raise ValueError(f"'{path}', line {rows.line_num} is not CSV: {error}.") from None
     if count < 2:
@@ -123,4 +124,4 @@ def _check_parquet(path: str) -> None:
     try:
         parquet.read_metadata(path)
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"'{path}' is no Parquet file, or one that was cut: {one_line(error)}") from None
+        raise ValueError(f"'{path}' is not a Parquet file, or incomplete: {one_line(error)}") from None

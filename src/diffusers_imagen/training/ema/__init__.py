@@ -1,1 +1,1 @@
-"""Averages of the weights, and what is made of them after a run."""
+"""Averages of the weights (EMA), and their reconstruction after a run."""

@@ -1,4 +1,4 @@
-"""Averages of the weights over a run."""
+"""Exponential moving averages and power function averages of the weights."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -21,11 +21,11 @@ SNAPSHOTS = "ema-snapshots"
 
 
 class PowerFunctionEMA(EMAModel):
-    """The average over all steps tau with weights proportional to `tau^gamma` (EDM2, arXiv 2312.02696, section 3.1).
+    """Average over all steps tau with weights proportional to `tau^gamma` (EDM2, arXiv 2312.02696, section 3.1).
 
     Args:
-        parameters (`Iterable[torch.Tensor]`): What is averaged.
-        std (`float`): Width of the weights as a share of the run so far: `sigma_rel` of the paper.
+        parameters (`Iterable[torch.Tensor]`): Parameters to average.
+        std (`float`): Width of the weights as a fraction of the run so far: `sigma_rel` of the paper.
     """
 
     def __init__(self, parameters: Iterable[torch.Tensor], std: float):
@@ -33,25 +33,25 @@ class PowerFunctionEMA(EMAModel):
         self.std, self.gamma = std, std_to_gamma(std)
 
     def get_decay(self, optimization_step: int) -> float:
-        """`(1 - 1 / t)^(gamma + 1)`, 0 at the first step."""
+        """Return `(1 - 1 / t)^(gamma + 1)`, which is 0 at the first step."""
         return (1 - 1 / optimization_step) ** (self.gamma + 1)
 
 
 def std_to_gamma(std: float) -> float:
-    """The exponent of a width: the largest root of `std^2 (gamma + 2)^2 (gamma + 3) = gamma + 1`."""
+    """Return the exponent of a width: the largest root of `std^2 (gamma + 2)^2 (gamma + 3) = gamma + 1`."""
     square = std**2
     roots = np.roots([square, 7 * square, 16 * square - 1, 12 * square - 1])
     return float(roots[np.abs(roots.imag) < 1e-9].real.max())
 
 
 class WeightAverages:
-    """The averages that a run keeps: none, one, or one for each width.
+    """The averages of a run: none, one, or one per width.
 
-    Each process averages its own part of parameters that are spread over processes.
+    Each process averages its own part of parameters that are sharded over processes.
 
     Args:
-        config (`TrainingConfig`): Which.
-        parameters (`Iterable[torch.nn.Parameter]`): What is averaged, where it is trained.
+        config (`TrainingConfig`): Configuration of the averages.
+        parameters (`Iterable[torch.nn.Parameter]`): Parameters to average, on the training device.
     """
 
     def __init__(self, config: TrainingConfig, parameters: Iterable[torch.nn.Parameter]):
@@ -73,14 +73,14 @@ class WeightAverages:
             ]
 
     def step(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Takes the weights after a step into the averages."""
+        """Update the averages with the weights after a step."""
         own = [own_part(parameter) for parameter in parameters]
         for model in self.models:
             model.step(own)
 
     @contextmanager
     def applied(self, parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
-        """The parameters have the first average's values inside, and their own again after."""
+        """Context manager in which the parameters have the first average's values."""
         if not self.models:
             yield
             return
@@ -95,9 +95,9 @@ class WeightAverages:
     def save_snapshots(
         self, output_dir: str, parameters: dict[str, torch.nn.Parameter], step: int, is_main_process: bool = True
     ) -> None:
-        """Writes the averages of parameters in half precision, for `reconstruct`, each beside its place at first.
+        """Write the averages of parameters in half precision, for `reconstruct-ema`, as complete files.
 
-        All processes take part, since each may have parts; the main process writes.
+        Called by all processes, each of which may have a part; the main process writes.
 
         Raises:
             FloatingPointError: If an average is too large for half precision.
@@ -117,7 +117,7 @@ class WeightAverages:
                 save_file(tensors, partial, metadata=snapshot_metadata(tensors, step, model.std))
 
     def tensors(self) -> list[torch.Tensor]:
-        """All averages, in their own memory."""
+        """Return all averages, without copies."""
         return [average for model in self.models for average in model.shadow_params]
 
     def state_dict(self) -> dict[str, Any]:
@@ -127,13 +127,14 @@ class WeightAverages:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes the averages of a saved run; their decay is what this run is told."""
+        """Load the averages of a saved run; their decay is that of this run."""
         if not len(self.models) == len(state["steps"]) == len(state["averages"]):
             raise ValueError(f"it has {len(state['averages'])} averages, but should have {len(self.models)}")
         for model, step, averages in zip(self.models, state["steps"], state["averages"]):
             if not isinstance(step, int) or step < 0 or len(averages) != len(model.shadow_params):
                 raise ValueError(
-                    f"an average of {step!r} steps has {len(averages)} parts, but should have {len(model.shadow_params)}"
+                    f"an average of {step!r} steps has {len(averages)} parts, but should have "
+                    f"{len(model.shadow_params)}"
                 )
             model.optimization_step = step
             for place, (own, saved) in enumerate(zip(model.shadow_params, averages)):

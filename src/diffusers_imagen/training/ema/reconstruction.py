@@ -1,4 +1,4 @@
-"""Averages of any width after the run, from snapshots of two (EDM2, Karras et al. 2024, arXiv 2312.02696, app. C.4)."""
+"""Reconstruction of averages of any width from snapshots (EDM2, Karras et al. 2024, arXiv 2312.02696, app. C.4)."""
 
 import os
 import shutil
@@ -20,11 +20,13 @@ from .snapshots import Snapshot, check_shapes, list_snapshots, read_tensors
 logger = logging.get_logger(__name__)
 
 RECORD = "training.json"
-MAX_ERROR = 0.1  # of the profile, relative to its norm; beyond it the snapshots are too few
+MAX_ERROR = 0.1  # of the profile, relative to its norm; above it there are too few snapshots
 
 
 def profile_product(step_a: np.ndarray, gamma_a: np.ndarray, step_b: np.ndarray, gamma_b: np.ndarray) -> np.ndarray:
-    """Inner product of the weights `(gamma + 1) tau^gamma / step^(gamma + 1)` on `[0, step]`, in closed form."""
+    """
+    Return the inner product of the weights `(gamma + 1) tau^gamma / step^(gamma + 1)` on `[0, step]`, in closed form.
+    """
     shorter = np.minimum(step_a, step_b)
     scale = (gamma_a + 1) * (gamma_b + 1) / ((gamma_a + gamma_b + 1) * shorter)
     return scale * (shorter / step_a) ** (gamma_a + 1) * (shorter / step_b) ** (gamma_b + 1)
@@ -33,13 +35,15 @@ def profile_product(step_a: np.ndarray, gamma_a: np.ndarray, step_b: np.ndarray,
 def solve_coefficients(
     steps: list[int], stds: list[float], target_step: int, target_std: float
 ) -> tuple[np.ndarray, float]:
-    """Coefficients `(N,)` of the snapshots whose sum comes closest to the target's weights, and the relative error."""
+    """
+    Return coefficients `(N,)` of the snapshots whose sum is closest to the target's weights, and the relative error.
+    """
     step, gamma = np.array(steps, dtype=np.float64), np.array([std_to_gamma(std) for std in stds])
     goal = np.array(target_step, dtype=np.float64), np.array(std_to_gamma(target_std))
     products = profile_product(step[:, None], gamma[:, None], step, gamma)
     with_goal = profile_product(step, gamma, *goal)
     norm = profile_product(*goal, *goal)
-    # profiles scaled to unit norm, so that early snapshots, short and steep, do not spoil the conditioning
+    # profiles are scaled to unit norm, because early snapshots, short and steep, would worsen the conditioning
     scale = np.sqrt(np.diag(products))
     scaled = np.linalg.lstsq(products / np.outer(scale, scale), with_goal / scale, rcond=1e-14)[0]
     coefficients = scaled / scale
@@ -48,7 +52,7 @@ def solve_coefficients(
 
 
 def find_snapshots(run: Path, step: int | None, shapes: dict[str, tuple[int, ...]]) -> tuple[list[Snapshot], int]:
-    """The snapshots of a run up to a step, by default its last, and that step; all of them fit the network.
+    """Find the snapshots of a run up to a step, by default its last, and check that they fit the network.
 
     Raises:
         ValueError: If there are none, or one is damaged or of another network; names it.
@@ -59,7 +63,7 @@ def find_snapshots(run: Path, step: int | None, shapes: dict[str, tuple[int, ...
     first, last = (choose(snapshot.step for snapshot in snapshots) for choose in (min, max))
     step = last if step is None else step
     if not first <= step <= last:
-        raise ValueError(f"`step` is {step}, but the snapshots are of steps {first} to {last}.")
+        raise ValueError(f"`step` is {step}, but should be in the range of the snapshots, {first} to {last}.")
     used = [snapshot for snapshot in snapshots if snapshot.step <= step]
     for snapshot in used:
         check_shapes(snapshot, shapes)
@@ -67,7 +71,7 @@ def find_snapshots(run: Path, step: int | None, shapes: dict[str, tuple[int, ...
 
 
 def sum_snapshots(snapshots: list[Snapshot], coefficients: np.ndarray) -> dict[str, torch.Tensor]:
-    """The weighted sum of snapshots, in float32.
+    """Return the weighted sum of snapshots, in float32.
 
     Raises:
         ValueError: If a snapshot is damaged or not finite; names it.
@@ -81,12 +85,12 @@ def sum_snapshots(snapshots: list[Snapshot], coefficients: np.ndarray) -> dict[s
 
 
 def write_reconstructed(run: Path, outputs: dict[float, Path], step: int | None = None) -> dict[float, float]:
-    """Writes a stage folder for each width of the average, whole or not at all; returns the profiles' relative errors.
+    """Write a complete stage folder for each width of the average; return the profiles' relative errors.
 
     Args:
         run (`Path`): Folder of a run with `ema_type` power.
-        outputs (`dict[float, Path]`): Where to write the average of each width, a share of the steps up to `step`.
-        step (`int`, *optional*): As if the run had ended there; by default at its last snapshot.
+        outputs (`dict[float, Path]`): Folder to write for each width, a fraction of the steps up to `step`.
+        step (`int`, *optional*): Last step of the average; by default that of the last snapshot.
 
     Raises:
         ValueError: Before anything is written: if a width is out of bounds, a folder exists or is named twice, the run
@@ -109,8 +113,8 @@ def write_reconstructed(run: Path, outputs: dict[float, Path], step: int | None 
         coefficients, errors[std] = solve_coefficients(steps, stds, step, std)
         if errors[std] > MAX_ERROR:
             logger.warning(
-                f"{len(snapshots)} snapshots give width {std} with a relative error of {errors[std]:.2f}: save more of "
-                "them (`ema_snapshot_steps`), or ask for a width nearer to those tracked."
+                f"{len(snapshots)} snapshots give width {std} with a relative error of {errors[std]:.2f}: save more "
+                "of them (`ema_snapshot_steps`), or request a width closer to the recorded ones."
             )
         unet.load_state_dict(sum_snapshots(snapshots, coefficients), strict=False)  # buffers are not averaged
         with whole_folder(output) as partial:
@@ -119,14 +123,14 @@ def write_reconstructed(run: Path, outputs: dict[float, Path], step: int | None 
             if (run / "model_index.json").is_file():
                 shutil.copyfile(run / "model_index.json", partial / "model_index.json")
             copy_encoder(run, partial, output)
-            if record:  # losses and checksums are those of the weights that the run exported
+            if record:  # without losses and checksums, which are those of the weights that the run exported
                 settings = {"config": record["config"]} if "config" in record else {}
                 write_json(partial / RECORD, {"step": step, "ema_std": std, **settings})
     return errors
 
 
 def copy_encoder(run: Path, folder: Path, place: Path) -> None:
-    """Copies what a stage has of its text encoder to a folder that will be at `place`, which paths begin at."""
+    """Copy a stage's text encoder to a folder that will be moved to `place`, to which paths are relative."""
     for part in ("tokenizer", "text_encoder"):
         if (run / part).is_dir():
             shutil.copytree(run / part, folder / part)
@@ -135,12 +139,12 @@ def copy_encoder(run: Path, folder: Path, place: Path) -> None:
 
 
 def check_outputs(outputs: dict[float, Path]) -> None:
-    """Checks widths, and that their folders can be written."""
+    """Check widths, and that their folders can be written."""
     taken: dict[Path, float] = {}
     for std, output in outputs.items():
         if not MIN_STD <= std < MAX_STD:
             raise ValueError(
-                f"`ema_std` is {std}, but should be a share of the run, at least {MIN_STD} and below {MAX_STD}."
+                f"`ema_std` is {std}, but should be a fraction of the run, at least {MIN_STD} and below {MAX_STD}."
             )
         if output.exists() or output.is_symlink():
             raise ValueError(f"`output_dir` is '{output}', which exists already.")

@@ -1,4 +1,4 @@
-"""Files of averaged weights that know their own content."""
+"""Snapshots: files of averaged weights, with checksums."""
 
 import hashlib
 from pathlib import Path
@@ -26,12 +26,12 @@ class Snapshot(NamedTuple):
 
 
 def snapshot_metadata(tensors: dict[str, torch.Tensor], step: int, std: float) -> dict[str, str]:
-    """What a snapshot says of itself: step, width, and the SHA-256 of both and all tensors."""
+    """Return the metadata of a snapshot: step, width, and the SHA-256 of both and all tensors."""
     return {"step": str(step), "std": repr(std), "sha256": digest(tensors, step, std)}
 
 
 def digest(tensors: dict[str, torch.Tensor], step: int, std: float) -> str:
-    """SHA-256 of an average's step, width, names, types, shapes and numbers."""
+    """Return the SHA-256 of an average's step, width, names, dtypes, shapes and values."""
     sha = hashlib.sha256(f"{step} {std!r}".encode())
     for name, tensor in sorted(tensors.items()):
         sha.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
@@ -40,19 +40,19 @@ def digest(tensors: dict[str, torch.Tensor], step: int, std: float) -> str:
 
 
 def list_snapshots(folder: Path) -> list[Snapshot]:
-    """The snapshots in a folder, oldest first.
+    """List the snapshots in a folder, oldest first.
 
     Raises:
-        ValueError: If a file is no snapshot; names it.
+        ValueError: If a file is not a snapshot; names it.
     """
     paths = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
     return [read_head(path) for path in paths]
 
 
 def read_head(path: Path) -> Snapshot:
-    """Step, width and checksum of a snapshot."""
+    """Read step, width and checksum of a snapshot."""
     if not path.is_file():  # opening a FIFO would wait
-        raise ValueError(f"'{path}' is no regular file.")
+        raise ValueError(f"'{path}' is not a regular file.")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -61,14 +61,14 @@ def read_head(path: Path) -> Snapshot:
     try:
         step, std = int(metadata["step"]), float(metadata["std"])
     except (KeyError, ValueError):
-        raise ValueError(f"'{path}' does not say its `step` and `std`: it is no snapshot, or damaged.") from None
+        raise ValueError(f"'{path}' has no `step` and `std`: it is not a snapshot, or damaged.") from None
     if not (0 < step <= 10**9 and MIN_STD <= std < MAX_STD):
-        raise ValueError(f"'{path}' says that its step is {step} and its std {std}, which cannot be: it is damaged.")
+        raise ValueError(f"'{path}' has the step {step} and the std {std}, which are invalid: it is damaged.")
     return Snapshot(path, step, std, metadata.get("sha256"))
 
 
 def check_shapes(snapshot: Snapshot, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Checks by its header that a snapshot has all parameters of a network and nothing else.
+    """Check by its header that a snapshot has exactly the parameters of a network.
 
     Raises:
         ValueError: If not; names the file.
@@ -81,23 +81,23 @@ def check_shapes(snapshot: Snapshot, shapes: dict[str, tuple[int, ...]]) -> None
     other = sorted(name for name in shapes.keys() & found.keys() if shapes[name] != found[name])
     reason = None
     if missing:
-        reason = f"lacks {len(missing)} of the network's {len(shapes)} parameters, {missing[0]} among them"
+        reason = f"lacks {len(missing)} of the network's {len(shapes)} parameters, such as {missing[0]}"
     elif unknown:
-        reason = f"has {unknown[0]!r}, which is no parameter of the network"
+        reason = f"has {unknown[0]!r}, which is not a parameter of the network"
     elif other:
         name = other[0]
         reason = f"has {name} of shape {found[name]}, but the network's is {shapes[name]}"
     elif wrong:
-        reason = f"has {wrong[0]} in another type than {', '.join(DTYPES)}"
+        reason = f"has {wrong[0]} in another dtype than {', '.join(DTYPES)}"
     if reason is not None:
         raise ValueError(f"'{snapshot.path}' {reason}.")
 
 
 def read_tensors(snapshot: Snapshot) -> dict[str, torch.Tensor]:
-    """The numbers of a snapshot.
+    """Read the tensors of a snapshot.
 
     Raises:
-        ValueError: If they are not those that were saved, or not finite; names the file.
+        ValueError: If they differ from those that were saved, or are not finite; names the file.
     """
     try:
         with safe_open(snapshot.path, "pt") as file:
@@ -106,11 +106,11 @@ def read_tensors(snapshot: Snapshot) -> dict[str, torch.Tensor]:
         raise ValueError(f"'{snapshot.path}' cannot be read: {error}") from error
     if snapshot.sha256 is None:
         logger.warning(
-            f"'{snapshot.path}' has no checksum, which earlier versions did not write: it is taken as it is."
+            f"'{snapshot.path}' has no checksum, which earlier versions did not write: it is used without a check."
         )
     elif digest(tensors, snapshot.step, snapshot.std) != snapshot.sha256:
-        raise ValueError(f"'{snapshot.path}' is damaged: its content is not what was saved.")
+        raise ValueError(f"'{snapshot.path}' is damaged: its content does not match its checksum.")
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
-        raise ValueError(f"'{snapshot.path}' holds numbers that are not finite, in {broken[0]}.")
+        raise ValueError(f"'{snapshot.path}' has values that are not finite, in {broken[0]}.")
     return tensors

@@ -1,4 +1,4 @@
-"""The class images of DreamBooth: what a network draws of a subject's class before it is taught the subject."""
+"""Class images of DreamBooth: images of the subject's class, generated before fine-tuning."""
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -22,14 +22,14 @@ from .finetuning_config import DreamBoothTrainingConfig
 
 logger = logging.get_logger(__name__)
 
-CLASS_SEED = 32  # a word after the run's seed, unlike those of its data and steps
+CLASS_SEED = 32  # a word after the run's seed, different from those of its data and steps
 FLAGS = (
     "nsfw_detected",
     "watermark_detected",
     "nsfw_content_detected",
-)  # by image, of the outputs of diffusers' pipelines
-ATTEMPTS = 4  # to draw an image that the safety checker does not flag
-Draw = Callable[[list[torch.Generator]], list[Image.Image | None]]  # None for one that is flagged, and black
+)  # one value per image, in the outputs of diffusers' pipelines
+ATTEMPTS = 4  # to generate an image that the safety checker does not flag
+Draw = Callable[[list[torch.Generator]], list[Image.Image | None]]  # None for flagged, black images
 
 
 def draw_class_images(
@@ -38,24 +38,24 @@ def draw_class_images(
     pipe: StagePipeline,
     text: TextSource | None,
 ) -> None:
-    """Draws the images that `config.class_data_dir` lacks; the processes share them.
+    """Generate the images that `config.class_data_dir` lacks, distributed over the processes.
 
-    Each image has a number, and noise of its own that only depends on it and the run's seed. Images that are there,
-    from a run that was stopped too, stay.
+    Each image has a number, and its own noise, which depends only on the number and the run's seed. Existing images,
+    including those of an interrupted run, are kept.
 
     Raises:
-        ValueError: If images are missing and nothing can draw them, or another run is drawing them.
+        ValueError: If images are missing and cannot be generated, or another run is generating them.
     """
     folder = Path(str(config.class_data_dir))
     complete = not missing_images(folder, config.num_class_images)
-    accelerator.wait_for_everyone()  # nobody counts what another has drawn already
+    accelerator.wait_for_everyone()  # so that no process counts images that another has just generated
     if complete:
         return
     draw = make_draw(config, accelerator, pipe, text)
     with FolderHold(folder, "class_data_dir") if accelerator.is_main_process else nullcontext():
-        wanted = missing_images(folder, config.num_class_images)  # another run may have drawn some since
+        wanted = missing_images(folder, config.num_class_images)  # another run may have written some in the meantime
         accelerator.wait_for_everyone()
-        logger.info(f"Drawing {len(wanted)} class images of {config.class_prompt!r} into {folder}")
+        logger.info(f"Generating {len(wanted)} class images of {config.class_prompt!r} in {folder}")
         mine = wanted[accelerator.process_index :: accelerator.num_processes]
         with tqdm(total=len(mine), desc="Class images", disable=not accelerator.is_local_main_process) as progress:
             for start in range(0, len(mine), config.sample_batch_size):
@@ -67,7 +67,7 @@ def draw_class_images(
 
 
 def draw_unflagged(draw: Draw, seed: int, paths: list[Path]) -> Iterator[tuple[Path, Image.Image]]:
-    """Draws the images of paths; one that the safety checker flags again, with other noise, or at last it is left out."""
+    """Generate the images of paths; flagged ones are generated again with other noise, and finally left out."""
     for attempt in range(ATTEMPTS):
         images = draw([make_generator(seed, path, attempt) for path in paths])
         yield from ((path, image) for path, image in zip(paths, images) if image is not None)
@@ -79,41 +79,41 @@ def draw_unflagged(draw: Draw, seed: int, paths: list[Path]) -> Iterator[tuple[P
 
 
 def missing_images(folder: Path, count: int) -> list[Path]:
-    """Where to draw what a folder lacks of `count` images, of any names and kinds."""
+    """Return paths for the images that a folder lacks of `count` images, of any names and formats."""
     there = {folder / path for path in find_pictures(list_files(str(folder)))} if folder.is_dir() else set()
     paths = [folder / f"class-{number:05d}.png" for number in range(count)]
     return [path for path in paths if path not in there][: max(0, count - len(there))]
 
 
 def make_generator(seed: int, path: Path, attempt: int = 0) -> torch.Generator:
-    """The noise of a class image, told by the number in its name, and of another attempt at it."""
+    """Return the generator of a class image, seeded by the number in its name and the attempt."""
     key = (CLASS_SEED, int(path.stem.split("-")[1]), *([attempt] if attempt else []))
     words = np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(words[0]))
 
 
 def make_draw(config, accelerator, pipe, text) -> Draw:
-    """What draws class images: the pipeline that the configuration names, or the stage that is about to be trained."""
+    """Return a function that generates class images: with the configured pipeline, or with the stage to be trained."""
     if config.class_model is not None:
         return draw_by_pipeline(config, accelerator)
     if config.low_resolution is not None:
         raise ValueError(
-            f"`class_data_dir` has fewer than {config.num_class_images} images, and a super-resolution stage draws none "
-            "from words alone: give the images, or a pipeline as `class_model`."
+            f"`class_data_dir` has fewer than {config.num_class_images} images, and a super-resolution stage cannot "
+            "generate them from text: add images, or set `class_model` to a pipeline."
         )
     return draw_by_stage(config, accelerator, pipe, text)
 
 
 def draw_by_pipeline(config, accelerator: Accelerator) -> Draw:
-    """Draws with a pipeline, which is freed with the function that is returned.
+    """Return a function that generates images with a pipeline, which is freed with the function.
 
     Raises:
-        ValueError: If it cannot be loaded, or, when it draws, if it makes no images from words alone.
+        ValueError: If it cannot be loaded, or, on the first call, if it does not generate images from text.
     """
     what = f"`class_model` is {config.class_model!r}"
     try:
         pipe = DiffusionPipeline.from_pretrained(config.class_model).to(accelerator.device)
-    except Exception as error:  # whatever is in its folder
+    except Exception as error:  # for any content of its folder
         raise ValueError(f"{what}, which cannot be loaded: {describe_fault(error)}") from error
     pipe.set_progress_bar_config(disable=True)
 
@@ -124,7 +124,7 @@ def draw_by_pipeline(config, accelerator: Accelerator) -> Draw:
         except (TypeError, ValueError) as error:
             raise ValueError(f"{what}, which cannot draw `class_prompt`: {describe_fault(error)}") from error
         if len(images) != len(generators) or not all(isinstance(image, Image.Image) for image in images):
-            raise ValueError(f"{what}, which draws no pictures.")
+            raise ValueError(f"{what}, which does not return images.")
         flags = [flags for name in FLAGS if (flags := getattr(output, name, None))]
         return [None if any(found[i] for found in flags) else image for i, image in enumerate(images)]
 
@@ -132,7 +132,7 @@ def draw_by_pipeline(config, accelerator: Accelerator) -> Draw:
 
 
 def draw_by_stage(config, accelerator, pipe, text) -> Draw:
-    """Draws with the weights that training begins with."""
+    """Return a function that generates images with the weights before training."""
     prompt = prompt_arguments(text, [config.class_prompt])
     pipe.unet.eval().to(accelerator.device)
     pipe.set_progress_bar_config(disable=True)

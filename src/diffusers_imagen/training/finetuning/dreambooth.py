@@ -1,4 +1,4 @@
-"""DreamBooth (Ruiz et al. 2022, arXiv 2208.12242) of a stage: a few images of a subject, with prior preservation."""
+"""DreamBooth (Ruiz et al. 2022, arXiv 2208.12242): fine-tuning on images of a subject, with prior preservation."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,22 +17,22 @@ from .lora_trainer import LoraTrainer
 
 
 def check_folders(config: DreamBoothTrainingConfig) -> None:
-    """Checks that the folders of the images are folders.
+    """Check the folders of images.
 
     Raises:
-        ValueError: If the subject's is not, or something else is in the place of the class's.
+        ValueError: If the subject's is not a folder, or the class's exists and is not a folder.
     """
     for name in ("instance_data_dir", "class_data_dir"):
         folder = getattr(config, name)
         if folder is None or Path(folder).is_dir():
             continue
         if name == "instance_data_dir" or Path(folder).exists():
-            raise ValueError(f"`{name}` is {folder!r}, which is no folder.")
+            raise ValueError(f"`{name}` is {folder!r}, which is not a folder.")
 
 
 @contextmanager
 def called(name: str) -> Iterator[None]:
-    """Inside, errors about `train_data_dir` are about the option that stands for it."""
+    """Context manager that renames `train_data_dir` in error messages to the option `name`."""
     try:
         yield
     except ValueError as error:
@@ -40,19 +40,19 @@ def called(name: str) -> Iterator[None]:
 
 
 class DreamBoothTrainer(Trainer):
-    """A run on a subject, and with `with_prior_preservation` on its class.
+    """Training on a subject, and with `with_prior_preservation` also on its class.
 
     Args:
-        config (`DreamBoothTrainingConfig`): The settings.
-        unet (`StageNetwork`): The trained network.
-        text (`TextSource`, *optional*): As `train`.
+        config (`DreamBoothTrainingConfig`): The configuration.
+        unet (`StageNetwork`): The pretrained network.
+        text (`TextSource`, *optional*): As in `train`.
     """
 
     config: DreamBoothTrainingConfig
 
     def adapt(self, unet: StageNetwork) -> None:
         if unet.text_width is None:
-            raise ValueError("This network reads no text, but `instance_prompt` tells the subject by a word.")
+            raise ValueError("This network is not conditioned on text, but `instance_prompt` identifies the subject.")
         check_objective(self.config)
         check_folders(self.config)
         super().adapt(unet)
@@ -74,11 +74,11 @@ class DreamBoothTrainer(Trainer):
 
 
 class DreamBoothLoraTrainer(DreamBoothTrainer, LoraTrainer):
-    """A run on a subject that trains an adapter."""
+    """Training of an adapter on a subject."""
 
     config: DreamBoothTrainingConfig
 
 
 def make_trainer(config: DreamBoothTrainingConfig, unet: StageNetwork, text: TextSource | None = None) -> Trainer:
-    """The run that the configuration means: of an adapter, or of all weights."""
+    """Create the trainer of the configuration: for an adapter, or for all weights."""
     return (DreamBoothTrainer if config.rank is None else DreamBoothLoraTrainer)(config, unet, text)

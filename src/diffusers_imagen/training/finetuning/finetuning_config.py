@@ -1,4 +1,4 @@
-"""What fine-tuning is told beyond a training run: an adapter, a subject and its class."""
+"""Configurations of fine-tuning, in addition to training: adapters, and DreamBooth's subject and class."""
 
 from dataclasses import dataclass, fields
 
@@ -16,11 +16,11 @@ OF_THE_PRIOR = ("class_data_dir", "class_prompt", "class_model", "prior_loss_wei
 
 @dataclass
 class LoraTrainingConfig(TrainingConfig):
-    """Settings of a run that trains an adapter of a stage."""
+    """Configuration of a run that trains an adapter of a stage."""
 
     rank: int = arg(4, "Rank of the adapter's updates.")
-    lora_alpha: float | None = arg(None, "Updates are scaled by lora_alpha / rank; the rank if not given.")
-    lora_target_modules: list[str] = arg(TARGET_MODULES, "Layers that are adapted, by the ends of their names.")
+    lora_alpha: float | None = arg(None, "Updates are scaled by lora_alpha / rank; by default equal to the rank.")
+    lora_target_modules: list[str] = arg(TARGET_MODULES, "Layers to adapt, by the ends of their names.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -31,17 +31,17 @@ class LoraTrainingConfig(TrainingConfig):
 
 
 def check_adapter(config: "LoraTrainingConfig") -> None:
-    """Checks what an adapter is told, and that there is a trained stage to adapt.
+    """Check the settings of an adapter, and that there is a pretrained stage.
 
     Raises:
         ValueError: If not.
     """
     if config.pretrained_model_name_or_path is None or config.grow or config.layers_per_block:
         raise ValueError(
-            "Fine-tuning begins with a trained stage: give `pretrained_model_name_or_path`, not `grow` or "
+            "Fine-tuning requires a trained stage: set `pretrained_model_name_or_path`, without `grow` and "
             "`layers_per_block`."
         )
-    if config.rank is None:  # of DreamBooth, which trains whole networks too
+    if config.rank is None:  # DreamBooth can train whole networks too
         if config.lora_alpha is not None or config.lora_target_modules != TARGET_MODULES:
             raise ValueError("`lora_alpha` or `lora_target_modules` is given, but without `rank` there is no adapter.")
         return
@@ -53,42 +53,42 @@ def check_adapter(config: "LoraTrainingConfig") -> None:
 
 @dataclass
 class DreamBoothTrainingConfig(LoraTrainingConfig):
-    """Settings of a run that teaches a stage a subject."""
+    """Configuration of a run that fine-tunes a stage on a subject."""
 
     instance_data_dir: str | None = arg(
-        None, "Folder with the images of the subject, or give `dataset_name`.", place="local"
+        None, "Folder with the images of the subject; alternatively set `dataset_name`.", place="local"
     )
-    instance_prompt: str | None = arg(None, 'Caption of those images, such as "a photo of sks dog".')
+    instance_prompt: str | None = arg(None, 'Caption of these images, such as "a photo of sks dog".')
     with_prior_preservation: bool = arg(
-        False, "Train on images of the subject's class too, as many as of the subject."
+        False, "Also train on images of the subject's class, as many as of the subject."
     )
     class_data_dir: str | None = arg(
-        None, "Folder with the images of the class; what it lacks is drawn.", place="local"
+        None, "Folder with the images of the class; missing images are generated.", place="local"
     )
     class_prompt: str | None = arg(None, 'Caption of the class images, such as "a photo of a dog".')
     class_model: str | None = arg(
         None,
-        "Pipeline that draws class images, a folder or a Hub id; without it, the stage that is trained does.",
+        "Pipeline that generates class images, a folder or a Hub id; by default the stage before training.",
         place="local_or_hub",
     )
-    num_class_images: int = arg(100, "Class images there should be.")
+    num_class_images: int = arg(100, "Number of class images.")
     prior_loss_weight: float = arg(1.0, "Weight of the loss of the class images.")
-    sample_batch_size: int = arg(4, "Class images drawn at a time.")
+    sample_batch_size: int = arg(4, "Number of class images generated at a time.")
 
-    # wider types than those of the base classes: None, where whole networks are trained or the rate is chosen
-    rank: int | None = arg(None, "Train a LoRA adapter of this rank; without it, all weights.")  # type: ignore[assignment]
+    # wider types than in the base classes: None if whole networks are trained, or for the default rate
+    rank: int | None = arg(None, "Train a LoRA adapter of this rank; by default all weights.")  # type: ignore[assignment]
     learning_rate: float | None = arg(  # type: ignore[assignment]
-        None, f"Peak learning rate; {LEARNING_RATE} if not given, {ADAPTER_LEARNING_RATE} of an adapter."
+        None, f"Peak learning rate; by default {LEARNING_RATE}, and {ADAPTER_LEARNING_RATE} for an adapter."
     )
-    max_train_steps: int = arg(400, "Optimizer steps.")
-    lr_warmup_steps: int = arg(0, "Steps of linear warm-up.")
-    train_batch_size: int = arg(4, "Images of the subject, a device and a step.")
-    use_ema: bool = arg(False, "Average the weights over steps; the average is what is exported.")
+    max_train_steps: int = arg(400, "Number of optimizer steps.")
+    lr_warmup_steps: int = arg(0, "Number of steps of linear warm-up.")
+    train_batch_size: int = arg(4, "Images of the subject per device and micro-batch.")
+    use_ema: bool = arg(False, "Average the weights over steps; the averaged weights are exported.")
 
     def __post_init__(self):
         if self.learning_rate is None:
             self.learning_rate = LEARNING_RATE if self.rank is None else ADAPTER_LEARNING_RATE
-        check_settings(self)  # before they are taken for others
+        check_settings(self)  # before they are assigned to others
         self._take_instances()
         super().__post_init__()
         self._check_prior()
@@ -97,18 +97,19 @@ class DreamBoothTrainingConfig(LoraTrainingConfig):
         return ["dreambooth", *(super().tags() if self.rank is not None else [])]
 
     def _take_instances(self) -> None:
-        """The subject's images and prompt are the data and its caption."""
+        """Set the data and its caption to the subject's images and prompt."""
         if self.train_data_dir not in (None, self.instance_data_dir):
             raise ValueError(
-                f"`train_data_dir` is {self.train_data_dir!r}, but here it is called `instance_data_dir`."
+                f"`train_data_dir` is {self.train_data_dir!r}, but should be given as `instance_data_dir`."
             )
         check_exactly_one(instance_data_dir=self.instance_data_dir, dataset_name=self.dataset_name)
         if not self.instance_prompt:
             raise ValueError(
-                f"`instance_prompt` is {self.instance_prompt!r}, but should name the subject, like 'a photo of sks dog'."
+                f"`instance_prompt` is {self.instance_prompt!r}, but should name the subject, like 'a photo of sks "
+                "dog'."
             )
         if self.caption not in (None, self.instance_prompt):
-            raise ValueError(f"`caption` is {self.caption!r}, but here it is called `instance_prompt`.")
+            raise ValueError(f"`caption` is {self.caption!r}, but should be given as `instance_prompt`.")
         self.train_data_dir, self.caption = self.instance_data_dir, self.instance_prompt
 
     def _check_prior(self) -> None:
@@ -117,19 +118,19 @@ class DreamBoothTrainingConfig(LoraTrainingConfig):
             for name in OF_THE_PRIOR:
                 if getattr(self, name) != defaults[name]:
                     raise ValueError(
-                        f"`{name}` is {getattr(self, name)!r}, but only `with_prior_preservation` has class images."
+                        f"`{name}` is {getattr(self, name)!r}, but is only used `with_prior_preservation`."
                     )
             return
         for name in ("class_data_dir", "class_prompt"):
             if not getattr(self, name):
-                raise ValueError(f"`with_prior_preservation` needs `{name}`, but it is {getattr(self, name)!r}.")
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}, but is required `with_prior_preservation`.")
         if self.aspect_ratio_buckets is not None:
             raise ValueError(
-                "`aspect_ratio_buckets` is given, but the subject and its class share a batch of squares."
+                "`aspect_ratio_buckets` is given, but the subject and its class share batches of square images."
             )
 
     def class_data(self) -> DataConfig:
-        """The class images as data, of the same sizes and batches."""
+        """Return the configuration of the class images as data, with the same sizes and batches."""
         same = {f.name: getattr(self, f.name) for f in fields(DataConfig)}
         other = {"train_data_dir": self.class_data_dir, "caption": self.class_prompt, "train_split": "train"}
         unset = ("dataset_name", "dataset_config_name", "styles", "balance_by", "weight_column", "max_train_samples")

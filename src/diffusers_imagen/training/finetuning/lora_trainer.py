@@ -1,4 +1,4 @@
-"""LoRA fine-tuning (Hu et al. 2021, arXiv 2106.09685) of a stage: the loop, with an adapter for the weights."""
+"""LoRA fine-tuning of a stage (Hu et al. 2021, arXiv 2106.09685): the training loop for an adapter."""
 
 import hashlib
 from pathlib import Path
@@ -28,12 +28,12 @@ from .finetuning_config import TARGET_MODULES, LoraTrainingConfig
 
 
 class LoraTrainer(Trainer):
-    """A run of which only an adapter is trained, averaged, checkpointed and exported.
+    """Training of which only an adapter is trained, averaged, checkpointed and exported.
 
     Args:
-        config (`LoraTrainingConfig`): The settings.
-        unet (`StageNetwork`): The network; its adapter is added in place, its own weights stay as they are.
-        text (`TextSource`, *optional*): As `train`.
+        config (`LoraTrainingConfig`): The configuration.
+        unet (`StageNetwork`): The network; an adapter is added in place, and its own weights are not changed.
+        text (`TextSource`, *optional*): As in `train`.
     """
 
     config: LoraTrainingConfig
@@ -45,7 +45,10 @@ class LoraTrainer(Trainer):
 
         config, accelerator = self.config, self.accelerator
         if is_spread(accelerator):
-            raise ValueError(f"An adapter is small: train it with DDP, not {accelerator.distributed_type.value}.")
+            raise ValueError(
+                f"LoRA adapters do not support {accelerator.distributed_type.value}, and are small: train them with "
+                "DDP."
+            )
         check_objective(config)
         targets = find_targets(unet, config.lora_target_modules)
         self.subfolder, self.base_digest = find_network(config), digest(unet)
@@ -61,11 +64,11 @@ class LoraTrainer(Trainer):
         return {**super().describe(), "base weights": self.base_digest}
 
     def network_state(self) -> dict[str, NetworkState]:
-        """The adapter alone: the frozen weights are not in a checkpoint."""
+        """Return the state of the adapter: frozen weights are not saved in a checkpoint."""
         return {"adapter": NetworkState(inner_network(self.accelerator, self.unet), self.names)}
 
     def export(self, unet: StageNetwork, done: int, results: dict[str, float]) -> None:
-        """Writes the adapter, and a stage that names the network by reference, which opens as a pipeline."""
+        """Write the adapter, and a stage that refers to the network, which opens as a pipeline."""
         from peft.utils import get_peft_model_state_dict
 
         config = self.config
@@ -84,7 +87,7 @@ class LoraTrainer(Trainer):
             write_card(partial, config, done, facts, model_card(unet, config, done, results, facts))
 
     def save_network(self, folder: Path) -> None:
-        """Writes where the network is, and the scheduler of the stage that it is from, in place of the run's own."""
+        """Write the reference to the network, and the scheduler of its stage, replacing that of the run."""
         write_reference(folder / "unet", self.network, Path(self.config.output_dir) / "unet")
         entries = {"unet": ["diffusers_imagen", "AdaptedNetwork"]}
         scheduler = self.pretrained.scheduler
@@ -95,7 +98,7 @@ class LoraTrainer(Trainer):
         write_json(folder / INDEX, {**read_json_object(folder / INDEX), **entries})
 
     def describe_use(self, pipe: StagePipeline) -> CardFacts:
-        """What the card says of where the adapter is from, and how it is used."""
+        """Describe the origin and the use of the adapter for the model card."""
         config, stage = self.config, str(public_name(self.config.pretrained_model_name_or_path))
         component = "" if self.subfolder in ("unet", None) else f', component="{self.subfolder}"'
         call = pipe.model_card_call(None if self.encoder is None else drawn_prompt(config))
@@ -108,13 +111,13 @@ class LoraTrainer(Trainer):
 
 
 def find_targets(unet: StageNetwork, targets: list[str]) -> list[str]:
-    """The layers of these names, by the ends of their names or in whole; a network has not all of the default ones.
+    """Return the layers of these names, by the ends of their names or in full; default layers may be missing.
 
-    In a network of DeepFloyd IF's kind a name that no layer has is taken for diffusers': `add_k_proj` of a network that
-    only has cross-attention is `to_k` here.
+    In networks of DeepFloyd IF's architecture, a name that no layer has is interpreted as diffusers': `add_k_proj` of
+    a network with only cross-attention is `to_k` here.
 
     Raises:
-        ValueError: If there are none of a name.
+        ValueError: If there are no layers of a name.
     """
     own, theirs = [name for name, _ in unet.named_modules()], diffusers_names(unet)
     found: dict[str, list[str]] = {}
@@ -129,7 +132,7 @@ def find_targets(unet: StageNetwork, targets: list[str]) -> list[str]:
 
 
 def digest(unet: StageNetwork) -> str:
-    """SHA-256 of a network's weights: an adapter belongs to them."""
+    """Return the SHA-256 of a network's weights, which identifies the network of an adapter."""
     sha = hashlib.sha256()
     for name, tensor in unet.state_dict().items():
         sha.update(name.encode())

@@ -1,1 +1,1 @@
-"""What a network is trained for: noise levels, losses and their weights, and the draws of a step."""
+"""Objectives: noise levels, losses and their weights, and the random numbers of a step."""

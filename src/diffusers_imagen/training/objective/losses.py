@@ -1,4 +1,4 @@
-"""The training loss: where an objective meets a network and a batch."""
+"""Training loss of an objective, for a network and a batch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,14 +30,14 @@ DISTANCES: dict[str, Callable[..., torch.Tensor]] = {"l2": F.mse_loss, "l1": F.l
 
 @dataclass(frozen=True)
 class Conditioning:
-    """How a network is told of text and low-resolution image, as far as that belongs to the network.
+    """Properties of a network's conditioning on text and low-resolution images that the loss depends on.
 
     Attributes:
         low_res_augmentation (`str`): As `StageNetwork.low_res_augmentation`.
         low_res_upsampling (`str`): As `StageNetwork.low_res_upsampling`.
         residual_scale (`float`, *optional*): As `StageNetwork.residual_scale`.
-        low_res_margin (`int`): Pixels that low-resolution images have around what belongs to their crops.
-        no_text (`torch.Tensor`, *optional*): `(1, L, E)`, what dropped captions become; zeros if None.
+        low_res_margin (`int`): Width in pixels of the margin of low-resolution images around their crops.
+        no_text (`torch.Tensor`, *optional*): `(1, L, E)`, replacement of dropped captions; zeros if None.
     """
 
     low_res_augmentation: LowResAugmentation = "edm"
@@ -48,12 +48,14 @@ class Conditioning:
 
     @classmethod
     def of(cls, unet: StageNetwork, crops: bool = False, no_text: torch.Tensor | None = None) -> "Conditioning":
-        """That of a network, which is trained on crops or on whole images."""
+        """Return the properties of a network, which is trained on crops or on whole images."""
         of_unet = unet.low_res_augmentation, unet.low_res_upsampling, unet.residual_scale
         return cls(*of_unet, MARGIN if crops else 0, no_text)
 
     def upsample(self, low_res: torch.Tensor, size: tuple[int, int], before_noise: bool = False) -> torch.Tensor:
-        """Low-resolution images `(B, 3, h, w)` at the size of their images, as a pipeline upsamples them, less the margin."""
+        """
+        Upsample low-resolution images `(B, 3, h, w)` like a pipeline to the size of their images, without the margin.
+        """
         margin = self.low_res_margin
         factor = size[0] // (low_res.shape[-2] - 2 * margin)
         wider = size[0] + 2 * margin * factor, size[1] + 2 * margin * factor
@@ -65,7 +67,7 @@ class Conditioning:
         return low_res[..., top : top + size[0], left : left + size[1]]
 
     def space(self, batch: Batch) -> SampleSpace:
-        """The space that the images of a batch are diffused in."""
+        """Return the space in which the images of a batch are diffused."""
         if self.residual_scale is None or batch.low_res is None:
             return SampleSpace()
         if self.low_res_augmentation == "discrete":  # upsampled by `to_device`
@@ -77,9 +79,10 @@ class Conditioning:
 def to_device(
     batch: Batch, device: torch.device, channels_last: bool = True, conditioning: Conditioning = Conditioning()
 ) -> Batch:
-    """Moves a batch, without a text mask that masks nothing: attention without one has flash kernels.
+    """
+    Move a batch to a device; a text mask without padding is dropped, because flash attention does not support masks.
 
-    A low-resolution image that gets its noise after upsampling is upsampled here, so that a step draws as much noise.
+    Low-resolution images that get noise after upsampling are upsampled here, so that a step draws noise of this size.
     """
     if batch.text_mask is not None and batch.text_mask.all():
         batch = batch._replace(text_mask=None)
@@ -99,9 +102,10 @@ def denoising_loss(
     config: TrainingConfig,
     conditioning: Conditioning = Conditioning(),
 ) -> torch.Tensor:
-    """Weighted distance of prediction and target for each image, `(B,)`; the weight is outside the distance.
+    """
+    Return the weighted distance of prediction and target for each image, `(B,)`; the weight is outside the distance.
 
-    Of a network that predicts a variance beside the target, which comes first, the variance does not count.
+    If a network predicts a variance after the target, the variance is ignored.
     """
     example = objective.example(conditioning.space(batch).encode(batch.images), draws.noise, draws.log_snr)
     low_res, low_res_timestep = augment(batch.low_res, draws, config, conditioning.low_res_augmentation)
@@ -127,11 +131,13 @@ def denoising_loss(
 def augment(
     low_res: torch.Tensor | None, draws: Draws, config: TrainingConfig, kind: LowResAugmentation = "edm"
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The low-resolution image `(B, 3, h, w)` with noise, and the `low_res_timestep` `(B,)` that tells how much, if any.
+    """
+    Return the low-resolution image `(B, 3, h, w)` with noise, and the `low_res_timestep` `(B,)` of its noise level, if
+    any.
 
-    The noise level is uniform between the lowest and the configured maximum: mostly clean images would not teach the
-    network to mistrust what the stage below gets wrong. Of the kind "discrete" it is one of all 1000, uniformly, and the
-    image has been upsampled.
+    The noise level is uniform between the lowest and the configured maximum, because a network trained on mostly clean
+    images would not correct errors of the previous stage. For "discrete" it is one of all 1000, uniformly, and the
+    image was upsampled before.
     """
     if low_res is None or draws.low_res_noise is None or config.noise_conditioning_augmentation == 0:
         return low_res, None

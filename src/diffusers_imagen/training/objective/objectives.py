@@ -1,7 +1,7 @@
-"""What a network is trained for: which noise levels it sees, what it has to say about them, and what an error costs.
+"""Objectives: the distribution of noise levels, the network's target, and the weight of errors.
 
-The formulas are those of `diffusers_imagen.diffusion`; an objective holds their settings, and knows the scheduler that
-samples from a network trained so. Outside of it, a noise level is a log-SNR: sigma is `exp(-log_snr / 2)`.
+The formulas are in `diffusers_imagen.diffusion`; an objective has their settings, and the scheduler for sampling from
+a network trained with them. Outside of objectives, noise levels are log-SNRs: sigma is `exp(-log_snr / 2)`.
 """
 
 from abc import ABC, abstractmethod
@@ -19,16 +19,17 @@ from .weightings import LossWeighting, make_weighting
 
 
 class Objective(ABC):
-    """Noise levels, examples and the weighting of their losses.
+    """Noise levels, training examples and the weighting of their losses.
 
     Args:
         sigma_data (`float`): Standard deviation of the images.
         weighting (`LossWeighting`, *optional*): Uniform by default.
 
     Attributes:
-        trained_modules (`list[torch.nn.Module]`): The weighting if it has parameters to be learned along with the
-            network, else empty. Who wraps these modules puts the wrapped ones in their place.
-        sampling (`dict[str, Any]`): Arguments of a pipeline that draws with a network trained so.
+        trained_modules (`list[torch.nn.Module]`):
+            The weighting if it has parameters that are trained with the network, else empty. Code that wraps these
+            modules must store the wrapped ones here.
+        sampling (`dict[str, Any]`): Default arguments of a pipeline with a network trained by this objective.
     """
 
     sampling: dict[str, Any] = {}
@@ -41,18 +42,18 @@ class Objective(ABC):
 
     @abstractmethod
     def draw_log_snr(self, count: int, generator: torch.Generator, stratified: bool = False) -> torch.Tensor:
-        """Noise levels `(count,)`, on the CPU."""
+        """Draw noise levels `(count,)`, on the CPU."""
 
     @abstractmethod
     def example(self, x_0: torch.Tensor, noise: torch.Tensor, log_snr: torch.Tensor) -> Example:
-        """Input, target and weight for images and noise `(B, C, H, W)` at noise levels `(B,)`."""
+        """Return input, target and weight for images and noise `(B, C, H, W)` at noise levels `(B,)`."""
 
     @abstractmethod
     def scheduler(self) -> ImagenScheduler:
-        """What samples from the network."""
+        """Return the scheduler for sampling from the network."""
 
     def minimized(self, losses: torch.Tensor, log_snr: torch.Tensor) -> torch.Tensor:
-        """The numbers `(B,)` whose mean a step minimizes, of the losses `(B,)` that are reported."""
+        """Return the values `(B,)` whose mean a step minimizes, from the reported losses `(B,)`."""
         (weighting,) = self.trained_modules or [self.weighting]
         return weighting(losses, log_snr)
 
@@ -75,16 +76,18 @@ class EDMObjective(Objective):
 
 
 class DiscreteObjective(Objective):
-    """Ho et al. 2020 (arXiv 2006.11239): one of N noise levels, uniformly drawn, whose index the network is told.
+    """
+    Ho et al. 2020 (arXiv 2006.11239): one of N noise levels, drawn uniformly; the network is conditioned on its index.
 
-    The target is the noise. A network that predicts a variance beside it, as DeepFloyd IF's do, is trained on its noise
-    alone: what it says of the variance is no part of the loss.
+    The target is the noise. For networks that also predict a variance, such as DeepFloyd IF's, the variance is not
+    part of the loss.
 
     Args:
-        beta_schedule (`str`): Of the 1000 betas, by diffusers' name.
-        sigma_data (`float`), weighting (`LossWeighting`, *optional*): As `Objective`.
-        scheduler_config (`dict`, *optional*): Of the scheduler that the stage had before, which is kept but for its
-            class; a new one has no thresholding.
+        beta_schedule (`str`): Name of the 1000 betas in diffusers.
+        sigma_data (`float`), weighting (`LossWeighting`, *optional*): As in `Objective`.
+        scheduler_config (`dict`, *optional*):
+            Configuration of the stage's previous scheduler, which is kept except for its class; a new one has no
+            thresholding.
     """
 
     def __init__(
@@ -112,9 +115,9 @@ class DiscreteObjective(Objective):
 
 
 class ContinuousDDPMObjective(Objective):
-    """Kingma et al. 2021 (arXiv 2107.00630): the log-SNR is that of a uniformly drawn time."""
+    """Kingma et al. 2021 (arXiv 2107.00630): the log-SNR of a uniformly drawn time."""
 
-    sampling = {"num_inference_steps": 100}  # ancestral sampling needs more than the EDM samplers
+    sampling = {"num_inference_steps": 100}  # ancestral sampling needs more steps than the EDM samplers
 
     def __init__(
         self,
@@ -142,7 +145,7 @@ OBJECTIVES: dict[str, Callable[[TrainingConfig, Mapping[str, Any] | None], Objec
     "edm": lambda config, _: EDMObjective(config.p_mean, config.p_std, config.sigma_data, make_weighting(config)),
     "variance_preserving": lambda config, _: ContinuousDDPMObjective(
         config.prediction_type,
-        cast(continuous_ddpm.NoiseSchedule, config.beta_schedule),  # as the configuration has checked
+        cast(continuous_ddpm.NoiseSchedule, config.beta_schedule),  # checked by the configuration
         config.sigma_data,
         make_weighting(config),
     ),
@@ -153,11 +156,11 @@ OBJECTIVES: dict[str, Callable[[TrainingConfig, Mapping[str, Any] | None], Objec
 
 
 def make_objective(config: TrainingConfig, scheduler_config: Mapping[str, Any] | None = None) -> Objective:
-    """The objective of the preconditioning that a configuration names.
+    """Create the objective for the preconditioning of a configuration.
 
     Args:
-        config (`TrainingConfig`): The settings.
-        scheduler_config (`dict`, *optional*): Of the scheduler of the stage that is trained further, if it was trained
-            for the same.
+        config (`TrainingConfig`): The configuration.
+        scheduler_config (`dict`, *optional*): Configuration of the pretrained stage's scheduler, if its objective was
+            the same.
     """
     return OBJECTIVES[config.preconditioning](config, scheduler_config)

@@ -1,7 +1,8 @@
-"""What a step draws beside its data: noise levels, noise, dropped captions, augmentation.
+"""Random numbers of a step besides its data: noise levels, noise, dropped captions, augmentation.
 
-Draws belong to slots, as those of the data do (`data/slot_draws.py`): they depend on the run's seed, the step and the
-image's place in it, and not on how many processes or accumulated batches share the step.
+They are determined by slots, like those of the data (`data/slot_draws.py`):
+    by the run's seed, the step and the image's position in it, independent of the number of processes or accumulated
+    batches.
 """
 
 from typing import NamedTuple
@@ -15,34 +16,34 @@ from ..data.slot_draws import PHILOX_WORDS
 from .objectives import Objective
 
 
-STEP_SEED = 16  # words after the run's seed, unlike those of the data
+STEP_SEED = 16  # words after the run's seed, different from those of the data
 NOISE_SEED = 17
 
 
 class Draws(NamedTuple):
-    """Those of a micro-batch."""
+    """Random numbers of a micro-batch."""
 
     log_snr: torch.Tensor  # (B,)
-    text: torch.Tensor  # (B,) in [0, 1): a caption is dropped below the drop rate
-    augmentation: torch.Tensor  # (B,) in [0, 1): share of the largest augmentation
+    text: torch.Tensor  # (B,) in [0, 1): captions below the drop rate are dropped
+    augmentation: torch.Tensor  # (B,) in [0, 1): share of the highest augmentation
     noise: torch.Tensor  # (B, C, H, W)
     low_res_noise: torch.Tensor | None = None  # (B, C, h, w)
 
     @property
     def sigma(self) -> torch.Tensor:
-        """The noise levels relative to the image, `(B,)`."""
+        """Noise levels relative to the image, `(B,)`."""
         return log_snr_to_sigma(self.log_snr)
 
 
 class StepDraws:
-    """Draws of the slots of a step.
+    """Draws random numbers for the slots of a step.
 
     Args:
-        objective (`Objective`): Whose noise levels are drawn.
+        objective (`Objective`): Objective whose noise levels are drawn.
         seed (`int`): The run's seed.
-        words (`int`): Distinguish sequences of the same seed.
-        stratified (`bool`): Whether the noise levels of a step are spread evenly over their distribution.
-        device (`torch.device`): Where noise is drawn; the same on every machine with that kind of device.
+        words (`int`): Words that distinguish sequences of the same seed.
+        stratified (`bool`): Whether the noise levels of a step are drawn by stratified sampling.
+        device (`torch.device`): Device on which noise is drawn; results are the same for all devices of its type.
     """
 
     def __init__(
@@ -59,8 +60,8 @@ class StepDraws:
         self.generator = torch.Generator(device)
 
     def begin(self, step: int, first_slot: int, slots: int) -> None:
-        """Draws the numbers of all `slots` of a step, of all processes, which begin at `first_slot`."""
-        # a spawn key, because trailing zeros of the entropy itself do not count
+        """Draw the numbers for all `slots` of a step, of all processes, starting at `first_slot`."""
+        # a spawn key, because trailing zeros of the entropy itself are ignored
         entropy = np.random.SeedSequence(self.seed, spawn_key=(STEP_SEED, *self.words, step))
         generator = torch.Generator().manual_seed(entropy.generate_state(1, np.uint64).item())
         self.first_slot = first_slot
@@ -68,7 +69,7 @@ class StepDraws:
         self.uniform = torch.rand(2, slots, generator=generator)
 
     def __call__(self, first_slot: int, batch: Batch) -> Draws:
-        """Draws of a micro-batch that begins at a slot, on the batch's device."""
+        """Return the numbers of a micro-batch that starts at a slot, on the batch's device."""
         device, count = batch.images.device, len(batch.images)
         mine = slice(first_slot - self.first_slot, first_slot - self.first_slot + count)
         numbers = torch.cat([self.log_snr[None, mine], self.uniform[:, mine]]).to(device, non_blocking=True)

@@ -1,7 +1,7 @@
-"""Weightings of the loss: functions of the log-SNR.
+"""Weightings of the loss as functions of the log-SNR.
 
-To add one, write it here, name it in `WEIGHTINGS`, and among the choices of `TrainingConfig.loss_weighting`;
-docs/extending.md has the rest.
+To add a weighting, define it here, add it to `WEIGHTINGS` and to the choices of `TrainingConfig.loss_weighting`; see
+docs/extending.md for the rest.
 """
 
 from typing import Any
@@ -13,15 +13,16 @@ from ...diffusion.training_examples import min_snr_weight, uncertainty_weighted
 
 
 class LossWeighting(torch.nn.Module):
-    """The uniform weighting, and the base class of the others.
+    """Uniform weighting, and base class of other weightings.
 
-    A loss is of the network's output, with the weight that belongs to its preconditioning: `lambda(sigma) c_out^2` of
-    EDM, which is 1, and 1 of variance-preserving networks, discrete ones among them. So noise levels count alike here.
+    Losses are those of the network's output, with the weight of its preconditioning: `lambda(sigma) c_out^2` for EDM,
+    which is 1, and 1 for variance-preserving networks, including discrete ones. Noise levels therefore have equal
+    weight.
 
     Attributes:
-        preconditionings (`tuple[str, ...]`): The values of `TrainingConfig.preconditioning` that it is for.
-        settings (`tuple[str, ...]`): The fields of `TrainingConfig` that are of this weighting alone; other weightings
-            refuse them.
+        preconditionings (`tuple[str, ...]`): The supported values of `TrainingConfig.preconditioning`.
+        settings (`tuple[str, ...]`): The fields of `TrainingConfig` that only this weighting uses; other weightings
+            reject them.
     """
 
     preconditionings: tuple[str, ...] = ("edm", "variance_preserving", "discrete")
@@ -29,15 +30,15 @@ class LossWeighting(torch.nn.Module):
 
     @classmethod
     def from_config(cls, config: Any) -> "LossWeighting":
-        """The weighting of a run with these settings, a `TrainingConfig`."""
+        """Create the weighting for a `TrainingConfig`."""
         return cls()
 
     def weight(self, log_snr: torch.Tensor) -> torch.Tensor:
-        """The factor of losses at noise levels `(B,)`, known beforehand: part of the loss that is reported."""
+        """Return the fixed factor of losses at noise levels `(B,)`, which is part of the reported loss."""
         return torch.ones_like(log_snr)
 
     def forward(self, losses: torch.Tensor, log_snr: torch.Tensor) -> torch.Tensor:
-        """What a step minimizes of losses `(B,)` with that factor: by default the same. Called in every step."""
+        """Return the values that a step minimizes, from losses `(B,)` with the factor: by default the same."""
         return losses
 
 
@@ -60,14 +61,14 @@ class MinSNRWeighting(LossWeighting):
 
 
 class UncertaintyWeighting(LossWeighting):
-    """Learns how hard each noise level is, and weighs it down by that (Karras et al. 2024, EDM2, 2312.02696).
+    """Learned uncertainty of each noise level, by which losses are divided (Karras et al. 2024, EDM2, 2312.02696).
 
-    A linear layer on Fourier features of `c_noise(sigma)`, which starts as no weighting. It is part of the run, not of
-    the stage.
+    A linear layer on Fourier features of `c_noise(sigma)`, initialized to the uniform weighting. It is part of the
+    run, not of the stage.
 
     Args:
-        seed (`int`): Of the features' frequencies.
-        features (`int`): Their number.
+        seed (`int`): Seed of the features' frequencies.
+        features (`int`): Number of features.
     """
 
     def __init__(self, seed: int = 0, features: int = 128):
@@ -75,7 +76,7 @@ class UncertaintyWeighting(LossWeighting):
         generator = torch.Generator().manual_seed(seed)
         self.frequencies = torch.nn.Buffer(torch.randn(features, generator=generator))
         self.phases = torch.nn.Buffer(torch.rand(features, generator=generator))
-        self.linear = torch.nn.utils.skip_init(torch.nn.Linear, features, 1, bias=False)  # draws nothing
+        self.linear = torch.nn.utils.skip_init(torch.nn.Linear, features, 1, bias=False)  # without drawing numbers
         torch.nn.init.zeros_(self.linear.weight)
 
     @classmethod
@@ -96,5 +97,5 @@ WEIGHTINGS: dict[str, type[LossWeighting]] = {
 
 
 def make_weighting(config: Any) -> LossWeighting:
-    """The weighting that a `TrainingConfig` names."""
+    """Create the weighting that a `TrainingConfig` names."""
     return WEIGHTINGS[config.loss_weighting].from_config(config)

@@ -1,1 +1,1 @@
-"""What is measured on held-out rows while a stage is trained: the loss, and metrics of pictures."""
+"""Validation on held-out rows during training: the loss, and metrics of generated images."""

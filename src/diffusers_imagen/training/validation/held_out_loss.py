@@ -1,4 +1,4 @@
-"""The loss on held-out rows."""
+"""Loss on held-out rows."""
 
 import torch
 from accelerate import Accelerator
@@ -16,11 +16,11 @@ class ValidationLoss:
     """Loss on held-out rows, with the same rows, noise levels and noise at every call.
 
     Args:
-        config (`TrainingConfig`): The run's.
-        objective (`Objective`): What the loss is of.
+        config (`TrainingConfig`): Configuration of the run.
+        objective (`Objective`): Objective of the loss.
         batches (`ValidationBatches`): The rows of this process.
-        device (`torch.device`): Where noise is drawn.
-        conditioning (`Conditioning`): Of the network.
+        device (`torch.device`): Device on which noise is drawn.
+        conditioning (`Conditioning`): Conditioning of the network.
     """
 
     def __init__(
@@ -32,12 +32,12 @@ class ValidationLoss:
         conditioning: Conditioning,
     ):
         self.config, self.objective, self.batches, self.conditioning = config, objective, batches, conditioning
-        # evenly spread noise levels: every call has all of them
+        # stratified noise levels: every call covers the whole distribution
         self.draws = StepDraws(objective, config.seed, VALIDATION_SEED, stratified=True, device=device)
 
     @torch.no_grad()
     def __call__(self, accelerator: Accelerator, unet: torch.nn.Module) -> dict[str, float]:
-        """The mean, and those of noise levels, over all processes."""
+        """Return the mean loss, and the means by noise level, over all processes."""
         stream = self.batches.stream
         means, total = NoiseLevelMeans(accelerator.device), torch.zeros(2, device=accelerator.device)
         unet.eval()

@@ -1,4 +1,4 @@
-"""What a training run is told about metrics of held-out pictures, checked before anything is read."""
+"""Settings of validation metrics, checked before anything is read."""
 
 from dataclasses import dataclass, field, fields
 from inspect import get_annotations
@@ -12,8 +12,8 @@ from ..data.data_config import DataConfig, arg
 if TYPE_CHECKING:
     from ...models.interface import StageNetwork
 
-MOST_IMAGES, MOST_REFERENCE = 256, 10_000  # where a run does not say
-# settings that some metrics alone have a use for
+MOST_IMAGES, MOST_REFERENCE = 256, 10_000  # default limits
+# settings that only some metrics use
 USED_BY = {
     "validation_features": OF_FEATURES,
     "validation_clip_model": ("clip",),
@@ -23,32 +23,38 @@ USED_BY = {
 
 @dataclass
 class MetricSettings(DataConfig):
-    """Metrics of pictures that a stage draws for held-out captions, or enlarges held-out pictures to."""
+    """
+    Settings for metrics of images that a stage generates from held-out captions, or by upscaling held-out images.
+    """
 
     validation_metrics: list[str] | None = field(
         default=None,
         metadata={
-            "help": f"Metrics of pictures drawn for captions of validation_split: {', '.join(METRICS)}, as "
-            "`diffusers-imagen evaluate` has them; a super-resolution stage enlarges reduced pictures of that split."
+            "help": f"Metrics of images generated from captions of validation_split: {', '.join(METRICS)}, as in "
+            "`diffusers-imagen evaluate`; super-resolution stages upscale downsampled images of this split."
         },
     )
     validation_features: str = arg(
         "inception",
-        f"What distances are of: {', '.join(NAMED)}, or the folder of an image encoder.",
+        f"Features for distances: {', '.join(NAMED)}, or the folder of an image encoder.",
         place="local_or_hub",
     )
-    validation_clip_model: str = arg(CLIP, "Of the metric clip: folder or Hub id.", place="local_or_hub")
+    validation_clip_model: str = arg(CLIP, "Model for the metric clip: folder or Hub id.", place="local_or_hub")
     validation_num_images: int | None = arg(
-        None, f"Pictures that metrics are of, at random; without it, all rows up to {MOST_IMAGES}."
+        None, f"Number of images for metrics, chosen at random; by default all rows up to {MOST_IMAGES}."
     )
     validation_num_reference: int | None = arg(
         None,
-        "Real pictures that those are compared with, at random: of validation_split, and for the metric nearest of "
-        f"train_split; without it, all rows up to {MOST_REFERENCE:,}.",
+        "Number of real images to compare with, chosen at random from validation_split, and for the metric nearest "
+        f"from train_split; by default all rows up to {MOST_REFERENCE:,}.",
     )
-    validation_batch_size: int = arg(16, "Pictures that are drawn at once for metrics, a device.")
-    validation_num_inference_steps: int | None = arg(None, "Steps of those pictures; the stage's own if not given.")
-    validation_guidance_scale: float | None = arg(None, "Guidance of those pictures; the stage's own if not given.")
+    validation_batch_size: int = arg(16, "Images per device that are generated at a time for metrics.")
+    validation_num_inference_steps: int | None = arg(
+        None, "Number of steps for these images; by default that of the stage."
+    )
+    validation_guidance_scale: float | None = arg(
+        None, "Guidance scale for these images; by default that of the stage."
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -60,7 +66,7 @@ class MetricSettings(DataConfig):
         given = {name: value for name in BESIDE if (value := getattr(self, name)) != defaults[name]}
         if metrics is None:
             for name, value in given.items():
-                raise ValueError(f"`{name}` is {value!r}, but only `validation_metrics` draw pictures for it.")
+                raise ValueError(f"`{name}` is {value!r}, but is only used with `validation_metrics`.")
             return
         if not metrics:
             raise bad_argument("validation_metrics", metrics, f"some of {', '.join(METRICS)}")
@@ -73,19 +79,19 @@ class MetricSettings(DataConfig):
         self._check_pictures(metrics)
 
     def _check_pictures(self, metrics: list[str]) -> None:
-        """Refuses metrics of pictures that there are not, or of too few."""
+        """Raise ValueError for metrics without images, or with too few."""
         if self.validation_split is None:
             raise ValueError(
-                f"`validation_metrics` has {metrics[0]!r}, but there are no held-out pictures: give `validation_split`."
+                f"`validation_metrics` has {metrics[0]!r}, but there are no held-out images: set `validation_split`."
             )
         if "super-resolution" in metrics and self.low_resolution is None:
             raise ValueError(
-                "`validation_metrics` has 'super-resolution', but this stage enlarges nothing: it has no "
+                "`validation_metrics` has 'super-resolution', but this is not a super-resolution stage: it has no "
                 "`low_resolution`."
             )
         if "is" in metrics and self.validation_features != "inception":
             raise ValueError(
-                "`validation_metrics` has 'is', which is of Inception's classes, but `validation_features` is "
+                "`validation_metrics` has 'is', which uses Inception's classes, but `validation_features` is "
                 f"{self.validation_features!r}."
             )
         for name, of in (("validation_num_images", metrics), ("validation_num_reference", DISTANCES)):
@@ -98,10 +104,11 @@ BESIDE = [name for name in get_annotations(MetricSettings) if name != "validatio
 
 
 def check_metrics(config: MetricSettings, unet: "StageNetwork") -> None:
-    """Checks that this machine can measure, and this network be measured.
+    """Check that the metrics can be computed on this machine and for this network.
 
     Raises:
-        ValueError: If a package or a folder is not there, or the network reads no text that a metric or setting needs.
+        ValueError: If a package or a folder is missing, or the network is not conditioned on text that a metric or
+            setting needs.
     """
     # torch and transformers take seconds to import; --help should not
     from ...evaluation.evaluator import check_installed
@@ -115,9 +122,11 @@ def check_metrics(config: MetricSettings, unet: "StageNetwork") -> None:
     if unet.text_width is not None:
         return
     if "clip" in config.validation_metrics:
-        raise ValueError("`validation_metrics` has 'clip', which needs captions, but this network reads no text.")
+        raise ValueError(
+            "`validation_metrics` has 'clip', which needs captions, but this network is not conditioned on text."
+        )
     if config.validation_guidance_scale is not None:
         raise ValueError(
-            f"`validation_guidance_scale` is {config.validation_guidance_scale}, but this network reads no text that "
-            "could guide it."
+            f"`validation_guidance_scale` is {config.validation_guidance_scale}, but this network is not conditioned "
+            "on text, which guidance requires."
         )

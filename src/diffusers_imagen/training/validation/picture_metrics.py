@@ -1,4 +1,4 @@
-"""Metrics of pictures that a stage draws for held-out captions: those of `diffusers-imagen evaluate`, by the same code."""
+"""Metrics of images that a stage generates for held-out captions, computed as by `diffusers-imagen evaluate`."""
 
 import re
 from collections.abc import Iterator
@@ -32,16 +32,16 @@ from .metric_settings import MOST_IMAGES, MOST_REFERENCE, USED_BY
 
 logger = logging.get_logger(__name__)
 
-PICTURES, REAL = "validation", "real"  # in a run's folder: those of the last validation; and features of real ones
+PICTURES, REAL = "validation", "real"  # in a run's folder: images of the last validation; and features of real images
 STEP = re.compile(r"step-(\d+)")
 
 
 class StageCall:
-    """A stage alone as `draw` calls a cascade: a value a stage, captions instead of their embeddings.
+    """Wrapper of a single stage for `draw`, which calls cascades: one value per stage, captions instead of embeddings.
 
     Args:
         pipe (`StagePipeline`): The stage, without a text encoder.
-        text (`TextSource`, *optional*): Makes the embeddings, for a stage that reads text.
+        text (`TextSource`, *optional*): Source of the embeddings, for a stage that is conditioned on text.
     """
 
     def __init__(self, pipe: StagePipeline, text: TextSource | None):
@@ -70,23 +70,24 @@ class StageCall:
 
 
 class PictureMetrics:
-    """Metrics of a stage's pictures: the same captions, pictures and noise at every validation.
+    """Metrics of a stage's images, with the same captions, reference images and noise at every validation.
 
-    Made before any training data is read: what cannot be measured is refused then. All processes call its methods.
+    Created before training data is read, so that unsupported metrics raise errors early. All processes call its
+    methods.
 
     Args:
-        config (`TrainingConfig`): The run's, with `validation_metrics`.
-        text (`TextSource`, *optional*): Makes the embeddings of captions, for a stage that reads text.
-        pipe (`StagePipeline`): The stage, for what it is called with by default.
+        config (`TrainingConfig`): Configuration of the run, with `validation_metrics`.
+        text (`TextSource`, *optional*): Source of the captions' embeddings, for a stage that is conditioned on text.
+        pipe (`StagePipeline`): The stage, for its call defaults.
         accelerator (`Accelerator`): The processes of the run.
 
     Raises:
-        ValueError: If a feature network cannot be had, or there are too few rows.
+        ValueError: If a feature network cannot be loaded, or there are too few rows.
     """
 
     def __init__(self, config: TrainingConfig, text: TextSource | None, pipe: StagePipeline, accelerator: Accelerator):
         self.config, self.state, self.device = config, PartialState(), accelerator.device
-        # of weights that are spread over processes the main process alone has all
+        # with sharded weights only the main process has the whole network
         self.draws_alone = accelerator.distributed_type == DistributedType.FSDP
         self.wanted = tuple(dict.fromkeys(config.validation_metrics or ()))
         self.folder = Path(config.output_dir) / PICTURES
@@ -103,13 +104,13 @@ class PictureMetrics:
 
     @property
     def needs_encoder(self) -> bool:
-        """Whether captions are encoded while pictures are drawn."""
+        """Whether captions are encoded while images are generated."""
         return self.text is not None and self.text.needs_encoder
 
     # ---- before the first step
 
     def load_networks(self) -> tuple[FeatureNetwork | None, ClipScores | None]:
-        """What makes features and what compares pictures with captions, where a metric needs it; on the CPU."""
+        """Load the network for features and the one that compares images with captions, if needed, on the CPU."""
         config, features, clip = self.config, None, None
         if set(self.wanted) & set(OF_FEATURES):
             source = config.validation_features
@@ -120,7 +121,7 @@ class PictureMetrics:
         return features, clip
 
     def open_pictures(self, split: str, argument: str, with_text: bool) -> RowPictures:
-        """The pictures of a split."""
+        """Open the images of a split."""
         config, most = self.config, [self.config.validation_num_images or MOST_IMAGES]
         if set(self.wanted) & set(USED_BY["validation_num_reference"]):
             most.append(config.validation_num_reference or MOST_REFERENCE)
@@ -128,18 +129,18 @@ class PictureMetrics:
         return RowPictures(rows, config, split, argument, with_text)
 
     def choose_rows(self, name: str, pictures: RowPictures, metrics: tuple[str, ...], most: int) -> list[int]:
-        """Which rows are used: as many as a setting says, or all up to `most`."""
+        """Choose the rows to use: as many as configured, or all up to `most`."""
         count, least = len(pictures), least_pictures(metrics)
         if count < least:
             raise ValueError(
-                f"`{pictures.argument}` has {count} pictures, but `validation_metrics` {' '.join(metrics)} need at least "
-                f"{least}."
+                f"`{pictures.argument}` has {count} images, but should have at least {least} for `validation_metrics` "
+                f"{' '.join(metrics)}."
             )
         wanted = getattr(self.config, name)
         return choose(name, count, min(count, most) if wanted is None else wanted, self.config.seed)
 
     def real_features(self) -> dict[str, Features]:
-        """The features of held-out and of training pictures that metrics need."""
+        """Return the features of held-out and training images that metrics need."""
         found: dict[str, RowPictures] = {}
         if set(self.wanted) & set(DISTANCES):
             found["held out"] = self.held_out
@@ -154,18 +155,18 @@ class PictureMetrics:
         return made
 
     def text_of_captions(self, text: TextSource) -> TextSource:
-        """What encodes the captions that are drawn."""
+        """Return the source of embeddings for the captions to use."""
         captions = [self.held_out.caption(index) for index in self.indices]
         missing = next((caption for caption in captions if caption not in text), None)
         if missing is not None:
             raise ValueError(
-                f"`validation_split` has the caption {missing!r}, which is not in the embedding cache: give "
-                "`text_encoder`, or make the cache of all splits."
+                f"`validation_split` has the caption {missing!r}, which is not in the embedding cache: pass "
+                "`text_encoder`, or write a cache of all splits."
             )
         return text.for_captions(captions)
 
     def prepare(self) -> None:
-        """Makes the features of real pictures that are not there yet."""
+        """Compute missing features of real images."""
         if self.state.is_main_process and self.distances is not None and self.network is not None:
             reference = self.real.get("held out")
             real = len(self.indices if reference is None else reference.indices)
@@ -177,7 +178,7 @@ class PictureMetrics:
 
     @contextmanager
     def networks_in_place(self) -> Iterator[None]:
-        """Inside, the feature networks are on the device; else they leave its memory to what is trained."""
+        """Context manager in which the feature networks are on the device; otherwise they are on the CPU."""
         networks = [network for network in (self.network, self.clip) if network is not None]
         for network in networks:
             network.to(self.device)
@@ -190,10 +191,10 @@ class PictureMetrics:
     # ---- at a step
 
     def __call__(self, pipe: StagePipeline, step: int, records: Records) -> dict[str, float]:
-        """Draws with a stage, measures, and adds a line to the records; nothing if the pictures are not finite.
+        """Generate images, compute the metrics, and append a line to the records; nothing if images are not finite.
 
         Returns:
-            The figures, by `validation/` and their labels.
+            The metrics, by `validation/` and their labels.
         """
         drawing = self.drawing(pipe, step)
         if not self.draw(pipe, drawing):
@@ -213,7 +214,7 @@ class PictureMetrics:
         return {f"{VALIDATION}/{label}": figure.value for label, figure in row.figures.items()}
 
     def drawing(self, pipe: StagePipeline, step: int) -> Drawing:
-        """What is drawn of a step, in a folder that has nothing else."""
+        """Return the settings of a step's images, in their own folder."""
         config = self.config
         drawing = Drawing(
             captions=self.held_out,
@@ -228,7 +229,9 @@ class PictureMetrics:
         )
 
         def make_room() -> None:
-            """A killed run goes on with its pictures where it came to the same weights again, and else anew."""
+            """
+            Remove images of other weights; images that an interrupted run generated with the same weights are kept.
+            """
             if find_other(drawing) is not None:
                 remove(drawing.folder)
 
@@ -236,7 +239,7 @@ class PictureMetrics:
         return drawing
 
     def draw(self, pipe: StagePipeline, drawing: Drawing) -> bool:
-        """Draws what is not there yet; whether all of it is finite."""
+        """Generate missing images; return whether all of them are finite."""
         failure, was_training = "", pipe.unet.training
         pipe.unet.eval()
         pipe.set_progress_bar_config(disable=True)
@@ -248,7 +251,7 @@ class PictureMetrics:
         except FloatingPointError as error:
             failure = str(error)
             if not self.draws_alone:
-                self.state.wait_for_everyone()  # where `draw` ends in the other processes
+                self.state.wait_for_everyone()  # matches the end of `draw` in the other processes
         finally:
             pipe.unet.train(was_training)
         failures = [text for text in gather_object([failure]) if text]
@@ -257,7 +260,7 @@ class PictureMetrics:
         return not failures
 
     def features(self, files: PictureFiles, cache: Path) -> dict[str, Features]:
-        """The features of drawn pictures."""
+        """Return the features of generated images."""
         networks = {"features": self.network, "clip": self.clip}
         return {
             name: Features(cache, network, files, self.indices, self.config.resolution)
@@ -266,7 +269,7 @@ class PictureMetrics:
         }
 
     def measure_upscaling(self, files: PictureFiles) -> dict[str, Figure]:
-        """Enlarged pictures, and bicubic interpolation beside them, against those that were reduced."""
+        """Compare upscaled images, and bicubic interpolation, with the original images."""
         low = self.config.low_resolution
         if low is None or "super-resolution" not in self.wanted:
             return {}
@@ -275,7 +278,7 @@ class PictureMetrics:
         return own | {f"bicubic, {label}": figure for label, figure in bicubic.items()}
 
     def finish(self, step: int, made: dict[str, Features], figures: dict[str, Figure]) -> Row:
-        """The figures, in the main process; pictures of earlier steps go."""
+        """Compute the metrics in the main process; remove images of earlier steps."""
         row = Row(f"step {step}", self.config.resolution, len(self.indices), {}, self.setting, self.calls)
         drawn = made["features"].load() if "features" in made else {}
         real = {name: features.load() for name, features in self.real.items()}
@@ -294,10 +297,10 @@ class PictureMetrics:
 
 
 def plan_setting(config: TrainingConfig, pipe: StagePipeline, guides: bool) -> tuple[Setting, int]:
-    """How pictures are drawn, and calls of the network for one.
+    """Return the settings of generated images, and the number of network calls per image.
 
     Raises:
-        ValueError: If the stage's scheduler does not take so many steps.
+        ValueError: If the stage's scheduler does not support this number of steps.
     """
     (stage,) = pipe.stages
     steps = config.validation_num_inference_steps or stage.defaults.num_inference_steps
@@ -309,5 +312,5 @@ def plan_setting(config: TrainingConfig, pipe: StagePipeline, guides: bool) -> t
         return setting, network_calls([stage], setting)
     except ValueError as error:
         raise ValueError(
-            f"`validation_num_inference_steps` is {steps}, which the stage's scheduler does not take: {error}"
+            f"`validation_num_inference_steps` is {steps}, which the stage's scheduler does not support: {error}"
         ) from error
