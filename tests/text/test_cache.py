@@ -114,14 +114,14 @@ def test_another_encoder_or_length_is_refused(cache, encoder, folder, tmp_path, 
     cache.check_encoder(encoder.identity())
     half = TextEncoder.from_pretrained(folder, dtype=torch.bfloat16)
     cache.check_encoder(half.identity())  # the same weights in another precision
-    with pytest.raises(ValueError, match=r"made by another text encoder \(max_length 8, not 5\)"):
+    with pytest.raises(ValueError, match=r"written by another text encoder \(max_length 8, not 5\)"):
         cache.check_encoder(TextEncoder.from_pretrained(folder, max_length=5).identity())
     with torch.no_grad():
         for weight in text_encoder.parameters():
             weight.mul_(1.05)
     text_encoder.save_pretrained(tmp_path / "te" / "text_encoder")
     other = TextEncoder.from_pretrained(folder).identity()
-    with pytest.raises(ValueError, match=r"made by another text encoder \(other weights\)"):
+    with pytest.raises(ValueError, match=r"written by another text encoder \(other weights\)"):
         cache.check_encoder(other)
     with pytest.raises(ValueError, match=r"a cache of another encoder \(other weights\)"):
         CacheWriter(tmp_path / "cache", other, "bfloat16")
@@ -179,7 +179,7 @@ def test_batches_from_a_cache_are_those_of_the_encoder(config, encoder, folder, 
     torch.testing.assert_close(batch.text, expected.text, atol=2e-3, rtol=2e-3)
     with pytest.raises(ValueError, match=r"lacks 6 of 6 captions, such as 'tag 0, b': run `diffusers-imagen cache-e"):
         make_train_batches(replace(cached, caption_column=["tags"]), cache)
-    with pytest.raises(ValueError, match=r"made by another text encoder \(max_length 8, not 6\)"):
+    with pytest.raises(ValueError, match=r"written by another text encoder \(max_length 8, not 6\)"):
         make_train_batches(cached, CachedTextEncoder(TextEncoder.from_pretrained(folder, max_length=6), cache))
 
 

@@ -102,7 +102,7 @@ def test_a_cache_of_another_kind_is_refused_by_the_flags(folder, cache, encoder,
     message = "was made without --keep-padding and --clean-captions, but .* makes with --keep-padding and --clean-cap"
     with pytest.raises(ValueError, match=message):
         open_text(None, str(tmp_path / "plain"), None, keeps_padding=True, cleans_captions=True)
-    with pytest.raises(ValueError, match=r"made by another text encoder \(keeps_padding True, not False\)"):
+    with pytest.raises(ValueError, match=r"written by another text encoder \(keeps_padding True, not False\)"):
         cache.check_encoder(TextEncoder.from_pretrained(folder, cleans_captions=True).identity())
     with pytest.raises(ValueError, match=r"a cache of another encoder \(cleans_captions False, not True\)"):
         CacheWriter(tmp_path / "plain", {**plain.identity(), "cleans_captions": True})

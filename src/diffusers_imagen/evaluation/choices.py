@@ -1,4 +1,4 @@
-"""What an evaluation is asked for by name: metrics, and the networks that make features of pictures."""
+"""Names of metrics, and of the networks that compute features of images."""
 
 from collections.abc import Iterable
 
@@ -13,9 +13,9 @@ NAMED = ("inception", "dinov2", "clip", "efficientnet-lite0")
 
 INCEPTION_SPLITS = 10
 NEIGHBOURS = 3  # of precision and recall
-LEAST = {"is": INCEPTION_SPLITS, "precision-recall": NEIGHBOURS + 1}  # pictures; of the others 2
+LEAST = {"is": INCEPTION_SPLITS, "precision-recall": NEIGHBOURS + 1}  # minimum number of images; 2 for other metrics
 
 
 def least_pictures(metrics: Iterable[str]) -> int:
-    """The fewest pictures that these metrics can be of."""
+    """Return the minimum number of images for these metrics."""
     return max((LEAST.get(metric, 2) for metric in metrics), default=2)

@@ -148,14 +148,14 @@ def draw(pipe: DiffusionPipeline, drawing: Drawing, state: PartialState) -> None
 
 
 def find_other(drawing: Drawing) -> str | None:
-    """What is in the folder that was not drawn so, in words; None if nothing is."""
+    """Describe images in the folder with other settings; None if there are none."""
     record, path = drawing.record(), drawing.folder / RECORD
     if path.exists():
         found = read_json_object(path)
         for name in record:
             if found.get(name) != record[name]:
                 return (
-                    f"images in '{drawing.folder}' whose {name} is {found.get(name)!r}, not {record[name]!r}: name "
+                    f"images in '{drawing.folder}' whose {name} is {found.get(name)!r}, not {record[name]!r}: use "
                     "another folder, or delete that one."
                 )
     elif drawing.folder.exists() and any(drawing.folder.iterdir()):
@@ -164,7 +164,7 @@ def find_other(drawing: Drawing) -> str | None:
 
 
 def prepare(drawing: Drawing) -> list[tuple[list[int], bool]]:
-    """The batches, and whether their pictures are all there; the folder is made, and rid of what a killed run left."""
+    """Return the batches, and whether all of their images exist; create the folder, without files of a killed run."""
     other = find_other(drawing)
     if other is not None:
         raise ValueError(f"`output-dir` has {other}")

@@ -108,7 +108,9 @@ class Evaluation:
             self.report(calls, made, upscaling)
 
     def drawing(self, setting: Setting, enlarges: bool = False) -> Drawing:
-        """Return the images to generate: with all stages, or from downsampled real images with those after the first."""
+        """
+        Return the images to generate: with all stages, or from downsampled real images with those after the first.
+        """
         enlarged = self.resolutions[0] if enlarges else None
         if enlarges:  # shared by settings that differ only in the first stage
             setting = Setting(setting.scheduler, setting.steps[1:], setting.guidance[1:])
@@ -229,7 +231,7 @@ class Evaluation:
 
     def measure_upscaling(self, state: PartialState) -> list[Upscaling]:
         """Measure the consistency of a cascade's stages, and super-resolution of real images against bicubic upsampling;
-        all processes call this."""
+        called by all processes."""
         measured: list[Upscaling] = []
         first, *upscaled = self.resolutions
         for below, resolution in zip(self.resolutions, upscaled):
@@ -288,7 +290,8 @@ class Evaluation:
             )
             if sizes:
                 warnings.append(
-                    f"The reference has images of {', '.join(sizes[:3])} px; they are resized to each stage's resolution."
+                    f"The reference has images of {', '.join(sizes[:3])} px; they are resized to each stage's "
+                    "resolution."
                 )
             if self.reference.identity() == self.captions.identity():
                 warnings.append(
@@ -303,7 +306,7 @@ def one_line(text: str) -> str:
 
 
 def check_installed(metrics: Iterable[str], argument: str = "metrics") -> None:
-    """Raises ValueError, which names the argument, for a metric whose package cannot be imported."""
+    """Raise ValueError, naming the argument, for a metric whose package cannot be imported."""
     for metric in metrics:
         if metric in PACKAGES:
             check_package(PACKAGES[metric], argument, metric)
@@ -324,14 +327,14 @@ def check_inputs(evaluation: Evaluation) -> None:
             f"'{evaluation.captions.name}', which has none: use a data set."
         )
     if needs_pairs and len(evaluation.resolutions) < 2:
-        raise ValueError(f"`metrics` has {needs_pairs[0]!r}, but no stage runs that enlarges pictures.")
+        raise ValueError(f"`metrics` has {needs_pairs[0]!r}, but no super-resolution stage runs.")
     least = least_pictures(metrics)
     if count < least:
-        raise ValueError(f"`captions` gives {count} pictures to draw, but the metrics need at least {least}.")
+        raise ValueError(f"`captions` has {count} captions to use, but the metrics need at least {least}.")
     least = least_pictures(needs_reference)
     if needs_reference and len(evaluation.reference_indices) < least:
         raise ValueError(
-            f"`reference` has {len(evaluation.reference_indices)} pictures, but should have at least {least}."
+            f"`reference` has {len(evaluation.reference_indices)} images, but should have at least {least}."
         )
     if "is" in metrics and getattr(evaluation.network, "suffix", None) is not None:
-        raise ValueError("`metrics` has 'is', which is of Inception's classes, but `features` is another network.")
+        raise ValueError("`metrics` has 'is', which uses Inception's classes, but `features` is another network.")

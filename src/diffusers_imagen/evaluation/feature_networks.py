@@ -39,14 +39,14 @@ class FeatureNetwork(Protocol):
         """Return an identifier of its features."""
 
     def to(self, device: str | torch.device) -> None:
-        """Puts it where it computes."""
+        """Move the network to a device."""
 
     def __call__(self, pictures: list[Image.Image], captions: list[str]) -> dict[str, torch.Tensor]:
         """Return `features` of shape `(B, D)` in float32 on the CPU, and other outputs by name."""
 
 
 class OnDevice:
-    """A network that can be put elsewhere."""
+    """A network that can be moved to a device."""
 
     network: Any
     device: str | torch.device
@@ -149,7 +149,7 @@ class TransformersFeatures(OnDevice):
 
 
 class ClipScores(OnDevice):
-    """The cosine of the embeddings of a picture and its caption (Hessel et al. 2021, arXiv 2104.08718).
+    """The cosine of the embeddings of an image and its caption (Hessel et al. 2021, arXiv 2104.08718).
 
     Args:
         source (`str`): Folder or Hub id of a CLIP model of transformers.
@@ -183,10 +183,10 @@ class ClipScores(OnDevice):
 
 
 def load_features(source: str, device: str | torch.device = "cpu", argument: str = "features") -> FeatureNetwork:
-    """A feature network by its name or folder.
+    """Load a feature network by its name or folder.
 
     Raises:
-        ValueError: In one line, which names the argument, if it cannot be had.
+        ValueError: In one line that names the argument, if it cannot be loaded.
     """
     check_packages(source, argument)
     with loading(argument, source):
@@ -202,7 +202,7 @@ def load_features(source: str, device: str | torch.device = "cpu", argument: str
 
 
 def check_packages(source: str, argument: str = "features") -> None:
-    """Raises ValueError for a name of nothing, or a network whose package is not installed."""
+    """Raise ValueError for an unknown name, or a network whose package is not installed."""
     if source not in NAMED and not Path(source).is_dir():
         raise bad_argument(
             argument, source, f"one of {', '.join(map(repr, NAMED))}, or the folder of an image encoder"
@@ -225,6 +225,6 @@ def check_package(package: str, name: str, value: str) -> None:
 
 
 def load_clip(source: str, device: str | torch.device = "cpu", argument: str = "clip-model") -> ClipScores:
-    """The network of CLIP scores; ValueError, in one line, if it cannot be had."""
+    """Load the network for CLIP scores; raise ValueError, in one line, if it cannot be loaded."""
     with loading(argument, source):
         return ClipScores(source, device)

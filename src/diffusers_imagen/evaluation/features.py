@@ -40,7 +40,7 @@ class Features:
 
     @property
     def shards(self) -> list[Path]:
-        """The files."""
+        """Paths of the files."""
         return [self.folder / f"{start:08d}.safetensors" for start in range(0, len(self.indices), SHARD)]
 
     def make(self, state: PartialState) -> None:

@@ -12,10 +12,10 @@ from .drawing import Setting
 
 
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000  # the defaults of torch-fidelity and torchmetrics
-CHUNK = 2048  # of precision and recall: distances of so many pictures at once
+CHUNK = 2048  # for precision and recall: number of images whose distances are computed at once
 # of torchmetrics' classes: one process has all features, and does not wait for the others
 ALONE: dict[str, Any] = {"sync_on_compute": False}
-SEED = 2020  # torch-fidelity's, of subsets and splits
+SEED = 2020  # torch-fidelity's seed of subsets and splits
 CLIP_SCORE = "CLIP score"
 
 
@@ -45,7 +45,7 @@ class Row:
     calls: int | None = None  # denoiser evaluations per image
 
     def as_json(self) -> dict[str, Any]:
-        """For `results.json`."""
+        """Return the row for `results.json`."""
         setting = None if self.setting is None else self.setting._asdict()
         figures = {label: figure._asdict() for label, figure in self.figures.items()}
         return {
@@ -68,7 +68,7 @@ def figure_of_mean(values: torch.Tensor) -> Figure:
 
 
 def clip_score(scores: dict[str, torch.Tensor]) -> dict[str, Figure]:
-    """The mean of what `ClipScores` gives, by its label."""
+    """Return the mean of the results of `ClipScores`, by its label."""
     return {CLIP_SCORE: figure_of_mean(scores["features"][:, 0])}
 
 
@@ -84,7 +84,9 @@ class GivenFeatures(torch.nn.Module):
 
 
 def frechet_distance(features: torch.Tensor, reference: torch.Tensor, resamples: int = 0) -> Figure:
-    """Compute the Frechet distance of Gaussians fitted to features (Heusel et al. 2017, arXiv 1706.08500) by torchmetrics.
+    """
+    Compute the Frechet distance of Gaussians fitted to features (Heusel et al. 2017, arXiv 1706.08500) by
+    torchmetrics.
 
     Args:
         features (`torch.Tensor` of shape `(N, D)`): Features of generated images.
@@ -178,7 +180,7 @@ class Distances(NamedTuple):
         return metric.upper() if self.suffix is None else f"{short}-{self.suffix}"
 
     def measure(self, features: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> dict[str, Figure]:
-        """The figures of pictures against real ones, by label; the inception score needs no real ones."""
+        """Compute the metrics of images against real ones, by label; the inception score needs no real images."""
         found: dict[str, Figure] = {}
         if "is" in self.metrics:
             found["IS"] = inception_score(features["logits"])
@@ -202,8 +204,8 @@ def sample_warnings(distances: Distances, drawn: int, real: int, width: int) -> 
         label = distances.label("fid")
         if few <= width:
             warnings.append(
-                f"{label} of {few:,} images and {width:,} features: the covariance does not have full rank, and the value is "
-                "far too large; compare it only with values from the same number of images."
+                f"{label} of {few:,} images and {width:,} features: the covariance does not have full rank, and the "
+                "value is far too large; compare it only with values from the same number of images."
             )
         elif few < 10_000:
             warnings.append(
@@ -211,8 +213,8 @@ def sample_warnings(distances: Distances, drawn: int, real: int, width: int) -> 
             )
     if "kid" in distances.metrics and few < KID_SUBSET_SIZE:
         warnings.append(
-            f"{distances.label('kid')} is from subsets of {few:,} images instead of {KID_SUBSET_SIZE:,}, because there are no more: "
-            "its ± does not measure the variation over images."
+            f"{distances.label('kid')} is from subsets of {few:,} images instead of {KID_SUBSET_SIZE:,}, because "
+            "there are no more: its ± does not measure the variation over images."
         )
     if "is" in distances.metrics and drawn < 5_000:
         warnings.append(f"IS of {drawn:,} images is biased downwards: published values are from 30,000 to 50,000.")

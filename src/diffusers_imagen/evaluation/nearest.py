@@ -19,7 +19,7 @@ class Nearest(NamedTuple):
     cosines: torch.Tensor  # (N,)
 
     def figures(self) -> dict[str, Figure]:
-        """What is said of all of them, by label."""
+        """Return the summary metrics, by label."""
         copies = (self.cosines > COPY).double()
         return {
             "nearest, median cosine": Figure(self.cosines.median().item()),

@@ -88,7 +88,7 @@ def draw_plot(folder: Path, curve: Curve, lines: dict[str, list[Row]], label: st
     for name, line in lines.items():
         figures = [row.figures[label] for row in line]
         spread = [figure.spread or 0.0 for figure in figures]
-        xs = [value for value in map(curve.value, line) if value is not None]  # lines have no others
+        xs = [value for value in map(curve.value, line) if value is not None]  # lines consist of other rows
         axes.errorbar(xs, [figure.value for figure in figures], spread, marker="o", capsize=3, label=name)
     axes.set(xlabel=curve.title, ylabel=label, title=f"{label} at {resolution} px")
     axes.grid(alpha=0.3)

@@ -68,7 +68,7 @@ class Report:
         captions = [f"{drawn.caption(one)}: cosine {cosine:.3f}" for one, _, cosine in pairs]
         resolution = rows[0][0].width
         self.add_sheet(
-            f"{drawn.name} at {resolution} px: drawn, and the nearest of the reference; the {len(pairs)} nearest",
+            f"{drawn.name} at {resolution} px: generated, and the nearest of the reference; the {len(pairs)} nearest",
             f"nearest_{resolution}_{drawn.name}.png",
             captioned_grid(rows, captions, resolution=min(SIDE, 2 * resolution)),
         )
@@ -98,7 +98,7 @@ class Report:
         write_text(self.folder / "report.html", page + "\n".join(body) + "</html>\n")
 
     def as_json(self) -> dict[str, Any]:
-        """All figures."""
+        """Return all metrics."""
         upscaling = [
             {**row, "figures": {label: figure._asdict() for label, figure in row["figures"].items()}}
             for row in self.upscaling

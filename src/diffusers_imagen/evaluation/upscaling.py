@@ -13,7 +13,7 @@ from .picture_sets import PictureSet, fitted, reduced, resized, to_tensor
 
 METHODS = ("super-resolution", "bicubic")
 MEASURES = ("PSNR (dB)", "SSIM", "consistency (dB)")
-PEAK = 100.0  # dB that stand for pictures without a difference, as for one of 1e-10 in the mean square
+PEAK = 100.0  # dB for identical images, corresponding to a mean squared error of 1e-10
 
 
 def upscaling_figures(
@@ -27,8 +27,9 @@ def upscaling_figures(
     """Measure super-resolution of downsampled real images, and bicubic interpolation of the same images.
 
     Args:
-        drawn ([`PictureSet`]): Pictures of `resolution` that a stage drew.
-        real ([`PictureSet`]): The pictures that were reduced to `low` for it, of the same numbers.
+        drawn ([`PictureSet`]): Images of `resolution` that a stage generated.
+        real ([`PictureSet`]):
+            The original images, which were downsampled to `low` as its input, with the same indices.
         state ([`~accelerate.PartialState`], *optional*): Processes that share the work, all of which call this.
 
     Returns:

@@ -37,7 +37,7 @@ logger = logging.get_logger(__name__)
 
 SHARD_BYTES = 128 * 2**20
 ENCODER = "encoder"  # folder of a cache
-FLAGS = ("--keep-padding", "--clean-captions")  # of cache-embeddings
+FLAGS = ("--keep-padding", "--clean-captions")  # options of cache-embeddings
 
 
 def caption_key(caption: str) -> tuple[int, int]:
@@ -97,7 +97,7 @@ class EmbeddingCache(TextSource):
         return self.manifest["encoder"]
 
     def parts(self) -> EncoderParts | None:
-        """Those that `save_parts` wrote.
+        """Load the tokenizer and the reference to the encoder that `save_parts` wrote.
 
         Raises:
             ValueError: If they cannot be read.
@@ -109,7 +109,7 @@ class EmbeddingCache(TextSource):
             tokenizer = load_tokenizer_of_pipeline(str(folder), {})
             config = AutoConfig.from_pretrained(folder / "text_encoder", trust_remote_code=False)
             return EncoderParts(tokenizer, config, read_reference(folder / "text_encoder"))
-        except Exception as error:  # whatever is in the files
+        except Exception as error:  # for any content of the files
             raise ValueError(
                 f"`embedding_cache` is '{self.folder}', whose {ENCODER}/ is malformed: {describe_fault(error)}"
             ) from error
@@ -161,18 +161,20 @@ class EmbeddingCache(TextSource):
         difference = identity_mismatch(self.manifest["encoder"], identity)
         if difference is not None:
             raise ValueError(
-                f"`embedding_cache` {str(self.folder)!r} was made by another text encoder ({difference}): set `text_encoder` "
-                "to that one, or build a cache with this one."
+                f"`embedding_cache` {str(self.folder)!r} was written by another text encoder ({difference}): set "
+                "`text_encoder` to that one, or build a cache with this one."
             )
 
     def check_kind(self, keeps_padding: bool, cleans_captions: bool) -> None:
-        """Raise ValueError if the network needs embeddings of another kind; the message names the flags to build them."""
+        """
+        Raise ValueError if the network needs embeddings of another kind; the message names the flags to build them.
+        """
         if (self.keeps_padding, self.cleans_captions) == (keeps_padding, cleans_captions):
             return
         raise ValueError(
-            f"`embedding_cache` {str(self.folder)!r} was made {describe_flags(self.keeps_padding, self.cleans_captions)}, "
-            f"but the network needs one that `diffusers-imagen cache-embeddings` makes "
-            f"{describe_flags(keeps_padding, cleans_captions)}."
+            f"`embedding_cache` {str(self.folder)!r} was written "
+            f"{describe_flags(self.keeps_padding, self.cleans_captions)}, but the network needs one that "
+            f"`diffusers-imagen cache-embeddings` writes {describe_flags(keeps_padding, cleans_captions)}."
         )
 
     def for_captions(self, captions: Iterable[str] | None) -> TextSource:
@@ -267,9 +269,9 @@ def open_text(
     Args:
         text_encoder (`str`, *optional*): Folder or Hub id.
         embedding_cache (`str`, *optional*): Folder of a cache.
-        max_length (`int`, *optional*): Tokens of a text; the tokenizer's own limit without.
-        keeps_padding (`bool`), cleans_captions (`bool`): What the network was, or is to be, trained with.
-        options: Of `TextEncoder.from_pretrained`, such as `revision` and `variant`.
+        max_length (`int`, *optional*): Maximum tokens per text; by default the tokenizer's limit.
+        keeps_padding (`bool`), cleans_captions (`bool`): Settings that the network is trained with.
+        options: Options of `TextEncoder.from_pretrained`, such as `revision` and `variant`.
 
     Raises:
         ValueError: If they cannot be opened, or the cache has embeddings of another kind.

@@ -1,12 +1,12 @@
 """File format of an embedding cache, and its integrity checks.
 
-A cache is a folder of safetensors shards and a manifest.json. A shard has `states` `(tokens, E)`, the embeddings of its
-captions one after another without padding (the tensor's name is part of the format), `offsets` `(captions + 1,)`, where
-each begins, and `keys` `(captions, 2)`, the first 128 bits of the captions' SHA-256. Where the encoder has
-`keeps_padding`, `states` are `(captions * L, E)`, of all L positions of each caption, and `offsets` count the captions'
-own tokens as ever: they say what is padding. The manifest names the encoder, and the finished shards with their sizes and
-checksums: a shard that it does not name does not exist. In `encoder/` is what a stage that is trained with the cache has of
-the encoder: see reference.py.
+A cache is a folder of safetensors shards and a manifest.json. A shard has `states` `(tokens, E)`, the concatenated
+embeddings of its captions without padding (the tensor's name is part of the format), `offsets` `(captions + 1,)`, at
+which each caption begins, and `keys` `(captions, 2)`, the first 128 bits of the captions' SHA-256. If the encoder has
+`keeps_padding`, `states` are `(captions * L, E)`, for all L positions of each caption, and `offsets` still count the
+captions' own tokens, which determines the padding. The manifest describes the encoder, and the finished shards with
+their sizes and checksums: shards that it does not list are ignored. `encoder/` has the tokenizer and the reference to
+the encoder, for stages that are trained with the cache: see reference.py.
 
 Every part is checked before use. The manifest has a checksum of itself, and two per shard: one of its index, which is
 the header, `keys` and `offsets`, and one of the whole file. The index is read and checked when a cache is opened, the
@@ -156,7 +156,7 @@ def read_manifest(folder: Path, argument: str = "embedding_cache") -> dict[str, 
     """
     path = folder / MANIFEST
     if not path.is_file():
-        raise ValueError(f"`{argument}` is '{folder}', which has no {MANIFEST}: make it with cache-embeddings.")
+        raise ValueError(f"`{argument}` is '{folder}', which has no {MANIFEST}: create it with cache-embeddings.")
     try:
         manifest = read_json_object(path)
         if "format" in manifest and manifest["format"] != FORMAT:

@@ -1,4 +1,4 @@
-"""Caption cleaning as in DeepFloyd IF's training: removes markup, addresses, file names and the like."""
+"""Caption cleaning as in DeepFloyd IF's training: removes markup, addresses, file names and similar text."""
 
 import functools
 import re
@@ -12,8 +12,8 @@ from ..utils.modules import quiet_transformers
 
 logger = logging.get_logger(__name__)
 
-# The time of diffusers' expressions grows with the square of a text's length, and with the third power of a number's. IF
-# reads 77 tokens: what is beyond this length is read only where nearly all that comes before it is removed.
+# The time of diffusers' expressions is quadratic in a text's length, and cubic in a number's. IF uses 77 tokens:
+# characters after this length are used only if nearly all characters before are removed.
 MAX_CLEANED = 2000
 LONG_NUMBER = re.compile(r"[\d.]{200}")
 
@@ -40,7 +40,7 @@ def clean_caption(text: str) -> str:
         return plain_caption(text)
     try:
         return cleaner()._text_preprocessing([text], clean_caption=True)[0]
-    except Exception:  # of several kinds, for markup such as "<!["
+    except Exception:  # of several types, for markup such as "<!["
         return plain_caption(text)
 
 

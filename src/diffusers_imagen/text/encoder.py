@@ -49,7 +49,7 @@ class TextEncoder(TextSource):
         self.tokenizer, self._model, self._load = tokenizer, model, load
         self.keeps_padding, self.cleans_captions = keeps_padding, cleans_captions
         self._identity: dict[str, Any] | None = None
-        self._find: Callable[..., Reference] | None = None  # where it is, of one that is loaded when needed
+        self._find: Callable[..., Reference] | None = None  # location of an encoder that is loaded when needed
 
     @classmethod
     def from_pretrained(
@@ -67,10 +67,10 @@ class TextEncoder(TextSource):
         Args:
             name (`str`): Folder or Hub id, with `text_encoder/` and `tokenizer/` or with the model itself; or
                 `"imagen-emoji"`, the shipped cascade's.
-            max_length (`int`, *optional*): Tokens of a text; the tokenizer's own limit without.
-            device (`str` or `torch.device`), dtype (`torch.dtype`): Of the network.
-            keeps_padding (`bool`), cleans_captions (`bool`): As the networks that read the embeddings were trained; both
-                are true of DeepFloyd IF's, whose `max_length` is 77.
+            max_length (`int`, *optional*): Maximum tokens per text; by default the tokenizer's limit.
+            device (`str` or `torch.device`), dtype (`torch.dtype`): Device and dtype of the network.
+            keeps_padding (`bool`), cleans_captions (`bool`): Settings of the networks' training; both are true for
+                DeepFloyd IF's, whose `max_length` is 77.
             kwargs: For transformers' `from_pretrained`, such as `variant`, `token`, `revision`, `local_files_only` or
                 `quantization_config`.
 
@@ -131,7 +131,8 @@ class TextEncoder(TextSource):
             free_memory()
 
     def encode(self, texts: list[str], padding: str = "max_length") -> TextEmbeddings:
-        """Encode texts, truncated or padded to `max_length`, with the encoder's last layer; `padding` is the tokenizer's.
+        """
+        Encode texts, truncated or padded to `max_length`, with the encoder's last layer; `padding` is the tokenizer's.
 
         Raises:
             ValueError: If the tokenizer has no limit, the network does not match it, or the embeddings are not finite:
@@ -141,7 +142,7 @@ class TextEncoder(TextSource):
 
     @torch.no_grad()
     def encode_cleaned(self, texts: list[str], padding: str = "max_length") -> TextEmbeddings:
-        """As `encode`, of texts as `cleaned` returns them."""
+        """Encode texts like `encode`, after `cleaned`."""
         options = {"padding": padding, "max_length": self.max_length, "truncation": True, "return_tensors": "pt"}
         keep_in_fp32(self.model)
         tokens = self.tokenizer(texts, **options)
@@ -169,13 +170,14 @@ class TextEncoder(TextSource):
         if not text.embeds.isfinite().all():
             weight = find_not_finite(self.model)
             raise ValueError(
-                f"`text_encoder` in {self.model.dtype} returned embeddings that are not finite: load it in torch.bfloat16 "
+                f"`text_encoder` in {self.model.dtype} returned embeddings that are not finite: load it in "
+                "torch.bfloat16 "
                 "or torch.float32" + ("." if weight is None else f", complete; its weight `{weight}` is not finite.")
             )
         return text
 
     def encode_prompts(self, texts: list[str], slice_size: int | None = None) -> TextEmbeddings:
-        """Encode `slice_size` texts at once, with a warning for each text that is truncated."""
+        """Encode `slice_size` texts at a time, with a warning for each text that is truncated."""
         room = self.max_length - self.tokenizer.num_special_tokens_to_add()
         cleaned = self.cleaned(texts)
         for text, ids in zip(cleaned, self.tokenizer(cleaned, add_special_tokens=False).input_ids):
@@ -194,7 +196,9 @@ class TextEncoder(TextSource):
         return [row[:length] for row, length in zip(text.embeds.cpu(), text_lengths(text))]
 
     def padded(self, texts: list[str]) -> tuple[list[torch.Tensor], list[int]]:
-        """Encode texts with padding: the embeddings of all positions, `(L, E)`, on the CPU, and each text's token count."""
+        """
+        Encode texts with padding: the embeddings of all positions, `(L, E)`, on the CPU, and each text's token count.
+        """
         text = self.encode(texts)
         return list(text.embeds.cpu()), text_lengths(text)
 

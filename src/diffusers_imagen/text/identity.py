@@ -27,12 +27,12 @@ def describe_encoder(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel)
 
 
 def describe_weights(model: PreTrainedModel) -> dict[str, Any]:
-    """Kind and sizes of an encoder, and a sample of its weights; without that where they are quantized or elsewhere."""
+    """Return kind and sizes of an encoder, and a sample of its weights unless they are quantized or offloaded."""
     return {"class": type(model).__name__, "width": encoder_width(model.config), **sample_weights(model)}
 
 
 def sample_weights(model: nn.Module) -> dict[str, Any]:
-    """How many weights a model has, and a sample of them; nothing where they are quantized or elsewhere."""
+    """Return the number of weights of a model, and a sample of them; empty if they are quantized or offloaded."""
     weights = sorted(model.named_parameters())
     if is_quantized(model) or any(weight.is_meta for _, weight in weights):
         return {}

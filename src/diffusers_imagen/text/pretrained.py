@@ -92,9 +92,9 @@ def load_encoder(
     model = load_where_it_is(what, name, subfolder, {**options, **kwargs})
     broken = find_not_finite(model)
     if broken is not None:
-        raise ValueError(f"{what}, whose text encoder has weights that are not finite, {broken} among them.")
+        raise ValueError(f"{what}, whose text encoder has weights that are not finite, such as {broken}.")
     known = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > known:  # another token would end in an error of indexing, on a GPU in an abort
+    if len(tokenizer) > known:  # larger tokens would raise an indexing error, and abort the process on a GPU
         raise ValueError(
             f"{what}, whose tokenizer has {len(tokenizer)} tokens, but its encoder {known}: they do not belong "
             "together."
@@ -104,10 +104,10 @@ def load_encoder(
 
 
 def load_where_it_is(what: str, name: str, subfolder: str, options: dict[str, Any]) -> PreTrainedModel:
-    """The encoder in a folder or repository, or the one that a stage there names by reference.
+    """Load the encoder in a folder or repository, or the one that a stage there refers to.
 
     Raises:
-        ValueError: If there is none, or it lacks weights; begins with `what`.
+        ValueError: If there is none, or it lacks weights; the message begins with `what`.
     """
     hub = {option: value for option, value in options.items() if option in HUB_OPTIONS}
     reference = find_reference(name, subfolder) if os.path.isdir(name) else None
@@ -115,7 +115,7 @@ def load_where_it_is(what: str, name: str, subfolder: str, options: dict[str, An
         fixed = {"subfolder": subfolder, "trust_remote_code": False, "output_loading_info": True}
         try:
             model, info = load_text_model(name, **fixed, **options)
-        except Exception as error:  # whatever a configuration or a file of weights makes of itself
+        except Exception as error:  # malformed configurations and weights raise errors of any type
             reference = None if os.path.isdir(name) else find_reference(name, subfolder, **hub)
             if reference is None:
                 raise ValueError(f"{what}, whose encoder cannot be loaded: {describe_fault(error)}") from error

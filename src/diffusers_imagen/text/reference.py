@@ -1,8 +1,8 @@
-"""Text encoders by reference: a stage names the one that it was trained with, and loads it from there.
+"""Text encoders by reference: a stage refers to its text encoder, and loads it from its source.
 
-A stage that was trained has its tokenizer in full, and in `text_encoder/` the encoder's config.json and a reference.json:
-the Hub id and commit of the encoder, or the path of its folder from there, and what tells it from others. `model_index.json`
-names `ReferencedTextEncoder`, whose `from_pretrained` loads the encoder that is meant: diffusers does the rest.
+A trained stage has its complete tokenizer, and in `text_encoder/` the encoder's config.json and a reference.json: the
+Hub id and commit of the encoder, or the relative path of its folder, and its identity. `model_index.json` names
+`ReferencedTextEncoder`, whose `from_pretrained`, called by diffusers, loads the encoder.
 """
 
 import os
@@ -26,22 +26,22 @@ from .completeness import refuse_random_weights
 from .identity import describe_weights, identity_mismatch
 
 
-INSTEAD = "pass another one as `text_encoder`, or `text_encoder=None` to give embeddings"
+INSTEAD = "pass another one as `text_encoder`, or `text_encoder=None` to use embeddings"
 
 
 class EncoderParts(NamedTuple):
-    """What a stage has of its text encoder."""
+    """Tokenizer and reference of a stage's text encoder."""
 
     tokenizer: PreTrainedTokenizerBase
     config: PretrainedConfig
     reference: Reference
 
     def save(self, folder: Path, place: Path) -> dict[str, list[str]]:
-        """Writes `tokenizer/` and `text_encoder/`; returns their entries of a `model_index.json`.
+        """Write `tokenizer/` and `text_encoder/`; return their entries of a `model_index.json`.
 
         Args:
-            folder (`Path`): Where to write to.
-            place (`Path`): Where the folder will be, which paths begin at.
+            folder (`Path`): Folder to write to.
+            place (`Path`): Final location of the folder, to which paths are relative.
         """
         self.tokenizer.save_pretrained(folder / "tokenizer")
         self.config.save_pretrained(folder / "text_encoder")
@@ -54,22 +54,22 @@ class EncoderParts(NamedTuple):
 
 class ReferencedTextEncoder(PreTrainedModel):
     """
-    Stands in a `model_index.json` for a text encoder that is elsewhere. It is never made: `from_pretrained` returns the
-    encoder itself, so that `save_pretrained` of a pipeline saves it in full.
+    Placeholder in `model_index.json` for a text encoder that is saved elsewhere. It is never instantiated:
+    `from_pretrained` returns the encoder itself, so that `save_pretrained` of a pipeline saves the complete encoder.
     """
 
     config_class = PretrainedConfig
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """The text encoder that a folder's reference.json means.
+        """Load the text encoder that a folder's reference.json refers to.
 
         Args:
-            pretrained_model_name_or_path (`str` or `os.PathLike`): The folder, `text_encoder/` of a stage.
-            kwargs: For transformers' `from_pretrained` of the encoder.
+            pretrained_model_name_or_path (`str` or `os.PathLike`): The folder: `text_encoder/` of a stage.
+            kwargs: Options of transformers' `from_pretrained` for the encoder.
 
         Raises:
-            ValueError: If the file is malformed, or the encoder cannot be loaded; says what to pass in its place.
+            ValueError: If the file is malformed, or the encoder cannot be loaded; describes alternatives.
         """
         folder = Path(pretrained_model_name_or_path, kwargs.pop("subfolder", None) or "")
         try:
@@ -79,21 +79,21 @@ class ReferencedTextEncoder(PreTrainedModel):
 
 
 def load_text_model(name: str, **options: Any) -> Any:
-    """What transformers' `from_pretrained` returns: of T5 and its like, whose AutoModel has a decoder, the encoder alone."""
+    """Return the result of transformers' `from_pretrained`; for T5 and similar models, load only the encoder."""
     with quiet_transformers():
         try:
             return AutoModelForTextEncoding.from_pretrained(name, **options)
-        except ValueError:  # not a kind that transformers counts among text encoders
+        except ValueError:  # not listed by transformers as a text encoder
             return AutoModel.from_pretrained(name, **options)
 
 
 def load_reference(reference: Reference, **options: Any) -> PreTrainedModel:
-    """The encoder. `options` are those of transformers' `from_pretrained`.
+    """Load the encoder. `options` are those of transformers' `from_pretrained`.
 
-    Of a commit on the Hub, files that were downloaded before are used without asking the Hub.
+    For a commit on the Hub, downloaded files are used without requests to the Hub.
 
     Raises:
-        ValueError: If it is not there, cannot be loaded, or is another one than is meant.
+        ValueError: If it does not exist, cannot be loaded, or is another encoder than that of the reference.
     """
     if reference.is_local and not os.path.isdir(reference.source):
         raise ValueError(f"the text encoder that it was trained with is not in '{reference.source}': {INSTEAD}.")
@@ -105,7 +105,7 @@ def load_reference(reference: Reference, **options: Any) -> PreTrainedModel:
         try:
             model, found = load_text_model(reference.source, **{**options, **attempt})
             break
-        except Exception as error:  # whatever a configuration or a file of weights makes of itself
+        except Exception as error:  # malformed configurations and weights raise errors of any type
             reason = error
     else:
         raise ValueError(
@@ -123,12 +123,12 @@ def load_reference(reference: Reference, **options: Any) -> PreTrainedModel:
 
 
 def find_reference(name: str, subfolder: str, **hub: Any) -> Reference | None:
-    """What the reference.json beside an encoder's configuration says; None if there is none.
+    """Read the reference.json next to an encoder's configuration; None if there is none.
 
     Args:
         name (`str`): Folder or Hub id.
         subfolder (`str`): Folder of the encoder in it.
-        hub: Of `HUB_OPTIONS`.
+        hub: Options among `HUB_OPTIONS`.
     """
     if os.path.isdir(name):
         folder = Path(name, subfolder)
@@ -136,7 +136,7 @@ def find_reference(name: str, subfolder: str, **hub: Any) -> Reference | None:
     file = f"{subfolder}/{REFERENCE}" if subfolder else REFERENCE
     try:
         path = hf_hub_download(name, file, **for_huggingface_hub(hub))
-    except Exception:  # there is none, or no Hub
+    except Exception:  # it does not exist, or the Hub cannot be reached
         return None
     return read_reference(Path(path).parent)
 
@@ -144,7 +144,7 @@ def find_reference(name: str, subfolder: str, **hub: Any) -> Reference | None:
 def reference_of(
     name: str, subfolder: str, variant: str | None, identity: dict[str, Any] | None, **hub: Any
 ) -> Reference:
-    """As `reference_to`; of an encoder that was loaded by a reference itself, that."""
+    """Return a reference like `reference_to`; for an encoder that was loaded by reference, that reference."""
     found = reference_to(name, subfolder, variant, identity, **hub)
     again = find_reference(name, subfolder, **{**hub, "local_files_only": True})
     return found if again is None else again

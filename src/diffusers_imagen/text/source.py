@@ -17,7 +17,7 @@ logger = logging.get_logger(__name__)
 
 MEMORY_LIMIT = 2 * 2**30  # bytes of embeddings kept in memory
 ENCODED_AT_ONCE = 256
-MAX_CAPTION = 2**20  # bytes of a caption in a file: what is above is something else
+MAX_CAPTION = 2**20  # bytes of a caption in a file; larger files are not captions
 
 
 class TextSource(ABC):
@@ -45,11 +45,13 @@ class TextSource(ABC):
         """Encode texts to embeddings of the same length L."""
 
     def encode_prompts(self, texts: list[str], slice_size: int | None = None) -> TextEmbeddings:
-        """As `encode`, `slice_size` texts at once."""
+        """Encode texts like `encode`, `slice_size` texts at a time."""
         return in_slices(self.encode, texts, slice_size)
 
     def no_text(self, text: TextEmbeddings) -> TextEmbeddings:
-        """Return the unconditional embeddings for `text`: zeros, or those of the empty text if padding is attended to."""
+        """
+        Return the unconditional embeddings for `text`: zeros, or those of the empty text if padding is attended to.
+        """
         if not self.keeps_padding:
             return without_text(text)
         return self.encode([""]).repeated(len(text.embeds))
@@ -63,15 +65,16 @@ class TextSource(ABC):
         return None
 
     def parts(self) -> EncoderParts | None:
-        """What a stage that is trained with it has of it: the tokenizer, and where the encoder is; None if that is not
-        known."""
+        """Return the tokenizer and the reference to the encoder, for a stage that is trained with it; None if the
+        reference is unknown."""
         return None
 
     def release(self) -> None:
         """Free the memory of the encoder; it is loaded again on the next use."""
 
     def for_captions(self, captions: Iterable[str] | None) -> "TextSource":
-        """Return a text source for batches of these captions; None for a stream, whose captions are not known in advance.
+        """
+        Return a text source for batches of these captions; None for a stream, whose captions are not known in advance.
 
         All captions are encoded now if their embeddings fit in memory, else each batch when it is loaded.
         """
@@ -162,7 +165,7 @@ class EncodedCaptions(TextSource):
 def in_slices(
     encode: Callable[[list[str]], TextEmbeddings], texts: list[str], slice_size: int | None
 ) -> TextEmbeddings:
-    """Embeddings of texts, `slice_size` of which are encoded at once."""
+    """Encode texts, `slice_size` of them at a time."""
     size = slice_size or len(texts)
     parts = [encode(texts[i : i + size]) for i in range(0, len(texts), size)]
     return TextEmbeddings(*(torch.cat(tensors) for tensors in zip(*parts)))
