@@ -155,7 +155,7 @@ def encode_dataset(args: argparse.Namespace, state: "PartialState") -> int:
         writers: list[CacheWriter] = []
 
         def hold() -> None:
-            if args.output_dir.exists():  # else it is made, and held, when there is something to write
+            if args.output_dir.exists():  # a new folder is created and locked when there is something to write
                 held.append(stack.enter_context(hold_cache(args.output_dir)))
 
         def begin() -> None:
@@ -174,7 +174,7 @@ def encode_dataset(args: argparse.Namespace, state: "PartialState") -> int:
 
 
 def load_encoder(args: argparse.Namespace) -> "TextEncoder":
-    """The text encoder, whose network is loaded when it is first used."""
+    """Return the text encoder, whose network is loaded on first use."""
     import torch
 
     from ..text.encoder import TextEncoder

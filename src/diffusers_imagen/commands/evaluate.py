@@ -121,7 +121,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace, state: "PartialState") -> None:
-    """Loads what the arguments name, draws and measures; all processes call this."""
+    """Load data and model, generate the images and compute the metrics; called by all processes."""
     captions, reference = open_captions(args), open_reference(args)
     indices = evaluation.choose("num-images", len(captions), args.num_images, args.seed)
     real = (

@@ -108,7 +108,7 @@ class Item(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """Why an image could not be made."""
+    """The reason why an image failed."""
 
     line: int
     text: str
@@ -130,7 +130,7 @@ def generate_many(args: argparse.Namespace) -> None:
 
 
 def complete(args: argparse.Namespace, folder: Path, items: list[Item], state: "PartialState") -> None:
-    """Makes the images that do not exist yet, and says so when all of them do; all processes call this."""
+    """Generate the missing images, or print that all of them exist; called by all processes."""
     from ..utils.processes import on_main_process
 
     def find() -> list[int]:

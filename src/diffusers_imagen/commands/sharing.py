@@ -1,4 +1,4 @@
-"""Commands whose work several processes share, on one host or on several, as `accelerate launch` and torchrun start them."""
+"""Sharing of a command's work by several processes on one or more hosts, started by `accelerate launch` or torchrun."""
 
 import argparse
 import os
@@ -14,12 +14,14 @@ from ..utils.files import FolderHold
 if TYPE_CHECKING:
     from accelerate import PartialState
 
-LONGEST_WAIT = timedelta(days=7)  # of a process for the others
+LONGEST_WAIT = timedelta(days=7)  # of a process for the other processes
 
 
 @contextmanager
 def processes(args: argparse.Namespace) -> Iterator["PartialState"]:
-    """Inside, the processes that share a command; `args.device`, which was checked, becomes the one of this process."""
+    """
+    Context manager for the processes of a command; sets `args.device`, after its checks, to the process's device.
+    """
     import torch
     from accelerate import PartialState
 
@@ -33,10 +35,10 @@ def processes(args: argparse.Namespace) -> Iterator["PartialState"]:
 
 @contextmanager
 def shared_folder(state: "PartialState", folder: Path, name: str) -> Iterator[None]:
-    """Inside, other runs are kept out of a folder that all processes see; all of them call this.
+    """Context manager that locks a folder shared by all processes; called by all of them.
 
     Raises:
-        ValueError: In all processes, if another run has the folder, or a process does not see it.
+        ValueError: In all processes, if another run uses the folder, or a process cannot access it.
     """
     from ..utils.processes import check_shared, on_main_process
 
@@ -51,7 +53,7 @@ def shared_folder(state: "PartialState", folder: Path, name: str) -> Iterator[No
 
 
 def refuse_several(work: str) -> None:
-    """Raise ValueError if several processes were started for what one process does."""
+    """Raise ValueError if several processes were started for work that does not support it."""
     count = os.environ.get("WORLD_SIZE", "1")
     if "RANK" in os.environ and count != "1":
         raise ValueError(f"{work} is the work of one process, but {count} were started.")

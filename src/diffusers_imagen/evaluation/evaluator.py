@@ -230,8 +230,8 @@ class Evaluation:
         report.add_nearest(drawn, self.reference, [(a, b, nearest.cosines[i].item()) for a, b, i in places])
 
     def measure_upscaling(self, state: PartialState) -> list[Upscaling]:
-        """Measure the consistency of a cascade's stages, and super-resolution of real images against bicubic upsampling;
-        called by all processes."""
+        """Measure the consistency of a cascade's stages, and super-resolution of real images against bicubic
+        upsampling; called by all processes."""
         measured: list[Upscaling] = []
         first, *upscaled = self.resolutions
         for below, resolution in zip(self.resolutions, upscaled):

@@ -126,7 +126,9 @@ class Runner:
 
     @property
     def counts_images(self) -> bool:
-        """Whether the number of the caller's images determines the number of results: without text or several prompts."""
+        """
+        Whether the number of the caller's images determines the number of results: without text or several prompts.
+        """
         return self.arguments.text.number == 1 and not any(stage.reads_text for stage in self.stages)
 
     def read_images(self) -> tuple[GivenImages | None, float]:

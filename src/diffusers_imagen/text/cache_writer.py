@@ -1,4 +1,4 @@
-"""CacheWriter, write_cache: an embedding cache is written by one process, or by several that share the work."""
+"""CacheWriter and write_cache: writing of an embedding cache, by one process or by several that share the work."""
 
 import hashlib
 from collections.abc import Iterator
@@ -52,7 +52,7 @@ class ShardWriter:
         self.clear()
 
     def clear(self) -> None:
-        """Discard what was added."""
+        """Discard the added embeddings."""
         self.keys: list[tuple[int, int]] = []
         self.bytes = 0
         self._embeds: list[torch.Tensor] = []
@@ -189,7 +189,8 @@ class CacheWriter:
     def add(self, captions: list[str], embeds: list[torch.Tensor], lengths: list[int] | None = None) -> None:
         """Add the embeddings `(tokens, E)` of new captions, all to one shard.
 
-        If padding is kept, the embeddings are `(max_length, E)`, and `lengths` is the number of tokens of each caption.
+        If padding is kept, the embeddings are `(max_length, E)`, and `lengths` is the number of tokens of each
+        caption.
 
         Raises:
             ValueError: If some have another width, too many tokens, or are not finite in the cache's precision.
@@ -218,7 +219,7 @@ def free_names(manifest: dict[str, Any], count: int) -> list[str]:
 
 
 def save_parts(folder: Path, encoder: TextEncoder) -> None:
-    """Writes into a cache where its encoder is, with the tokenizer, for the stages that are trained with the cache."""
+    """Write the tokenizer and the reference to the encoder into a cache, for stages that are trained with it."""
     parts = encoder.parts()
     if parts is not None and not (folder / ENCODER).is_dir():
         with whole_folder(folder / ENCODER) as partial:
@@ -234,16 +235,16 @@ def write_cache(
 ) -> int:
     """Encode missing captions, and the empty text if padding is kept; return their number.
 
-    All processes call this, and each encodes and writes its share of the shards. Which captions are encoded together and
-    stored in which shard is planned first, and does not depend on the number of processes or on interruptions: an
+    All processes call this, and each encodes and writes its share of the shards. Which captions are encoded together
+    and stored in which shard is planned first, and does not depend on the number of processes or on interruptions: an
     encoder's rounding depends on the content of a batch. The main process lists the shards in the manifest each time
     that every process has written one.
 
     Args:
         writer (`CacheWriter`, *optional*): The cache, in the main process; None in the others.
         captions (`list[str]`): Distinct captions, the same in all processes.
-        encoder (`TextEncoder`): Has `unpadded(captions)` and `count_tokens(captions)`, or `padded(captions)` if padding
-            is kept.
+        encoder (`TextEncoder`):
+            Has `unpadded(captions)` and `count_tokens(captions)`, or `padded(captions)` if padding is kept.
         batch_size (`int`): Captions encoded at once.
         state ([`~accelerate.PartialState`], *optional*): The processes.
 
@@ -281,7 +282,7 @@ def write_cache(
 
 
 def describe_build(writer: CacheWriter | None) -> tuple[Path, dict[str, Any], int]:
-    """Return what other processes have to know of a writer: folder, manifest and size of shards in bytes."""
+    """Return the settings of a writer for other processes: folder, manifest and size of shards in bytes."""
     assert writer is not None  # in the main process
     return writer.folder, writer.manifest, writer.shard_bytes
 
@@ -307,8 +308,8 @@ def check_same(state: Processes, captions: list[str]) -> None:
     other = next((process for process, own in enumerate(found) if own != found[0]), None)
     if other is not None:
         raise ValueError(
-            f"The data set has {found[0][0]:,} captions to encode in the main process, but {found[other][0]:,}, or others, "
-            f"in process {other}: all of them need the same data."
+            f"The data set has {found[0][0]:,} captions to encode in the main process, but {found[other][0]:,}, or "
+            f"others, in process {other}: all of them need the same data."
         )
 
 

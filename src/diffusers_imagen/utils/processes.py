@@ -1,4 +1,4 @@
-"""Helpers for multiple processes: work of the main process for all, and what all of them have to agree on."""
+"""Helpers for multiple processes: work of the main process for all, gathering, and checks of shared folders."""
 
 import secrets
 import socket
@@ -18,12 +18,12 @@ SIGHT = 5.0  # seconds in which a network file system shows a new file to other 
 
 
 class OneProcess:
-    """Stand-in for `PartialState` where one process works alone."""
+    """Replacement of `PartialState` for work in a single process."""
 
     process_index, num_processes, is_main_process = 0, 1, True
 
     def wait_for_everyone(self) -> None:
-        """Return at once: there are no others."""
+        """Return immediately, because there are no other processes."""
 
 
 Processes = Accelerator | PartialState | OneProcess
@@ -89,6 +89,6 @@ def check_shared(state: Processes, folder: Path, name: str) -> None:
         token.unlink()
     if hosts:
         raise ValueError(
-            f"`{name}` is '{folder}', which {hosts[0]} does not see as the main process does: all hosts need it on a file "
-            "system that they share."
+            f"`{name}` is '{folder}', which {hosts[0]} does not see as the main process does: all hosts need it on a "
+            "file system that they share."
         )

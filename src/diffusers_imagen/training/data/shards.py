@@ -65,8 +65,9 @@ def check_shards(shards: list[Shard], most: int) -> list[Contents]:
 
     Args:
         shards (`list[Shard]`): The shards.
-        most (`int`): Maximum number of shards to read completely, evenly spaced. Others are read completely only if they
-            do not end like a complete archive: a header takes about 10 us, and 40,000 shards have 800 million of them.
+        most (`int`):
+            Maximum number of shards to read completely, evenly spaced. Others are read completely only if they do not
+            end like a complete archive: a header takes about 10 us, and 40,000 shards have 800 million of them.
 
     Raises:
         ValueError: If shards are truncated or damaged; names them, and the number of readable samples.
@@ -85,7 +86,7 @@ def check_shards(shards: list[Shard], most: int) -> list[Contents]:
 
 
 def is_ended(shard: Shard) -> bool:
-    """Whether a shard ends with the zeros of a tar file; of one that is compressed, whether it begins as one should."""
+    """Return whether a shard ends with the zeros of a tar file, or begins like a compressed file."""
     check_regular(shard.path)
     with open(shard.path, "rb") as file:
         start = file.read(6)

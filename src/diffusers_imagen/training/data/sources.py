@@ -208,7 +208,9 @@ def load_pictures(folder: str, pictures: list[str], config: DataConfig) -> Datas
 
 
 def load_shards(folder: str, files: list[str], config: DataConfig) -> dict[str, Dataset | IterableDataset]:
-    """Load the samples of tar shards, all of which must be complete; of a stream's many shards some are read completely."""
+    """
+    Load the samples of tar shards, all of which must be complete; of a stream's many shards some are read completely.
+    """
     groups = group_by_split(files, by_file_name=True)
     shards = {file: Shard.at(os.path.join(folder, file)) for file in files}
     contents = check_shards(list(shards.values()), MOST_EXAMINED if config.streaming else len(shards))
@@ -338,7 +340,7 @@ def take(data, number: int, seed: int):
 
 
 def iterate_cells(data: Dataset, columns: list[str]) -> Iterator[tuple]:
-    """The cells of some columns, row by row, with few rows in memory."""
+    """Iterate over the cells of some columns, row by row, with few rows in memory."""
     for part in data.select_columns(columns).iter(batch_size=ROWS_AT_ONCE):
         yield from zip(*(part[column] for column in columns))
 
