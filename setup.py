@@ -1,4 +1,4 @@
-"""Builds the package. Its metadata are in setup.cfg, but for the page that an index shows: README.md without dead links."""
+"""Build the package. Its metadata are in setup.cfg, except for the page of an index: README.md without dead links."""
 
 import re
 from itertools import groupby
@@ -7,7 +7,7 @@ from pathlib import Path
 from setuptools import setup
 
 
-TEXT = r"(?:[^\[\]]|\[[^\]]*\])*"  # of a link, which may have brackets in it
+TEXT = r"(?:[^\[\]]|\[[^\]]*\])*"  # of a link, possibly with brackets
 PLACE = r"(?!(?:[a-zA-Z][a-zA-Z0-9+.-]*:|//))[^)\s\"'>]*"  # a file of the repository or a part of the page: no scheme
 TITLE = r"(?:\s+\"[^\"]*\")?"
 PICTURE = re.compile(rf"!\[{TEXT}\]\({PLACE}{TITLE}\)|<img\b[^>]*\bsrc=[\"']{PLACE}[\"'][^>]*>")
@@ -37,7 +37,7 @@ def index_page(text: str) -> str:
 
 
 def without_places(line: str) -> str | None:
-    """Return a line without links and pictures of the repository; None if it was nothing but pictures."""
+    """Return a line without links and images of the repository; None if it had only images."""
     shorter = PICTURE.sub("", line)
     if shorter != line and not MARKUP.sub("", shorter):
         return None
@@ -45,7 +45,7 @@ def without_places(line: str) -> str | None:
 
 
 def without_gaps(rows: list[str]) -> list[str]:
-    """Return a table that lost rows of pictures, the first row left as its head; nothing if it has no other row."""
+    """Return a table without its rows of images, with the first remaining row as its head; empty without other rows."""
     rule = [row for row in rows if not re.search(r"[^|\s:-]", row)]
     head, *body = [row for row in rows if row not in rule] or [""]
     return [head, *rule, *body] if body else []

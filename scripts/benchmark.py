@@ -47,7 +47,7 @@ METHODS = {"step": "predict", "training": "train"}
 
 @dataclass
 class Settings:
-    """What the parts of the benchmark ask for; see the command's options."""
+    """Settings of the benchmark's parts; see the command's options."""
 
     device: torch.device
     dtype: torch.dtype
@@ -139,7 +139,7 @@ def read_overrides(entries: Sequence[str]) -> dict[str, Any]:
 
 
 def make_groups(args: argparse.Namespace, settings: Settings) -> list[Group]:
-    """Return what the options ask for."""
+    """Return the settings of the options."""
     presets = [*PRESETS, "IF-I-M"] if "all" in args.presets else list(dict.fromkeys(args.presets))
     groups = []
     for batch_size in args.batch_size:
@@ -175,7 +175,7 @@ def network_group(what: str, preset: str, settings: Settings, batch_size: int) -
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Return what the figures were measured on."""
+    """Return a description of the machine."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     return {
@@ -197,7 +197,7 @@ def processor() -> str:
 
 
 def tell(row: Row) -> None:
-    """Report a row on the standard error as soon as it is there."""
+    """Print a row to the standard error as soon as it is available."""
     found = row.error or row.left_out or f"{row.ms:.4g} ms"
     print(f"{row.what}, {row.preset}, batch {row.batch_size}, {row.system}: {found}", file=sys.stderr, flush=True)
 

@@ -46,7 +46,7 @@ class Row:
 
 @dataclass
 class Case:
-    """What is measured of one system: `build` returns the function that is timed."""
+    """Measurement of one system: `build` returns the function to time."""
 
     system: str
     build: Callable[[], Callable[[], Any]]
@@ -56,7 +56,7 @@ class Case:
 
 @dataclass
 class Group:
-    """Cases that take turns within a run, so that other load affects all of them alike."""
+    """Cases that alternate within a run, so that other load affects all of them equally."""
 
     what: str
     preset: str
@@ -67,7 +67,7 @@ class Group:
 
 
 class Budget:
-    """Seconds that a run may take, shared equally by the groups that are left."""
+    """Time limit of a run in seconds, shared equally by the remaining groups."""
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic):
         self.clock, self.end = clock, clock() + seconds
@@ -80,7 +80,7 @@ class Budget:
         return self.clock() + max(self.left(), 0.0) / groups_left
 
     def reason_against(self, group: Group, flop_per_s: float, free_bytes: int | None) -> str | None:
-        """Return why a group is not begun, or None."""
+        """Return why a group is skipped, or None."""
         left = self.left()
         if left <= 0:
             return "no time was left"
@@ -93,7 +93,7 @@ class Budget:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Return the free bytes of a device, None where the system does not say."""
+    """Return the free bytes of a device; None if the system does not report them."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -129,7 +129,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, size: int | None = Non
 
 
 def peak_memory(call: Callable, device: torch.device) -> float:
-    """Return the peak memory of a call beyond what was allocated before, in MiB."""
+    """Return the peak memory of a call in addition to the memory allocated before, in MiB."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -172,7 +172,7 @@ class Meter:
         return self.clock() - start
 
     def run(self, groups: Sequence[Group], budget: Budget, tell: Callable[[Row], None]) -> list[Row]:
-        """Measure groups, the ones with the fewest FLOPs first, as far as the budget goes."""
+        """Measure groups in the order of their FLOPs, within the time limit."""
         rows = []
         groups = sorted(groups, key=lambda group: group.flops)
         for i, group in enumerate(groups):

@@ -1,16 +1,15 @@
 #!/usr/bin/env python
-"""Puts trained stages and a text encoder together as the cascade that ships with the package.
+"""Compose trained stages and a text encoder to the cascade that ships with the package.
 
     python scripts/build_emoji_checkpoint.py --base runs/base-64 --sr256 runs/sr-256 \
         --text_encoder runs/text-encoder --dataset data/emoji --limits scripts/emoji_limits.md \
         --output_dir checkpoints/imagen-emoji
 
 Weights are written in half precision, in files of at most 16 MiB, with a model card and the notices of the works that
-the training pictures come from. It draws pictures for the card, which
+the training images come from. The images of the card are generated too; to generate them again, for an existing
+checkpoint:
 
     python scripts/build_emoji_checkpoint.py --pictures_of checkpoints/imagen-emoji
-
-draws again, of a checkpoint that is there.
 """
 
 import argparse
@@ -33,15 +32,15 @@ from diffusers_imagen.utils.errors import run_to_exit_code
 from diffusers_imagen.utils.files import check_new_folder, whole_file, write_text
 
 
-MAX_SHARD_BYTES = 16 * 2**20 - 2**16  # a file is its tensors and a header
-BASE_SIGMA_MIN = 0.05  # little training is spent below it, and the noise it leaves is less than the network's own
-# Of the low-resolution image: pictures are nearer to real ones than with 0.1, the default (docs/evaluation.md).
+MAX_SHARD_BYTES = 16 * 2**20 - 2**16  # a file has its tensors and a header
+BASE_SIGMA_MIN = 0.05  # little training is spent below it, and the remaining noise is less than the network's error
+# Noise level of the low-resolution image: images are closer to real ones than with 0.1, the default (docs/evaluation.md).
 SR_NOISE_LEVEL = 0.002
 RESIDUAL_SIGMA_MAX, SR_STEPS = 5.0, 4
 
 PICTURES = "pictures"  # folder of the checkpoint
 COLUMNS = 3
-MARK = "<!-- pictures -->"  # before and after those of the card
+MARK = "<!-- pictures -->"  # before and after the images of the card
 
 LICENCE_FILES = {
     "3d": "lobehub-fluent-emoji-3d.txt",
@@ -97,27 +96,27 @@ The last base runs draw most often what people ask for first (`scripts/emoji_wei
 ## Training
 {training}
 
-The super-resolution stage reads no text and denoises the difference between the image and its upsampled low-resolution
-image (`residual_scale`). A part of its low-resolution images are redrawn by the base stage
+The super-resolution stage is not conditioned on text and denoises the difference between the image and its upsampled
+low-resolution image (`residual_scale`). A part of its low-resolution images are redrawn by the base stage
 (`scripts/draw_low_resolution.py`), so that it learns to remove the base stage's noise.
 
 ## Limits
 {limits}
 
 ## Licences
-The weights are under Apache-2.0. The pictures that they were trained on are the works listed in `LICENSES/NOTICE.txt`.
+The weights are under Apache-2.0. The images that they were trained on are the works listed in `LICENSES/NOTICE.txt`.
 """
 
-LIMITS = """It was trained on emoji: single objects on white. Common objects are drawn better than rare ones; fine detail and
+LIMITS = """It was trained on emoji: single objects on white. Common objects are generated better than rare ones; fine detail and
 relations between objects are missing. Words that no caption contains work as far as their text embeddings are near those
-of words that do."""
+of words in captions."""
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     runs = (
-        "stage folders of all runs that led to it, the last one is taken; the first may be a checkpoint that this script "
-        "built, whose card lists the runs before"
+        "stage folders of all runs of the stage, of which the last is used; the first may be a checkpoint written "
+        "by this script, whose card lists the runs before"
     )
     parser.add_argument("--base", type=Path, nargs="+", help=runs)
     parser.add_argument("--sr256", type=Path, nargs="+", help=runs)
@@ -129,10 +128,8 @@ def parse_args() -> argparse.Namespace:
         type=Path,
         help="text file with the card's section on limits, such as scripts/emoji_limits.md of the shipped weights",
     )
-    parser.add_argument("--draft", action="store_true", help="draw no pictures for the card")
-    parser.add_argument(
-        "--pictures_of", type=Path, help="draw the card's pictures of this checkpoint, and nothing else"
-    )
+    parser.add_argument("--draft", action="store_true", help="generate no images for the card")
+    parser.add_argument("--pictures_of", type=Path, help="only generate the images of this checkpoint's card")
     args = parser.parse_args()
     missing = [name for name, value in vars(args).items() if value is None and name not in ("pictures_of", "limits")]
     if args.pictures_of is None and missing:
@@ -143,7 +140,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def draw_pictures(folder: Path, seed: int = 0) -> None:
-    """Draws what the card of a checkpoint shows into its folder, as PNGs of the last stage."""
+    """Generate the images of a checkpoint's card, as PNG files of the last stage."""
     pipe = ImagenCascadePipeline.from_pretrained(folder)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     images = pipe(list(SHOWN), generator=torch.Generator().manual_seed(seed)).images
@@ -154,18 +151,18 @@ def draw_pictures(folder: Path, seed: int = 0) -> None:
 
 
 def picture_of(prompt: str) -> str:
-    """Where the picture of a prompt is in a checkpoint."""
+    """Return the path of a prompt's image in a checkpoint."""
     return f"{PICTURES}/{slug_of(prompt)}.png"
 
 
 def describe_widget() -> str:
-    """The pictures in the metadata of the card, which the Hub shows beside the prompts."""
+    """Return the images in the metadata of the card, which the Hub shows with their prompts."""
     widget = [{"text": prompt, "output": {"url": picture_of(prompt)}} for prompt in SHOWN]
     return yaml.safe_dump({"widget": widget}, sort_keys=False)
 
 
 def describe_pictures() -> str:
-    """The pictures in the text of the card, as a table with the prompts below them."""
+    """Return the images in the text of the card, as a table with the prompts below them."""
     rows = [SHOWN[start : start + COLUMNS] for start in range(0, len(SHOWN), COLUMNS)]
     lines = []
     for number, row in enumerate(rows):
@@ -176,7 +173,7 @@ def describe_pictures() -> str:
 
 
 def show_pictures(card: str) -> str:
-    """A card with the pictures in its metadata and below its title, in place of those that it had."""
+    """Replace the images in the metadata of a card and below its title."""
     _, header, body = card.split("---\n", 2)
     data = {name: value for name, value in yaml.safe_load(header).items() if name != "widget"}
     body = re.sub(rf"{MARK}.*?{MARK}\n*", "", body, flags=re.DOTALL)
@@ -186,13 +183,13 @@ def show_pictures(card: str) -> str:
 
 
 def part_of(folder: Path, stage: str, name: str) -> dict[str, Any]:
-    """Where a part of a stage is, in the folder of a run or in a checkpoint, for `from_pretrained`."""
+    """Return the location of a part of a stage, in the folder of a run or in a checkpoint, for `from_pretrained`."""
     is_checkpoint = (folder / f"{stage}_{name}").is_dir()
     return {"pretrained_model_name_or_path": folder, "subfolder": f"{stage}_{name}" if is_checkpoint else name}
 
 
 def load_cascade(base: Path, sr256: Path, text_encoder: Path) -> ImagenCascadePipeline:
-    """The stages and the text encoder as one pipeline, in half precision."""
+    """Compose the stages and the text encoder to a pipeline in half precision."""
     dtype = torch.float16
     upscaler = EfficientUNetModel.from_pretrained(**part_of(sr256, "sr256", "unet"), dtype=dtype)
     # residuals are not in the range of images, and have no high noise levels: see docs/results.md
@@ -215,13 +212,13 @@ def load_cascade(base: Path, sr256: Path, text_encoder: Path) -> ImagenCascadePi
 
 
 def runs_of_card(folder: Path, stage: str) -> list[str]:
-    """The rows of a stage in the table of a checkpoint's card."""
+    """Return the rows of a stage in the table of a checkpoint's card."""
     card = (folder / "README.md").read_text(encoding="utf-8")
     return [line for line in card.splitlines() if line.startswith(f"| {stage} |")]
 
 
 def describe_training(stages: dict[str, list[Path]]) -> str:
-    """A table of the runs that led to each stage."""
+    """Return a table of the runs of each stage."""
     rows = ["| stage | resolution | steps | batch | images seen | p_mean | loss | validation loss |", "|" + "---|" * 8]
     for name, folders in stages.items():
         for folder in folders:
@@ -241,7 +238,7 @@ def describe_training(stages: dict[str, list[Path]]) -> str:
 
 
 def write_card(args: argparse.Namespace, pipe: ImagenCascadePipeline, folder: Path) -> list[str]:
-    """Writes the model card; returns the styles of the training data."""
+    """Write the model card; return the styles of the training data."""
     runs = [path for folder in (*args.base, *args.sr256) if (path := folder / "training.json").is_file()]
     config = json.loads(runs[0].read_text())["config"]
     with open(args.dataset / "metadata.jsonl") as file:
@@ -271,7 +268,7 @@ def write_card(args: argparse.Namespace, pipe: ImagenCascadePipeline, folder: Pa
 
 
 def write_notices(dataset: Path, styles: list[str], folder: Path) -> None:
-    """Copies the notices of the styles that were trained on, and of captions and text encoder."""
+    """Copy the notices of the styles of the training data, the captions and the text encoder."""
     licenses = folder / "LICENSES"
     licenses.mkdir()
     for name in ["emojibase-data.txt", *(LICENCE_FILES[style] for style in styles)]:
@@ -284,7 +281,7 @@ def write_notices(dataset: Path, styles: list[str], folder: Path) -> None:
 
 
 def change_config(path: Path, **changes) -> None:
-    """Changes entries of a configuration; None takes one out."""
+    """Change entries of a configuration; None removes an entry."""
     config = {**json.loads(path.read_text()), **changes}
     path.write_text(
         json.dumps({key: value for key, value in config.items() if changes.get(key, 0) is not None}, indent=2) + "\n"
@@ -303,7 +300,7 @@ def main() -> None:
     shutil.rmtree(partial, ignore_errors=True)
     pipe = load_cascade(args.base[-1], args.sr256[-1], args.text_encoder)
     pipe.save_pretrained(partial, max_shard_size=MAX_SHARD_BYTES)
-    # transformers computes in the dtype that the configuration records; diffusers computes in float32 unless asked
+    # transformers uses the dtype recorded in the configuration; diffusers uses float32 by default
     change_config(partial / "text_encoder" / "config.json", dtype="float32")
     for name in ("base_unet", "sr256_unet"):
         change_config(partial / name / "config.json", _name_or_path=None)

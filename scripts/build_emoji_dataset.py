@@ -239,7 +239,7 @@ def label_slug(label: str) -> str:
 
 
 class Artwork:
-    """The images of one style, by code point."""
+    """Images of one style, by code point."""
 
     def __init__(self, style: Style, folder: Path, emoji: dict[str, Emoji]):
         self.style, self.folder = style, folder
@@ -247,7 +247,7 @@ class Artwork:
             self.icons = read_json(folder / "icons.json")
             self.names = self._vector_names(emoji)
         else:
-            # A few images come twice, with and without variation selectors; the first by name is taken.
+            # A few images exist twice, with and without variation selectors; the first by name is used.
             files = sorted((folder / "assets").glob("*.webp"), reverse=True)
             self.names = {normalize_code_point(file.stem): file.name for file in files}
 
@@ -326,7 +326,7 @@ def iter_pictures(artwork: Artwork, emoji: dict[str, Emoji]) -> Iterator[tuple[s
 
 
 def build_rows(artworks: Iterable[Artwork], emoji: dict[str, Emoji]) -> list[Row]:
-    """Join artwork and names. All styles take part, since the splits ask in how many styles a concept exists."""
+    """Join artwork and names. All styles are included, because splits depend on the number of styles of a concept."""
     pictures = [(artwork.style, *picture) for artwork in artworks for picture in iter_pictures(artwork, emoji)]
     styles_of = defaultdict(set)
     for style, code_point, _ in pictures:

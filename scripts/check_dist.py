@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Checks what `make dist` built before it is published: versions, contents, pages, and that the source distribution's tests run.
+"""Check the results of `make dist` before publication: versions, contents, pages, and tests of the source distribution.
 
 python scripts/check_dist.py dist
 """
@@ -24,9 +24,9 @@ ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = ROOT / "checkpoints" / "imagen-emoji"
 NAMES = ("diffusers_imagen", "diffusers_imagen_emoji")
 FOLDER = "diffusers_imagen_emoji/imagen-emoji"  # of the weights in their wheel
-MAX_BYTES = 100 * 2**20  # of a file, as PyPI has it
+MAX_BYTES = 100 * 2**20  # per file, the limit of PyPI
 SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt")  # of weights
-# some of the suite, which take seconds: the mathematics, files and folders, and what the package is made of
+# a part of the suite that takes seconds: the mathematics, files and folders, and the structure of the package
 TESTS = (
     "tests/diffusion",
     "tests/utils",
@@ -37,23 +37,23 @@ TESTS = (
 
 
 def check_tag(version: str, tags: list[str]) -> None:
-    """Raises ValueError if the commit has a tag of a version, such as v0.1.0, and it is not this version."""
+    """Raise ValueError if the commit has a version tag, such as v0.1.0, of another version."""
     wrong = [tag for tag in tags if re.match(r"v\d", tag) and tag != f"v{version}"]
     if wrong:
         raise ValueError(f"The commit has the tag {wrong[0]!r}, but `version` in setup.cfg is {version!r}.")
 
 
 def read_tags() -> list[str]:
-    """The tags of the commit; none outside of a clone."""
+    """Return the tags of the commit; none outside of a clone."""
     found = subprocess.run(["git", "tag", "--points-at", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return found.stdout.split() if found.returncode == 0 else []
 
 
 def find_built(folder: Path) -> dict[str, Path]:
-    """The two wheels by the names of their packages, and the source distribution, `sdist`.
+    """Return the two wheels by package name, and the source distribution, `sdist`.
 
     Raises:
-        ValueError: If one is missing, there are others, or one is larger than an index takes.
+        ValueError: If one is missing, there are others, or one is larger than an index accepts.
     """
     files = sorted(path for path in folder.iterdir() if path.is_file())
     found = {path.name.split("-")[0]: path for path in files if path.suffix == ".whl"}
@@ -63,37 +63,37 @@ def find_built(folder: Path) -> dict[str, Path]:
         raise ValueError(f"'{folder}' has {names}, but should have the wheels of {' and '.join(NAMES)} and one sdist.")
     for path in files:
         if path.stat().st_size > MAX_BYTES:
-            raise ValueError(f"'{path}' has {path.stat().st_size:,} bytes, but an index takes {MAX_BYTES:,}.")
+            raise ValueError(f"'{path}' has {path.stat().st_size:,} bytes, but should have at most {MAX_BYTES:,}.")
     return found
 
 
 def read_metadata(wheel: zipfile.ZipFile, file: str = "METADATA") -> Message:
-    """The metadata of a wheel."""
+    """Return the metadata of a wheel."""
     name = next(name for name in wheel.namelist() if name.endswith(f".dist-info/{file}"))
     return email.message_from_string(wheel.read(name).decode("utf-8"))
 
 
 def check_version(path: Path, version: str) -> None:
-    """Raises ValueError if a file has another version than setup.cfg."""
+    """Raise ValueError if a file has another version than setup.cfg."""
     if f"-{version}-" not in path.name and not path.name.endswith(f"-{version}.tar.gz"):
         raise ValueError(f"'{path.name}' should have the version of setup.cfg, {version!r}.")
 
 
 def check_page(path: Path, page: str) -> None:
-    """Raises ValueError for a page with links to files of the repository."""
+    """Raise ValueError for a page with links to files of the repository."""
     shorter = runpy.run_path(str(ROOT / "setup.py"))["index_page"](page)
     if shorter.strip() != page.strip() or not page.strip():
-        raise ValueError(f"The page of '{path.name}' should be as setup.py's index_page makes it.")
+        raise ValueError(f"The page of '{path.name}' should be the result of index_page of setup.py.")
 
 
 def check_files(path: Path, names: set[str], needed: set[str]) -> None:
-    """Raises ValueError for files that lack."""
+    """Raise ValueError for missing files."""
     if needed - names:
         raise ValueError(f"'{path.name}' lacks {sorted(needed - names)}.")
 
 
 def check_package(path: Path, version: str) -> None:
-    """Checks the wheel of the code."""
+    """Check the wheel of the code."""
     check_version(path, version)
     info = f"diffusers_imagen-{version}.dist-info"
     with zipfile.ZipFile(path) as wheel:
@@ -108,14 +108,14 @@ def check_package(path: Path, version: str) -> None:
 
 
 def check_weights(path: Path, version: str) -> None:
-    """Checks the wheel of the weights, which has the files of checkpoints/imagen-emoji and no others beside its module."""
+    """Check the wheel of the weights, which has exactly the files of checkpoints/imagen-emoji besides its module."""
     check_version(path, version)
     with zipfile.ZipFile(path) as wheel:
         names = {name for name in wheel.namelist() if ".dist-info/" not in name}
         files = {f"{FOLDER}/{file.relative_to(WEIGHTS)}": file for file in WEIGHTS.rglob("*") if file.is_file()}
         if names != {*files, "diffusers_imagen_emoji/__init__.py"}:
             raise ValueError(
-                f"'{path.name}' has {sorted(names ^ set(files))} beside or instead of the cascade's files."
+                f"'{path.name}' has {sorted(names ^ set(files))} besides or instead of the cascade's files."
             )
         changed = sorted(name for name, file in files.items() if wheel.read(name) != file.read_bytes())
         if changed:
@@ -129,7 +129,7 @@ def check_weights(path: Path, version: str) -> None:
 
 
 def run_tests(path: Path) -> None:
-    """Unpacks a source distribution and runs some of its tests there, on its own modules.
+    """Unpack a source distribution and run some of its tests there, on its own modules.
 
     Raises:
         ValueError: If they fail.
@@ -146,7 +146,7 @@ def run_tests(path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="with the two wheels and the source distribution")
+    parser.add_argument("folder", type=Path, help="folder with the two wheels and the source distribution")
     args = parser.parse_args()
     version = runpy.run_path(str(ROOT / "packages" / "emoji" / "setup.py"))["read_version"](ROOT / "setup.cfg")
     check_tag(version, read_tags())

@@ -1,4 +1,4 @@
-"""An extension of griffe for the API reference: docstrings in the style of diffusers, as the site's parser reads them."""
+"""Extension of griffe for the API reference: converts docstrings in the style of diffusers for the site's parser."""
 
 import re
 from typing import Any
@@ -21,7 +21,9 @@ class DiffusersDocstrings(Extension):
 
 
 def rewrite(text: str) -> str:
-    """The docstring with plain types, whose defaults the signature has, and with class names as code."""
+    """
+    Return the docstring with plain types, without defaults, which the signature has, and with class names as code.
+    """
 
     def parameter(match: re.Match) -> str:
         types = DEFAULT.sub("", match[2]).replace("`", "").strip(" ,")

@@ -1,4 +1,4 @@
-"""Hooks of the documentation site (mkdocs.yml): the changelog as a page, and links from pages to files of the repository."""
+"""Hooks of the documentation site (mkdocs.yml): the changelog as a page, and links to files of the repository."""
 
 import configparser
 import logging
@@ -9,7 +9,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 CHANGELOG = "changelog.md"
-# [text](target), not a picture; the target may have an anchor
+# [text](target), not an image; the target may have an anchor
 LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
 FENCE = re.compile(r"^ *(```|~~~)")
 log = logging.getLogger("mkdocs.hooks.repository")  # in strict mode a warning fails the build
@@ -36,7 +36,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Turn links to files outside of docs/ into links to the repository, or into their text where it has no address."""
+    """Turn links to files outside of docs/ into links to the repository, or into their text if it has no address."""
     source = ROOT if page.file.src_uri == CHANGELOG else (ROOT / "docs" / page.file.src_uri).parent
     repository = (config.repo_url or "").rstrip("/")
 
@@ -46,7 +46,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
             return match[0]
         path = (source / target.split("#")[0]).resolve()
         if not path.exists() and path.name != CHANGELOG and page.file.src_uri != CHANGELOG:
-            log.warning(f"{page.file.src_uri} links to {target}, which is not there")
+            log.warning(f"{page.file.src_uri} links to {target}, which does not exist")
         if path.is_relative_to(ROOT / "docs") or not path.is_relative_to(ROOT):
             return match[0]
         return f"[{text}]({repository}/blob/main/{path.relative_to(ROOT).as_posix()})" if repository else text
@@ -55,7 +55,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
 
 def outside_fences(lines: list[str], change: Any) -> list[str]:
-    """The lines, those that are no code changed."""
+    """Return the lines, with changes only outside of code."""
     result, inside = [], False
     for line in lines:
         if FENCE.match(line):

@@ -1,10 +1,10 @@
-"""The emoji set in one Parquet file that a training run reads as it is: a part of `train_emoji_cascade.py`.
+"""Packing of the emoji set into one Parquet file for training; part of `train_emoji_cascade.py`.
 
-Pictures are WebP of 256 px on white. Of most drawings the lossless form is no larger than the lossy one, once each channel
-is rounded to a multiple of 5 from white on, which changes a value by 2 of 255 at most; a lossy WebP halves the resolution
-of colours, which shows at the edges of drawings. Renders with their smooth shades are lossy.
+Images are WebP of 256 px on white. For most drawings the lossless format is no larger than the lossy one, if each
+channel is rounded to a multiple of 5 counted from white, which changes values by at most 2 of 255; lossy WebP halves
+the resolution of colors, which is visible at the edges of drawings. Renders with smooth shades are lossy.
 
-Captions and what else metadata.jsonl says are columns; the notices of the works are in the file's metadata.
+Captions and the other entries of metadata.jsonl are columns; the notices of the works are in the file's metadata.
 """
 
 import io
@@ -27,45 +27,45 @@ COLUMNS = ("text", "label", "style", "concept", "split", "tone", "group")
 LISTS = ("tags",)
 NUMBERS = ("weight",)
 NOTICES = b"notices"  # key of the file's metadata
-LEVELS = 5  # distance of a channel's values in rounded pictures
-LARGER = 2.0  # a lossless picture may be so many times as large as the lossy one
+LEVELS = 5  # distance of a channel's values in rounded images
+LARGER = 2.0  # maximum ratio of the size of a lossless image to that of the lossy one
 ROW_GROUP = 256
 
 
 class Measured(NamedTuple):
-    """What a picture took."""
+    """Format and error of a packed image."""
 
     bytes: int
-    lossless: bool  # of the rounded picture
+    lossless: bool  # except for rounding
     squared_error: float  # mean over values of 0 to 255
 
 
 class StyleReport(NamedTuple):
-    """What became of the pictures of a style."""
+    """Summary of the packed images of a style."""
 
     pictures: int
-    rounded: int  # as many of them are lossless, but for the rounding
+    rounded: int  # number of images that are lossless except for rounding
     bytes: int
-    psnr: float  # of all pixels together, in dB
-    lowest_psnr: float  # of one picture
+    psnr: float  # of all pixels, in dB
+    lowest_psnr: float  # of a single image
 
 
 def round_levels(pixels: np.ndarray) -> np.ndarray:
-    """uint8 values to the nearest of 255, 250, 245 and so on."""
+    """Round uint8 values to the nearest of 255, 250, 245 and so on."""
     return (255 - np.minimum((255 - pixels.astype(np.int16) + LEVELS // 2) // LEVELS * LEVELS, 255)).astype(np.uint8)
 
 
 def psnr(squared_error: float) -> float:
-    """In dB, of a mean squared error of values of 0 to 255; infinite without an error."""
+    """Return the PSNR in dB of a mean squared error of values from 0 to 255; infinite without an error."""
     return float("inf") if squared_error == 0 else 10 * float(np.log10(255**2 / squared_error))
 
 
 def encode(picture: Pictures.Image, quality: int) -> tuple[bytes, Measured]:
-    """An RGB picture as WebP: lossless and rounded if that is small enough, else lossy."""
+    """Encode an RGB image as WebP: lossless and rounded if that is small enough, else lossy."""
     pixels = np.asarray(picture)
     lossy = as_webp(picture, quality=quality)
     rounded = Pictures.fromarray(round_levels(pixels))
-    # a fast attempt first: the lossless form of what has smooth shades takes long
+    # a fast attempt first: lossless encoding of smooth shades is slow
     quick = len(as_webp(rounded, lossless=True, quality=0, method=0))
     data, lossless = lossy, False
     if quick < 1.5 * LARGER * len(lossy):
@@ -84,22 +84,22 @@ def as_webp(picture: Pictures.Image, **options: Any) -> bytes:
 
 
 def pack_features() -> Features:
-    """The columns of the file, as `datasets` knows them."""
+    """Return the columns of the file, as features of `datasets`."""
     columns = {name: Value("string") for name in COLUMNS}
     columns |= {name: List(Value("string")) for name in LISTS} | {name: Value("int64") for name in NUMBERS}
     return Features({"image": Image(), **columns})
 
 
 def choose_rows(folder: Path, styles: list[str], most_each: int | None = None) -> list[dict[str, Any]]:
-    """The rows of the image folder that are packed.
+    """Return the rows of the image folder to pack.
 
     Args:
-        folder (`Path`): What `build_emoji_dataset.py` wrote.
+        folder (`Path`): Folder written by `build_emoji_dataset.py`.
         styles (`list[str]`): Values of the column `style`.
-        most_each (`int`, *optional*): Rows of a split in a style, evenly spread over the file.
+        most_each (`int`, *optional*): Maximum rows per split and style, evenly spaced.
 
     Raises:
-        ValueError: If there is no such folder, or a style that it lacks.
+        ValueError: If there is no such folder, or it lacks a style.
     """
     path = folder / "metadata.jsonl"
     if not path.is_file():
@@ -122,11 +122,11 @@ def choose_rows(folder: Path, styles: list[str], most_each: int | None = None) -
 def pack(
     folder: Path, target: Path, styles: list[str], quality: int = 88, most_each: int | None = None
 ) -> dict[str, StyleReport]:
-    """Writes the file; says what became of the pictures of each style. Arguments as those of `choose_rows`.
+    """Write the file; print a summary of each style. Other arguments are those of `choose_rows`.
 
     Args:
-        target (`Path`): The Parquet file, which is whole or absent.
-        quality (`int`): Of lossy pictures, 1 to 100.
+        target (`Path`): The Parquet file, which is written completely or not at all.
+        quality (`int`): Quality of lossy images, 1 to 100.
     """
     rows = choose_rows(folder, styles, most_each)
     notices = {path.name: path.read_text(encoding="utf-8") for path in sorted((folder / "LICENSES").glob("*.txt"))}
@@ -143,7 +143,7 @@ def pack(
 
 
 def packed_row(row: dict[str, Any], folder: Path, quality: int, written: dict[str, list[Measured]]) -> dict[str, Any]:
-    """A row of the file; what its picture took is noted in `written`."""
+    """Return a row of the file; add its image to the summary in `written`."""
     data, measured = encode(read_image(str(folder / row["file_name"]), "white"), quality)
     written[row["style"]].append(measured)
     image = {"bytes": data, "path": Path(row["file_name"]).with_suffix(".webp").name}
@@ -162,30 +162,30 @@ def report_style(pictures: list[Measured]) -> StyleReport:
 
 
 def describe_pack(target: Path, report: dict[str, StyleReport]) -> Iterator[str]:
-    """What became of the pictures, in lines."""
+    """Return the summary as lines of text."""
     for style, found in report.items():
         yield (
-            f"{style}: {found.pictures} pictures, {found.rounded} of them lossless but for rounding, "
+            f"{style}: {found.pictures} images, {found.rounded} of them lossless except for rounding, "
             f"{found.bytes / 2**20:.1f} MiB, PSNR {found.psnr:.1f} dB, at least {found.lowest_psnr:.1f} dB"
         )
     yield f"{target}: {target.stat().st_size / 2**20:.1f} MiB"
 
 
 def read_notices(packed: Path) -> dict[str, str]:
-    """The notices of the works in a packed file, by file name.
+    """Return the notices of the works in a packed file, by file name.
 
     Raises:
-        ValueError: If it is no file that `pack` wrote.
+        ValueError: If the file was not written by `pack`.
     """
     try:
         metadata = parquet.read_schema(packed).metadata or {}
         return json.loads(metadata[NOTICES])
     except (OSError, KeyError, ValueError, pa.ArrowException):
-        raise ValueError(f"`data` is '{packed}', which is no file that --pack wrote.") from None
+        raise ValueError(f"`data` is '{packed}', which is not a file written by --pack.") from None
 
 
 def write_metadata(packed: Path, folder: Path) -> None:
-    """metadata.jsonl and LICENSES/ of a packed file, as the image folder has them, without its pictures."""
+    """Write metadata.jsonl and LICENSES/ of a packed file, as in the image folder, without its images."""
     notices = read_notices(packed)
     (folder / "LICENSES").mkdir(parents=True, exist_ok=True)
     for name, text in notices.items():
@@ -194,12 +194,12 @@ def write_metadata(packed: Path, folder: Path) -> None:
 
 
 def unpack(packed: Path, folder: Path, splits: dict[str, int]) -> int:
-    """Writes some rows of a packed file as an image folder; returns how many.
+    """Write some rows of a packed file as an image folder; return their number.
 
     Args:
         packed (`Path`): The file.
-        folder (`Path`): Which gets `images/` and metadata.jsonl.
-        splits (`dict[str, int]`): Rows of each split, at most, evenly spread.
+        folder (`Path`): Folder for `images/` and metadata.jsonl.
+        splits (`dict[str, int]`): Maximum rows per split, evenly spaced.
     """
     table = parquet.read_table(packed)
     found: dict[str, list[int]] = {}

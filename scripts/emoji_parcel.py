@@ -1,4 +1,4 @@
-"""What a lent machine has to have, and what is brought home from it: a part of `train_emoji_cascade.py`."""
+"""Requirements and results of the machine that trains the emoji cascade; part of `train_emoji_cascade.py`."""
 
 import io
 import tarfile
@@ -17,7 +17,7 @@ MOST_PARTS = 4
 
 
 def write_parcel(folder: Path, target: Path) -> list[Path]:
-    """Stages with weights in half precision, losses and figures as a tar in parts: `cat cascade.tar.* | tar x`.
+    """Pack stages with weights in half precision, losses and metrics as a tar in parts: `cat cascade.tar.* | tar x`.
 
     Returns:
         The parts, each at most 16 MiB.
@@ -48,7 +48,7 @@ def write_parcel(folder: Path, target: Path) -> list[Path]:
 
 
 def parcel_files(folder: Path) -> list[Path]:
-    """What is brought home of a recipe's folder; of weights those that a later stage does not hold."""
+    """Return the results in a recipe's folder; weights only of runs whose weights a later stage does not include."""
     runs = sorted(path for path in folder.glob("runs/*") if (path / "training.json").is_file())
     last = {path.name.partition(".")[0]: path for path in runs}
     for earlier, later in (("base_32", "base_64"), ("super_resolution", "refine")):
@@ -65,7 +65,7 @@ def parcel_files(folder: Path) -> list[Path]:
 
 
 def find_missing(setup: Path) -> list[str]:
-    """What a machine lacks of the package's requirements, and of those of `diffusers` and `datasets`."""
+    """Return the missing requirements of the package, and of its extras `diffusers` and `datasets`."""
     parser = ConfigParser()
     parser.read(setup)
     texts = parser["options"]["install_requires"].splitlines() + parser["options.extras_require"]["train"].splitlines()

@@ -1,4 +1,4 @@
-"""How the minutes of a recipe are divided, and what is done of it: a part of `train_emoji_cascade.py`."""
+"""Time plan and progress of the recipe for the emoji cascade; part of `train_emoji_cascade.py`."""
 
 import time
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from diffusers_imagen.utils.files import read_json_object, write_json
 
 
-# shares of all minutes, and steps that the GPU is thought to have time for: `--scale` takes a part of them
+# shares of the total time, and estimated steps on the GPU, which `--scale` multiplies
 SHARES = {
     "data": 0.02,
     "super_resolution": 0.20,
@@ -20,19 +20,19 @@ SHARES = {
     "evaluate": 0.11,
 }
 SCALED_STEPS = {"super_resolution": 5000, "base_32": 6000, "base_64": 6000, "refine": 2000}
-# what a phase leaves, and who reads it: it is made again where it was lost with its machine
+# files written by a phase, and phases that read them: they are written again if they were lost with the machine
 PRODUCTS = {
     "data": ("data/emoji.parquet", tuple(SHARES)[1:]),
     "embeddings": ("embeddings", ("base_32", "base_64")),
     "pairs": ("pairs", ("refine",)),
     "build": ("imagen-emoji", ("evaluate",)),
 }
-SHARE_USED = 0.97  # of the time for steps: they do not all take the same
-FINISH_SECONDS = 20.0  # of validation, export and checkpoint at the end of a run
+SHARE_USED = 0.97  # of the time for steps, because their durations vary
+FINISH_SECONDS = 20.0  # for validation, export and checkpoint at the end of a run
 
 
 def phase_order(upscaler_reads_text: bool) -> list[str]:
-    """All phases: super-resolution comes first where it needs no text encoder, which is carried later then."""
+    """Return all phases: super-resolution comes first if it needs no text encoder, which can then be copied later."""
     order = list(SHARES)
     if upscaler_reads_text:
         order.remove("super_resolution")
@@ -41,13 +41,13 @@ def phase_order(upscaler_reads_text: bool) -> list[str]:
 
 
 def phase_seconds(phase: str, done: list[str], seconds: dict[str, float], total: float) -> float:
-    """The seconds of a phase, what it has had included: its share of what the others have left.
+    """Return the total seconds of a phase, including those already spent: its share of the time that others left.
 
     Args:
-        phase (`str`): One that is not done.
-        done (`list[str]`): Those that are.
-        seconds (`dict[str, float]`): What every phase has had.
-        total (`float`): The seconds of all phases.
+        phase (`str`): A phase that is not completed.
+        done (`list[str]`): The completed phases.
+        seconds (`dict[str, float]`): Seconds spent by every phase.
+        total (`float`): Total seconds of all phases.
     """
     left = total - sum(had for name, had in seconds.items() if name != phase)
     waiting = sum(share for name, share in SHARES.items() if name not in done)
@@ -55,13 +55,13 @@ def phase_seconds(phase: str, done: list[str], seconds: dict[str, float], total:
 
 
 def plan_steps(first: int, per_step: float, seconds: float, most: int | None = None) -> int:
-    """The last step of a run.
+    """Return the last step of a run.
 
     Args:
-        first (`int`): Steps that are done.
-        per_step (`float`): Seconds that a step takes.
-        seconds (`float`): Those that are left for steps.
-        most (`int`, *optional*): The last step that it may be.
+        first (`int`): Number of completed steps.
+        per_step (`float`): Seconds per step.
+        seconds (`float`): Seconds left for steps.
+        most (`int`, *optional*): Maximum last step.
 
     Returns:
         At least `first` + 1, so that there is a step that ends the run.
@@ -71,25 +71,25 @@ def plan_steps(first: int, per_step: float, seconds: float, most: int | None = N
 
 
 def seconds_for_steps(budget: float, had: float, call_left: float, start: float) -> float:
-    """Seconds that a run has for steps, in this call and later ones.
+    """Return the seconds that a run has for steps, in this call and later ones.
 
     Args:
-        budget (`float`): Of its phase.
-        had (`float`): What the phase has had, up to now.
-        call_left (`float`): What is left of this call.
-        start (`float`): What the run took in this call before its first timed step; it will again in the next.
+        budget (`float`): Seconds of its phase.
+        had (`float`): Seconds that the phase has already used.
+        call_left (`float`): Seconds left of this call.
+        start (`float`): Seconds of the run in this call before its first timed step, as expected for the next call.
     """
     left = budget - had - FINISH_SECONDS
     return left - start if left > call_left else left
 
 
 def scaled(number: int, scale: float, least: int) -> int:
-    """A share of a number, but not less than so many."""
+    """Return a share of a number, but at least `least`."""
     return number if scale >= 1 else max(least, round(number * scale))
 
 
 def find_lost(folder: Path, done: list[str]) -> list[str]:
-    """Phases that are done, but whose files are not there and are still read by one that is not."""
+    """Return completed phases whose files are missing and needed by a phase that is not completed."""
     waiting = set(SHARES) - set(done)
     return [
         phase
@@ -99,29 +99,30 @@ def find_lost(folder: Path, done: list[str]) -> list[str]:
 
 
 class Progress:
-    """What is done of a recipe, in `progress.json` of its folder.
+    """Progress of a recipe, stored in `progress.json` of its folder.
 
     Args:
-        path (`Path`): That file.
-        recipe (`dict`): What must not change while the recipe is made.
+        path (`Path`): The file.
+        recipe (`dict`): Settings that must not change between calls.
         total (`float`): Seconds of all phases.
-        call_end (`float`): When this call ends, by `time.monotonic`.
+        call_end (`float`): End of this call, by `time.monotonic`.
     """
 
     def __init__(self, path: Path, recipe: dict[str, Any], total: float, call_end: float):
         self.path, self.recipe, self.total, self.call_end = path, recipe, total, call_end
         self.seconds: dict[str, float] = {}
         self.done: list[str] = []
-        self.steps: dict[str, int] = {}  # the last one of each run, as planned
+        self.steps: dict[str, int] = {}  # the planned last step of each run
         self.phase, self.since, self.saved = "", 0.0, 0.0
 
     def open(self, resume: bool) -> None:
-        """Reads the file; ValueError if there is one and should not, or one of another recipe."""
+        """Read the file; raise ValueError if there is one without --resume, or one of another recipe."""
         if not self.path.exists():
             return
         if not resume:
             raise ValueError(
-                f"`work_dir` is '{self.path.parent}', where a recipe was begun: give --resume, or another."
+                f"`work_dir` is '{self.path.parent}', which has a recipe in progress: set --resume, or use another "
+                "folder."
             )
         found = read_json_object(self.path)
         for name, value in self.recipe.items():
@@ -133,19 +134,19 @@ class Progress:
 
     @property
     def call_left(self) -> float:
-        """Seconds left of this call."""
+        """Return the seconds left of this call."""
         return self.call_end - time.monotonic()
 
     @property
     def budget(self) -> float:
-        """Seconds of the phase that runs, what it has had included."""
+        """Return the total seconds of the current phase, including those already spent."""
         return phase_seconds(self.phase, self.done, self.seconds, self.total)
 
     def begin(self, phase: str) -> None:
         self.phase, self.since = phase, time.monotonic()
 
     def tick(self, least: float = 10.0) -> None:
-        """Adds the time since the last call to the phase; writes the file if that is some seconds old."""
+        """Add the time since the last call to the phase; write the file every few seconds."""
         now = time.monotonic()
         self.seconds[self.phase] = self.seconds.get(self.phase, 0.0) + now - self.since
         self.since = now
@@ -155,6 +156,6 @@ class Progress:
             write_json(self.path, parts)
 
     def finish(self) -> None:
-        """Notes that the phase is done."""
+        """Record that the phase is completed."""
         self.done.append(self.phase)
         self.tick(least=0)

@@ -1,4 +1,4 @@
-"""Builds the package of weights from checkpoints/imagen-emoji, with the version of diffusers-imagen."""
+"""Build the package of weights from checkpoints/imagen-emoji, with the version of diffusers-imagen."""
 
 import configparser
 import runpy
@@ -14,12 +14,12 @@ WEIGHTS = ROOT / "checkpoints" / "imagen-emoji"
 
 
 class BuildWithWeights(build_py):
-    """Copies the weights beside the module, which git has only once."""
+    """Copy the weights next to the module, because git has only one copy."""
 
     def run(self):
         super().run()
         folder = Path(self.build_lib, "diffusers_imagen_emoji", WEIGHTS.name)
-        shutil.rmtree(folder, ignore_errors=True)  # of an earlier build
+        shutil.rmtree(folder, ignore_errors=True)  # files of an earlier build
         shutil.copytree(WEIGHTS, folder)
 
 

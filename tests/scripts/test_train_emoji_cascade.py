@@ -156,7 +156,7 @@ def test_notices_travel_with_the_pictures(scripts, packed, emoji, tmp_path):
     assert all(value == theirs[row["text"]][name] for row in rows for name, value in row.items())
     other = tmp_path / "other.parquet"
     other.write_bytes(b"PAR1")
-    with pytest.raises(ValueError, match="which is no file that --pack wrote"):
+    with pytest.raises(ValueError, match="which is not a file written by --pack"):
         scripts.emoji_pack.read_notices(other)
 
 
@@ -337,7 +337,7 @@ def test_a_phase_is_not_begun_where_its_call_is_too_short(scripts, tmp_path, cap
     progress.done = list(scripts.emoji_plan.SHARES)[:4]
     progress.seconds = dict.fromkeys(progress.done, 1.0)
     cascade.make(cascade.Recipe(SimpleNamespace(phases=None), progress))
-    assert "Go on with --resume." in capsys.readouterr().out
+    assert "Continue with --resume." in capsys.readouterr().out
     assert json.loads((tmp_path / "p.json").read_text())["done"] == progress.done
 
 

@@ -1,4 +1,4 @@
-"""The weights of imagen-emoji, the small cascade of diffusers-imagen, which finds them by this package's entry point."""
+"""Weights of imagen-emoji, the small cascade of diffusers-imagen, which finds them by this package's entry point."""
 
 from pathlib import Path
 
