@@ -76,8 +76,8 @@ def reset_accelerate() -> None:
         state._reset_state()
 
 
-def run(settings: dict, seed: int = 0, environment: dict[str, str] | None = None) -> None:
-    """A whole run, with a `rank` of an adapter, for a process of its own; leaves its weights in `weights.pt`.
+def run(settings: dict, seed: int = 0, environment: dict[str, str] | None = None) -> torch.nn.Module:
+    """A whole run, with a `rank` of an adapter, for a process of its own; leaves its weights in `weights.pt`; returns the network.
 
     The network is a tiny one, or that of a pretrained stage, which has its text encoder.
     """
@@ -97,6 +97,7 @@ def run(settings: dict, seed: int = 0, environment: dict[str, str] | None = None
     trainer.train()
     if trainer.accelerator.is_main_process and "ACCELERATE_USE_FSDP" not in os.environ:
         torch.save(unet.state_dict(), Path(config.output_dir) / "weights.pt")
+    return unet
 
 
 def start(settings: dict, seed: int = 0, environment: dict[str, str] | None = None) -> multiprocessing.Process:
