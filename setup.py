@@ -19,7 +19,7 @@ FENCE = re.compile(r"^\s*(?:```|~~~)")
 def index_page(text: str) -> str:
     """Return a page in Markdown without links to files of its repository or to its own parts, which an index lacks.
 
-    A link becomes its text. A picture goes, with the line, row or table that has nothing else. Code in blocks stays.
+    A link becomes its text. Images are removed, with lines, rows or tables that have no other content. Code blocks stay.
     """
     lines, in_code = [], False
     for line in text.splitlines():

@@ -419,7 +419,7 @@ class Networks:
         key = method, contender
         if key not in self.counts:
             inputs = placed(make_inputs(self.meta(), self.batch_size, self.settings.tokens), "meta", torch.float32)
-            inputs.pop("encoder_attention_mask", None)  # it has no values to look at, and changes no product
+            inputs.pop("encoder_attention_mask", None)  # it has no values, and does not affect the FLOPs
             with torch.device("meta"), torch.set_grad_enabled(method == "train"):
                 rival = contender(self.meta() if network is None else network, inputs)
                 if method == "predict" and "encoder_hidden_states" in inputs:

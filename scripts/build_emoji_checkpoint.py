@@ -88,8 +88,8 @@ list of some 45,000 words keeps its spelling in tokens and exactly its states.
 
 ## Data
 {num_images:,} rendered emoji in the styles {styles} with captions made from the names in Unicode CLDR
-(`scripts/build_emoji_dataset.py`), the train split only. Concepts are drawn equally often in every style, whatever the
-number of their skin tones; a tenth to a quarter of the captions are the bare name, a tenth or fewer keywords. Captions read
+(`scripts/build_emoji_dataset.py`), the train split only. Concepts are drawn equally often in every style, regardless of
+the number of their skin tones; a tenth to a quarter of the captions are the bare name, a tenth or fewer keywords. Captions read
 "{example}". Styles are named {style_phrases}.
 The last base runs draw most often what people ask for first (`scripts/emoji_weights.tsv`: a cat, a pizza, a rocket).
 

@@ -58,7 +58,7 @@ SECTIONS = (
     (TrainingConfig, "Network, objective and loop", "For every training command."),
     (
         MetricSettings,
-        "Metrics of held-out pictures",
+        "Metrics of held-out images",
         "For every training command; see [evaluation.md](evaluation.md).",
     ),
     (

@@ -140,7 +140,7 @@ BAD = {
     "two upscalers": (["convert-if", "--sr256", "{sr}", "--sr1024", "{sr}"], "needs the base stage"),
     "nothing to export": (["export-if", "{base}"], "of 'IFPipeline', but should be of ImagenCascadePipeline"),
     "no stage to export": (["export-if", "{ours}"], "`stage` is None, but should be one of base, sr256"),
-    "a stage of another kind": (["export-if", "{ours}", "--stage", "base"], "is none of DeepFloyd IF's: "),
+    "a stage of another kind": (["export-if", "{ours}", "--stage", "base"], "is not one of DeepFloyd IF's: "),
 }
 
 

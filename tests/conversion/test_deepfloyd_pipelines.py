@@ -74,5 +74,5 @@ def test_a_stage_of_a_cascade_is_named(cascade):
     assert isinstance(pipeline_to_deepfloyd(pipe, "sr256"), IFSuperResolutionPipeline)
     found = pipeline_to_deepfloyd(pipe, "base")
     assert isinstance(found, IFPipeline) and not found.config.requires_safety_checker
-    with pytest.raises(ValueError, match="The network of the stage `base` is none of DeepFloyd IF's: "):
+    with pytest.raises(ValueError, match="The network of the stage `base` is not one of DeepFloyd IF's: "):
         pipeline_to_deepfloyd(cascade, "base")

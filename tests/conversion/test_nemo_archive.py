@@ -212,7 +212,7 @@ def test_what_is_no_checkpoint(files, tmp_path):
     with pytest.raises(ValueError, match="`source` is '.*base.nemo', which does not exist"):
         load_nemo_stage(path)
     os.mkfifo(path)
-    refuse(path, tmp_path, "is no regular file")
+    refuse(path, tmp_path, "is not a regular file")
     path.unlink()
     path.write_bytes(b"text")
     refuse(path, tmp_path, "cannot be read as a tar file")

@@ -1,7 +1,8 @@
-"""The English of the pages, by scripts/check_prose.py, and their links."""
+"""The English of pages and Python files, by scripts/check_prose.py, and the links of the pages."""
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -15,24 +16,68 @@ def checker() -> Iterator[ModuleType]:
         yield module
 
 
-def test_the_pages_are_in_plain_english(checker):
-    assert checker.find_faults() == []
-
-
-def test_prose_is_told_from_code(checker, tmp_path, monkeypatch):
+@pytest.fixture
+def project(checker, tmp_path, monkeypatch) -> Path:
+    """Folder of a project whose pages and modules should have no "picture", and imperative summaries."""
     monkeypatch.setattr(checker, "ROOT", tmp_path)
     (tmp_path / "pyproject.toml").write_text(
         "[tool.prose]\npaths = ['docs']\nexclude = ['docs/made.md']\n[tool.prose.rules]\n'\\bpictures?\\b' = 'image'\n"
+        "[tool.prose.summaries]\n'^Returns' = 'imperative'\n"
     )
     (tmp_path / "docs").mkdir()
-    (tmp_path / "docs" / "made.md").write_text("A picture.\n")
-    (tmp_path / "docs" / "page.md").write_text(
+    return tmp_path
+
+
+def test_pages_and_code_are_in_plain_english(checker):
+    assert checker.find_faults() == []
+
+
+def test_prose_is_told_from_code_in_pages(checker, project):
+    (project / "docs" / "made.md").write_text("A picture.\n")
+    (project / "docs" / "page.md").write_text(
         "Line `picture`.\n\n```python\npicture = 1\n```\n<!-- a\npicture -->\n[text](picture.png)\nTwo Pictures.\n"
     )
-    (tmp_path / "docs" / "code.py").write_text(
-        '"""A module."""\n\n\ndef f():\n    """One.\n\n    A picture.\n    """\n    picture = "picture"\n'
-    )
-    assert checker.find_faults() == ["docs/page.md:9: 'Pictures': image", "docs/code.py:7: 'picture': image"]
+    assert checker.find_faults() == ["docs/page.md:9: 'Pictures': image"]
+
+
+@pytest.mark.parametrize(
+    ("code", "line"),
+    [
+        ("picture = 1  # a picture", 1),
+        ("x = 1  # as in `picture`", None),
+        ("x = {'picture': 'picture'}['picture']", None),
+        ("x = 'many a picture'", 1),
+        ("x = 'many a {picture}'.format(picture=1)", None),
+        ("x = f'many a {picture} of {picture:.2f}'", None),
+        ("x = f'many a picture of {size}'", 1),
+        ("x = f'{size}' ' is the size ' 'of a picture'", 1),
+        ("x = '''\nmany a\npicture\n'''", 3),
+        ("x = 'many a\\npicture'", 1),
+        ("'''A module.\n\nA picture.\n'''", 3),
+        ("def f():\n    '''Make it.\n\n    `a\n    b` picture.\n    '''", 5),
+        ("def f():\n    '''Make it.\n\n    picture (`str`): Path.\n    '''", None),
+        ("def f():\n    '''Make it.\n\n    size, picture (`str`,\n        *optional*): Path.\n    '''", None),
+    ],
+)
+def test_prose_is_told_from_code_in_modules(checker, project, code, line):
+    (project / "docs" / "code.py").write_text(code)
+    assert checker.find_faults() == ([f"docs/code.py:{line}: 'picture': image"] if line else [])
+
+
+@pytest.mark.parametrize(
+    ("code", "line"),
+    [
+        ("def f():\n    '''Returns one.'''", 2),
+        ("async def f():\n    '''\n    Returns one.\n    '''", 3),
+        ("def f():\n    '''Return one.\n\n    Returns: one.\n    '''", None),
+        ("'''Returns of funds.'''", None),
+        ("class A:\n    '''Returns of funds.'''", None),
+        ("class A:\n    @cached_property\n    def f(self):\n        '''Returns of funds.'''", None),
+    ],
+)
+def test_summaries_of_functions_are_imperative(checker, project, code, line):
+    (project / "docs" / "code.py").write_text(code)
+    assert checker.find_faults() == ([f"docs/code.py:{line}: 'Returns': imperative"] if line else [])
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))

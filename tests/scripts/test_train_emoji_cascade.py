@@ -216,7 +216,7 @@ def test_progress_goes_on_with_what_a_killed_call_had(scripts, tmp_path, monkeyp
         progress.tick()
     assert progress.call_left == 700 - 144
 
-    with pytest.raises(ValueError, match="`work_dir` is .* give --resume"):
+    with pytest.raises(ValueError, match="`work_dir` is .* set --resume"):
         make().open(resume=False)
     with pytest.raises(ValueError, match=r"^`scale` is 0\.5, but .* has 1\.0\.$"):
         make(0.5).open(resume=True)
@@ -390,7 +390,7 @@ def test_packages_that_a_machine_lacks_are_named(scripts, monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "`pack` or `work_dir` should be given"),
+        ([], "Exactly one of `pack` and `work_dir` should be given"),
         (["--work_dir", "w", "--scale", "2"], "`scale` is 2.0, but should be from 1e-06 to 1."),
         (["--work_dir", "w", "--quality", "0"], "`quality` is 0, but should be from 1 to 100."),
         (["--work_dir", "w", "--data", "no-such"], "`data` is 'no-such', which is not there."),

@@ -131,9 +131,9 @@ def test_another_encoder_in_its_place_is_refused(make_stage, encoder, text_encod
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"folder": "/etc"}, "which is no path from there"),
-        ({"folder": "\\\\host\\share"}, "which is no path from there"),
-        ({"hub": "https://example.com/a"}, "which is no Hub id"),
+        ({"folder": "/etc"}, "which is not a relative path"),
+        ({"folder": "\\\\host\\share"}, "which is not a relative path"),
+        ({"hub": "https://example.com/a"}, "which is not a Hub id"),
         ({"hub": "a/b", "folder": "c"}, "one of `hub` and `folder`"),
         ({"hub": "a/b", "trust_remote_code": True}, "'trust_remote_code'"),
         ({"hub": 3}, "has 3 for 'hub'"),

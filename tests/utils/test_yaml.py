@@ -71,7 +71,7 @@ def test_what_is_no_configuration_is_refused_in_a_line_that_names_it(tmp_path, c
 def test_what_is_no_regular_file_is_not_opened(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     for path in (tmp_path / "fifo", tmp_path, "/dev/zero"):
-        with pytest.raises(ValueError, match="which cannot be read: it is no regular file"):
+        with pytest.raises(ValueError, match="which cannot be read: it is not a regular file"):
             read_yaml(path, "config")
     with pytest.raises(ValueError, match="`config` is '.*', which cannot be read: there is no such file"):
         read_yaml(tmp_path / "nowhere.yaml", "config")

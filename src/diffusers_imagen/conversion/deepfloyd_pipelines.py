@@ -13,7 +13,7 @@ from .deepfloyd import BETA_SCHEDULE, unet_to_deepfloyd
 with quiet_transformers():  # the import reports that torchvision is not installed
     from diffusers import IFPipeline, IFSuperResolutionPipeline
 
-PARTS = ("tokenizer", "text_encoder", "safety_checker", "feature_extractor", "watermarker")  # beside the stage's own
+PARTS = ("tokenizer", "text_encoder", "safety_checker", "feature_extractor", "watermarker")  # in addition to the stage's components
 
 
 def pipeline_to_deepfloyd(pipe: DiffusionPipeline, stage: str | None = None) -> IFPipeline | IFSuperResolutionPipeline:
@@ -35,7 +35,7 @@ def pipeline_to_deepfloyd(pipe: DiffusionPipeline, stage: str | None = None) -> 
     try:
         parts["unet"] = unet_to_deepfloyd(unwrapped(found.unet))
     except ValueError as error:
-        raise ValueError(f"The network of the stage `{found.name}` is none of DeepFloyd IF's: {error}") from error
+        raise ValueError(f"The network of the stage `{found.name}` is not one of DeepFloyd IF's: {error}") from error
     parts["scheduler"] = scheduler_to_deepfloyd(found.scheduler)
     parts["requires_safety_checker"] = pipe.safety_checker is not None
     if found.is_base:

@@ -94,7 +94,7 @@ def averaged(path: Path, name: str) -> Path:
 def kind_of(path: Path, what: str) -> str:
     """Return "torch" for a file of `torch.save`, detected by its first bytes, else "tar"."""
     if not path.is_file():
-        raise ValueError(f"{what} is no regular file.")  # a pipe might never end
+        raise ValueError(f"{what} is not a regular file.")  # a pipe might never end
     with open(path, "rb") as file:
         begin = file.read(4)
     return "torch" if begin == ZIP or begin[:1] == PICKLE else "tar"
@@ -110,7 +110,7 @@ def describe(path: Path, folder: Path | None, given: dict[str, Any] | None, what
     weights = TorchFile(path, what) if folder is None else open_folder(folder, what)
     files = list(weights.ranks.values()) if isinstance(weights, RankWeights) else [weights]
     left_out = {
-        section: "not part of a network: training goes on from the weights with a new optimizer"
+        section: "not part of a network: training continues from the weights with a new optimizer"
         for file in files
         if isinstance(file, TorchFile)
         for section in file.sections

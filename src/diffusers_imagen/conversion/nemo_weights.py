@@ -193,7 +193,7 @@ def unknown_name(what: str, name: str) -> ValueError:
 def check_file(path: Path, what: str) -> bool:
     """Return whether a file is in torch's zip format, after checking its entries."""
     if not path.is_file():
-        raise ValueError(f"{what} is no regular file." if path.exists() else f"{what} does not exist.")
+        raise ValueError(f"{what} is not a regular file." if path.exists() else f"{what} does not exist.")
     with open(path, "rb") as file:
         if file.read(4) != ZIP:
             return False

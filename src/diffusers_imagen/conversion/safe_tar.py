@@ -92,7 +92,7 @@ def extract_members(path: str | Path, folder: Path, wanted: Callable[[PurePosixP
 def opened(path: Path) -> Iterator[IO[bytes]]:
     """Open a tar file, decompressing gzip."""
     if not path.is_file():
-        raise ValueError(f"'{path}' is no file.")
+        raise ValueError(f"'{path}' is not a file.")
     with open(path, "rb") as raw:
         compressed = raw.read(2) == GZIP
         raw.seek(0)
@@ -137,7 +137,7 @@ def check_member(path: Path, member: tarfile.TarInfo, limit: int, compressed: bo
         raise ValueError(f"'{path}' has {shown(member.name)}, a name that points outside the folder.")
     if not (member.isdir() or member.isfile()) or member.issparse():
         raise ValueError(
-            f"'{path}' has {shown(member.name)}, which is not a regular file: links, devices and the like are not supported."
+            f"'{path}' has {shown(member.name)}, which is not a regular file: links, devices and others are not supported."
         )
     if member.size < 0:
         raise ValueError(f"'{path}' has {shown(member.name)} of {member.size} bytes.")

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 DISTANCES = ("fid", "kid", "precision-recall")  # from the features of the reference
 OF_FEATURES = (*DISTANCES, "is", "nearest")
-OF_PAIRS = ("super-resolution",)  # from captions with pictures
+OF_PAIRS = ("super-resolution",)  # from captions with images
 METRICS = (*OF_FEATURES, "clip", *OF_PAIRS)
 
 CLIP = "openai/clip-vit-large-patch14"

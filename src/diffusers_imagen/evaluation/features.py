@@ -26,7 +26,7 @@ class Features:
     Args:
         cache (`Path`): The folder of all features.
         network ([`FeatureNetwork`]): The feature network.
-        pictures ([`PictureSet`]): The set of images.
+        pictures ([`PictureSet`]): Set of images.
         indices (`list[int]`): Indices of the images to use.
         resolution (`int`): Resolution to which images of another size are resized first.
     """

@@ -83,7 +83,7 @@ def download(
             f"`{SOURCE}` is '{source[:200]}', which is neither a file, nor a folder, nor a Hub id."
         ) from error
     if os.path.exists(source):
-        raise ValueError(f"`{SOURCE}` is '{source}', which is no regular file.")
+        raise ValueError(f"`{SOURCE}` is '{source}', which is not a regular file.")
     if weight_name is None:
         weight_name = guess_name(source, use_safetensors, hub)
     fetch = lambda name: Path(_get_model_file(source, weights_name=name, **hub))  # noqa: E731

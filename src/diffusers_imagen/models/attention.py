@@ -221,7 +221,7 @@ class AttentionKind(NamedTuple):
     Args:
         make: Creates the block from channels, heads, width of the text context, groups of the norms, and
             `shared_norm`.
-        reads_text: Whether the block reads text; `norm_num_groups` then has to divide the width of the context.
+        reads_text: Whether the block attends to text; `norm_num_groups` then has to divide the width of the context.
     """
 
     make: Callable[[int, int, int, int, bool], AttentionBlock]

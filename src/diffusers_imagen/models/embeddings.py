@@ -35,7 +35,7 @@ class TextConditioning(NamedTuple):
     """Text conditioning that does not depend on the noise level: computed once, used at every step."""
 
     pooled: torch.Tensor | None  # (B, T), added to the time embedding
-    texts: Iterable[TextKeyValue | TextContext]  # one per attention layer that reads text, in order of execution
+    texts: Iterable[TextKeyValue | TextContext]  # one per attention layer that attends to text, in order of execution
 
 
 class UnencodedText(NamedTuple):
@@ -61,7 +61,7 @@ class LearnedTimesteps(nn.Module):
 class NoiseLevelEmbedding(nn.Module):
     """Embedding of the conditioning value of a noise level (c_noise, log-SNR or index): `(B,)` to `(B, T)`.
 
-    The sinusoids are computed in float32 whatever the model's dtype: half precision distinguishes only about half of
+    The sinusoids are computed in float32 regardless of the model's dtype: half precision distinguishes only about half of
     the values of 1000 training steps. Fixed sinusoids have the width `sinusoidal_dim`, or a quarter of the embedding.
     """
 

@@ -42,7 +42,7 @@ class ConditionalUNet(
     """Base class of this package's U-Nets, which embeds the noise level, the text and the low-resolution image.
 
     A subclass registers its configuration, calls `_init_conditioning`, builds its blocks and `conv_out`, runs them in
-    `_run_levels`, and returns from `text_blocks` those that read text, in order of execution.
+    `_run_levels`, and returns from `text_blocks` those that attend to text, in order of execution.
     """
 
     _supports_gradient_checkpointing = True
@@ -74,7 +74,7 @@ class ConditionalUNet(
         self.conv_in = nn.Conv2d(channels, config.block_out_channels[0], kernel_size, padding=kernel_size // 2)
 
     def text_blocks(self) -> list[ImagenBlock]:
-        """Return the blocks that read text, in order of execution."""
+        """Return the blocks that attend to text, in order of execution."""
         raise NotImplementedError
 
     def _run_levels(self, h: torch.Tensor, temb: torch.Tensor, texts: Iterator[AttendedText]) -> torch.Tensor:

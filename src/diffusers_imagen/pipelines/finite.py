@@ -24,7 +24,8 @@ class FiniteWatch:
         self.sources.append((self.call, source))
 
     def raise_unless_finite(self, text: PromptEmbeds) -> None:
-        """
+        """Check the recorded tensors.
+
         Raises:
             FloatingPointError: If any tensor was not finite; the message names the stage, the call and the likely
                 cause.

@@ -176,7 +176,7 @@ class ImagenPipelineMixin(ModelCardMixin):
         """
         Run super-resolution networks on overlapping tiles, and blend their outputs at every step.
 
-        A network then needs the memory for one tile, whatever the size of the image.
+        A network then needs the memory for one tile, regardless of the size of the image.
 
         Args:
             tile_size (`int`, defaults to 256): Height and width of a tile, in pixels of the stage's image.

@@ -226,7 +226,7 @@ class StageRunner:
     def run(self, image: torch.Tensor | None) -> torch.Tensor:
         """Return the stage's images `(B, C, H, W)` in [-1, 1].
 
-        The sample stays in float32 whatever the network's dtype: bfloat16 cannot represent low noise levels added to
+        The sample stays in float32 regardless of the network's dtype: bfloat16 cannot represent low noise levels added to
         an image.
 
         Args:

@@ -198,7 +198,7 @@ class Trainer:
         self.folder.plan(self.checkpoints.find(), self.checkpoints.run, partly=True)
 
     def read_data(self) -> None:
-        """Open the training and validation data; the text encoder is freed if it is no longer needed."""
+        """Open the training and validation data; the text encoder is freed when it is not needed any more."""
         config = self.config
         if self.text is None:
             max_length = config.tokenizer_max_length or self.pretrained.max_length

@@ -21,7 +21,7 @@ PathLike = str | os.PathLike
 # arguments of `from_pretrained` and `load_lora_weights` that locate files
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 OF_A_PROCESS = re.compile(r"\.(.+)\.\d+\.partial", re.DOTALL)  # the names that `partial_of` gives
-LOCK, OWNER = ".lock", ".lock-owner.json"  # in a folder that is held; no part of what is in it
+LOCK, OWNER = ".lock", ".lock-owner.json"  # in a locked folder; not part of its content
 
 
 @contextmanager
@@ -43,7 +43,7 @@ def whole_file(path: PathLike) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: PathLike) -> Iterator[Path]:
-    """As `whole_file`, for a folder that is not there yet, or is empty, and that one process writes at a time.
+    """Context manager like `whole_file`, for a new or empty folder, which one process writes at a time.
 
     Raises:
         ValueError: If another process is writing it.
@@ -66,10 +66,10 @@ def whole_folder(path: PathLike) -> Iterator[Path]:
 
 @contextmanager
 def sole_writer(path: Path) -> Iterator[None]:
-    """Inside, no other process writes the folder `path`; what killed processes left half-written of it is removed first.
+    """Context manager that locks writing of the folder `path`, and first removes unfinished files of killed processes.
 
-    The lock beside the folder is the operating system's, as that of a `FolderHold`: who has it knows that no process that
-    began to write the folder is alive, be it of another machine or container, where process numbers say nothing.
+    The lock next to the folder is one of the operating system, like that of a `FolderHold`: no process that started to
+    write the folder is then alive, including those of other machines or containers, which have other process numbers.
 
     Raises:
         ValueError: If another process is writing it.
@@ -90,17 +90,17 @@ def sole_writer(path: Path) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):
-            place.unlink()  # while it is held: who waits for it finds that it is gone, and makes another
+            place.unlink()  # while it is locked: a waiting process then creates a new one
         lock.release()
 
 
 def partial_of(path: Path) -> Path:
-    """Where a file or folder is written before it is moved into place."""
+    """Return the path at which a file or folder is written before it is moved into place."""
     return path.with_name(f".{short_name(path)}.{os.getpid()}.partial")
 
 
 def short_name(path: Path) -> str:
-    """A file's name as a part of another; names are limited in bytes, to 255."""
+    """Return a file's name as a part of another; names are limited to 255 bytes."""
     return os.fsdecode(os.fsencode(path.name)[:200])
 
 
@@ -299,7 +299,7 @@ class FolderHold:
             raise ValueError(f"`{name}` is '{folder}', which cannot be locked: {error.strerror or error}.") from error
         try:
             self._remove_leftovers()
-            # without the command's arguments, among which may be a token
+            # without the command's arguments, which can include a token
             owner = {"pid": os.getpid(), "host": socket.gethostname(), "command": Path(sys.argv[0]).name}
             write_json(self.folder / OWNER, owner)
         except BaseException:  # a full disk
@@ -307,7 +307,7 @@ class FolderHold:
             raise
 
     def _remove_leftovers(self) -> None:
-        """Removes what killed processes left half-written, but no folder that a living one is writing here."""
+        """Remove unfinished files of killed processes, but not folders that another process is writing here."""
         for leftover in self.folder.glob(".*.partial"):
             written = OF_A_PROCESS.fullmatch(leftover.name)
             if not leftover.is_dir():

@@ -1,4 +1,4 @@
-"""Options of a command line in two spellings: words may be joined by hyphens or by underscores."""
+"""Command line options in two spellings, with hyphens or underscores between words."""
 
 import argparse
 import sys
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 
 def hyphenated(option: str) -> str:
-    """Return an option with hyphens between its words: what two spellings of one option have in common."""
+    """Return an option with hyphens between its words, which is the same for both spellings."""
     return option.replace("_", "-")
 
 
@@ -19,7 +19,7 @@ def first_spellings(options: Sequence[str]) -> list[str]:
 
 
 def respell(arguments: Sequence[str], options: Iterable[str]) -> list[str]:
-    """Spell the options among some arguments as a parser has them; everything else, and what follows `--`, stays."""
+    """Spell options among arguments like a parser; other arguments, and those after `--`, are not changed."""
     known = [option for option in options if option.startswith("--")]
     by_spelling = {**{hyphenated(option): option for option in known}, **{option: option for option in known}}
     spelled = list(arguments)
@@ -33,10 +33,10 @@ def respell(arguments: Sequence[str], options: Iterable[str]) -> list[str]:
 
 
 class BothSpellings(argparse.ArgumentParser):
-    """A parser that takes every long option in both spellings, and shows it in the one that it was added in."""
+    """Parser that accepts every long option in both spellings, and shows the one that was added."""
 
     def add_argument(self, *names, **kwargs) -> argparse.Action:
-        """As argparse, without names that are another spelling of a name before them."""
+        """Add an argument like argparse, without names that are another spelling of an earlier name."""
         return super().add_argument(*first_spellings(names), **kwargs)
 
     def parse_known_args(self, args=None, namespace=None):

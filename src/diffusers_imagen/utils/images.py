@@ -28,11 +28,11 @@ class BadImage(ValueError):
 
 
 def read_image(source: PictureSource, background: str = "white") -> Image.Image:
-    """A picture, upright, as RGB.
+    """Read an image, upright, as RGB.
 
     Args:
-        source (`str`, `os.PathLike`, `bytes` or `PIL.Image.Image`): A file, the bytes of one, or a picture of any mode.
-        background (`str`): Colour behind what is transparent.
+        source (`str`, `os.PathLike`, `bytes` or `PIL.Image.Image`): A file, the bytes of one, or an image of any mode.
+        background (`str`): Background color of transparent images.
 
     Raises:
         BadImage: If it cannot be read completely, or has invalid values.

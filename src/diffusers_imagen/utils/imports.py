@@ -40,7 +40,7 @@ def lazy_names(
 def after_import(name: str, then: Callable[[ModuleType], None]) -> None:
     """Call a function with a module: now if it is imported, else when it has been; no module is imported for it."""
     if name in sys.modules:
-        then(importlib.import_module(name))  # which waits for a thread that is at it
+        then(importlib.import_module(name))  # waits for a thread that is importing it
         return
     if FINDER not in sys.meta_path:
         sys.meta_path.insert(0, FINDER)

@@ -1,4 +1,4 @@
-"""References: small files by which a folder names a model that is elsewhere, on the Hub or in a folder, and tells it from others."""
+"""References: small files that refer to a model on the Hub or in another folder, with its identity."""
 
 import os
 from pathlib import Path
@@ -17,14 +17,14 @@ FIELDS = {"hub": str, "revision": str, "folder": str, "subfolder": str, "variant
 
 
 class Reference(NamedTuple):
-    """Where a model is.
+    """Location and identity of a model.
 
     Attributes:
         source (`str`): Hub id, or absolute path of a folder.
-        subfolder (`str`): Folder of the model in it; empty for a model of its own.
+        subfolder (`str`): Folder of the model in it; empty if it is the model itself.
         revision (`str`, *optional*): Commit on the Hub.
-        variant (`str`, *optional*): Of its files.
-        identity (`dict`, *optional*): What tells it from others.
+        variant (`str`, *optional*): Variant of its files.
+        identity (`dict`, *optional*): Identity of the model.
     """
 
     source: str
@@ -35,12 +35,12 @@ class Reference(NamedTuple):
 
     @property
     def is_local(self) -> bool:
-        """Whether it is in a folder of this machine."""
+        """Whether the model is in a local folder."""
         return os.path.isabs(self.source)
 
 
 def write_reference(folder: Path, reference: Reference, place: Path) -> None:
-    """Writes reference.json into a folder that will be at `place`; a path begins there, so that both can be moved."""
+    """Write reference.json to a folder that will be at `place`, to which paths are relative, so that both can be moved."""
     content = {name: getattr(reference, name) for name in ("revision", "subfolder", "variant", "identity")}
     where = {"hub": reference.source}
     if reference.is_local:
@@ -49,10 +49,10 @@ def write_reference(folder: Path, reference: Reference, place: Path) -> None:
 
 
 def read_reference(folder: Path) -> Reference:
-    """What the reference.json of a folder says.
+    """Read the reference.json of a folder, which is untrusted.
 
     Raises:
-        ValueError: If there is none, or it is malformed. It may come from anybody: a path is one from that folder.
+        ValueError: If there is none, or it is malformed, for example has an absolute path.
     """
     content = read_json_object(folder / REFERENCE)
     for name, value in content.items():
@@ -68,25 +68,25 @@ def read_reference(folder: Path) -> Reference:
         try:
             validate_repo_id(content["hub"])
         except HFValidationError as error:
-            raise ValueError(f"its {REFERENCE} has {shown(content['hub'])}, which is no Hub id.") from error
+            raise ValueError(f"its {REFERENCE} has {shown(content['hub'])}, which is not a Hub id.") from error
         return Reference(content["hub"], subfolder, **options)
     path = content["folder"]
     if os.path.isabs(path) or "\\" in path or ":" in path or "\0" in path:
-        raise ValueError(f"its {REFERENCE} has {shown(path)}, which is no path from there.")
+        raise ValueError(f"its {REFERENCE} has {shown(path)}, which is not a relative path.")
     return Reference(os.path.normpath(os.path.join(os.path.abspath(folder), path)), subfolder, **options)
 
 
 def reference_to(
     name: str, subfolder: str, variant: str | None = None, identity: dict[str, Any] | None = None, **hub: Any
 ) -> Reference:
-    """The reference to a model that was loaded; on the Hub, to the commit that is in the cache.
+    """Return the reference to a loaded model; on the Hub, to the commit in the cache.
 
     Args:
         name (`str`): Folder or Hub id that it was loaded from.
         subfolder (`str`): Folder of the model in it.
-        variant (`str`, *optional*): Of its files.
-        identity (`dict`, *optional*): What tells it from others.
-        hub: Of `HUB_OPTIONS`.
+        variant (`str`, *optional*): Variant of its files.
+        identity (`dict`, *optional*): Identity of the model.
+        hub: Options among `HUB_OPTIONS`.
     """
     if os.path.isdir(name):
         return Reference(os.path.abspath(name), subfolder, None, variant, identity)
@@ -99,5 +99,5 @@ def reference_to(
 
 
 def attempts(reference: Reference, force_download: bool = False) -> list[dict[str, Any]]:
-    """Options to load a model with, one after another: of a commit, what was downloaded is used without asking the Hub."""
+    """Return options for attempts to load a model; for a commit, first from the cache, without requests to the Hub."""
     return [{"local_files_only": True}, {}] if reference.revision is not None and not force_download else [{}]

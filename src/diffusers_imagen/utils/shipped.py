@@ -31,7 +31,7 @@ def shipped_cascade() -> Path:
             raise ValueError(f"The cascade {NAME!r} in '{folder}' has no {INDEX}: install it again with {EXTRA}.")
         return folder
     raise ValueError(
-        f"The cascade {NAME!r}, the default model, is not installed: {EXTRA}, or give another one (--model)."
+        f"The cascade {NAME!r}, the default model, is not installed: {EXTRA}, or pass another model (--model)."
     )
 
 

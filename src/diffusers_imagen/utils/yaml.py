@@ -41,7 +41,7 @@ def read_bytes(path: Path) -> bytes:
     if not path.exists():
         raise ValueError("there is no such file")
     if not path.is_file():  # reading a FIFO or a device may never end
-        raise ValueError("it is no regular file")
+        raise ValueError("it is not a regular file")
     with open(path, "rb") as file:
         content = file.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:

@@ -97,7 +97,7 @@ def whole(name: str, value: Any, lowest: int, highest: int) -> int:
     return int(number(name, value, lowest, highest))
 
 
-# ---- pictures
+# ---- images
 
 
 def read_picture(value: Any) -> Image.Image:
