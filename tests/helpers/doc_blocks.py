@@ -132,7 +132,7 @@ class Command(NamedTuple):
         while re.match(r"\w+=", words[0]):
             words = words[1:]
         program, arguments = words[0].removeprefix(".venv/bin/"), words[1:]
-        if program in ("accelerate", "torchrun", "python"):
+        if program in ("accelerate", "torchrun", "python", "sbatch"):
             for place, word in enumerate(arguments):
                 if word.startswith(("scripts/", "examples/")):
                     return cls(word, arguments[place + 1 :])

@@ -374,7 +374,9 @@ def test_stages_in_each_others_places_are_refused(copied):
 def test_stages_of_another_text_are_refused(copied, folders, text_encoder):
     first, second = copied("I"), copied("II")
     change(first, "text_encoder/config.json", d_model=32)
-    with pytest.raises(ValueError, match="`base` is .*, which is conditioned on text of width 24, but the text encoder of .* has"):
+    with pytest.raises(
+        ValueError, match="`base` is .*, which is conditioned on text of width 24, but the text encoder of .* has"
+    ):
         ImagenCascadePipeline.from_stages(first, second)
     with pytest.raises(ValueError, match="width 24, but the given text encoder has width 16"):
         ImagenCascadePipeline.from_stages(folders["I"], second, text_encoder=text_encoder)

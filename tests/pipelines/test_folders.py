@@ -111,7 +111,10 @@ HOSTILE = {
     "a path": (entry(INDEX, tokenizer=["../evil", "X"]), "for `tokenizer`"),
     "an unknown component": (entry(INDEX, foo=["os", "system"]), "has 'foo', which is not a component"),
     "a network of its own": (scripts(entry(INDEX, base_unet=["evil", "Evil"])), "for `base_unet`"),
-    "another network": (entry(INDEX, base_unet=["diffusers", "UNet2DModel"]), "should have a library and the name of its StageN"),
+    "another network": (
+        entry(INDEX, base_unet=["diffusers", "UNet2DModel"]),
+        "should have a library and the name of its StageN",
+    ),
     "no network": (entry(INDEX, base_unet=[None, None]), "has no `base_unet`, which every"),
     "no pair": (entry(INDEX, base_unet=["diffusers_imagen"]), "for `base_unet`"),
     "no folder": (gone("base_unet"), "no folder base_unet/"),

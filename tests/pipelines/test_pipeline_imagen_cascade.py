@@ -240,7 +240,10 @@ BAD_INPUTS = {
         "`height` is 34, but should be a multiple of 4",
     ),
     "a width that is no number": ({"width": 32.0}, "`width` is 32.0"),
-    "latents of another size": ({"latents": torch.zeros(1, 3, 16, 16), "height": 64}, "`height` is 64, but should be 32 for `latents`"),
+    "latents of another size": (
+        {"latents": torch.zeros(1, 3, 16, 16), "height": 64},
+        "`height` is 64, but should be 32 for `latents`",
+    ),
     "strength without image": ({"strength": 0.5}, "`strength` is given without `image`"),
     "mask without image": ({"mask_image": PICTURE[:, :1]}, "`mask_image` is given without `image`"),
     "too much strength": ({"image": PICTURE, "strength": 1.5}, "`strength` is 1.5"),

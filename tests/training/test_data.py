@@ -286,8 +286,14 @@ BAD_SETTINGS = {
         {"degradation_jpeg_quality": [0, 90], "low_resolution": 8},
         r"`degradation_jpeg_quality` is \[0, 90\], but should be .* from 1 to 100",
     ),
-    "balanced stream": ({"streaming": True, "balance_by": ["a"]}, "`balance_by` is .*, but is not supported with `streaming`"),
-    "weighted stream": ({"streaming": True, "weight_column": "a"}, "`weight_column` is 'a', but is not supported with `streaming`"),
+    "balanced stream": (
+        {"streaming": True, "balance_by": ["a"]},
+        "`balance_by` is .*, but is not supported with `streaming`",
+    ),
+    "weighted stream": (
+        {"streaming": True, "weight_column": "a"},
+        "`weight_column` is 'a', but is not supported with `streaming`",
+    ),
     "buckets in memory": ({"in_memory": True, "aspect_ratio_buckets": "auto"}, "only squares are kept in memory"),
     "random places in memory": ({"in_memory": True, "center_crop": False}, "only center crops are kept in memory"),
     "no chance": ({"caption_probabilities": [0.0]}, r"`caption_probabilities` is \[0.0\], but should be positive"),

@@ -1,7 +1,6 @@
 """What a run finds in its folder: nothing of another run is deleted, and a killed run is the run that was not killed."""
 
 import json
-import multiprocessing
 import os
 import signal
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 import kills
 import pytest
 import torch
+from groups import exit_codes, make_process
 from tiny_runs import are_equal, encode, exported, losses, make_unet, metrics, weights_of
 
 from diffusers_imagen.training import Trainer, TrainingInterrupted, export, train
@@ -146,12 +146,7 @@ def test_a_run_killed_before_a_change_of_the_file_system_is_resumed_exactly(make
     config.output_dir = str(tmp_path / "run")
     network, resumed = make_unet(), make_unet(seed=1)
     train(whole, network, encode)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["diffusers_imagen.training"])
-    process = context.Process(target=kills.run_until, args=(vars(config), 50))
-    process.start()
-    process.join()
-    assert process.exitcode == kills.EXIT
+    assert exit_codes([make_process(kills.run_until, vars(config), 50)]) == [kills.EXIT]
     assert names(config.output_dir) == ["checkpoint-1"]
     train(config, resumed, encode)
     assert kills.results(tmp_path / "run") == kills.results(tmp_path / "whole" / "run")

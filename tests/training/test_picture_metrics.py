@@ -270,7 +270,10 @@ def test_pictures_that_are_not_finite_do_not_end_the_run(measured, monkeypatch, 
         ({"validation_split": None}, "`validation_metrics` has 'fid', but there are no held-out pictures"),
         ({"validation_metrics": "none"}, "`validation_features` is .*, but is only used with `validation_metrics`"),
         ({"validation_metrics": ["clip"]}, "`validation_features` is .*, but `validation_metrics` has no 'fid'"),
-        ({"validation_metrics": ["super-resolution"], "validation_features": "none"}, "this is not a super-resolution stage"),
+        (
+            {"validation_metrics": ["super-resolution"], "validation_features": "none"},
+            "this is not a super-resolution stage",
+        ),
         ({"validation_metrics": ["is"]}, "`validation_metrics` has 'is', which uses Inception's classes"),
         (
             {"validation_metrics": ["precision-recall"], "validation_num_images": 3},

@@ -10,7 +10,6 @@ from ..utils.files import FolderHold, check_folder, refusing
 from .common import check_device
 from .model_arguments import DEVICE
 from .parser import Parser
-from .sharing import processes, refuse_several
 
 
 if TYPE_CHECKING:
@@ -67,6 +66,8 @@ def add_arguments(command: Parser) -> None:
 
 def cache_embeddings(args: argparse.Namespace) -> None:
     """Build or verify a cache, and print its size."""
+    from ..utils.processes import refuse_several, shared_work
+
     if args.verify or args.nemo_tars:
         refuse_several("`verify`" if args.verify else "`nemo_tars`")
     if args.verify:
@@ -80,7 +81,7 @@ def cache_embeddings(args: argparse.Namespace) -> None:
     if args.nemo_tars:
         added, is_main = import_nemo(args), True
     else:
-        with processes(args) as state:
+        with shared_work(args.device) as (state, args.device):
             added, is_main = encode_dataset(args, state), state.is_main_process
     if is_main:
         report(args.output_dir, f"{added} added, {added / (time.perf_counter() - start):.0f} captions/s")

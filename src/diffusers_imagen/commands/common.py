@@ -19,7 +19,6 @@ from ..utils.images import read_image as read_picture
 from .model_arguments import check_model, load_pipeline, sources_of
 from .parser import Parser, check_prompt
 from .picture_settings import describe_call, png_info
-from .sharing import refuse_several
 
 
 if TYPE_CHECKING:
@@ -121,6 +120,8 @@ def size_arguments(args: argparse.Namespace, pipe: "DiffusionPipeline") -> dict[
 
 def check_sampling(args: argparse.Namespace, upscaler_alone: bool = False) -> None:
     """Raise ValueError for an invalid output, device, model or text, before images are read and a model is loaded."""
+    from ..utils.processes import refuse_several
+
     refuse_several("One call of a model")
     check_output(args)
     check_device(args.device)

@@ -15,7 +15,6 @@ from .common import MAX_GUIDANCE, MAX_SEED, MAX_SIZE, check_device
 from .generate import read_lines
 from .model_arguments import add_model_arguments, check_model, load_model, place, use_scheduler
 from .parser import Parser, check_prompt
-from .sharing import processes, shared_folder
 
 
 if TYPE_CHECKING:
@@ -113,8 +112,10 @@ def by_stage(name: str, kind: type, lowest: float, highest: float) -> Callable[[
 
 def evaluate(args: argparse.Namespace) -> None:
     """Generate the images, compute the metrics and write the report."""
+    from ..utils.processes import shared_work
+
     check_arguments(args)
-    with processes(args) as state:
+    with shared_work(args.device) as (state, args.device):
         run(args, state)
         if state.is_main_process:
             print(args.output_dir / "report.html")
@@ -122,6 +123,8 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace, state: "PartialState") -> None:
     """Load data and model, generate the images and compute the metrics; called by all processes."""
+    from ..utils.processes import shared_folder
+
     captions, reference = open_captions(args), open_reference(args)
     indices = evaluation.choose("num-images", len(captions), args.num_images, args.seed)
     real = (

@@ -23,7 +23,6 @@ from .common import (
 from .model_arguments import add_model_arguments, check_model, load_pipeline, sources_of
 from .parser import Parser, check_prompt, refuse_empty
 from .picture_settings import describe_call
-from .sharing import processes, shared_folder
 
 
 if TYPE_CHECKING:
@@ -119,19 +118,21 @@ def generate_many(args: argparse.Namespace) -> None:
 
     An invalid prompt does not affect the others; failed images are listed at the end.
     """
+    from ..utils.processes import shared_work
+
     folder = args.output_dir or DEFAULT_OUTPUT_DIR
     check_device(args.device)
     check_prompt("negative_prompt", args.negative_prompt)
     items = list_items(args.prompts_file, folder, args.seed, args.num_images)
     check_writable(max((item.path for item in items), key=lambda path: len(path.name.encode())), "output-dir")
     check_model(args)
-    with processes(args) as state:
+    with shared_work(args.device) as (state, args.device):
         complete(args, folder, items, state)
 
 
 def complete(args: argparse.Namespace, folder: Path, items: list[Item], state: "PartialState") -> None:
     """Generate the missing images, or print that all of them exist; called by all processes."""
-    from ..utils.processes import on_main_process
+    from ..utils.processes import on_main_process, shared_folder
 
     def find() -> list[int]:
         return find_missing(folder, items)

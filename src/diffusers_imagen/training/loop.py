@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from ..models.interface import StageNetwork
 from ..text.cache import open_text
 from ..text.source import TextSource
-from ..utils.processes import on_main_process
+from ..utils.processes import check_shared, on_main_process
 from .checkpoints import Checkpoints, Found, Stateful
 from .compatibility import check_modules, check_network, check_objective, check_text
 from .config import TrainingConfig
@@ -269,6 +269,7 @@ class Trainer:
         """Lock the folder, and resume from the checkpoint, if there is one; return the first step."""
         accelerator, config = self.accelerator, self.config
         found = on_main_process(accelerator, self.begin)
+        check_shared(accelerator, Path(config.output_dir), "output_dir")
         if found.folder is not None:
             self.checkpoints.load(found.folder)
             self.check_place(found)

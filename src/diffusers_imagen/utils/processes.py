@@ -1,20 +1,36 @@
 """Helpers for multiple processes: work of the main process for all, gathering, and checks of shared folders."""
 
+import os
 import secrets
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
-from accelerate import Accelerator, PartialState
+import torch
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
-from .files import OWNER
+from .files import OWNER, FolderHold
 
 
 Result = TypeVar("Result")
+LONGEST_WAIT = timedelta(days=7)  # of a process for the others
 SIGHT = 5.0  # seconds in which a network file system shows a new file to other hosts
+
+
+class Processes(Protocol):
+    """What accelerate's `Accelerator` and `PartialState` know of the processes that were started together."""
+
+    process_index: int
+    num_processes: int
+    is_main_process: bool
+
+    def wait_for_everyone(self) -> None:
+        """Wait until all processes have called this."""
 
 
 class OneProcess:
@@ -26,7 +42,21 @@ class OneProcess:
         """Return immediately, because there are no other processes."""
 
 
-Processes = Accelerator | PartialState | OneProcess
+@contextmanager
+def shared_work(device: str) -> Iterator[tuple[PartialState, str]]:
+    """Context of work that the processes of `accelerate launch` or torchrun share: the processes, and the device of this
+    one, which is `device` if there is only one process."""
+    state = PartialState(cpu=torch.device(device).type == "cpu", timeout=LONGEST_WAIT)
+    yield state, device if state.num_processes == 1 else str(state.device)
+    if state.num_processes > 1:
+        state.destroy_process_group()
+
+
+def refuse_several(work: str) -> None:
+    """Raise ValueError if several processes were started for work that one process does."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if "RANK" in os.environ and count != "1":
+        raise ValueError(f"{work} is the work of one process, but {count} were started.")
 
 
 def on_main_process(state: Processes, do: Callable[[], Result]) -> Result:
@@ -92,3 +122,20 @@ def check_shared(state: Processes, folder: Path, name: str) -> None:
             f"`{name}` is '{folder}', which {hosts[0]} does not see as the main process does: all hosts need it on a "
             "file system that they share."
         )
+
+
+@contextmanager
+def shared_folder(state: Processes, folder: Path, name: str) -> Iterator[None]:
+    """Context in which the main process locks a folder for all processes, which must all call this.
+
+    Raises:
+        ValueError: In all processes, if another run uses the folder, or a process does not see it.
+    """
+    with ExitStack() as stack:
+
+        def hold() -> None:
+            stack.enter_context(FolderHold(folder, name))
+
+        on_main_process(state, hold)
+        check_shared(state, folder, name)
+        yield
