@@ -146,11 +146,8 @@ def fit_box(
         wanted (`tuple[int, int]`): Those of the shape.
         place (`tuple[float, float]`): Where the part lies from left (0) to right (1), and from top to bottom.
     """
-    (width, height), ratio = size, wanted[0] / wanted[1]
-    if width / height > ratio:
-        width = ratio * height
-    elif width / height < ratio:
-        height = width / ratio
+    ratio = wanted[0] / wanted[1]
+    width, height = min(size[0], ratio * size[1]), min(size[1], size[0] / ratio)
     left, top = (size[0] - width) * place[0], (size[1] - height) * place[1]
     return left, top, left + width, top + height
 
