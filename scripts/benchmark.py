@@ -12,6 +12,7 @@ What is measured:
 - stage, cascade: a call of a pipeline, from text embeddings to images.
 - loop: a step of the training loop beside a bare one with its optimizer, and the rate of its data.
 - normalization: group normalization, forward and backward; decoding: JPEG files to images of a batch.
+- data: everything from the files of a data set to the batch that goes to the device, in one process without workers.
 """
 
 import argparse
@@ -41,7 +42,7 @@ from diffusers_imagen.utils.errors import run_to_exit_code
 from diffusers_imagen.utils.files import check_folder, write_json, write_text
 
 
-WHAT = ("step", "training", "stage", "cascade", "loop", "normalization", "decoding")
+WHAT = ("step", "training", "stage", "cascade", "loop", "normalization", "decoding", "data")
 METHODS = {"step": "predict", "training": "train"}
 
 
@@ -159,6 +160,10 @@ def make_groups(args: argparse.Namespace, settings: Settings) -> list[Group]:
         groups += normalization_groups(settings)
     if "decoding" in args.what:
         groups += decoding_groups()
+    if "data" in args.what:
+        from benchmark_data import data_groups  # needs `datasets`
+
+        groups += data_groups()
     return groups
 
 

@@ -204,3 +204,18 @@ def test_parts_are_measured_by_themselves(benchmark):
     assert [case.system for case in cases] == ["ours", "full decode"]
     assert [image.shape for image in cases[0].build()()] == [(16, 16, 3)] * kernels.FILES
     assert float(cases[0].note.split()[1]) > 35
+
+
+def test_every_image_of_the_data_is_read(benchmark, monkeypatch):
+    import benchmark_data as data
+
+    monkeypatch.setattr(data, "ROWS", 8)
+    monkeypatch.setattr(data, "BATCH", 4)
+    monkeypatch.setattr(data, "WIDTH", 8)
+    monkeypatch.setitem(data.TASKS, "64 -> 64", {"source": 32, "resolution": 16})
+    cases = data.data_cases("64 -> 64")
+    assert [case.system for case in cases] == ["files", "tar", "parquet", "files, text", "tar, text"]
+    for case in cases:
+        read = case.build()
+        read()
+        assert read.stream.images_seen == 8 and read.stream.device.type == "meta"

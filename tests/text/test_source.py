@@ -11,10 +11,10 @@ from diffusers_imagen.text.cache_writer import CacheWriter, write_cache
 from diffusers_imagen.text.encoder import TextEncoder
 from diffusers_imagen.text.source import ConcatenatedText, TextSource
 from diffusers_imagen.text.text_embeddings import (
+    PackedText,
     TextEmbeddings,
     drop_text,
     pad_tokens,
-    stack_unpadded,
     without_text,
     zero_padding,
 )
@@ -40,14 +40,33 @@ def cache(folder, tmp_path) -> str:
 
 
 def test_padding_is_zero_and_masked_wherever_it_comes_from():
-    rows = [torch.rand(2, 3), torch.rand(4, 3)]
-    text = stack_unpadded(rows, 5, 3)
+    states, lengths = torch.rand(6, 3).bfloat16(), torch.tensor([[2], [4]])
+    text = PackedText.of(states, torch.arange(5) < lengths, keeps_padding=False).padded()
     assert text.embeds.shape == (2, 5, 3) and text.mask.sum(dim=1).tolist() == [2, 4]
+    assert text.embeds.dtype == torch.float32 and torch.equal(text.embeds[text.mask], states.float())
     for other in (
-        pad_tokens(stack_unpadded(rows, 4, 3), 5),
+        pad_tokens(PackedText.of(states, torch.arange(4) < lengths, keeps_padding=False).padded(), 5),
         zero_padding(text.embeds + ~text.mask[..., None], text.mask),
     ):
         assert torch.equal(other.embeds, text.embeds) and torch.equal(other.mask, text.mask)
+
+
+@pytest.mark.parametrize("keeps_padding", [False, True])
+def test_packed_texts_are_those_that_were_encoded(keeps_padding):
+    class Source(TextSource):
+        width, max_length = 3, 5
+
+        def encode(self, texts: list[str]) -> TextEmbeddings:
+            mask = torch.tensor([[0, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]]) > 0
+            embeds = torch.rand(3, 5, 3, generator=torch.Generator().manual_seed(0))
+            return TextEmbeddings(embeds, mask) if keeps_padding else zero_padding(embeds, mask)
+
+    source = Source()
+    source.keeps_padding = keeps_padding
+    expected, packed = source.encode([]), source.pack([])
+    assert packed.states.shape == (15 if keeps_padding else 7, 3)
+    for given, wanted in zip(packed.padded(), expected):
+        assert torch.equal(given, wanted)
 
 
 def test_no_text_is_the_same_in_training_and_in_sampling():

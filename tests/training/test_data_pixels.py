@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 
 from diffusers_imagen.diffusion.augmentation import upsample_low_res
 from diffusers_imagen.training import TrainingConfig
@@ -19,7 +19,8 @@ from diffusers_imagen.training.data.captions import speaks_of_sides
 from diffusers_imagen.training.data.data_config import make_buckets
 from diffusers_imagen.training.data.pixels import BadImage, fit_image, read_fitting, read_image
 from diffusers_imagen.training.data.pyramid import MARGIN, crop, crop_both, crop_wider, degrade, reduce, to_float
-from diffusers_imagen.training.data.slot_draws import DRAWS_PER_SLOT, JPEG
+from diffusers_imagen.training.data.samples import SampleMaker
+from diffusers_imagen.training.data.slot_draws import DRAWS_PER_SLOT, JPEG, SlotDraws
 from diffusers_imagen.training.objective.losses import Conditioning
 
 
@@ -277,6 +278,60 @@ def test_a_picture_that_is_open_stays_open():
     assert image.getpixel((0, 0)) == read_image(image).getpixel((0, 0))
     with pytest.raises(BadImage, match="512x400 is below `min_resolution` 401"):
         read_fitting(image, (32, 32), min_resolution=401)
+
+
+@pytest.mark.parametrize("interpolation", ["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"])
+@pytest.mark.parametrize("size", [(96, 96), (96, 64), (64, 96), (33, 96), (20, 24)])
+def test_images_are_fitted_as_by_pillow(size, interpolation):
+    """Where torch resizes them, of whole pixels, and where Pillow does."""
+    image = Image.open(io.BytesIO(jpeg(*size)))
+    for height, width, top, left in ((32, 32, 0.5, 0.5), (16, 24, 0.0, 0.3), (96, 96, 1.0, 0.9)):
+        method = Image.Resampling[interpolation.upper()]
+        expected = np.asarray(ImageOps.fit(image, (width, height), method, centering=(left, top))).astype(int)
+        fitted = fit_image(image, height, width, top, left, interpolation)
+        error = np.abs(fitted - expected)
+        assert fitted.dtype == np.uint8 and error.max() <= 1 and (error > 0).mean() < 2e-3
+        part = fit_image(image, height, width, top, left, interpolation, (3, 5, 11, 20))
+        assert np.array_equal(part, fitted[3:11, 5:20])
+
+
+def test_a_picture_of_the_caller_is_not_shared():
+    image = Image.new("RGB", (4, 4))
+    read_image(image).putpixel((0, 0), (9, 9, 9))
+    assert image.getpixel((0, 0)) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "lanczos", "nearest"])
+@pytest.mark.parametrize("shape", [(64, 64), (48, 96)])
+def test_crops_are_cut_before_they_become_numbers(shape, interpolation):
+    """As of the whole image, to the last bit."""
+    config = replace(
+        sr_config(), low_resolution=16, crop_size=16, center_crop=False, image_interpolation_mode=interpolation
+    )
+    maker = SampleMaker(config, "image", "", with_text=False)
+    row = {"image": jpeg(128, 100)}
+    for draws in SlotDraws(3)(0, 40):
+        whole = maker.pixels(row, draws, shape)
+        expected = crop_both(whole, 4, *maker.corner(shape, draws), 16, interpolation)
+        for given, wanted in zip(maker.images(row, draws, shape), expected):
+            assert torch.equal(given, wanted)
+
+
+def test_batches_stay_uint8_until_they_are_on_their_device(tmp_path):
+    """And are reduced there, as each image alone."""
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
+    names = [f"{i}.png" for i in range(4)]
+    write_images(tmp_path, dict(zip(names, pixels)), dict.fromkeys(names, ""))
+    config = config_of(tmp_path, resolution=32, low_resolution=8, in_memory=False, train_batch_size=4)
+    stream = make_train_batches(config)
+    samples = stream._draw()
+    assert samples.pixels.dtype == torch.uint8 and samples.low_res is None
+    batch = samples.finish(None, config, torch.device("cpu"))
+    assert torch.equal(batch.images, to_float(samples.pixels))
+    for image, low_res in zip(batch.images, batch.low_res):
+        torch.testing.assert_close(low_res, reduce(image[None], 4)[0], atol=1e-6, rtol=0)
+    elsewhere = samples.finish(None, config, torch.device("meta"))
+    assert elsewhere.images.device.type == elsewhere.low_res.device.type == "meta"
 
 
 def test_a_stream_is_read_once(tmp_path, monkeypatch):

@@ -30,7 +30,7 @@ from .identity import LATER, identity_mismatch
 from .pretrained import load_tokenizer_of_pipeline
 from .reference import EncoderParts
 from .source import TextSource
-from .text_embeddings import TextEmbeddings, stack_padded, stack_unpadded
+from .text_embeddings import PackedText, TextEmbeddings
 
 
 logger = logging.get_logger(__name__)
@@ -150,11 +150,13 @@ class EmbeddingCache(TextSource):
 
     def encode(self, texts: list[str]) -> TextEmbeddings:
         """Return embeddings in float32, padded to the encoder's maximum length, as in pipelines."""
-        found = [self.read(text) for text in texts]
-        states, lengths = [states for states, _ in found], [tokens for _, tokens in found]
-        if self.keeps_padding:
-            return stack_padded(states, lengths)
-        return stack_unpadded(states, self.max_length, self.width)
+        return self.pack(texts).padded()
+
+    def pack(self, texts: list[str]) -> PackedText:
+        """As `encode`, in the cache's dtype, without padding where it is zero."""
+        states, lengths = zip(*map(self.read, texts))
+        mask = torch.arange(self.max_length) < torch.tensor(lengths)[:, None]
+        return PackedText.of(torch.cat(states), mask, self.keeps_padding)
 
     def check_encoder(self, identity: dict[str, Any]) -> None:
         """Raise ValueError if the cache was computed by another encoder or for another length."""

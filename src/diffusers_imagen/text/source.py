@@ -10,7 +10,7 @@ from diffusers.utils import logging
 from tqdm.auto import tqdm
 
 from .reference import EncoderParts
-from .text_embeddings import TextEmbeddings, without_text
+from .text_embeddings import PackedText, TextEmbeddings, without_text
 
 
 logger = logging.get_logger(__name__)
@@ -47,6 +47,12 @@ class TextSource(ABC):
     def encode_prompts(self, texts: list[str], slice_size: int | None = None) -> TextEmbeddings:
         """Encode texts like `encode`, `slice_size` texts at a time."""
         return in_slices(self.encode, texts, slice_size)
+
+    def pack(self, texts: list[str]) -> PackedText:
+        """Encode texts as `encode`, without padding where it is zero."""
+        embeds, mask = self.encode(texts)
+        mask = mask.bool()
+        return PackedText.of(embeds.flatten(0, 1) if self.keeps_padding else embeds[mask], mask, self.keeps_padding)
 
     def no_text(self, text: TextEmbeddings) -> TextEmbeddings:
         """

@@ -53,20 +53,24 @@ def pad_tokens(text: TextEmbeddings, length: int) -> TextEmbeddings:
     return TextEmbeddings(functional.pad(text.embeds, (0, 0, 0, missing)), functional.pad(text.mask, (0, missing)))
 
 
-def stack_padded(texts: list[torch.Tensor], lengths: list[int]) -> TextEmbeddings:
-    """Stack embeddings of all positions `(L, E)` to a batch in float32, with a mask from `lengths`."""
-    embeds = torch.stack([text.float() for text in texts])
-    return TextEmbeddings(embeds, torch.arange(embeds.shape[1]) < torch.tensor(lengths)[:, None])
+class PackedText(NamedTuple):
+    """Text embeddings of a batch without padding, in the precision that they are kept in: less to move to a device."""
 
+    states: torch.Tensor  # (N, E), of all texts one after another
+    places: torch.Tensor  # (B, L) int64: 1 + the row of `states`, 0 at positions that become zero
+    mask: torch.Tensor  # (B, L) bool, True for valid tokens
 
-def stack_unpadded(texts: list[torch.Tensor], length: int, width: int) -> TextEmbeddings:
-    """Pad embeddings `(tokens, E)` to `length` tokens and stack them to a batch in float32."""
-    embeds = torch.zeros(len(texts), length, width)
-    mask = torch.zeros(len(texts), length, dtype=torch.bool)
-    for i, text in enumerate(texts):
-        embeds[i, : len(text)] = text
-        mask[i, : len(text)] = True
-    return TextEmbeddings(embeds, mask)
+    @classmethod
+    def of(cls, states: torch.Tensor, mask: torch.Tensor, keeps_padding: bool) -> "PackedText":
+        """Pack `states`: of the positions where the mask is True, or of all positions if padding is kept."""
+        kept = torch.ones_like(mask) if keeps_padding else mask
+        return cls(states, kept.flatten().cumsum(0).view_as(mask) * kept, mask)
+
+    def padded(self, device: torch.device | str = "cpu") -> TextEmbeddings:
+        """Return the embeddings `(B, L, E)` in float32 on a device; the mask stays where it is."""
+        states = self.states.to(device, non_blocking=True).float()
+        rows = functional.pad(states, (0, 0, 1, 0))
+        return TextEmbeddings(rows[self.places.to(device, non_blocking=True)], self.mask)
 
 
 def without_text(text: TextEmbeddings) -> TextEmbeddings:

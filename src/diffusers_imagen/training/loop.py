@@ -256,9 +256,9 @@ class Trainer:
         return [self.unet, *self.objective.trained_modules]
 
     @property
-    def place(self) -> tuple[int, int]:
-        """Index of this process, and number of processes."""
-        return self.accelerator.process_index, self.accelerator.num_processes
+    def place(self) -> tuple[int, int, torch.device]:
+        """Index of this process, number of processes, and device."""
+        return self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device
 
     @property
     def images_per_step(self) -> int:

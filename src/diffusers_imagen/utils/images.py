@@ -19,6 +19,7 @@ PictureSource = str | os.PathLike | bytes | Image.Image
 REFUSED_FORMATS = {"EPS", "WMF", "FITS", "BUFR", "GRIB", "HDF5", "MPEG"}
 # image formats that Pillow does not read without plugins: such files are counted, and reported as unreadable
 FOREIGN_EXTENSIONS = {".heic", ".heif", ".jxl", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw"}
+ORIENTATION = 0x0112  # tag of EXIF
 NEARLY_ONE = 2.0  # floating-point images up to here count as [0, 1], with overshoot from sharpening
 NEARLY_ZERO = -1 / 510  # rounds to 0
 
@@ -38,7 +39,7 @@ def read_image(source: PictureSource, background: str = "white") -> Image.Image:
         BadImage: If it cannot be read completely, or has invalid values.
     """
     if isinstance(source, Image.Image):
-        return _decode(source, background)
+        return _decode(source, background).copy()
     with open_image(source) as image:
         return _decode(image, background)
 
@@ -88,7 +89,9 @@ def picture_extensions() -> frozenset[str]:
 def _decode(image: Image.Image, background: str) -> Image.Image:
     try:
         image.load()
-        return to_rgb(ImageOps.exif_transpose(image), background)
+        if image.getexif().get(ORIENTATION, 1) != 1:  # else `exif_transpose` returns a copy
+            image = ImageOps.exif_transpose(image)
+        return to_rgb(image, background)
     except Exception as error:
         raise _as_bad_image(error) from error
 
@@ -104,6 +107,8 @@ def _as_bad_image(error: Exception) -> BadImage:
 def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
     """Convert any mode to RGB: 16 bits and floating point to 8 bits, transparent pixels to the background.
 
+    An image that is RGB is returned as it is, not as a copy.
+
     Raises:
         BadImage: If it has values that are not finite, negative, or above 16 bits.
     """
@@ -112,7 +117,7 @@ def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
     if image.mode in ("La", "RGBa"):  # premultiplied alpha
         image = image.convert(image.mode.upper())
     if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     image = image.convert("RGBA")
     canvas = Image.new("RGBA", image.size, ImageColor.getrgb(background))
     canvas.alpha_composite(image)

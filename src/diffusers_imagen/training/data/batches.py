@@ -22,11 +22,16 @@ from .streaming import StreamDataset
 
 logger = logging.get_logger(__name__)
 
+CPU = torch.device("cpu")
 MEMORY_LIMIT = 4 * 2**30  # bytes of pixels up to which images are kept in memory by default
 
 
 def make_train_batches(
-    config: DataConfig, text: TextSource | None = None, process_index: int = 0, num_processes: int = 1
+    config: DataConfig,
+    text: TextSource | None = None,
+    process_index: int = 0,
+    num_processes: int = 1,
+    device: torch.device = CPU,
 ) -> "BatchStream":
     """Return the training batches of a process, an infinite stream.
 
@@ -34,13 +39,14 @@ def make_train_batches(
         config (`DataConfig`): Configuration of the data and its processing.
         text (`TextSource`, *optional*): Source of the captions' embeddings; without it batches have no text.
         process_index (`int`), num_processes (`int`): Index of this process, and number of processes.
+        device (`torch.device`): Device on which images and embeddings are converted to floating point and padded.
 
     Raises:
         ValueError: If the data does not match the configuration.
     """
     rows = open_rows(config, config.train_split, text is not None)
     stream = _make_batches(rows, config, config.train_split, text, process_index, num_processes, training=True)
-    stream.content = describe_data(rows, config)
+    stream.content, stream.device = describe_data(rows, config), device
     return stream
 
 
@@ -49,6 +55,7 @@ def make_validation_batches(
     text: TextSource | None = None,
     process_index: int = 0,
     num_processes: int = 1,
+    device: torch.device = CPU,
     num_images: int = 512,
 ) -> "ValidationBatches":
     """Return the validation batches of a process: the same at each iteration, without random flips or degradations.
@@ -58,6 +65,7 @@ def make_validation_batches(
     split = str(config.validation_split)
     rows = open_rows(config, split, text is not None)
     stream = _make_batches(rows, config, split, text, process_index, num_processes, training=False)
+    stream.device = device
     return ValidationBatches(stream, num_images)
 
 
@@ -116,9 +124,11 @@ class BatchStream(Iterator[Batch]):
         images_seen (`int`): Number of slots returned, by all processes.
         skipped (`dict[str, str]`): Images that were skipped, and why.
         content (`dict[str, Any]`): Description that identifies the training data, as returned by `describe_data`.
+        device (`torch.device`): Device on which images and embeddings are converted to floating point and padded.
     """
 
     content: dict[str, Any] | None = None
+    device = CPU
 
     def __init__(self, config: DataConfig, text: TextSource | None, process_index: int, num_processes: int):
         self.config, self.text = config, text
@@ -147,7 +157,7 @@ class BatchStream(Iterator[Batch]):
         return self.images_seen + self.process_index * self.config.train_batch_size
 
     def __next__(self) -> Batch:
-        batch = self._draw().finish(self.text)
+        batch = self._draw().finish(self.text, self.config, self.device)
         self.images_seen += self.stride
         return batch
 

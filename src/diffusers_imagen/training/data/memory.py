@@ -75,7 +75,7 @@ class CaptionedImages:
             return self.pixels[chosen], None if self.low_res is None else self.low_res[chosen]
         assert self.low_res is not None  # only super-resolution uses crops
         size, factor = self.config.crop_size, self.config.factor
-        corners = [self.maker.corner(self.pixels[0], slot) for slot in draws]
+        corners = [self.maker.corner(self.pixels.shape[-2:], slot) for slot in draws]
         return (
             torch.stack([crop(self.pixels[r], factor * i, factor * j, size) for r, (i, j) in zip(rows, corners)]),
             torch.stack([crop_wider(self.low_res[r], i, j, size // factor) for r, (i, j) in zip(rows, corners)]),

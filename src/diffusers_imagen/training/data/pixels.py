@@ -6,7 +6,9 @@ from typing import Any
 
 import fsspec
 import numpy as np
-from PIL import Image, ImageOps
+import torch
+import torch.nn.functional as F
+from PIL import Image
 
 from ...utils import images as pictures
 from ...utils.images import BadImage
@@ -19,6 +21,7 @@ STREAMED = r"(?:(?:zip|tar|gzip|bz2|xz|zstd|lz4)://(?:(?!::).)*::)*(?:hf://datas
 
 # Minimum ratio of decoded pixels to the target resolution: with fewer, details are lost.
 OVERSAMPLING = 2
+VECTORIZED = ("bilinear", "bicubic")  # filters that torch has for uint8, four times as fast as Pillow's
 
 
 def read_image(value: Any, folder: str = "", background: str = "white") -> Image.Image:
@@ -106,17 +109,47 @@ def fit_image(
     top: float = 0.5,
     left: float = 0.5,
     interpolation: Interpolation = "bicubic",
+    part: tuple[int, int, int, int] | None = None,
 ) -> np.ndarray:
     """Crop an image to the largest part of this shape, and resize it with antialiasing: `(height, width, 3)` uint8.
+
+    Values are those of Pillow's `ImageOps.fit`; up to 1 more or less where torch resizes, which takes whole images only,
+    because Pillow's filters see what is around the part.
 
     Args:
         top (`float`): Vertical position of the part, from the top (0) to the bottom (1).
         left (`float`): Horizontal position of the part, from left (0) to right (1).
         interpolation (`str`): The filter, one of Pillow's.
+        part (`tuple[int, int, int, int]`, *optional*): Top, left, bottom and right of what is returned of it.
     """
-    method = Image.Resampling[interpolation.upper()]
-    fitted = ImageOps.fit(image, (width, height), method, centering=(left, top))
-    return np.asarray(fitted)
+    y0, x0, y1, x1 = part or (0, 0, height, width)
+    box = fit_box(image.size, (width, height), (left, top))
+    if image.size == (width, height):
+        return np.array(image.crop((x0, y0, x1, y1)))
+    if box == (0, 0, *image.size) and interpolation in VECTORIZED:
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+        resized = (
+            F.interpolate(pixels, (height, width), mode=interpolation, antialias=True)[0].permute(1, 2, 0).numpy()
+        )
+    else:
+        resized = np.array(image.resize((width, height), Image.Resampling[interpolation.upper()], box=box))
+    return resized[y0:y1, x0:x1]
+
+
+def fit_box(
+    size: tuple[int, int], wanted: tuple[int, int], place: tuple[float, float]
+) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom of the largest part of an image that has another's shape.
+
+    Args:
+        size (`tuple[int, int]`): Width and height of the image.
+        wanted (`tuple[int, int]`): Those of the shape.
+        place (`tuple[float, float]`): Where the part lies from left (0) to right (1), and from top to bottom.
+    """
+    ratio = wanted[0] / wanted[1]
+    width, height = min(size[0], ratio * size[1]), min(size[1], size[0] / ratio)
+    left, top = (size[0] - width) * place[0], (size[1] - height) * place[1]
+    return left, top, left + width, top + height
 
 
 def read_fitting(

@@ -28,7 +28,7 @@ def reduce(images: torch.Tensor, factor: int, interpolation: Interpolation = "bi
     height, width = images.shape[-2] // factor, images.shape[-1] // factor
     if interpolation == "bicubic":
         return F.interpolate(images, (height, width), mode="bicubic", antialias=True).clamp(-1, 1)
-    rows, columns = (filter_weights(length, factor, interpolation) for length in (height, width))
+    rows, columns = (filter_weights(length, factor, interpolation).to(images.device) for length in (height, width))
     reduced = rows @ images[..., : height * factor, : width * factor] @ columns.T
     return reduced.clamp(-1, 1)
 
@@ -73,12 +73,29 @@ def crop_both(
     Returns:
         `(3, size, size)` uint8, and `(3, size / factor + 2 MARGIN, size / factor + 2 MARGIN)` in [-1, 1].
     """
-    small, reach = size // factor, MARGIN + math.ceil(SUPPORT[interpolation])
-    first = [max(0, corner - reach) for corner in (top, left)]
-    last = [min(length // factor, corner + small + reach) for length, corner in zip(pixels.shape[-2:], (top, left))]
-    window = pixels[:, first[0] * factor : last[0] * factor, first[1] * factor : last[1] * factor]
+    part = surroundings(pixels.shape[-2:], factor, (top, left), size, interpolation)
+    window = pixels[:, part[0] : part[2], part[1] : part[3]]
     low_res = reduce(to_float(window)[None], factor, interpolation)[0]
-    return crop(pixels, factor * top, factor * left, size), crop_wider(low_res, top - first[0], left - first[1], small)
+    place = top - part[0] // factor, left - part[1] // factor
+    return crop(pixels, factor * top, factor * left, size), crop_wider(low_res, *place, size // factor)
+
+
+def surroundings(
+    shape: tuple[int, ...], factor: int, corner: tuple[int, int], size: int, interpolation: Interpolation = "bicubic"
+) -> tuple[int, int, int, int]:
+    """Top, left, bottom and right of what a crop's low-resolution image depends on, in pixels of the image.
+
+    Args:
+        shape (`tuple[int, ...]`): Height and width of the image.
+        corner (`tuple[int, int]`): Top and left of the crop on the grid of the reduction.
+        factor (`int`), size (`int`), interpolation (`str`): As `crop_both`.
+    """
+    reach = MARGIN + math.ceil(SUPPORT[interpolation])
+    top, left = (factor * max(0, start - reach) for start in corner)
+    bottom, right = (
+        factor * min(length // factor, start + size // factor + reach) for length, start in zip(shape, corner)
+    )
+    return top, left, bottom, right
 
 
 def crop(image: torch.Tensor, top: int, left: int, size: int) -> torch.Tensor:

@@ -10,7 +10,7 @@ from .batch import Sample
 from .captions import caption_text, speaks_of_sides
 from .data_config import DataConfig
 from .pixels import fit_image, read_fitting, read_image
-from .pyramid import crop, crop_both, crop_wider, degrade, reduce, to_float
+from .pyramid import crop, crop_both, crop_wider, degrade, reduce, surroundings, to_float
 from .slot_draws import CAPTION, CROP_LEFT, CROP_TOP, FLIP, PLACE_LEFT, PLACE_TOP, cumulate, pick, whole
 
 
@@ -31,9 +31,8 @@ class SampleMaker:
         self.folder = folder
         self.with_text = with_text
         self.augment = augment
-        self.changes_samples = augment and bool(
-            config.random_flip or config.degradation_blur_sigma or config.degradation_jpeg_quality
-        )
+        self.degrades = augment and bool(config.degradation_blur_sigma or config.degradation_jpeg_quality)
+        self.changes_samples = self.degrades or augment and config.random_flip
         self.column_edges = cumulate(config.caption_probabilities or [1.0] * len(config.caption_column))
 
     def __call__(self, row: dict[str, Any], draws: np.ndarray, shape: tuple[int, int] | None = None) -> Sample:
@@ -49,10 +48,7 @@ class SampleMaker:
             BadCaption: If the cell has no caption.
         """
         caption = self.caption(row, draws)
-        pixels = self.pixels(row, draws, shape)
-        low_res = None
-        if self.config.low_resolution is not None:
-            pixels, low_res = self.pyramid(pixels, draws, self.low_resolution(row, draws, shape))
+        pixels, low_res = self.images(row, draws, shape or (self.config.resolution, self.config.resolution))
         return self.finish(pixels, low_res, caption, draws)
 
     def caption(self, row: dict[str, Any], draws: np.ndarray) -> str | None:
@@ -74,13 +70,17 @@ class SampleMaker:
         return pick(self.column_edges, draws[..., CAPTION])
 
     def pixels(
-        self, row: dict[str, Any], draws: np.ndarray | None = None, shape: tuple[int, int] | None = None
+        self,
+        row: dict[str, Any],
+        draws: np.ndarray | None = None,
+        shape: tuple[int, int] | None = None,
+        part: tuple[int, int, int, int] | None = None,
     ) -> torch.Tensor:
-        """Return the row's image, cropped and resized: `(3, H, W)` uint8."""
+        """Return the row's image, or a part of it, cropped and resized: `(3, H, W)` uint8."""
         size = shape or (self.config.resolution, self.config.resolution)
         where = self.folder, self.config.background
         image = read_fitting(row[self.image_column], size, *where, self.config.min_resolution)
-        return self.fit(image, *size, draws)
+        return self.fit(image, *size, draws, part)
 
     def low_resolution(
         self, row: dict[str, Any], draws: np.ndarray | None = None, shape: tuple[int, int] | None = None
@@ -92,36 +92,50 @@ class SampleMaker:
         height, width = shape or (self.config.resolution, self.config.resolution)
         return self.fit(image, height // self.config.factor, width // self.config.factor, draws)
 
-    def fit(self, image: Image.Image, height: int, width: int, draws: np.ndarray | None) -> torch.Tensor:
-        """Crop and resize an image, at the position drawn for the slot: `(3, height, width)` uint8."""
+    def fit(
+        self,
+        image: Image.Image,
+        height: int,
+        width: int,
+        draws: np.ndarray | None,
+        part: tuple[int, int, int, int] | None = None,
+    ) -> torch.Tensor:
+        """
+        Crop and resize an image, at the position drawn for the slot, and return it or a part: `(3, height, width)` uint8.
+        """
         place = (0.5, 0.5)
         if draws is not None and self.augment and not self.config.center_crop:
             place = (draws[PLACE_TOP], draws[PLACE_LEFT])
-        fitted = fit_image(image, height, width, *place, self.config.image_interpolation_mode)
-        return torch.from_numpy(fitted.copy()).permute(2, 0, 1)
+        fitted = fit_image(image, height, width, *place, self.config.image_interpolation_mode, part)
+        return torch.from_numpy(fitted).permute(2, 0, 1)
 
-    def pyramid(
-        self, pixels: torch.Tensor, draws: np.ndarray, low_res: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def images(
+        self, row: dict[str, Any], draws: np.ndarray, shape: tuple[int, int]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Return the image or a crop of it as uint8, and its low-resolution image in [-1, 1]: the row's, or downsampled.
+
+        The latter is None without super-resolution, and if `Samples.finish` downsamples whole batches.
         """
         size, factor, interpolation = self.config.crop_size, self.config.factor, self.config.image_interpolation_mode
+        given = self.low_resolution(row, draws, shape)
         if size is None:
-            low_res = (
-                reduce(to_float(pixels)[None], factor, interpolation)[0] if low_res is None else to_float(low_res)
-            )
-            return pixels, low_res
-        corner = self.corner(pixels, draws)
-        if low_res is None:
-            return crop_both(pixels, factor, *corner, size, interpolation)
-        image = crop(pixels, factor * corner[0], factor * corner[1], size)
-        return image, crop_wider(to_float(low_res), *corner, size // factor)
+            pixels = self.pixels(row, draws, shape)
+            if given is not None:
+                return pixels, to_float(given)
+            return pixels, reduce(to_float(pixels)[None], factor, interpolation)[0] if self.degrades else None
+        top, left = self.corner(shape, draws)
+        if given is not None:
+            image = crop(self.pixels(row, draws, shape), factor * top, factor * left, size)
+            return image, crop_wider(to_float(given), top, left, size // factor)
+        part = surroundings(shape, factor, (top, left), size, interpolation)
+        window = self.pixels(row, draws, shape, part)
+        return crop_both(window, factor, top - part[0] // factor, left - part[1] // factor, size, interpolation)
 
-    def corner(self, pixels: torch.Tensor, draws: np.ndarray) -> tuple[int, int]:
-        """Return top and left of the slot's crop, in low-resolution pixels."""
+    def corner(self, shape: tuple[int, ...], draws: np.ndarray) -> tuple[int, int]:
+        """Return top and left of the slot's crop of an image `(height, width)`, in low-resolution pixels."""
         size, factor = self.config.crop_size or 0, self.config.factor
-        height, width = ((length - size) // factor for length in pixels.shape[-2:])
+        height, width = ((length - size) // factor for length in shape)
         return int(whole(draws[CROP_TOP], height + 1)), int(whole(draws[CROP_LEFT], width + 1))
 
     def finish(
