@@ -17,6 +17,7 @@ from transformers import BaseImageProcessor
 from ..utils.arguments import bad_argument
 from ..utils.modules import is_offloaded, unwrapped
 from .pipeline_output import Images
+from .slicing import shared_size
 from .stage_table import SAFETY_PARTS
 
 
@@ -84,7 +85,7 @@ def check(pipe: Any, images: np.ndarray) -> tuple[list[bool], list[bool]]:
     device = pipe._execution_device if is_offloaded(checker) else checker.device
     nsfw: list[bool] = []
     watermarked: list[bool] = []
-    size = pipe.slice_size or len(images)
+    size = shared_size(pipe.slice_size) or len(images)
     for start in range(0, len(images), size):
         part = images[start : start + size]
         pixels = pipe.feature_extractor(numpy_to_pil(part), return_tensors="pt").pixel_values

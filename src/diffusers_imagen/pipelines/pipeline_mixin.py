@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from ..text.encoder import TextEncoder, keep_in_fp32
 from ..text.identity import encoder_width
 from ..text.source import TextSource
-from ..utils.arguments import as_integer, shown
+from ..utils.arguments import shown
 from ..utils.modules import memory_of
 from ..utils.shipped import find_source
 from . import inputs
@@ -24,6 +24,7 @@ from .loading.stage_loading import load_stages
 from .model_card import ModelCardMixin
 from .origin import DEEPFLOYD, check_origin, list_origins, warn_of_missing_filter
 from .prompts import PROMPT_EMBEDS, Prompts
+from .slicing import SliceSize, check_slice_size, shared_size
 from .stage_table import BASE, NETWORKS, SAFETY_PARTS, TEXT_PARTS
 from .stages import StageSource, check_components, check_stages, refuse_untrained
 from .tiling import Tiling
@@ -45,7 +46,7 @@ class ImagenPipelineMixin(ModelCardMixin):
     _exclude_from_cpu_offload = ["watermarker"]
     _lora_loadable_modules = list(NETWORKS)
     tiling: Tiling | None = None
-    slice_size: int | None = None
+    slice_size: SliceSize = None
     _num_timesteps = 0
     _guidance_scale = 1.0
     _interrupt = False
@@ -191,20 +192,28 @@ class ImagenPipelineMixin(ModelCardMixin):
         """Run super-resolution networks on whole images again."""
         self.tiling = None
 
-    def enable_slicing(self, slice_size: int = 1) -> None:
+    def enable_slicing(self, slice_size: int | dict[str, int] = 1) -> None:
         """
-        Run every network on a few images at a time, to reduce the memory of large batches.
+        Run models on a limited number of images at a time, so that a batch of any size fits into memory.
 
-        With slices of one, an image is the same to the last bit whether it is generated alone or in a batch.
+        By default, a network call has as many images as have 2**20 pixels together: 256 of 64 px, 16 of 256 px, one of
+        1024 px; with tiling, the pixels of tiles count. Images are equal for every slice size up to rounding; with
+        slices of one, an image is the same to the last bit whether it is generated alone or in a batch.
 
         Args:
-            slice_size (`int`, defaults to 1): Images per network call; with guidance a call has twice as many samples.
+            slice_size (`int` or `dict[str, int]`, defaults to 1):
+                Images per call, for all models or by stage name, such as `{"sr256": 4}`. Stages that a dict does not
+                name, the text encoder and the safety checker keep the default. With guidance, a network call has twice
+                as many samples.
+
+        Raises:
+            ValueError: If it is neither a number of images nor a dict of them by stage name.
         """
-        self.slice_size = as_integer("slice_size", slice_size, 1, inputs.MAX_IMAGES)
+        self.slice_size = check_slice_size(slice_size, inputs.MAX_IMAGES)
 
     def disable_slicing(self) -> None:
-        """Run networks on the whole batch again."""
-        self.slice_size = None
+        """Run every model on the whole batch, whatever its size."""
+        self.slice_size = inputs.MAX_IMAGES
 
     def memory_report(self) -> str:
         """Return a table of the models: parameters, memory of the weights in MiB, dtype and device, and the total."""
@@ -285,7 +294,7 @@ class ImagenPipelineMixin(ModelCardMixin):
         if any(value is not None for value in vars(prompts).values()):  # networks without text need none
             prompts.check(self.text_source)
         number = inputs.as_images_per_prompt(num_images_per_prompt, prompts.number)
-        return prompts.encode(self.text_source, self.slice_size, number, self._execution_device)
+        return prompts.encode(self.text_source, shared_size(self.slice_size), number, self._execution_device)
 
     @property
     def text_width(self) -> int | None:

@@ -12,6 +12,7 @@ from .finite import FiniteWatch
 from .planning import StagePlan
 from .prompts import Branch, PromptEmbeds
 from .schedules import reads_variance
+from .slicing import SliceSize, make_slices, size_of_stage
 from .tiling import Tile, Tiling, blend, make_tiles
 
 
@@ -37,14 +38,15 @@ class GuidedPrediction:
         latents: Latents,
         watch: FiniteWatch,
         tiling: Tiling | None,
-        slice_size: int | None,
+        slice_size: SliceSize,
     ):
         self.rescale, self.watch = plan.settings.guidance_rescale, watch
         self.channels, self.keeps_variance = plan.stage.unet.in_channels, reads_variance(plan.scheduler)
-        tiles = None
-        if tiling is not None and latents.low_res is not None:
-            tiles = make_tiles(*plan.size, tiling, latents.sample.device)
-        bind = functools.partial(BoundNetwork, text=text, latents=latents, slice_size=slice_size, tiles=tiles)
+        tiling = None if latents.low_res is None else tiling
+        tiles = None if tiling is None else make_tiles(*plan.size, tiling, latents.sample.device)
+        at_once = size_of_stage(slice_size, plan.stage.name, *plan.size, tiling)
+        slices = make_slices(len(latents.sample), at_once)
+        bind = functools.partial(BoundNetwork, text=text, latents=latents, slices=slices, tiles=tiles)
         self.network = bind(plan.stage.unet)
         # a weaker network instead of the unconditional branch: Karras et al. 2024, arXiv 2406.02507
         self.guide = bind(plan.stage.guidance_unet) if plan.stage.guidance_unet is not None else None
@@ -100,13 +102,10 @@ class BoundNetwork:
         unet: StageNetwork,
         text: PromptEmbeds,
         latents: Latents,
-        slice_size: int | None,
+        slices: list[slice],
         tiles: list[Tile] | None,
     ):
-        self.unet, self.text, self.latents, self.tiles = unet, text, latents, tiles
-        num_images = len(latents.sample)
-        size = slice_size or num_images
-        self.slices = [slice(start, start + size) for start in range(0, num_images, size)]
+        self.unet, self.text, self.latents, self.slices, self.tiles = unet, text, latents, slices, tiles
         self.bound: dict[tuple[int, Branch], BoundInputs] = {}
         self.version = text.version
         self.is_compiled = latents.sample.device.type == "cuda" and is_compiled(unet)
