@@ -13,7 +13,13 @@ from .deepfloyd import BETA_SCHEDULE, unet_to_deepfloyd
 with quiet_transformers():  # the import reports that torchvision is not installed
     from diffusers import IFPipeline, IFSuperResolutionPipeline
 
-PARTS = ("tokenizer", "text_encoder", "safety_checker", "feature_extractor", "watermarker")  # in addition to the stage's components
+PARTS = (
+    "tokenizer",
+    "text_encoder",
+    "safety_checker",
+    "feature_extractor",
+    "watermarker",
+)  # in addition to the stage's components
 
 
 def pipeline_to_deepfloyd(pipe: DiffusionPipeline, stage: str | None = None) -> IFPipeline | IFSuperResolutionPipeline:

@@ -212,7 +212,7 @@ class ImagenPipelineMixin(ModelCardMixin):
         self.slice_size = check_slice_size(slice_size, inputs.MAX_IMAGES)
 
     def disable_slicing(self) -> None:
-        """Run every model on the whole batch, whatever its size."""
+        """Run every model on the whole batch, regardless of its size."""
         self.slice_size = inputs.MAX_IMAGES
 
     def memory_report(self) -> str:

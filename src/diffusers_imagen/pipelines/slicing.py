@@ -8,14 +8,14 @@ from .stage_table import check_stage_names
 from .tiling import Tiling
 
 
-# of a call of a network, unless `enable_slicing` says otherwise: 256 images of 64 px, 16 of 256 px, 1 of 1024 px
+# pixels per network call, unless `enable_slicing` sets the number of images: 256 images of 64 px, 16 of 256 px, 1 of 1024 px
 PIXELS_AT_ONCE = 2**20
 
 SliceSize = int | dict[str, int] | None
 
 
 def check_slice_size(slice_size: Any, maximum: int) -> int | dict[str, int]:
-    """Images a call: a number for all models, or a dict by stage name.
+    """Check the number of images per call: one for all models, or a dict by stage name.
 
     Raises:
         ValueError: If it is neither.
@@ -29,12 +29,12 @@ def check_slice_size(slice_size: Any, maximum: int) -> int | dict[str, int]:
 
 
 def shared_size(slice_size: SliceSize) -> int | None:
-    """Inputs a call of models that are not of a stage; None for all at once."""
+    """Return the number of inputs per call of models that do not belong to a stage; None for all at once."""
     return slice_size if isinstance(slice_size, int) else None
 
 
 def size_of_stage(slice_size: SliceSize, name: str, height: int, width: int, tiling: Tiling | None) -> int:
-    """Images a call of a stage's network: as many as were asked for, or as have `PIXELS_AT_ONCE` pixels."""
+    """Return the number of images per call of a stage's network: the given one, or as many as have `PIXELS_AT_ONCE` pixels."""
     given = slice_size.get(name) if isinstance(slice_size, dict) else slice_size
     if given is not None:
         return given
@@ -44,7 +44,7 @@ def size_of_stage(slice_size: SliceSize, name: str, height: int, width: int, til
 
 
 def make_slices(num_images: int, size: int) -> list[slice]:
-    """As few slices of at most `size` images as there can be, all of one length where that is possible.
+    """Return the smallest number of slices of at most `size` images, of equal length where possible.
 
     A compiled network has a graph for every length.
     """

@@ -153,7 +153,7 @@ class EmbeddingCache(TextSource):
         return self.pack(texts).padded()
 
     def pack(self, texts: list[str]) -> PackedText:
-        """As `encode`, in the cache's dtype, without padding where it is zero."""
+        """Return embeddings like `encode`, in the cache's dtype, without padding where it is zero."""
         states, lengths = zip(*map(self.read, texts))
         mask = torch.arange(self.max_length) < torch.tensor(lengths)[:, None]
         return PackedText.of(torch.cat(states), mask, self.keeps_padding)

@@ -54,9 +54,9 @@ def pad_tokens(text: TextEmbeddings, length: int) -> TextEmbeddings:
 
 
 class PackedText(NamedTuple):
-    """Text embeddings of a batch without padding, in the precision that they are kept in: less to move to a device."""
+    """Text embeddings of a batch without padding, in their stored precision, so that fewer bytes move to a device."""
 
-    states: torch.Tensor  # (N, E), of all texts one after another
+    states: torch.Tensor  # (N, E), concatenated over all texts
     places: torch.Tensor  # (B, L) int64: 1 + the row of `states`, 0 at positions that become zero
     mask: torch.Tensor  # (B, L) bool, True for valid tokens
 
