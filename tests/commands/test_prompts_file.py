@@ -45,7 +45,7 @@ def test_a_prompt_that_fails_does_not_lose_the_others(folder, draw, monkeypatch,
     code, _, lines = draw("--batch-size", batch_size)
     assert code == 2
     assert lines[-1].endswith(
-        "out: 2 of 5 images could not be made: line 2: it is bad; "
+        "out: 2 of 5 images failed: line 2: it is bad; "
         "line 4: `prompt` has 10,001 characters, but should have at most 10,000."
     )
     assert sorted(os.listdir(folder / "out")) == ["00001-a-red-apple.png", "00003-a-blue-face.png", "00005-a-face.png"]
@@ -82,7 +82,7 @@ def test_several_processes_draw_what_one_draws(folder, draw, model, tmp_path):
     assert 0 < len(pictures(folder / "two")) < 16
     codes, printed = run_command(tmp_path, 3, *given)
     assert codes == [2, 2, 2] and pictures(folder / "two") == one
-    reason = "two: 2 of 18 images could not be made: line 9: `prompt` has 10,001 characters"
+    reason = "two: 2 of 18 images failed: line 9: `prompt` has 10,001 characters"
     assert all(reason in text.splitlines()[-1] for text in printed)
     (folder / "prompts.txt").write_text("\n".join(prompts))
     (folder / "two" / "00001-a-red-apple-1.png").unlink()
@@ -131,7 +131,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_prompt(folder):
     [
         (bytes(range(256)), "cannot be read"),
         (b"", "has no prompts"),
-        (b"a\n" * 1001, "asks for more than 1,000 images"),
+        (b"a\n" * 1001, "has more than 1,000 images"),
         (b"x" * (2**25 + 1), "it has more than 33,554,432 bytes"),
     ],
 )
