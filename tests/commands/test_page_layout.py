@@ -265,7 +265,7 @@ def test_pictures_and_what_enlarges_and_saves_them():
     assert len(set(buttons)) == 2 and all(f'<div popover class="im-zoom" id="{name}">' in view for name in buttons)
     assert view.count('href="gradio_api/file=/tmp/b%20c.png" download="b c.png"') == 1  # the small one, when enlarged
     assert view.count('href="gradio_api/file=/tmp/%C3%A9.png" download="é.png"') == 2
-    assert "aspect-ratio:256/128" in view and "256 x 128 px" in view
+    assert "--ratio:2.0000" in view and "256 x 128 px" in view
     assert view.index("%C3%A9") < view.index("b%20c")  # the last stage comes first
 
 
@@ -279,6 +279,6 @@ def test_a_grid_has_room_for_all_and_is_no_larger(count):
 def test_a_preview_is_within_the_page():
     pixels = np.full((2, 16, 32, 3), 200, dtype=np.uint8)
     view = page_html.pictures([page_html.Shown("Base", (8, 8), ["/tmp/a.png"])], "a face", pixels)
-    assert view.count('src="data:image/jpeg;base64,') == 2 and "aspect-ratio:32/16" in view
+    assert view.count('src="data:image/jpeg;base64,') == 2 and "--ratio:2.0000" in view
     assert "im-row" in view and "--columns:2;--rows:1" in view
     assert 'aria-valuenow="3"' in page_html.status("x", 3, 12) and "width:25.0%" in page_html.status("x", 3, 12)

@@ -62,7 +62,7 @@ def files_of(folder: Path, prefix: str) -> dict[str, bytes]:
 def write_torch_dist(folder: Path, weights: dict[str, torch.Tensor]) -> None:
     """As Megatron Core writes it, with an optimizer's tensors and objects beside the weights."""
     state = {**weights, "optimizer.state.exp_avg.x": torch.zeros(2), "rng_state/shard_0_1": {"a": [1]}}
-    distributed.save(state, checkpoint_id=folder, no_dist=True)
+    distributed.save(state, checkpoint_id=folder)
     (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
 
 

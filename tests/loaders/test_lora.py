@@ -187,12 +187,14 @@ def test_hotswap_replaces_the_weights(cascade, tmp_path):
     cascade.save_lora_adapter(tmp_path / "one")
     cascade.unload_lora_weights()
     train(cascade, "two", seed=1)
-    images = draw(cascade)
+    images, trained = draw(cascade), {name.replace(".two.", ".a."): w for name, w in weights(cascade).items()}
     cascade.save_lora_adapter(tmp_path / "two")
     cascade.unload_lora_weights()
     cascade.load_lora_weights(tmp_path / "one", adapter_name="a")
     cascade.load_lora_weights(tmp_path / "two", adapter_name="a", hotswap=True)
-    np.testing.assert_array_equal(draw(cascade), images)
+    torch.testing.assert_close(weights(cascade), trained, atol=0, rtol=0)
+    # torch 2.6 rounds the same products differently for tensors that were swapped
+    np.testing.assert_allclose(draw(cascade), images, atol=1e-3)
 
 
 def test_a_stage_that_is_absent_is_left_out_with_a_warning(cascade, saved, caplog):

@@ -144,11 +144,11 @@ class ConditionalUNet(
 
     @property
     def attends_padding(self) -> bool:
-        return self.config.get("attends_padding", False)
+        return getattr(self.config, "attends_padding", False)
 
     @property
     def low_res_augmentation(self) -> LowResAugmentation:
-        return self.config.get("low_res_augmentation", "edm")
+        return getattr(self.config, "low_res_augmentation", "edm")
 
     @property
     def trained_beta_schedule(self) -> BetaSchedule | None:
@@ -156,7 +156,7 @@ class ConditionalUNet(
 
     @property
     def low_res_upsampling(self) -> LowResUpsampling:
-        return self.config.get("low_res_upsampling", "bicubic")
+        return getattr(self.config, "low_res_upsampling", "bicubic")
 
     @property
     def residual_scale(self) -> float | None:
@@ -287,7 +287,7 @@ class ConditionalUNet(
         self, block: nn.Module, h: torch.Tensor, temb: torch.Tensor, texts: Iterator[AttendedText]
     ) -> torch.Tensor:
         """Run an `ImagenBlock` with the text that it attends to, under gradient checkpointing if enabled."""
-        text = next(texts, None) if block.reads_text else None
+        text = next(texts) if block.reads_text else None
         if torch.is_grad_enabled() and self.gradient_checkpointing:
             return self._gradient_checkpointing_func(block, h, temb, text)
         return block(h, temb, text)

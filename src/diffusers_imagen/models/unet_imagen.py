@@ -1,7 +1,6 @@
 """ImagenUNetModel: the U-Net for base stages, and for super-resolution stages of this architecture."""
 
 from collections.abc import Iterator
-from itertools import islice
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -191,8 +190,8 @@ class ImagenUNetModel(ConditionalUNet):
             if level > 0:
                 h = resample(next(downsamplers), h, temb)
                 skips.append(h)
-            for block in islice(blocks, num_layers):
-                h = self._run(block, h, temb, texts)  # (B, C_i, H / 2^i, W / 2^i)
+            for _ in range(num_layers):
+                h = self._run(next(blocks), h, temb, texts)  # (B, C_i, H / 2^i, W / 2^i)
                 skips.append(h)
 
         for block in self.mid_blocks:
@@ -200,8 +199,8 @@ class ImagenUNetModel(ConditionalUNet):
 
         blocks, upsamplers = iter(self.up_blocks), iter(self.upsamplers)
         for level, num_layers in reversed(list(enumerate(self.num_layers))):
-            for block in islice(blocks, num_layers + 1):
-                h = self._run(block, torch.cat([h, skips.pop()], dim=1), temb, texts)
+            for _ in range(num_layers + 1):
+                h = self._run(next(blocks), torch.cat([h, skips.pop()], dim=1), temb, texts)
             if level > 0:
                 h = resample(next(upsamplers), h, temb)
 

@@ -49,9 +49,7 @@ def pictures(stages: Sequence[Shown], caption: str, preview: np.ndarray | None =
         large = grid(len(last.paths), figures(last, caption, saves=True))
     else:
         before, (height, width) = list(stages), preview.shape[1:3]
-        figure = (
-            f'<figure style="aspect-ratio:{width}/{height}"><img class="{pixel_class(width, height)}" alt="" src="'
-        )
+        figure = f'<figure style="--ratio:{width / height:.4f}"><img class="{pixel_class(width, height)}" alt="" src="'
         images = (f'{figure}{data_address(image)}"></figure>' for image in preview)
         large = grid(len(preview), "".join(images))
     return large + "".join(
@@ -79,7 +77,7 @@ def figure(stage: Shown, path: str, caption: str, saves: bool) -> str:
     link = f'{save} class="im-save" title="{html.escape(name)}">Download</a>' if saves else ""
     width, height = stage.size
     return (
-        f'<figure style="aspect-ratio:{width}/{height}"><button type="button" popovertarget="{key}" title="Enlarge">{image}</button>{link}</figure>'
+        f'<figure style="--ratio:{width / height:.4f}"><button type="button" popovertarget="{key}" title="Enlarge">{image}</button>{link}</figure>'
         f'<div popover class="im-zoom" id="{key}">{image}<p><span>{label} · {width} x {height} px</span>'
         f'{save}>Download</a><button type="button" popovertarget="{key}" popovertargetaction="hide">Close</button></p></div>'
     )

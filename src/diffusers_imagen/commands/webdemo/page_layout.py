@@ -144,7 +144,7 @@ def ask_fields(task: Task, drawn: gr.File | None, examples: list[str]) -> dict[s
     if task.takes_mask:
         side = max(EDITOR_PIXELS, task.resolution)
         fields["picture"] = gr.ImageEditor(
-            label="Image: paint over the part to repaint",
+            label="Paint over a part",
             type="filepath",
             sources=("upload", "clipboard"),
             buttons=["fullscreen"],
@@ -163,6 +163,7 @@ def ask_fields(task: Task, drawn: gr.File | None, examples: list[str]) -> dict[s
             sources=["upload", "clipboard"],
             buttons=[],
             height=220,
+            elem_classes="given",
         )
     if task.takes_picture and drawn is not None:
         take = gr.Button("Use the generated image", size="sm")

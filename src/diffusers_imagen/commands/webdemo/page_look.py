@@ -6,10 +6,10 @@ from starlette.middleware import Middleware
 from .page_guard import MAX_PICTURE_BYTES, Guard
 
 
-# Wide screens: inputs on the left, images on the right. Narrow screens: the prompt, its button, the images, and
-# then the settings. Images always fit into the height of the screen.
+# Wide screens: inputs on the left, images on the right. Narrow screens: the prompt, its button, the images, and then the
+# settings. Images always fit into the height of the screen, and on wide screens stay in view while the page is scrolled.
 CSS = """
-.gradio-container { max-width: 1400px !important; padding: 0 !important }
+.gradio-container { max-width: 1400px !important; padding: 0 !important; overflow: clip !important }
 .gradio-container > .main { padding: .75rem 1.5rem !important }
 .shown .html-container { padding: 0 !important }
 .headline h1 { margin: 0; font-size: 1.3rem }
@@ -18,15 +18,18 @@ CSS = """
     grid-template-rows: auto 1fr; grid-template-areas: "ask shown" "more shown" }
 .sheet > * { min-width: 0 !important }
 .sheet > .ask { grid-area: ask } .sheet > .shown { grid-area: shown } .sheet > .more { grid-area: more }
+.sheet > .shown { position: sticky; top: .75rem; align-self: start }
+.given .image-frame { box-sizing: border-box; padding-top: 1.75rem }
+footer .divider:last-child { display: none }
 .shown { gap: .5rem }
 .im-status { min-height: 2rem; display: flex; flex-direction: column; gap: .4rem; justify-content: end }
 .im-bar { height: .3rem; border-radius: .15rem; background: var(--border-color-primary); overflow: hidden }
 .im-bar i { display: block; height: 100%; background: var(--color-accent) }
-.im-grid { display: grid; gap: .5rem; height: clamp(15rem, calc(100vh - 17rem), 50rem);
+.im-grid { --height: clamp(15rem, calc(100vh - 17rem), 50rem); display: grid; gap: .5rem; height: var(--height);
     grid-template-columns: repeat(var(--columns), minmax(0, 1fr));
     grid-template-rows: repeat(var(--rows), minmax(0, 1fr)) }
-.im-grid figure { margin: 0; min-width: 0; min-height: 0; position: relative; justify-self: center; height: 100%;
-    max-width: 100% }
+.im-grid figure { --cell: calc((var(--height) - (var(--rows) - 1) * .5rem) / var(--rows)); margin: 0; position: relative;
+    justify-self: center; align-self: start; width: min(100%, var(--cell) * var(--ratio)); aspect-ratio: var(--ratio) }
 .im-grid figure button { all: unset; cursor: zoom-in; display: block; width: 100%; height: 100% }
 .im-grid button:focus-visible, .im-row button:focus-visible { outline: 2px solid var(--color-accent) }
 .im-grid figure img { width: 100%; height: 100%; object-fit: contain; display: block; border-radius: var(--radius-md) }
@@ -54,7 +57,9 @@ CSS = """
     .headline p { display: none }
     .sheet { grid-template-columns: minmax(0, 1fr); grid-template-rows: none; gap: .5rem;
         grid-template-areas: "ask" "shown" "more" }
-    .im-grid { height: min(calc(100vw - 1.5rem), 60vh) }
+    .sheet > .shown { position: static }
+    .im-grid { --height: min(calc(100vw - 3rem), 60vh); height: auto }
+    .im-empty { height: var(--height) }
 }
 """
 
