@@ -4,7 +4,7 @@ import argparse
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..utils.files import FolderHold, check_folder, refusing
 from .common import check_device
@@ -48,6 +48,11 @@ def add_arguments(command: Parser) -> None:
     command.add_argument("--cache-dir", help="download folder of `datasets`")
     command.add_argument("--caption-column", nargs="+", default=["text"], help="columns with captions; default: text")
     command.add_argument("--image-column", default="image", help="column with images; default: %(default)s")
+    command.add_argument(
+        "--streaming",
+        action="store_true",
+        help="read the data shard by shard, and write a cache in the order of the shards, for training with --streaming",
+    )
     command.add_argument("--splits", nargs="+", help="splits of the data set; default: all")
     command.add_argument(
         "--nemo-tars", nargs="+", type=Path, help="import embeddings from tar files with NeMo's pickles"
@@ -75,14 +80,15 @@ def cache_embeddings(args: argparse.Namespace) -> None:
         report(args.output_dir, "verified")
         return
     check_sources(args)
-    check_output_dir(args.output_dir, args.train_data_dir)
+    check_output_dir(args.output_dir, args.train_data_dir, args.streaming)
     args.shard_bytes = int(args.shard_size_mb * 2**20)
     start = time.perf_counter()
     if args.nemo_tars:
         added, is_main = import_nemo(args), True
     else:
         with shared_work(args.device) as (state, args.device):
-            added, is_main = encode_dataset(args, state), state.is_main_process
+            encode = encode_stream if args.streaming else encode_dataset
+            added, is_main = encode(args, state), state.is_main_process
     if is_main:
         report(args.output_dir, f"{added} added, {added / (time.perf_counter() - start):.0f} captions/s")
 
@@ -97,7 +103,8 @@ def check_sources(args: argparse.Namespace) -> None:
             raise ValueError("Exactly one of `train_data_dir` and `dataset_name` should be given.")
         check_device(args.device)
         return
-    others = [name for name in ("text_encoder", "variant", "keep_padding", "clean_captions") if getattr(args, name)]
+    own = ("text_encoder", "variant", "keep_padding", "clean_captions", "streaming")
+    others = [name for name in own if getattr(args, name)]
     if data or others:
         name = [*data, *others][0]
         raise ValueError(
@@ -110,12 +117,20 @@ def check_sources(args: argparse.Namespace) -> None:
             raise ValueError(f"`nemo_tars` has '{path}', which is not a file.")
 
 
-def check_output_dir(folder: Path, data: str | None) -> None:
+def check_output_dir(folder: Path, data: str | None, streaming: bool = False) -> None:
     """Raise ValueError for a folder in which a cache cannot be built, before anything is read."""
+    from ..text.cache_files import MANIFEST
     from ..text.cache_files import check_folder as check_cache_folder
+    from ..text.sharded_cache import is_sharded
 
     with refusing(folder, "output_dir"):
-        check_cache_folder(folder)
+        if streaming and (folder / MANIFEST).exists() or not streaming and is_sharded(folder):
+            kind = "without" if streaming else "with"
+            raise ValueError(
+                f"`output_dir` is '{folder}', a cache that was written {kind} `streaming`: choose another folder."
+            )
+        if not is_sharded(folder):
+            check_cache_folder(folder)
     check_folder(folder, "output_dir")
     if data is not None and folder.resolve().is_relative_to(Path(data).resolve()):
         raise ValueError(
@@ -126,22 +141,27 @@ def check_output_dir(folder: Path, data: str | None) -> None:
 def verify(folder: Path) -> None:
     """Raise ValueError with all problems of a cache, if there are any."""
     from ..text.cache_files import MEND, find_problems, read_manifest
+    from ..text.sharded_cache import ShardedCache, is_sharded
 
-    problems = find_problems(folder, read_manifest(folder, "output_dir"))
+    if is_sharded(folder):
+        problems = ShardedCache(folder).verify()
+    else:
+        problems = find_problems(folder, read_manifest(folder, "output_dir"))
     if problems:
         raise ValueError(f"`output_dir` is '{folder}': {'; '.join(problems)}; {MEND}.")
 
 
 def report(folder: Path, done: str) -> None:
     """Print the size of a cache."""
-    from ..text.cache import EmbeddingCache
+    from ..text.cache_files import read_manifest
+    from ..text.sharded_cache import Layout, is_sharded
 
-    cache = EmbeddingCache(folder)
-    size = sum(shard["bytes"] for shard in cache.manifest["shards"])
-    tokens = sum(shard["tokens"] for shard in cache.manifest["shards"])
+    parts = Layout.read(folder, "output_dir").parts() if is_sharded(folder) else [folder]
+    shards = [shard for part in parts for shard in read_manifest(part, "output_dir")["shards"]]
+    count, size, tokens = (sum(shard[name] for shard in shards) for name in ("captions", "bytes", "tokens"))
     print(
-        f"{folder}: {len(cache)} captions, {tokens / max(1, len(cache)):.1f} tokens and "
-        f"{size / max(1, len(cache)):.0f} bytes per caption" + (", " if done == "verified" else "; ") + done
+        f"{folder}: {count} captions, {tokens / max(1, count):.1f} tokens and "
+        f"{size / max(1, count):.0f} bytes per caption" + (", " if done == "verified" else "; ") + done
     )
 
 
@@ -174,6 +194,41 @@ def encode_dataset(args: argparse.Namespace, state: "PartialState") -> int:
         return added
 
 
+def encode_stream(args: argparse.Namespace, state: "PartialState") -> int:
+    """
+    Write the parts of a sharded cache that are missing; return their number of captions. Called by all processes, each of
+    which writes every n-th part.
+    """
+    from ..text.cache_writer import save_parts
+    from ..text.sharded_cache import Layout, is_sharded, write_part
+    from ..training.data.captions import iterate_captions
+    from ..utils.processes import gather, in_turn, on_main_process, shared_folder
+
+    with shared_folder(state, args.output_dir, "output_dir"):
+        splits = in_turn(state, lambda: load_chosen(args))
+        encoder = in_turn(state, lambda: load_encoder(args))
+        counts = {name: data.num_shards for name, data in splits.items()}
+        layout = Layout(args.output_dir, counts, encoder.identity(), args.dtype)
+
+        def begin() -> None:
+            if is_sharded(args.output_dir):
+                Layout.read(args.output_dir, "output_dir").check_same(layout)
+            layout.write()
+
+        on_main_process(state, begin)
+        shards = [(name, shard) for name, count in counts.items() for shard in range(count)]
+        added = 0
+        for name, shard in shards[state.process_index :: state.num_processes]:
+            folder = layout.part(name, shard)
+            if not folder.exists():
+                rows = splits[name].shard(num_shards=counts[name], index=shard)
+                captions = iterate_captions(rows, args.caption_column)
+                added += write_part(folder, captions, encoder, args.dtype, args.shard_bytes, args.batch_size)
+        added = sum(gather(state, added))
+        on_main_process(state, lambda: save_parts(layout.parts()[0], encoder))
+        return added
+
+
 def load_encoder(args: argparse.Namespace) -> "TextEncoder":
     """Return the text encoder, whose network is loaded on first use."""
     import torch
@@ -192,10 +247,8 @@ def load_encoder(args: argparse.Namespace) -> "TextEncoder":
     )
 
 
-def read_captions(args: argparse.Namespace) -> list[str]:
-    """Return the distinct captions of the data set."""
-    from ..text.source import distinct_captions
-    from ..training.data.captions import iterate_captions
+def load_chosen(args: argparse.Namespace) -> dict[str, Any]:
+    """Load the chosen splits of the data set, whose caption columns are checked."""
     from ..training.data.data_config import DataConfig
     from ..training.data.sources import check_columns, column_names, load_splits
 
@@ -206,17 +259,25 @@ def read_captions(args: argparse.Namespace) -> list[str]:
         cache_dir=args.cache_dir,
         caption_column=args.caption_column,
         image_column=args.image_column,
+        streaming=args.streaming,
     )
     splits, _ = load_splits(config)
     missing = set(args.splits or []) - set(splits)
     if missing:
         raise ValueError(f"`splits` has {sorted(missing)}, but the data set has {sorted(map(str, splits))}.")
-    chosen = [splits[name] for name in dict.fromkeys(args.splits or splits)]
-    for data in chosen:
+    chosen = {str(name): splits[name] for name in dict.fromkeys(args.splits or splits)}
+    for data in chosen.values():
         check_columns(data, column_names(data, config), config, with_text=True)
-    captions = distinct_captions(
-        caption for data in chosen for caption in iterate_captions(data, config.caption_column)
-    )
+    return chosen
+
+
+def read_captions(args: argparse.Namespace) -> list[str]:
+    """Return the distinct captions of the data set."""
+    from ..text.source import distinct_captions
+    from ..training.data.captions import iterate_captions
+
+    chosen = load_chosen(args).values()
+    captions = distinct_captions(caption for data in chosen for caption in iterate_captions(data, args.caption_column))
     if not captions:
         raise ValueError("The data set has no captions.")
     return captions

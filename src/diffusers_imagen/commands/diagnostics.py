@@ -20,6 +20,7 @@ from ..pipelines.stages import missing_weights
 from ..text.cache import EmbeddingCache
 from ..text.encoder import TextEncoder
 from ..text.identity import encoder_width
+from ..text.sharded_cache import ShardedCache, open_cache
 from ..training.data.captions import iterate_captions
 from ..training.data.data_config import DataConfig
 from ..training.data.pixels import BadImage, fit_image, name_image, open_image, read_image
@@ -171,16 +172,16 @@ def attempt(what: str, examine: Callable[[], list[Finding]]) -> list[Finding]:
 
 def examine_cache(folder: Path) -> list[Finding]:
     """Check size, width and checksums of an embedding cache."""
-    return find_irregular(folder) or attempt("the embedding cache", lambda: examine_shards(EmbeddingCache(folder)))
+    return find_irregular(folder) or attempt("the embedding cache", lambda: examine_shards(open_cache(folder)))
 
 
-def examine_shards(cache: EmbeddingCache) -> list[Finding]:
+def examine_shards(cache: EmbeddingCache | ShardedCache) -> list[Finding]:
     """Check size, width and checksums of an open cache."""
-    encoder = cache.manifest["encoder"]
+    encoder = cache.identity()
     findings = [
         Finding(
             len(cache) == 0,
-            f"{len(cache)} captions, width {cache.width}, up to {cache.max_length} tokens, {cache.manifest['dtype']}, "
+            f"{len(cache)} captions, width {cache.width}, up to {cache.max_length} tokens, {cache.dtype}, "
             f"encoded by {encoder.get('class', 'an unnamed encoder')}",
         )
     ]

@@ -51,7 +51,7 @@ def doctor(args: argparse.Namespace) -> int:
         raise ValueError(f"`path` is '{path}', a file, but should be a folder or a Hub data set.")
     if not path.is_dir() and not HUB_ID.fullmatch(args.path):
         raise ValueError(f"`path` is '{path}', which is neither a folder nor a Hub id like 'name/repository'.")
-    if (path / "manifest.json").exists():
+    if (path / "manifest.json").exists() or (path / "layout.json").exists():
         findings = examine.examine_cache(path)
     elif path.is_dir() and examine.find_networks(path):
         findings = examine.examine_stage(path, args.text_encoder)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,6 +31,10 @@ from .pretrained import load_tokenizer_of_pipeline
 from .reference import EncoderParts
 from .source import TextSource
 from .text_embeddings import PackedText, TextEmbeddings
+
+
+if TYPE_CHECKING:
+    from .sharded_cache import ShardedCache
 
 
 logger = logging.get_logger(__name__)
@@ -66,6 +70,7 @@ class EmbeddingCache(TextSource):
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
         self.width, self.max_length = self.manifest["width"], self.manifest["max_length"]
+        self.dtype = self.manifest["dtype"]
         self.keeps_padding = keeps_padding(self.manifest)
         self.cleans_captions = self.manifest["encoder"].get("cleans_captions", LATER["cleans_captions"])
         self._files: dict[int, safe_open] = {}
@@ -230,7 +235,7 @@ class EmbeddingCache(TextSource):
 class CachedTextEncoder(TextSource):
     """Text encoder with a cache of the data's captions; prompts need not be in the cache."""
 
-    def __init__(self, encoder: TextEncoder, cache: EmbeddingCache):
+    def __init__(self, encoder: TextEncoder, cache: "EmbeddingCache | ShardedCache"):
         self.encoder, self.cache = encoder, cache
         self.width, self.max_length = cache.width, cache.max_length
         self.keeps_padding, self.cleans_captions = encoder.keeps_padding, encoder.cleans_captions
@@ -285,6 +290,8 @@ def open_text(
         )
     if embedding_cache is None:
         return encoder
-    cache = EmbeddingCache(embedding_cache)
+    from .sharded_cache import open_cache  # which imports this module
+
+    cache = open_cache(embedding_cache)
     cache.check_kind(keeps_padding, cleans_captions)
     return cache if encoder is None else CachedTextEncoder(encoder, cache)

@@ -54,6 +54,15 @@ class TextSource(ABC):
         mask = mask.bool()
         return PackedText.of(embeds.flatten(0, 1) if self.keeps_padding else embeds[mask], mask, self.keeps_padding)
 
+    def at(self, split: str, shard: int, num_shards: int) -> "TextSource":
+        """Return the source for the captions in one shard of a stream's data; by default the source itself.
+
+        Args:
+            split (`str`): The split of the data.
+            shard (`int`), num_shards (`int`): Index of the shard, and number of shards of the split.
+        """
+        return self
+
     def no_text(self, text: TextEmbeddings) -> TextEmbeddings:
         """
         Return the unconditional embeddings for `text`: zeros, or those of the empty text if padding is attended to.
@@ -128,6 +137,9 @@ class ConcatenatedText(TextSource):
     def encode(self, texts: list[str]) -> TextEmbeddings:
         parts = [source.encode(texts) for source in self.sources]
         return TextEmbeddings(torch.cat([part.embeds for part in parts], dim=-1), parts[0].mask)
+
+    def at(self, split: str, shard: int, num_shards: int) -> TextSource:
+        return ConcatenatedText(*(source.at(split, shard, num_shards) for source in self.sources))
 
     def __contains__(self, text: str) -> bool:
         return all(text in source for source in self.sources)

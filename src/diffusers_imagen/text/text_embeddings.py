@@ -66,6 +66,15 @@ class PackedText(NamedTuple):
         kept = torch.ones_like(mask) if keeps_padding else mask
         return cls(states, kept.flatten().cumsum(0).view_as(mask) * kept, mask)
 
+    @classmethod
+    def join(cls, parts: "list[PackedText]") -> "PackedText":
+        """Join batches of the same number of positions."""
+        firsts = torch.tensor([0, *(len(part.states) for part in parts[:-1])]).cumsum(0).tolist()
+        places = [part.places + first * (part.places > 0) for part, first in zip(parts, firsts)]
+        return cls(
+            torch.cat([part.states for part in parts]), torch.cat(places), torch.cat([part.mask for part in parts])
+        )
+
     def padded(self, device: torch.device | str = "cpu") -> TextEmbeddings:
         """Return the embeddings `(B, L, E)` in float32 on a device; the mask stays where it is."""
         states = self.states.to(device, non_blocking=True).float()

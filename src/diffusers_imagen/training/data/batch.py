@@ -25,6 +25,7 @@ class Sample(NamedTuple):
     pixels: torch.Tensor  # (3, H, W) uint8
     low_res: torch.Tensor | None  # (3, h, w) in [-1, 1]
     caption: str | None
+    text: PackedText | None = None  # if it was read with the row
 
 
 class Samples(NamedTuple):
@@ -37,9 +38,11 @@ class Samples(NamedTuple):
 
     @classmethod
     def stack(cls, samples: list[Sample], source: TextSource | None = None) -> "Samples":
-        pixels, low_res, texts = zip(*samples)
+        pixels, low_res, texts, packed = zip(*samples)
         captions = None if texts[0] is None else list(texts)
         text = None if source is None else source.pack(captions or [])
+        if packed[0] is not None:
+            text = PackedText.join(list(packed))
         return cls(torch.stack(pixels), None if low_res[0] is None else torch.stack(low_res), captions, text)
 
     def finish(self, source: TextSource | None, config: DataConfig, device: torch.device) -> Batch:

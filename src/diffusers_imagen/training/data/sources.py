@@ -55,6 +55,7 @@ class Rows(NamedTuple):
     data: Dataset | IterableDataset
     image_column: str
     folder: str  # base folder of relative file names
+    split: str  # of the data set, of which a column may select a part
     low_res_column: str | None = None  # with the low-resolution images, if they are not downsampled images
 
     @property
@@ -103,7 +104,9 @@ def open_rows(config: DataConfig, split: str, with_text: bool = True) -> Rows:
     if with_text and config.caption is not None:
         data = give_caption(data, config)
     needed = [*image_columns, *(config.caption_column if with_text else []), *draw_columns(config)]
-    return Rows(data.select_columns(list(dict.fromkeys(needed))), image_column, folder, config.low_resolution_column)
+    source = str(next(iter(splits))) if by_column else split
+    data = data.select_columns(list(dict.fromkeys(needed)))
+    return Rows(data, image_column, folder, source, config.low_resolution_column)
 
 
 def load_splits(config: DataConfig) -> tuple[dict[str, Dataset | IterableDataset], str]:

@@ -43,6 +43,7 @@ class ShardReader:
         self.data, self.seed = data, seed
         self.reader, self.num_readers, self.block_size = reader, num_readers, block_size
         self.state: dict[str, Any] = {"epoch": 0, "shard": 0, "block": 0, "taken": 0, "stream": None}
+        self.shard = 0  # of the last row
         self.place = ""  # position of the last row, for reports
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -67,6 +68,7 @@ class ShardReader:
 
     def _rows(self, shard: int) -> Iterator[dict[str, Any]]:
         """Yield the rows of a shard, starting at the state's block."""
+        self.shard = shard
         stream = self.data.shard(num_shards=self.data.num_shards, index=shard)
         if self.state["stream"] is not None:
             stream.load_state_dict(self.state["stream"])
@@ -148,7 +150,7 @@ class StreamDataset(IterableDataset):
             first = (batch * self.num_processes + self.process_index) * size
             draws = self.draws(first, size)
             skipped: dict[str, str] = {}
-            samples = Samples.stack([self._sample(reader, rows, slot, skipped) for slot in draws], self.text)
+            samples = Samples.stack([self._sample(reader, rows, slot, skipped) for slot in draws])
             yield samples, skipped, (worker, reader.state)
             batch += self.num_workers
 
@@ -158,9 +160,12 @@ class StreamDataset(IterableDataset):
         for row in islice(rows, MAX_BAD_ROWS):
             try:
                 sample = self.maker(row, draws)
-                if self.text is not None and sample.caption is not None and sample.caption not in self.text:
+                if self.text is None or sample.caption is None:
+                    return sample
+                text = self.text.at(self.rows.split, reader.shard, self.rows.data.num_shards)
+                if sample.caption not in text:
                     raise BadCaption(f"the caption {sample.caption!r} is not in the embedding cache")
-                return sample
+                return sample._replace(text=text.pack([sample.caption]))
             except (BadImage, BadCaption) as error:
                 skipped[name_image(row[self.rows.image_column], reader.place)] = str(error)
         name, reason = list(skipped.items())[-1]

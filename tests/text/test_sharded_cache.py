@@ -1,0 +1,180 @@
+"""A cache with a part for each shard of the data: what a stream reads from it is what it reads from one cache."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from data_files import picture, tar, write
+
+from diffusers_imagen.commands import main as cli
+from diffusers_imagen.text.cache import EmbeddingCache, caption_key, open_text
+from diffusers_imagen.text.cache_writer import CacheWriter
+from diffusers_imagen.text.encoder import TextEncoder
+from diffusers_imagen.text.sharded_cache import MOST_OPEN, ShardedCache, encode_window
+from diffusers_imagen.training import TrainingConfig
+from diffusers_imagen.training.data import make_train_batches
+
+
+SHARDS, PER_SHARD = 4, 6
+WORDS = ("a", "red", "blue", "circle", "triangle", "orange", "on", "the", "left")
+
+
+def caption(i: int) -> str:
+    """Of one to nine words; two rows of every shard have the same one."""
+    i -= i % PER_SHARD == 3
+    return " ".join(WORDS[: 1 + i * 5 % 9]) + f" {i}"
+
+
+@pytest.fixture
+def folder(tokenizer, text_encoder, tmp_path) -> str:
+    tokenizer.save_pretrained(tmp_path / "te" / "tokenizer")
+    text_encoder.save_pretrained(tmp_path / "te" / "text_encoder")
+    return str(tmp_path / "te")
+
+
+@pytest.fixture
+def data(tmp_path) -> str:
+    shards = {}
+    for shard in range(SHARDS):
+        files = {}
+        for i in range(shard * PER_SHARD, (shard + 1) * PER_SHARD):
+            files |= {f"{i:04d}.png": picture(i), f"{i:04d}.txt": caption(i).encode()}
+        shards[f"{shard}.tar"] = tar(files)
+    return write(tmp_path / "data", shards)
+
+
+@pytest.fixture
+def make(folder, data, tmp_path):
+    def make(*options: str) -> Path:
+        command = [
+            "cache-embeddings",
+            str(tmp_path / "cache"),
+            "--streaming",
+            "--text-encoder",
+            folder,
+            "--device",
+            "cpu",
+        ]
+        command += ["--train-data-dir", data, "--caption-column", "txt", "--dtype", "float16", "--batch-size", "2"]
+        assert cli.main([*command, *options]) == 0
+        return tmp_path / "cache"
+
+    return make
+
+
+def config_of(data: str, **kwargs) -> TrainingConfig:
+    settings = {"resolution": 8, "train_batch_size": 4, "streaming": True, "shuffle_buffer_size": 4}
+    return TrainingConfig(preset="emoji_base_64", train_data_dir=data, caption_column=["txt"], **(settings | kwargs))
+
+
+def joined(cache: ShardedCache, folder: Path) -> EmbeddingCache:
+    """The same embeddings in one cache."""
+    with CacheWriter(folder, cache.identity(), cache.dtype) as writer:
+        for shard in range(SHARDS):
+            part = cache.at("train", shard, SHARDS)
+            for i in range(shard * PER_SHARD, (shard + 1) * PER_SHARD):
+                if caption(i) not in writer:
+                    states, tokens = part.read(caption(i))
+                    lengths = [tokens] if cache.keeps_padding else None
+                    writer.add([caption(i)], [states], lengths)
+        if cache.keeps_padding:
+            states, tokens = part.read("")
+            writer.add([""], [states], [tokens])
+        writer.flush()
+    return EmbeddingCache(folder)
+
+
+@pytest.mark.parametrize("workers, processes, options", [(2, 1, ()), (0, 2, ()), (0, 1, ("--keep-padding",))])
+def test_a_stream_reads_what_it_reads_from_one_cache(make, data, folder, tmp_path, workers, processes, options):
+    cache = ShardedCache(make(*options))
+    whole = joined(cache, tmp_path / "whole")
+    config = config_of(data, dataloader_num_workers=workers)
+    for process in range(processes):
+        stream, other = (make_train_batches(config, text, process, processes) for text in (cache, whole))
+        for _ in range(8):
+            for given, expected in zip(next(stream), next(other)):
+                assert (given is None and expected is None) or torch.equal(given, expected)
+    encoder = TextEncoder.from_pretrained(folder, keeps_padding=bool(options))
+    batch, expected = (next(make_train_batches(config, text)) for text in (cache, encoder))
+    torch.testing.assert_close(batch.text, expected.text, atol=2e-3, rtol=2e-3)
+
+
+def test_a_stream_is_resumed_exactly(make, data):
+    config = config_of(data)
+    cache = open_text(None, str(make()), None)
+    stream = make_train_batches(config, cache)
+    for _ in range(3):
+        next(stream)
+    state = json.loads(json.dumps(stream.state_dict()))
+    resumed = make_train_batches(config, ShardedCache(cache.folder))
+    resumed.load_state_dict(state)
+    for _ in range(5):
+        assert torch.equal(next(resumed).text, next(stream).text)
+
+
+def test_captions_are_in_the_order_of_their_rows_and_few_parts_are_open(make, data):
+    cache = ShardedCache(make())
+    for shard in range(SHARDS):
+        part = cache.at("train", shard, SHARDS)
+        rows = dict.fromkeys(caption(i) for i in range(shard * PER_SHARD, (shard + 1) * PER_SHARD))
+        found = {tuple(key): tuple(place) for key, place in zip(part.keys.tolist(), part.places.tolist())}
+        places = [found[caption_key(text)] for text in rows]
+        assert len(found) == len(rows) == PER_SHARD - 1 and places == sorted(places)
+        assert cache.at("train", shard, SHARDS) is part and len(cache._open) <= MOST_OPEN
+    assert caption(20) in cache and "no caption" not in cache and len(cache) == SHARDS * (PER_SHARD - 1)
+    text = cache.encode([caption(20), caption(1)])
+    assert torch.equal(text.embeds[1], cache.at("train", 0, SHARDS).encode([caption(1)]).embeds[0])
+
+
+def test_captions_of_a_window_are_encoded_by_length():
+    class Encoder:
+        keeps_padding = False
+
+        def unpadded(self, texts: list[str]) -> list[str]:
+            batches.append(texts)
+            return [text.upper() for text in texts]
+
+    batches: list[list[str]] = []
+    (embeds,) = encode_window(["ccc", "a", "dddd", "bb", "e"], Encoder(), 2)
+    assert embeds == ["CCC", "A", "DDDD", "BB", "E"] and batches == [["a", "e"], ["bb", "ccc"], ["dddd"]]
+
+
+def test_a_build_goes_on_where_it_was(make, capsys, tmp_path):
+    folder = make()
+    assert "20 captions" in capsys.readouterr().out
+    shutil.rmtree(folder / "part-000002")
+    with pytest.raises(ValueError, match="lacks 1 of 4 parts, such as part-000002: run cache-embeddings again"):
+        ShardedCache(folder)
+    before = (folder / "part-000001" / "manifest.json").stat().st_mtime_ns
+    make()
+    assert "20 captions" in (out := capsys.readouterr().out) and "5 added" in out
+    assert (folder / "part-000001" / "manifest.json").stat().st_mtime_ns == before
+    assert cli.main(["cache-embeddings", str(folder), "--verify"]) == 0
+    assert cli.main(["doctor", str(folder)]) == 0
+    capsys.readouterr()
+    file = folder / "part-000003" / "shard-00000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert cli.main(["cache-embeddings", str(folder), "--verify"]) == 2
+    assert "part-000003: shard-00000.safetensors has a different checksum" in capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_refused(make, data, folder, tmp_path, capsys):
+    cache = ShardedCache(make())
+    with pytest.raises(ValueError, match="wrote with --streaming: set `streaming`"):
+        make_train_batches(config_of(data, streaming=False), cache)
+    shutil.copy(f"{data}/0.tar", f"{data}/4.tar")
+    with pytest.raises(ValueError, match="written for 4 shards of split 'train', but the data has 5"):
+        next(make_train_batches(config_of(data), cache))
+    capsys.readouterr()
+    common = ["--text-encoder", folder, "--train-data-dir", data, "--caption-column", "txt", "--device", "cpu"]
+    assert cli.main(["cache-embeddings", str(cache.folder), *common]) == 2
+    assert "a cache that was written with `streaming`" in capsys.readouterr().err
+    assert cli.main(["cache-embeddings", str(cache.folder), *common, "--streaming", "--dtype", "float16"]) == 2
+    assert "another encoder or data set (shards {'train': 4}, not {'train': 5})" in capsys.readouterr().err
+    (cache.folder / "layout.json").write_text('{"format": 1, "shards": {"train": -1}}')
+    with pytest.raises(ValueError, match="layout.json is malformed: has no valid `shards`"):
+        ShardedCache(cache.folder)
