@@ -393,7 +393,7 @@ def test_packages_that_a_machine_lacks_are_named(scripts, monkeypatch):
         ([], "Exactly one of `pack` and `work_dir` should be given"),
         (["--work_dir", "w", "--scale", "2"], "`scale` is 2.0, but should be from 1e-06 to 1."),
         (["--work_dir", "w", "--quality", "0"], "`quality` is 0, but should be from 1 to 100."),
-        (["--work_dir", "w", "--data", "no-such"], "`data` is 'no-such', which is not there."),
+        (["--work_dir", "w", "--data", "no-such"], "`data` is 'no-such', which does not exist."),
     ],
 )
 def test_options_that_cannot_be_are_refused(scripts, argv, message):
