@@ -190,11 +190,11 @@ class ShardedCache(TextSource):
         return self.first.parts()
 
     def check_encoder(self, identity: dict[str, Any]) -> None:
-        """As `EmbeddingCache.check_encoder`."""
+        """Check the encoder like `EmbeddingCache.check_encoder`."""
         self.first.check_encoder(identity)
 
     def check_kind(self, keeps_padding: bool, cleans_captions: bool) -> None:
-        """As `EmbeddingCache.check_kind`."""
+        """Check the kind of the embeddings like `EmbeddingCache.check_kind`."""
         self.first.check_kind(keeps_padding, cleans_captions)
 
     def for_captions(self, captions: Iterable[str] | None) -> TextSource:
