@@ -130,7 +130,7 @@ def test_another_encoder_or_length_is_refused(cache, encoder, folder, tmp_path, 
 
 
 def test_what_is_no_cache_is_refused(tmp_path, encoder):
-    with pytest.raises(ValueError, match=r"which has no manifest.json: make it with cache-embeddings"):
+    with pytest.raises(ValueError, match=r"which has no manifest.json: create it with cache-embeddings"):
         EmbeddingCache(tmp_path)
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "thesis.tex").write_text("all my work")
@@ -168,7 +168,7 @@ def test_batches_from_a_cache_are_those_of_the_encoder(config, encoder, folder, 
     assert cli.main(command) == 0
     assert "8 captions" in capsys.readouterr().out  # of all splits
     assert cli.main(["cache-embeddings", str(tmp_path / "c"), "--verify"]) == 0
-    assert "bytes a caption, verified" in capsys.readouterr().out
+    assert "bytes per caption, verified" in capsys.readouterr().out
 
     cached = replace(config, embedding_cache=str(tmp_path / "c"), in_memory=in_memory, dataloader_num_workers=workers)
     cache = EmbeddingCache(tmp_path / "c")
