@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
+from networks import randomize
 from PIL import Image
 
+from diffusers_imagen import EDMHeunScheduler, ImagenSuperResolutionPipeline
 from diffusers_imagen.commands import generate as generate_command
 from diffusers_imagen.commands import main as cli
 
@@ -172,6 +174,18 @@ def test_upscale_makes_a_picture_larger(model, picture, tmp_path):
     arguments = [*arguments[:-1], wide, "--width", 64, "--tile-size", 32, "--tile-overlap", 8]
     assert cli.main([*map(str, arguments)]) == 0
     assert Image.open(wide).size == (64, 32)
+
+
+def test_a_stage_without_text_upscales(sr_unet, picture, tmp_path, capfd):
+    unet = type(sr_unet).from_config({**sr_unet.config, "encoder_hid_dim": None, "attention_types": (None, None)})
+    stage = ImagenSuperResolutionPipeline(randomize(unet), EDMHeunScheduler(), scale_factor=2)
+    stage.save_pretrained(tmp_path / "stage")
+    output = tmp_path / "large.png"
+    command = ["upscale", str(picture), "--sr256", str(tmp_path / "stage"), "--steps", "1", "--output", str(output)]
+    assert cli.main([*command, "--prompt", "a face"]) == 2
+    assert "`prompt` is given, but no stage of this pipeline is conditioned on text" in capfd.readouterr().err
+    assert cli.main(command) == 0
+    assert Image.open(output).size == (32, 32)
 
 
 def test_inpaint_keeps_what_the_mask_leaves_black(model, picture, tmp_path):

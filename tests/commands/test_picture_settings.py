@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from importlib.metadata import version
 
 import numpy as np
@@ -43,6 +44,20 @@ def test_a_picture_is_drawn_again_from_its_settings(model, folder, run):
         generator=torch.Generator().manual_seed(settings["seed"]),
     )
     np.testing.assert_array_equal(np.asarray(again.images[-1]), np.asarray(Image.open("output-1.png")))
+
+
+def test_an_interval_without_an_end_is_kept(model, folder, run):
+    interval = ("--guidance-interval", 0.5, "inf")
+    assert run("generate", "a face", "--model", model, "--steps", 3, 1, *interval)[0] == 0
+    settings = settings_of("output.png")
+    assert settings["guidance_interval"] == [0.5, sys.float_info.max]
+    again = ImagenCascadePipeline.from_pretrained(model)(
+        "a face",
+        num_inference_steps=[3, 1],
+        guidance_interval=tuple(settings["guidance_interval"]),
+        generator=torch.Generator().manual_seed(0),
+    )
+    np.testing.assert_array_equal(np.asarray(again.images[0]), np.asarray(Image.open("output.png")))
 
 
 def test_pictures_of_a_file_of_prompts_have_their_own_seeds(model, folder, run):

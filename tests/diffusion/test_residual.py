@@ -123,6 +123,15 @@ def test_the_loss_is_that_of_the_residuals(unet):
     assert (loss - denoising_loss(unet, batch, drawn, objective, config)).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("preconditioning", ["edm", "variance_preserving", "discrete"])
+def test_a_trained_stage_samples_residuals(unet, pipe, low_res, preconditioning):
+    config = TrainingConfig(preset="emoji_sr_256", preconditioning=preconditioning)
+    pipe.scheduler = make_objective(config).scheduler_for(unet)
+    assert pipe.scheduler.config.sigma_data == config.sigma_data
+    images = pipe(image=low_res, num_inference_steps=2, output_type="latent", generator=seeded()).images
+    assert images.shape == (1, 3, 32, 32)
+
+
 @pytest.mark.parametrize("value", [0, -1.0, float("nan"), "0.2"])
 def test_a_scale_is_a_number_above_zero(value):
     with pytest.raises(ValueError, match="`residual_scale` is .*, but should be None or a finite number above 0"):

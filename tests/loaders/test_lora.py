@@ -49,6 +49,23 @@ def saved(cascade, tmp_path) -> tuple[np.ndarray, str]:
     return images, str(tmp_path / "lora")
 
 
+def test_a_pipeline_with_adapters_is_not_saved_in_a_form_that_cannot_be_loaded(cascade, tmp_path):
+    train(cascade, stages=["sr256_unet"])
+    images = draw(cascade)
+    for fused in (False, True):
+        if fused:
+            cascade.fuse_lora()
+        with pytest.raises(ValueError, match=r"`sr256_unet` has the LoRA adapters \['style'\], which cannot be saved"):
+            cascade.save_pretrained(tmp_path / "whole")
+        with pytest.raises(ValueError, match="which cannot be saved with it"):
+            cascade.push_to_hub("me/whole")
+        assert not (tmp_path / "whole").exists()
+    cascade.unload_lora_weights()
+    cascade.save_pretrained(tmp_path / "whole")
+    again = ImagenCascadePipeline.from_pretrained(tmp_path / "whole")
+    np.testing.assert_allclose(draw(again), images, atol=1e-3)
+
+
 def test_adapters_survive_saving_with_their_alpha(cascade, saved):
     images, folder = saved
     plain = draw(cascade)

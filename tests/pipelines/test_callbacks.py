@@ -9,6 +9,8 @@ from diffusers.callbacks import (
     SDXLCFGCutoffCallback,
 )
 
+from diffusers_imagen import EDMHeunScheduler
+
 
 class Recorder(PipelineCallback):
     tensor_inputs = ["latents", "prompt_embeds"]
@@ -115,6 +117,38 @@ def test_what_a_callback_returns_takes_the_place_of_what_it_got(cascade, run, re
     with pytest.raises(ValueError) as error:
         run(cascade, callback_on_step_end=lambda *_: returned)
     assert message in str(error.value)
+
+
+@pytest.fixture
+def residual_cascade(cascade):
+    """The cascade with a super-resolution stage that denoises residuals."""
+    unet = cascade.sr256_unet
+    cascade.sr256_unet = type(unet).from_config({**unet.config, "residual_scale": 0.25})
+    cascade.sr256_unet.load_state_dict(unet.state_dict())
+    cascade.sr256_scheduler = EDMHeunScheduler()
+    return cascade
+
+
+@pytest.mark.parametrize("returns", [True, False])
+@pytest.mark.parametrize("name", ["latents", "prompt_embeds", "negative_prompt_embeds"])
+def test_a_change_in_place_is_that_of_a_new_tensor(residual_cascade, run, name, returns):
+    def in_place(pipe, step, timestep, tensors):
+        tensors[name][..., :4] = 0.5
+        return tensors if returns else None
+
+    def replaced(pipe, step, timestep, tensors):
+        changed = tensors[name].clone()
+        changed[..., :4] = 0.5
+        return {name: changed}
+
+    options = {"callback_on_step_end_tensor_inputs": [name], "guidance_scale": 2.0}
+    expected = run(residual_cascade, callback_on_step_end=replaced, **options).stage_images
+    found = run(residual_cascade, callback_on_step_end=in_place, **options).stage_images
+    plain = run(residual_cascade, guidance_scale=2.0).stage_images
+    for resolution, images in expected.items():
+        assert torch.equal(found[resolution], images) and not torch.equal(plain[resolution], images)
+    looks = run(residual_cascade, callback_on_step_end=lambda *given: given[-1], **options).stage_images
+    assert all(torch.equal(looks[resolution], images) for resolution, images in plain.items())
 
 
 def test_guidance_that_a_callback_sets_is_a_number(cascade, run):

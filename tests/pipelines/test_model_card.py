@@ -58,6 +58,16 @@ def test_a_saved_folder_has_a_card_with_the_license(base_unet, tmp_path):
     assert split((tmp_path / "copy" / "README.md").read_text())[0] == header
 
 
+def test_an_upscaler_is_tagged_as_one(sr_pipeline, tmp_path):
+    sr_pipeline.register_to_config(origin=IF_2)
+    sr_pipeline.save_pretrained(tmp_path / "mine")
+    header, _ = split((tmp_path / "mine" / "README.md").read_text())
+    assert (header["pipeline_tag"], header["tags"]) == (
+        "image-to-image",
+        ["image-to-image", "diffusers", "diffusers-imagen"],
+    )
+
+
 @pytest.mark.parametrize("cleans, package", [(True, "'diffusers-imagen[deepfloyd]'"), (False, "diffusers-imagen")])
 def test_the_card_installs_what_cleaning_texts_needs(base_unet, cleans, package):
     pipe = ImagenPipeline(base_unet, EDMHeunScheduler(), clean_caption=cleans)

@@ -18,6 +18,7 @@ from transformers import BertModel
 
 import diffusers_imagen
 from diffusers_imagen import ImagenCascadePipeline, ImagenPipeline, ImagenSuperResolutionPipeline
+from diffusers_imagen.commands import diagnostics
 from diffusers_imagen.text import TextEncoder
 from diffusers_imagen.text.cache_writer import CacheWriter, save_parts, write_cache
 from diffusers_imagen.text.reference import ReferencedTextEncoder
@@ -254,6 +255,14 @@ def test_an_adapter_draws_with_the_network_that_it_was_trained_on(dreambooth, ca
     cascade.load_lora_weights(out, component="base_unet")
     np.testing.assert_array_equal(draw(cascade, "a red face", output_resolution=16), draw(own, "a red face"))
     assert ImagenCascadePipeline.from_stages(out).base_unet.peft_config
+
+
+def test_the_doctor_finds_nothing_wrong_with_an_adapter(dreambooth):
+    out, unet = dreambooth(rank=2)
+    findings = diagnostics.examine_stage(Path(out))
+    assert not any(finding.wrong for finding in findings)
+    count = sum(parameter.numel() for parameter in unet.parameters())
+    assert findings[0].text == f"unet: ImagenUNetModel: {count:,} weights, finite and trained"
 
 
 def test_a_subject_draws_alone_and_in_its_cascade(dreambooth, cascade_folder):

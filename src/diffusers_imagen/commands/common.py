@@ -146,6 +146,8 @@ def make_images(args: argparse.Namespace, task: str, prepare: Callable = lambda 
     prepare(pipe)
     check_picture_size(args, pipe)
     arguments = {**sampling_arguments(args, pipe), **inputs}
+    if not arguments["prompt"] and pipe.text_source is None:
+        arguments["prompt"] = None  # a model without text does not accept the empty one
     made = pipe(num_images_per_prompt=args.num_images, generator=torch.Generator().manual_seed(args.seed), **arguments)
     images: list[Image.Image] = made.images
     settings = describe_call(task, pipe, made.stage_images, sources_of(args), arguments) | {"seed": args.seed}

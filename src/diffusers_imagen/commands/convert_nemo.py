@@ -154,10 +154,7 @@ def write_about(args: argparse.Namespace, pipe: Any, reports: dict[str, dict[str
         text="" if args.text_encoder else without,
         training=TRAINING,
     )
-    card = new_card(text)
-    data: Any = card.data
-    data.pipeline_tag = "image-to-image" if pipe.stages[0].unet.takes_low_res else "text-to-image"
-    pipe.write_card(card, folder / "README.md")
+    pipe.write_card(new_card(text), folder / "README.md")
     record = {"stages": reports, "optimizer": TRAINING}
     write_json(folder / RECORD, json.loads(json.dumps(record, default=str)))  # YAML can contain dates
 

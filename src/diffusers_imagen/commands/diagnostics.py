@@ -16,6 +16,7 @@ from transformers import AutoConfig
 
 from ..conversion.deepfloyd import unet_from_deepfloyd
 from ..models.interface import StageNetwork
+from ..pipelines.adapted_network import AdaptedNetwork
 from ..pipelines.stages import missing_weights
 from ..text.cache import EmbeddingCache
 from ..text.encoder import TextEncoder
@@ -27,6 +28,7 @@ from ..training.data.pixels import BadImage, fit_image, name_image, open_image, 
 from ..training.data.sources import Rows, open_rows
 from ..utils.errors import one_line
 from ..utils.files import read_json_object
+from ..utils.references import REFERENCE
 
 
 SIGMA_TOLERANCE = 0.25  # relative: the preconditioning tolerates this deviation
@@ -239,7 +241,9 @@ def read_losses(path: Path) -> list[dict[str, Any]]:
 
 def examine_network(folder: Path, text_encoder: str | None) -> list[Finding]:
     """Check the weights of a network, and that it fits the text encoder."""
-    unet = AutoModel.from_pretrained(str(folder))
+    # the folder of an adapter has only a reference to its network
+    network_class = AdaptedNetwork if (folder / REFERENCE).is_file() else AutoModel
+    unet = network_class.from_pretrained(str(folder))
     if isinstance(unet, UNet2DConditionModel):  # as DeepFloyd IF is published
         unet = unet_from_deepfloyd(unet)
     if not isinstance(unet, StageNetwork):

@@ -12,12 +12,14 @@ UTF-8:
     image (int): index of the image in the call, from 0; for a grid, `images` instead, the number of images.
     num_inference_steps (dict[str, int]), guidance_scale (dict[str, float]), scheduler (dict[str, str]): by the name of
         each stage that ran.
-    and all other settings of the call without their default value, by the pipeline's argument name.
+    and all other settings of the call without their default value, by the pipeline's argument name. An infinite number is
+    the largest finite one, which has the same meaning in a guidance interval.
 
 Input images, paths, users and host names are not stored. Formats other than PNG contain no settings.
 """
 
 import json
+import sys
 from collections.abc import Collection, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -57,7 +59,7 @@ def describe_call(
     stages = [stage for stage in pipe.stages if stage.resolution in resolutions]
     names = [stage.name for stage in stages]
     by_stage = {name: dict(zip(names, per_stage_or_default(name, arguments.get(name), stages))) for name in BY_STAGE}
-    others = {name: value for name, value in arguments.items() if name not in OWN and value not in IDLE}
+    others = {name: finite(value) for name, value in arguments.items() if name not in OWN and value not in IDLE}
     tiles = {} if pipe.tiling is None else {"tile_size": pipe.tiling.tile_size, "tile_overlap": pipe.tiling.overlap}
     return {
         "version": version(KEYWORD),
@@ -70,6 +72,13 @@ def describe_call(
         **others,
         **tiles,
     }
+
+
+def finite(value: Any) -> Any:
+    """Return a setting with the largest number instead of infinity, which JSON does not have."""
+    if isinstance(value, (list, tuple)):
+        return [finite(part) for part in value]
+    return min(value, sys.float_info.max) if isinstance(value, float) else value
 
 
 def source_name(source: str) -> str:

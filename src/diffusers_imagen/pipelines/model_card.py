@@ -14,13 +14,13 @@ from torch import nn
 from ..utils.files import whole_file
 from .card_files import CARD_FILE, copy_card, find_card_folder
 from .origin import card_metadata, license_section, licenses_of, list_origins
-from .stages import Stage
+from .stages import Stage, refuse_adapters
 
 
 logger = logging.get_logger(__name__)
 
 UNKNOWN = "unknown"  # the Hub's value for an unknown license
-TAGS = ["text-to-image", "diffusers", "diffusers-imagen"]
+TAGS = ["diffusers", "diffusers-imagen"]  # after the task
 CARD = """\
 # {name}
 
@@ -127,9 +127,13 @@ class ModelCardMixin:
 
         Returns:
             The commit with `push_to_hub`, else None.
+
+        Raises:
+            ValueError: If the folder is a file, or a component has LoRA adapters.
         """
         if os.path.isfile(save_directory):
             raise ValueError(f"`save_directory` is '{save_directory}', a file, but should be a folder.")
+        refuse_adapters(self.components)
         save = super().save_pretrained  # type: ignore[misc]  # of DiffusionPipeline
         hub = {name: kwargs.pop(name, None) for name in ("repo_id", "private", "token", "commit_message", "create_pr")}
         if not push_to_hub:
@@ -175,7 +179,11 @@ class ModelCardMixin:
 
         Returns:
             The commit.
+
+        Raises:
+            ValueError: If a component has LoRA adapters.
         """
+        refuse_adapters(self.components)
         repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:
             if subfolder is None:
@@ -220,8 +228,9 @@ class ModelCardMixin:
     def write_card(self, card: ModelCard, path: Path) -> None:
         """Complete a card, and write it."""
         data: Any = card.data
-        populate_model_card(card, tags=[tag for tag in TAGS if tag not in (data.tags or [])])
-        data.pipeline_tag = data.pipeline_tag or TAGS[0]
+        task = "image-to-image" if self.stages[0].unet.takes_low_res else "text-to-image"
+        populate_model_card(card, tags=[tag for tag in (task, *TAGS) if tag not in (data.tags or [])])
+        data.pipeline_tag = data.pipeline_tag or task
         if data.license == UNKNOWN:  # written by `data.license or UNKNOWN` below, before the license was known
             data.license = None
         add_license(card, self.origins)

@@ -38,8 +38,15 @@ class PromptEmbeds:
         """Return the tensors by the names of the pipelines' arguments."""
         return {name: getattr(self, name) for name in PROMPT_EMBEDS}
 
-    def update(self, tensors: dict[str, torch.Tensor | None]) -> None:
-        """Replace tensors by those that a callback returned."""
+    def copies(self, names: list[str]) -> dict[str, torch.Tensor]:
+        """Return copies of the tensors with these names, among others, to recognize changes in place."""
+        return {
+            name: tensor.clone() for name, tensor in self.tensors().items() if name in names and tensor is not None
+        }
+
+    def update(self, tensors: dict[str, torch.Tensor | None], before: dict[str, torch.Tensor]) -> None:
+        """Replace tensors by those that a callback returned; `before` are copies of the tensors that it received."""
+        self.version += sum(not torch.equal(copy, getattr(self, name)) for name, copy in before.items())
         for name, tensor in tensors.items():
             if name in PROMPT_EMBEDS and tensor is not getattr(self, name):
                 setattr(self, name, tensor)

@@ -206,8 +206,9 @@ class Runner:
             return sample
         shown = {**given, PREDICTED: predicted}
         tensors = {name: shown[name] for name in callback.tensor_inputs}
+        before = text.copies(callback.tensor_inputs)
         changed = read_changes(function(self.pipe, self.calls, timestep, tensors), given)
-        text.update(changed)
+        text.update(changed, before)
         self.pipe._guidance_scale = read_scale(self.pipe._guidance_scale, function)
         self.calls += 1
         return changed.get("latents", sample)
@@ -268,12 +269,14 @@ class StageRunner:
                     begin_at(scheduler, call.back_to)
                 watch.see(f"the step of its {type(scheduler).__name__} overflows", sample)
                 if self.request.callback.function is not None:
-                    shown = self.space.decode(sample)
+                    images = self.space.decode(sample)
                     predicted = (
                         self.space.decode(denoised[0]) if denoised else None
                     )  # some schedulers do not return it
-                    changed = self.runner.call_back(self.request.callback, timestep, shown, predicted, self.text)
-                    sample = sample if changed is shown else self.space.encode(changed)
+                    given = images.clone()  # which the callback may change in place
+                    changed = self.runner.call_back(self.request.callback, timestep, given, predicted, self.text)
+                    # unchanged pixels are not rounded by the conversion
+                    sample = torch.where(changed == images, sample, self.space.encode(changed))
                     watch.see("`callback_on_step_end` returned such `latents`", sample)
                 progress.update()
         watch.raise_unless_finite(self.text)  # before the clamp, which turns infinite values into finite ones

@@ -446,7 +446,7 @@ class Trainer:
     def pipeline(self, unet: StageNetwork) -> StagePipeline:
         """Return the pipeline of the network, with the settings of the exported stage."""
         settings = self.pretrained.settings(self.config.preconditioning, self.objective.sampling, unet.takes_low_res)
-        return stage_pipeline(unet, self.objective.scheduler(), self.config, settings)
+        return stage_pipeline(unet, self.objective.scheduler_for(unet), self.config, settings)
 
     def save_snapshots(self, done: int) -> None:
         """Write the power function averages."""

@@ -251,7 +251,8 @@ def describe(pipe: DiffusionPipeline, sources: Mapping[str, str]) -> str:
     names = " + ".join(map(source_name, sources.values()))
     lines = [f"Model **{names}**: {parts}; {pipe._execution_device}, {str(pipe.dtype).removeprefix('torch.')}."]
     for card in (Path(source, "README.md") for source in sources.values()):
-        if card.is_file() and (limits := re.search(r"^## Limits\n+(.+?)(?:\n\n|\Z)", card.read_text(), re.M | re.S)):
+        text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+        if limits := re.search(r"^## Limits\n+(.+?)(?:\n\n|\Z)", text, re.M | re.S):
             lines.append(limits.group(1).replace("\n", " "))
     for license in licenses_of(pipe.origins):
         lines.append(f"{license.notice} [{license.title}]({license.link})")

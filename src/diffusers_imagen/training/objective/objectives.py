@@ -12,6 +12,7 @@ import torch
 
 from ...diffusion import continuous_ddpm, discrete_ddpm, edm
 from ...diffusion.training_examples import Example, continuous_ddpm_example, edm_example
+from ...models.interface import StageNetwork
 from ...schedulers import ContinuousDDPMScheduler, EDMAdamsScheduler, EDMHeunScheduler
 from ...schedulers.scheduling_utils import ImagenScheduler
 from ..config import TrainingConfig
@@ -51,6 +52,13 @@ class Objective(ABC):
     @abstractmethod
     def scheduler(self) -> ImagenScheduler:
         """Return the scheduler for sampling from the network."""
+
+    def scheduler_for(self, unet: StageNetwork) -> ImagenScheduler:
+        """Return the scheduler for a network; for one that denoises residuals, which exceed [-1, 1], without clipping."""
+        scheduler = self.scheduler()
+        if unet.residual_scale is None:
+            return scheduler
+        return type(scheduler).from_config(scheduler.config, clip_sample=False, thresholding=False)
 
     def minimized(self, losses: torch.Tensor, log_snr: torch.Tensor) -> torch.Tensor:
         """Return the values `(B,)` whose mean a step minimizes, from the reported losses `(B,)`."""
