@@ -19,7 +19,8 @@ from benchmark_kernels import picture
 from benchmark_measures import Case, Group
 from pyarrow import parquet
 
-from diffusers_imagen.text.cache import CacheWriter, EmbeddingCache
+from diffusers_imagen.text.cache import EmbeddingCache
+from diffusers_imagen.text.cache_writer import CacheWriter
 from diffusers_imagen.training import TrainingConfig
 from diffusers_imagen.training.data import make_train_batches
 

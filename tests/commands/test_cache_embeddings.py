@@ -11,8 +11,9 @@ from tiny_t5 import save_text_parts
 
 from diffusers_imagen.commands import main as cli
 from diffusers_imagen.text import TextEncoder
-from diffusers_imagen.text.cache import EmbeddingCache, open_text
+from diffusers_imagen.text.cache import EmbeddingCache
 from diffusers_imagen.text.cache_files import hold_cache, read_manifest
+from diffusers_imagen.text.opening import open_text
 from diffusers_imagen.utils.errors import describe
 
 

@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from diffusers_imagen.commands import main as cli
-from diffusers_imagen.text.cache import CachedTextEncoder, EmbeddingCache, caption_key
+from diffusers_imagen.text.cache import EmbeddingCache, caption_key
 from diffusers_imagen.text.cache_writer import CacheWriter, write_cache
 from diffusers_imagen.text.encoder import TextEncoder
+from diffusers_imagen.text.opening import CachedTextEncoder
 from diffusers_imagen.training import TrainingConfig
 from diffusers_imagen.training.data import make_train_batches
 

@@ -9,10 +9,11 @@ from text_sources import FunctionSource
 from tiny_t5 import save_text_parts
 
 from diffusers_imagen.text import TextEmbeddings, TextEncoder
-from diffusers_imagen.text.cache import CachedTextEncoder, EmbeddingCache, open_text
+from diffusers_imagen.text.cache import EmbeddingCache
 from diffusers_imagen.text.cache_files import render_manifest
 from diffusers_imagen.text.cache_writer import CacheWriter, write_cache
 from diffusers_imagen.text.identity import identity_mismatch
+from diffusers_imagen.text.opening import CachedTextEncoder, open_text
 from diffusers_imagen.text.source import ConcatenatedText, EncodedCaptions
 
 

@@ -9,9 +9,10 @@ import torch
 from data_files import picture, tar, write
 
 from diffusers_imagen.commands import main as cli
-from diffusers_imagen.text.cache import EmbeddingCache, caption_key, open_text
+from diffusers_imagen.text.cache import EmbeddingCache, caption_key
 from diffusers_imagen.text.cache_writer import CacheWriter
 from diffusers_imagen.text.encoder import TextEncoder
+from diffusers_imagen.text.opening import open_text
 from diffusers_imagen.text.sharded_cache import MOST_OPEN, ShardedCache, encode_window
 from diffusers_imagen.training import TrainingConfig
 from diffusers_imagen.training.data import make_train_batches

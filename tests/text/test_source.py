@@ -6,9 +6,10 @@ import pytest
 import torch
 from tiny_runs import make_unet
 
-from diffusers_imagen.text.cache import CachedTextEncoder, EmbeddingCache, open_text
+from diffusers_imagen.text.cache import EmbeddingCache
 from diffusers_imagen.text.cache_writer import CacheWriter, write_cache
 from diffusers_imagen.text.encoder import TextEncoder
+from diffusers_imagen.text.opening import CachedTextEncoder, open_text
 from diffusers_imagen.text.source import ConcatenatedText, TextSource
 from diffusers_imagen.text.text_embeddings import (
     PackedText,

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,16 +25,11 @@ from .cache_files import (
     read_manifest,
     size_problem,
 )
-from .encoder import TextEncoder
 from .identity import LATER, identity_mismatch
 from .pretrained import load_tokenizer_of_pipeline
 from .reference import EncoderParts
 from .source import TextSource
 from .text_embeddings import PackedText, TextEmbeddings
-
-
-if TYPE_CHECKING:
-    from .sharded_cache import ShardedCache
 
 
 logger = logging.get_logger(__name__)
@@ -232,66 +227,7 @@ class EmbeddingCache(TextSource):
         return None
 
 
-class CachedTextEncoder(TextSource):
-    """Text encoder with a cache of the data's captions; prompts need not be in the cache."""
-
-    def __init__(self, encoder: TextEncoder, cache: "EmbeddingCache | ShardedCache"):
-        self.encoder, self.cache = encoder, cache
-        self.width, self.max_length = cache.width, cache.max_length
-        self.keeps_padding, self.cleans_captions = encoder.keeps_padding, encoder.cleans_captions
-
-    def encode(self, texts: list[str]) -> TextEmbeddings:
-        return self.encoder.encode(texts)
-
-    def identity(self) -> dict[str, Any]:
-        return self.cache.identity()
-
-    def parts(self) -> EncoderParts | None:
-        return self.encoder.parts()
-
-    def release(self) -> None:
-        self.encoder.release()
-
-    def for_captions(self, captions: Iterable[str] | None) -> TextSource:
-        self.cache.check_encoder(self.encoder.identity())
-        return self.cache.for_captions(captions)
-
-
 def describe_flags(keeps_padding: bool, cleans_captions: bool) -> str:
     """Describe the flags of `diffusers-imagen cache-embeddings` for embeddings of a kind."""
     flags = [flag for flag, is_set in zip(FLAGS, (keeps_padding, cleans_captions)) if is_set]
     return f"with {' and '.join(flags)}" if flags else f"without {' and '.join(FLAGS)}"
-
-
-def open_text(
-    text_encoder: str | None,
-    embedding_cache: str | None,
-    max_length: int | None,
-    keeps_padding: bool = False,
-    cleans_captions: bool = False,
-    **options: Any,
-) -> TextSource | None:
-    """Open the text source of a run from its settings; None if neither encoder nor cache is given.
-
-    Args:
-        text_encoder (`str`, *optional*): Folder or Hub id.
-        embedding_cache (`str`, *optional*): Folder of a cache.
-        max_length (`int`, *optional*): Maximum tokens per text; by default the tokenizer's limit.
-        keeps_padding (`bool`), cleans_captions (`bool`): Settings that the network is trained with.
-        options: Options of `TextEncoder.from_pretrained`, such as `revision` and `variant`.
-
-    Raises:
-        ValueError: If they cannot be opened, or the cache has embeddings of another kind.
-    """
-    encoder = None
-    if text_encoder:
-        encoder = TextEncoder.from_pretrained(
-            text_encoder, max_length, keeps_padding=keeps_padding, cleans_captions=cleans_captions, **options
-        )
-    if embedding_cache is None:
-        return encoder
-    from .sharded_cache import open_cache  # which imports this module
-
-    cache = open_cache(embedding_cache)
-    cache.check_kind(keeps_padding, cleans_captions)
-    return cache if encoder is None else CachedTextEncoder(encoder, cache)

@@ -14,7 +14,7 @@ from diffusers.utils import logging
 from tqdm.auto import tqdm
 
 from ..models.interface import StageNetwork
-from ..text.cache import open_text
+from ..text.opening import open_text
 from ..text.source import TextSource
 from ..utils.processes import check_shared, on_main_process
 from .checkpoints import Checkpoints, Found, Stateful
