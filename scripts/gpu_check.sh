@@ -37,9 +37,9 @@ if sys.argv[1] == "cuda":
         sys.exit("gpu_check.sh: torch sees no GPU; for a rehearsal on the CPU: scripts/gpu_check.sh OUT cpu")
 END
 
-selected=(-m gpu tests/test_gpu.py)
+selected=(-m gpu tests/test_gpu.py tests/test_gpu_compiled.py)
 if [[ $device == cuda ]]; then  # and those of diffusers' tester classes
-    selected=(-m "gpu or cpu_offload or group_offload or memory" tests/test_gpu.py tests/models)
+    selected=(-m "gpu or cpu_offload or group_offload or memory" tests/test_gpu.py tests/test_gpu_compiled.py tests/models)
 fi
 "$PYTHON" -m pytest -q -p no:cacheprovider "${selected[@]}" --junitxml="$out/tests.xml" 2>&1 | tee "$out/gpu_check.log"
 passed=${PIPESTATUS[0]}

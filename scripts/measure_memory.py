@@ -2,18 +2,23 @@
 """Compute the memory requirements of DeepFloyd IF's cascade: weights, and the peak memory of a guided call.
 
     python scripts/measure_memory.py --check I-M
+    python scripts/measure_memory.py --presets 500m_res_64 600m_res_256
 
 Weights are counted from configurations. A call is simulated with tensors without data, which have the shapes, dtypes
 and lifetimes of a call on a CPU; its peak is that of all live tensors. Temporary memory of kernels and libraries, and
 memory cached by an allocator, are not counted. `--check` also runs a network with data, in float32 and bfloat16, and
-compares with the profiler's record of PyTorch's CPU allocator.
+compares with the profiler's record of PyTorch's CPU allocator. `--presets` counts the calls of presets instead, beside
+what a call needs at least: the peak if every tensor were free after the last operation that reads it.
 """
 
 import argparse
 import sys
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -27,6 +32,8 @@ from transformers.quantizers.base import get_keys_to_not_convert
 
 from diffusers_imagen import ImagenUNetModel
 from diffusers_imagen.commands.parser import Parser
+from diffusers_imagen.models.presets import PRESETS
+from diffusers_imagen.models.unet_base import ConditionalUNet
 from diffusers_imagen.utils.errors import run_to_exit_code
 
 
@@ -130,15 +137,26 @@ def text_encoder_bytes(model: T5EncoderModel) -> dict[str, float]:
 # ---- calls
 
 
+@dataclass
+class Life:
+    """Bytes of a tensor's memory, and the first and the last operation that use it."""
+
+    size: int
+    first: int
+    last: int
+
+
 class LiveMemory(TorchDispatchMode):
     """Counts the bytes of the tensors that operations make, as long as they live; what was there before is free."""
 
     def __init__(self):
         super().__init__()
-        self.held = self.peak = 0
-        self.known: dict[int, weakref.finalize] = {}  # by storage address
+        self.held = self.peak = self.operations = 0
+        self.known: dict[int, tuple[weakref.finalize, Life]] = {}  # by storage address
+        self.lives: list[Life] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.operations += 1
         for tensor in _tensors((args, kwargs)):
             self.see(tensor.untyped_storage(), made=False)
         results = func(*args, **(kwargs or {}))
@@ -148,9 +166,12 @@ class LiveMemory(TorchDispatchMode):
 
     def see(self, storage: torch.UntypedStorage, made: bool) -> None:
         if id(storage) in self.known:
+            self.known[id(storage)][1].last = self.operations
             return
         size = storage.nbytes() if made else 0
-        self.known[id(storage)] = weakref.finalize(storage, self.drop, id(storage), size)
+        life = Life(size, self.operations, self.operations)
+        self.known[id(storage)] = weakref.finalize(storage, self.drop, id(storage), size), life
+        self.lives.append(life)
         self.held += size
         self.peak = max(self.peak, self.held)
 
@@ -158,33 +179,50 @@ class LiveMemory(TorchDispatchMode):
         del self.known[key]
         self.held -= size
 
+    @property
+    def needed(self) -> int:
+        """The peak if every tensor were free after the last operation that uses it."""
+        changes: Counter[int] = Counter()
+        for life in self.lives:
+            changes[life.first] += life.size
+            changes[life.last + 1] -= life.size
+        return max(accumulate(changes[operation] for operation in range(self.operations + 1)))
+
 
 def _tensors(values) -> Iterator[torch.Tensor]:
     return (value for value in tree_leaves(values) if isinstance(value, torch.Tensor))
 
 
 class Call:
-    """Guided call for one image, with the text encoded in advance."""
+    """Guided call for one image, with the text encoded in advance; of a network without text a call for one image."""
 
-    def __init__(self, config: dict, dtype: torch.dtype):
+    def __init__(
+        self, config: dict, dtype: torch.dtype, network_class: type[ConditionalUNet] = ImagenUNetModel
+    ) -> None:
         standard = torch.get_default_dtype()
         torch.set_default_dtype(dtype)  # tensors without data cannot be cast in place
         try:
-            self.unet = ImagenUNetModel(**config).eval().requires_grad_(False)
+            self.unet = network_class(**config).eval().requires_grad_(False)
         finally:
             torch.set_default_dtype(standard)
         side = config["sample_size"]
-        self.embeds = torch.randn(2, TOKENS, TEXT_WIDTH, dtype=dtype)
-        self.sample = torch.randn(2, 3, side, side, dtype=dtype)
-        low_res = self.unet.takes_low_res
-        self.options = {"low_res_sample": self.sample, "low_res_timestep": torch.full((2,), 250.0)} if low_res else {}
-        self.timestep = torch.full((2,), 500.0)
+        self.branches = 1 if self.unet.text_width is None else 2
+        self.sample = torch.randn(self.branches, 3, side, side, dtype=dtype)
+        self.options = {"low_res_sample": self.sample} if self.unet.takes_low_res else {}
+        if self.unet.takes_low_res_noise_level:
+            self.options["low_res_timestep"] = torch.full((self.branches,), 250.0)
+        self.timestep, self.text = torch.full((self.branches,), 500.0), None
 
     def encode(self) -> None:
-        self.text = self.unet.encode_text(self.embeds)
+        if self.unet.text_width is not None:
+            embeds = torch.randn(self.branches, TOKENS, self.unet.text_width, dtype=self.sample.dtype)
+            self.text = self.unet.encode_text(embeds)
 
     def __call__(self) -> torch.Tensor:
-        unconditional, conditional = self.unet(self.sample, self.timestep, self.text, **self.options).sample.chunk(2)
+        output = self.unet(self.sample, self.timestep, self.text, **self.options).sample
+        if self.branches == 1:
+            return output
+        unconditional, conditional = output.chunk(2)
         return unconditional + 7 * (conditional - unconditional)
 
 
@@ -265,11 +303,40 @@ def print_check(name: str) -> None:
             )
 
 
+@torch.no_grad()
+def print_presets(names: list[str]) -> None:
+    """Print the weights of presets, the counted peak of a guided call in float32, and what it needs at least."""
+    headings = (
+        "a guided call, batch 1, float32, MiB",
+        "weights",
+        "peak",
+        "needed",
+        "(weights + peak) / (weights + needed)",
+    )
+    with table(*headings) as row:
+        for name in names:
+            preset = PRESETS[name]
+            with FakeTensorMode():
+                call = Call(preset.config, torch.float32, preset.network_class)
+                call.encode()
+                with LiveMemory() as memory:
+                    call()
+            weights = 4 * preset.num_parameters
+            ratio = (weights + memory.peak) / (weights + memory.needed)
+            row(name, *map(in_mib, (weights, memory.peak, memory.needed)), f"{ratio:.3f}")
+
+
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", choices=[network.name for network in NETWORKS], help="a network to run with data")
+    parser.add_argument(
+        "--presets", choices=list(PRESETS), nargs="+", help="presets to count in place of IF's networks"
+    )
     args = parser.parse_args()
     logging.set_verbosity_error()
+    if args.presets is not None:
+        print_presets(args.presets)
+        return
     print_tables()
     if args.check is not None:
         print_check(args.check)

@@ -1,4 +1,5 @@
 import re
+import weakref
 
 import pytest
 import torch
@@ -387,3 +388,21 @@ def test_a_side_without_a_level_is_refused():
         ImagenUNetModel(
             sample_size=16, block_out_channels=(32, 32), attention_resolutions=(8,), attention_head_dim=32
         ).at_resolution(15)
+
+
+@pytest.mark.parametrize(
+    "name, made_by, used_up_by",
+    [
+        ("efficient-cross", "conv_in", "down_blocks.0"),
+        ("efficient-cross", "up_blocks.0", "up_blocks.1"),
+        ("unet-fused", "mid_blocks.1", "up_blocks.0"),
+        ("unet-fused", "up_blocks.0", "up_blocks.1"),
+    ],
+)
+def test_the_input_of_a_resampling_or_a_sum_is_free_while_the_next_block_runs(name, made_by, used_up_by):
+    unet, outputs, seen = make(name), [], []
+    unet.get_submodule(made_by).register_forward_hook(lambda module, args, out: outputs.append(weakref.ref(out)))
+    inside = unet.get_submodule(used_up_by).resnets[0].conv1
+    inside.register_forward_pre_hook(lambda module, args: seen.append(outputs[0]() is None))
+    run(unet, inputs_for(unet))
+    assert seen == [True]

@@ -27,6 +27,7 @@ def test_what_lives_at_once_is_counted(script):
             assert memory.held == 1200 and memory.peak == 1200
             d = b + 1
             assert memory.peak == 2000
+            assert memory.needed == 1600  # `b` and `d`: nothing reads `c`
             del b, c, d
             assert memory.held == 0 and given.view(10, 10).shape == (10, 10) and memory.held == 0
 

@@ -100,7 +100,8 @@ class ResBlock(nn.Module):
         temb = self.time_emb_proj(temb)[:, :, None, None]
         if self.scale_shift:
             scale, shift = temb.chunk(2, dim=1)
-            h = torch.addcmul(shift, self.norm2(h), 1 + scale)
+            h = self.norm2(h)
+            h = torch.addcmul(shift, h, 1 + scale)
         else:
             h = self.norm2(h + temb)
         h = self.conv2(self.dropout(overwrite_act(h, self.act_fn)))  # (B, C_out, H', W')

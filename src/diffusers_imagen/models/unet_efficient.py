@@ -127,7 +127,8 @@ class EfficientUNetModel(ConditionalUNet):
         h = self.conv_in(h)  # (B, C_0, H, W)
         skips = []
         for downsample, block in zip(self.downsamplers, self.down_blocks):
-            h = self._run(block, downsample(h), temb, texts)  # (B, C_i, H / 2^(i+1), W / 2^(i+1))
+            h = downsample(h)  # assigned first: what it was, the largest image, is free while the block runs
+            h = self._run(block, h, temb, texts)  # (B, C_i, H / 2^(i+1), W / 2^(i+1))
             skips.append(h)
 
         # the deepest level does not resample
@@ -135,6 +136,8 @@ class EfficientUNetModel(ConditionalUNet):
         h = self._run(self.up_blocks[0], h, temb, texts)
 
         for block, upsample in zip(self.up_blocks[1:], self.upsamplers):
-            h = upsample(self._run(block, h + skips.pop(), temb, texts))
+            h = h + skips.pop()
+            h = self._run(block, h, temb, texts)
+            h = upsample(h)
 
         return self.conv_out(h)  # (B, out_channels, H, W)

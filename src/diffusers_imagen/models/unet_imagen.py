@@ -200,11 +200,13 @@ class ImagenUNetModel(ConditionalUNet):
         blocks, upsamplers = iter(self.up_blocks), iter(self.upsamplers)
         for level, num_layers in reversed(list(enumerate(self.num_layers))):
             for _ in range(num_layers + 1):
-                h = self._run(next(blocks), torch.cat([h, skips.pop()], dim=1), temb, texts)
+                h = torch.cat([h, skips.pop()], dim=1)  # assigned first: both are free while the block runs
+                h = self._run(next(blocks), h, temb, texts)
             if level > 0:
                 h = resample(next(upsamplers), h, temb)
 
-        return self.conv_out(overwrite_act(self.norm_out(h), self.config.act_fn))  # (B, out_channels, H, W)
+        h = overwrite_act(self.norm_out(h), self.config.act_fn)
+        return self.conv_out(h)  # (B, out_channels, H, W)
 
 
 def resample(resampler: nn.Module, h: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
