@@ -16,8 +16,8 @@ SCONTROL = """#!/bin/bash
 """
 # starts the first node, and the second one when that listens: here both have one address
 SRUN = """#!/bin/bash
-[ "$1" = --kill-on-bad-exit=1 ] || exit 9
-shift
+[ "$1 $2" = "--kill-on-bad-exit=1 --cpus-per-task=96" ] || exit 9
+shift 2
 SLURM_NODEID=0 "$@" & first=$!
 if [ "$SLURM_NNODES" = 2 ]; then
     until (: < "/dev/tcp/127.0.0.1/$PORT") 2> /dev/null; do kill -0 $first || exit 8; sleep 0.1; done
@@ -56,6 +56,7 @@ def test_a_process_of_every_gpu_of_every_node_is_started(tmp_path, nodes):
         "SLURM_NNODES": str(nodes),
         "SLURM_JOB_NODELIST": "node[1-2]",
         "SLURM_GPUS_ON_NODE": "2",
+        "SLURM_CPUS_PER_TASK": "96",
         "PORT": str(20000 + job),
         "FOLDER": str(results),
     }
