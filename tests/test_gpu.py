@@ -13,6 +13,9 @@ from networks import randomize
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffusers_imagen import EDMHeunScheduler, EfficientUNetModel, ImagenPipeline, ImagenUNetModel
+from diffusers_imagen.text.text_embeddings import PackedText
+from diffusers_imagen.training.data import DataConfig
+from diffusers_imagen.training.data.batch import Samples
 
 
 CUDA = torch.cuda.is_available()
@@ -183,3 +186,17 @@ def test_a_training_step_in_autocast_has_finite_gradients(dtype):
     output.float().square().mean().backward()
     assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in unet.parameters())
     assert unet.conv_in.weight.grad.abs().sum() > 0
+
+
+def test_batches_are_finished_on_the_device_as_on_a_cpu():
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    text = PackedText.of(torch.randn(3, TEXT_WIDTH, generator=generator).bfloat16(), mask, keeps_padding=False)
+    config = DataConfig(resolution=32, low_resolution=8)
+    batch, expected = (
+        Samples(pixels, None, None, text).finish(None, config, torch.device(device)) for device in (DEVICE, "cpu")
+    )
+    assert batch.images.device.type == batch.low_res.device.type == batch.text.device.type == DEVICE
+    for given, wanted in zip(batch, expected):
+        torch.testing.assert_close(given.cpu(), wanted, atol=1e-6, rtol=0)

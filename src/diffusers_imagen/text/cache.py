@@ -156,7 +156,7 @@ class EmbeddingCache(TextSource):
         """Return embeddings like `encode`, in the cache's dtype, without padding where it is zero."""
         states, lengths = zip(*map(self.read, texts))
         mask = torch.arange(self.max_length) < torch.tensor(lengths)[:, None]
-        return PackedText.of(torch.cat(states), mask, self.keeps_padding)
+        return PackedText.of(states[0] if len(states) == 1 else torch.cat(states), mask, self.keeps_padding)
 
     def check_encoder(self, identity: dict[str, Any]) -> None:
         """Raise ValueError if the cache was computed by another encoder or for another length."""
