@@ -8,17 +8,19 @@ Weights are counted from configurations. A call is simulated with tensors withou
 and lifetimes of a call on a CPU; its peak is that of all live tensors. Temporary memory of kernels and libraries, and
 memory cached by an allocator, are not counted. `--check` also runs a network with data, in float32 and bfloat16, and
 compares with the profiler's record of PyTorch's CPU allocator. `--presets` counts the calls of presets instead, beside
-what a call needs at least: the peak if every tensor were free after the last operation that reads it.
+what a call needs at least: the peak if every tensor were free after the last operation that reads it. `--quantized`
+loads a T5 encoder with random weights in 8 and 4 bits, with bitsandbytes and torchao if they are installed.
 """
 
 import argparse
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import torch
@@ -27,7 +29,7 @@ from diffusers.utils import logging
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import T5Config, T5EncoderModel
+from transformers import BitsAndBytesConfig, T5Config, T5EncoderModel, TorchAoConfig
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from diffusers_imagen import ImagenUNetModel
@@ -35,6 +37,7 @@ from diffusers_imagen.commands.parser import Parser
 from diffusers_imagen.models.presets import PRESETS
 from diffusers_imagen.models.unet_base import ConditionalUNet
 from diffusers_imagen.utils.errors import run_to_exit_code
+from diffusers_imagen.utils.modules import memory_of
 
 
 TEXT_WIDTH, TOKENS = 4096, 77
@@ -47,6 +50,8 @@ T5_XXL = {
     "feed_forward_proj": "gated-gelu",
     "vocab_size": 32128,
 }
+# T5 v1.1 large with 4 of its 24 layers and few tokens
+T5_SMALLER = {**T5_XXL, "d_model": 1024, "d_ff": 2816, "num_layers": 4, "num_heads": 16, "vocab_size": 100}
 KIND = {
     "out_channels": 6,
     "encoder_hid_dim": TEXT_WIDTH,
@@ -303,6 +308,52 @@ def print_check(name: str) -> None:
             )
 
 
+def quantizations() -> dict[str, Callable[[], dict]]:
+    """Return the arguments of `from_pretrained` for each way to load a text encoder."""
+
+    def torchao() -> TorchAoConfig:
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        return TorchAoConfig(Int8WeightOnlyConfig())
+
+    eight, four = {"load_in_8bit": True}, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    half = {"dtype": torch.bfloat16}
+    return {
+        "float32": lambda: {},
+        "bfloat16": lambda: half,
+        "bitsandbytes, 8 bits": lambda: {"quantization_config": BitsAndBytesConfig(**eight)},
+        "bitsandbytes, 8 bits, bfloat16": lambda: {"quantization_config": BitsAndBytesConfig(**eight), **half},
+        "bitsandbytes, 4 bits (nf4)": lambda: {"quantization_config": BitsAndBytesConfig(**four)},
+        "torchao, int8 weights": lambda: {"quantization_config": torchao()},
+        "torchao, int8 weights, bfloat16": lambda: {"quantization_config": torchao(), **half},
+    }
+
+
+@torch.no_grad()
+def print_quantized() -> None:
+    """Print the memory of a text encoder's weights as it is loaded, and the error of its embeddings."""
+    torch.manual_seed(0)
+    tokens = torch.randint(T5_SMALLER["vocab_size"], (2, TOKENS))
+    expected = None
+    with (
+        TemporaryDirectory() as folder,
+        table("text encoder", "weights, MiB", "share", "error of the embeddings") as row,
+    ):
+        T5EncoderModel(T5Config(**T5_SMALLER)).save_pretrained(folder)
+        for name, arguments in quantizations().items():
+            try:
+                model = T5EncoderModel.from_pretrained(folder, **arguments())
+            except ImportError as error:
+                row(name, "–", "–", str(error).splitlines()[0])
+                continue
+            embeds = model(tokens).last_hidden_state.float()
+            size = sum(map(memory_of, [*model.parameters(), *model.buffers()]))
+            if expected is None:
+                expected, whole = embeds, size
+            error = (embeds - expected).norm() / expected.norm()
+            row(name, f"{size / 2**20:.1f}", f"{size / whole:.2f}", f"{error:.1%}")
+
+
 @torch.no_grad()
 def print_presets(names: list[str]) -> None:
     """Print the weights of presets, the counted peak of a guided call in float32, and what it needs at least."""
@@ -329,6 +380,7 @@ def print_presets(names: list[str]) -> None:
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", choices=[network.name for network in NETWORKS], help="a network to run with data")
+    parser.add_argument("--quantized", action="store_true", help="measure a text encoder in 8 and 4 bits instead")
     parser.add_argument(
         "--presets", choices=list(PRESETS), nargs="+", help="presets to count in place of IF's networks"
     )
@@ -336,10 +388,12 @@ def main() -> None:
     logging.set_verbosity_error()
     if args.presets is not None:
         print_presets(args.presets)
-        return
-    print_tables()
-    if args.check is not None:
-        print_check(args.check)
+    elif args.quantized:
+        print_quantized()
+    else:
+        print_tables()
+        if args.check is not None:
+            print_check(args.check)
 
 
 if __name__ == "__main__":

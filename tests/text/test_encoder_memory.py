@@ -8,6 +8,7 @@ import torch
 from accelerate import cpu_offload
 from deepfloyd_networks import STAGE_1
 from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers.quantizers import PipelineQuantizationConfig
 from networks import randomize
 from tiny_t5 import CHARACTERS, save_text_parts, tiny_t5, tiny_tokenizer
 from transformers import T5Config, T5EncoderModel
@@ -16,7 +17,7 @@ from diffusers_imagen import EDMHeunScheduler, ImagenPipeline
 from diffusers_imagen.conversion.deepfloyd import unet_from_deepfloyd
 from diffusers_imagen.text import TextEmbeddings, TextEncoder, reference
 from diffusers_imagen.text.identity import identity_mismatch
-from diffusers_imagen.utils.modules import find_not_finite, memory_of
+from diffusers_imagen.utils.modules import find_not_finite, is_quantized, memory_of
 
 
 PROMPTS = ["a red apple", "blue"]
@@ -130,6 +131,21 @@ def test_quantized_encoders_do_the_same_work(kind, bound, tmp_path):
     quantized.release()
     gc.collect()
     assert model() is None and torch.equal(quantized.encode(PROMPTS).embeds, found)
+
+
+@pytest.mark.parametrize("kind", ["bitsandbytes 8", "torchao 8"])
+def test_a_pipeline_quantizes_its_text_encoder_as_it_is_loaded(kind, base_unet, tmp_path):
+    pytest.importorskip(kind.split()[0])
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    encoder = randomize(T5EncoderModel(T5Config(vocab_size=4 + len(CHARACTERS), **sizes)))
+    pipe = ImagenPipeline(base_unet, EDMHeunScheduler(clip_sample=True), tiny_tokenizer(), encoder)
+    pipe.save_pretrained(tmp_path)
+    expected = run(pipe, PROMPTS)
+    config = PipelineQuantizationConfig(quant_mapping={"text_encoder": quantization_configs()[kind]()})
+    quantized = ImagenPipeline.from_pretrained(tmp_path, quantization_config=config)
+    assert is_quantized(quantized.text_encoder) and not is_quantized(quantized.unet)
+    made = run(quantized, PROMPTS)
+    assert made.isfinite().all() and 0 < (made - expected).abs().mean() < 0.05
 
 
 class Quantized(torch.Tensor):
