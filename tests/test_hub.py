@@ -14,6 +14,7 @@ import yaml
 from deepfloyd_repository import stage_2, write_repository
 from hub_client import Client
 from PIL import Image
+from safetensors.torch import load
 from tiny_t5 import save_text_parts, tiny_t5, tiny_tokenizer
 
 from diffusers_imagen import ImagenPipeline
@@ -89,7 +90,9 @@ def test_round_trip(hub, client, cascade, tmp_path):
     saved, pushed = files_below(tmp_path / "model"), hub.repos["user/cascade"][-1]
     assert set(pushed) == {*saved, "README.md"}
     weights = [path for path in saved if path.endswith(".safetensors")]
-    assert len(weights) == 3 and all(pushed[path] == saved[path] for path in weights)
+    assert len(weights) == 3
+    for path in weights:
+        torch.testing.assert_close(load(pushed[path]), load(saved[path]), atol=0, rtol=0)
 
     listed, library, pipeline_tag, tags = json.loads(client.run(PULL))
     assert set(listed) == set(pushed)
@@ -223,7 +226,9 @@ def test_a_stage_is_read_with_the_token_and_of_the_revision_that_were_given(hub,
     resolved = {request.split("/resolve/")[1] for request in hub.requests if "/resolve/" in request}
     commits = {hub_server.commit_sha(f"user/{name}", 0) for name in ("pipeline", "folder")}
     assert {path.partition("/")[0] for path in resolved} - {"main"} <= {"first", *commits}
-    assert {path for path in resolved if path.startswith("main")} <= {"main/model_index.json"}  # refused: no token
+    newest = {path for path in resolved if path.startswith("main")}  # refused: no token
+    # transformers 5.4 asks for an adapter without the revision
+    assert {path for path in newest if not path.endswith("adapter_config.json")} <= {"main/model_index.json"}
 
 
 TRAIN = """

@@ -88,6 +88,7 @@ def wait_for(page, text: str) -> None:
 def settings(page, **values) -> None:
     """Opens the settings, and sets sliders of the tab by their labels."""
     shown(page, page.get_by_role("button", name="Settings")).click()
+    shown(page, page.get_by_label(re.compile("number input for .* steps"))).wait_for()
     for label, value in {"16 px steps": 2, "32 px steps": 1, **values}.items():
         fields = page.get_by_label(f"number input for {label}", exact=True).locator("visible=true")
         if fields.count():
