@@ -265,6 +265,18 @@ def test_the_doctor_finds_nothing_wrong_with_an_adapter(dreambooth):
     assert findings[0].text == f"unet: ImagenUNetModel: {count:,} weights, finite and trained"
 
 
+def test_training_starts_from_an_adapter_only_if_it_is_merged(dreambooth, make_config, tmp_path):
+    out, _ = dreambooth(rank=2)
+    with pytest.raises(ValueError, match="`pretrained_model_name_or_path` is .*, whose network has a LoRA adapter"):
+        make_unet(make_config(preset=None, pretrained_model_name_or_path=out))
+    pipe = DiffusionPipeline.from_pretrained(out)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    pipe.save_pretrained(tmp_path / "merged")
+    unet = make_unet(make_config(preset=None, pretrained_model_name_or_path=str(tmp_path / "merged")))
+    assert all(torch.equal(value, unet.state_dict()[name]) for name, value in pipe.unet.state_dict().items())
+
+
 def test_a_subject_draws_alone_and_in_its_cascade(dreambooth, cascade_folder):
     out, unet = dreambooth(learning_rate=1e-1)
     pipe = DiffusionPipeline.from_pretrained(out)

@@ -178,6 +178,11 @@ def load_unet(name: str, subfolder: str | None = "unet", **hub: str) -> StageNet
         raise ValueError(f"{what}which has no network that can be loaded: {describe_fault(error)}") from error
     if not isinstance(unet, StageNetwork):
         raise ValueError(f"{what}which has an {type(unet).__name__}, but should have an {NETWORK_CLASSES}.")
+    if getattr(unet, "peft_config", None):  # the stage would be saved with the layers of the adapter
+        raise ValueError(
+            f"{what}whose network has a LoRA adapter: pass the network that the adapter was trained on, or merge the two "
+            "by `fuse_lora()`, `unload_lora_weights()` and `save_pretrained` of the pipeline."
+        )
     refuse_missing(what, missing_weights(unet))
     return unet
 
