@@ -50,6 +50,14 @@ def test_a_sound_data_set(tmp_path, capsys):
     assert "8 rows, of which 8 images are opened" in text and "modes: RGB 8" in text
 
 
+def test_images_that_are_reduced(tmp_path, capsys):
+    images = {f"{i}.png": np.kron(noise(i), np.ones((3, 3, 1), dtype=np.uint8)) for i in range(4)}
+    images |= {"wide.png": noise(4)[:8].repeat(4, axis=0), "copy.png": images["0.png"]}
+    folder = write_data(tmp_path / "d", images, [f"caption {i}" for i in range(6)])
+    code, wrong, text = run(capsys, folder, "--resolution", 16, "--sigma_data", 0.58)
+    assert code == 1 and wrong == ["WRONG  1 of 6 images are exact copies of others: copy.png of 0.png"], text
+
+
 def test_everything_that_is_wrong_is_said(tmp_path, capsys, tokenizer):
     tokenizer.save_pretrained(tmp_path / "te" / "tokenizer")
     images = {f"{i}.png": noise(i) for i in range(6)} | {"copy.png": noise(0), "small.png": noise(9, resolution=8)}

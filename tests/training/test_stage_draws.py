@@ -103,6 +103,8 @@ def test_a_folder_that_is_gone_is_one_line(make_stage, encoder):
     message = str(refused.value)
     assert "\n" not in message and f"is not in '{encoder}'" in message
     assert "pass another one as `text_encoder`, or `text_encoder=None`" in message
+    wrong = [finding.text for finding in diagnostics.examine_stage(Path(out)) if finding.wrong]
+    assert wrong == [f"unet: the text encoder is not in '{encoder}', where reference.json says"]
 
 
 def test_stage_and_encoder_move_together(make_stage, encoder, tmp_path, monkeypatch):

@@ -28,7 +28,7 @@ from ..training.data.pixels import BadImage, fit_image, name_image, open_image, 
 from ..training.data.sources import Rows, open_rows
 from ..utils.errors import one_line
 from ..utils.files import read_json_object
-from ..utils.references import REFERENCE
+from ..utils.references import REFERENCE, read_reference
 
 
 SIGMA_TOLERANCE = 0.25  # relative: the preconditioning tolerates this deviation
@@ -83,7 +83,7 @@ def examine_images(rows: Rows, places: np.ndarray, config: DataConfig, sigma_dat
         if min(image.size) < config.resolution:
             small.append(f"{name} ({image.width}x{image.height})")
         pixels = fit_image(image, config.resolution, config.resolution)
-        digest = hashlib.sha256(pixels.data).digest()
+        digest = hashlib.sha256(pixels.tobytes()).digest()
         if digest in seen:
             copies.append(f"{name} of {seen[digest]}")
         seen.setdefault(digest, name)
@@ -275,6 +275,10 @@ def examine_width(width: int | None, text_encoder: str) -> Finding:
     if width is None:
         return Finding(False, "the network is not conditioned on text")
     subfolder = "text_encoder" if (Path(text_encoder) / "text_encoder").is_dir() else ""
+    if (Path(text_encoder) / subfolder / REFERENCE).is_file():
+        reference = read_reference(Path(text_encoder) / subfolder)
+        if reference.is_local and not Path(reference.source).is_dir():
+            return Finding(True, f"the text encoder is not in '{reference.source}', where {REFERENCE} says")
     actual = encoder_width(AutoConfig.from_pretrained(text_encoder, subfolder=subfolder, trust_remote_code=False))
     wrong = width != actual
     text = f"the text encoder's embeddings have width {actual}"
