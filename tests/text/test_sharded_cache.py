@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from data_files import picture, tar, write
+from groups import run_command
 
 from diffusers_imagen.commands import main as cli
 from diffusers_imagen.text.cache import EmbeddingCache, caption_key
@@ -100,6 +101,35 @@ def test_a_stream_reads_what_it_reads_from_one_cache(make, data, folder, tmp_pat
     encoder = TextEncoder.from_pretrained(folder, keeps_padding=bool(options))
     batch, expected = (next(make_train_batches(config, text)) for text in (cache, encoder))
     torch.testing.assert_close(batch.text, expected.text, atol=2e-3, rtol=2e-3)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_several_processes_write_the_parts_that_one_writes(make, data, folder, tmp_path):
+    """Also if one of them is killed, and the others continue."""
+    one = contents(make())
+    arguments = ["cache-embeddings", tmp_path / "some", "--streaming", "--text-encoder", folder, "--device", "cpu"]
+    arguments += ["--train-data-dir", data, "--caption-column", "txt", "--dtype", "float16", "--batch-size", 2]
+    codes, _ = run_command(tmp_path, 2, *arguments, killed=(str(tmp_path / "some"), 4))
+    assert codes[1] not in (0, None) and len(contents(tmp_path / "some")) < len(one)
+    codes, printed = run_command(tmp_path, 3, *arguments)
+    assert codes == [0, 0, 0] and contents(tmp_path / "some") == one
+    assert "20 captions" in printed[0] and not any("captions" in text for text in printed[1:])
+
+
+def test_a_folder_has_one_kind_of_cache(make, data, folder, tmp_path, capsys):
+    ordinary = ["cache-embeddings", "--text-encoder", folder, "--device", "cpu", "--train-data-dir", data]
+    ordinary += ["--caption-column", "txt", "--dtype", "float16"]
+    before = contents(make())
+    assert cli.main([*ordinary, str(tmp_path / "cache")]) == 2
+    assert "`output_dir` is" in capsys.readouterr().err and contents(tmp_path / "cache") == before
+    assert cli.main([*ordinary, str(tmp_path / "ordinary")]) == 0
+    before = contents(tmp_path / "ordinary")
+    assert cli.main([*ordinary, "--streaming", str(tmp_path / "ordinary")]) == 2
+    assert "`output_dir` is" in capsys.readouterr().err and contents(tmp_path / "ordinary") == before
 
 
 def test_a_stream_is_resumed_exactly(make, data):
