@@ -121,7 +121,8 @@ class TransformersFeatures(OnDevice):
     """
 
     def __init__(self, source: str, suffix: str, device: str | torch.device = "cpu"):
-        from transformers import AutoImageProcessor, AutoModel
+        from transformers import AutoModel
+        from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
         with quiet_transformers():
             self.processor = AutoImageProcessor.from_pretrained(source, backend="pil", trust_remote_code=False)
