@@ -44,9 +44,9 @@ class PromptEmbeds:
             name: tensor.clone() for name, tensor in self.tensors().items() if name in names and tensor is not None
         }
 
-    def update(self, tensors: dict[str, torch.Tensor | None], before: dict[str, torch.Tensor]) -> None:
-        """Replace tensors by those that a callback returned; `before` are copies of the tensors that it received."""
-        self.version += sum(not torch.equal(copy, getattr(self, name)) for name, copy in before.items())
+    def update(self, tensors: dict[str, torch.Tensor | None], before: dict[str, torch.Tensor] | None = None) -> None:
+        """Replace tensors by those that a callback returned; `before` are copies of those that it may have changed."""
+        self.version += sum(not torch.equal(copy, getattr(self, name)) for name, copy in (before or {}).items())
         for name, tensor in tensors.items():
             if name in PROMPT_EMBEDS and tensor is not getattr(self, name):
                 setattr(self, name, tensor)
