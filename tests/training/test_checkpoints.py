@@ -186,7 +186,7 @@ def test_a_state_that_does_not_fit_is_refused(run):
     check("averages", {**states["averages"], "steps": [-5, -5]}, "an average of -5 steps")
     check("averages", {"steps": [], "averages": []}, "it has 0 averages")
     own = states["process-0"]
-    check("process-0", {**own, "data": {"images_seen": 9}}, "says that 9 images were seen, but 2 steps see 8")
+    check("process-0", {**own, "data": {"images_seen": 9}}, "has seen 9 images, but should have seen 8 after 2 steps")
     check("process-0", {**own, "data": {"images_seen": "x"}}, "says that 'x' images were seen")
     check("process-0", {**own, "losses": {"loss": "x"}}, "its losses are not numbers")
     check("process-0", {**own, "monitor": {}}, "does not contain the state")
@@ -236,7 +236,7 @@ def test_files_of_deepspeed_that_could_run_code_are_not_given_to_it(tmp_path):
     (tmp_path / "latest").write_text("state")
     check_deepspeed_files(tmp_path)
     torch.save({"a": Hostile(tmp_path / "trace")}, tmp_path / "state" / "other.pt")
-    with pytest.raises(ValueError, match="other.pt names .*mkdir, which could run code"):
+    with pytest.raises(ValueError, match="other.pt refers to .*mkdir, which could execute code"):
         check_deepspeed_files(tmp_path)
     (tmp_path / "state" / "other.pt").write_bytes(pickle.dumps(Hostile(tmp_path / "trace")))
     with pytest.raises(ValueError, match="other.pt cannot be looked into"):

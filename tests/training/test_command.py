@@ -93,7 +93,9 @@ def test_what_the_hub_and_the_network_refuse_names_the_argument(make_config, mon
     config = make_config(push_to_hub=True, hub_model_id="me/stage", hub_token="hf_a")
     monkeypatch.setattr(export, name, refuse)
     if name == "create_repo":
-        with pytest.raises(ValueError, match="`push_to_hub` is True, but 'me/stage' cannot be made .*`hub_token`"):
+        with pytest.raises(
+            ValueError, match="`push_to_hub` is True, but 'me/stage' cannot be created on the Hub .*`hub_token`"
+        ):
             Trainer(config, make_unet(), encode).train()
         assert not Path(config.output_dir, "metrics.jsonl").exists()  # before any step
     else:

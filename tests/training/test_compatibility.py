@@ -32,7 +32,11 @@ MISFITS = {
     "side": ({"resolution": 66}, True, "`resolution` gives images of 66x66, but .* multiples of 4, such as 64 or 68"),
     "bucket": ({"aspect_ratio_buckets": "64,64;32,90"}, True, "`aspect_ratio_buckets` gives images of 32x90"),
     "no text": ({}, False, "This network is conditioned on text: pass `text_encoder` or `embedding_cache`"),
-    "low resolution": ({"low_resolution": 16}, True, "`low_resolution` is 16, but this network takes none"),
+    "low resolution": (
+        {"low_resolution": 16},
+        True,
+        "`low_resolution` is 16, but this network is not conditioned on one",
+    ),
 }
 
 
@@ -44,7 +48,7 @@ def test_misfits_of_a_base_network(settings, with_text, message):
         check_network(config_of(**settings), unet, with_text)
     check_text(unet, source_of(384))
     check_text(unet, None)
-    with pytest.raises(ValueError, match="The text embeddings are 512 wide, but this network reads 384"):
+    with pytest.raises(ValueError, match="The text embeddings have width 512, but this network needs 384"):
         check_text(unet, source_of(512))
 
 
@@ -56,7 +60,7 @@ def test_misfits_of_a_super_resolution_network():
     check_network(config_of(resolution=256, low_resolution=64, crop_size=64), unet, True)
     with pytest.raises(ValueError, match="`crop_size` gives images of 6x6, but .* multiples of 4"):
         check_network(config_of(resolution=256, low_resolution=128, crop_size=6), unet, True)
-    with pytest.raises(ValueError, match="`low_resolution` is None, but this network is conditioned on one"):
+    with pytest.raises(ValueError, match="`low_resolution` is None, but this network is conditioned on an image"):
         check_network(config_of(resolution=256), unet, True)
     textless = create_unet("emoji_base_64", attention_resolutions=(16,), **TINY, encoder_hid_dim=None)
     with pytest.raises(ValueError, match="is given, but this network was built without text"):
@@ -69,7 +73,7 @@ OTHER_OBJECTIVES = {
     "variance": (
         {"out_channels": 6},
         {},
-        "`preconditioning` is 'edm', but this network predicts a variance .*'discrete'",
+        "`preconditioning` is 'edm', but this network also predicts a variance .*'discrete'",
     ),
     "channels": ({"out_channels": 5}, DISCRETE, "`out_channels` of the network is 5, but should be 3, or twice that"),
 }
@@ -93,7 +97,7 @@ def test_a_network_of_discrete_betas_is_trained_for_those():
     ):
         check_network(config_of(), unet, True)
     with pytest.raises(
-        ValueError, match="`beta_schedule` is 'linear', but .* with 'squaredcos_cap_v2': set it to that"
+        ValueError, match="`beta_schedule` is 'linear', but .* with 'squaredcos_cap_v2': set it to this value"
     ):
         check_network(config_of(**DISCRETE, beta_schedule="linear"), unet, True)
 

@@ -271,7 +271,7 @@ BAD_SETTINGS = {
         "`train_data_dir` and `dataset_name` are both given",
     ),
     "no caption column": ({"caption_column": []}, "`caption_column` is empty"),
-    "background": ({"background": "wihte"}, "`background` is 'wihte', but should be a colour"),
+    "background": ({"background": "wihte"}, "`background` is 'wihte', but should be a color"),
     "buckets": ({"aspect_ratio_buckets": "64x32"}, "`aspect_ratio_buckets` is '64x32', but should be 'auto'"),
     "bucket off the grid": (
         {"aspect_ratio_buckets": "36,32", "low_resolution": 4},

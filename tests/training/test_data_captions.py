@@ -49,4 +49,4 @@ def test_a_row_without_a_caption_is_skipped_by_name(tmp_path, encode, row):
 def test_a_set_without_a_caption_is_refused(tmp_path, encode, reader):
     rows = [{"file_name": f"{i}.png", "text": None} for i in range(4)]
     message = refusal(write(tmp_path / "d", NUMBERED | {"metadata.jsonl": lines(rows)}), reader, encode)
-    assert message.startswith("`caption_column` 'text' holds null, but captions are text")
+    assert message.startswith("`caption_column` 'text' has null, but should have text or lists of words")

@@ -83,7 +83,7 @@ FAULTS = {
     "a file twice": (tar({"a.png": b"a"})[:1024] + tar({"a.png": b"a"}), "has 'a.png' twice"),
     "apart": (tar({"a.png": b"a", "b.png": b"b", "a.txt": b"a"}), "has files of the sample 'a' in two places"),
     "a file of any size": (sparse(), "has 'a.png' of 2199023255552 bytes"),
-    "a name of any size": (long_name(), "claims more than the 1073741824 bytes"),
+    "a name of any size": (long_name(), "declares more than the supported 1073741824 bytes"),
 }
 
 
@@ -133,7 +133,7 @@ def test_which_of_several_pictures_is_meant_is_asked(tmp_path, encode):
     files = {"0.png": picture(1), "0.jpg": picture(2, "JPEG"), "0.mask.png": picture(3), "0.txt": b"n"}
     folder = write(tmp_path / "d", {"a.tar": tar(files)})
     message = refusal(folder, "memory", encode, **TEXT)
-    assert "`image_column` is 'image', but samples hold several images, ['jpg', 'png']: choose one" in message
+    assert "`image_column` is 'image', but samples have several images, ['jpg', 'png']: choose one" in message
     for column, number in (("png", 1), ("jpg", 2), ("mask.png", 3)):
         assert read(folder, "memory", encode, image_column=column, **TEXT)[0] == {number}
     folder = write(tmp_path / "masks", {"a.tar": tar({"0.mask.png": picture(3), "0.txt": b"n"})})
@@ -159,7 +159,7 @@ def test_numbers_and_texts_are_columns(tmp_path):
 @pytest.mark.parametrize("reader", READERS)
 def test_shards_without_a_sample(tmp_path, encode, reader):
     folder = write(tmp_path / "d", {"a.tar": tar({})})
-    assert "its 1 tar shards hold no sample" in refusal(folder, reader, encode, **TEXT)
+    assert "its 1 tar shards have no samples" in refusal(folder, reader, encode, **TEXT)
     write(tmp_path / "d", {"b.tar": WHOLE})
     assert read(folder, reader, encode, **TEXT)[0] == set(range(NUM_SAMPLES))
 
@@ -169,4 +169,4 @@ def test_shards_of_splits(tmp_path, encode):
     assert read(folder, "stream", encode, **TEXT)[0] == set(range(6))
     assert read(folder, "stream", encode, train_split="validation", **TEXT)[0] == {6, 7}
     write(tmp_path / "d", {"more.tar": WHOLE})
-    assert "1 that belong to none, such as 'more.tar'" in refusal(folder, "stream", encode, **TEXT)
+    assert "1 without a split, such as 'more.tar'" in refusal(folder, "stream", encode, **TEXT)

@@ -93,7 +93,9 @@ def test_parquet_with_splits_by_name(tmp_path, encode, decode):
     assert len({i for _ in range(4) for i in numbers(next(few))}) == 3
     with pytest.raises(ValueError, match=r"There is no split 'trian'; the data set has \['test', 'train'\]"):
         open_rows(config, "trian")
-    with pytest.raises(ValueError, match="`caption_column` 'number' holds int64, but captions are text"):
+    with pytest.raises(
+        ValueError, match="`caption_column` 'number' has int64, but should have text or lists of words"
+    ):
         open_rows(replace(config, caption_column=["number"]), "train")
 
 
@@ -121,7 +123,7 @@ def test_an_empty_data_set_is_refused(tmp_path, encode):
         make_train_batches(config_of(str(tmp_path / "d")), encode)
     with pytest.raises(ValueError, match="There is no data: set `train_data_dir` or `dataset_name`"):
         make_train_batches(config_of(None), encode)
-    with pytest.raises(ValueError, match="`train_data_dir` is '/nowhere', which is no folder"):
+    with pytest.raises(ValueError, match="`train_data_dir` is '/nowhere', which is not a folder"):
         make_train_batches(config_of("/nowhere"), encode)
 
 
@@ -220,7 +222,7 @@ def test_a_shard_that_ends_in_the_middle_of_a_run_is_named():
     data = IterableDataset.from_generator(rows_until_a_cut, gen_kwargs={"shards": [0, 1]})
     reader = ShardReader(data, seed=0, reader=0, num_readers=1, block_size=4)
     with pytest.raises(
-        ValueError, match="Shard 1 of the stream cannot be read on after 1 blocks of 4 rows: .*unexpected"
+        ValueError, match="Shard 1 of the stream cannot be read further after 1 blocks of 4 rows: .*unexpected"
     ):
         list(islice(reader, 100))
 

@@ -422,15 +422,15 @@ def refuse(monkeypatch, capfd, settings: dict, message: str, **kwargs) -> None:
     "name, change, message",
     [
         ("stage 1", {"preconditioning": None}, "`preconditioning` is 'edm', but this network"),
-        ("stage 1", {"beta_schedule": "linear"}, "'squaredcos_cap_v2': set it to that"),
+        ("stage 1", {"beta_schedule": "linear"}, "'squaredcos_cap_v2': set it to this value"),
         ("stage 1", {"beta_schedule": "quadratic"}, "invalid choice: 'quadratic'"),
         (
             "stage 1",
             {"prediction_type": "sample"},
-            "`prediction_type` is 'sample', but `preconditioning` 'discrete' has none",
+            "`prediction_type` is 'sample', but is not used with `preconditioning` 'discrete'",
         ),
         ("stage 1", {"text_encoder": None}, "This network is conditioned on text: pass `text_encoder`"),
-        ("stage 1", {"low_resolution": 8}, "`low_resolution` is 8, but this network takes none"),
+        ("stage 1", {"low_resolution": 8}, "`low_resolution` is 8, but this network is not conditioned on one"),
         ("stage 2", {"low_resolution": None}, "is conditioned on an image: set `low_resolution`"),
         ("stage 2", {"noise_conditioning_augmentation": 0.3}, "an index, which is drawn among all 1000: leave it out"),
         ("stage 1", {"grow": True}, "`resample_type` is 'resnet_nearest', but only networks with 'conv' can be grown"),

@@ -48,7 +48,7 @@ def test_epochs_of_accumulated_batches(make_config):
         ({"num_train_epochs": 0}, "`num_train_epochs` is 0, but should be at least 1"),
         ({"num_validation_images": 0}, "`num_validation_images` is 0, but should be at least 1"),
         ({"image_interpolation_mode": "sinc"}, "`image_interpolation_mode` is 'sinc'"),
-        ({"revision": "main"}, "`revision` is 'main', but nothing is loaded from the Hub"),
+        ({"revision": "main"}, "`revision` is 'main', but should not be given: nothing is loaded from the Hub"),
         ({"variant": "fp16"}, "`variant` is 'fp16', but no weights are loaded"),
         ({"license": "My License"}, "`license` is 'My License', but should be a name like"),
     ],
@@ -60,7 +60,7 @@ def test_settings_that_are_refused(make_config, options, message):
 
 def test_a_stream_has_no_epochs(make_config):
     config = make_config(max_train_steps=10_000, num_train_epochs=2, streaming=True)
-    with pytest.raises(ValueError, match="how many images a stream has is not known: give `max_train_steps`"):
+    with pytest.raises(ValueError, match="the number of images in a stream is unknown: set `max_train_steps`"):
         Trainer(config, make_unet(), encode).prepare()
 
 
@@ -127,7 +127,7 @@ def test_the_filter_reaches_images_and_their_reductions(make_config, in_memory):
 def test_flags_of_diffusers_that_are_not_here_say_why(name, config_class):
     for flag in (f"--{name}", f"--{name}=1", f"--{name.replace('_', '-')}"):
         with pytest.raises(
-            ValueError, match=f"^`{name}` is an option of diffusers' scripts, but not of these: .*"
+            ValueError, match=f"^`{name}` is an option of diffusers' scripts, but not supported here: .*"
         ) as found:
             parse_args(["--preset", "emoji_base_64", flag], config_class=config_class)
         assert "\n" not in str(found.value)

@@ -45,7 +45,9 @@ def test_the_message_about_a_class_that_is_not_registered_says_how_to(tmp_path):
         ("pretrained_model_name_or_path", tmp_path),
         ("pretrained_model_name_or_path", tmp_path / "unet"),
     ):
-        with pytest.raises(ValueError, match="is of Unregistered, .* class passed to `register_network`") as caught:
+        with pytest.raises(
+            ValueError, match="network class is Unregistered, .* class passed to `register_network`"
+        ) as caught:
             make_unet(TrainingConfig(resolution=16, **{argument: str(place)}))
         assert "trust_remote_code" not in str(caught.value)
     with pytest.raises(ValueError, match="'Unregistered'.* class passed to `register_network`"):

@@ -25,7 +25,7 @@ def test_a_network_without_all_its_weights_is_refused(tmp_path):
         {key: weights[key] for key in weights if key != "conv_in.bias"},
         tmp_path / "unet" / "diffusion_pytorch_model.safetensors",
     )
-    with pytest.raises(ValueError, match="lacks 1 weights, conv_in.bias among them"):
+    with pytest.raises(ValueError, match="lacks 1 weights, such as conv_in.bias"):
         load_unet(str(tmp_path))
 
 
@@ -62,11 +62,11 @@ def test_a_stage_of_discrete_betas_is_trained_further_for_them(make_config, tmp_
     of_stage = {"preset": None, "pretrained_model_name_or_path": str(tmp_path)}
     check_objective(make_config(**of_stage, preconditioning="discrete"))
     with pytest.raises(
-        ValueError, match="`preconditioning` is 'edm', but .* was trained with 'discrete': set it to that"
+        ValueError, match="`preconditioning` is 'edm', but .* was trained with 'discrete': set it to this value"
     ):
         check_objective(make_config(**of_stage))
     with pytest.raises(
-        ValueError, match="`beta_schedule` is 'linear', but .* with 'squaredcos_cap_v2': set it to that"
+        ValueError, match="`beta_schedule` is 'linear', but .* with 'squaredcos_cap_v2': set it to this value"
     ):
         check_objective(make_config(**of_stage, preconditioning="discrete", beta_schedule="linear"))
 
@@ -74,7 +74,7 @@ def test_a_stage_of_discrete_betas_is_trained_further_for_them(make_config, tmp_
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"num_train_timesteps": 500}, "`num_train_timesteps` of .* is 500, but should be 1000 to be trained further"),
+        ({"num_train_timesteps": 500}, "`num_train_timesteps` of .* is 500, but should be 1000 for further training"),
         ({"prediction_type": "v_prediction"}, "`prediction_type` of .* is 'v_prediction', but should be 'epsilon'"),
         ({"trained_betas": [0.01] * 1000}, "`trained_betas` of .*, but should be None"),
         ({"beta_schedule": "linear", "beta_end": 0.05}, "`beta_end` of .* is 0.05, but should be 0.02"),
@@ -120,6 +120,12 @@ def test_every_stage_of_a_cascade_of_other_sizes_is_trained_further(make_config,
         tiny_runs.reset_accelerate()
 
 
+NO_NETWORKS = {
+    "nowhere": "which has no config.json",
+    "other": "whose network class is UNet2DModel, but should be ImagenUNetModel, EfficientUNetModel or a class passed",
+}
+
+
 def test_a_configuration_is_a_network_with_fresh_weights(make_config, tmp_path):
     unet = make_sr_unet()
     unet.save_config(tmp_path / "network")
@@ -131,7 +137,7 @@ def test_a_configuration_is_a_network_with_fresh_weights(make_config, tmp_path):
         made = make_network(config)
         assert type(made) is type(unet)
         assert [value.shape for value in weights_of(made).values()] == [w.shape for w in weights_of(unet).values()]
-    for name, problem in {"nowhere": "has no config.json", "other": "is of UNet2DModel, but should be of"}.items():
+    for name, problem in NO_NETWORKS.items():
         if name == "other":
             UNet2DModel(
                 sample_size=8,
@@ -139,7 +145,7 @@ def test_a_configuration_is_a_network_with_fresh_weights(make_config, tmp_path):
                 down_block_types=("DownBlock2D",),
                 up_block_types=("UpBlock2D",),
             ).save_config(tmp_path / name)
-        with pytest.raises(ValueError, match=f"`model_config_name_or_path` is .*{name}', which {problem}"):
+        with pytest.raises(ValueError, match=f"`model_config_name_or_path` is .*{name}', {problem}"):
             make_network(make_config(preset=None, model_config_name_or_path=str(tmp_path / name)))
 
 
@@ -195,7 +201,7 @@ def test_a_configuration_of_no_network_is_refused_by_name(tmp_path, content):
 
 def test_a_model_that_is_no_network_of_this_package_is_refused(tmp_path, text_encoder):
     text_encoder.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="which has an BertModel, but should have an ImagenUNetModel"):
+    with pytest.raises(ValueError, match="whose network class is BertModel, but should be ImagenUNetModel"):
         make_network(TrainingConfig(pretrained_model_name_or_path=str(tmp_path)))
 
 
@@ -204,6 +210,6 @@ def test_an_upscaler_of_a_cascade_enlarges_what_the_stage_below_makes(cascade, t
     cascade.save_pretrained(tmp_path)
     sizes = {"pretrained_model_name_or_path": str(tmp_path), "resolution": 32}
     assert find_network(TrainingConfig(**sizes, low_resolution=16)) == "sr256_unet"
-    message = "`low_resolution` is 8, but the stage below `sr256_unet` of the cascade .* makes images of 16 px"
+    message = "`low_resolution` is 8, but should be 16, the resolution of the stage before `sr256_unet` in the cascade"
     with pytest.raises(ValueError, match=message):
         find_network(TrainingConfig(**sizes, low_resolution=8))

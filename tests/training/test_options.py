@@ -101,7 +101,7 @@ def test_a_wrong_flag_is_one_line(flags, message):
         ),
         (
             {"preconditioning": "variance_preserving", "snr_gamma": 5.0},
-            "`snr_gamma` is 5.0, but `loss_weighting` 'uniform' has none",
+            "`snr_gamma` is 5.0, but is not used with `loss_weighting` 'uniform'",
         ),
         ({"loss_weighting": "min_snr"}, "`loss_weighting` is 'min_snr', but should be another with `preconditioning`"),
         ({"preconditioning": "vp"}, "`preconditioning` is 'vp', but should be one of 'edm', 'variance_preserving'"),
@@ -111,14 +111,14 @@ def test_a_wrong_flag_is_one_line(flags, message):
         ),
         (
             {"preconditioning": "discrete", "prediction_type": "v_prediction"},
-            "`prediction_type` is 'v_prediction', but `preconditioning` 'discrete' has none",
+            "`prediction_type` is 'v_prediction', but is not used with `preconditioning` 'discrete'",
         ),
         ({"loss": "l3"}, "`loss` is 'l3', but should be one of 'l2', 'l1', 'huber'"),
         ({"mixed_precision": "fp8"}, "`mixed_precision` is 'fp8', but should be one of 'no', 'fp16', 'bf16'"),
-        ({"snr_gamma": 5.0}, "`snr_gamma` is 5.0, but `preconditioning` 'edm' has none"),
+        ({"snr_gamma": 5.0}, "`snr_gamma` is 5.0, but is not used with `preconditioning` 'edm'"),
         (
             {"preconditioning": "variance_preserving", "p_mean": 0.0},
-            "`p_mean` is 0.0, but `preconditioning` 'variance_preserving' has none",
+            "`p_mean` is 0.0, but is not used with `preconditioning` 'variance_preserving'",
         ),
         ({"ema_stds": [0.05, 0.4]}, r"`ema_stds` is \[0.05, 0.4\], but should be fractions of the run"),
         ({"ema_snapshot_steps": 5}, "`ema_snapshot_steps` is 5, but only `ema_type` 'power' has snapshots"),

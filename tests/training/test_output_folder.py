@@ -72,7 +72,7 @@ def test_going_back_is_refused_or_sets_aside_what_lies_above(make_config, tmp_pa
     folder = tmp_path / "stage"
     before, curve = files_of(folder), metrics(folder)
     back = {**options, "resume_from_checkpoint": str(folder / "checkpoint-2"), "max_train_steps": 3}
-    with pytest.raises(ValueError, match="of a run that went on after step 2. .* --overwrite_output_dir True"):
+    with pytest.raises(ValueError, match="of a run that continued after step 2. .* --overwrite_output_dir True"):
         train(make_config(**back), make_unet(), encode)
     assert files_of(folder) == before
     train(make_config(**back, overwrite_output_dir=True), make_unet(), encode)
@@ -172,7 +172,7 @@ def test_a_run_before_its_first_checkpoint_goes_on_as_itself_only(make_config, t
     assert len(losses(tmp_path / "stage")) == 1
     with pytest.raises(ValueError, match="was trained with seed 0, but this run has 1"):
         train(make_config(**options, seed=1), make_unet(), encode)
-    with pytest.raises(ValueError, match="has metrics.jsonl of a run that began before"):
+    with pytest.raises(ValueError, match="has metrics.jsonl of a run that started earlier"):
         train(make_config(), make_unet(), encode)
     train(make_config(**options), make_unet(), encode)
     assert len(losses(tmp_path / "stage")) == 4
@@ -205,7 +205,7 @@ def test_weights_that_are_not_finite_are_neither_trained_nor_written(make_config
     unet = make_unet()
     with torch.no_grad():
         unet.conv_in.bias[0] = float("nan")
-    with pytest.raises(ValueError, match="The network has 1 weights that are not finite, conv_in.bias among them"):
+    with pytest.raises(ValueError, match="The network has 1 weights that are not finite, such as conv_in.bias"):
         train(make_config(), unet, encode)
     assert not (tmp_path / "stage").exists()
 
@@ -228,5 +228,5 @@ def test_weights_that_are_not_finite_are_neither_trained_nor_written(make_config
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
 def test_what_is_no_file_in_the_place_of_records_is_refused(tmp_path, make):
     make(tmp_path / "metrics.jsonl")
-    with pytest.raises(ValueError, match="metrics.jsonl' is no file"):
+    with pytest.raises(ValueError, match="metrics.jsonl' is not a file"):
         Records(tmp_path / "metrics.jsonl").append(1, {"loss": 0.5})

@@ -267,7 +267,7 @@ def test_pictures_that_are_not_finite_do_not_end_the_run(measured, monkeypatch, 
             "`validation_metrics` is 'lpips', but should be one of 'fid', 'kid'",
         ),
         ({"validation_metrics": []}, "`validation_metrics` is .., but should be some of fid"),
-        ({"validation_split": None}, "`validation_metrics` has 'fid', but there are no held-out pictures"),
+        ({"validation_split": None}, "`validation_metrics` has 'fid', but there are no held-out images"),
         ({"validation_metrics": "none"}, "`validation_features` is .*, but is only used with `validation_metrics`"),
         ({"validation_metrics": ["clip"]}, "`validation_features` is .*, but `validation_metrics` has no 'fid'"),
         (
@@ -302,7 +302,7 @@ def test_settings_that_do_not_fit_are_refused(measured, options, message):
         ({"validation_num_reference": 6}, "`validation_num_reference` is 6, but should be at most 5"),
         (
             {"max_train_samples": 1, "validation_split": "train"},
-            "`validation_split` has 1 pictures, but `validation_m",
+            "`validation_split` has 1 images, but should have at least 2 for `validation_m",
         ),
     ],
 )
@@ -321,7 +321,10 @@ def test_what_needs_text_is_refused_for_a_network_without(measured, tmp_path):
     clip = {"validation_metrics": ["clip"], "validation_features": "none"}
     for options, message in (
         (clip, "`validation_metrics` has 'clip', which needs captions, but this network is not conditioned on text"),
-        ({"validation_guidance_scale": 2.0}, "`validation_guidance_scale` is 2.0, but this network reads no text"),
+        (
+            {"validation_guidance_scale": 2.0},
+            "`validation_guidance_scale` is 2.0, but this network is not conditioned on text",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             train(measured(**options), unet)

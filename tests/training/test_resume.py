@@ -159,7 +159,7 @@ def test_a_checkpoint_can_be_named(make_config, whole, tmp_path):
     resumed = make_unet(seed=1)
     train(make_config(output_dir=tmp_path / "branch", resume_from_checkpoint=checkpoint), resumed, encode)
     assert are_equal(weights_of(resumed), whole[1])
-    with pytest.raises(ValueError, match="`resume_from_checkpoint` is '/nowhere/checkpoint-2', which is no folder"):
+    with pytest.raises(ValueError, match="`resume_from_checkpoint` is '/nowhere/checkpoint-2', which is not a folder"):
         train(make_config(resume_from_checkpoint="/nowhere/checkpoint-2"), make_unet(), encode)
 
 

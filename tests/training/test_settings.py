@@ -176,7 +176,7 @@ def test_what_json_cannot_hold_becomes_plain():
     [
         ({"lr_scheduler": "piecewise_constant"}, "`lr_scheduler` is 'piecewise_constant', but should be one of 'constant', "),
         ({"lr_scheduler": "cosin"}, "`lr_scheduler` is 'cosin', but should be one of 'constant', 'constant_with_warmup'"),
-        ({"lr_scheduler": "polynomial", "learning_rate": 1e-8}, "`learning_rate` is 1e-08, but `lr_scheduler` 'polynomial'"),
+        ({"lr_scheduler": "polynomial", "learning_rate": 1e-8}, "`learning_rate` is 1e-08, but should be above 1e-07, at which `lr_scheduler` 'polynomial' ends"),
         ({"ema_type": "power", "ema_stds": [0.05, 0.05001]}, "`ema_stds` is .*, but should differ in their first four digits"),
         ({"report_to": "nonsense"}, "`report_to` is 'nonsense', but should be one of 'tensorboard', 'wandb'"),
         ({"push_to_hub": True, "hub_token": "hf_a", "hub_model_id": "a b"}, "`hub_model_id` is 'a b', and 'a b' cannot be"),

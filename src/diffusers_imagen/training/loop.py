@@ -305,8 +305,8 @@ class Trainer:
         seen = found.step * self.images_per_step
         if self.batches.images_seen != seen:
             raise ValueError(
-                f"`resume_from_checkpoint`: {found.folder} is of {self.batches.images_seen!r} images, but should be "
-                f"of {seen} after {found.step} steps."
+                f"`resume_from_checkpoint`: {found.folder} has seen {self.batches.images_seen!r} images, but "
+                f"should have seen {seen} after {found.step} steps."
             )
         if self.count_not_finite():
             raise ValueError(

@@ -149,7 +149,7 @@ def find_network_class(what: str, config: dict[str, Any]) -> type[StageNetwork]:
     """
     network_class = getattr(diffusers, str(config.get("_class_name")), None)
     if not (isinstance(network_class, type) and issubclass(network_class, StageNetwork)):
-        raise ValueError(f"{what}which is a {config.get('_class_name')}, but should be an {NETWORK_CLASSES}.")
+        raise ValueError(f"{what}whose network class is {config.get('_class_name')}, but should be {NETWORK_CLASSES}.")
     return network_class
 
 
@@ -177,7 +177,7 @@ def load_unet(name: str, subfolder: str | None = "unet", **hub: str) -> StageNet
     except Exception as error:  # for any content of its files
         raise ValueError(f"{what}which has no network that can be loaded: {describe_fault(error)}") from error
     if not isinstance(unet, StageNetwork):
-        raise ValueError(f"{what}which has an {type(unet).__name__}, but should have an {NETWORK_CLASSES}.")
+        raise ValueError(f"{what}whose network class is {type(unet).__name__}, but should be {NETWORK_CLASSES}.")
     if getattr(unet, "peft_config", None):  # the stage would be saved with the layers of the adapter
         raise ValueError(
             f"{what}whose network has a LoRA adapter: pass the network that the adapter was trained on, or merge the two "

@@ -75,15 +75,15 @@ def test_a_width_that_was_tracked_is_read_back(run, capsys):
         ({"conv_in.weight": None}, "lacks 1 of the network's"),
         (
             {"conv_in.bias": torch.full((8,), float("nan")).half()},
-            "holds numbers that are not finite, in conv_in.bias",
+            "has values that are not finite, in conv_in.bias",
         ),
         (
             {"conv_in.bias": torch.full((8,), float("inf")).half()},
-            "holds numbers that are not finite, in conv_in.bias",
+            "has values that are not finite, in conv_in.bias",
         ),
         ({"conv_in.bias": torch.zeros(9).half()}, "has conv_in.bias of shape (9,), but the network's is (8,)"),
-        ({"conv_in.bias": torch.zeros(8, dtype=torch.int32)}, "has conv_in.bias in another type than F16, BF16, F32"),
-        ({"conv_in.other": torch.zeros(8).half()}, "has 'conv_in.other', which is no parameter of the network"),
+        ({"conv_in.bias": torch.zeros(8, dtype=torch.int32)}, "has conv_in.bias in another dtype than F16, BF16, F32"),
+        ({"conv_in.other": torch.zeros(8).half()}, "has 'conv_in.other', which is not a parameter of the network"),
     ],
 )
 def test_a_snapshot_of_other_tensors_is_refused_by_name(run, capsys, changes, message):
@@ -146,12 +146,12 @@ def test_a_file_that_is_cut_and_one_that_is_none_are_refused_by_name(run, capsys
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--ema_std", "nan"], "`ema-std` is nan, but should be a share of the run"),
+        (["--ema_std", "nan"], "`ema-std` is nan, but should be a fraction of the run, at least 1e-06 and below 0.25"),
         (["--ema_std", "0"], "`ema-std` is 0.0"),
         (["--ema_std", "1e-300"], "`ema-std` is 1e-300"),
         (["--ema_std", "0.1", "-1"], "`ema-std` is -1.0"),
         (["--ema_std", "0.1", "0.1000000001"], "`ema-std` has 0.1 and 0.1000000001, which would both be written to"),
-        (["--ema_std", "0.1", "--step", "3"], "`step` is 3, but the snapshots are of steps 4 to 8"),
+        (["--ema_std", "0.1", "--step", "3"], "`step` is 3, but should be in the range of the snapshots, 4 to 8"),
         (["--ema_std", "0.1", "--step", "-1"], "`step` is -1"),
         (["--ema_std", "0.1", "--step", "9"], "`step` is 9"),
         (["--ema_std", "0.1", "--output_dir", "/dev/null/a"], "nothing can be written to '/dev/null'"),

@@ -295,11 +295,11 @@ def test_what_is_written(make_subject_config, stage, tmp_path):
     [
         ({"instance_data_dir": None}, "Exactly one of `instance_data_dir`, `dataset_name`"),
         ({"dataset_name": "dogs"}, "Exactly one of `instance_data_dir`, `dataset_name`"),
-        ({"train_data_dir": "dogs"}, "`train_data_dir` is 'dogs', but here it is called `instance_data_dir`"),
+        ({"train_data_dir": "dogs"}, "`train_data_dir` is 'dogs', but should be given as `instance_data_dir`"),
         ({"instance_prompt": ""}, "`instance_prompt` is '', but should name the subject"),
-        ({"caption": "a dog"}, "`caption` is 'a dog', but here it is called `instance_prompt`"),
-        ({"class_prompt": "a dog"}, "`class_prompt` is 'a dog', but only `with_prior_preservation`"),
-        ({"with_prior_preservation": True}, "`with_prior_preservation` needs `class_prompt`, but it is None"),
+        ({"caption": "a dog"}, "`caption` is 'a dog', but should be given as `instance_prompt`"),
+        ({"class_prompt": "a dog"}, "`class_prompt` is 'a dog', but is only used with `with_prior_preservation`"),
+        ({"with_prior_preservation": True}, "`class_prompt` is None, but is required by `with_prior_preservation`"),
         ({**PRIOR, "prior_loss_weight": 0}, "`prior_loss_weight` is 0, but should be above 0"),
         ({**PRIOR, "num_class_images": 0}, "`num_class_images` is 0, but should be at least 1"),
         ({**PRIOR, "aspect_ratio_buckets": "auto"}, "share batches of square images"),
@@ -328,10 +328,13 @@ def test_folders_that_are_none_or_empty_are_refused_by_the_name_that_they_were_g
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
     for options, message in (
-        ({"instance_data_dir": str(tmp_path / "file")}, "`instance_data_dir` is '.*file', which is no folder"),
-        ({"instance_data_dir": str(tmp_path / "nowhere")}, "`instance_data_dir` is '.*nowhere', which is no folder"),
+        ({"instance_data_dir": str(tmp_path / "file")}, "`instance_data_dir` is '.*file', which is not a folder"),
+        (
+            {"instance_data_dir": str(tmp_path / "nowhere")},
+            "`instance_data_dir` is '.*nowhere', which is not a folder",
+        ),
         ({"instance_data_dir": str(tmp_path / "empty")}, "`instance_data_dir` is '.*empty', which"),
-        ({**PRIOR, "class_data_dir": str(tmp_path / "file")}, "`class_data_dir` is '.*file', which is no folder"),
+        ({**PRIOR, "class_data_dir": str(tmp_path / "file")}, "`class_data_dir` is '.*file', which is not a folder"),
     ):
         with pytest.raises(ValueError, match=message):
             DreamBoothTrainer(make_subject_config(**options), load(stage), encode).prepare()

@@ -118,12 +118,12 @@ class DreamBoothTrainingConfig(LoraTrainingConfig):
             for name in OF_THE_PRIOR:
                 if getattr(self, name) != defaults[name]:
                     raise ValueError(
-                        f"`{name}` is {getattr(self, name)!r}, but is only used `with_prior_preservation`."
+                        f"`{name}` is {getattr(self, name)!r}, but is only used with `with_prior_preservation`."
                     )
             return
         for name in ("class_data_dir", "class_prompt"):
             if not getattr(self, name):
-                raise ValueError(f"`{name}` is {getattr(self, name)!r}, but is required `with_prior_preservation`.")
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}, but is required by `with_prior_preservation`.")
         if self.aspect_ratio_buckets is not None:
             raise ValueError(
                 "`aspect_ratio_buckets` is given, but the subject and its class share batches of square images."
