@@ -68,9 +68,9 @@ def test_everything_that_is_wrong_is_said(tmp_path, capsys, tokenizer):
     assert code == 1
     for part in (
         "1 of 8 images cannot be read and are skipped in training: 5.png: ",
-        "configured 0.25: set `sigma_data` 0.5",
-        "1 of 8 images are smaller than 16 px and are enlarged: small.png (8x8)",
-        "1 of 8 images are pixel for pixel copies: copy.png of 0.png",
+        "configured 0.25: set `sigma_data` to 0.5",
+        "1 of 8 images are smaller than 16 px and are upscaled: small.png (8x8)",
+        "1 of 8 images are exact copies of others: copy.png of 0.png",
         "1 of 8 captions are empty",
         "3 times the same: 'a'",
         "1 of 8 captions (12.5%) are cut at 8 tokens; the longest has 22: 'red red",

@@ -143,7 +143,7 @@ BAD_PROMPTS_FILES = {
     "a grid": (["--prompts-file", "{tmp}/prompts.txt", "--grid"], "`grid` is 'True', but does not"),
     "no folder": (["--prompts-file", "{tmp}/prompts.txt", "--output-dir", "{tmp}/empty.txt"], "but that is a file"),
     "no batch": (["--prompts-file", "{tmp}/prompts.txt", "--batch-size", "0"], "`batch-size` is 0"),
-    "a folder for a prompt": (["a red apple", "--output-dir", "{tmp}/a"], "{tmp}/a', but does not apply to a prompt"),
+    "a folder for a prompt": (["a red apple", "--output-dir", "{tmp}/a"], "/a', but does not apply to a prompt"),
 }
 
 
