@@ -122,7 +122,7 @@ for token in (False, "hf_another"):
 
 def test_what_cannot_be_used_is_refused_before_its_weights_are_downloaded(filled, client):
     lines = client.run(REFUSE).splitlines()
-    assert lines[0].startswith(f"`base` is '{II}', which enlarges images and is no base stage")
+    assert lines[0].startswith(f"`base` is '{II}', a super-resolution stage, but should be a base stage")
     assert lines[1].startswith(f"`sr256` is '{I}', a base stage, but should be a super-resolution stage")
     assert len(lines) == 8
     for line in lines[2:]:

@@ -182,7 +182,7 @@ def test_a_wheel_that_lacks_a_file_or_has_weights_is_refused(checks, package_fil
             check(files={file: b"" for file in package_files if file != name})
     with pytest.raises(ValueError, match=r"has weights in it: \['diffusers_imagen/a.safetensors'\]"):
         check(files={**package_files, "diffusers_imagen/a.safetensors": b""})
-    with pytest.raises(ValueError, match="The page of .* should be as"):
+    with pytest.raises(ValueError, match="The page of .* should be the result of index_page of setup.py"):
         check(page="[a](docs/a.md)\n")
     with pytest.raises(ValueError, match="should have the version of setup.cfg, '1.1'"):
         checks["check_package"](tmp_path / "diffusers_imagen-1.0-py3-none-any.whl", "1.1")

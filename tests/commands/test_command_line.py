@@ -93,7 +93,7 @@ def test_the_list_of_commands_has_a_line_for_each(run):
         (["x"], f"there is no command 'x': the commands are {', '.join(COMMANDS)}"[:450]),
         (["--nothing", "x"], "there is no command 'x'"),
         (["generate", "a", "--num_image", "2"], "there is no option --num_image: did you mean --num-images?"),
-        (["cache-embeddings", "--output-dir", "x"], "there is no option --output-dir: give the output_dir without it"),
+        (["cache-embeddings", "--output-dir", "x"], "there is no option --output-dir: pass the output_dir without it"),
         (["completion", "tcsh"], "invalid choice: 'tcsh'"),
     ],
 )

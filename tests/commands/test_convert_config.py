@@ -92,7 +92,7 @@ def test_a_network_that_is_none_is_refused(convert, folder, monkeypatch):
 
     monkeypatch.setattr(nemo, "unet_from_nemo_config", fail)
     assert_refused(
-        convert, folder, ["--output", "r.yaml", "--network", "n"], "`model.unet` describes no network: TypeError"
+        convert, folder, ["--output", "r.yaml", "--network", "n"], "`model.unet` is not a valid network: TypeError"
     )
 
 

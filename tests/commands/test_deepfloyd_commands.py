@@ -131,11 +131,11 @@ BAD = {
     ),
     "another format": (
         ["convert-if", "--model", "{ours}"],
-        "is of ImagenCascadePipeline, but should be of IFPipeline",
+        "of class ImagenCascadePipeline, but should be of class IFPipeline",
     ),
     "stages in each other's place": (
         ["convert-if", "--model", "{sr}", "--sr256", "{base}"],
-        "`model` is '{sr}', which",
+        "`model` is '{sr}', a super-resolution stage, but should be a base stage: pass it as --sr256 or --sr1024.",
     ),
     "two upscalers": (["convert-if", "--sr256", "{sr}", "--sr1024", "{sr}"], "needs the base stage"),
     "nothing to export": (["export-if", "{base}"], "of 'IFPipeline', but should be of ImagenCascadePipeline"),

@@ -68,9 +68,9 @@ def test_everything_that_is_wrong_is_said(tmp_path, capsys, tokenizer):
     assert code == 1
     for part in (
         "1 of 8 images cannot be read and are skipped in training: 5.png: ",
-        "configured 0.25: set `sigma_data` 0.5",
-        "1 of 8 images are smaller than 16 px and are enlarged: small.png (8x8)",
-        "1 of 8 images are pixel for pixel copies: copy.png of 0.png",
+        "configured 0.25: set `sigma_data` to 0.5",
+        "1 of 8 images are smaller than 16 px and are upscaled: small.png (8x8)",
+        "1 of 8 images are exact copies of others: copy.png of 0.png",
         "1 of 8 captions are empty",
         "3 times the same: 'a'",
         "1 of 8 captions (12.5%) are cut at 8 tokens; the longest has 22: 'red red",
@@ -114,8 +114,8 @@ def test_stages(tmp_path, capsys, text_encoder):
     if width == 8:
         assert (code, wrong) == (0, []) and "as the network needs" in text
     else:
-        assert code == 1 and f"embeddings are {width} wide, but the network reads 8" in wrong[0]
-    assert "loss 1.0000 at first, 0.2500 at its lowest, 0.2500 at last" in text
+        assert code == 1 and f"embeddings have width {width}, but the network needs width 8" in wrong[0]
+    assert "loss: first 1.0000, lowest 0.2500, last 0.2500" in text
     with torch.no_grad():
         next(unet.parameters()).fill_(float("nan"))
     unet.save_pretrained(tmp_path / "unet")
@@ -124,7 +124,11 @@ def test_stages(tmp_path, capsys, text_encoder):
 
 @pytest.mark.parametrize(
     "losses, wrong, word",
-    [([1, 0.5, 0.4, 0.41], False, "0.4100 at last"), ([1, 0.5, 0.9, 1.4], True, "rises"), ([1], False, "too few")]
+    [
+        ([1, 0.5, 0.4, 0.41], False, "last 0.4100"),
+        ([1, 0.5, 0.9, 1.4], True, "it increases; lower `learning_rate`"),
+        ([1], False, "too few"),
+    ]
     + [([1, float("nan"), 1], True, "nan at step 1")],
 )
 def test_curves(losses, wrong, word):
@@ -149,7 +153,10 @@ def test_caches(tmp_path, capsys):
     writer.add(["a"], [torch.ones(2, 4)])
     writer.flush()
     code, wrong, text = run(capsys, tmp_path / "c")
-    assert (code, wrong) == (0, []) and "1 captions, width 4, up to 3 tokens, bfloat16, made by T5EncoderModel" in text
+    assert (code, wrong) == (
+        0,
+        [],
+    ) and "1 captions, width 4, up to 3 tokens, bfloat16, encoded by T5EncoderModel" in text
     path = tmp_path / "c" / "shard-00000.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\1")
     code, wrong, _ = run(capsys, tmp_path / "c")
@@ -194,7 +201,7 @@ FAULTS = {
     "index": (lambda stage: (stage / "model_index.json").write_text("[]"), "model_index.json cannot be read: "),
     "losses": (
         lambda stage: (stage / "losses.jsonl").write_text('{"loss": 1}\n{"loss"\n'),
-        "losses.jsonl cannot be read: line 2 is no record with a `loss`: '{\"loss\"'",
+        "losses.jsonl cannot be read: line 2 is not a record with a `loss`: '{\"loss\"'",
     ),
     "a list of losses": (lambda stage: (stage / "losses.jsonl").write_text("[1]\n"), "losses.jsonl cannot be read: line 1"),
     "a word": (lambda stage: (stage / "losses.jsonl").write_text('{"loss": "low"}'), "losses.jsonl cannot be read: line 1"),
@@ -226,7 +233,7 @@ def test_a_network_that_lacks_weights_is_a_finding(stage, capsys):
     del tensors["conv_in.weight"]
     save_file(tensors, stage / "unet" / WEIGHTS, metadata={"format": "pt"})
     code, wrong, _ = run(capsys, stage)
-    assert code == 1 and "1 weights are missing, conv_in.weight among them" in wrong[0]
+    assert code == 1 and "1 weights are missing, such as conv_in.weight" in wrong[0]
 
 
 @pytest.mark.parametrize(

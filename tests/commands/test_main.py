@@ -44,7 +44,10 @@ def test_the_seed_decides(model, tmp_path):
 BAD_ARGUMENTS = {
     "no folder": (["--model", "/nowhere/at all"], "`model` is '/nowhere/at all', which is neither"),
     "no pipeline": (["--model", "{tmp}"], "`model` is '{tmp}', a folder with neither a model_index.json"),
-    "unreachable resolution": (["--resolution", "1024"], "`output_resolution` is 1024, but the stages"),
+    "unreachable resolution": (
+        ["--resolution", "1024"],
+        "`output_resolution` is 1024, but should be that of a stage, one of [16, 32]",
+    ),
     "no steps": (["--steps", "0"], "`num_inference_steps` is 0"),
     "steps of three stages": (["--steps", "1", "2", "3"], "`num_inference_steps` has 3 entries"),
     "no images": (["--num-images", "0"], "`num_images_per_prompt` is 0"),
@@ -140,7 +143,7 @@ BAD_PROMPTS_FILES = {
     "a grid": (["--prompts-file", "{tmp}/prompts.txt", "--grid"], "`grid` is 'True', but does not"),
     "no folder": (["--prompts-file", "{tmp}/prompts.txt", "--output-dir", "{tmp}/empty.txt"], "but that is a file"),
     "no batch": (["--prompts-file", "{tmp}/prompts.txt", "--batch-size", "0"], "`batch-size` is 0"),
-    "a folder for a prompt": (["a red apple", "--output-dir", "{tmp}/a"], "does not go with a prompt"),
+    "a folder for a prompt": (["a red apple", "--output-dir", "{tmp}/a"], "/a', but does not apply to a prompt"),
 }
 
 

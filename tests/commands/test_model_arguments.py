@@ -81,7 +81,10 @@ def test_an_upscaler_alone_enlarges_a_picture(run, stages, cascade):
         drawn = expected(pipe, "a red apple", height=size[0], width=size[1], **settings)
         np.testing.assert_array_equal(pixels("x.png"), drawn)
     code, _, error = run(*common, "--resolution", 64)
-    assert code == 2 and "`output_resolution` is 64, but the one stage ends at 32 (--resolution)." in error[-1]
+    assert (
+        code == 2
+        and "`output_resolution` is 64, but should be 32, that of the only stage (--resolution)." in error[-1]
+    )
 
 
 SCHEDULERS = {"adams": (EDMAdamsScheduler, [31, 8]), "heun": (EDMHeunScheduler, [18, 8])}
@@ -131,7 +134,7 @@ BAD = {
     ),
     "an upscaler as the base": (
         ["generate", "a", "--model", "{sr}"],
-        "`model` is '{sr}', which enlarges images and is no base",
+        "`model` is '{sr}', a super-resolution stage, but should be a base stage",
     ),
     "a base as upscaler": (
         ["generate", "a", "--model", "{base}", "--sr256", "{base}"],

@@ -220,7 +220,7 @@ def test_progress_previews_stopping_errors_and_a_full_queue(cascade, open_page, 
         codes = [client.post(post, json={"data": data}).status_code for _ in range(page_guard.MAX_WAITING + 4)]
     assert codes[0] == 200 and codes[-1] == 429
     press(page, "Draw")
-    wait_for(page, "16 drawings are waiting, which is all that this page holds: try again later.")
+    wait_for(page, "16 requests are waiting, which is the limit of this page: try again later.")
     wait_for(page, "Failed.")
     page.screenshot(path=tmp_path / "full.png")
     for _ in range(2 * len(codes)):

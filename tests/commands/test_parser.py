@@ -82,8 +82,8 @@ OUTPUTS = {
     "/proc/x.png": "cannot be written",
     "a\0b.png": "not a valid file name",
     "\ud800.png": "not a valid file name",
-    "picture.png": "which is the `image`: name another file",
-    "mask.png": "which is the `mask`: name another file",
+    "picture.png": "which is the `image`: choose another file",
+    "mask.png": "which is the `mask`: choose another file",
 }
 
 
@@ -110,21 +110,21 @@ def test_a_full_disk_is_found_before_a_model_loads(run, folder, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["generate", "--prompt", "hello"], "there is no option --prompt: give the prompt without it"),
+        (["generate", "--prompt", "hello"], "there is no option --prompt: pass the prompt without it"),
         (["inpaint", "picture.png", "mask.png", "--prompt", "a"], "there is no option --prompt"),
         (["generate", "a", "--step", "3"], "there is no option --step: did you mean --steps?"),
         (["generate", "a", "--out", "x.png"], "there is no option --out"),
-        (["generate", "a", "red", "apple"], "unrecognized argument 'red': one of several words needs quotes"),
+        (["generate", "a", "red", "apple"], "unrecognized argument 'red': an argument of several words needs quotes"),
         (["doctor", "--res", "64", "x"], "there is no option --res"),
         (["cache-embeddings", "x", "--text_enc", "x"], "there is no option --text_enc"),
         (["gen", "a"], "there is no command 'gen': the commands are generate, upscale"),
         (["--vers"], "COMMAND"),
         ([], "COMMAND"),
-        (["generate", ""], "`prompt` is '', but should say what to draw"),
-        (["inpaint", "picture.png", "mask.png", " "], "`prompt` is ' ', but should say what to draw"),
+        (["generate", ""], "`prompt` is '', but should not be empty"),
+        (["inpaint", "picture.png", "mask.png", " "], "`prompt` is ' ', but should not be empty"),
         (["generate", "\ud800"], "which is not valid UTF-8"),
         (["generate", "x" * 10_001], "`prompt` has 10,001 characters, but should have at most 10,000"),
-        (["generate", "a", "--negative-prompt", "\ud800"], "`negative-prompt` is '\\ud800', which is no text"),
+        (["generate", "a", "--negative-prompt", "\ud800"], "`negative-prompt` is '\\ud800', which is not valid UTF-8"),
     ],
 )
 def test_arguments_that_are_none_are_refused(run, folder, arguments, message):
@@ -157,7 +157,7 @@ def test_a_grid_too_large_for_its_format_is_found_before_anything_is_drawn(run, 
 
     monkeypatch.setattr(common, "load_pipeline", lambda *args: Pipe())
     arguments = [*GENERATE, "--grid", "--num-images", "17", "--output", "x.webp"]
-    assert_refused(run, folder, arguments, "WEBP takes at most 16383 pixels of height and width, not 17408x1024")
+    assert_refused(run, folder, arguments, "WEBP supports at most 16383 pixels of height and width, not 17408x1024")
 
 
 # without the package around it, which takes seconds to import

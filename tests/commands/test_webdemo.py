@@ -334,8 +334,8 @@ def test_what_the_page_would_not_send_is_refused_and_nothing_runs(client, monkey
     monkeypatch.setattr(page_drawer, "draw", None)
     for place, value, message in [
         (0, "x" * 1001, "has 1001 characters, but should have at most 1000"),
-        (0, "\ud800", "is no text"),
-        (0, 5, "is no text"),
+        (0, "\ud800", "The prompt is not valid Unicode"),
+        (0, 5, "The prompt is not a text"),
         (0, None, "Enter a prompt"),
         (0, " ", "Enter a prompt"),
         (1, -1, "Seed should be a number from 0 to"),
@@ -414,7 +414,7 @@ def test_only_pictures_of_a_bounded_size_are_taken(client, page, monkeypatch):
     Image.new("1", (10_000, 10_000)).save("large.png")
     assert send(Path("large.png").read_bytes()) == (
         413,
-        "The picture has 100 megapixels, but should have at most 64.",
+        "The image has 100 megapixels, but should have at most 64.",
     )
     noise(8, 8).save("a.png")
     data = Path("a.png").read_bytes()
@@ -444,9 +444,7 @@ def test_few_wait_and_the_next_is_told_that_the_queue_is_full(client, monkeypatc
     codes = [answer.status_code for answer in answers]
     assert page_guard.MAX_WAITING <= codes.count(200) <= page_guard.MAX_WAITING + 2  # and the one that runs
     assert set(codes) == {200, 429}
-    assert (
-        answers[-1].json()["detail"] == "16 drawings are waiting, which is all that this page holds: try again later."
-    )
+    assert answers[-1].json()["detail"] == "16 requests are waiting, which is the limit of this page: try again later."
 
 
 def test_one_drawing_runs_at_a_time_whatever_the_tab(page):

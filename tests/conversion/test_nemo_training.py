@@ -227,7 +227,7 @@ def test_the_command_writes_a_file_that_training_reads(tmp_path, capsys):
     assert cli.main(["convert-config", str(nemo), "--output", str(run), "--network", str(network)]) == 0
     output = capsys.readouterr().out
     assert "No counterpart, left out:\n" in output and "\n  model.data.train.dataset_path\n" in output
-    assert "Still to be given:\n  train_data_dir or dataset_name\n" in output
+    assert "Still required:\n  train_data_dir or dataset_name\n" in output
     config = parse_args(["--config", str(run)])
     assert (config.adam_epsilon, config.p_std, config.pretrained_model_name_or_path) == (1e-8, 1.3, str(network))
     unet = load_unet(str(network))

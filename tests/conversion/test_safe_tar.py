@@ -98,7 +98,7 @@ def test_what_is_no_sound_tar_file_is_refused_by_name(tmp_path, data, message):
 
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.tar")
-    with pytest.raises(ValueError, match="a.tar' is no file"):
+    with pytest.raises(ValueError, match="a.tar' is not a file"):
         list(read_members(tmp_path / "a.tar", LIMITS))
 
 

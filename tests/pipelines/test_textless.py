@@ -59,7 +59,7 @@ def test_every_image_is_made_as_often_as_asked(enlarging, three):
     made = draw(enlarging, image=three[:2], num_images_per_prompt=2, generator=generators(1, 2, 3, 4))
     for place, (image, generator) in enumerate(zip(three[[0, 0, 1, 1]], generators(1, 2, 3, 4))):
         assert torch.equal(made[place : place + 1], draw(enlarging, image=image, generator=generator))
-    with pytest.raises(ValueError, match="`generator` has 2 entries, but 3 images"):
+    with pytest.raises(ValueError, match="`generator` has 2 entries, but should have 3, one for each image"):
         draw(enlarging, image=three, generator=generators(1, 2))
 
 
@@ -74,7 +74,7 @@ def test_images_and_masks_count_alike(painting, three):
         assert torch.equal(made[i : i + 1], alone)
     assert draw(painting, image=three[0], mask_image=masks, num_resample_times=1).shape[0] == 3
     assert draw(painting, image=three, strength=0.5).shape[0] == 3
-    with pytest.raises(ValueError, match="`mask_image` has 2 images, but `image` has 3: give 1 or 3."):
+    with pytest.raises(ValueError, match="`mask_image` has 2 images, but `image` has 3: pass 1 or 3."):
         draw(painting, image=three, mask_image=masks[:2])
 
 

@@ -91,8 +91,8 @@ def test_a_cache_of_another_kind_is_refused_by_the_flags(folder, cache, encoder,
     both = open_text(folder, path, None, keeps_padding=True, cleans_captions=True)
     assert both.keeps_padding and both.cleans_captions and both.for_captions(CAPTIONS).keeps_padding
     message = (
-        "was made with --keep-padding and --clean-captions, but the network needs one that `diffusers-imagen "
-        "cache-embeddings` makes with --keep-padding.$"
+        "was written with --keep-padding and --clean-captions, but the network needs one that `diffusers-imagen "
+        "cache-embeddings` writes with --keep-padding.$"
     )
     with pytest.raises(ValueError, match=message):
         open_text(None, path, None, keeps_padding=True)
@@ -100,7 +100,9 @@ def test_a_cache_of_another_kind_is_refused_by_the_flags(folder, cache, encoder,
     with CacheWriter(tmp_path / "plain", plain.identity()) as writer:
         write_cache(writer, CAPTIONS, plain)
     assert not open_text(None, str(tmp_path / "plain"), None).keeps_padding
-    message = "was made without --keep-padding and --clean-captions, but .* makes with --keep-padding and --clean-cap"
+    message = (
+        "was written without --keep-padding and --clean-captions, but .* writes with --keep-padding and --clean-cap"
+    )
     with pytest.raises(ValueError, match=message):
         open_text(None, str(tmp_path / "plain"), None, keeps_padding=True, cleans_captions=True)
     with pytest.raises(ValueError, match=r"written by another text encoder \(keeps_padding True, not False\)"):

@@ -112,7 +112,7 @@ WORDS = "embeddings.word_embeddings.weight"
     [
         (lambda tensors: tensors.pop(WORDS), f"lacks weights: {WORDS}"),
         (lambda tensors: [tensors.pop(name) for name in list(tensors)[1:]], "lacks weights: .* and others"),
-        (lambda tensors: tensors[WORDS].fill_(float("nan")), f"weights that are not finite, {WORDS} among them"),
+        (lambda tensors: tensors[WORDS].fill_(float("nan")), f"weights that are not finite, such as {WORDS}"),
         (lambda tensors: tensors.update({WORDS: torch.zeros(3, 3)}), "whose encoder cannot be loaded"),
     ],
 )

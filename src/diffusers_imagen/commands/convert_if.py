@@ -76,7 +76,7 @@ def check_if(given: dict[str, str]) -> None:
         found = class_of(name, source)
         if not is_deepfloyd(found):
             raise ValueError(
-                f"`{name}` is '{source}', which is a {found}, but should be an IFPipeline or "
+                f"`{name}` is '{source}', of class {found}, but should be of class IFPipeline or "
                 "IFSuperResolutionPipeline."
             )
 
