@@ -178,6 +178,8 @@ def test_stage_2_is_that_of_diffusers(networks, text, monkeypatch):
 
 
 def test_an_image_that_is_flagged_at_a_stage_is_black_at_all(ours, networks, text, drawn):
+    for head in ("p_head", "w_head"):
+        flag_above(ours, drawn[32] + drawn[64], head, 1)  # one image at one stage, whatever the scores are
     flags = {}
     for resolution, pictures in drawn.items():
         clip = ours.feature_extractor(pictures, return_tensors="pt").pixel_values
