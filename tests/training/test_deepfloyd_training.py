@@ -429,7 +429,6 @@ def refuse(monkeypatch, capfd, settings: dict, message: str, **kwargs) -> None:
             {"prediction_type": "sample"},
             "`prediction_type` is 'sample', but is not used with `preconditioning` 'discrete'",
         ),
-        ("stage 1", {"text_encoder": None}, "This network is conditioned on text: pass `text_encoder`"),
         ("stage 1", {"low_resolution": 8}, "`low_resolution` is 8, but this network is not conditioned on one"),
         ("stage 2", {"low_resolution": None}, "is conditioned on an image: set `low_resolution`"),
         ("stage 2", {"noise_conditioning_augmentation": 0.3}, "an index, which is drawn among all 1000: leave it out"),
@@ -438,6 +437,11 @@ def refuse(monkeypatch, capfd, settings: dict, message: str, **kwargs) -> None:
 )
 def test_what_does_not_fit_is_one_line(monkeypatch, capfd, settings_of, name, change, message):
     refuse(monkeypatch, capfd, settings_of(name, **change), message)
+
+
+def test_a_stage_without_text_encoder_needs_one(monkeypatch, capfd, settings_of, converted):
+    settings = settings_of("stage 1", converted["stage 1"], text_encoder=None)
+    refuse(monkeypatch, capfd, settings, "This network is conditioned on text: pass `text_encoder`")
 
 
 @pytest.mark.parametrize(

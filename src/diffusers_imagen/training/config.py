@@ -58,7 +58,8 @@ class TrainingConfig(MetricSettings):
     )
     text_encoder: str | None = arg(
         None,
-        "Folder or Hub id with text_encoder/ and tokenizer/, or imagen-emoji; None trains without text.",
+        "Folder or Hub id with text_encoder/ and tokenizer/, or imagen-emoji; by default that of "
+        "pretrained_model_name_or_path, if its network is conditioned on text and embedding_cache is not given.",
         place="local_or_hub",
     )
 
@@ -191,6 +192,11 @@ class TrainingConfig(MetricSettings):
     def tags(self) -> list[str]:
         """Return additional tags of the model card."""
         return []
+
+    @property
+    def names_text(self) -> bool:
+        """Whether there is a source of text embeddings."""
+        return bool(self.text_encoder) or self.embedding_cache is not None
 
     def hub_options(self, name: str) -> dict[str, str]:
         """Return `revision` and `variant` if they apply to this folder or repository."""

@@ -32,7 +32,7 @@ from .objective.objectives import make_objective
 from .objective.step_draws import StepDraws
 from .optimization import clip_gradients, learning_rates, make_optimizer, step_if_finite, trainable
 from .output_folder import OutputFolder
-from .pretrained_stage import find_pretrained
+from .pretrained_stage import find_pretrained, use_own_text_encoder
 from .run_identity import TEXT_ENCODER, describe_run, in_json
 from .sampling import StagePipeline, draw_samples, read_prompts, show_samples, stage_pipeline
 from .stage_card import public_settings
@@ -53,7 +53,8 @@ def train(config: TrainingConfig, unet: StageNetwork, text: TextSource | None = 
         unet (`StageNetwork`): The network, trained in place.
         text (`TextSource`, *optional*):
             Source of the embeddings of captions and prompts; by default `text_encoder` and `embedding_cache` of
-            `config`. Without any of them the network must not be conditioned on text.
+            `config`, else the text encoder of its pretrained stage, to which `config.text_encoder` is then set. Without
+            any of them the network must not be conditioned on text.
 
     Raises:
         ValueError: Before any step: if network, data, checkpoint and settings do not fit each other, another process
@@ -82,21 +83,18 @@ class Trainer:
     """
 
     def __init__(self, config: TrainingConfig, unet: StageNetwork, text: TextSource | None = None):
-        self.config, self.unet, self.text = (
-            config,
-            unet,
-            text,
-        )  # without `text`, `read_data` opens that of the settings
+        self.config, self.unet, self.text = config, unet, text  # without text, `read_data` opens that of the settings
         self.accelerator = make_accelerator(config)
         self.pretrained = find_pretrained(config)
+        if text is None:
+            use_own_text_encoder(config, unet, self.pretrained)
         kept = self.pretrained.scheduler_for(config.preconditioning)
         if kept is not None:  # its noise levels are those of the objective
             check_objective(config)
         self.objective = make_objective(config, kept)
         self.folder = OutputFolder(config)
         self.losses = Losses(loss=math.nan)
-        names_text = bool(config.text_encoder) or config.embedding_cache is not None
-        check_network(config, unet, with_text=names_text or text is not None)
+        check_network(config, unet, with_text=config.names_text or text is not None)
         check_metrics(config, unet)
         check_modules(config, self.accelerator, self.objective.trained_modules)
         choose_attention(unet, config)

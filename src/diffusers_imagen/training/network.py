@@ -89,7 +89,7 @@ def find_network(config: TrainingConfig) -> str | None:
     if (Path(name) / "config.json").is_file():
         return None
     index = load_index(name, config.revision)
-    parts = [part for part in OF_A_CASCADE if isinstance(index.get(part), list) and index[part][:1] != [None]]
+    parts = [part for part in OF_A_CASCADE if has_part(index, part)]
     if not parts:
         return "unet"
     with torch.device("meta"):  # only their sizes are needed, without memory for weights
@@ -120,6 +120,11 @@ def load_index(name: str, revision: str | None = None) -> dict[str, Any]:
         return DiffusionPipeline.load_config(name, revision=revision)
     except OSError:
         return {}
+
+
+def has_part(index: dict[str, Any], part: str) -> bool:
+    """Return whether a pipeline's model_index.json names a component that is not left out."""
+    return isinstance(index.get(part), list) and index[part][:1] != [None]
 
 
 def fresh_unet(argument: str, name: str, subfolder: str | None, revision: str | None = None) -> StageNetwork:

@@ -5,18 +5,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from diffusers.utils import logging
+
+from ..models.interface import StageNetwork
 from ..models.unet_base import ConditionalUNet
 from ..pipelines.card_files import find_card_folder, read_card_license
 from ..pipelines.loading import deepfloyd_repository
 from ..pipelines.loading.folders import is_hub_id
 from ..pipelines.origin import DEEPFLOYD, check_origin
-from ..pipelines.stage_table import BASE, most_steps
+from ..pipelines.stage_table import BASE, TEXT_PARTS, most_steps
 from ..schedulers import EDMHeunScheduler
 from ..schedulers.foreign_configs import is_discrete
 from ..utils.arguments import bad_argument
 from ..utils.files import read_json_object
 from .config import TrainingConfig
-from .network import THEIR_NETWORK, find_network, load_index
+from .network import THEIR_NETWORK, find_network, has_part, load_index
+
+
+logger = logging.get_logger(__name__)
 
 
 class PretrainedStage(NamedTuple):
@@ -30,6 +36,7 @@ class PretrainedStage(NamedTuple):
     part: str | None = None  # the component of its pipeline to train, such as `base_unet` of a cascade
     folder: Path | None = None  # with its model card and notices
     license: dict[str, str] | None = None  # from the metadata of its model card
+    text_encoder: str | None = None  # folder or repository with its text encoder and tokenizer, if it has them
 
     @property
     def preconditioning(self) -> str | None:
@@ -69,7 +76,13 @@ def find_pretrained(config: TrainingConfig) -> PretrainedStage:
     scheduler, index = load_scheduler_config(place, subfolder, revision), load_index(place, revision)
     network = load_network_config(place, subfolder, revision)
     folder = find_card_folder(place, revision=revision, with_pictures=False)
-    known = PretrainedStage(scheduler, part=subfolder, folder=folder, license=read_card_license(folder) or None)
+    known = PretrainedStage(
+        scheduler,
+        part=subfolder,
+        folder=folder,
+        license=read_card_license(folder) or None,
+        text_encoder=place if all(has_part(index, part) for part in TEXT_PARTS) else None,
+    )
     if network.get("_class_name") == THEIR_NETWORK:
         origin = {"license": DEEPFLOYD, **base_model(place, index)}
         defaults = deepfloyd_repository.call_defaults(network.get("class_embed_type") is not None)
@@ -82,6 +95,15 @@ def find_pretrained(config: TrainingConfig) -> PretrainedStage:
             f"`pretrained_model_name_or_path` is '{place}', whose model_index.json is malformed: {error}"
         ) from error
     return known._replace(call_defaults=call_defaults, clean_caption=clean_caption, origin=origin)
+
+
+def use_own_text_encoder(config: TrainingConfig, unet: StageNetwork, pretrained: PretrainedStage) -> None:
+    """Set `config.text_encoder` to the text encoder of the pretrained stage, if the network is conditioned on text and
+    the configuration names no source of embeddings."""
+    if config.names_text or unet.text_width is None or pretrained.text_encoder is None:
+        return
+    config.text_encoder = pretrained.text_encoder
+    logger.info(f"`text_encoder` is not given: that of the pretrained stage, '{config.text_encoder}', is used.")
 
 
 def place_of_network(config: TrainingConfig) -> tuple[str, str]:
