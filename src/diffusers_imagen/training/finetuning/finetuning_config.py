@@ -13,7 +13,9 @@ from ..settings import check_settings
 TARGET_MODULES = ["to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj"]
 DREAMBOOTH_STEPS = 400
 LEARNING_RATE, ADAPTER_LEARNING_RATE = 5e-6, 5e-4  # of DreamBooth
-OF_THE_PRIOR = ("class_data_dir", "class_prompt", "class_model", "prior_loss_weight", "num_class_images")
+OF_THE_PRIOR = (
+    *("class_data_dir", "class_prompt", "class_model", "prior_loss_weight", "num_class_images", "sample_batch_size"),
+)
 
 
 @dataclass
