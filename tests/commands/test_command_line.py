@@ -75,6 +75,16 @@ def expected_modules(arguments: list[str]) -> set[str]:
     return {COMMANDS[arguments[0]].module, *parts.get(arguments[0], ())}
 
 
+@pytest.mark.parametrize("command, name", [("export-nemo", "folder"), ("export-if", "model")])
+def test_the_folder_of_an_adapter_is_not_exported(run, tmp_path, command, name):
+    (tmp_path / "style" / "unet").mkdir(parents=True)
+    (tmp_path / "style" / "unet" / "reference.json").write_text("{}")
+    (tmp_path / "style" / "pytorch_lora_weights.safetensors").touch()
+    code, _, error = run(command, str(tmp_path / "style"), "--output", str(tmp_path / "out"))
+    assert code == 2 and not (tmp_path / "out").exists()
+    assert f"`{name}` is '{tmp_path / 'style'}', the folder of a LoRA adapter: merge it into" in error[-1]
+
+
 def test_the_list_of_commands_has_a_line_for_each(run):
     code, out, error = run("--help")
     text = " ".join(out.split())

@@ -1,9 +1,11 @@
+import json
+
 import numpy as np
 import pytest
 from networks import randomize
 from PIL import Image
 
-from diffusers_imagen import EDMHeunScheduler, ImagenSuperResolutionPipeline
+from diffusers_imagen import EDMHeunScheduler, ImagenPipeline, ImagenSuperResolutionPipeline
 from diffusers_imagen.commands import generate as generate_command
 from diffusers_imagen.commands import main as cli
 
@@ -64,10 +66,15 @@ def test_bad_arguments_give_one_line_and_exit_code_2(model, tmp_path, capfd, arg
     assert not (tmp_path / "x.png").exists()
 
 
-def test_a_missing_prompt_is_exit_code_2(capsys):
-    with pytest.raises(SystemExit) as exit:
-        generate()
-    assert exit.value.code == 2
+def test_a_missing_prompt_is_exit_code_2(model, tmp_path, capsys):
+    output = ("--output", tmp_path / "x.png")
+    assert generate(*output) == 2
+    assert "`prompt` is missing, but the default model, the shipped cascade, is" in capsys.readouterr().err
+    assert generate("--model", model, *output) == 2
+    assert "`prompt` is missing, but the stage `base` of this model is conditioned on text" in capsys.readouterr().err
+    assert generate(" ", "--model", model, *output) == 2
+    assert "`prompt` is ' ', but should not be empty" in capsys.readouterr().err
+    assert not (tmp_path / "x.png").exists()
 
 
 @pytest.fixture
@@ -186,9 +193,28 @@ def test_a_stage_without_text_upscales(sr_unet, picture, tmp_path, capfd):
     output = tmp_path / "large.png"
     command = ["upscale", str(picture), "--sr256", str(tmp_path / "stage"), "--steps", "1", "--output", str(output)]
     assert cli.main([*command, "--prompt", "a face"]) == 2
-    assert "`prompt` is given, but no stage of this pipeline is conditioned on text" in capfd.readouterr().err
+    assert "`prompt` is given, but no stage of this model is conditioned on text" in capfd.readouterr().err
     assert cli.main(command) == 0
     assert Image.open(output).size == (32, 32)
+
+
+def test_a_stage_without_text_has_no_prompt(base_unet, picture, tmp_path, capfd):
+    unet = randomize(type(base_unet).from_config({**base_unet.config, "encoder_hid_dim": None}))
+    ImagenPipeline(unet, EDMHeunScheduler()).save_pretrained(tmp_path / "stage")
+    output = tmp_path / "drawn.png"
+    common = ["--model", str(tmp_path / "stage"), "--steps", "2", "--output", str(output)]
+    for command in (["generate"], ["generate", "--image", str(picture)], ["inpaint", str(picture), str(picture)]):
+        prompt = [] if "--image" in command else ["a face"]
+        if prompt:
+            assert cli.main([*command, *prompt, *common]) == 2
+            said = capfd.readouterr().err.strip().splitlines()[-1]
+            assert "`prompt` is given, but no stage of this model is conditioned on text: leave it out" in said
+            assert not output.exists()
+        assert cli.main([*command, *common]) == 0
+        with Image.open(output) as image:
+            assert image.size == (16, 16)
+            assert json.loads(image.text["diffusers-imagen"])["prompt"] == ""
+        output.unlink()
 
 
 def test_inpaint_keeps_what_the_mask_leaves_black(model, picture, tmp_path):

@@ -59,7 +59,10 @@ def test_a_pipeline_with_adapters_is_not_saved_in_a_form_that_cannot_be_loaded(c
             cascade.save_pretrained(tmp_path / "whole")
         with pytest.raises(ValueError, match="which cannot be saved with it"):
             cascade.push_to_hub("me/whole")
+        with pytest.raises(ValueError, match=r"`unet` has the LoRA adapters \['style'\], which cannot be saved"):
+            cascade.sr256_unet.save_pretrained(tmp_path / "whole")
         assert not (tmp_path / "whole").exists()
+    cascade.base_unet.save_pretrained(tmp_path / "base")
     cascade.unload_lora_weights()
     cascade.save_pretrained(tmp_path / "whole")
     again = ImagenCascadePipeline.from_pretrained(tmp_path / "whole")

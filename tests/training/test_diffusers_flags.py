@@ -1,5 +1,6 @@
 """Flags of diffusers' training scripts: epochs, revisions, filters of images, samples of a prompt, and those that are refused."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ FILTERS = list(SUPPORT)
 def test_epochs_are_steps_that_see_all_images(make_config):
     """Six images, four a step: two steps an epoch."""
     config = make_config(
-        max_train_steps=10_000,
+        max_train_steps=None,
         num_train_epochs=3,
         validation_epochs=2,
         validation_prompts=["text 1"],
@@ -34,8 +35,26 @@ def test_epochs_are_steps_that_see_all_images(make_config):
     assert samples == ["step-000004.png", "step-000006.png"]
 
 
+@pytest.mark.parametrize(
+    "config_class, flags, steps",
+    [
+        (TrainingConfig, "--preset emoji_base_64", 10_000),
+        (DreamBoothTrainingConfig, "--pretrained_model_name_or_path a --instance_data_dir a --instance_prompt a", 400),
+    ],
+)
+def test_steps_and_epochs_are_not_given_together(config_class, flags, steps):
+    flags = f"{flags} --train_data_dir a".split()
+    assert parse_args(flags, config_class=config_class).max_train_steps == steps
+    config = parse_args([*flags, "--num_train_epochs", "3"], config_class=config_class)
+    assert replace(config).num_train_epochs == 3
+    config.set_epoch(7)
+    assert replace(config).max_train_steps == 21
+    with pytest.raises(ValueError, match=f"`num_train_epochs` is 3 and `max_train_steps` {steps}, but only one of"):
+        parse_args([*flags, "--num_train_epochs", "3", "--max_train_steps", str(steps)], config_class=config_class)
+
+
 def test_epochs_of_accumulated_batches(make_config):
-    config = make_config(max_train_steps=10_000, num_train_epochs=5, train_batch_size=2, gradient_accumulation_steps=3)
+    config = make_config(max_train_steps=None, num_train_epochs=5, train_batch_size=2, gradient_accumulation_steps=3)
     Trainer(config, make_unet(), encode).prepare()
     assert config.max_train_steps == 5 and config.num_train_epochs is None
 
@@ -44,6 +63,10 @@ def test_epochs_of_accumulated_batches(make_config):
     ("options", "message"),
     [
         ({"num_train_epochs": 2}, "`num_train_epochs` is 2 and `max_train_steps` 4, but only one"),
+        (  # the default, but given
+            {"num_train_epochs": 2, "max_train_steps": 10_000},
+            "`num_train_epochs` is 2 and `max_train_steps` 10000, but only one",
+        ),
         ({"validation_epochs": 2, "validation_steps": 3}, "`validation_epochs` is 2 and `validation_steps` 3"),
         ({"num_train_epochs": 0}, "`num_train_epochs` is 0, but should be at least 1"),
         ({"num_validation_images": 0}, "`num_validation_images` is 0, but should be at least 1"),
@@ -59,7 +82,7 @@ def test_settings_that_are_refused(make_config, options, message):
 
 
 def test_a_stream_has_no_epochs(make_config):
-    config = make_config(max_train_steps=10_000, num_train_epochs=2, streaming=True)
+    config = make_config(max_train_steps=None, num_train_epochs=2, streaming=True)
     with pytest.raises(ValueError, match="the number of images in a stream is unknown: set `max_train_steps`"):
         Trainer(config, make_unet(), encode).prepare()
 

@@ -146,6 +146,7 @@ def make_images(args: argparse.Namespace, task: str, prepare: Callable = lambda 
     prepare(pipe)
     check_picture_size(args, pipe)
     arguments = {**sampling_arguments(args, pipe), **inputs}
+    check_need_of_prompt(arguments["prompt"], pipe, args.resolution)
     if not arguments["prompt"] and pipe.text_source is None:
         arguments["prompt"] = None  # a model without text does not accept the empty one
     made = pipe(num_images_per_prompt=args.num_images, generator=torch.Generator().manual_seed(args.seed), **arguments)
@@ -160,6 +161,18 @@ def make_images(args: argparse.Namespace, task: str, prepare: Callable = lambda 
         save_image(image, path, settings | number)
     for path in paths:  # after all are written: the reader of the names may close the pipe early
         print(path)
+
+
+def check_need_of_prompt(prompt: str | None, pipe: "DiffusionPipeline", resolution: int | None) -> None:
+    """Raise ValueError if a prompt is given and no stage is conditioned on text, or none is given and a stage up to
+    this resolution is; the empty prompt of `upscale` is allowed for both."""
+    if prompt and not any(stage.reads_text for stage in pipe.stages):
+        raise ValueError("`prompt` is given, but no stage of this model is conditioned on text: leave it out.")
+    readers = [stage for stage in pipe.stages if stage.reads_text and stage.resolution <= (resolution or math.inf)]
+    if prompt is None and readers:
+        raise ValueError(
+            f"`prompt` is missing, but the stage `{readers[0].name}` of this model is conditioned on text."
+        )
 
 
 def output_paths(args: argparse.Namespace) -> list[Path]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from .. import conversion
 from ..utils.files import check_new_folder, whole_folder
 from .convert_if import add_output_argument, copy_licenses, report
-from .model_arguments import CASCADE, DTYPES
+from .model_arguments import CASCADE, DTYPES, refuse_adapter
 from .parser import Parser
 
 
@@ -46,6 +46,7 @@ def export_if(args: argparse.Namespace) -> None:
 
     check_new_folder(args.output, "output")
     check_source("model", args.model)
+    refuse_adapter("model", args.model)
     with loading("model", args.model):
         pipe = load_pipeline_folder(
             DiffusionPipeline,

@@ -7,6 +7,7 @@ from typing import Any
 from ..pipelines.stage_table import STAGES
 from ..utils.files import check_writable, read_json_object
 from .convert_nemo import RECORD
+from .model_arguments import refuse_adapter
 from .parser import Parser
 
 
@@ -28,6 +29,7 @@ def export_nemo(args: argparse.Namespace) -> None:
     from ..conversion.nemo_export import export_nemo, nemo_config
 
     check_writable(args.output, "output")
+    refuse_adapter("folder", args.folder)
     prefix = f"{args.stage}_" if (args.folder / f"{args.stage}_unet").is_dir() else ""
     if not (args.folder / f"{prefix}unet").is_dir():
         raise ValueError(f"`folder` is '{args.folder}', which has neither unet/ nor {args.stage}_unet/.")

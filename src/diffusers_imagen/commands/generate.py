@@ -21,7 +21,7 @@ from .common import (
     slug_of,
 )
 from .model_arguments import add_model_arguments, check_model, load_pipeline, sources_of
-from .parser import Parser, check_prompt, refuse_empty
+from .parser import PROMPT, Parser, check_prompt, check_prompt_or_none
 from .picture_settings import describe_call
 
 
@@ -40,8 +40,8 @@ def add_arguments(command: Parser) -> None:
         "Generate images from prompts. Several processes can share --prompts-file: accelerate launch -m "
         "diffusers_imagen generate --prompts-file ..."
     )
-    source = command.add_mutually_exclusive_group(required=True)
-    source.add_argument("prompt", nargs="?", help="the prompt")
+    source = command.add_mutually_exclusive_group()
+    source.add_argument("prompt", nargs="?", help=PROMPT)
     source.add_argument(
         "--prompts-file", type=Path, metavar="FILE", help="a text file with one prompt per line; see --output-dir"
     )
@@ -85,9 +85,9 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def generate_one(args: argparse.Namespace) -> None:
-    """Generate images from one prompt, starting from noise or from an image."""
+    """Generate images from one prompt, or without one, starting from noise or from an image."""
     check_sampling(args)
-    refuse_empty(args.prompt)
+    check_prompt_or_none(args.prompt, args.model)
     inputs: dict[str, Any] = {}
     if args.image is not None:
         strength = DEFAULT_STRENGTH if args.strength is None else args.strength

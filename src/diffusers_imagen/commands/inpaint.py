@@ -6,7 +6,7 @@ from pathlib import Path
 from ..utils.bounds import MAX_STEPS
 from .common import add_sampling_arguments, check_sampling, make_images, read_image
 from .model_arguments import add_model_arguments
-from .parser import Parser, refuse_empty
+from .parser import PROMPT, Parser, check_prompt_or_none
 
 
 def add_arguments(command: Parser) -> None:
@@ -14,7 +14,7 @@ def add_arguments(command: Parser) -> None:
     command.description = "Repaint a part of an image."
     command.add_argument("image", type=Path, help="image file")
     command.add_argument("mask", type=Path, help="mask file of the same size, white where the image is repainted")
-    command.add_argument("prompt", help="the prompt")
+    command.add_argument("prompt", nargs="?", help=PROMPT)
     add_model_arguments(command)
     add_sampling_arguments(command)
     command.add_number(
@@ -35,7 +35,7 @@ def add_arguments(command: Parser) -> None:
 def inpaint(args: argparse.Namespace) -> None:
     """Repaint a part of an image and write the result."""
     check_sampling(args)
-    refuse_empty(args.prompt)
+    check_prompt_or_none(args.prompt, args.model)
     make_images(
         args,
         "inpaint",

@@ -212,6 +212,17 @@ def is_cascade(given: dict[str, str]) -> bool:
     return True
 
 
+def refuse_adapter(name: str, folder: str | os.PathLike) -> None:
+    """Raise ValueError for the folder of a LoRA adapter, which lacks the weights of its network."""
+    from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+
+    if os.path.isfile(os.path.join(folder, LORA_WEIGHT_NAME_SAFE)):
+        raise ValueError(
+            f"`{name}` is '{folder}', the folder of a LoRA adapter: merge it into its network first, by `fuse_lora()`, "
+            "`unload_lora_weights()` and `save_pretrained` of a pipeline."
+        )
+
+
 def class_of(name: str, source: str) -> str | None:
     """Return the class in the `model_index.json` of a folder or repository; None for a stage without the file."""
     from ..pipelines.loading.folder_checks import INDEX, read_config

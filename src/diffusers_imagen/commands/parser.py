@@ -9,6 +9,7 @@ from ..utils.errors import USAGE
 from ..utils.flags import BothSpellings, hyphenated
 
 
+PROMPT = "the prompt; none for a model that is not conditioned on text"
 MAX_PROMPT_LENGTH = 10_000  # in characters; text encoders use a few hundred tokens
 
 
@@ -136,7 +137,10 @@ def check_prompt(name: str, prompt: str | None) -> None:
         raise ValueError(f"`{name}` is {prompt!r}, which is not valid UTF-8.") from error
 
 
-def refuse_empty(prompt: str) -> None:
-    """Raise ValueError for an empty prompt."""
-    if not prompt.strip():
+def check_prompt_or_none(prompt: str | None, model: str | None) -> None:
+    """Raise ValueError for an empty prompt, and for none if `model` is None, the shipped cascade. Whether another model
+    needs one is known when it is loaded."""
+    if prompt is None and model is None:
+        raise ValueError("`prompt` is missing, but the default model, the shipped cascade, is conditioned on text.")
+    if prompt is not None and not prompt.strip():
         raise ValueError(f"`prompt` is {prompt!r}, but should not be empty.")

@@ -1,7 +1,9 @@
 """Base class of both U-Nets: conditioning, input checks, and integration with diffusers."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
@@ -17,6 +19,7 @@ from torch import nn
 from ..diffusion.augmentation import upsample_low_res
 from ..diffusion.discrete_ddpm import BetaSchedule
 from ..utils.arguments import bad_argument, check_exactly_one
+from ..utils.modules import refuse_adapters
 from .attention import AttendedText
 from .blocks import ImagenBlock, ResBlock
 from .config_checks import RANGES, as_timesteps, check_image, check_integer
@@ -161,6 +164,15 @@ class ConditionalUNet(
     @property
     def residual_scale(self) -> float | None:
         return self.config.get("residual_scale")
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Save as diffusers' `ModelMixin` does.
+
+        Raises:
+            ValueError: If the network has LoRA adapters, whose layers could not be loaded again.
+        """
+        refuse_adapters({"unet": self})
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def zero_initialized(self) -> list[torch.Tensor]:
         return [module.conv2.weight for module in self.modules() if isinstance(module, ResBlock)]

@@ -12,9 +12,10 @@ from huggingface_hub import ModelCard, create_repo, file_exists
 from torch import nn
 
 from ..utils.files import whole_file
+from ..utils.modules import refuse_adapters
 from .card_files import CARD_FILE, copy_card, find_card_folder
 from .origin import card_metadata, license_section, licenses_of, list_origins
-from .stages import Stage, refuse_adapters
+from .stages import Stage
 
 
 logger = logging.get_logger(__name__)

@@ -162,21 +162,6 @@ def missing_weights(unet: StageNetwork) -> list[str]:
     return [name for name, parameter in unwrapped(unet).named_parameters() if parameter.is_meta]
 
 
-def refuse_adapters(components: dict[str, Any]) -> None:
-    """Raise ValueError if components that are to be saved have LoRA adapters, fused or not.
-
-    diffusers would save their layers under other names than those of the component, which could not be loaded again.
-    """
-    for name, component in components.items():
-        adapters = getattr(unwrapped(component), "peft_config", None)
-        if adapters:
-            raise ValueError(
-                f"`{name}` has the LoRA adapters {list(adapters)}, which cannot be saved with it: call `fuse_lora()` and "
-                "`unload_lora_weights()` before, to save the merged weights, only `unload_lora_weights()` to save those "
-                "without adapters, or `save_lora_adapter` to save an adapter."
-            )
-
-
 def was_loaded(unet: StageNetwork) -> bool:
     """Return whether the network was loaded from a folder or the Hub."""
     return bool(unet.config.get("_name_or_path"))

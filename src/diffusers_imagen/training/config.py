@@ -5,7 +5,7 @@ import os
 import re
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from huggingface_hub import get_token
 from huggingface_hub.utils import HFValidationError, validate_repo_id
@@ -23,13 +23,15 @@ POLYNOMIAL_END = 1e-7  # learning rate at the end of diffusers' polynomial sched
 NETWORK_SOURCES = {"pretrained_model_name_or_path", "model_config_name_or_path", "text_encoder", "class_model"}
 TRACKER_MODULES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}  # any of them is sufficient
 
-MAX_STEPS = 10**9
+STEPS, MAX_STEPS = 10_000, 10**9
 OF_EPOCHS = {"num_train_epochs": "max_train_steps", "validation_epochs": "validation_steps"}
 
 
 @dataclass
 class TrainingConfig(MetricSettings):
     """Configuration of a run, which trains one stage."""
+
+    default_steps: ClassVar[int] = STEPS
 
     output_dir: str = arg("imagen-stage", "Folder for checkpoints and the trained stage.", place="local")
     overwrite_output_dir: bool = arg(
@@ -94,7 +96,10 @@ class TrainingConfig(MetricSettings):
         "conditioned on an index, such as DeepFloyd IF's, for which it is drawn uniformly among all 1000.",
     )
 
-    max_train_steps: int = arg(10_000, "Number of optimizer steps.")
+    # None until `_set_defaults`, to recognize that it is given together with num_train_epochs
+    max_train_steps: int = arg(
+        None, f"Number of optimizer steps; by default {STEPS}, or those of num_train_epochs; not both."
+    )
     num_train_epochs: int | None = arg(None, "Instead of max_train_steps: number of passes over the images.")
     learning_rate: float = arg(4e-4, "Peak learning rate.")
     scale_lr: bool = arg(False, "Multiply the learning rate by the number of images per step.")
@@ -160,6 +165,7 @@ class TrainingConfig(MetricSettings):
     hub_token: str | None = arg(None, "Token for the upload; by default that of `hf auth login`.")
 
     def __post_init__(self):
+        self._set_defaults()
         super().__post_init__()
         for name in NETWORK_SOURCES & {f.name for f in fields(self)}:
             if getattr(self, name) is not None:
@@ -225,6 +231,12 @@ class TrainingConfig(MetricSettings):
             setattr(self, of_steps, epochs * steps)
             setattr(self, name, None)
 
+    def _set_defaults(self) -> None:
+        """Set defaults that depend on other settings."""
+        if self.max_train_steps is None:
+            # with epochs, until `set_epoch`
+            self.max_train_steps = self.default_steps if self.num_train_epochs is None else MAX_STEPS
+
     def _check_source(self) -> None:
         source = self.pretrained_model_name_or_path or self.model_config_name_or_path
         if self.revision is not None and (source is None or os.path.isdir(source)):
@@ -235,15 +247,12 @@ class TrainingConfig(MetricSettings):
             raise ValueError(f"`variant` is {self.variant!r}, but no weights are loaded.")
 
     def _check_epochs(self) -> None:
-        defaults = {f.name: f.default for f in fields(self)}
         for name, of_steps in OF_EPOCHS.items():
             value = getattr(self, of_steps)
-            if getattr(self, name) is not None and value not in (defaults[of_steps], MAX_STEPS):
+            if getattr(self, name) is not None and value not in (None, MAX_STEPS):
                 raise ValueError(
                     f"`{name}` is {getattr(self, name)} and `{of_steps}` {value}, but only one of them can be given."
                 )
-        if self.num_train_epochs is not None:
-            self.max_train_steps = MAX_STEPS  # until `set_epoch`
 
     def _check_objective(self) -> None:
         from ..diffusion.preconditioning import PRECONDITIONINGS

@@ -14,6 +14,21 @@ def unwrapped(module: Any) -> Any:
     return module._orig_mod if is_compiled_module(module) else module
 
 
+def refuse_adapters(components: dict[str, Any]) -> None:
+    """Raise ValueError if components that are to be saved have LoRA adapters, fused or not.
+
+    diffusers would save their layers under other names than those of the component, which could not be loaded again.
+    """
+    for name, component in components.items():
+        adapters = getattr(unwrapped(component), "peft_config", None)
+        if adapters:
+            raise ValueError(
+                f"`{name}` has the LoRA adapters {list(adapters)}, which cannot be saved with it: call `fuse_lora()` and "
+                "`unload_lora_weights()` before, to save the merged weights, only `unload_lora_weights()` to save those "
+                "without adapters, or `save_lora_adapter` to save an adapter."
+            )
+
+
 def is_compiled(module: torch.nn.Module) -> bool:
     """Return whether a module or a part of it is compiled, by `torch.compile` or by its own `compile`."""
     parts = module.modules()

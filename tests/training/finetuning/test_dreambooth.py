@@ -298,6 +298,7 @@ def test_what_is_written(make_subject_config, stage, tmp_path):
         ({"train_data_dir": "dogs"}, "`train_data_dir` is 'dogs', but should be given as `instance_data_dir`"),
         ({"instance_prompt": ""}, "`instance_prompt` is '', but should name the subject"),
         ({"caption": "a dog"}, "`caption` is 'a dog', but should be given as `instance_prompt`"),
+        ({"sample_batch_size": 2}, "`sample_batch_size` is 2, but is only used with `with_prior_preservation`"),
         ({"class_prompt": "a dog"}, "`class_prompt` is 'a dog', but is only used with `with_prior_preservation`"),
         ({"with_prior_preservation": True}, "`class_prompt` is None, but is required by `with_prior_preservation`"),
         ({**PRIOR, "prior_loss_weight": 0}, "`prior_loss_weight` is 0, but should be above 0"),

@@ -1,6 +1,7 @@
 """Configurations of fine-tuning, in addition to training: adapters, and DreamBooth's subject and class."""
 
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
 from ...utils.arguments import check_exactly_one
 from ..config import TrainingConfig
@@ -10,8 +11,11 @@ from ..settings import check_settings
 
 
 TARGET_MODULES = ["to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj"]
+DREAMBOOTH_STEPS = 400
 LEARNING_RATE, ADAPTER_LEARNING_RATE = 5e-6, 5e-4  # of DreamBooth
-OF_THE_PRIOR = ("class_data_dir", "class_prompt", "class_model", "prior_loss_weight", "num_class_images")
+OF_THE_PRIOR = (
+    *("class_data_dir", "class_prompt", "class_model", "prior_loss_weight", "num_class_images", "sample_batch_size"),
+)
 
 
 @dataclass
@@ -55,6 +59,8 @@ def check_adapter(config: "LoraTrainingConfig") -> None:
 class DreamBoothTrainingConfig(LoraTrainingConfig):
     """Configuration of a run that fine-tunes a stage on a subject."""
 
+    default_steps: ClassVar[int] = DREAMBOOTH_STEPS
+
     instance_data_dir: str | None = arg(
         None, "Folder with the images of the subject; alternatively set `dataset_name`.", place="local"
     )
@@ -80,14 +86,15 @@ class DreamBoothTrainingConfig(LoraTrainingConfig):
     learning_rate: float | None = arg(  # type: ignore[assignment]
         None, f"Peak learning rate; by default {LEARNING_RATE}, and {ADAPTER_LEARNING_RATE} for an adapter."
     )
-    max_train_steps: int = arg(400, "Number of optimizer steps.")
+    max_train_steps: int = arg(
+        None, f"Number of optimizer steps; by default {DREAMBOOTH_STEPS}, or those of num_train_epochs; not both."
+    )
     lr_warmup_steps: int = arg(0, "Number of steps of linear warm-up.")
     train_batch_size: int = arg(4, "Images of the subject per device and micro-batch.")
     use_ema: bool = arg(False, "Average the weights over steps; the averaged weights are exported.")
 
     def __post_init__(self):
-        if self.learning_rate is None:
-            self.learning_rate = LEARNING_RATE if self.rank is None else ADAPTER_LEARNING_RATE
+        self._set_defaults()
         check_settings(self)  # before they are assigned to others
         self._take_instances()
         super().__post_init__()
@@ -95,6 +102,11 @@ class DreamBoothTrainingConfig(LoraTrainingConfig):
 
     def tags(self) -> list[str]:
         return ["dreambooth", *(super().tags() if self.rank is not None else [])]
+
+    def _set_defaults(self) -> None:
+        super()._set_defaults()
+        if self.learning_rate is None:
+            self.learning_rate = LEARNING_RATE if self.rank is None else ADAPTER_LEARNING_RATE
 
     def _take_instances(self) -> None:
         """Set the data and its caption to the subject's images and prompt."""
