@@ -80,7 +80,7 @@ def check_conditioning(config: TrainingConfig, unet: StageNetwork) -> None:
     if betas not in (None, config.beta_schedule):
         raise ValueError(
             f"`beta_schedule` is {config.beta_schedule!r}, but this network was trained with {betas!r}: set it to "
-            "that."
+            "this value."
         )
     if not has_variance and unet.out_channels != unet.in_channels:
         raise ValueError(
