@@ -18,7 +18,7 @@ from diffusers_imagen.commands.common import (
     slug_of,
 )
 from diffusers_imagen.commands.model_arguments import load_cascade
-from diffusers_imagen.commands.parser import Parser, check_numbers, check_prompt, refuse_empty
+from diffusers_imagen.commands.parser import Parser, check_numbers, check_prompt, check_prompt_or_none
 from diffusers_imagen.utils.errors import run_to_exit_code
 from diffusers_imagen.utils.files import check_writable
 from diffusers_imagen.utils.grid import captioned_grid
@@ -48,7 +48,7 @@ def parse_args() -> argparse.Namespace:
     check_numbers(args)
     for prompt in args.prompt or ():
         check_prompt("prompt", prompt)
-        refuse_empty(prompt)
+        check_prompt_or_none(prompt, args.model)
     check_writable(args.output_dir / "demo.png", "output_dir")
     return args
 

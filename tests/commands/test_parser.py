@@ -136,7 +136,7 @@ def test_arguments_that_are_none_are_refused(run, folder, arguments, message):
 )
 def test_an_error_of_a_pipeline_is_one_line_and_writes_nothing(run, folder, monkeypatch, error):
     class Pipe:
-        stages = [type("Stage", (), {"resolution": 16})]
+        stages = [type("Stage", (), {"resolution": 16, "reads_text": True})]
 
         def to(self, device):
             return self
@@ -150,7 +150,7 @@ def test_an_error_of_a_pipeline_is_one_line_and_writes_nothing(run, folder, monk
 
 def test_a_grid_too_large_for_its_format_is_found_before_anything_is_drawn(run, folder, monkeypatch):
     class Pipe:
-        stages = [type("Stage", (), {"resolution": 1024})]
+        stages = [type("Stage", (), {"resolution": 1024, "reads_text": True})]
 
         def to(self, device):
             return self
