@@ -270,9 +270,8 @@ class StageRunner:
                 watch.see(f"the step of its {type(scheduler).__name__} overflows", sample)
                 if self.request.callback.function is not None:
                     images = self.space.decode(sample)
-                    predicted = (
-                        self.space.decode(denoised[0]) if denoised else None
-                    )  # some schedulers do not return it
+                    # some schedulers do not return it
+                    predicted = self.space.decode(denoised[0]) if denoised else None
                     given = images.clone()  # which the callback may change in place
                     changed = self.runner.call_back(self.request.callback, timestep, given, predicted, self.text)
                     # unchanged pixels are not rounded by the conversion
