@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from data_files import contents
 from groups import run_command
 from kills import EXIT
 from tiny_t5 import save_text_parts
@@ -72,11 +73,6 @@ def test_several_processes_write_what_one_writes(encoder, tmp_path, capsys):
     codes, printed = run_command(tmp_path, 3, "cache-embeddings", tmp_path / "some", *arguments)
     assert codes == [0, 0, 0] and contents(tmp_path / "some") == one
     assert "49 captions" in printed[0] and not any("captions" in text for text in printed[1:])
-
-
-def contents(folder) -> dict[str, bytes]:
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def test_verify_names_every_problem(data, encoder, tmp_path, capsys):

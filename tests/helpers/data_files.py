@@ -73,3 +73,9 @@ def refusal(folder: str, reader: str, encode, **settings: Any) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files below a folder, but for locks, by their relative paths."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}

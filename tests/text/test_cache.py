@@ -22,13 +22,6 @@ CAPTIONS = ["a red apple", "blue", "a", "red red red red red red red red", "appl
 
 
 @pytest.fixture
-def folder(tokenizer, text_encoder, tmp_path) -> str:
-    tokenizer.save_pretrained(tmp_path / "te" / "tokenizer")
-    text_encoder.save_pretrained(tmp_path / "te" / "text_encoder")
-    return str(tmp_path / "te")
-
-
-@pytest.fixture
 def encoder(folder) -> TextEncoder:
     return TextEncoder.from_pretrained(folder)
 

@@ -18,13 +18,6 @@ from diffusers_imagen.training.data import make_train_batches
 CAPTIONS = ["a red apple", "blue"]
 
 
-@pytest.fixture
-def folder(tokenizer, text_encoder, tmp_path) -> str:
-    tokenizer.save_pretrained(tmp_path / "te" / "tokenizer")
-    text_encoder.save_pretrained(tmp_path / "te" / "text_encoder")
-    return str(tmp_path / "te")
-
-
 def test_states_are_those_of_the_pipelines(folder, tokenizer, text_encoder):
     with torch.no_grad():
         expected, mask = TextEncoder(tokenizer, text_encoder.eval()).encode(CAPTIONS)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_files import picture, tar, write
+from data_files import contents, picture, tar, write
 from groups import run_command
 
 from diffusers_imagen.commands import main as cli
@@ -30,13 +30,6 @@ def caption(i: int) -> str:
 
 
 @pytest.fixture
-def folder(tokenizer, text_encoder, tmp_path) -> str:
-    tokenizer.save_pretrained(tmp_path / "te" / "tokenizer")
-    text_encoder.save_pretrained(tmp_path / "te" / "text_encoder")
-    return str(tmp_path / "te")
-
-
-@pytest.fixture
 def data(tmp_path) -> str:
     shards = {}
     for shard in range(SHARDS):
@@ -48,19 +41,16 @@ def data(tmp_path) -> str:
 
 
 @pytest.fixture
-def make(folder, data, tmp_path):
+def arguments(folder, data) -> list[str]:
+    """Of cache-embeddings, but for `--streaming` and the folder of the cache."""
+    arguments = ["--text-encoder", folder, "--device", "cpu", "--train-data-dir", data, "--caption-column", "txt"]
+    return [*arguments, "--dtype", "float16", "--batch-size", "2"]
+
+
+@pytest.fixture
+def make(arguments, tmp_path):
     def make(*options: str) -> Path:
-        command = [
-            "cache-embeddings",
-            str(tmp_path / "cache"),
-            "--streaming",
-            "--text-encoder",
-            folder,
-            "--device",
-            "cpu",
-        ]
-        command += ["--train-data-dir", data, "--caption-column", "txt", "--dtype", "float16", "--batch-size", "2"]
-        assert cli.main([*command, *options]) == 0
+        assert cli.main(["cache-embeddings", str(tmp_path / "cache"), "--streaming", *arguments, *options]) == 0
         return tmp_path / "cache"
 
     return make
@@ -103,32 +93,24 @@ def test_a_stream_reads_what_it_reads_from_one_cache(make, data, folder, tmp_pat
     torch.testing.assert_close(batch.text, expected.text, atol=2e-3, rtol=2e-3)
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
-
-
-def test_several_processes_write_the_parts_that_one_writes(make, data, folder, tmp_path):
+def test_several_processes_write_the_parts_that_one_writes(make, arguments, tmp_path):
     """Also if one of them is killed, and the others continue."""
     one = contents(make())
-    arguments = ["cache-embeddings", tmp_path / "some", "--streaming", "--text-encoder", folder, "--device", "cpu"]
-    arguments += ["--train-data-dir", data, "--caption-column", "txt", "--dtype", "float16", "--batch-size", 2]
-    codes, _ = run_command(tmp_path, 2, *arguments, killed=(str(tmp_path / "some"), 4))
+    command = ["cache-embeddings", tmp_path / "some", "--streaming", *arguments]
+    codes, _ = run_command(tmp_path, 2, *command, killed=(str(tmp_path / "some"), 4))
     assert codes[1] not in (0, None) and len(contents(tmp_path / "some")) < len(one)
-    codes, printed = run_command(tmp_path, 3, *arguments)
+    codes, printed = run_command(tmp_path, 3, *command)
     assert codes == [0, 0, 0] and contents(tmp_path / "some") == one
     assert "20 captions" in printed[0] and not any("captions" in text for text in printed[1:])
 
 
-def test_a_folder_has_one_kind_of_cache(make, data, folder, tmp_path, capsys):
-    ordinary = ["cache-embeddings", "--text-encoder", folder, "--device", "cpu", "--train-data-dir", data]
-    ordinary += ["--caption-column", "txt", "--dtype", "float16"]
+def test_a_folder_has_one_kind_of_cache(make, arguments, tmp_path, capsys):
     before = contents(make())
-    assert cli.main([*ordinary, str(tmp_path / "cache")]) == 2
+    assert cli.main(["cache-embeddings", *arguments, str(tmp_path / "cache")]) == 2
     assert "`output_dir` is" in capsys.readouterr().err and contents(tmp_path / "cache") == before
-    assert cli.main([*ordinary, str(tmp_path / "ordinary")]) == 0
+    assert cli.main(["cache-embeddings", *arguments, str(tmp_path / "ordinary")]) == 0
     before = contents(tmp_path / "ordinary")
-    assert cli.main([*ordinary, "--streaming", str(tmp_path / "ordinary")]) == 2
+    assert cli.main(["cache-embeddings", *arguments, "--streaming", str(tmp_path / "ordinary")]) == 2
     assert "`output_dir` is" in capsys.readouterr().err and contents(tmp_path / "ordinary") == before
 
 

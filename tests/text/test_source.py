@@ -26,13 +26,6 @@ CAPTIONS = [f"text {i}" for i in range(8)]
 
 
 @pytest.fixture
-def folder(tokenizer, text_encoder, tmp_path) -> str:
-    tokenizer.save_pretrained(tmp_path / "te" / "tokenizer")
-    text_encoder.save_pretrained(tmp_path / "te" / "text_encoder")
-    return str(tmp_path / "te")
-
-
-@pytest.fixture
 def cache(folder, tmp_path) -> str:
     encoder = TextEncoder.from_pretrained(folder)
     with CacheWriter(tmp_path / "cache", encoder.identity()) as writer:
