@@ -1,5 +1,7 @@
 """Base class of both U-Nets: conditioning, input checks, and integration with diffusers."""
 
+import functools
+import inspect
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +21,8 @@ from torch import nn
 from ..diffusion.augmentation import upsample_low_res
 from ..diffusion.discrete_ddpm import BetaSchedule
 from ..utils.arguments import bad_argument, check_exactly_one
-from ..utils.modules import refuse_adapters
+from ..utils.files import check_folder
+from ..utils.modules import refuse_adapters, remove_earlier_weights
 from .attention import AttendedText
 from .blocks import ImagenBlock, ResBlock
 from .config_checks import RANGES, as_timesteps, check_image, check_integer
@@ -165,14 +168,23 @@ class ConditionalUNet(
     def residual_scale(self) -> float | None:
         return self.config.get("residual_scale")
 
+    # diffusers' pipelines pass `variant`, `max_shard_size` and others on if they are in the signature
+    @functools.wraps(ModelMixin.save_pretrained, assigned=())
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """Save as diffusers' `ModelMixin` does.
+        """Save as diffusers' `ModelMixin` does, and delete the weights of the same variant that this replaces.
 
         Raises:
-            ValueError: If the network has LoRA adapters, whose layers could not be loaded again.
+            ValueError: If the folder cannot be written, or the network has LoRA adapters, whose layers could not be
+                loaded again.
         """
+        check_folder(save_directory, "save_directory")
         refuse_adapters({"unet": self})
+        call = inspect.signature(super().save_pretrained).bind(save_directory, *args, **kwargs)
+        call.apply_defaults()
+        chosen = call.arguments
         super().save_pretrained(save_directory, *args, **kwargs)
+        if chosen["is_main_process"] and not chosen.get("use_flashpack"):
+            remove_earlier_weights(self, save_directory, chosen["variant"], chosen["safe_serialization"])
 
     def zero_initialized(self) -> list[torch.Tensor]:
         return [module.conv2.weight for module in self.modules() if isinstance(module, ResBlock)]

@@ -10,9 +10,10 @@ from diffusers.utils import logging
 from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
 from huggingface_hub import ModelCard, create_repo, file_exists
 from torch import nn
+from transformers import PreTrainedModel
 
-from ..utils.files import whole_file
-from ..utils.modules import refuse_adapters
+from ..utils.files import check_folder, whole_file
+from ..utils.modules import refuse_adapters, remove_earlier_weights, unwrapped
 from .card_files import CARD_FILE, copy_card, find_card_folder
 from .origin import card_metadata, license_section, licenses_of, list_origins
 from .stages import Stage
@@ -130,15 +131,16 @@ class ModelCardMixin:
             The commit with `push_to_hub`, else None.
 
         Raises:
-            ValueError: If the folder is a file, or a component has LoRA adapters.
+            ValueError: If the folder or that of a component cannot be written, or a component has LoRA adapters.
         """
-        if os.path.isfile(save_directory):
-            raise ValueError(f"`save_directory` is '{save_directory}', a file, but should be a folder.")
+        check_folder(save_directory, "save_directory")
+        for name, component in self.components.items():
+            if component is not None:
+                check_folder(os.path.join(save_directory, name), "save_directory")
         refuse_adapters(self.components)
-        save = super().save_pretrained  # type: ignore[misc]  # of DiffusionPipeline
         hub = {name: kwargs.pop(name, None) for name in ("repo_id", "private", "token", "commit_message", "create_pr")}
         if not push_to_hub:
-            save(save_directory, safe_serialization, variant, max_shard_size, **kwargs)
+            self._save_components(save_directory, safe_serialization, variant, max_shard_size, **kwargs)
             self.copy_card(save_directory)
             path = Path(save_directory, CARD_FILE)
             if self.origins and not path.exists():
@@ -147,10 +149,21 @@ class ModelCardMixin:
             return None
         repo_id, private = hub.pop("repo_id") or Path(save_directory).resolve().name, hub.pop("private")
         repo_id = create_repo(repo_id, private=private, token=hub["token"], exist_ok=True).repo_id
-        save(save_directory, safe_serialization, variant, max_shard_size, **kwargs)
+        self._save_components(save_directory, safe_serialization, variant, max_shard_size, **kwargs)
         self.copy_card(save_directory, repo_id, hub["token"])
         self.save_model_card(save_directory, repo_id, hub["token"])
         return self._upload_folder(save_directory, repo_id, **{**hub, "create_pr": bool(hub["create_pr"])})
+
+    def _save_components(
+        self, folder: str | os.PathLike, safe_serialization: bool, variant: str | None, *args: Any, **kwargs: Any
+    ) -> None:
+        """Save like diffusers' `save_pretrained`, and delete the weights that this replaces."""
+        super().save_pretrained(folder, safe_serialization, variant, *args, **kwargs)  # type: ignore[misc]  # of DiffusionPipeline
+        for name, component in self.components.items():
+            module = unwrapped(component)
+            if isinstance(module, nn.Module):
+                is_safe = safe_serialization or isinstance(module, PreTrainedModel)  # which has no other format
+                remove_earlier_weights(module, Path(folder, name), variant, is_safe)
 
     def push_to_hub(
         self,

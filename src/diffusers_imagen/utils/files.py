@@ -167,6 +167,8 @@ def check_folder(path: PathLike, name: str) -> None:
     Raises:
         ValueError: If they cannot, because of its name, what exists at the path or above it, or permissions.
     """
+    if not isinstance(path, PathLike):
+        raise ValueError(f"`{name}` is {path!r}, but should be the name of a folder.")
     try:
         str(path).encode()
     except UnicodeEncodeError:  # model cards and records refer to the folder in UTF-8

@@ -1,12 +1,26 @@
-"""Helpers for modules: compiled, offloaded and quantized networks, non-finite weights, and quiet loading."""
+"""Helpers for modules: compiled, offloaded and quantized networks, weights on disk and not finite, and quiet loading."""
 
+import glob
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from diffusers.utils.torch_utils import is_compiled_module
+from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_NAME as TRANSFORMERS_SAFETENSORS_NAME
+from transformers.utils import WEIGHTS_NAME as TRANSFORMERS_WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
+
+
+# names of weights in safetensors and in torch's format, of modules of diffusers and of transformers
+WEIGHT_FILES = (
+    (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME),
+    (TRANSFORMERS_SAFETENSORS_NAME, TRANSFORMERS_WEIGHTS_NAME),
+)
 
 
 def unwrapped(module: Any) -> Any:
@@ -27,6 +41,27 @@ def refuse_adapters(components: dict[str, Any]) -> None:
                 "`unload_lora_weights()` before, to save the merged weights, only `unload_lora_weights()` to save those "
                 "without adapters, or `save_lora_adapter` to save an adapter."
             )
+
+
+def remove_earlier_weights(
+    module: torch.nn.Module, folder: str | os.PathLike, variant: str | None, safe_serialization: bool = True
+) -> None:
+    """
+    Delete weights of a variant that the last save of a module to a folder replaced, but that could be loaded instead.
+
+    Safetensors files are loaded before others; an index of shards by diffusers before a single file, by transformers
+    after it. Neither library deletes all files of an earlier save in another form.
+    """
+    names = WEIGHT_FILES[isinstance(module, PreTrainedModel)]
+    suffix = "" if variant is None else f".{variant}"
+    for name, is_kept in zip(names, (safe_serialization, not safe_serialization)):
+        stem, extension = os.path.splitext(name)
+        shards = list(Path(folder).glob(f"{stem}{glob.escape(suffix)}-*-of-*{extension}"))
+        index = Path(folder, f"{name}.index{suffix}.json")
+        single = Path(folder, f"{stem}{suffix}{extension}")
+        replaced = [single if shards else index] if is_kept else [*shards, index, single]
+        for file in replaced:
+            file.unlink(missing_ok=True)
 
 
 def is_compiled(module: torch.nn.Module) -> bool:
