@@ -1,6 +1,7 @@
 """Guidance, images to start from, kept pixels, slices: what the loop does, counted and measured."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 
 import pytest
@@ -288,3 +289,28 @@ def test_a_network_without_text_needs_no_prompt():
         pipe(guidance_scale=4.0)
     with pytest.raises(ValueError, match="no stage of this pipeline is conditioned on text"):
         pipe("a red apple", guidance_scale=1.0)
+
+
+@pytest.mark.parametrize("shares", ["the pipeline", "the scheduler"])
+def test_calls_of_several_threads_wait_for_each_other(shares, base_pipeline, run):
+    other = base_pipeline
+    if shares == "the scheduler":
+        other = ImagenPipeline.from_pipe(base_pipeline)
+        other.set_progress_bar_config(disable=True)
+    calls = [
+        (pipe, {"num_inference_steps": n, "guidance_scale": n}) for n in (2, 3) for pipe in (base_pipeline, other)
+    ]
+    expected = [run(pipe, **kwargs).images for pipe, kwargs in calls]
+    with ThreadPoolExecutor(len(calls)) as pool:
+        results = list(pool.map(lambda call: run(call[0], **call[1]).images, calls))
+    for result, images in zip(results, expected):
+        assert torch.equal(result, images)
+
+
+def test_a_callback_cannot_call_its_pipeline_but_a_copy(base_pipeline, run):
+    expected = run(base_pipeline).images
+    with pytest.raises(ValueError, match="called by its own `callback_on_step_end`"):
+        run(base_pipeline, callback_on_step_end=lambda pipe, *rest: run(pipe))
+    other = deepcopy(base_pipeline)
+    images = run(base_pipeline, callback_on_step_end=lambda *rest: run(other) and {}).images
+    assert torch.equal(images, expected)

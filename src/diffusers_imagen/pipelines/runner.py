@@ -28,6 +28,7 @@ from .prediction import GuidedPrediction, Latents
 from .prompts import PromptEmbeds
 from .schedules import begin_at
 from .stages import Stage, check_kinds, check_stages
+from .turns import turn_of
 
 
 class Runner:
@@ -56,14 +57,15 @@ class Runner:
         self.calls = 0  # number of network calls so far, as passed to callbacks
 
     def run(self) -> ImagenPipelineOutput | tuple:
-        """Generate the images.
+        """Generate the images, after the calls of other threads with the same schedulers.
 
         Raises:
-            ValueError: If an argument is invalid; raised before any network runs.
+            ValueError: If an argument is invalid, or the call is made by a callback of another one with the same
+                schedulers; raised before any network runs.
             FloatingPointError: If a stage computes values that are not finite; names the stage and the likely cause.
         """
         arguments, pipe = self.arguments, self.pipe
-        with pipe.scaled_adapters(arguments.cross_attention_kwargs):
+        with turn_of(stage.scheduler for stage in self.stages), pipe.scaled_adapters(arguments.cross_attention_kwargs):
             # 1. Check all arguments and plan every network call, before any network runs
             request = self.plan()
 
