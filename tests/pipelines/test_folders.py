@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from diffusers_imagen import ImagenCascadePipeline, ImagenPipeline
@@ -160,6 +161,35 @@ def test_a_folder_that_makes_no_pipeline_is_refused_in_one_line(change, message,
     assert not trap.exists()
 
 
+FOUND_BEFORE_LOADING = [name for name in HOSTILE if name.startswith(("model_index", "base_unet", "base_scheduler"))]
+FOUND_BEFORE_LOADING += ["another pipeline", "os.system", "no folder", "cut weights", "another shape", "sizes as text"]
+
+
+@pytest.mark.parametrize("name", FOUND_BEFORE_LOADING)
+def test_a_pipeline_class_refuses_such_a_folder_too(name, folder, trap):
+    change, message = HOSTILE[name]
+    change(folder, trap)
+    with pytest.raises(ValueError) as error:
+        ImagenCascadePipeline.from_pretrained(folder)
+    line = str(error.value)
+    assert line.startswith(f"`pretrained_model_name_or_path` is '{folder}'") and message in line
+    assert len(line.splitlines()) == 1 and not trap.exists()
+
+
+@pytest.mark.parametrize("source", ["", None, "nowhere", "/nowhere/at/all", 3])
+def test_what_is_no_source_is_refused(source):
+    with pytest.raises(ValueError, match="`pretrained_model_name_or_path` is .*, which is neither a folder nor a Hub"):
+        ImagenCascadePipeline.from_pretrained(source)
+
+
+def test_a_folder_of_another_pipeline_is_refused(base_pipeline, folder, tmp_path):
+    base_pipeline.save_pretrained(tmp_path / "stage")
+    with pytest.raises(ValueError, match="is of 'ImagenPipeline', but should be of ImagenCascadePipeline: "):
+        ImagenCascadePipeline.from_pretrained(tmp_path / "stage")
+    with pytest.raises(ValueError, match="is of 'ImagenCascadePipeline', but should be of ImagenPipeline: "):
+        ImagenPipeline.from_pretrained(folder)
+
+
 def test_scripts_in_a_folder_are_not_run(folder, trap, cascade, run):
     scripts()(folder, trap)
     assert torch.equal(run(load_cascade(str(folder))).images, run(cascade).images)
@@ -223,6 +253,8 @@ def test_a_network_that_lacks_weights_is_refused_when_it_is_loaded(base_pipeline
         tmp_path, tmp_path
     )
     with pytest.raises(ValueError, match="`unet`, loaded from .*, lacks weights: conv_in.bias"):
+        DiffusionPipeline.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="unet' lacks weights: conv_in.bias"):
         ImagenPipeline.from_pretrained(tmp_path)
 
 

@@ -215,7 +215,7 @@ BAD_INPUTS = {
         "`prompt_attention_mask` has shape (1, 5)",
     ),
     "both prompts": ({"prompt_embeds": torch.zeros(1, 4, 16)}, "Exactly one of `prompt`"),
-    "two negative prompts": ({"negative_prompt": ["a", "b"]}, "2 negative prompts, but 1 prompts"),
+    "two negative prompts": ({"negative_prompt": ["a", "b"]}, "`negative_prompt` has 2 entries, but should have 1"),
     "embeddings without a mask": (
         {"prompt": None, "prompt_embeds": torch.zeros(1, 8, 16)},
         "without `prompt_attention_mask`, of shape (1, 8)",
@@ -250,7 +250,10 @@ BAD_INPUTS = {
     "too little strength": ({"image": PICTURE, "strength": 0.4}, "leaves none of the 2 steps of the stage `base`"),
     "a mask of another size": ({"image": PICTURE, "mask_image": PICTURE[:, :1, 1:]}, "`mask_image` is 31x32"),
     "a mask of nothing": ({"image": PICTURE, "mask_image": PICTURE[:, :1] * 0}, "has no pixels to repaint"),
-    "two images": ({"image": torch.cat([PICTURE] * 2)}, "`image` has 2 images, but there are 1 prompts"),
+    "two images": (
+        {"image": torch.cat([PICTURE] * 2)},
+        "`image` has 2 images, but the number of prompts is 1: pass 1.",
+    ),
     "an image with NaN": ({"image": PICTURE * math.nan}, "`image` has values that are not finite"),
     "an image to 255 in floating point": ({"image": PICTURE * 255}, "`image` has values from 0 to 255"),
     "an image of two channels": ({"image": PICTURE[:, :2]}, "`image` has shape (2, 32, 32)"),

@@ -81,7 +81,7 @@ def test_images_and_masks_count_alike(painting, three):
 def test_a_prompt_that_nothing_reads_does_not_count(cascade, three):
     cascade.sr256_unet = textless(cascade.sr256_unet)
     assert draw(cascade, prompt="a red apple", image=three).shape[0] == 3
-    with pytest.raises(ValueError, match="`image` has 3 images, but there are 2 prompts"):
+    with pytest.raises(ValueError, match="`image` has 3 images, but the number of prompts is 2: pass 1 or 2."):
         draw(cascade, prompt=["a red apple", "a tiger"], image=three)
 
 

@@ -70,7 +70,7 @@ def read_given(image: ImageInput, mask_image: ImageInput | None, num_prompts: in
     pixels = read_images(image)
     masks = [] if mask_image is None else read_masks(mask_image, num_prompts or len(pixels))
     if num_prompts is not None:
-        counted, number = f"there are {num_prompts} prompts", num_prompts
+        counted, number = f"the number of prompts is {num_prompts}", num_prompts
     else:
         counted, number = f"`image` has {len(pixels)}", len(pixels) if len(pixels) > 1 else max(1, len(masks))
     check_number("image", len(pixels), number, counted)
@@ -94,7 +94,8 @@ def read_given(image: ImageInput, mask_image: ImageInput | None, num_prompts: in
 def check_number(name: str, number: int, expected: int, counted: str) -> None:
     """Check that there is one image for all prompts, or one per prompt; `counted` describes the number `expected`."""
     if number not in (1, expected):
-        raise ValueError(f"`{name}` has {number} images, but {counted}: pass 1 or {expected}.")
+        alternative = f" or {expected}" if expected > 1 else ""
+        raise ValueError(f"`{name}` has {number} images, but {counted}: pass 1{alternative}.")
 
 
 def warn_of_stretching(given: GivenImages, size: tuple[int, int], last_size: tuple[int, int]) -> None:

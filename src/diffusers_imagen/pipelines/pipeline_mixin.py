@@ -19,7 +19,8 @@ from . import inputs
 from .callbacks import PREDICTED
 from .content_filter import check_filter
 from .loading.deepfloyd_repository import find_pipeline, is_deepfloyd
-from .loading.folder_checks import SETTINGS
+from .loading.folder_checks import REQUIRED, SETTINGS, check_pipeline_folder
+from .loading.folders import SOURCE, check_source, loading
 from .loading.stage_loading import load_stages
 from .model_card import ModelCardMixin
 from .origin import DEEPFLOYD, check_origin, list_origins, warn_of_missing_filter
@@ -77,11 +78,19 @@ class ImagenPipelineMixin(ModelCardMixin):
         """
         Load a pipeline like diffusers' `from_pretrained`; also opens a folder or repository of DeepFloyd IF, like
         `from_stage`, and `"imagen-emoji"`, the cascade that ships with this package.
+
+        Raises:
+            ValueError: If the source is neither a folder nor a Hub id, or a folder of another pipeline, or its files
+                are incomplete, damaged or do not fit together.
         """
         place = find_source(pretrained_model_name_or_path)
+        check_source(SOURCE, place)
         source, options = find_pipeline(place, kwargs)
         if source is not None:
             return cls.from_stage(source, **options)
+        if os.path.isdir(place) and cls.__name__ in REQUIRED:  # subclasses may have other components
+            with loading(SOURCE, place):
+                check_pipeline_folder(place, (cls.__name__,), options.get("variant"), options)
         return super().from_pretrained(place, **options)  # type: ignore[misc]  # DiffusionPipeline
 
     @classmethod

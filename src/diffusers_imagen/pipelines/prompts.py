@@ -142,7 +142,8 @@ class Prompts:
         if not isinstance(self.negative_prompt, str):
             negatives = count_prompts(self.negative_prompt, self.negative_prompt_embeds)
             if negatives != self.number:
-                raise ValueError(f"There are {negatives} negative prompts, but {self.number} prompts.")
+                name = "negative_prompt" if self.negative_prompt_embeds is None else "negative_prompt_embeds"
+                raise ValueError(f"`{name}` has {negatives} entries, but should have {self.number}, as the prompts.")
         given = (self.prompt_embeds, self.negative_prompt_embeds)
         lengths = [embeds.shape[1] if embeds is not None else source and source.max_length for embeds in given]
         if lengths[0] != lengths[1]:

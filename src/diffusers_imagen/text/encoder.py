@@ -180,7 +180,7 @@ class TextEncoder(TextSource):
         """Encode `slice_size` texts at a time, with a warning for each text that is truncated."""
         room = self.max_length - self.tokenizer.num_special_tokens_to_add()
         cleaned = self.cleaned(texts)
-        for text, ids in zip(cleaned, self.tokenizer(cleaned, add_special_tokens=False).input_ids):
+        for text, ids in zip(cleaned, self.tokenizer(cleaned, add_special_tokens=False, verbose=False).input_ids):
             if len(ids) > room:
                 lost = shown(self.tokenizer.decode(ids[room:]))
                 logger.warning(f"The prompt {shown(text)} is truncated to {self.max_length} tokens: {lost} is lost.")

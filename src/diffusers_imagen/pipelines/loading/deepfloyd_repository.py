@@ -26,7 +26,7 @@ from ..origin import DEEPFLOYD
 from ..schedules import has_levels
 from ..stage_table import SAFETY_PARTS, TEXT_PARTS
 from .folder_checks import CONFIGS, INDEX, KINDS, check_component, check_tensors, find_class, read_config
-from .folders import DOWNLOAD_OPTIONS, download_index, is_hub_id, refusal_of_hub
+from .folders import DOWNLOAD_OPTIONS, SOURCE, download_index, is_hub_id, loading, refusal_of_hub
 
 
 # diffusers' pipelines of IF, whose variants have the same components, and whether they upscale images
@@ -70,11 +70,12 @@ def find_pipeline(source: str | os.PathLike, options: dict[str, Any]) -> tuple[s
     commit, so that later requests are consistent and cached.
 
     Raises:
-        ValueError: For a repository without access.
+        ValueError: For a repository without access, and a folder with a damaged `model_index.json`.
     """
     if os.path.isdir(source):
         path = os.path.join(source, INDEX)
-        is_theirs = os.path.isfile(path) and is_deepfloyd(read_config(path).get("_class_name"))
+        with loading(SOURCE, source):
+            is_theirs = os.path.isfile(path) and is_deepfloyd(read_config(path).get("_class_name"))
         return (str(source) if is_theirs else None), options
     if not is_hub_id(source):
         return None, options
@@ -84,7 +85,7 @@ def find_pipeline(source: str | os.PathLike, options: dict[str, Any]) -> tuple[s
     except Exception as error:
         reason = refusal_of_hub(error, str(source))
         if reason is not None:
-            raise ValueError(f"`source` is '{source}', which cannot be loaded: {reason}") from error
+            raise ValueError(f"`{SOURCE}` is '{source}', which cannot be loaded: {reason}") from error
         return None, options  # diffusers raises its own error
     if is_deepfloyd(class_name):
         return str(source), options

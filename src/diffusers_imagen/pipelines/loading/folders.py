@@ -31,6 +31,7 @@ from .folder_checks import (
 
 
 DOWNLOAD_OPTIONS = ("variant", "use_safetensors")  # which files of a repository are loaded
+SOURCE = "pretrained_model_name_or_path"  # the argument of `from_pretrained`
 SINGLE_STAGES = ("ImagenPipeline", "ImagenSuperResolutionPipeline")
 
 
@@ -102,9 +103,9 @@ def refusal_of_hub(error: BaseException, source: str) -> str | None:
 
 def check_source(name: str, source: str | os.PathLike) -> None:
     """Raise ValueError for a value that is neither a folder nor a repository id, before any request to the Hub."""
-    if not os.path.isdir(source) and not is_hub_id(source):
+    if not isinstance(source, str | os.PathLike) or not (os.path.isdir(source) or is_hub_id(source)):
         raise ValueError(
-            f"`{name}` is {shown(str(source))}, which is neither a folder nor a Hub id like 'name/repository'."
+            f"`{name}` is {shown(source if source is None else str(source))}, which is neither a folder nor a Hub id like 'name/repository'."
         )
 
 
