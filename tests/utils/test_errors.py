@@ -1,4 +1,6 @@
 import errno
+import subprocess
+import sys
 
 import pytest
 from PIL.Image import DecompressionBombError
@@ -42,3 +44,19 @@ def test_an_interruption_is_exit_code_130():
         raise KeyboardInterrupt
 
     assert run_to_exit_code(run, "program") == 130
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_a_command_runs_without_standard_streams(closed, tmp_path):
+    code = f"""if True:
+        import sys
+        from diffusers_imagen.utils.errors import run_to_exit_code
+        def run():
+            print("text", file=sys.stdout)
+            print("text", file=sys.stderr)
+            open({str(tmp_path / "result")!r}, "w").write("done")
+        sys.exit(run_to_exit_code(run, "program"))
+    """
+    command = ["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, code]
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert (tmp_path / "result").read_text() == "done"

@@ -23,6 +23,7 @@ EXPECTED = (ValueError, OSError, FloatingPointError, MemoryError, DecompressionB
 
 def run_to_exit_code(run: Callable[[], int | None], program: str) -> int:
     """Run a command; an expected error gives one line on stderr and exit code 2, an interruption exit code 130."""
+    open_missing_streams()
     try:
         code = run() or 0
         sys.stdout.flush()
@@ -42,6 +43,13 @@ def run_to_exit_code(run: Callable[[], int | None], program: str) -> int:
 def run_program(run: Callable[[], int | None]) -> NoReturn:
     """Call what a file with a command line of its own does, and end the process with the exit code, as above."""
     sys.exit(run_to_exit_code(run, Path(sys.argv[0]).name))
+
+
+def open_missing_streams() -> None:
+    """Discard what is written to standard streams that were closed before the start, which Python sets to None."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
 
 
 def give_up_broken_stdout() -> None:
