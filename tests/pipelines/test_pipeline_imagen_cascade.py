@@ -199,7 +199,11 @@ BAD_INPUTS = {
     "no steps": ({"num_inference_steps": 0}, "`num_inference_steps` is 0"),
     "half a step": ({"num_inference_steps": [2, 1.5]}, "`num_inference_steps` is 1.5"),
     "steps of three stages": ({"num_inference_steps": [1, 2, 3]}, "`num_inference_steps` has 3 entries"),
-    "steps of another stage": ({"num_inference_steps": {"base": 2}}, "lacks the stages ['sr256']"),
+    "steps of another cascade's stage": ({"num_inference_steps": {"base": 2, "sr1024": 2}}, "has ['sr1024']"),
+    "noise in the image of a base stage": (
+        {"low_res_noise_level": {"base": 0.1}},
+        "`low_res_noise_level` has ['base'], but should have stage names among ['sr256']",
+    ),
     "scales of one stage": ({"guidance_scale": [1.0]}, "`guidance_scale` has 1 entries"),
     "a scale that is no number": ({"guidance_scale": "high"}, "`guidance_scale` is 'high'"),
     "no noise": ({"low_res_noise_level": 0.0}, "`low_res_noise_level` is 0.0"),

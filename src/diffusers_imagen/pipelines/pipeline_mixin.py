@@ -207,9 +207,9 @@ class ImagenPipelineMixin(ModelCardMixin):
                 as many samples.
 
         Raises:
-            ValueError: If it is neither a number of images nor a dict of them by stage name.
+            ValueError: If it is neither a number of images nor a dict of them by names of this pipeline's stages.
         """
-        self.slice_size = check_slice_size(slice_size, inputs.MAX_IMAGES)
+        self.slice_size = check_slice_size(slice_size, inputs.MAX_IMAGES, [stage.name for stage in self.stages])
 
     def disable_slicing(self) -> None:
         """Run every model on the whole batch, regardless of its size."""
