@@ -68,6 +68,20 @@ def test_they_are_saved_with_the_pipeline(parts, tmp_path):
     assert torch.equal(draw(loaded), draw(pipe))
 
 
+def test_from_pipe_keeps_all_settings_and_components_has_none(parts):
+    settings = {"call_defaults": GIVEN, "clean_caption": True, "origin": {"base": {"license": "mit"}}}
+    pipe = ImagenCascadePipeline(**parts, **settings)
+    assert {name: ImagenCascadePipeline.from_pipe(pipe).config[name] for name in settings} == settings
+    other = ImagenCascadePipeline.from_pipe(pipe, call_defaults=None)
+    assert other.config.call_defaults is None and other.config.clean_caption
+    # as in diffusers: the settings of a new pipeline are its arguments
+    assert not settings.keys() & pipe.components.keys()
+    config = ImagenCascadePipeline(**pipe.components).config
+    assert [config[name] for name in settings] == [None, False, None]
+    single = ImagenPipeline(parts["base_unet"], parts["base_scheduler"], call_defaults=GIVEN["base"])
+    assert ImagenPipeline.from_pipe(single).config.call_defaults == GIVEN["base"]
+
+
 def test_those_of_single_stages_are_flat(base_unet, sr_unet, parts):
     text = {name: parts[name] for name in ("tokenizer", "text_encoder")}
     for pipeline, unet, stage in (

@@ -88,7 +88,7 @@ class ImagenPipelineMixin(ModelCardMixin):
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
         """
         Convert a pipeline like diffusers' `from_pipe`; also accepts a loaded pipeline of DeepFloyd IF, like
-        `from_stage`.
+        `from_stage`. Settings such as `call_defaults` are kept, which `components` does not include.
         """
         if is_deepfloyd(type(pipeline).__name__):
             return cls.from_stage(pipeline, **kwargs)
