@@ -258,7 +258,7 @@ BAD_INPUTS = {
     "an image with NaN": ({"image": PICTURE * math.nan}, "`image` has values that are not finite"),
     "an image to 255 in floating point": ({"image": PICTURE * 255}, "`image` has values from 0 to 255"),
     "an image of two channels": ({"image": PICTURE[:, :2]}, "`image` has shape (2, 32, 32)"),
-    "an image that is a name": ({"image": "tiger.png"}, "`image` is a str"),
+    "an image that is a name": ({"image": "tiger.png"}, "`image` is of class str"),
     "nothing left to run": ({"image": PICTURE, "output_resolution": 16}, "`output_resolution` is 16, but should be"),
     "no resampling": ({"num_resample_times": 0}, "`num_resample_times` is 0"),
     "unknown callback tensor": ({"callback_on_step_end_tensor_inputs": ["x"]}, "['x']"),

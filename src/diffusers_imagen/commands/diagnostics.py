@@ -26,6 +26,7 @@ from ..training.data.captions import iterate_captions
 from ..training.data.data_config import DataConfig
 from ..training.data.pixels import BadImage, fit_image, name_image, open_image, read_image
 from ..training.data.sources import Rows, open_rows
+from ..utils.arguments import class_of
 from ..utils.errors import one_line
 from ..utils.files import read_json_object
 from ..utils.references import REFERENCE, read_reference
@@ -247,7 +248,7 @@ def examine_network(folder: Path, text_encoder: str | None) -> list[Finding]:
     if isinstance(unet, UNet2DConditionModel):  # as DeepFloyd IF is published
         unet = unet_from_deepfloyd(unet)
     if not isinstance(unet, StageNetwork):
-        return [Finding(True, f"it is a {type(unet).__name__}, but should be ImagenUNetModel or EfficientUNetModel")]
+        return [Finding(True, f"it is {class_of(unet)}, but should be ImagenUNetModel or EfficientUNetModel")]
     missing = missing_weights(unet)
     if missing:
         return [Finding(True, f"{len(missing)} weights are missing, such as {missing[0]}")]
