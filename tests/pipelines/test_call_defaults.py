@@ -69,7 +69,7 @@ def test_they_are_saved_with_the_pipeline(parts, tmp_path):
 
 
 def test_from_pipe_keeps_all_settings_and_components_has_none(parts):
-    settings = {"call_defaults": GIVEN, "clean_caption": True, "origin": {"base": {"license": "mit"}}}
+    settings = {"call_defaults": GIVEN, "clean_caption": True, "origin": {"base": {"license": "karlo"}}}
     pipe = ImagenCascadePipeline(**parts, **settings)
     assert {name: ImagenCascadePipeline.from_pipe(pipe).config[name] for name in settings} == settings
     other = ImagenCascadePipeline.from_pipe(pipe, call_defaults=None)
