@@ -139,7 +139,9 @@ def examine_captions(rows: Rows, config: DataConfig, text_encoder: str | None) -
     repeated = times > max(1, 0.1 * len(captions))
     missing = len(rows.data) * len(config.caption_column) - len(captions)
     findings = [
-        Finding(missing > 0, f"{missing} captions are missing, and their rows are skipped in training"),
+        Finding(
+            missing > 0, f"{missing} captions are missing" + ", and their rows are skipped in training" * bool(missing)
+        ),
         Finding(empty > 0, f"{empty} of {len(captions)} captions are empty"),
         Finding(
             repeated,
@@ -293,7 +295,7 @@ def examine_losses(records: list[dict[str, Any]]) -> list[Finding]:
         if not math.isfinite(float(record.get("loss") or 0)):
             return [Finding(True, f"the loss is {record['loss']} at step {record.get('step')}: training diverged")]
     if len(losses) < 3:
-        return [Finding(False, f"{len(losses)} recorded losses, too few to judge")]
+        return [Finding(False, f"number of recorded losses: {len(losses)}, too few to judge")]
     lowest, last = min(losses), losses[-1]
     rises = last > 1.1 * lowest and last > losses[0] * 0.9
     text = f"loss: first {losses[0]:.4f}, lowest {lowest:.4f}, last {last:.4f}"

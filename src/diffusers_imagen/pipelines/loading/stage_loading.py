@@ -18,6 +18,7 @@ from ...models.interface import StageNetwork
 from ...text.identity import encoder_width
 from ...utils.arguments import bad_argument, class_of, shown
 from ...utils.modules import unwrapped
+from ...utils.shipped import find_source
 from ..stage_table import AS_BASE, AS_UPSCALER, SAFETY_PARTS, TEXT_PARTS
 from ..stages import StageSource
 from .deepfloyd_repository import MAX_TOKENS, is_deepfloyd, load_deepfloyd, parts_of_deepfloyd, read_deepfloyd
@@ -87,6 +88,8 @@ def load_stages(
     for name, other in TOGETHER.items():
         if name in given and given[name] is None:
             given.setdefault(other, None)
+    if isinstance(given.get("text_encoder"), (str, os.PathLike)):
+        given["text_encoder"] = find_source(given["text_encoder"])
     check_shared_parts(given)
     quantization = text_quantization(options.pop("quantization_config", None))
     hub, _ = split_options(options)
