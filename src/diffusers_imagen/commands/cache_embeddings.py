@@ -44,6 +44,24 @@ def add_arguments(command: Parser) -> None:
     command.add_argument(
         "--clean-captions", action="store_true", help="clean captions before they are encoded, as for DeepFloyd IF"
     )
+    add_data_arguments(command)
+    command.add_argument(
+        "--nemo-tars", nargs="+", type=Path, help="import embeddings from tar files with NeMo's pickles"
+    )
+    command.add_argument(
+        "--nemo-key", default="t5_text", help="name of the encoder in these pickles; default: %(default)s"
+    )
+    command.add_argument(
+        "--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="dtype of the cache; default: %(default)s"
+    )
+    command.add_number("--batch-size", int, 1, MANY, default=256, help="captions per batch; default: %(default)s")
+    command.add_number("--shard-size-mb", float, 1e-6, MANY, default=128, help="size of a file; default: %(default)s")
+    command.add_argument("--device", default=DEVICE, help="device of the text encoder; default: %(default)s")
+    command.set_defaults(run=cache_embeddings)
+
+
+def add_data_arguments(command: Parser) -> None:
+    """Add the options that select the captions of a data set."""
     command.add_argument("--train-data-dir", help="folder with the data set")
     command.add_argument("--dataset-name", help="data set on the Hub")
     command.add_argument("--dataset-config-name", help="configuration of the data set on the Hub")
@@ -63,19 +81,6 @@ def add_arguments(command: Parser) -> None:
         default="split",
         help="column whose values are the splits, if the data set has it; default: %(default)s",
     )
-    command.add_argument(
-        "--nemo-tars", nargs="+", type=Path, help="import embeddings from tar files with NeMo's pickles"
-    )
-    command.add_argument(
-        "--nemo-key", default="t5_text", help="name of the encoder in these pickles; default: %(default)s"
-    )
-    command.add_argument(
-        "--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="dtype of the cache; default: %(default)s"
-    )
-    command.add_number("--batch-size", int, 1, MANY, default=256, help="captions per batch; default: %(default)s")
-    command.add_number("--shard-size-mb", float, 1e-6, MANY, default=128, help="size of a file; default: %(default)s")
-    command.add_argument("--device", default=DEVICE, help="device of the text encoder; default: %(default)s")
-    command.set_defaults(run=cache_embeddings)
 
 
 def cache_embeddings(args: argparse.Namespace) -> None:
