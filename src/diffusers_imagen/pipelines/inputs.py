@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ..schedulers.schedule_checks import as_values
-from ..utils.arguments import as_integer, as_number, is_number, shown, to_float
+from ..utils.arguments import as_integer, as_number, bad_argument, is_number, shown, to_float
 from ..utils.bounds import MAX_GUIDANCE, MAX_NOISE_LEVEL, MAX_STEPS, MIN_AUGMENTATION_SIGMA
 from ..utils.tensors import check_tensor
 from .call_arguments import CallArguments, PerStage
@@ -94,12 +94,14 @@ def as_schedule(name: str, values: Any) -> list[float] | torch.Tensor:
 
 
 def check_stage_arguments(arguments: CallArguments, stages: list[Stage]) -> None:
-    """Raise ValueError for dicts with names of other stages than a pipeline's, whether or not they run."""
+    """Raise ValueError for empty dicts, and for names of other stages than a pipeline's, whether or not they run."""
     for name in PER_STAGE:
         value = getattr(arguments, name)
         if isinstance(value, Mapping):
             takes = [stage for stage in stages if not (stage.is_base and name == "low_res_noise_level")]
             check_stage_names(name, value, [stage.name for stage in takes])
+            if not value:
+                raise bad_argument(name, value, "a value, or a dict of values by stage name")
 
 
 def stage_settings(arguments: CallArguments, stages: list[Stage]) -> list[StageSettings]:
