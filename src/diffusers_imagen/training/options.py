@@ -100,11 +100,11 @@ def parse_args(
     parser.add_argument(
         "--config", metavar="FILE.yaml", help="File with the same names; flags take precedence over it."
     )
-    entries = {} if given.config is None else read_settings(given.config, config_class)
-    parser.set_defaults(**entries)
+    if given.config is not None:
+        parser.set_defaults(**read_settings(given.config, config_class))
     namespace = parser.parse_args(rest)
     config = config_class(**{f.name: getattr(namespace, f.name) for f in fields(config_class)})
-    check_unused(config, flags | entries.keys())
+    check_unused(config, flags)  # a file may list every setting
     return config
 
 
