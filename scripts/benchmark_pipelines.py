@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from benchmark_contenders import GUIDANCE
 from benchmark_measures import Case, Group
 from benchmark_unet import DEEPFLOYD, Networks, compile_network, create_deepfloyd, twin
 from diffusers import DDPMScheduler, IFPipeline
@@ -17,7 +18,6 @@ from diffusers_imagen import (
 )
 
 
-GUIDANCE = 4.0
 # Cascades whose networks are presets
 CASCADES = {
     "500M, 600M": ("500m_res_64", "600m_res_256"),
@@ -98,7 +98,7 @@ class Sampler:
         pipe = IFPipeline(
             None,
             None,
-            stage.place(create_deepfloyd(stage.preset)).eval(),
+            stage.place(create_deepfloyd(stage.preset, self.settings.overrides)).eval(),
             DDPMScheduler(variance_type="learned_range"),
             None,
             None,
