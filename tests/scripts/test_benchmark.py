@@ -114,6 +114,11 @@ def test_deepfloyd_predicts_the_same(unets, benchmark):
     assert set(predictions) == {"ours, text every call", "plain", "deepfloyd"} and expected.std() > 0.01
     for given in predictions.values():
         torch.testing.assert_close(given, expected, atol=1e-3, rtol=1e-3)
+    pipelines = sys.modules["benchmark_pipelines"]
+    settings.steps = (1, 1)
+    stages = {case.system: case.build()() for case in pipelines.Sampler(("IF-I-M",), settings, 2).cases()}
+    assert set(stages) == {"ours", "deepfloyd"}
+    assert all(stage.images.shape == (2, 3, 16, 16) for stage in stages.values())
 
 
 def test_entries_that_deepfloyd_does_not_have(unets):
