@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..utils.files import FolderHold, check_folder, refusing
+from ..utils.files import check_folder, refusing
 from .common import check_device
 from .model_arguments import DEVICE
 from .parser import Parser
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
     from ..text import TextEncoder
+    from ..text.distinct_captions import DistinctCaptions
 
 MANY = 2**16  # tokens, captions or MB: larger values are mistakes, and would need more memory than any machine has
 
@@ -167,29 +168,21 @@ def report(folder: Path, done: str) -> None:
 
 def encode_dataset(args: argparse.Namespace, state: "PartialState") -> int:
     """Encode the captions of the data set that the cache lacks; return their number. Called by all processes."""
-    from ..text.cache_files import hold_cache
     from ..text.cache_writer import CacheWriter, save_parts, write_cache
-    from ..utils.processes import check_shared, in_turn, on_main_process
+    from ..utils.processes import in_turn, on_main_process, shared_folder
 
-    with ExitStack() as stack:
-        held: list[FolderHold] = []
-        writers: list[CacheWriter] = []
-
-        def hold() -> None:
-            if args.output_dir.exists():  # a new folder is created and locked when there is something to write
-                held.append(stack.enter_context(hold_cache(args.output_dir)))
-
-        def begin() -> None:
-            writer = CacheWriter(args.output_dir, encoder.identity(), args.dtype, args.shard_bytes, *held)
-            writers.append(stack.enter_context(writer))
-
-        on_main_process(state, hold)
+    with shared_folder(state, args.output_dir, "output_dir"):
         captions = in_turn(state, lambda: read_captions(args))
         encoder = in_turn(state, lambda: load_encoder(args))
+        writers: list[CacheWriter] = []  # one in the main process, which is not sent to the others
+
+        def begin() -> None:
+            writers.append(
+                CacheWriter(args.output_dir, encoder.identity(), args.dtype, args.shard_bytes, is_held=True)
+            )
+
         on_main_process(state, begin)
-        check_shared(state, args.output_dir, "output_dir")
-        writer = writers[0] if writers else None
-        added = write_cache(writer, captions, encoder, args.batch_size, state)
+        added = write_cache(next(iter(writers), None), captions, encoder, args.batch_size, state)
         on_main_process(state, lambda: save_parts(args.output_dir, encoder))
         return added
 
@@ -271,14 +264,12 @@ def load_chosen(args: argparse.Namespace) -> dict[str, Any]:
     return chosen
 
 
-def read_captions(args: argparse.Namespace) -> list[str]:
-    """Return the distinct captions of the data set."""
-    from ..text.source import distinct_captions
-    from ..training.data.captions import iterate_captions
+def read_captions(args: argparse.Namespace) -> "DistinctCaptions":
+    """Index the distinct captions of the data set."""
+    from ..training.data.captions import index_captions
 
-    chosen = load_chosen(args).values()
-    captions = distinct_captions(caption for data in chosen for caption in iterate_captions(data, args.caption_column))
-    if not captions:
+    captions = index_captions(load_chosen(args).values(), args.caption_column)
+    if not len(captions):
         raise ValueError("The data set has no captions.")
     return captions
 
