@@ -192,9 +192,9 @@ class CacheWriter:
         self._listed = np.unique(np.concatenate(listed))
 
     def __contains__(self, caption: str) -> bool:
-        key = caption_digest(caption)
-        place = np.searchsorted(self._listed, np.array(key, "S16"))
-        return key in self._added or self._listed[place : place + 1] == np.array(key, "S16")
+        key = np.array(caption_digest(caption), "S16")
+        place = np.searchsorted(self._listed, key)
+        return key.tobytes() in self._added or bool((self._listed[place : place + 1] == key).any())
 
     def add(self, captions: list[str], embeds: list[torch.Tensor], lengths: list[int] | None = None) -> None:
         """Add the embeddings `(tokens, E)` of new captions, all to one shard.
