@@ -194,7 +194,7 @@ def encode_stream(args: argparse.Namespace, state: "PartialState") -> int:
     """
     from ..text.cache_writer import save_parts
     from ..text.sharded_cache import Layout, is_sharded, write_part
-    from ..training.data.captions import iterate_captions
+    from ..training.data.captions import iterate_shard
     from ..utils.processes import gather, in_turn, on_main_process, shared_folder
 
     with shared_folder(state, args.output_dir, "output_dir"):
@@ -215,7 +215,7 @@ def encode_stream(args: argparse.Namespace, state: "PartialState") -> int:
             folder = layout.part(name, shard)
             if not folder.exists():
                 rows = splits[name].shard(num_shards=counts[name], index=shard)
-                captions = iterate_captions(rows, args.caption_column)
+                captions = iterate_shard(rows, args.caption_column, f"Shard {shard} of split {name!r}")
                 added += write_part(folder, captions, encoder, args.dtype, args.shard_bytes, args.batch_size)
         added = sum(gather(state, added))
         on_main_process(state, lambda: save_parts(layout.parts()[0], encoder))

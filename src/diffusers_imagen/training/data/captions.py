@@ -1,7 +1,7 @@
 """Captions of rows."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,8 @@ from datasets import Dataset
 from diffusers.utils import logging
 
 from ...text.distinct_captions import DistinctCaptions
+from .shards import DAMAGE
+from .tables import innermost
 
 
 logger = logging.get_logger(__name__)
@@ -19,6 +21,10 @@ SIDES = re.compile(r"\b(?:left|right|(?:anti|counter)?-?clockwise)", re.IGNORECA
 
 class BadCaption(Exception):
     """Cell without a caption."""
+
+
+class NoCaptions(ValueError):
+    """Rows none of which has a caption."""
 
 
 def caption_text(value: Any) -> str:
@@ -41,7 +47,7 @@ def iterate_places(rows: Dataset, columns: list[str]) -> Iterable[tuple[int, str
     Cells without a caption are skipped and counted, like their rows.
 
     Raises:
-        ValueError: At the end, if no cell is a caption.
+        NoCaptions: At the end, if no cell is a caption.
     """
     good, bad, first = 0, 0, ""
     for start, part in enumerate(rows.select_columns(columns).iter(batch_size=ROWS_AT_ONCE)):
@@ -56,7 +62,7 @@ def iterate_places(rows: Dataset, columns: list[str]) -> Iterable[tuple[int, str
                     good += 1
                     yield row * len(columns) + number, caption
     if bad and not good:
-        raise ValueError(f"None of the {bad} captions can be used; {first}.")
+        raise NoCaptions(f"None of the {bad} captions can be used; {first}.")
     if bad:
         logger.warning(f"{bad} of {good + bad} captions cannot be used, and their rows are skipped; {first}.")
 
@@ -64,6 +70,20 @@ def iterate_places(rows: Dataset, columns: list[str]) -> Iterable[tuple[int, str
 def iterate_captions(rows: Dataset, columns: list[str]) -> Iterable[str]:
     """Return all captions of all rows; errors as in `iterate_places`."""
     return (caption for _, caption in iterate_places(rows, columns))
+
+
+def iterate_shard(rows: Dataset, columns: list[str], name: str) -> Iterator[str]:
+    """Yield all captions of a shard of a stream, of which there may be none.
+
+    Raises:
+        ValueError: If the shard cannot be read; names it.
+    """
+    try:
+        yield from iterate_captions(rows, columns)
+    except NoCaptions as error:
+        logger.warning(f"{name}: {error}")
+    except DAMAGE as error:
+        raise ValueError(f"{name} cannot be read: {innermost(error)}") from error
 
 
 def index_captions(splits: Iterable[Dataset], columns: list[str]) -> DistinctCaptions:
