@@ -113,5 +113,5 @@ def test_what_a_callback_changes_in_the_sample_counts():
 
 
 def test_timesteps_are_no_indices():
-    with pytest.raises(ValueError, match="float32 or float64"):
+    with pytest.raises(ValueError, match=r"`timesteps` is \[999, 500\], but should be in float32 or float64"):
         EDMAdamsScheduler().set_timesteps(timesteps=[999, 500])

@@ -229,7 +229,7 @@ def test_from_config_keeps_the_meaning(other):
 
 def test_bad_steps():
     scheduler, x = EDMHeunScheduler(s_churn=5.0), torch.ones(1, 2)
-    with pytest.raises(ValueError, match="float32 or float64"):
+    with pytest.raises(ValueError, match=r"`timesteps` is \[999, 500\], but should be in float32 or float64"):
         scheduler.set_timesteps(timesteps=[999, 500])
     scheduler.set_timesteps(3)
     with pytest.raises(ValueError, match="second half"):

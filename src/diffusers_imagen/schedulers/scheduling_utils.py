@@ -273,6 +273,9 @@ class ImagenScheduler(SchedulerMixin, ConfigMixin):
         return given
 
     def _timesteps_to_sigmas(self, timesteps: torch.Tensor) -> torch.Tensor:
+        if timesteps.dtype != torch.float64:  # integers, or half precision, which is too coarse
+            expected = f"in float32 or float64, as `precondition_noise` returns them, not of {timesteps.dtype}"
+            raise bad_argument("timesteps", timesteps.tolist(), expected)
         return self.timestep_to_sigma(timesteps)
 
     def _publish(self, sigmas: torch.Tensor, device: str | torch.device | None = None) -> None:
