@@ -99,7 +99,7 @@ def test_a_prompt_alone_is_not_drawn_by_several_processes(run, folder, model, mo
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
     code, _, lines = run("generate", "a red apple", "--model", model)
-    assert code == 2 and lines[-1].endswith("One call of a model is the work of one process, but 4 were started.")
+    assert code == 2 and lines[-1].endswith("One call of a model runs in one process, but 4 were started.")
     assert not (folder / "output.png").exists()
 
 

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..utils.arguments import shown
 from ..utils.files import check_folder, refusing
 from .common import check_device
 from .model_arguments import DEVICE
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from ..text import TextEncoder
     from ..text.distinct_captions import DistinctCaptions
+    from ..training.data.data_config import DataConfig
 
 MANY = 2**16  # tokens, captions or MB: larger values are mistakes, and would need more memory than any machine has
 
@@ -43,18 +45,7 @@ def add_arguments(command: Parser) -> None:
     command.add_argument(
         "--clean-captions", action="store_true", help="clean captions before they are encoded, as for DeepFloyd IF"
     )
-    command.add_argument("--train-data-dir", help="folder with the data set")
-    command.add_argument("--dataset-name", help="data set on the Hub")
-    command.add_argument("--dataset-config-name", help="configuration of the data set on the Hub")
-    command.add_argument("--cache-dir", help="download folder of `datasets`")
-    command.add_argument("--caption-column", nargs="+", default=["text"], help="columns with captions; default: text")
-    command.add_argument("--image-column", default="image", help="column with images; default: %(default)s")
-    command.add_argument(
-        "--streaming",
-        action="store_true",
-        help="read the data shard by shard, and write a cache in the order of the shards, for training with --streaming",
-    )
-    command.add_argument("--splits", nargs="+", help="splits of the data set; default: all")
+    add_data_arguments(command)
     command.add_argument(
         "--nemo-tars", nargs="+", type=Path, help="import embeddings from tar files with NeMo's pickles"
     )
@@ -68,6 +59,29 @@ def add_arguments(command: Parser) -> None:
     command.add_number("--shard-size-mb", float, 1e-6, MANY, default=128, help="size of a file; default: %(default)s")
     command.add_argument("--device", default=DEVICE, help="device of the text encoder; default: %(default)s")
     command.set_defaults(run=cache_embeddings)
+
+
+def add_data_arguments(command: Parser) -> None:
+    """Add the options that select the captions of a data set."""
+    command.add_argument("--train-data-dir", help="folder with the data set")
+    command.add_argument("--dataset-name", help="data set on the Hub")
+    command.add_argument("--dataset-config-name", help="configuration of the data set on the Hub")
+    command.add_argument("--cache-dir", help="download folder of `datasets`")
+    command.add_argument("--caption-column", nargs="+", default=["text"], help="columns with captions; default: text")
+    command.add_argument("--image-column", default="image", help="column with images; default: %(default)s")
+    command.add_argument(
+        "--streaming",
+        action="store_true",
+        help="read the data shard by shard, and write a cache in the order of the shards, for training with --streaming",
+    )
+    command.add_argument(
+        "--splits", nargs="+", help="splits of the data set, or values of its split column; default: all"
+    )
+    command.add_argument(
+        "--split-column",
+        default="split",
+        help="column whose values are the splits, if the data set has it; default: %(default)s",
+    )
 
 
 def cache_embeddings(args: argparse.Namespace) -> None:
@@ -243,7 +257,7 @@ def load_encoder(args: argparse.Namespace) -> "TextEncoder":
 def load_chosen(args: argparse.Namespace) -> dict[str, Any]:
     """Load the chosen splits of the data set, whose caption columns are checked."""
     from ..training.data.data_config import DataConfig
-    from ..training.data.sources import check_columns, column_names, load_splits
+    from ..training.data.sources import check_columns, column_names, is_split_by_column, load_splits
 
     config = DataConfig(
         train_data_dir=args.train_data_dir,
@@ -252,9 +266,12 @@ def load_chosen(args: argparse.Namespace) -> dict[str, Any]:
         cache_dir=args.cache_dir,
         caption_column=args.caption_column,
         image_column=args.image_column,
+        split_column=args.split_column,
         streaming=args.streaming,
     )
     splits, _ = load_splits(config)
+    if args.splits and is_split_by_column(splits, column_names(next(iter(splits.values())), config), config):
+        splits = split_by_column(splits, config, args.splits)
     missing = set(args.splits or []) - set(splits)
     if missing:
         raise ValueError(f"`splits` has {sorted(missing)}, but the data set has {sorted(map(str, splits))}.")
@@ -262,6 +279,29 @@ def load_chosen(args: argparse.Namespace) -> dict[str, Any]:
     for data in chosen.values():
         check_columns(data, column_names(data, config), config, with_text=True)
     return chosen
+
+
+def split_by_column(splits: dict[str, Any], config: "DataConfig", names: list[str]) -> dict[str, Any]:
+    """Return the rows of some splits of a data set whose splits are the values of a column.
+
+    Raises:
+        ValueError: If no row has one of these splits, or for a stream.
+    """
+    from ..training.data.sources import iterate_cells, keep_rows
+
+    if config.streaming:
+        raise ValueError(
+            f"`splits` is given, but the splits are the values of the column {config.split_column!r}: a cache for "
+            "`streaming` has the captions of all rows."
+        )
+    (data,) = splits.values()
+    known = {value for (value,) in iterate_cells(data, [config.split_column])}
+    missing = set(names) - known
+    if missing:
+        raise ValueError(
+            f"`splits` has {sorted(missing)}, but the column {config.split_column!r} has {shown(sorted(map(str, known)))}."
+        )
+    return {name: keep_rows(data, {config.split_column: [name]}, name) for name in names}
 
 
 def read_captions(args: argparse.Namespace) -> "DistinctCaptions":

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
+from ..utils.arguments import class_of
 from .devices import own_part
 
 
@@ -73,7 +74,7 @@ def _encode(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Any:
         return ["list", [_encode(part, f"{place}.{i}", tensors) for i, part in enumerate(value)]]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    raise TypeError(f"A state has a {type(value).__name__} at '{place}', which is neither a number nor a tensor.")
+    raise TypeError(f"A state has a value {class_of(value)} at '{place}', which is neither a number nor a tensor.")
 
 
 def _decode(tree: Any, tensor: Callable[[str], torch.Tensor]) -> Any:
@@ -172,7 +173,7 @@ def like(parameter: torch.nn.Parameter, name: str, value: torch.Tensor | float) 
     """
     if not isinstance(value, torch.Tensor):
         if name in ADAMW and not (name == "step" and isinstance(value, (int, float))):
-            raise ValueError(f"{name} is a {type(value).__name__}, but should be a tensor")
+            raise ValueError(f"{name} is {class_of(value)}, but should be a tensor")
         return value
     own = own_part(parameter)
     if name in ("exp_avg", "exp_avg_sq"):

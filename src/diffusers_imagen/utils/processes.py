@@ -56,7 +56,7 @@ def refuse_several(work: str) -> None:
     """Raise ValueError if several processes were started for work that one process does."""
     count = os.environ.get("WORLD_SIZE", "1")
     if "RANK" in os.environ and count != "1":
-        raise ValueError(f"{work} is the work of one process, but {count} were started.")
+        raise ValueError(f"{work} runs in one process, but {count} were started.")
 
 
 def on_main_process(state: Processes, do: Callable[[], Result]) -> Result:
