@@ -13,11 +13,12 @@ from tiny_t5 import save_text_parts
 from diffusers_imagen.commands import main as cli
 from diffusers_imagen.text import TextEncoder
 from diffusers_imagen.text.cache import EmbeddingCache
-from diffusers_imagen.text.cache_files import hold_cache, read_manifest
+from diffusers_imagen.text.cache_files import read_manifest
 from diffusers_imagen.text.opening import open_text
 from diffusers_imagen.training.data.data_config import DataConfig
 from diffusers_imagen.training.data.sources import open_rows
 from diffusers_imagen.utils.errors import describe
+from diffusers_imagen.utils.files import FolderHold
 
 
 CAPTIONS = ["a red apple", "blue", None, "a face of a tiger", "blue"]
@@ -49,7 +50,7 @@ def test_captions_that_are_missing_are_passed_over(data, encoder, tmp_path, caps
     assert "3 captions" in capsys.readouterr().out
     cache = EmbeddingCache(tmp_path / "c")
     assert len(cache) == 3 and all(caption in cache for caption in CAPTIONS if caption is not None)
-    with hold_cache(tmp_path / "c"):
+    with FolderHold(tmp_path / "c", "output_dir"):
         assert run(*arguments) == 2
         assert f"is '{tmp_path / 'c'}', which process {os.getpid()}" in capsys.readouterr().err
     assert run(*arguments) == 0 and "; 0 added" in capsys.readouterr().out

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..utils.arguments import shown
-from ..utils.files import FolderHold, check_folder, refusing
+from ..utils.files import check_folder, refusing
 from .common import check_device
 from .model_arguments import DEVICE
 from .parser import Parser
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
     from ..text import TextEncoder
+    from ..text.distinct_captions import DistinctCaptions
     from ..training.data.data_config import DataConfig
 
 MANY = 2**16  # tokens, captions or MB: larger values are mistakes, and would need more memory than any machine has
@@ -181,29 +182,21 @@ def report(folder: Path, done: str) -> None:
 
 def encode_dataset(args: argparse.Namespace, state: "PartialState") -> int:
     """Encode the captions of the data set that the cache lacks; return their number. Called by all processes."""
-    from ..text.cache_files import hold_cache
     from ..text.cache_writer import CacheWriter, save_parts, write_cache
-    from ..utils.processes import check_shared, in_turn, on_main_process
+    from ..utils.processes import in_turn, on_main_process, shared_folder
 
-    with ExitStack() as stack:
-        held: list[FolderHold] = []
-        writers: list[CacheWriter] = []
-
-        def hold() -> None:
-            if args.output_dir.exists():  # a new folder is created and locked when there is something to write
-                held.append(stack.enter_context(hold_cache(args.output_dir)))
-
-        def begin() -> None:
-            writer = CacheWriter(args.output_dir, encoder.identity(), args.dtype, args.shard_bytes, *held)
-            writers.append(stack.enter_context(writer))
-
-        on_main_process(state, hold)
+    with shared_folder(state, args.output_dir, "output_dir"):
         captions = in_turn(state, lambda: read_captions(args))
         encoder = in_turn(state, lambda: load_encoder(args))
+        writers: list[CacheWriter] = []  # one in the main process, which is not sent to the others
+
+        def begin() -> None:
+            writers.append(
+                CacheWriter(args.output_dir, encoder.identity(), args.dtype, args.shard_bytes, is_held=True)
+            )
+
         on_main_process(state, begin)
-        check_shared(state, args.output_dir, "output_dir")
-        writer = writers[0] if writers else None
-        added = write_cache(writer, captions, encoder, args.batch_size, state)
+        added = write_cache(next(iter(writers), None), captions, encoder, args.batch_size, state)
         on_main_process(state, lambda: save_parts(args.output_dir, encoder))
         return added
 
@@ -215,7 +208,7 @@ def encode_stream(args: argparse.Namespace, state: "PartialState") -> int:
     """
     from ..text.cache_writer import save_parts
     from ..text.sharded_cache import Layout, is_sharded, write_part
-    from ..training.data.captions import iterate_captions
+    from ..training.data.captions import iterate_shard
     from ..utils.processes import gather, in_turn, on_main_process, shared_folder
 
     with shared_folder(state, args.output_dir, "output_dir"):
@@ -236,7 +229,7 @@ def encode_stream(args: argparse.Namespace, state: "PartialState") -> int:
             folder = layout.part(name, shard)
             if not folder.exists():
                 rows = splits[name].shard(num_shards=counts[name], index=shard)
-                captions = iterate_captions(rows, args.caption_column)
+                captions = iterate_shard(rows, args.caption_column, f"Shard {shard} of split {name!r}")
                 added += write_part(folder, captions, encoder, args.dtype, args.shard_bytes, args.batch_size)
         added = sum(gather(state, added))
         on_main_process(state, lambda: save_parts(layout.parts()[0], encoder))
@@ -311,14 +304,12 @@ def split_by_column(splits: dict[str, Any], config: "DataConfig", names: list[st
     return {name: keep_rows(data, {config.split_column: [name]}, name) for name in names}
 
 
-def read_captions(args: argparse.Namespace) -> list[str]:
-    """Return the distinct captions of the data set."""
-    from ..text.source import distinct_captions
-    from ..training.data.captions import iterate_captions
+def read_captions(args: argparse.Namespace) -> "DistinctCaptions":
+    """Index the distinct captions of the data set."""
+    from ..training.data.captions import index_captions
 
-    chosen = load_chosen(args).values()
-    captions = distinct_captions(caption for data in chosen for caption in iterate_captions(data, args.caption_column))
-    if not captions:
+    captions = index_captions(load_chosen(args).values(), args.caption_column)
+    if not len(captions):
         raise ValueError("The data set has no captions.")
     return captions
 

@@ -6,6 +6,7 @@ files that refer to anything other than a few classes of DeepSpeed are rejected.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,8 @@ def save_state(path: Path, state: Any) -> None:
     save_file(tensors, path, metadata={TREE: json.dumps(tree)})
 
 
-def load_state(path: Path) -> Any:
-    """Read a state to the CPU.
+def load_state(path: Path, name: str | None = None) -> Any:
+    """Read a state to the CPU, or one value of a dictionary, without the tensors of others.
 
     Raises:
         ValueError: If the file was not written by `save_state`.
@@ -52,7 +53,8 @@ def load_state(path: Path) -> Any:
     try:
         with safe_open(path, "pt") as file:
             tree = json.loads((file.metadata() or {})[TREE])
-            return _decode(tree, {name: file.get_tensor(name) for name in file.keys()})
+            tree = tree if name is None else dict(tree[1])[name]
+            return _decode(tree, file.get_tensor)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"'{path}' is not a saved state: {type(error).__name__} ({error}).") from error
 
@@ -75,16 +77,16 @@ def _encode(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Any:
     raise TypeError(f"A state has a value {class_of(value)} at '{place}', which is neither a number nor a tensor.")
 
 
-def _decode(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
+def _decode(tree: Any, tensor: Callable[[str], torch.Tensor]) -> Any:
     if not isinstance(tree, list):
         return tree
     kind, parts = tree
     if kind == "tensor":
-        return tensors[parts]
+        return tensor(parts)
     if kind == "dict":
-        return {key: _decode(part, tensors) for key, part in parts}
+        return {key: _decode(part, tensor) for key, part in parts}
     if kind == "list":
-        return [_decode(part, tensors) for part in parts]
+        return [_decode(part, tensor) for part in parts]
     raise ValueError(f"it has a {kind!r}")
 
 

@@ -128,6 +128,8 @@ def check_shared(state: Processes, folder: Path, name: str) -> None:
 def shared_folder(state: Processes, folder: Path, name: str) -> Iterator[None]:
     """Context in which the main process locks a folder for all processes, which must all call this.
 
+    A folder that does not exist is created, and removed at the end if nothing was written to it.
+
     Raises:
         ValueError: In all processes, if another run uses the folder, or a process does not see it.
     """
