@@ -26,9 +26,8 @@ from .pipeline_output import ImagenPipelineOutput
 from .planning import Generators, NoiseLevel, Request, Size, StagePlan, plan_sizes, plan_stages
 from .prediction import GuidedPrediction, Latents
 from .prompts import PromptEmbeds
-from .schedules import begin_at
+from .schedules import begin_at, turn_of
 from .stages import Stage, check_kinds, check_stages
-from .turns import turn_of
 
 
 class Runner:
@@ -100,6 +99,7 @@ class Runner:
         """Check the arguments, and plan every network call."""
         arguments, pipe, stages = self.arguments, self.pipe, self.stages
         check_kinds(stages, starts_from_noise=self.low_resolution is None)
+        inputs.check_stage_arguments(arguments, pipe.stages)
         settings = inputs.stage_settings(arguments, stages)
         check_choice("output_type", arguments.output_type, inputs.OUTPUT_TYPES)
         check_filter(pipe.components)

@@ -1,9 +1,12 @@
-"""Schedules of a stage: settings of its scheduler, and checks that the scheduler supports them."""
+"""Schedules of a stage: settings of its scheduler, checks that the scheduler supports them, and turns of runs that share one."""
 
 import copy
 import inspect
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from diffusers import EDMEulerScheduler, SchedulerMixin
@@ -11,7 +14,7 @@ from diffusers import EDMEulerScheduler, SchedulerMixin
 from ..diffusion.discrete_ddpm import BETA_SCHEDULES, BetaSchedule, declared_log_snrs, trained_log_snrs
 from ..schedulers.foreign_configs import DISCRETE_MEANINGS
 from ..schedulers.scheduling_utils import ImagenScheduler
-from ..utils.arguments import shown
+from ..utils.arguments import class_of, shown
 from ..utils.errors import one_line
 from .stages import Stage
 
@@ -111,8 +114,7 @@ def check_drives(scheduler: SchedulerMixin, stage: Stage, settings: StageSetting
         if isinstance(error, ValueError) and stage.name in str(error):
             raise
         raise ValueError(
-            f"The scheduler of the stage `{stage.name}`, a {type(scheduler).__name__}, is not supported: "
-            f"{one_line(error)}"
+            f"The scheduler of the stage `{stage.name}`, {class_of(scheduler)}, is not supported: {one_line(error)}"
         ) from error
 
 
@@ -140,7 +142,7 @@ def check_unclipped(scheduler: SchedulerMixin, stage: Stage) -> None:
     clips = next((name for name in ("thresholding", "clip_sample") if scheduler.config.get(name)), None)
     if stage.unet.residual_scale is not None and clips is not None:
         raise ValueError(
-            f"The scheduler of the stage `{stage.name}`, a {type(scheduler).__name__}, has `{clips}` True, but its "
+            f"The scheduler of the stage `{stage.name}`, {class_of(scheduler)}, has `{clips}` True, but its "
             f"network denoises residuals, which are not in [-1, 1]: create one by from_config(..., {clips}=False)."
         )
 
@@ -184,3 +186,52 @@ def _walk_through(scheduler: SchedulerMixin, stage: Stage) -> None:
         sample = scheduler.step(output, timestep, sample, return_dict=False)[0]
     if not isinstance(sample, torch.Tensor) or sample.shape != (1, channels, 8, 8):
         raise ValueError(f"its steps return {shown(sample)}")
+
+
+# ---- turns: a scheduler has the state of one run, so that runs that share one wait for each other
+
+
+class Turn:
+    """Lock of a scheduler that one thread has at a time, and once."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.owner: int | None = None
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Context manager that waits for other threads.
+
+        Raises:
+            ValueError: If this thread has the lock: it would wait for itself.
+        """
+        if self.owner == threading.get_ident():
+            raise ValueError(
+                "The pipeline is called by its own `callback_on_step_end`: call one with other schedulers there, such "
+                "as copies."
+            )
+        with self.lock:
+            self.owner = threading.get_ident()
+            try:
+                yield
+            finally:
+                self.owner = None
+
+
+_TURNS: WeakKeyDictionary[SchedulerMixin, Turn] = WeakKeyDictionary()
+_TABLE = threading.Lock()
+
+
+@contextmanager
+def turn_of(schedulers: Iterable[SchedulerMixin | None]) -> Iterator[None]:
+    """Context manager of a run: waits until no other run uses one of the schedulers.
+
+    Raises:
+        ValueError: If a run of this thread uses one.
+    """
+    with _TABLE:
+        turns = {_TURNS.setdefault(one, Turn()) for one in schedulers if isinstance(one, SchedulerMixin)}
+    with ExitStack() as stack:
+        for turn in sorted(turns, key=id):  # in one order in all threads
+            stack.enter_context(turn.taken())
+        yield
