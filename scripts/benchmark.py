@@ -28,10 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmark_contenders import MEMORY_FORMATS
 from benchmark_kernels import decoding_groups, normalization_groups
 from benchmark_measures import Budget, Case, Group, Meter, Row, matrix_rate, to_markdown
 from benchmark_pipelines import CASCADES, sampling_group, size_of
-from benchmark_unet import COMPILE, MEMORY_FORMATS, NAMES, SYSTEMS, Networks, usable_backends
+from benchmark_plot import draw_plot
+from benchmark_unet import COMPILE, NAMES, SYSTEMS, Networks, usable_backends
 from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.utils import logging
 
@@ -96,7 +98,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--cpu_time", action="store_true", help="measure CPU time instead of wall-clock time, on a shared CPU"
     )
-    parser.add_argument("--output_dir", type=Path, help="folder for benchmark.json and benchmark.md")
+    parser.add_argument("--output_dir", type=Path, help="folder for benchmark.json, .md and .png")
     args = parser.parse_args(arguments)
     check_numbers(args)
     check_device(args.device)
@@ -201,10 +203,41 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def tell(row: Row) -> None:
-    """Print a row to the standard error as soon as it is available."""
-    found = row.error or row.left_out or f"{row.ms:.4g} ms"
-    print(f"{row.what}, {row.preset}, batch {row.batch_size}, {row.system}: {found}", file=sys.stderr, flush=True)
+class Report:
+    """Rows of a run, written to the folder as they come, so that a run that is ended early leaves its results.
+
+    Args:
+        folder (`Path`, *optional*): Folder of benchmark.json and benchmark.md, created with the first row.
+        command (`str`): The command line.
+        machine (`dict`): Description of the machine, with `matrix_tflop_per_s` and `dtype`.
+    """
+
+    def __init__(self, folder: Path | None, command: str, machine: dict[str, Any]):
+        self.folder, self.command, self.machine = folder, command, machine
+        self.rows: list[Row] = []
+
+    def add(self, row: Row) -> None:
+        """Add a row, print it to the standard error, and write the files."""
+        found = row.error or row.left_out or f"{row.ms:.4g} ms"
+        print(f"{row.what}, {row.preset}, batch {row.batch_size}, {row.system}: {found}", file=sys.stderr, flush=True)
+        self.rows.append(row)
+        if self.folder is not None:
+            self.write()
+
+    def text(self) -> str:
+        machine = self.machine
+        return (
+            f"`{self.command}` on {machine['device']}, {machine['threads']} threads, torch {machine['torch']}, "
+            f"{machine['date']}, {machine['clock']} time; matrix products in {machine['dtype']} run at "
+            f"{machine['matrix_tflop_per_s']:.4g} TFLOP/s.\n\n{to_markdown(self.rows)}"
+        )
+
+    def write(self) -> None:
+        assert self.folder is not None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        record = {"command": self.command, "machine": self.machine, "rows": [asdict(row) for row in self.rows]}
+        write_json(self.folder / "benchmark.json", record)
+        write_text(self.folder / "benchmark.md", self.text())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -213,22 +246,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = make_settings(args)
     budget = Budget(60 * args.minutes)
     torch.manual_seed(0)
-    rate = matrix_rate(settings.device, settings.dtype)
-    meter = Meter(settings.device, rate, args.repeats, time.process_time if args.cpu_time else time.perf_counter)
-    rows = meter.run(make_groups(args, settings), budget, tell)
-
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    rate = matrix_rate(settings.device, settings.dtype, clock=clock)
     command = " ".join(["python scripts/benchmark.py", *(sys.argv[1:] if arguments is None else arguments)])
-    machine = {**describe_machine(settings.device), "dtype": args.dtype, "matrix_tflop_per_s": rate / 1e12}
-    text = (
-        f"`{command}` on {machine['device']}, {machine['threads']} threads, torch {machine['torch']}, "
-        f"{machine['date']}; matrix products in {args.dtype} run at {rate / 1e12:.4g} TFLOP/s.\n\n{to_markdown(rows)}"
-    )
-    print(text, end="")
+    machine = {**describe_machine(settings.device), "dtype": args.dtype, "clock": "CPU" if args.cpu_time else "wall"}
+    report = Report(args.output_dir, command, {**machine, "matrix_tflop_per_s": rate / 1e12})
+    Meter(settings.device, rate, args.repeats, clock).run(make_groups(args, settings), budget, report.add)
+    print(report.text(), end="")
     if args.output_dir is not None:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        record = {"command": command, "machine": machine, "rows": [asdict(row) for row in rows]}
-        write_json(args.output_dir / "benchmark.json", record)
-        write_text(args.output_dir / "benchmark.md", text)
+        report.write()
+        draw_plot(args.output_dir / "benchmark.png", report.rows)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from benchmark_contenders import GUIDANCE
 from benchmark_measures import Case, Group
 from benchmark_unet import DEEPFLOYD, Networks, compile_network, create_deepfloyd, twin
 from diffusers import DDPMScheduler, IFPipeline
@@ -17,7 +18,6 @@ from diffusers_imagen import (
 )
 
 
-GUIDANCE = 4.0
 # Cascades whose networks are presets
 CASCADES = {
     "500M, 600M": ("500m_res_64", "600m_res_256"),
@@ -46,7 +46,7 @@ class Sampler:
                 for how in self.settings.compile
             ]
         if "deepfloyd" in chosen and networks.preset in DEEPFLOYD:
-            cases.append(Case("deepfloyd", self.deepfloyd, self.flops(), f"IFPipeline, {steps} steps of DDPM"))
+            cases.append(Case("deepfloyd", self.deepfloyd, self.flops(), f"IFPipeline, {2 * steps - 1} steps of DDPM"))
         return cases
 
     def steps(self, index: int) -> int:
@@ -60,10 +60,11 @@ class Sampler:
     def text(self) -> dict[str, torch.Tensor]:
         for stage in self.stages:
             if "encoder_hidden_states" in stage.inputs:
-                return {
-                    "prompt_embeds": stage.inputs["encoder_hidden_states"],
-                    "prompt_attention_mask": stage.inputs["encoder_attention_mask"],
-                }
+                text, mask = stage.inputs["encoder_hidden_states"], stage.inputs["encoder_attention_mask"]
+                given = {"prompt_embeds": text, "prompt_attention_mask": mask}
+                if stage.meta().attends_padding:  # has no unconditional embeddings of its own
+                    given |= {"negative_prompt_embeds": torch.zeros_like(text), "negative_prompt_attention_mask": mask}
+                return given
         return {}
 
     def network(self, stage: Networks, compiled: str | None) -> torch.nn.Module:
@@ -76,12 +77,12 @@ class Sampler:
         first = self.stages[0].meta().config
         options: dict[str, Any] = {**self.text(), "output_type": "pt"}
         if len(unets) > 1:
-            pipe = ImagenCascadePipeline.from_stages(*((unet, EDMHeunScheduler()) for unet in unets))
+            pipe = ImagenCascadePipeline.from_stages(*((unet, scheduler_of(unet)) for unet in unets))
         elif first.low_res_conditioning:
-            pipe = ImagenSuperResolutionPipeline(unets[0], EDMHeunScheduler())
+            pipe = ImagenSuperResolutionPipeline(unets[0], scheduler_of(unets[0]))
             options["image"] = self.low_res(pipe.low_resolution)
         else:
-            pipe = ImagenPipeline(unets[0], EDMHeunScheduler())
+            pipe = ImagenPipeline(unets[0], scheduler_of(unets[0]))
         steps = {stage.name: self.steps(i) for i, stage in enumerate(pipe.stages)}
         scales = {stage.name: GUIDANCE if stage.reads_text else 1.0 for stage in pipe.stages}
         for name, values in (("num_inference_steps", steps), ("guidance_scale", scales)):
@@ -98,7 +99,7 @@ class Sampler:
         pipe = IFPipeline(
             None,
             None,
-            stage.place(create_deepfloyd(stage.preset)).eval(),
+            stage.place(create_deepfloyd(stage.preset, self.settings.overrides)).eval(),
             DDPMScheduler(variance_type="learned_range"),
             None,
             None,
@@ -122,6 +123,11 @@ class Sampler:
             return pipe(**options, generator=torch.Generator().manual_seed(0))
 
         return call
+
+
+def scheduler_of(unet: Any) -> EDMHeunScheduler:
+    """Return the scheduler of a network; those of DeepFloyd IF predict noise at discrete levels, and a variance."""
+    return EDMHeunScheduler(preconditioning="discrete" if unet.out_channels == 2 * unet.in_channels else "edm")
 
 
 def sampling_group(what: str, name: str, presets: tuple[str, ...], settings: Any, batch_size: int) -> Group:

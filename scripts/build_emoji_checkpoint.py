@@ -34,6 +34,7 @@ from diffusers_imagen.utils.files import check_new_folder, whole_file, write_tex
 
 MAX_SHARD_BYTES = 16 * 2**20 - 2**16  # a file has its tensors and a header
 BASE_SIGMA_MIN = 0.05  # little training is spent below it, and the remaining noise is less than the network's error
+BASE_GUIDANCE = 6.0  # without clipping, which would bias white backgrounds toward gray: see docs/results.md
 # Noise level of the low-resolution image: images are closer to real ones than with 0.1, the default (docs/evaluation.md).
 SR_NOISE_LEVEL = 0.002
 RESIDUAL_SIGMA_MAX, SR_STEPS = 5.0, 4
@@ -195,19 +196,19 @@ def load_cascade(base: Path, sr256: Path, text_encoder: Path) -> ImagenCascadePi
     # residuals are not in the range of images, and have no high noise levels: see docs/results.md
     of_residuals = {"clip_sample": False, "sigma_max": RESIDUAL_SIGMA_MAX}
     sampler = {"clip_sample": True} if upscaler.residual_scale is None else of_residuals
-    defaults: dict[str, Any] = {"num_inference_steps": SR_STEPS} if upscaler.residual_scale is not None else {}
+    upscaling: dict[str, Any] = {"num_inference_steps": SR_STEPS} if upscaler.residual_scale is not None else {}
     if upscaler.takes_low_res_noise_level:
-        defaults["low_res_noise_level"] = SR_NOISE_LEVEL
+        upscaling["low_res_noise_level"] = SR_NOISE_LEVEL
     return ImagenCascadePipeline(
         base_unet=ImagenUNetModel.from_pretrained(**part_of(base, "base", "unet"), dtype=dtype),
         base_scheduler=EDMAdamsScheduler.from_pretrained(
-            **part_of(base, "base", "scheduler"), clip_sample=True, sigma_min=BASE_SIGMA_MIN
+            **part_of(base, "base", "scheduler"), clip_sample=False, sigma_min=BASE_SIGMA_MIN
         ),
         tokenizer=AutoTokenizer.from_pretrained(text_encoder / "tokenizer"),
         text_encoder=AutoModel.from_pretrained(text_encoder / "text_encoder", dtype=dtype),
         sr256_unet=upscaler,
         sr256_scheduler=EDMAdamsScheduler.from_pretrained(**part_of(sr256, "sr256", "scheduler"), **sampler),
-        call_defaults={"sr256": defaults} if defaults else None,
+        call_defaults={"base": {"guidance_scale": BASE_GUIDANCE}, **({"sr256": upscaling} if upscaling else {})},
     )
 
 

@@ -130,6 +130,7 @@ def files_of(paths: list[str], exclude: list[str]) -> list[Path]:
     files = []
     for path in (ROOT / name for name in paths):
         files += [path] if path.is_file() else [*sorted(path.rglob("*.md")), *sorted(path.rglob("*.py"))]
+    files = [file for file in files if "build" not in file.relative_to(ROOT).parts]  # copies that `make dist` leaves
     excluded = [ROOT / name for name in exclude]
     return [file for file in files if not any(file == one or one in file.parents for one in excluded)]
 

@@ -31,7 +31,7 @@ PROMPTS = [
     "a flat illustration of a house",
     "a 3d render of a grinning face",
     "a hamburger",
-    "a red automobile",
+    "a car",
 ]
 
 

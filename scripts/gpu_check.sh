@@ -2,14 +2,19 @@
 # Run the tests that need a GPU, and the benchmark of all presets, without network and within 10 minutes on one H100:
 #
 #     scripts/gpu_check.sh OUT        on a GPU
-#     scripts/gpu_check.sh OUT cpu    rehearsal on a CPU: the tests that a CPU can run, and a tiny network
+#     scripts/gpu_check.sh OUT cpu    rehearsal on a CPU: the tests that a CPU can run, and tiny networks
 #
-# OUT gets tests.json, gpu_check.log, and for each part of the benchmark a folder with benchmark.json and benchmark.md:
-# `all`, all presets without compilation, and `compiled`. PYTHON names the interpreter: .venv's if there is one, else
-# python3. MINUTES is the time for `all`, 4. The exit status is 0 only if all tests passed and both parts ended.
+# OUT gets summary.json, tests.json, gpu_check.log, and for each part of the benchmark a folder with benchmark.json,
+# benchmark.md and, with matplotlib, benchmark.png. PYTHON names the interpreter: .venv's if there is one, else python3.
+# MINUTES is the limit for everything, 10: each part has a share of what is left, and is ended when it takes longer. A
+# part that fails does not keep the next from running. The exit status is 0 only if all tests passed and all parts ended.
 set -uo pipefail
 if [[ $# -lt 1 || $# -gt 2 || ${2:-cuda} != @(cuda|cpu) ]]; then
     echo "usage: scripts/gpu_check.sh OUT [cpu]" >&2
+    exit 2
+fi
+if [[ ! ${MINUTES:=10} =~ ^[1-9][0-9]{0,3}$ ]]; then
+    echo "gpu_check.sh: MINUTES is '$MINUTES', but should be an integer from 1 to 9999" >&2
     exit 2
 fi
 mkdir -p "$1" && out=$(cd "$1" && pwd) || exit 2
@@ -36,46 +41,70 @@ if sys.argv[1] == "cuda":
     if not torch.cuda.is_available():
         sys.exit("gpu_check.sh: torch sees no GPU; for a rehearsal on the CPU: scripts/gpu_check.sh OUT cpu")
 END
-
-selected=(-m gpu tests/test_gpu.py tests/test_gpu_compiled.py)
-if [[ $device == cuda ]]; then  # and those of diffusers' tester classes
-    selected=(-m "gpu or cpu_offload or group_offload or memory" tests/test_gpu.py tests/test_gpu_compiled.py tests/models)
+systems=(ours plain diffusers deepfloyd)
+if "$PYTHON" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("imagen_pytorch") is None)'; then
+    systems+=(imagen-pytorch)
 fi
-"$PYTHON" -m pytest -q -p no:cacheprovider "${selected[@]}" --junitxml="$out/tests.xml" 2>&1 | tee "$out/gpu_check.log"
-passed=${PIPESTATUS[0]}
-"$PYTHON" - "$out" <<'END' || passed=2
-import json
-import sys
-from pathlib import Path
-from xml.etree import ElementTree
 
-out = Path(sys.argv[1])
-tests = {}
-for case in ElementTree.parse(out / "tests.xml").iter("testcase"):
-    states = [child for child in case if child.tag in ("failure", "error", "skipped")]
-    result = states[0].tag if states else "passed"
-    reason = " ".join((states[0].get("message") or "").split())[:300] if states else None
-    tests[f"{case.get('classname')}::{case.get('name')}"] = {"result": result, "seconds": float(case.get("time")), "reason": reason}
-(out / "tests.json").write_text(json.dumps(tests, indent=2) + "\n")
-END
+grace=15 # seconds between the end of a part's time and its being killed
+allowed=$((60 * MINUTES - grace))
+rm -f "$out/parts.tsv" "$out/tests.xml"
+: >"$out/gpu_check.log"
+running=
+trap 'if [[ -n $running ]]; then kill "$running" 2>/dev/null; fi; exit 130' INT TERM
 
-measure() {  # a name of a folder in OUT, and the options of the benchmark
-    "$PYTHON" scripts/benchmark.py --device "$device" --output_dir "$out/$1" "${@:2}" 2>&1 | tee -a "$out/gpu_check.log"
-    return "${PIPESTATUS[0]}"
+limit_of() { # the seconds of a part that has a share, in percent, of what is left
+    local left=$(((allowed - SECONDS) * $1 / 100))
+    echo $((left > 1 ? left : 1))
 }
 
-measured=0
+part() { # a name, a limit in seconds, and a command
+    local begun=$SECONDS status
+    timeout -k "$grace" "$2" "${@:3}" > >(tee -a "$out/gpu_check.log") 2>&1 &
+    running=$!
+    wait "$running"
+    status=$?
+    running=
+    printf '%s\t%s\t%s\t%s\n' "$1" "$status" $((SECONDS - begun)) "$2" >>"$out/parts.tsv"
+}
+
+measure() { # a name of a folder in OUT, a share of what is left, and the options of the benchmark
+    local limit minutes
+    limit=$(limit_of "$2")
+    minutes=$(awk "BEGIN { print 0.8 * $limit / 60 }") # a call that has begun is not interrupted
+    part "$1" "$limit" "$PYTHON" scripts/benchmark.py --device "$device" --output_dir "$out/$1" --minutes "$minutes" \
+        "${@:3}"
+}
+
+# a test run that is ended writes what it has
+interruptible='import signal, sys, pytest
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+sys.exit(pytest.main(sys.argv[1:]))'
+selected=(-m gpu tests/test_gpu.py tests/test_gpu_compiled.py)
+if [[ $device == cuda ]]; then # and those of diffusers' tester classes
+    selected=(-m "gpu or cpu_offload or group_offload or memory" tests/test_gpu.py tests/test_gpu_compiled.py tests/models)
+fi
+part tests "$(limit_of 40)" "$PYTHON" -c "$interruptible" -v -p no:cacheprovider "${selected[@]}" \
+    --junitxml="$out/tests.xml"
+
 if [[ $device == cuda ]]; then
-    eager=(ours plain diffusers deepfloyd imagen-pytorch)
-    measure all --what step training stage cascade normalization --presets all --dtype bfloat16 --repeats 20 \
-        --systems "${eager[@]}" --attention_backends all --memory_formats channels_last contiguous \
-        --minutes "${MINUTES:-4}" || measured=1
-    measure compiled --what step --presets 500m_res_64 --dtype bfloat16 --repeats 20 --systems ours compiled \
-        --compile blocks --minutes 1 || measured=1
+    measure all 75 --what step training stage cascade normalization --presets all --dtype bfloat16 --repeats 20 \
+        --systems "${systems[@]}" --attention_backends all --memory_formats channels_last contiguous
+    measure compiled 100 --what step --presets 500m_res_64 --dtype bfloat16 --repeats 20 --systems ours compiled \
+        --compile blocks
 else
     tiny=(sample_size=16 "block_out_channels=(16,32)" layers_per_block=1 "attention_resolutions=(8,)"
         attention_head_dim=8 encoder_hid_dim=16 cross_attention_dim=16 norm_num_groups=4)
-    measure tiny --what step training stage --presets emoji_base_64 --systems ours plain diffusers --repeats 3 \
-        --tokens 8 --steps 2 2 --minutes "${MINUTES:-2}" --override "${tiny[@]}" || measured=1
+    tiny_deepfloyd=(sample_size=16 "block_out_channels=(32,64,64,64)" layers_per_block=1 attention_head_dim=8
+        encoder_hid_dim=64)
+    measure all 30 --what step training stage normalization --presets emoji_base_64 --repeats 3 --tokens 8 \
+        --steps 2 2 --systems "${systems[@]}" --attention_backends all --memory_formats channels_last contiguous \
+        --override "${tiny[@]}"
+    measure deepfloyd 30 --what step training stage --presets IF-I-M --repeats 3 --tokens 8 --steps 2 2 \
+        --systems ours plain deepfloyd --override "${tiny_deepfloyd[@]}"
+    measure cascade 40 --what cascade --presets emoji_base_64 emoji_sr_256 --repeats 3 --tokens 8 --steps 1 1 \
+        --systems ours
+    measure compiled 100 --what step --presets emoji_base_64 --repeats 3 --tokens 8 --systems ours compiled \
+        --compile blocks --override "${tiny[@]}"
 fi
-exit $(( passed != 0 || measured != 0 ))
+"$PYTHON" scripts/gpu_check_summary.py "$out"

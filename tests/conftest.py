@@ -1,5 +1,6 @@
 """A cascade of a few thousand parameters, with a real tokenizer and a random text encoder."""
 
+import gc
 import os
 
 import pytest
@@ -18,6 +19,12 @@ os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
 # sums are rounded.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+
+
+def pytest_collection_finish():
+    """Leave what the imports made out of garbage collection: each run of training collects once, and with these objects
+    that takes longer than its steps."""
+    gc.freeze()
 
 
 @pytest.fixture

@@ -13,9 +13,12 @@ from tiny_t5 import save_text_parts
 from diffusers_imagen.commands import main as cli
 from diffusers_imagen.text import TextEncoder
 from diffusers_imagen.text.cache import EmbeddingCache
-from diffusers_imagen.text.cache_files import hold_cache, read_manifest
+from diffusers_imagen.text.cache_files import read_manifest
 from diffusers_imagen.text.opening import open_text
+from diffusers_imagen.training.data.data_config import DataConfig
+from diffusers_imagen.training.data.sources import open_rows
 from diffusers_imagen.utils.errors import describe
+from diffusers_imagen.utils.files import FolderHold
 
 
 CAPTIONS = ["a red apple", "blue", None, "a face of a tiger", "blue"]
@@ -47,10 +50,39 @@ def test_captions_that_are_missing_are_passed_over(data, encoder, tmp_path, caps
     assert "3 captions" in capsys.readouterr().out
     cache = EmbeddingCache(tmp_path / "c")
     assert len(cache) == 3 and all(caption in cache for caption in CAPTIONS if caption is not None)
-    with hold_cache(tmp_path / "c"):
+    with FolderHold(tmp_path / "c", "output_dir"):
         assert run(*arguments) == 2
         assert f"is '{tmp_path / 'c'}', which process {os.getpid()}" in capsys.readouterr().err
     assert run(*arguments) == 0 and "; 0 added" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("column", ["split", "part"])
+def test_splits_are_those_of_training(encoder, tmp_path, capsys, monkeypatch, column):
+    """Also if they are the values of a column."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
+    (tmp_path / "data").mkdir()
+    rows = [("a red apple", "train"), ("blue", "test"), ("a face", "dev"), ("a face of a tiger", "test")]
+    lines = [
+        json.dumps({"file_name": f"{i}.png", "text": text, column: split}) for i, (text, split) in enumerate(rows)
+    ]
+    (tmp_path / "data" / "metadata.jsonl").write_text("\n".join(lines))
+    arguments = ["--text_encoder", encoder, "--train_data_dir", tmp_path / "data", "--device", "cpu"]
+    arguments += [] if column == "split" else ["--split_column", column]
+    config = DataConfig(train_data_dir=str(tmp_path / "data"), split_column=column)
+    for chosen in (["test"], ["train", "dev"], []):
+        folder = tmp_path / "-".join(["cache", *chosen])
+        assert run(folder, *arguments, *(["--splits", *chosen] if chosen else [])) == 0
+        expected = {
+            text for name in chosen or ["train", "test", "dev"] for text in open_rows(config, name).data["text"]
+        }
+        cache = EmbeddingCache(folder)
+        assert {text for text, _ in rows if text in cache} == expected and len(cache) == len(expected)
+    assert run(tmp_path / "x", *arguments, "--splits", "test", "tset") == 2
+    message = f"`splits` has ['tset'], but the column '{column}' has ['dev', 'test', 'train']."
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+    assert run(tmp_path / "x", *arguments, "--splits", "test", "--streaming") == 2
+    assert f"`splits` is given, but the splits are the values of the column '{column}'" in capsys.readouterr().err
 
 
 def test_several_processes_write_what_one_writes(encoder, tmp_path, capsys):

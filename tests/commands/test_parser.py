@@ -115,6 +115,7 @@ def test_a_full_disk_is_found_before_a_model_loads(run, folder, monkeypatch):
         (["generate", "a", "--step", "3"], "there is no option --step: did you mean --steps?"),
         (["generate", "a", "--out", "x.png"], "there is no option --out"),
         (["generate", "a", "red", "apple"], "unrecognized argument 'red': an argument of several words needs quotes"),
+        (["upscale", "a.png", "a red apple"], "unrecognized argument 'a red apple' (see"),
         (["doctor", "--res", "64", "x"], "there is no option --res"),
         (["cache-embeddings", "x", "--text_enc", "x"], "there is no option --text_enc"),
         (["gen", "a"], "there is no command 'gen': the commands are generate, upscale"),

@@ -99,7 +99,7 @@ def test_a_prompt_alone_is_not_drawn_by_several_processes(run, folder, model, mo
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
     code, _, lines = run("generate", "a red apple", "--model", model)
-    assert code == 2 and lines[-1].endswith("One call of a model is the work of one process, but 4 were started.")
+    assert code == 2 and lines[-1].endswith("One call of a model runs in one process, but 4 were started.")
     assert not (folder / "output.png").exists()
 
 
@@ -108,6 +108,7 @@ def test_a_folder_in_use_is_refused_and_what_a_killed_process_left_goes(folder, 
         code, _, lines = draw()
         assert code == 2 and f"`output-dir` is 'out', which process {os.getpid()} on" in lines[-1]
         assert not list((folder / "out").glob("*.png"))
+    (folder / "out").mkdir()
     (folder / "out" / ".00001-a-red-apple.png.17.partial").write_text("half")
     assert draw()[0] == 0
     assert sorted(os.listdir(folder / "out")) == ["00001-a-red-apple.png", "00002-a-blue-face.png"]

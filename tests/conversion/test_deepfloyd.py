@@ -251,9 +251,9 @@ def test_networks_of_another_kind_do_not_go_back():
             **{**ours, "trained_beta_schedule": None}
         )  # converted before there was the option
     assert unet_to_deepfloyd(undeclared).config.sample_size == 16
-    with pytest.raises(ValueError, match="`unet` is a EfficientUNetModel, but should be an ImagenUNetModel"):
+    with pytest.raises(ValueError, match="`unet` is of class EfficientUNetModel, but should be an ImagenUNetModel"):
         unet_to_deepfloyd(make("efficient-cross"))
-    with pytest.raises(ValueError, match="`unet` is a UNet2DModel, but should be a UNet2DCond"):
+    with pytest.raises(ValueError, match="`unet` is of class UNet2DModel, but should be a UNet2DCond"):
         unet_from_deepfloyd(UNet2DModel(block_out_channels=(32, 32, 32, 32)))
 
 

@@ -65,5 +65,5 @@ def test_levels_with_attention_are_refused():
     down, up = ("SimpleCrossAttnDownBlock2D",) * 4, ("SimpleCrossAttnUpBlock2D",) * 4
     with pytest.raises(ValueError, match="^`down_block_types` is 'SimpleCrossAttnDownBlock2D', but should be one of"):
         config_from_karlo({**PUBLISHED, "down_block_types": down, "up_block_types": up})
-    with pytest.raises(ValueError, match="`unet` is a UNet2DConditionModel, but should be a UNet2DModel"):
+    with pytest.raises(ValueError, match="`unet` is of class UNet2DConditionModel, but should be a UNet2DModel"):
         unet_from_karlo(UNet2DConditionModel(block_out_channels=(32, 32, 32, 32), attention_head_dim=8))

@@ -260,5 +260,5 @@ def test_weights_that_are_none_are_refused_by_the_key():
     ):
         with pytest.raises(ValueError, match=f"`state_dict` has .* under '{key}'"):
             load_nemo_unet(config, {**weights, key: value})
-    with pytest.raises(ValueError, match="`state_dict` is a list, but should map"):
+    with pytest.raises(ValueError, match="`state_dict` is of class list, but should map"):
         load_nemo_unet(config, [weights])

@@ -219,7 +219,9 @@ def test_what_is_no_checkpoint(files, tmp_path):
     refuse(pack(path, {"model_config.yaml": files["model_config.yaml"]}), tmp_path, "has 0 files of weights")
     refuse(pack(path, {**files, "other.ckpt": b""}), tmp_path, "has 2 files of weights")
     refuse(
-        pack(path, {**files, "model_weights.ckpt": saved([1, 2])}), tmp_path, "holds a list, but should hold weights"
+        pack(path, {**files, "model_weights.ckpt": saved([1, 2])}),
+        tmp_path,
+        "holds an object of class list, but should hold weights",
     )
     refuse(
         pack(path, {**files, "model_weights.ckpt": saved({"a": 1})}), tmp_path, "has 1 under 'a', but should have a"

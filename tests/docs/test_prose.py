@@ -37,6 +37,8 @@ def test_prose_is_told_from_code_in_pages(checker, project):
     (project / "docs" / "page.md").write_text(
         "Line `picture`.\n\n```python\npicture = 1\n```\n<!-- a\npicture -->\n[text](picture.png)\nTwo Pictures.\n"
     )
+    (project / "docs" / "build" / "lib").mkdir(parents=True)  # as `make dist` leaves
+    (project / "docs" / "build" / "lib" / "copy.md").write_text("A picture.\n")
     assert checker.find_faults() == ["docs/page.md:9: 'Pictures': image"]
 
 

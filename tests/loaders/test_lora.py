@@ -263,7 +263,7 @@ def test_bad_arguments_of_the_other_methods(cascade, tmp_path):
         (lambda: cascade.fuse_lora(lora_scale="a"), "`lora_scale` is 'a', but should be a number"),
         (lambda: cascade.load_lora_weights("a", component=["unet"]), "`component` is ['unet'], but should be one of"),
         (lambda: cascade.load_lora_weights("a", weight_name=3), "`weight_name` is '3', but should be a string"),
-        (lambda: cascade.load_lora_weights("a", metadata=[1]), "`metadata` is a list"),
+        (lambda: cascade.load_lora_weights("a", metadata=[1]), "`metadata` is of class list"),
         (lambda: cascade.save_lora_adapter(tmp_path, "other"), "`adapter_name` is 'other', but the adapters"),
         (lambda: cascade.save_lora_weights(tmp_path), "pass the weights as `unet_lora_layers`"),
         (
@@ -392,7 +392,7 @@ def test_a_network_that_can_have_no_adapters_is_refused_by_name():
         pipe.disable_lora,
         pipe.enable_lora,
     ):
-        with pytest.raises(ValueError, match="`unet` is of ConditionedUNet2D, but should be .*PeftAdapterMixin"):
+        with pytest.raises(ValueError, match="`unet` is of class ConditionedUNet2D, but should be .*PeftAdapterMixin"):
             call()
 
 
@@ -420,7 +420,7 @@ def test_beside_a_network_that_can_have_no_adapters_the_others_keep_theirs(casca
         lambda: cascade.set_adapters("style", {"sr256_unet": 0.5}),
         lambda: cascade.fuse_lora(["sr256_unet"]),
     ):
-        with pytest.raises(ValueError, match="`sr256_unet` is of ConditionedUNet2D"):
+        with pytest.raises(ValueError, match="`sr256_unet` is of class ConditionedUNet2D"):
             call()
     cascade.unload_lora_weights()
     np.testing.assert_allclose(draw(cascade), plain, atol=3e-3)

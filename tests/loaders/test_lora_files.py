@@ -58,7 +58,7 @@ def test_pickles_that_run_something_are_refused_unrun(tmp_path):
     for name in ("zip.bin", "raw.pt", "old.pth", "bomb.bin", "none.bin"):
         with pytest.raises(ValueError, match=f"{name}' cannot be read as weights of torch.save: .+"):
             read(tmp_path / name)
-    with pytest.raises(ValueError, match="holds a list, but should hold weights"):
+    with pytest.raises(ValueError, match="holds an object of class list, but should hold weights"):
         read(tmp_path / "list.bin")
     assert not trap.exists()
 
@@ -177,9 +177,9 @@ def test_without_a_network_the_file_that_training_writes_is_looked_for(hub, tmp_
         ({"safe_serialization": False, "unet_lora_adapter_metadata": {"r": 2}}, "`safe_serialization` is False, but"),
         ({"weight_name": "../x.safetensors"}, "`weight_name` is '../x.safetensors', but"),
         ({"weight_name": {"a": 1}}, "`weight_name` is"),
-        ({"save_function": 7}, "`save_function` is a int"),
+        ({"save_function": 7}, "`save_function` is of class int"),
         ({"text_encoder_lora_layers": {"a": torch.ones(1)}}, "`text_encoder_lora_layers` is unknown"),
-        ({"unet_lora_layers": [1]}, "`unet_lora_layers` is a list"),
+        ({"unet_lora_layers": [1]}, "`unet_lora_layers` is of class list"),
         ({"unet_lora_layers": {"x.lora_A.weight": torch.full((1,), torch.nan)}}, "have NaN under 'x.lora_A.weight'"),
     ],
 )

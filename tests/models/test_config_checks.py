@@ -73,14 +73,18 @@ def test_the_estimate_of_parameters_is_within_a_factor_of_two(name):
 
 TEXT = torch.zeros(2, TOKENS, TEXT_WIDTH)
 BAD_INPUTS = [
-    ("sample", [[0.0]], "`sample` is a list, but should be a tensor"),
+    ("sample", [[0.0]], "`sample` is of class list, but should be a tensor"),
     ("sample", torch.zeros(3, 16, 16), r"`sample` has shape \(3, 16, 16\), but should be \(batch, 3, height, width\)"),
     ("sample", torch.zeros(2, 4, 16, 16), r"`sample` has shape \(2, 4, 16, 16\)"),
     ("timestep", "0.3", "`timestep` is '0.3', but should be a number"),
     ("timestep", torch.zeros(3), r"`timestep` has shape \(3,\), but should have one value, or 2"),
-    ("encoder_hidden_states", TEXT.numpy(), "`encoder_hidden_states` is a ndarray, but should be a tensor"),
-    ("encoder_attention_mask", [[1] * TOKENS] * 2, "`encoder_attention_mask` is a list, but should be a tensor"),
-    ("low_res_sample", "image", "`low_res_sample` is a str"),
+    ("encoder_hidden_states", TEXT.numpy(), "`encoder_hidden_states` is of class ndarray, but should be a tensor"),
+    (
+        "encoder_attention_mask",
+        [[1] * TOKENS] * 2,
+        "`encoder_attention_mask` is of class list, but should be a tensor",
+    ),
+    ("low_res_sample", "image", "`low_res_sample` is of class str"),
     ("low_res_sample", torch.zeros(1, 3, 4, 4), "`low_res_sample` has 1 images, but `sample` has 2"),
     ("low_res_timestep", None, "`low_res_timestep` is None"),
     ("low_res_timestep", [0.1], r"`low_res_timestep` is \[0.1\], but should be a number"),

@@ -66,7 +66,7 @@ FAULTS = {
     "width": COUNTS + [32.0],
     "output_resolution": COUNTS + [16.0],
     "guidance_scale": [*NO_NUMBERS, 1e308, [1.0, None]],
-    "guidance_rescale": [*NO_NUMBERS, None, 1.5],
+    "guidance_rescale": [*NO_NUMBERS, [None, 0.5], 1.5],
     "low_res_noise_level": [*NO_NUMBERS, 0, 1e300],
     "strength": [*NO_NUMBERS, 1.5],
     "guidance_interval": [math.nan, (math.nan, 1), (1,), ("a", "b"), (2, 1), (-1, 1), (2j, 1), np.array([0.0, 1.0])],

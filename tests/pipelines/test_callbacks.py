@@ -79,7 +79,7 @@ CALLBACKS = {
     "a callback of diffusers without tensors": (
         PipelineCallback(),
         ["latents"],
-        "PipelineCallback without `tensor_inputs`",
+        "PipelineCallback, without `tensor_inputs`",
     ),
     "tensors of other pipelines": (
         SDXLCFGCutoffCallback(),

@@ -398,7 +398,9 @@ def test_loaded_pipelines_of_another_kind_are_refused():
     other = stage_1(scheduler=DPMSolverMultistepScheduler.from_config(deepfloyd_repository.schedule(1.5).config))
     assert ImagenPipeline.from_stage(other).scheduler is other.scheduler
     other.unet.register_to_config(act_fn="silu")
-    with pytest.raises(ValueError, match="`source` is a IFPipeline that is not supported: `act_fn` is 'silu'"):
+    with pytest.raises(
+        ValueError, match="`source` is of class IFPipeline, which is not supported: `act_fn` is 'silu'"
+    ):
         ImagenPipeline.from_stage(other)
 
 

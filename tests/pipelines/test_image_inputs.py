@@ -115,8 +115,8 @@ BAD_IMAGES = {
     "NaN in a picture": (Image.fromarray(np.full((4, 4), np.nan, np.float32)), "`image` cannot be used: 16 of its 16"),
     "32 bits": (np.full((4, 4), 70000), "`image` cannot be used: it has integers from 70000"),
     "an empty list": ([], "`image` is an empty list"),
-    "a list of names": (["a.png"], "`image` is a str"),
-    "a list of nothing": ([None], "`image` is a NoneType"),
+    "a list of names": (["a.png"], "`image` is of class str"),
+    "a list of nothing": ([None], "`image` is of class NoneType"),
 }
 
 

@@ -139,7 +139,7 @@ def test_unclips_configuration_has_discrete_betas(ours, live, tmp_path):
 def test_unclips_own_scheduler_is_refused_before_any_step(network, image):
     pipe = make(network, UnCLIPScheduler())
     with pytest.raises(
-        ValueError, match="`sr256`, a UnCLIPScheduler, is not supported: its `step` .*EDMAdamsScheduler"
+        ValueError, match="`sr256`, of class UnCLIPScheduler, is not supported: its `step` .*EDMAdamsScheduler"
     ) as e:
         pipe(image=image, num_inference_steps=3)
     assert "\n" not in str(e.value)

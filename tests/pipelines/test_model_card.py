@@ -207,7 +207,10 @@ def test_bad_origins(base_unet, given, message):
 
 def test_bad_origins_of_a_cascade(base_unet):
     for given, message in (
-        (IF_1, "`origin` has ['base_model', 'license'], but stages are named base, sr256, sr1024"),
+        (
+            IF_1,
+            "`origin` has ['base_model', 'license'], but should have stage names among ['base', 'sr256', 'sr1024']",
+        ),
         ({"base": {"license": "gpl"}}, "`license of origin of base` is 'gpl'"),
         ({"base": None}, "`origin of base` is None, but should be a dict"),
     ):

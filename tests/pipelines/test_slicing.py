@@ -74,7 +74,8 @@ def test_the_base_stage_runs_in_one_batch_and_super_resolution_in_slices(cascade
     [
         ({}, "`slice_size` is {}, but should be a number, or a dict"),
         ({"sr256": 0}, "`slice_size` is 0"),
-        ({"sr512": 1}, r"`slice_size` has \['sr512'\], but stages are named base, sr256, sr1024"),
+        ({"sr512": 1}, r"`slice_size` has \['sr512'\], but should have stage names among \['base', 'sr256'\]"),
+        ({"sr1024": 1}, r"`slice_size` has \['sr1024'\]"),  # of another cascade
         ([4], r"`slice_size` is \[4\]"),
     ],
 )

@@ -122,9 +122,13 @@ def test_an_index_names_the_text_parts_that_are_there(folders, tokenizer, text_e
 
 def test_stages_that_do_not_fit_are_refused(base_unet, sr_unet, tmp_path):
     scheduler = EDMHeunScheduler()
-    with pytest.raises(ValueError, match="`base` is a tuple, a super-resolution stage, but should be a base stage"):
+    with pytest.raises(
+        ValueError, match="`base` is of class tuple, a super-resolution stage, but should be a base stage"
+    ):
         ImagenCascadePipeline.from_stages((sr_unet, scheduler))
-    with pytest.raises(ValueError, match="`sr256` is a tuple, a base stage, but should be a super-resolution stage"):
+    with pytest.raises(
+        ValueError, match="`sr256` is of class tuple, a base stage, but should be a super-resolution stage"
+    ):
         ImagenCascadePipeline.from_stages((base_unet, scheduler), (base_unet.at_resolution(32), scheduler))
     with pytest.raises(ValueError, match="`sr1024` is for 32 px, which is not a multiple of the 32 px of `sr256`"):
         base_unet.at_resolution(16)

@@ -4,7 +4,9 @@ import sys
 import pytest
 import torch
 from diffusers.models import attention_dispatch
+from PIL import Image
 from script_modules import script_module
+from transformers import T5Config
 
 
 TINY = (
@@ -69,6 +71,8 @@ def test_two_systems_on_a_tiny_preset(benchmark, tmp_path, capsys):
     assert gflop["stage", "ours"] == pytest.approx(3 * gflop["step", "ours"])  # two steps of Heun's method
     table = (tmp_path / "out" / "benchmark.md").read_text()
     assert capsys.readouterr().out == table and table.count("\n| step |") == 3 and table.count("\n| training |") == 2
+    with Image.open(tmp_path / "out" / "benchmark.png") as plot:
+        assert plot.format == "PNG" and plot.width == 900
 
 
 def test_systems_with_the_same_weights_predict_the_same(unets, benchmark):
@@ -93,6 +97,68 @@ def test_systems_with_the_same_weights_predict_the_same(unets, benchmark):
     assert set(predictions) == {"ours, contiguous", "ours, text every call", "ours, _native_math", "plain"}
     for given in predictions.values():
         torch.testing.assert_close(given, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_deepfloyd_predicts_the_same(unets, benchmark):
+    overrides = {"sample_size": 16, "block_out_channels": (32, 64, 64, 64), "layers_per_block": 1}
+    overrides |= {"attention_head_dim": 8, "encoder_hid_dim": 64}
+    systems = ("ours", "plain", "deepfloyd")
+    settings = benchmark.Settings(torch.device("cpu"), torch.float32, systems, tokens=4, overrides=overrides)
+    torch.manual_seed(0)
+    networks = unets.Networks("IF-I-M", settings, 2)
+    with torch.no_grad():
+        for parameter in networks.unet.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    predictions = {case.system: case.build()() for case in networks.cases("predict")}
+    expected = predictions.pop("ours")
+    assert set(predictions) == {"ours, text every call", "plain", "deepfloyd"} and expected.std() > 0.01
+    for given in predictions.values():
+        torch.testing.assert_close(given, expected, atol=1e-3, rtol=1e-3)
+    pipelines = sys.modules["benchmark_pipelines"]
+    settings.steps = (1, 1)
+    stages = {case.system: case.build()() for case in pipelines.Sampler(("IF-I-M",), settings, 2).cases()}
+    assert set(stages) == {"ours", "deepfloyd"}
+    assert all(stage.images.shape == (2, 3, 16, 16) for stage in stages.values())
+
+
+def test_entries_that_deepfloyd_does_not_have(unets):
+    with pytest.raises(ValueError, match="`attention_resolutions` is not an entry of the configuration of IF-I-M"):
+        unets.create_deepfloyd("IF-I-M", {"attention_resolutions": (8,)})
+
+
+def test_importing_imagen_pytorch_downloads_nothing(unets):
+    original = T5Config.from_pretrained
+    with unets.offline_t5():
+        assert T5Config.from_pretrained("google/t5-v1_1-base").d_model == T5Config().d_model
+    assert T5Config.from_pretrained == original
+
+
+def test_rows_are_written_as_they_come(benchmark, measures, tmp_path):
+    machine = {"device": "a", "threads": 1, "torch": "2", "date": "today", "clock": "wall", "dtype": "float32"}
+    report = benchmark.Report(tmp_path / "out", "benchmark.py", {**machine, "matrix_tflop_per_s": 1.0})
+    for name in ("first", "second"):
+        report.add(measures.Row("step", name, 1, "ours", error="no kernel"))
+        rows = json.loads((tmp_path / "out" / "benchmark.json").read_text())["rows"]
+        assert rows[-1]["preset"] == name and len(rows) == len(report.rows)
+        assert f"- step, {name}, batch 1, ours: no kernel" in (tmp_path / "out" / "benchmark.md").read_text()
+
+
+def test_the_plot_has_a_bar_for_each_system(benchmark, measures, tmp_path):
+    plot = sys.modules["benchmark_plot"]
+    failed = measures.Row("step", "a", 1, "ours", error="no kernel")
+    assert not plot.draw_plot(tmp_path / "none.png", [failed]) and not (tmp_path / "none.png").exists()
+    times = {"ms": 2.0, "low_ms": 1.5, "high_ms": 3.0}
+    rows = [measures.Row("step", name, 1, system, **times) for name in "ab" for system in ("ours", "plain")]
+    assert plot.draw_plot(tmp_path / "plot.png", [failed, *rows])
+    with Image.open(tmp_path / "plot.png") as image:
+        assert image.height == round(100 * 2 * (plot.PANEL_HEIGHT + 2 * plot.ROW_HEIGHT))
+    assert plot.label(rows[0]) == "2 ms"
+
+
+def test_the_matrix_rate_is_of_the_clock(measures):
+    ticks = iter(range(100))
+    rate = measures.matrix_rate(torch.device("cpu"), torch.float32, size=8, clock=lambda: float(next(ticks)))
+    assert rate == 2 * 8**3  # a second for each product
 
 
 def test_flops_are_those_of_the_formula(measures):

@@ -4,6 +4,8 @@ import json
 import shutil
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from data_files import contents, picture, tar, write
@@ -152,6 +154,39 @@ def test_captions_of_a_window_are_encoded_by_length():
     batches: list[list[str]] = []
     (embeds,) = encode_window(["ccc", "a", "dddd", "bb", "e"], Encoder(), 2)
     assert embeds == ["CCC", "A", "DDDD", "BB", "E"] and batches == [["a", "e"], ["bb", "ccc"], ["dddd"]]
+
+
+def parquet(path: Path, captions: list[str | None]) -> bytes:
+    """A file of images with captions."""
+    rows = {
+        "image": [{"bytes": picture(1), "path": None}] * len(captions),
+        "text": pyarrow.array(captions, pyarrow.string()),
+    }
+    path.parent.mkdir(exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.table(rows), path)
+    return path.read_bytes()
+
+
+def test_shards_that_are_damaged_or_have_no_captions(folder, tmp_path, capsys, caplog):
+    """A shard without captions has an empty part; one that cannot be read is named, and the build goes on after it."""
+    content = parquet(tmp_path / "data" / "a.parquet", ["red", "blue"])
+    parquet(tmp_path / "data" / "b.parquet", [None, None])
+    source = ["--text-encoder", folder, "--device", "cpu", "--train-data-dir", str(tmp_path / "data")]
+    command = ["cache-embeddings", str(tmp_path / "cache"), "--streaming", *source]
+    (tmp_path / "data" / "c.parquet").write_bytes(content[:4] + b"x" * 40 + content[44:])
+    assert cli.main(command) == 2
+    assert "Shard 2 of split 'train' cannot be read: " in capsys.readouterr().err
+    parquet(tmp_path / "data" / "c.parquet", ["red", "a triangle"])
+    assert cli.main(command) == 0
+    assert "4 captions" in capsys.readouterr().out and "Shard 1 of split 'train': None of the 2" in caplog.text
+    cache = ShardedCache(tmp_path / "cache")
+    assert [len(cache.at("train", shard, 3)) for shard in range(3)] == [2, 0, 2] and cache.verify() == []
+
+    parquet(tmp_path / "data" / "d.parquet", [])
+    for option in ([], ["--streaming"]):
+        assert cli.main(["cache-embeddings", str(tmp_path / "other"), *source, *option]) == 2
+        assert "d.parquet' has no rows: remove it" in capsys.readouterr().err
+        assert not (tmp_path / "other").exists()
 
 
 def test_a_build_goes_on_where_it_was(make, capsys, tmp_path):

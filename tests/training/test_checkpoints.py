@@ -228,7 +228,7 @@ def test_a_state_is_what_was_saved(tmp_path):
         save_file(tensors, tmp_path / "t.safetensors", metadata={"state": tree})
         with pytest.raises(ValueError, match="is not a saved state"):
             load_state(tmp_path / "t.safetensors")
-    with pytest.raises(TypeError, match="has a set at 'a'"):
+    with pytest.raises(TypeError, match="has a value of class set at 'a'"):
         save_state(tmp_path / "u.safetensors", {"a": set()})
 
 

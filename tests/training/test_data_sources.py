@@ -2,11 +2,13 @@
 
 import io
 import json
+import random
 import tarfile
 from collections import Counter
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +17,9 @@ from datasets import Dataset, DatasetDict, Features, Image, IterableDataset, Val
 from PIL import Image as PILImage
 
 from diffusers_imagen.training import TrainingConfig
+from diffusers_imagen.training.checkpoints import Checkpoints, seal
 from diffusers_imagen.training.data import DataConfig, make_train_batches, make_validation_batches
+from diffusers_imagen.training.data.pieces import pack, unpack
 from diffusers_imagen.training.data.sources import open_rows
 from diffusers_imagen.training.data.streaming import ShardReader
 
@@ -250,3 +254,123 @@ def test_one_caption_for_all_images(imagefolder, tmp_path, streaming):
         assert [row["text"] for row in open_rows(config, "train").data] == ["a dog"] * count
     with pytest.raises(ValueError, match="`caption` and `caption_column` .'tags'. are both given"):
         DataConfig(train_data_dir=imagefolder, caption="a dog", caption_column=["tags"])
+
+
+def epochs_of(streams: list, steps: int) -> list[tuple[int, int]]:
+    """The epoch and the number of each row that the processes draw, one at a time and in turn."""
+    drawn = []
+    for _ in range(steps):
+        for stream in streams:
+            before = list(stream.places)
+            (number,) = numbers(next(stream))
+            (worker,) = [i for i, place in enumerate(stream.places) if place is not before[i]]
+            drawn.append((stream.places[worker]["epoch"], number))
+    return drawn
+
+
+CHANGES = {
+    "more": (4, (1, 2, 5), (2, 3, 4), (3, 1, 3)),
+    "fewer": (4, (2, 2, 3), (1, 1, 9), (1, 3, 2)),
+    "one shard": (1, (1, 1, 5), (2, 0, 4), (3, 0, 1)),
+}
+
+
+@pytest.mark.parametrize("shards, runs", [(shards, runs) for shards, *runs in CHANGES.values()], ids=CHANGES)
+def test_other_readers_read_what_is_left_of_each_epoch(tmp_path, shards, runs):
+    """Runs of (processes, workers, steps), each of which goes on where the one before stopped."""
+    folder = write_tars(tmp_path / "d", shards)
+    config = config_of(folder, streaming=True, train_batch_size=1, shuffle_buffer_size=4, **TAR)
+    drawn: list[tuple[int, int]] = []
+    states: list[dict] = []
+    for processes, workers, steps in (*runs, (2, 0, 2 * NUM_ROWS)):
+        own = replace(config, dataloader_num_workers=workers)
+        streams = [make_train_batches(own, None, process, processes) for process in range(processes)]
+        for stream in streams if states else []:
+            stream.load_state_dicts(states)
+            assert stream.images_seen == len(drawn)
+        drawn += epochs_of(streams, steps)
+        states = json.loads(json.dumps([stream.state_dict() for stream in streams]))
+    whole = min(epoch for epoch, _ in drawn[-2:])  # earlier ones have been read by all
+    assert whole >= 1 and Counter(drawn).most_common(1)[0][1] == 1
+    for epoch in range(whole):
+        assert sorted(row for own, row in drawn if own == epoch) == list(range(NUM_ROWS))
+
+
+def counted(shards: list[int], rows: int):
+    for shard in shards:
+        for row in range(rows):
+            yield {"number": shard * rows + row}
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_every_row_is_read_once_per_epoch_by_whatever_readers(seed):
+    """Up to five changes of the number of readers, each after numbers of rows that differ between readers."""
+    draw = random.Random(seed)
+    shards, rows, block_size = draw.randint(1, 5), draw.randint(5, 12), draw.randint(1, 6)
+    data = IterableDataset.from_generator(counted, gen_kwargs={"shards": list(range(shards)), "rows": rows})
+    remaining: dict[int, list] = {}
+    drawn = []
+
+    def read(reader: ShardReader, count: int) -> None:
+        drawn.extend((reader.state["epoch"], row["number"]) for row in islice(reader, count))
+
+    for _ in range(draw.randint(2, 5)):
+        count = draw.randint(1, 5)
+        readers = [ShardReader(data, 0, i, count, block_size, remaining) for i in range(count)]
+        for reader in readers:
+            read(reader, draw.randint(0, rows))
+        epochs = [reader.state["epoch"] for reader in readers]
+        begun = range(min(epochs), max([*epochs, *remaining]) + 1)
+        left = {epoch: [piece for reader in readers for piece in reader.left(epoch)] for epoch in begun}
+        remaining = unpack(json.loads(json.dumps(pack(left))))
+    last = max((epoch for epoch, _ in drawn), default=0)
+    read(ShardReader(data, 0, 0, 1, block_size, remaining), (last + 1) * shards * rows - len(drawn))
+    assert Counter(drawn) == Counter((epoch, row) for epoch in range(last + 1) for row in range(shards * rows))
+
+
+def test_a_reader_is_resumed_after_every_row():
+    """Also several times within a block, at its end, and at the end of an epoch of one block."""
+    data = IterableDataset.from_generator(counted, gen_kwargs={"shards": [0, 1], "rows": 7})
+    for block_size in (3, 7, 100):
+        for number in (0, 1):
+            straight = [row["number"] for row in islice(ShardReader(data, 0, number, 2, block_size), 20)]
+            resumed, state = [], None
+            for _ in range(20):
+                reader = ShardReader(data, 0, number, 2, block_size)
+                reader.state = state or reader.state
+                resumed.append(next(iter(reader))["number"])
+                state = json.loads(json.dumps(reader.state))
+            assert resumed == straight
+
+
+def test_checkpoints_give_a_stream_the_positions_of_all_processes(tmp_path):
+    folder = write_tars(tmp_path / "d", 4)
+    config = config_of(folder, streaming=True, train_batch_size=1, output_dir=str(tmp_path / "out"), **TAR)
+
+    def make(processes: int) -> list[Checkpoints]:
+        accelerators = (SimpleNamespace(process_index=i, is_main_process=i == 0) for i in range(processes))
+        made = [Checkpoints(accelerator, config, {}) for accelerator in accelerators]
+        for process, checkpoints in enumerate(made):
+            checkpoints.own["data"] = make_train_batches(config, None, process, processes)
+        return made
+
+    (tmp_path / "c").mkdir()
+    first = make(3)
+    drawn = epochs_of([checkpoints.own["data"] for checkpoints in first], 2)
+    for checkpoints in first:
+        checkpoints._write(tmp_path / "c")
+    seal(tmp_path / "c", {})
+    second = make(2)
+    for checkpoints in second:
+        checkpoints.load(tmp_path / "c")
+    drawn += epochs_of([checkpoints.own["data"] for checkpoints in second], NUM_ROWS)
+    assert sorted(row for epoch, row in drawn if epoch == 0) == list(range(NUM_ROWS))
+
+
+def test_positions_of_a_stream_that_do_not_fit_are_refused(tmp_path):
+    config = config_of(write_tars(tmp_path / "d", 4), streaming=True, train_batch_size=2, shuffle_buffer_size=4, **TAR)
+    states = [make_train_batches(config, None, process, 2).state_dict() for process in range(2)]
+    with pytest.raises(ValueError, match="a stream of 2 processes has 1 positions"):
+        make_train_batches(config).load_state_dicts(states[:1])
+    with pytest.raises(ValueError, match="`shuffle_buffer_size` is 5, but should be 4"):
+        make_train_batches(replace(config, shuffle_buffer_size=5)).load_state_dicts(states)

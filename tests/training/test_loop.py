@@ -25,7 +25,6 @@ from diffusers_imagen import ContinuousDDPMScheduler, EDMHeunScheduler, Efficien
 from diffusers_imagen.training import Trainer, TrainingConfig, train
 from diffusers_imagen.training.monitor import MAX_SKIPPED_IN_ROW, Monitor, describe_time
 from diffusers_imagen.training.validation.held_out_loss import ValidationLoss
-from diffusers_imagen.utils.files import LOCK
 
 
 ONE_IMAGE = {"styles": ["shaded"], "p_mean": 1.0, "p_std": 0.5}  # at noise levels where it is easily learned
@@ -109,7 +108,7 @@ def test_the_stage_folder_opens(make_config):
     assert str(folder) not in card and "p_mean" not in card  # neither paths nor defaults
     lines = [json.loads(line) for line in (folder / "losses.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4]
-    assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == [LOCK]
+    assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
 
 
 def test_a_stage_is_replaced_as_a_whole_or_not_at_all(make_config, monkeypatch):
@@ -131,7 +130,7 @@ def test_a_stage_is_replaced_as_a_whole_or_not_at_all(make_config, monkeypatch):
     ImagenUNetModel.from_pretrained(folder, subfolder="unet")
     train(make_config(resume_from_checkpoint="latest"), make_unet(), encode)
     assert json.loads((folder / "training.json").read_text())["step"] == 4
-    assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == [LOCK]
+    assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])

@@ -153,7 +153,9 @@ def test_a_configuration_is_a_network_with_fresh_weights(make_config, tmp_path):
 def test_only_an_imagen_unet_can_be_changed(make_config, tmp_path, change, shown):
     make_sr_unet().save_pretrained(tmp_path / "unet")
     config = make_config(preset=None, pretrained_model_name_or_path=str(tmp_path), **change)
-    message = f"`{next(iter(change))}` is {shown}, but only an ImagenUNetModel .* has an EfficientUNetModel"
+    message = (
+        f"`{next(iter(change))}` is {shown}, but only an ImagenUNetModel .* has a network of class EfficientUNetModel"
+    )
     with pytest.raises(ValueError, match=message):
         make_network(config)
 

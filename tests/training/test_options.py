@@ -1,9 +1,11 @@
+import json
 from pathlib import Path
 
 import pytest
 
 from diffusers_imagen.training import parse_args
 from diffusers_imagen.training.config import TrainingConfig
+from diffusers_imagen.training.finetuning.finetuning_config import DreamBoothTrainingConfig
 
 
 def write(path: Path, text: str) -> str:
@@ -90,6 +92,39 @@ def test_a_wrong_flag_is_one_line(flags, message):
     with pytest.raises(ValueError, match=message) as caught:
         parse_args(flags.split())
     assert "\n" not in str(caught.value)
+
+
+def needed_flags(config_class: type) -> list[str]:
+    subject = "--pretrained_model_name_or_path a --instance_data_dir b --instance_prompt c"
+    return (subject if issubclass(config_class, DreamBoothTrainingConfig) else "--preset emoji_base_64").split()
+
+
+@pytest.mark.parametrize("config_class", [TrainingConfig, DreamBoothTrainingConfig])
+def test_flags_without_effect_are_refused_with_their_default_value_too(config_class, tmp_path):
+    plain = parse_args(needed_flags(config_class), config_class=config_class)
+    values = {name: getattr(plain, name) for name in plain.unused() if getattr(plain, name) is not None}
+    assert {"validation_batch_size", "beta_schedule", "prediction_type"} <= values.keys()
+    of_prior = {"num_class_images", "prior_loss_weight", "sample_batch_size", "lora_target_modules"}
+    assert of_prior <= values.keys() or config_class is TrainingConfig
+    for name, value in values.items():
+        entries = list(map(str, value)) if isinstance(value, list) else [str(value)]
+        argv = [*needed_flags(config_class), "--" + name.replace("_", "-"), *entries]
+        with pytest.raises(ValueError, match=rf"`{name}` is .*, but (is only used with|is not used with) `"):
+            parse_args(argv, config_class=config_class)
+    (tmp_path / "run.yaml").write_text(json.dumps(values))  # a file may list every setting
+    in_file = [*needed_flags(config_class), "--config", str(tmp_path / "run.yaml")]
+    assert parse_args(in_file, config_class=config_class) == plain
+
+
+def test_settings_with_effect_are_accepted_with_their_default_value():
+    flags = (
+        "--preset emoji_base_64 --preconditioning edm --p_mean -1.2 --validation_metrics fid --validation_split test"
+    )
+    config = parse_args(f"{flags} --validation_features inception --validation_batch_size 16".split())
+    assert (config.p_mean, config.validation_features) == (-1.2, "inception")
+    flags = "--with_prior_preservation --class_data_dir d --class_prompt e --num_class_images=100 --rank 4".split()
+    subject = needed_flags(DreamBoothTrainingConfig)
+    assert parse_args([*subject, *flags], config_class=DreamBoothTrainingConfig).num_class_images == 100
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ def test_the_error_says_value_and_bounds():
         TrainingConfig(pretrained_model_name_or_path="a", layers_per_block=[1000000])
     with pytest.raises(ValueError, match="^`max_train_steps` is 'abc', but should be an integer"):
         TrainingConfig(preset="a", max_train_steps="abc")
-    with pytest.raises(ValueError, match="^`max_train_steps` is a int, but should be at least 1"):
+    with pytest.raises(ValueError, match="^`max_train_steps` is of class int, but should be at least 1"):
         TrainingConfig(preset="a", max_train_steps=10**5000)  # which Python does not print
 
 

@@ -17,9 +17,9 @@ def stepped(value: float) -> torch.optim.AdamW:
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        ({"exp_avg": {}}, "exp_avg is a dict, but should be a tensor"),
-        ({"exp_avg_sq": None}, "exp_avg_sq is a NoneType"),
-        ({"step": []}, "step is a list"),
+        ({"exp_avg": {}}, "exp_avg is of class dict, but should be a tensor"),
+        ({"exp_avg_sq": None}, "exp_avg_sq is of class NoneType"),
+        ({"step": []}, "step is of class list"),
         ({"step": torch.zeros(2)}, "step has shape"),
         ({"exp_avg": torch.zeros(3, 2)}, "exp_avg has shape"),
         ({"more": torch.zeros(2, 3)}, "parameter 0 has .*'more'.*, but should have"),

@@ -127,7 +127,7 @@ def test_who_holds_a_folder_leaves_what_others_are_writing_into_it(tmp_path):
         FolderHold(tmp_path, "output_dir").release()
         assert (tmp_path / half / "a").read_text() == "half"
     FolderHold(tmp_path, "output_dir").release()
-    assert os.listdir(tmp_path) == [".lock"]
+    assert os.listdir(tmp_path) == []
 
 
 def test_who_holds_a_folder_is_told_without_the_arguments_of_its_command(tmp_path, monkeypatch):
@@ -184,7 +184,23 @@ def test_what_a_killed_process_left_half_written_goes(tmp_path):
     (tmp_path / ".unet.17.partial").mkdir()
     (tmp_path / "a.partial.png").write_text("the user's own")
     FolderHold(tmp_path, "output_dir").release()
-    assert sorted(os.listdir(tmp_path)) == [".lock", "a.partial.png"]
+    assert os.listdir(tmp_path) == ["a.partial.png"]
+
+
+def test_a_folder_that_was_created_for_a_lock_remains_only_if_something_was_written(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for place in ("new", "new/folders/a", "empty", "empty/b"):
+        with FolderHold(tmp_path / place, "output_dir"):
+            assert sorted(os.listdir(tmp_path / place)) == [".lock", ".lock-owner.json"]
+    with pytest.raises(ValueError, match="damaged"), FolderHold(tmp_path / "new/a", "output_dir"):
+        raise ValueError("damaged")
+    assert os.listdir(tmp_path) == ["empty"] and os.listdir(tmp_path / "empty") == []
+    with FolderHold(tmp_path / "new/folders/a", "output_dir"):
+        (tmp_path / "new" / "b").touch()
+    assert sorted(os.listdir(tmp_path / "new")) == ["b"]
+    with FolderHold(tmp_path / "new/c", "output_dir"):
+        (tmp_path / "new" / "c" / "d").touch()
+    assert os.listdir(tmp_path / "new" / "c") == ["d"]
 
 
 def test_a_folder_is_held_once_in_a_process_too(tmp_path):

@@ -9,6 +9,7 @@ from accelerate import PartialState
 from groups import environments, exit_codes, make_process
 
 from diffusers_imagen.text.cache_writer import check_same
+from diffusers_imagen.text.distinct_captions import DistinctCaptions
 from diffusers_imagen.utils import processes
 from diffusers_imagen.utils.processes import OneProcess, check_shared, gather, in_turn, on_main_process
 
@@ -33,13 +34,13 @@ def agree(environment: dict[str, str], folder: Path) -> None:
     own.mkdir()
     with pytest.raises(ValueError, match=f"`output_dir` is '{own}', which .* does not see as the main process does"):
         check_shared(state, own, "output_dir")
-    check_same(state, ["a", "b"])
+    check_same(state, DistinctCaptions.of(["a", "b"]))
     with pytest.raises(
         ValueError, match="has 2 captions to encode in the main process, but 3, or others, in process 1"
     ):
-        check_same(state, ["a", "b", "c"][: 2 + rank])
+        check_same(state, DistinctCaptions.of(["a", "b", "c"][: 2 + rank]))
     with pytest.raises(ValueError, match="but 2, or others, in process 1"):
-        check_same(state, ["a", "bc"] if rank else ["ab", "c"])
+        check_same(state, DistinctCaptions.of(["a", "bc"] if rank else ["ab", "c"]))
     state.destroy_process_group()
 
 

@@ -5,8 +5,10 @@ from importlib.metadata import entry_points
 
 import pytest
 
-from diffusers_imagen import ImagenCascadePipeline, shipped_cascade
+from diffusers_imagen import ImagenCascadePipeline, ImagenPipeline, shipped_cascade
+from diffusers_imagen.commands.main import main
 from diffusers_imagen.text.encoder import TextEncoder
+from diffusers_imagen.text.pretrained import load_text
 from diffusers_imagen.training import DreamBoothTrainingConfig, TrainingConfig
 from diffusers_imagen.utils import shipped
 from diffusers_imagen.utils.shipped import find_source
@@ -62,6 +64,21 @@ def test_commands_and_training_know_the_name(installed):
     ):
         config = config_class(pretrained_model_name_or_path="imagen-emoji", text_encoder="imagen-emoji", **more)
         assert config.pretrained_model_name_or_path == config.text_encoder == installed
+
+
+def test_composed_stages_take_its_text_encoder(installed, base_unet, cascade):
+    pair = (base_unet, cascade.base_scheduler)
+    for pipe in (
+        ImagenCascadePipeline.from_stages(pair, text_encoder="imagen-emoji"),
+        ImagenPipeline.from_stage(pair, text_encoder="imagen-emoji"),
+    ):
+        assert pipe.text_encoder.config.hidden_size == cascade.text_encoder.config.hidden_size
+    assert load_text("imagen-emoji").keys() == {"text_encoder", "tokenizer"}
+
+
+def test_doctor_examines_it(installed, capsys):
+    assert main(["doctor", "imagen-emoji", "--text-encoder", "imagen-emoji"]) == 0
+    assert "the text encoder's embeddings have width" in capsys.readouterr().out
 
 
 def test_a_folder_of_that_name_comes_first(installed, outside):

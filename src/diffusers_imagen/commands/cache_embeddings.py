@@ -6,7 +6,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..utils.files import FolderHold, check_folder, refusing
+from ..utils.arguments import shown
+from ..utils.files import check_folder, refusing
 from .common import check_device
 from .model_arguments import DEVICE
 from .parser import Parser
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
     from ..text import TextEncoder
+    from ..text.distinct_captions import DistinctCaptions
+    from ..training.data.data_config import DataConfig
 
 MANY = 2**16  # tokens, captions or MB: larger values are mistakes, and would need more memory than any machine has
 
@@ -42,18 +45,7 @@ def add_arguments(command: Parser) -> None:
     command.add_argument(
         "--clean-captions", action="store_true", help="clean captions before they are encoded, as for DeepFloyd IF"
     )
-    command.add_argument("--train-data-dir", help="folder with the data set")
-    command.add_argument("--dataset-name", help="data set on the Hub")
-    command.add_argument("--dataset-config-name", help="configuration of the data set on the Hub")
-    command.add_argument("--cache-dir", help="download folder of `datasets`")
-    command.add_argument("--caption-column", nargs="+", default=["text"], help="columns with captions; default: text")
-    command.add_argument("--image-column", default="image", help="column with images; default: %(default)s")
-    command.add_argument(
-        "--streaming",
-        action="store_true",
-        help="read the data shard by shard, and write a cache in the order of the shards, for training with --streaming",
-    )
-    command.add_argument("--splits", nargs="+", help="splits of the data set; default: all")
+    add_data_arguments(command)
     command.add_argument(
         "--nemo-tars", nargs="+", type=Path, help="import embeddings from tar files with NeMo's pickles"
     )
@@ -67,6 +59,29 @@ def add_arguments(command: Parser) -> None:
     command.add_number("--shard-size-mb", float, 1e-6, MANY, default=128, help="size of a file; default: %(default)s")
     command.add_argument("--device", default=DEVICE, help="device of the text encoder; default: %(default)s")
     command.set_defaults(run=cache_embeddings)
+
+
+def add_data_arguments(command: Parser) -> None:
+    """Add the options that select the captions of a data set."""
+    command.add_argument("--train-data-dir", help="folder with the data set")
+    command.add_argument("--dataset-name", help="data set on the Hub")
+    command.add_argument("--dataset-config-name", help="configuration of the data set on the Hub")
+    command.add_argument("--cache-dir", help="download folder of `datasets`")
+    command.add_argument("--caption-column", nargs="+", default=["text"], help="columns with captions; default: text")
+    command.add_argument("--image-column", default="image", help="column with images; default: %(default)s")
+    command.add_argument(
+        "--streaming",
+        action="store_true",
+        help="read the data shard by shard, and write a cache in the order of the shards, for training with --streaming",
+    )
+    command.add_argument(
+        "--splits", nargs="+", help="splits of the data set, or values of its split column; default: all"
+    )
+    command.add_argument(
+        "--split-column",
+        default="split",
+        help="column whose values are the splits, if the data set has it; default: %(default)s",
+    )
 
 
 def cache_embeddings(args: argparse.Namespace) -> None:
@@ -167,29 +182,21 @@ def report(folder: Path, done: str) -> None:
 
 def encode_dataset(args: argparse.Namespace, state: "PartialState") -> int:
     """Encode the captions of the data set that the cache lacks; return their number. Called by all processes."""
-    from ..text.cache_files import hold_cache
     from ..text.cache_writer import CacheWriter, save_parts, write_cache
-    from ..utils.processes import check_shared, in_turn, on_main_process
+    from ..utils.processes import in_turn, on_main_process, shared_folder
 
-    with ExitStack() as stack:
-        held: list[FolderHold] = []
-        writers: list[CacheWriter] = []
-
-        def hold() -> None:
-            if args.output_dir.exists():  # a new folder is created and locked when there is something to write
-                held.append(stack.enter_context(hold_cache(args.output_dir)))
-
-        def begin() -> None:
-            writer = CacheWriter(args.output_dir, encoder.identity(), args.dtype, args.shard_bytes, *held)
-            writers.append(stack.enter_context(writer))
-
-        on_main_process(state, hold)
+    with shared_folder(state, args.output_dir, "output_dir"):
         captions = in_turn(state, lambda: read_captions(args))
         encoder = in_turn(state, lambda: load_encoder(args))
+        writers: list[CacheWriter] = []  # one in the main process, which is not sent to the others
+
+        def begin() -> None:
+            writers.append(
+                CacheWriter(args.output_dir, encoder.identity(), args.dtype, args.shard_bytes, is_held=True)
+            )
+
         on_main_process(state, begin)
-        check_shared(state, args.output_dir, "output_dir")
-        writer = writers[0] if writers else None
-        added = write_cache(writer, captions, encoder, args.batch_size, state)
+        added = write_cache(next(iter(writers), None), captions, encoder, args.batch_size, state)
         on_main_process(state, lambda: save_parts(args.output_dir, encoder))
         return added
 
@@ -201,7 +208,7 @@ def encode_stream(args: argparse.Namespace, state: "PartialState") -> int:
     """
     from ..text.cache_writer import save_parts
     from ..text.sharded_cache import Layout, is_sharded, write_part
-    from ..training.data.captions import iterate_captions
+    from ..training.data.captions import iterate_shard
     from ..utils.processes import gather, in_turn, on_main_process, shared_folder
 
     with shared_folder(state, args.output_dir, "output_dir"):
@@ -222,7 +229,7 @@ def encode_stream(args: argparse.Namespace, state: "PartialState") -> int:
             folder = layout.part(name, shard)
             if not folder.exists():
                 rows = splits[name].shard(num_shards=counts[name], index=shard)
-                captions = iterate_captions(rows, args.caption_column)
+                captions = iterate_shard(rows, args.caption_column, f"Shard {shard} of split {name!r}")
                 added += write_part(folder, captions, encoder, args.dtype, args.shard_bytes, args.batch_size)
         added = sum(gather(state, added))
         on_main_process(state, lambda: save_parts(layout.parts()[0], encoder))
@@ -250,7 +257,7 @@ def load_encoder(args: argparse.Namespace) -> "TextEncoder":
 def load_chosen(args: argparse.Namespace) -> dict[str, Any]:
     """Load the chosen splits of the data set, whose caption columns are checked."""
     from ..training.data.data_config import DataConfig
-    from ..training.data.sources import check_columns, column_names, load_splits
+    from ..training.data.sources import check_columns, column_names, is_split_by_column, load_splits
 
     config = DataConfig(
         train_data_dir=args.train_data_dir,
@@ -259,9 +266,12 @@ def load_chosen(args: argparse.Namespace) -> dict[str, Any]:
         cache_dir=args.cache_dir,
         caption_column=args.caption_column,
         image_column=args.image_column,
+        split_column=args.split_column,
         streaming=args.streaming,
     )
     splits, _ = load_splits(config)
+    if args.splits and is_split_by_column(splits, column_names(next(iter(splits.values())), config), config):
+        splits = split_by_column(splits, config, args.splits)
     missing = set(args.splits or []) - set(splits)
     if missing:
         raise ValueError(f"`splits` has {sorted(missing)}, but the data set has {sorted(map(str, splits))}.")
@@ -271,14 +281,35 @@ def load_chosen(args: argparse.Namespace) -> dict[str, Any]:
     return chosen
 
 
-def read_captions(args: argparse.Namespace) -> list[str]:
-    """Return the distinct captions of the data set."""
-    from ..text.source import distinct_captions
-    from ..training.data.captions import iterate_captions
+def split_by_column(splits: dict[str, Any], config: "DataConfig", names: list[str]) -> dict[str, Any]:
+    """Return the rows of some splits of a data set whose splits are the values of a column.
 
-    chosen = load_chosen(args).values()
-    captions = distinct_captions(caption for data in chosen for caption in iterate_captions(data, args.caption_column))
-    if not captions:
+    Raises:
+        ValueError: If no row has one of these splits, or for a stream.
+    """
+    from ..training.data.sources import iterate_cells, keep_rows
+
+    if config.streaming:
+        raise ValueError(
+            f"`splits` is given, but the splits are the values of the column {config.split_column!r}: a cache for "
+            "`streaming` has the captions of all rows."
+        )
+    (data,) = splits.values()
+    known = {value for (value,) in iterate_cells(data, [config.split_column])}
+    missing = set(names) - known
+    if missing:
+        raise ValueError(
+            f"`splits` has {sorted(missing)}, but the column {config.split_column!r} has {shown(sorted(map(str, known)))}."
+        )
+    return {name: keep_rows(data, {config.split_column: [name]}, name) for name in names}
+
+
+def read_captions(args: argparse.Namespace) -> "DistinctCaptions":
+    """Index the distinct captions of the data set."""
+    from ..training.data.captions import index_captions
+
+    captions = index_captions(load_chosen(args).values(), args.caption_column)
+    if not len(captions):
         raise ValueError("The data set has no captions.")
     return captions
 

@@ -26,6 +26,7 @@ from ..training.data.captions import iterate_captions
 from ..training.data.data_config import DataConfig
 from ..training.data.pixels import BadImage, fit_image, name_image, open_image, read_image
 from ..training.data.sources import Rows, open_rows
+from ..utils.arguments import class_of
 from ..utils.errors import one_line
 from ..utils.files import read_json_object
 from ..utils.references import REFERENCE, read_reference
@@ -138,7 +139,9 @@ def examine_captions(rows: Rows, config: DataConfig, text_encoder: str | None) -
     repeated = times > max(1, 0.1 * len(captions))
     missing = len(rows.data) * len(config.caption_column) - len(captions)
     findings = [
-        Finding(missing > 0, f"{missing} captions are missing, and their rows are skipped in training"),
+        Finding(
+            missing > 0, f"{missing} captions are missing" + ", and their rows are skipped in training" * bool(missing)
+        ),
         Finding(empty > 0, f"{empty} of {len(captions)} captions are empty"),
         Finding(
             repeated,
@@ -247,7 +250,7 @@ def examine_network(folder: Path, text_encoder: str | None) -> list[Finding]:
     if isinstance(unet, UNet2DConditionModel):  # as DeepFloyd IF is published
         unet = unet_from_deepfloyd(unet)
     if not isinstance(unet, StageNetwork):
-        return [Finding(True, f"it is a {type(unet).__name__}, but should be ImagenUNetModel or EfficientUNetModel")]
+        return [Finding(True, f"it is {class_of(unet)}, but should be ImagenUNetModel or EfficientUNetModel")]
     missing = missing_weights(unet)
     if missing:
         return [Finding(True, f"{len(missing)} weights are missing, such as {missing[0]}")]
@@ -292,7 +295,7 @@ def examine_losses(records: list[dict[str, Any]]) -> list[Finding]:
         if not math.isfinite(float(record.get("loss") or 0)):
             return [Finding(True, f"the loss is {record['loss']} at step {record.get('step')}: training diverged")]
     if len(losses) < 3:
-        return [Finding(False, f"{len(losses)} recorded losses, too few to judge")]
+        return [Finding(False, f"number of recorded losses: {len(losses)}, too few to judge")]
     lowest, last = min(losses), losses[-1]
     rises = last > 1.1 * lowest and last > losses[0] * 0.9
     text = f"loss: first {losses[0]:.4f}, lowest {lowest:.4f}, last {last:.4f}"

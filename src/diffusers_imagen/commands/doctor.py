@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from ..utils.arguments import bad_argument
+from ..utils.shipped import find_source
 from .parser import Parser
 
 
@@ -18,7 +19,9 @@ def add_arguments(command: Parser) -> None:
         "The exit code is 1 if there are any."
     )
     command.add_argument(
-        "path", help="folder of a data set, a stage, a cascade or an embedding cache, or a Hub data set"
+        "path",
+        help="folder of a data set, a stage, a cascade or an embedding cache, a Hub data set, or imagen-emoji, the "
+        "shipped cascade",
     )
     command.add_argument("--resolution", type=int, default=64, help="training resolution; default: %(default)s")
     command.add_argument(
@@ -46,6 +49,9 @@ def doctor(args: argparse.Namespace) -> int:
             check_value(name, getattr(args, name), kind)
     if not COUNT.has(args.num_images):
         raise bad_argument("num_images", args.num_images, str(COUNT))
+    args.path = str(find_source(args.path))
+    if args.text_encoder is not None:
+        args.text_encoder = str(find_source(args.text_encoder))
     path = Path(args.path)
     if path.exists() and not path.is_dir():
         raise ValueError(f"`path` is '{path}', a file, but should be a folder or a Hub data set.")

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from ..pipelines.stage_table import DEFAULT_STRENGTH
 from ..utils.bounds import MAX_STEPS
-from ..utils.files import LOCK, check_writable, list_names
+from ..utils.files import check_writable, list_names
 from .common import (
     add_sampling_arguments,
     check_device,
@@ -137,22 +137,13 @@ def complete(args: argparse.Namespace, folder: Path, items: list[Item], state: "
     def find() -> list[int]:
         return find_missing(folder, items)
 
-    is_new = not folder.exists()
     if not on_main_process(state, find):
         if state.is_main_process:
             print(f"{folder}: all {len(items)} images exist")
         return
-    try:
-        with shared_folder(state, folder, "output-dir"):
-            missing = on_main_process(state, find)  # another run may have written some in the meantime
-            try:
-                failed = draw_items(args, items, {items[number] for number in missing}, state)
-            finally:
-                if state.is_main_process:
-                    (folder / LOCK).unlink(missing_ok=True)  # only images should remain
-    finally:
-        if state.is_main_process and is_new and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+    with shared_folder(state, folder, "output-dir"):
+        missing = on_main_process(state, find)  # another run may have written some in the meantime
+        failed = draw_items(args, items, {items[number] for number in missing}, state)
     if failed:
         lines = "; ".join(failure.text for failure in failed[:10])
         raise ValueError(f"{folder}: {len(failed)} of {len(items)} images failed: {lines}")

@@ -99,7 +99,8 @@ class Parser(BothSpellings):
         if positional is not None:
             return f"there is no option {name}: pass the {positional} without it, in quotes if it has spaces"
         if not argument.startswith("-"):
-            return f"unrecognized argument {argument!r}: an argument of several words needs quotes"
+            quotes = "" if any(map(str.isspace, argument)) else ": an argument of several words needs quotes"
+            return f"unrecognized argument {argument!r}{quotes}"
         options = {hyphenated(option): option for action in self._actions for option in action.option_strings}
         close = difflib.get_close_matches(hyphenated(name), options, n=1)
         return f"there is no option {name}" + (f": did you mean {options[close[0]]}?" if close else "")

@@ -54,11 +54,13 @@ def describe_call(
         sources (`dict[str, str]`): Folders and Hub ids of the model, by option.
         arguments (`dict`): Arguments of the call.
     """
-    from ..pipelines.inputs import per_stage_or_default
+    from ..pipelines.inputs import default_of, per_stage
 
     stages = [stage for stage in pipe.stages if stage.resolution in resolutions]
     names = [stage.name for stage in stages]
-    by_stage = {name: dict(zip(names, per_stage_or_default(name, arguments.get(name), stages))) for name in BY_STAGE}
+    by_stage = {
+        name: dict(zip(names, per_stage(name, arguments.get(name), stages, default_of(name)))) for name in BY_STAGE
+    }
     others = {name: finite(value) for name, value in arguments.items() if name not in OWN and value not in IDLE}
     tiles = {} if pipe.tiling is None else {"tile_size": pipe.tiling.tile_size, "tile_overlap": pipe.tiling.overlap}
     return {

@@ -15,7 +15,7 @@ from torch import nn
 from ..diffusion.discrete_ddpm import BetaSchedule
 from ..models import ImagenUNetModel
 from ..models.config_checks import RANGES, check_integer
-from ..utils.arguments import bad_argument, check_choice
+from ..utils.arguments import bad_argument, check_choice, class_of
 from .diffusers_unet import (
     DOWN_BLOCKS,
     MODULES,
@@ -179,7 +179,7 @@ def unet_from_deepfloyd(
         if config is not None:
             raise bad_argument("config", config, "None with a network, which has its own")
         if not isinstance(unet, UNet2DConditionModel):
-            raise ValueError(f"`unet` is a {type(unet).__name__}, but should be a UNet2DConditionModel.")
+            raise ValueError(f"`unet` is {class_of(unet)}, but should be a UNet2DConditionModel.")
         config = dict(unet.config)
     config = check_kind(config)
     with torch.device("meta"):
@@ -194,7 +194,7 @@ def unet_to_deepfloyd(unet: ImagenUNetModel) -> UNet2DConditionModel:
         ValueError: If it is not a DeepFloyd IF network.
     """
     if not isinstance(unet, ImagenUNetModel):
-        raise ValueError(f"`unet` is a {type(unet).__name__}, but should be an ImagenUNetModel.")
+        raise ValueError(f"`unet` is {class_of(unet)}, but should be an ImagenUNetModel.")
     config = config_to_deepfloyd(unet.config)
     with torch.device("meta"):
         theirs = UNet2DConditionModel(**config)

@@ -11,7 +11,7 @@ from diffusers import UNet2DModel
 
 from ..models import ImagenUNetModel
 from ..models.config_checks import RANGES, check_integer
-from ..utils.arguments import check_choice
+from ..utils.arguments import check_choice, class_of
 from .diffusers_unet import (
     MODULES,
     as_tuple,
@@ -75,7 +75,7 @@ def unet_from_karlo(unet: UNet2DModel) -> ImagenUNetModel:
         ValueError: For any other network.
     """
     if not isinstance(unet, UNet2DModel):
-        raise ValueError(f"`unet` is a {type(unet).__name__}, but should be a UNet2DModel.")
+        raise ValueError(f"`unet` is {class_of(unet)}, but should be a UNet2DModel.")
     config = dict(unet.config)
     with torch.device("meta"):
         ours = ImagenUNetModel(**config_from_karlo(config))

@@ -8,7 +8,7 @@ import torch
 from ..models import EfficientUNetModel, ImagenUNetModel
 from ..models.attention import StableImagenAttnProcessor
 from ..models.config_checks import MAX_CHANNELS, MAX_LAYERS, MAX_LEVELS, RANGES, check_integer, check_integers
-from ..utils.arguments import bad_argument, shown
+from ..utils.arguments import bad_argument, class_of, shown
 from .nemo_keys import plan_keys, why_dropped
 
 
@@ -101,7 +101,7 @@ def load_nemo_unet(
         ValueError: If a key has no counterpart in the network, or a parameter has no key; names all of them.
     """
     if not isinstance(state_dict, Mapping):
-        raise ValueError(f"`state_dict` is a {type(state_dict).__name__}, but should map NeMo's names to tensors.")
+        raise ValueError(f"`state_dict` is {class_of(state_dict)}, but should map NeMo's names to tensors.")
     model = unet_from_nemo_config(model_config)
     for key, tensor in state_dict.items():
         if not isinstance(key, str) or why_dropped(key, isinstance(model, EfficientUNetModel)) is None:
@@ -197,7 +197,7 @@ def _conditioning_width(model_config: dict[str, Any]) -> int:
 def check_weight(key: str, tensor: Any) -> None:
     """Raise a ValueError that names the key unless the value is a tensor of finite weights."""
     if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
-        raise ValueError(f"`state_dict` has a {type(tensor).__name__} under {shown(key)}, but should have a tensor.")
+        raise ValueError(f"`state_dict` has a value {class_of(tensor)} under {shown(key)}, but should have a tensor.")
     if not tensor.is_floating_point() or tensor.is_meta or not tensor.ndim:
         raise ValueError(
             f"`state_dict` has a tensor of {tensor.dtype} and shape {tuple(tensor.shape)} on {tensor.device} under "

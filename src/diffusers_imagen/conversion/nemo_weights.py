@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from ..utils.arguments import shown
+from ..utils.arguments import class_of, shown
 from ..utils.errors import describe_fault, is_out_of_memory
 
 
@@ -100,7 +100,7 @@ class TorchFile:
         with refusing_fault(self.what), torch.serialization.safe_globals(stand_ins):
             content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=self.is_zip)
         if not isinstance(content, dict):
-            raise ValueError(f"{self.what} holds a {type(content).__name__}, but should hold weights by name.")
+            raise ValueError(f"{self.what} holds an object {class_of(content)}, but should hold weights by name.")
         return content
 
     def select(self, content: dict[Any, Any]) -> Mapping[Any, Any]:

@@ -14,7 +14,7 @@ from diffusers.utils import logging
 from diffusers.utils.torch_utils import unwrap_module
 
 from ..models.interface import StageNetwork
-from ..utils.arguments import bad_argument
+from ..utils.arguments import bad_argument, class_of
 from ..utils.files import HUB_OPTIONS, whole_file
 from .lora_adapters import AdaptersMixin, require_peft
 from .lora_conversion import ALPHA, BARE, Adapter, Update, check_finite, group_weights, make_adapter, plain_name
@@ -77,7 +77,7 @@ class ImagenLoraLoaderMixin(AdaptersMixin):
         if not isinstance(source, (str, os.PathLike, dict)) or source == "":
             raise bad_argument(SOURCE, source, "a path, a Hub id or weights by key")
         if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(key, str) for key in metadata)):
-            raise ValueError(f"`metadata` is a {type(metadata).__name__}, but should be a dict with names as keys.")
+            raise ValueError(f"`metadata` is {class_of(metadata)}, but should be a dict with names as keys.")
         check_options(kwargs)
         if isinstance(source, dict):
             state_dict, found = dict(source), None
@@ -356,7 +356,7 @@ def plain_weights(argument: str, layers: StateDict | torch.nn.Module) -> StateDi
     """Return finite weights to save, under keys without torch.compile's prefix."""
     layers = layers.state_dict() if isinstance(layers, torch.nn.Module) else layers
     if not isinstance(layers, dict) or not all(isinstance(value, torch.Tensor) for value in layers.values()):
-        raise ValueError(f"`{argument}` is a {type(layers).__name__}, but should have tensors by key.")
+        raise ValueError(f"`{argument}` is {class_of(layers)}, but should have tensors by key.")
     for key, value in layers.items():
         check_finite(key, value)
     return {plain_name(key): value.contiguous() for key, value in layers.items()}
@@ -388,10 +388,10 @@ def check_serialization(
     if weight_name is not None and (not isinstance(weight_name, str) or Path(weight_name).name != weight_name):
         raise bad_argument("weight_name", weight_name, "the name of a file")
     if save_function is not None and not callable(save_function):
-        raise ValueError(f"`save_function` is a {type(save_function).__name__}, but should be callable.")
+        raise ValueError(f"`save_function` is {class_of(save_function)}, but should be callable.")
     for name, config in configs.items():
         if config is not None and not isinstance(config, dict):
-            raise ValueError(f"`{name}_lora_adapter_metadata` is a {type(config).__name__}, but should be a dict.")
+            raise ValueError(f"`{name}_lora_adapter_metadata` is {class_of(config)}, but should be a dict.")
     if not safe_serialization and any(configs.values()):
         name = next(name for name, config in configs.items() if config)
         raise ValueError(

@@ -11,7 +11,7 @@ from diffusers.utils import is_peft_available
 from diffusers.utils.torch_utils import unwrap_module
 
 from ..models.interface import StageNetwork
-from ..utils.arguments import bad_argument, is_finite
+from ..utils.arguments import bad_argument, class_of, is_finite
 from .lora_networks import weights_by_layer
 
 
@@ -245,6 +245,6 @@ def check_adaptable(name: str, unet: StageNetwork) -> None:
     """Raise ValueError for a network that does not derive from diffusers' `PeftAdapterMixin`."""
     if not isinstance(unet, PeftAdapterMixin):
         raise ValueError(
-            f"`{name}` is of {type(unet).__name__}, but should be of a class of diffusers' PeftAdapterMixin to have LoRA "
+            f"`{name}` is {class_of(unet)}, but should be of a class of diffusers' PeftAdapterMixin to have LoRA "
             "adapters."
         )

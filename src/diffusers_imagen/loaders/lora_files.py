@@ -13,6 +13,7 @@ from huggingface_hub import constants, model_info
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError, safe_open
 
+from ..utils.arguments import class_of
 from ..utils.errors import describe_fault
 from ..utils.files import read_json_object
 
@@ -141,5 +142,5 @@ def read_pickle(file: Path) -> tuple[StateDict, None]:
     except Exception as error:  # damaged pickles raise errors of any type
         raise ValueError(f"'{file}' cannot be read as weights of torch.save: {describe_fault(error)}") from error
     if not isinstance(state_dict, dict):
-        raise ValueError(f"'{file}' holds a {type(state_dict).__name__}, but should hold weights by key.")
+        raise ValueError(f"'{file}' holds an object {class_of(state_dict)}, but should hold weights by key.")
     return state_dict, None

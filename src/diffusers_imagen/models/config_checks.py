@@ -10,7 +10,7 @@ from typing import Any, get_args
 import torch
 
 from ..diffusion.discrete_ddpm import BETA_SCHEDULES
-from ..utils.arguments import bad_argument, check_choice, is_finite
+from ..utils.arguments import bad_argument, check_choice, class_of, is_finite
 from .attention import ATTENTION_TYPES
 from .blocks import ActivationType, ResampleType, TimeScaleShift
 from .embeddings import TextPooling
@@ -213,7 +213,7 @@ def check_integers(name: str, values: Any, minimum: int, maximum: int, lengths: 
 def check_image(name: str, image: Any, channels: int) -> None:
     """Raise ValueError unless the image is a tensor `(batch, channels, height, width)`."""
     if not isinstance(image, torch.Tensor):
-        raise ValueError(f"`{name}` is a {type(image).__name__}, but should be a tensor.")
+        raise ValueError(f"`{name}` is {class_of(image)}, but should be a tensor.")
     if image.ndim != 4 or image.shape[1] != channels:
         raise ValueError(f"`{name}` has shape {tuple(image.shape)}, but should be (batch, {channels}, height, width).")
 

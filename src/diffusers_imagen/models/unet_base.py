@@ -18,7 +18,7 @@ from torch import nn
 
 from ..diffusion.augmentation import upsample_low_res
 from ..diffusion.discrete_ddpm import BetaSchedule
-from ..utils.arguments import bad_argument, check_exactly_one
+from ..utils.arguments import bad_argument, check_exactly_one, class_of
 from ..utils.modules import refuse_adapters
 from .attention import AttendedText
 from .blocks import ImagenBlock, ResBlock
@@ -222,7 +222,7 @@ class ConditionalUNet(
             raise ValueError("`encoder_hidden_states` was given, but this network was built without text.")
         for name, value in (("encoder_hidden_states", text), ("encoder_attention_mask", mask)):
             if value is not None and not isinstance(value, torch.Tensor):
-                raise ValueError(f"`{name}` is a {type(value).__name__}, but should be a tensor.")
+                raise ValueError(f"`{name}` is {class_of(value)}, but should be a tensor.")
         if text is None:
             raise ValueError(f"`encoder_hidden_states` is None; this network needs (batch, tokens, {width}).")
         if text.ndim != 3 or text.shape[-1] != width:

@@ -11,6 +11,7 @@ from ..models.interface import StageNetwork
 from ..models.unet_base import ConditionalUNet
 from ..schedulers import EDMHeunScheduler
 from ..text.identity import identity_mismatch, sample_weights
+from ..utils.arguments import class_of
 from ..utils.errors import one_line
 from ..utils.references import Reference, attempts, read_reference
 from .pipeline_imagen import ImagenPipeline
@@ -80,6 +81,6 @@ def load_network(reference: Reference, **options: Any) -> Any:
             reason = error
             continue
         if not isinstance(found, StageNetwork):
-            raise ValueError(f"'{reference.source}' has a {type(found).__name__}")
+            raise ValueError(f"'{reference.source}' has a network {class_of(found)}")
         return found
     raise ValueError(f"'{reference.source}' cannot be loaded ({one_line(reason)})") from reason

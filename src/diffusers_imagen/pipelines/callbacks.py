@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
-from ..utils.arguments import is_number, shown
+from ..utils.arguments import class_of, is_number, shown
 
 
 PREDICTED = "pred_original_sample"  # the tensor that a callback may read, but not change; named as in diffusers
@@ -37,7 +37,7 @@ def check_callback(function: Any, tensor_inputs: Any, known: list[str]) -> Callb
             tensor_inputs = function.tensor_inputs
         except (NotImplementedError, AttributeError, TypeError) as error:
             raise ValueError(
-                f"`callback_on_step_end` is a {type(function).__name__} without `tensor_inputs`: {error}"
+                f"`callback_on_step_end` is {class_of(function)}, without `tensor_inputs`: {error}"
             ) from error
     if not isinstance(tensor_inputs, (list, tuple)) or not all(isinstance(item, str) for item in tensor_inputs):
         raise ValueError(f"`{name}` is {shown(tensor_inputs)}, but should be a list of names among {known}.")

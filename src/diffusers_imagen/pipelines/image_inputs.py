@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.utils import logging
 
+from ..utils.arguments import class_of
 from ..utils.images import BadImage, read_image, white_of_integers
 
 
@@ -149,9 +150,7 @@ def _each(name: str, images: Any, num_prompts: int = 1) -> list:
         return [images]
     if isinstance(images, PIL.Image.Image):
         return [images]
-    raise ValueError(
-        f"`{name}` is a {type(images).__name__}, but should be a PIL image, an array, a tensor or a list."
-    )
+    raise ValueError(f"`{name}` is {class_of(images)}, but should be a PIL image, an array, a tensor or a list.")
 
 
 def _is_batch_of_masks(masks: np.ndarray | torch.Tensor, num_prompts: int) -> bool:

@@ -1,14 +1,15 @@
 """Checks of the arguments of a pipeline call; all of them raise ValueError before any network runs."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 import torch
 
 from ..schedulers.schedule_checks import as_values
-from ..utils.arguments import as_integer, as_number, is_number, shown, to_float
+from ..utils.arguments import as_integer, as_number, bad_argument, is_number, shown, to_float
 from ..utils.bounds import MAX_GUIDANCE, MAX_NOISE_LEVEL, MAX_STEPS, MIN_AUGMENTATION_SIGMA
 from ..utils.tensors import check_tensor
 from .call_arguments import CallArguments, PerStage
@@ -29,43 +30,46 @@ MAX_TILE = 2**20  # the area of an image is limited by MAX_PIXELS
 
 # ---- one value per stage
 
+# arguments of a call that may be dicts by stage name
+PER_STAGE = (
+    *("num_inference_steps", "sigmas", "timesteps", "guidance_scale", "guidance_interval", "guidance_rescale"),
+    "low_res_noise_level",
+)
+
 
 def per_stage(
-    name: str, value: PerStage, stages: list[Stage], is_single: Callable[[Any], bool] = lambda value: False
+    name: str,
+    value: PerStage | None,
+    stages: list[Stage],
+    default: Callable[[Stage], Any],
+    is_single: Callable[[Any], bool] = lambda value: False,
 ) -> list:
     """
     Return one value per stage: a single value applies to all, a list has one per stage, a dict has them by stage name.
+    Stages that a dict does not name, and all stages if the value is None, have their default.
 
     `is_single` returns whether a list is a single value.
     """
-    names = [stage.name for stage in stages]
-    if isinstance(value, dict):
-        missing = [stage for stage in names if stage not in value]
-        if missing:
-            raise ValueError(f"`{name}` is {shown(value)}, which lacks the stages {missing}.")
-        check_stage_names(name, value)
-        return [value[stage] for stage in names]
+    if value is None or isinstance(value, Mapping):
+        given = value or {}
+        return [given[stage.name] if stage.name in given else default(stage) for stage in stages]
     if not isinstance(value, (list, tuple)) or is_single(value):
         return [value] * len(stages)
     if len(value) != len(stages):
+        names = [stage.name for stage in stages]
         raise ValueError(
             f"`{name}` has {len(value)} entries, {shown(list(value))}, but {len(names)} stages run: {names}."
         )
     return list(value)
 
 
-def per_stage_or_default(name: str, value: PerStage | None, stages: list[Stage]) -> list:
-    """Return one value per stage like `per_stage`, or the default of each stage if there is no value."""
-    return [getattr(stage.defaults, name) for stage in stages] if value is None else per_stage(name, value, stages)
+def default_of(name: str) -> Callable[[Stage], Any]:
+    """Return a function that returns a stage's default of the call argument `name`."""
+    return attrgetter(f"defaults.{name}")
 
 
-def optional_per_stage(name: str, value: Any, stages: list[Stage], **kwargs) -> list:
-    """
-    Return one value per stage like `per_stage`, or None for stages that a dict does not name and without a value.
-    """
-    if isinstance(value, dict):
-        value = {**dict.fromkeys(stage.name for stage in stages), **value}
-    return per_stage(name, value, stages, **kwargs)
+def no_value(stage: Stage) -> None:
+    """Return the default of an argument that a stage needs no value for."""
 
 
 def schedules_per_stage(name: str, value: Any, stages: list[Stage]) -> list[list[float] | torch.Tensor | None]:
@@ -75,7 +79,7 @@ def schedules_per_stage(name: str, value: Any, stages: list[Stage]) -> list[list
             f"`{name}` is {shown(value)}, but {len(stages)} stages run: pass a dict with a list for each stage with a "
             f"custom schedule, among {[stage.name for stage in stages]}."
         )
-    per = optional_per_stage(name, value, stages, is_single=lambda value: True)
+    per = per_stage(name, value, stages, no_value, is_single=lambda value: True)
     return [None if values is None else as_schedule(name, values) for values in per]
 
 
@@ -89,20 +93,32 @@ def as_schedule(name: str, values: Any) -> list[float] | torch.Tensor:
     return values.detach() if isinstance(values, torch.Tensor) else tensor.tolist()
 
 
+def check_stage_arguments(arguments: CallArguments, stages: list[Stage]) -> None:
+    """Raise ValueError for empty dicts, and for names of other stages than a pipeline's, whether or not they run."""
+    for name in PER_STAGE:
+        value = getattr(arguments, name)
+        if isinstance(value, Mapping):
+            takes = [stage for stage in stages if not (stage.is_base and name == "low_res_noise_level")]
+            check_stage_names(name, value, [stage.name for stage in takes])
+            if not value:
+                raise bad_argument(name, value, "a value, or a dict of values by stage name")
+
+
 def stage_settings(arguments: CallArguments, stages: list[Stage]) -> list[StageSettings]:
     """Return the settings of each stage, checked."""
     name = "num_inference_steps"
-    steps = per_stage_or_default(name, arguments.num_inference_steps, stages)
+    steps = per_stage(name, arguments.num_inference_steps, stages, default_of(name))
     steps = [as_integer(name, value, 1, MAX_STEPS) for value in steps]
-    scales = per_stage_or_default("guidance_scale", arguments.guidance_scale, stages)
+    scales = per_stage("guidance_scale", arguments.guidance_scale, stages, default_of("guidance_scale"))
     scales = [as_guidance(stage, scale) for stage, scale in zip(stages, scales)]
-    intervals = optional_per_stage("guidance_interval", arguments.guidance_interval, stages, is_single=_is_pair)
+    intervals = per_stage("guidance_interval", arguments.guidance_interval, stages, no_value, is_single=_is_pair)
     intervals = [as_interval(interval) for interval in intervals]
     name = "guidance_rescale"
-    rescales = [as_number(name, value, 0.0, 1.0) for value in per_stage(name, arguments.guidance_rescale, stages)]
+    rescales = per_stage(name, arguments.guidance_rescale, stages, default=lambda stage: 0.0)
+    rescales = [as_number(name, value, 0.0, 1.0) for value in rescales]
     upscaling = [stage for stage in stages if not stage.is_base]
     name = "low_res_noise_level"
-    noise_levels = per_stage_or_default(name, arguments.low_res_noise_level, upscaling)
+    noise_levels = per_stage(name, arguments.low_res_noise_level, upscaling, default_of(name))
     noise_levels = [as_number(name, value, MIN_AUGMENTATION_SIGMA, MAX_NOISE_LEVEL) for value in noise_levels]
     noise_levels = [0.0] * (len(stages) - len(upscaling)) + noise_levels
     own_sigmas = schedules_per_stage("sigmas", arguments.sigmas, stages)

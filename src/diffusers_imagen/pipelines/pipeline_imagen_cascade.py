@@ -280,7 +280,7 @@ class ImagenCascadePipeline(ImagenPipelineMixin, DiffusionPipeline, ImagenLoraLo
         Generate images from a prompt, or change or upscale images as described by it.
 
         Arguments with a value per stage accept one value for all stages, a list with one value per stage that runs, or
-        a dict by stage name: `base`, `sr256`, `sr1024`.
+        a dict by stage name: `base`, `sr256`, `sr1024`. Stages that a dict does not name have their default.
 
         Args:
             prompt (`str` or `list[str]`): The prompt or prompts.

@@ -88,7 +88,7 @@ class ImagenPipelineMixin(ModelCardMixin):
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
         """
         Convert a pipeline like diffusers' `from_pipe`; also accepts a loaded pipeline of DeepFloyd IF, like
-        `from_stage`.
+        `from_stage`. Settings such as `call_defaults` are kept, which `components` does not include.
         """
         if is_deepfloyd(type(pipeline).__name__):
             return cls.from_stage(pipeline, **kwargs)
@@ -207,9 +207,9 @@ class ImagenPipelineMixin(ModelCardMixin):
                 as many samples.
 
         Raises:
-            ValueError: If it is neither a number of images nor a dict of them by stage name.
+            ValueError: If it is neither a number of images nor a dict of them by names of this pipeline's stages.
         """
-        self.slice_size = check_slice_size(slice_size, inputs.MAX_IMAGES)
+        self.slice_size = check_slice_size(slice_size, inputs.MAX_IMAGES, [stage.name for stage in self.stages])
 
     def disable_slicing(self) -> None:
         """Run every model on the whole batch, regardless of its size."""

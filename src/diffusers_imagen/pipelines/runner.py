@@ -98,6 +98,7 @@ class Runner:
         """Check the arguments, and plan every network call."""
         arguments, pipe, stages = self.arguments, self.pipe, self.stages
         check_kinds(stages, starts_from_noise=self.low_resolution is None)
+        inputs.check_stage_arguments(arguments, pipe.stages)
         settings = inputs.stage_settings(arguments, stages)
         check_choice("output_type", arguments.output_type, inputs.OUTPUT_TYPES)
         check_filter(pipe.components)

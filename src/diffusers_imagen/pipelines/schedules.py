@@ -11,7 +11,7 @@ from diffusers import EDMEulerScheduler, SchedulerMixin
 from ..diffusion.discrete_ddpm import BETA_SCHEDULES, BetaSchedule, declared_log_snrs, trained_log_snrs
 from ..schedulers.foreign_configs import DISCRETE_MEANINGS
 from ..schedulers.scheduling_utils import ImagenScheduler
-from ..utils.arguments import shown
+from ..utils.arguments import class_of, shown
 from ..utils.errors import one_line
 from .stages import Stage
 
@@ -111,8 +111,7 @@ def check_drives(scheduler: SchedulerMixin, stage: Stage, settings: StageSetting
         if isinstance(error, ValueError) and stage.name in str(error):
             raise
         raise ValueError(
-            f"The scheduler of the stage `{stage.name}`, a {type(scheduler).__name__}, is not supported: "
-            f"{one_line(error)}"
+            f"The scheduler of the stage `{stage.name}`, {class_of(scheduler)}, is not supported: {one_line(error)}"
         ) from error
 
 
@@ -140,7 +139,7 @@ def check_unclipped(scheduler: SchedulerMixin, stage: Stage) -> None:
     clips = next((name for name in ("thresholding", "clip_sample") if scheduler.config.get(name)), None)
     if stage.unet.residual_scale is not None and clips is not None:
         raise ValueError(
-            f"The scheduler of the stage `{stage.name}`, a {type(scheduler).__name__}, has `{clips}` True, but its "
+            f"The scheduler of the stage `{stage.name}`, {class_of(scheduler)}, has `{clips}` True, but its "
             f"network denoises residuals, which are not in [-1, 1]: create one by from_config(..., {clips}=False)."
         )
 

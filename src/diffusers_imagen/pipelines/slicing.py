@@ -1,6 +1,6 @@
 """Slices of a batch: how many images a model is called with at once."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ..utils.arguments import as_integer, bad_argument
@@ -14,15 +14,15 @@ PIXELS_AT_ONCE = 2**20
 SliceSize = int | dict[str, int] | None
 
 
-def check_slice_size(slice_size: Any, maximum: int) -> int | dict[str, int]:
-    """Check the number of images per call: one for all models, or a dict by stage name.
+def check_slice_size(slice_size: Any, maximum: int, stages: Collection[str]) -> int | dict[str, int]:
+    """Check the number of images per call: one for all models, or a dict by the names of some of a pipeline's stages.
 
     Raises:
         ValueError: If it is neither.
     """
     if not isinstance(slice_size, Mapping):
         return as_integer("slice_size", slice_size, 1, maximum)
-    check_stage_names("slice_size", slice_size)
+    check_stage_names("slice_size", slice_size, stages)
     if not slice_size:
         raise bad_argument("slice_size", slice_size, "a number, or a dict of numbers by stage name")
     return {name: as_integer("slice_size", number, 1, maximum) for name, number in slice_size.items()}

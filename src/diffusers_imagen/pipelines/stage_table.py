@@ -1,6 +1,6 @@
 """Table of stages: names, components, resolutions and defaults, for pipelines, commands and the web demo."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from ..utils.arguments import as_integer, as_number, bad_argument, check_choice, shown
@@ -62,6 +62,7 @@ STAGES = (
     StageKind("sr1024", "Super-resolution", 1024, True, UPSCALING),
 )
 BASE = STAGES[0]
+STAGE_NAMES = tuple(kind.name for kind in STAGES)
 DEFAULT_STRENGTH = 0.7  # how much the base stage changes an image; the default of DeepFloyd IF
 # For base and super-resolution stages; Adams calls the network once per step, Heun twice. Figures in docs/deepfloyd.md.
 MOST_STEPS = {"adams": (31, 18), "heun": (18, 9)}
@@ -83,14 +84,13 @@ def most_steps(solver: str, takes_low_res: bool) -> int:
     return upscaling if takes_low_res else base
 
 
-def check_stage_names(name: str, value: Any) -> None:
-    """Raise ValueError unless `value`, of the argument `name`, is None or a dict by stage name."""
-    known = [kind.name for kind in STAGES]
+def check_stage_names(name: str, value: Any, known: Collection[str] = STAGE_NAMES) -> None:
+    """Raise ValueError unless `value`, of the argument `name`, is None or a dict by stage name, of those in `known`."""
     if value is not None and not isinstance(value, Mapping):
         raise bad_argument(name, value, f"a dict by stage name, of {', '.join(known)}")
     unknown = [key for key in value or () if key not in known]
     if unknown:
-        raise ValueError(f"`{name}` has {shown(unknown)}, but stages are named {', '.join(known)}.")
+        raise ValueError(f"`{name}` has {shown(unknown)}, but should have stage names among {list(known)}.")
 
 
 def upscaler_of(resolution: int) -> StageKind:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..models import EfficientUNetModel, ImagenUNetModel
 from ..models.interface import StageNetwork
 from ..text.completeness import random_weights, refuse_empty_vocabulary, refuse_random_weights
+from ..utils.arguments import class_of
 from ..utils.modules import find_not_finite, first_names, is_offloaded, unwrapped
 from .stage_table import CallDefaults, StageKind
 
@@ -181,7 +182,7 @@ def check_components(components: dict[str, Any]) -> None:
             refuse_missing(f"`{name}`", component)
         elif name.endswith("unet") and isinstance(component, (ModelMixin, PreTrainedModel)):
             raise ValueError(
-                f"`{name}` is a {type(component).__name__}, but should be an ImagenUNetModel, an EfficientUNetModel "
+                f"`{name}` is {class_of(component)}, but should be an ImagenUNetModel, an EfficientUNetModel "
                 "or another StageNetwork."
             )
         elif isinstance(component, PreTrainedTokenizerBase):

@@ -1,6 +1,5 @@
 """EmbeddingCache: text embeddings on disk, read by memory mapping; cache_files.py describes the files."""
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -17,6 +16,7 @@ from ..utils.errors import describe_fault
 from ..utils.references import read_reference
 from .cache_files import (
     MEND,
+    caption_digest,
     checksum_problem,
     find_problems,
     keeps_padding,
@@ -41,8 +41,8 @@ FLAGS = ("--keep-padding", "--clean-captions")  # options of cache-embeddings
 
 def caption_key(caption: str) -> tuple[int, int]:
     """Return the first 128 bits of a caption's SHA-256, as two signed integers."""
-    digest = hashlib.sha256(caption.encode()).digest()
-    return int.from_bytes(digest[:8], "little", signed=True), int.from_bytes(digest[8:16], "little", signed=True)
+    digest = caption_digest(caption)
+    return int.from_bytes(digest[:8], "little", signed=True), int.from_bytes(digest[8:], "little", signed=True)
 
 
 class EmbeddingCache(TextSource):
@@ -181,15 +181,15 @@ class EmbeddingCache(TextSource):
 
     def for_captions(self, captions: Iterable[str] | None) -> TextSource:
         """Return the cache itself; raise ValueError if captions are missing, or the empty text where it is needed."""
-        total, missing = 0, []
+        total, missing, first = 0, 0, ""
         for caption in chain(captions or (), [""] if self.keeps_padding else []):
             total += 1
             if caption not in self:
-                missing.append(caption)
+                missing, first = missing + 1, first or caption
         if missing:
             raise ValueError(
-                f"`embedding_cache` {str(self.folder)!r} lacks {len(missing)} of {total} captions, such as "
-                f"{missing[0]!r}: run `diffusers-imagen cache-embeddings` with this data and these columns."
+                f"`embedding_cache` {str(self.folder)!r} lacks {missing} of {total} captions, such as {first!r}: run "
+                "`diffusers-imagen cache-embeddings` with this data and these columns."
             )
         return self
 

@@ -27,7 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
-from ..utils.files import LOCK, OWNER, FolderHold, read_json_object, sha256, write_text
+from ..utils.files import LOCK, OWNER, read_json_object, sha256, write_text
 from .identity import LATER
 
 
@@ -41,6 +41,16 @@ LEFTOVER = re.compile(rf"\.?({SHARD.pattern}|{re.escape(MANIFEST)}|{re.escape(OW
 HEADER_BYTES = 2**16  # per shard
 CAPTION_NUMBERS = 2**27  # per caption, padded: 512 MiB in float32
 MEND = "run cache-embeddings again to repair it"
+
+
+def caption_digest(caption: str) -> bytes:
+    """Return the first 128 bits of a caption's SHA-256."""
+    return hashlib.sha256(caption.encode()).digest()[:16]
+
+
+def as_digests(keys: np.ndarray) -> np.ndarray:
+    """Return the keys of a shard `(captions, 2)` as digests `(captions,)`, which can be sorted and searched."""
+    return np.ascontiguousarray(keys, "<i8").view("S16").reshape(-1)
 
 
 class Index(NamedTuple):
@@ -303,16 +313,6 @@ def is_shard(path: Path) -> bool:
         return set(safe_open(path, framework="pt").keys()) == {"keys", "offsets", "states"}
     except SafetensorError:
         return False
-
-
-def hold_cache(folder: Path) -> FolderHold:
-    """Lock a folder against other builds; readers do not need the lock.
-
-    Raises:
-        ValueError: If the folder has other content, or another process builds a cache there.
-    """
-    check_folder(folder)
-    return FolderHold(folder, "output_dir")
 
 
 def remove_leftovers(folder: Path, manifest: dict[str, Any]) -> None:

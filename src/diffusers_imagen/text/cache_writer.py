@@ -1,7 +1,8 @@
 """CacheWriter and write_cache: writing of an embedding cache, by one process or by several that share the work."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ from .cache_files import (
     DTYPES,
     FORMAT,
     MANIFEST,
+    as_digests,
+    caption_digest,
+    check_folder,
     check_manifest,
     content_problem,
     describe_shard,
-    hold_cache,
     keeps_padding,
     open_shard,
     read_index,
@@ -30,13 +33,12 @@ from .cache_files import (
     remove_leftovers,
     write_manifest,
 )
+from .distinct_captions import DistinctCaptions
 from .encoder import TextEncoder
 from .identity import identity_mismatch
 
 
 logger = logging.get_logger(__name__)
-
-Keys = set[tuple[int, int]]  # of `caption_key`
 
 
 class ShardWriter:
@@ -97,7 +99,7 @@ class CacheWriter:
     """Writer that adds captions to a cache, shard by shard; finished shards of an interrupted run are kept.
 
     Existing shards are checked; captions in damaged ones count as missing. The folder is locked until `close`, or the
-    end of the process, so that no other process writes to it.
+    end of the process, so that no other process writes to it; readers do not need the lock.
 
     Args:
         folder (`str` or `Path`): The cache; created if it does not exist.
@@ -105,7 +107,7 @@ class CacheWriter:
             cache has embeddings of all positions.
         dtype (`str`): "bfloat16" or "float16".
         shard_bytes (`int`): Size of embeddings in bytes at which a shard is written.
-        hold (`FolderHold`, *optional*): The folder's lock, if `hold_cache` was called before.
+        is_held (`bool`): Whether the caller has locked the folder.
 
     Raises:
         ValueError: If the folder has other content, or a cache of another encoder or dtype, or another process writes
@@ -118,13 +120,14 @@ class CacheWriter:
         encoder: dict[str, Any],
         dtype: str = "bfloat16",
         shard_bytes: int = SHARD_BYTES,
-        hold: FolderHold | None = None,
+        is_held: bool = False,
     ):
         if dtype not in DTYPES:
             raise ValueError(f"`dtype` is {dtype!r}, but should be one of {', '.join(DTYPES)}.")
         self.folder = Path(folder)
         self.shard_bytes = shard_bytes
-        self.known: Keys = set()
+        self._listed = no_digests()  # of the captions that were in the cache at the beginning, sorted
+        self._added: set[bytes] = set()
         self.manifest = {
             "format": FORMAT,
             "encoder": encoder,
@@ -138,7 +141,10 @@ class CacheWriter:
             self._shard = ShardWriter(self.folder, self.manifest)
         except ValueError as error:
             raise ValueError(f"`encoder` is not valid for a cache: its manifest {error}.") from error
-        self._hold = hold_cache(self.folder) if hold is None else hold
+        check_folder(self.folder)
+        self._hold = ExitStack()
+        if not is_held:
+            self._hold.enter_context(FolderHold(self.folder, "output_dir"))
         try:
             self._begin()
         except BaseException:
@@ -163,7 +169,7 @@ class CacheWriter:
 
     def close(self) -> None:
         """Release the folder; captions added since the last shard was written are discarded."""
-        self._hold.release()
+        self._hold.close()
         self._shard.clear()
 
     def _continue(self, found: dict[str, Any]) -> None:
@@ -174,17 +180,21 @@ class CacheWriter:
         if difference is not None:
             raise ValueError(f"`output_dir` is '{self.folder}', a cache of another encoder ({difference}).")
         self.manifest["encoder"] = {**self.manifest["encoder"], **found["encoder"]}
+        listed = [no_digests()]
         for shard in tqdm(found["shards"], desc="Checking existing shards", mininterval=5):
             problem = content_problem(self.folder, found, shard)
             if problem is not None:
                 logger.warning(f"{problem}: its captions are encoded again.")
                 continue
             index = read_index(self.folder, found, shard, open_shard(self.folder, shard))
-            self.known.update(map(tuple, index.keys.tolist()))
+            listed.append(as_digests(index.keys))
             self.manifest["shards"].append({**shard, "index_sha256": index.sha256})
+        self._listed = np.unique(np.concatenate(listed))
 
     def __contains__(self, caption: str) -> bool:
-        return caption_key(caption) in self.known
+        key = np.array(caption_digest(caption), "S16")
+        place = np.searchsorted(self._listed, key)
+        return key.tobytes() in self._added or bool((self._listed[place : place + 1] == key).any())
 
     def add(self, captions: list[str], embeds: list[torch.Tensor], lengths: list[int] | None = None) -> None:
         """Add the embeddings `(tokens, E)` of new captions, all to one shard.
@@ -196,7 +206,7 @@ class CacheWriter:
             ValueError: If some have another width, too many tokens, or are not finite in the cache's precision.
         """
         self._shard.add(captions, embeds, lengths)
-        self.known.update(self._shard.keys[-len(captions) :])
+        self._added.update(map(caption_digest, captions))
         if self._shard.bytes >= self.shard_bytes:
             self.flush()
 
@@ -228,7 +238,7 @@ def save_parts(folder: Path, encoder: TextEncoder) -> None:
 
 def write_cache(
     writer: CacheWriter | None,
-    captions: list[str],
+    captions: list[str] | DistinctCaptions,
     encoder: TextEncoder,
     batch_size: int = 256,
     state: Processes = OneProcess(),
@@ -242,7 +252,7 @@ def write_cache(
 
     Args:
         writer (`CacheWriter`, *optional*): The cache, in the main process; None in the others.
-        captions (`list[str]`): Distinct captions, the same in all processes.
+        captions (`list[str]` or `DistinctCaptions`): The captions, the same in all processes.
         encoder (`TextEncoder`):
             Has `unpadded(captions)` and `count_tokens(captions)`, or `padded(captions)` if padding is kept.
         batch_size (`int`): Captions encoded at once.
@@ -252,14 +262,13 @@ def write_cache(
         ValueError: If the processes have different captions.
     """
     folder, manifest, shard_bytes = on_main_process(state, lambda: describe_build(writer))
-    if keeps_padding(manifest) and "" not in captions:
-        captions = [*captions, ""]
-    known = listed_keys(folder, manifest) if writer is None else writer.known
+    captions = captions if isinstance(captions, DistinctCaptions) else DistinctCaptions.of(captions)
+    captions = captions.with_empty() if keeps_padding(manifest) else captions
     # sorted by length: a batch is padded to its longest caption
-    missing = sorted((caption for caption in captions if caption_key(caption) not in known), key=lambda c: (len(c), c))
+    missing = captions.without(listed_digests(folder, manifest)).by_length()
     check_same(state, missing)
-    batches = [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
-    shards = list(plan_shards(batches, count_bytes(batches, manifest, encoder, state), shard_bytes))
+    batches = [slice(start, start + batch_size) for start in range(0, len(missing), batch_size)]
+    shards = list(plan_shards(batches, count_bytes(missing, batches, manifest, encoder, state), shard_bytes))
     names = free_names(manifest, len(shards))
     with tqdm(
         total=len(captions),
@@ -271,13 +280,12 @@ def write_cache(
         for first in range(0, len(shards), state.num_processes):
             own, entry = first + state.process_index, None
             if own < len(shards):
-                entry = write_shard(ShardWriter(folder, manifest), names[own], shards[own], encoder, progress)
+                texts = (missing[batch] for batch in shards[own])
+                entry = write_shard(ShardWriter(folder, manifest), names[own], texts, encoder, progress)
             entries = [entry for entry in gather(state, entry) if entry is not None]
             if writer is not None:
                 writer.list_shards(entries)
             progress.update(sum(entry["captions"] for entry in entries[1:]))
-    if writer is not None:
-        writer.known.update(map(caption_key, missing))
     return len(missing)
 
 
@@ -287,23 +295,24 @@ def describe_build(writer: CacheWriter | None) -> tuple[Path, dict[str, Any], in
     return writer.folder, writer.manifest, writer.shard_bytes
 
 
-def listed_keys(folder: Path, manifest: dict[str, Any]) -> Keys:
-    """Return the keys of all captions in the shards of a manifest."""
-    known: Keys = set()
-    for shard in manifest["shards"]:
-        known.update(map(tuple, read_index(folder, manifest, shard, open_shard(folder, shard)).keys.tolist()))
-    return known
+def no_digests() -> np.ndarray:
+    """Return an empty array of digests of captions."""
+    return np.empty(0, "S16")
 
 
-def check_same(state: Processes, captions: list[str]) -> None:
-    """Check that all processes have the same captions.
+def listed_digests(folder: Path, manifest: dict[str, Any]) -> np.ndarray:
+    """Return the digests of all captions in the shards of a manifest, `(captions,)`."""
+    indices = (read_index(folder, manifest, shard, open_shard(folder, shard)) for shard in manifest["shards"])
+    return np.concatenate([no_digests(), *(as_digests(index.keys) for index in indices)])
+
+
+def check_same(state: Processes, captions: DistinctCaptions) -> None:
+    """Check that all processes have the same captions in the same order.
 
     Raises:
         ValueError: In all processes, if they do not.
     """
-    digest = hashlib.sha256()
-    for caption in captions:
-        digest.update(f"{len(caption)} {caption}".encode(errors="surrogatepass"))
+    digest = hashlib.sha256(captions.entries["key"].tobytes())
     found = gather(state, (len(captions), digest.hexdigest()))
     other = next((process for process, own in enumerate(found) if own != found[0]), None)
     if other is not None:
@@ -314,15 +323,19 @@ def check_same(state: Processes, captions: list[str]) -> None:
 
 
 def count_bytes(
-    batches: list[list[str]], manifest: dict[str, Any], encoder: TextEncoder, state: Processes
+    captions: DistinctCaptions,
+    batches: list[slice],
+    manifest: dict[str, Any],
+    encoder: TextEncoder,
+    state: Processes,
 ) -> list[int]:
     """Return the size of each batch's embeddings in bytes; each process tokenizes its share of the batches."""
     length = manifest["max_length"]
     per_token = manifest["width"] * DTYPES[manifest["dtype"]].itemsize
     if keeps_padding(manifest):
-        return [len(batch) * length * per_token for batch in batches]
+        return [len(captions.entries[batch]) * length * per_token for batch in batches]
     own = [
-        sum(min(tokens, length) for tokens in encoder.count_tokens(batch)) * per_token
+        sum(min(tokens, length) for tokens in encoder.count_tokens(captions[batch])) * per_token
         for batch in batches[state.process_index :: state.num_processes]
     ]
     sizes = [0] * len(batches)
@@ -331,9 +344,9 @@ def count_bytes(
     return sizes
 
 
-def plan_shards(batches: list[list[str]], sizes: list[int], shard_bytes: int) -> Iterator[list[list[str]]]:
+def plan_shards(batches: list[slice], sizes: list[int], shard_bytes: int) -> Iterator[list[slice]]:
     """Group batches to shards, each of which ends with the batch that fills it."""
-    shard: list[list[str]] = []
+    shard: list[slice] = []
     filled = 0
     for batch, size in zip(batches, sizes, strict=True):
         shard.append(batch)
@@ -346,7 +359,7 @@ def plan_shards(batches: list[list[str]], sizes: list[int], shard_bytes: int) ->
 
 
 def write_shard(
-    shard: ShardWriter, name: str, batches: list[list[str]], encoder: TextEncoder, progress: tqdm
+    shard: ShardWriter, name: str, batches: Iterable[list[str]], encoder: TextEncoder, progress: tqdm
 ) -> dict[str, Any]:
     """Encode the batches of a shard and write it; return its entry in the manifest."""
     for batch in batches:

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from ..utils.errors import describe_fault
 from ..utils.files import HUB_OPTIONS, for_huggingface_hub
 from ..utils.modules import find_not_finite, is_quantized
+from ..utils.shipped import find_source
 from .completeness import refuse_empty_vocabulary, refuse_random_weights
 from .reference import find_reference, load_reference, load_text_model
 
@@ -138,6 +139,7 @@ def load_text(name: str, max_length: int | None = None) -> dict[str, Any]:
         name (`str`): Folder or Hub id, of a pipeline or of a model.
         max_length (`int`, *optional*): Number of tokens per text; by default the tokenizer's limit.
     """
+    name = str(find_source(name))
     tokenizer, subfolder = load_tokenizer(name, max_length)
     encoder = load_encoder(name, subfolder, tokenizer, "cpu", "auto")
     return {"text_encoder": encoder, "tokenizer": tokenizer}

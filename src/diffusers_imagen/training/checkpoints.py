@@ -10,8 +10,9 @@ import json
 import os
 import re
 import shutil
+from itertools import count, takewhile
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from accelerate import Accelerator
 from diffusers.utils import logging
@@ -41,6 +42,15 @@ class Stateful(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+@runtime_checkable
+class StatefulTogether(Protocol):
+    """Object whose state is loaded from those of all processes, of which there may have been other numbers."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dicts(self, states: list[dict[str, Any]]) -> None: ...
+
+
 class Found(NamedTuple):
     """The checkpoint that a run resumes from, and newer ones that are damaged."""
 
@@ -59,7 +69,8 @@ class Checkpoints:
 
     Attributes:
         shared (`dict[str, Stateful]`): States that are the same in all processes, written by the main process.
-        own (`dict[str, Stateful]`): States that differ between processes.
+        own (`dict[str, Stateful]`): States that differ between processes; one that has `load_state_dicts` is loaded
+            from those of all processes.
         engine: DeepSpeed's engine, which writes weights and moments itself; else None.
     """
 
@@ -69,7 +80,7 @@ class Checkpoints:
         self.limit = config.checkpoints_total_limit
         self.saved: Path | None = None  # the checkpoint that was last saved or loaded
         self.shared: dict[str, Stateful] = {}
-        self.own: dict[str, Stateful] = {}
+        self.own: dict[str, Stateful | StatefulTogether] = {}
         self.engine: Any | None = None
 
     def save(self, step: int) -> Path:
@@ -150,6 +161,7 @@ class Checkpoints:
             ValueError: If its files do not contain the state of such a run.
         """
         files = read_json_object(folder / MANIFEST)["files"]
+        processes = list(takewhile(files.__contains__, map(process_file, count())))
         own = process_file(self.accelerator.process_index)
         if own not in files:  # a process that the saved run did not have starts with the state of the first one
             own = process_file(0)
@@ -163,8 +175,11 @@ class Checkpoints:
             for name, state in self.shared.items():
                 state.load_state_dict(load_state(folder / f"{name}.safetensors"))
             saved = load_state(folder / own)
-            for name, state in self.own.items():
-                state.load_state_dict(saved[name])
+            for name, part in self.own.items():
+                if isinstance(part, StatefulTogether):
+                    part.load_state_dicts([load_state(folder / file, name) for file in processes])
+                else:
+                    part.load_state_dict(saved[name])
         except MALFORMED as error:
             raise ValueError(
                 f"`resume_from_checkpoint`: {folder} does not contain the state of this run: {one_line(error)}"

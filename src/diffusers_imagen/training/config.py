@@ -3,7 +3,7 @@
 import importlib.util
 import os
 import re
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -195,6 +195,15 @@ class TrainingConfig(MetricSettings):
         if self.license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", self.license):
             raise ValueError(f"`license` is {self.license!r}, but should be a name like 'apache-2.0' or 'cc0-1.0'.")
 
+    def unused(self) -> dict[str, str]:
+        unused = super().unused()
+        for setting, of_values in settings_of_choices().items():
+            chosen = getattr(self, setting)
+            for name in (name for names in of_values.values() for name in names):
+                if name not in of_values.get(chosen, ()):
+                    unused.setdefault(name, f"is not used with `{setting}` {chosen!r}")
+        return unused
+
     def tags(self) -> list[str]:
         """Return additional tags of the model card."""
         return []
@@ -258,16 +267,6 @@ class TrainingConfig(MetricSettings):
         from ..diffusion.preconditioning import PRECONDITIONINGS
         from .objective.weightings import WEIGHTINGS
 
-        defaults = {
-            f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(TrainingConfig)
-        }
-        for setting, of_values in settings_of_choices().items():
-            chosen = getattr(self, setting)
-            for name in (name for names in of_values.values() for name in names):
-                if name not in of_values.get(chosen, ()) and getattr(self, name) != defaults[name]:
-                    raise ValueError(
-                        f"`{name}` is {getattr(self, name)!r}, but is not used with `{setting}` {chosen!r}."
-                    )
         kind, when = PRECONDITIONINGS[self.preconditioning], f" with `preconditioning` {self.preconditioning!r}"
         check_choice("beta_schedule", self.beta_schedule, kind.beta_schedules, when)
         if self.preconditioning not in WEIGHTINGS[self.loss_weighting].preconditionings:

@@ -19,7 +19,7 @@ from ..models.presets import create_unet
 from ..models.unet_base import ConditionalUNet
 from ..pipelines.stage_table import STAGES
 from ..pipelines.stages import missing_weights
-from ..utils.arguments import shown
+from ..utils.arguments import class_of, shown
 from ..utils.errors import describe_fault
 from ..utils.files import read_json_object
 from .config import TrainingConfig
@@ -55,7 +55,7 @@ def make_unet(config: TrainingConfig) -> StageNetwork:
             argument = "grow" if config.grow else "layers_per_block"
             raise ValueError(
                 f"`{argument}` is {getattr(config, argument)}, but only an ImagenUNetModel supports this, and "
-                f"'{config.pretrained_model_name_or_path}' has an {type(unet).__name__}."
+                f"'{config.pretrained_model_name_or_path}' has a network {class_of(unet)}."
             )
         if config.grow:
             unet = grow_unet(unet)

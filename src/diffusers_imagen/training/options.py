@@ -11,7 +11,7 @@ from transformers import HfArgumentParser
 from ..utils.flags import BothSpellings
 from ..utils.yaml import read_yaml
 from .config import TrainingConfig
-from .settings import hints_of
+from .settings import check_unused, hints_of
 
 
 Config = TypeVar("Config", bound=TrainingConfig)
@@ -88,7 +88,7 @@ def parse_args(
         ValueError: If the file cannot be read, a name is not an option, or a value is invalid.
     """
     argv = sys.argv[1:] if argv is None else argv
-    flags = (flag.split("=")[0].removeprefix("--").replace("-", "_") for flag in argv if flag.startswith("--"))
+    flags = {flag.split("=")[0].removeprefix("--").replace("-", "_") for flag in argv if flag.startswith("--")}
     refuse_elsewhere(flags, "")
     file = OneLineErrors(add_help=False, allow_abbrev=False)
     file.add_argument("--config")
@@ -103,7 +103,9 @@ def parse_args(
     if given.config is not None:
         parser.set_defaults(**read_settings(given.config, config_class))
     namespace = parser.parse_args(rest)
-    return config_class(**{f.name: getattr(namespace, f.name) for f in fields(config_class)})
+    config = config_class(**{f.name: getattr(namespace, f.name) for f in fields(config_class)})
+    check_unused(config, flags)  # a file may list every setting
+    return config
 
 
 def read_settings(path: str, config_class: type[TrainingConfig] = TrainingConfig) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""Checks of settings: types according to their hints, and numbers within the bounds of one table."""
+"""Checks of settings: types according to their hints, numbers within the bounds of one table, and none without effect."""
 
 import os
 import types
-from dataclasses import fields
+from collections.abc import Collection
+from dataclasses import MISSING, fields
 from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
@@ -99,6 +100,24 @@ def check_settings(settings: Any) -> None:
                 continue
             hint = next(part for part in get_args(hint) if part is not type(None))
         setattr(settings, field.name, check_value(field.name, value, hint))
+
+
+def check_unused(settings: Any, given: Collection[str] = ()) -> None:
+    """Check that settings without effect are not given.
+
+    Args:
+        settings: A dataclass with a method `unused`: the settings that have no effect, with the reason.
+        given (`list[str]`):
+            Names of settings that are known to be given, with any value; others are if they are not the default.
+
+    Raises:
+        ValueError: For the first such setting; names the setting, its value and the reason.
+    """
+    defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(settings)}
+    for name, reason in settings.unused().items():
+        value = getattr(settings, name)
+        if name in given or value != defaults[name]:
+            raise ValueError(f"`{name}` is {value!r}, but {reason}.")
 
 
 def hints_of(settings_class: type) -> dict[str, Any]:

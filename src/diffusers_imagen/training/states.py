@@ -6,6 +6,7 @@ files that refer to anything other than a few classes of DeepSpeed are rejected.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
+from ..utils.arguments import class_of
 from .devices import own_part
 
 
@@ -42,8 +44,8 @@ def save_state(path: Path, state: Any) -> None:
     save_file(tensors, path, metadata={TREE: json.dumps(tree)})
 
 
-def load_state(path: Path) -> Any:
-    """Read a state to the CPU.
+def load_state(path: Path, name: str | None = None) -> Any:
+    """Read a state to the CPU, or one value of a dictionary, without the tensors of others.
 
     Raises:
         ValueError: If the file was not written by `save_state`.
@@ -51,7 +53,8 @@ def load_state(path: Path) -> Any:
     try:
         with safe_open(path, "pt") as file:
             tree = json.loads((file.metadata() or {})[TREE])
-            return _decode(tree, {name: file.get_tensor(name) for name in file.keys()})
+            tree = tree if name is None else dict(tree[1])[name]
+            return _decode(tree, file.get_tensor)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"'{path}' is not a saved state: {type(error).__name__} ({error}).") from error
 
@@ -71,19 +74,19 @@ def _encode(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Any:
         return ["list", [_encode(part, f"{place}.{i}", tensors) for i, part in enumerate(value)]]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    raise TypeError(f"A state has a {type(value).__name__} at '{place}', which is neither a number nor a tensor.")
+    raise TypeError(f"A state has a value {class_of(value)} at '{place}', which is neither a number nor a tensor.")
 
 
-def _decode(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
+def _decode(tree: Any, tensor: Callable[[str], torch.Tensor]) -> Any:
     if not isinstance(tree, list):
         return tree
     kind, parts = tree
     if kind == "tensor":
-        return tensors[parts]
+        return tensor(parts)
     if kind == "dict":
-        return {key: _decode(part, tensors) for key, part in parts}
+        return {key: _decode(part, tensor) for key, part in parts}
     if kind == "list":
-        return [_decode(part, tensors) for part in parts]
+        return [_decode(part, tensor) for part in parts]
     raise ValueError(f"it has a {kind!r}")
 
 
@@ -170,7 +173,7 @@ def like(parameter: torch.nn.Parameter, name: str, value: torch.Tensor | float) 
     """
     if not isinstance(value, torch.Tensor):
         if name in ADAMW and not (name == "step" and isinstance(value, (int, float))):
-            raise ValueError(f"{name} is a {type(value).__name__}, but should be a tensor")
+            raise ValueError(f"{name} is {class_of(value)}, but should be a tensor")
         return value
     own = own_part(parameter)
     if name in ("exp_avg", "exp_avg_sq"):

@@ -14,14 +14,20 @@ def shown(value: Any) -> str:
     """Format any value for a message, shortened."""
     shape = getattr(value, "shape", None)
     if isinstance(shape, tuple) and shape:
-        return f"a {type(value).__name__} of shape {tuple(shape)}"
+        kind = "an array" if type(value).__name__ == "ndarray" else f"a {type(value).__name__}"
+        return f"{kind} of shape {tuple(shape)}"
     if isinstance(value, (str, bytes)):
         value = value[: SHOWN_CHARACTERS + 1]
     try:
         text = repr(value)
     except Exception:  # Python does not print integers of more than 4300 digits, and `__repr__` of a class may raise
-        return f"a {type(value).__name__}"
+        return class_of(value)
     return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "..."
+
+
+def class_of(value: Any) -> str:
+    """Format the class of a value for a message, as in "`unet` is of class UNet2DModel": right for names of any sound."""
+    return f"of class {type(value).__name__}"
 
 
 def bad_argument(name: str, value: Any, expected: str) -> ValueError:

@@ -11,6 +11,7 @@ import stat
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -271,7 +272,8 @@ class FolderHold:
     """Lock of a folder against other processes, until it is released or the process ends.
 
     The operating system's lock is used: it ends with the process, even if killed, and is not inherited by forked
-    processes. The owner is recorded next to the lock, for the error message of other processes.
+    processes. The owner is recorded next to the lock, for the error message of other processes. Neither remains after
+    the release, nor does a folder that was created for the lock and in which nothing was written.
 
     Args:
         folder (`str` or `os.PathLike`): The folder, created if it does not exist.
@@ -284,6 +286,8 @@ class FolderHold:
     def __init__(self, folder: PathLike, name: str):
         check_folder(folder, name)
         self.folder = Path(folder)
+        place = self.folder.absolute()
+        self._created = list(takewhile(lambda path: not path.exists(), (place, *place.parents)))
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = filelock.FileLock(self.folder / LOCK, timeout=0, thread_local=False)
@@ -303,7 +307,7 @@ class FolderHold:
             owner = {"pid": os.getpid(), "host": socket.gethostname(), "command": Path(sys.argv[0]).name}
             write_json(self.folder / OWNER, owner)
         except BaseException:  # a full disk
-            self._lock.release()
+            self.release()
             raise
 
     def _remove_leftovers(self) -> None:
@@ -321,7 +325,12 @@ class FolderHold:
     def release(self) -> None:
         """Release the folder; a second call has no effect."""
         if self._lock.is_locked:
-            (self.folder / OWNER).unlink(missing_ok=True)
+            for name in (OWNER, LOCK):  # while it is locked: a waiting process then creates a new lock
+                with suppress(OSError):
+                    (self.folder / name).unlink()
+            with suppress(OSError):  # not empty
+                for folder in self._created:
+                    folder.rmdir()
             self._lock.release()
 
     def __enter__(self) -> "FolderHold":

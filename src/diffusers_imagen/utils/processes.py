@@ -56,7 +56,7 @@ def refuse_several(work: str) -> None:
     """Raise ValueError if several processes were started for work that one process does."""
     count = os.environ.get("WORLD_SIZE", "1")
     if "RANK" in os.environ and count != "1":
-        raise ValueError(f"{work} is the work of one process, but {count} were started.")
+        raise ValueError(f"{work} runs in one process, but {count} were started.")
 
 
 def on_main_process(state: Processes, do: Callable[[], Result]) -> Result:
@@ -127,6 +127,8 @@ def check_shared(state: Processes, folder: Path, name: str) -> None:
 @contextmanager
 def shared_folder(state: Processes, folder: Path, name: str) -> Iterator[None]:
     """Context in which the main process locks a folder for all processes, which must all call this.
+
+    A folder that does not exist is created, and removed at the end if nothing was written to it.
 
     Raises:
         ValueError: In all processes, if another run uses the folder, or a process does not see it.

@@ -48,7 +48,7 @@ def write_tensors(path: Path, kinds: Mapping[str, Kind], tensors: Iterable[tuple
             file.seek(begin + places.pop(name))
             file.write(bytes_of(tensor))
     if places:
-        raise ValueError(f"{len(places)} tensors were not written, {next(iter(places))} among them.")
+        raise ValueError(f"{len(places)} tensors are missing, such as {next(iter(places))}.")
     return begin + end
 
 

@@ -304,7 +304,8 @@ def test_what_is_written(make_subject_config, stage, tmp_path):
         ({**PRIOR, "prior_loss_weight": 0}, "`prior_loss_weight` is 0, but should be above 0"),
         ({**PRIOR, "num_class_images": 0}, "`num_class_images` is 0, but should be at least 1"),
         ({**PRIOR, "aspect_ratio_buckets": "auto"}, "share batches of square images"),
-        ({"lora_alpha": 4}, "without `rank` there is no adapter"),
+        ({"lora_alpha": 4}, "`lora_alpha` is 4, but is only used with `rank`, which trains an adapter"),
+        ({"lora_target_modules": ["to_q"]}, "`lora_target_modules` is .*, but is only used with `rank`"),
         ({"pretrained_model_name_or_path": None, "preset": "emoji_base_64"}, "requires a trained stage"),
     ],
 )

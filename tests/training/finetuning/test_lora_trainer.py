@@ -266,5 +266,5 @@ def test_names_of_no_layer_are_refused(targets):
 
 def test_a_network_that_can_have_no_adapter_is_refused_by_name(make_lora_config):
     unet = ConditionedUNet2D(resolution=16, text_width=1)
-    with pytest.raises(ValueError, match="`unet` is of ConditionedUNet2D, but should be .*PeftAdapterMixin"):
+    with pytest.raises(ValueError, match="`unet` is of class ConditionedUNet2D, but should be .*PeftAdapterMixin"):
         LoraTrainer(make_lora_config(), unet, encode)

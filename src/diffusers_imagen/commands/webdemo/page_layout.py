@@ -185,7 +185,7 @@ def more_fields(task: Task) -> dict[str, Any]:
             label="Seed", value=0, precision=0, minimum=0, maximum=MAX_SEED, min_width=120, scale=2
         )
         fields["random_seed"] = gr.Checkbox(
-            label="Random seed", info="Untick to keep this one", value=True, min_width=120, scale=2
+            label="Random seed", info="A new seed each time", value=True, min_width=120, scale=2
         )
     fields["images"] = gr.Slider(1, MAX_IMAGES, label="Images", step=1, value=1)
     with gr.Accordion("Settings", open=False):

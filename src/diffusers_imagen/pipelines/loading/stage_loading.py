@@ -16,8 +16,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ...conversion.deepfloyd import config_from_deepfloyd
 from ...models.interface import StageNetwork
 from ...text.identity import encoder_width
-from ...utils.arguments import bad_argument, shown
+from ...utils.arguments import bad_argument, class_of, shown
 from ...utils.modules import unwrapped
+from ...utils.shipped import find_source
 from ..stage_table import AS_BASE, AS_UPSCALER, SAFETY_PARTS, TEXT_PARTS
 from ..stages import StageSource
 from .deepfloyd_repository import MAX_TOKENS, is_deepfloyd, load_deepfloyd, parts_of_deepfloyd, read_deepfloyd
@@ -62,7 +63,7 @@ class DescribedStage(NamedTuple):
     def shown(self) -> str:
         """Return the source as shown in a message."""
         is_path = isinstance(self.source, (str, os.PathLike))
-        return f"'{self.source}'" if is_path else f"a {type(self.source).__name__}"
+        return f"'{self.source}'" if is_path else class_of(self.source)
 
 
 # ---- several stages
@@ -87,6 +88,8 @@ def load_stages(
     for name, other in TOGETHER.items():
         if name in given and given[name] is None:
             given.setdefault(other, None)
+    if isinstance(given.get("text_encoder"), (str, os.PathLike)):
+        given["text_encoder"] = find_source(given["text_encoder"])
     check_shared_parts(given)
     quantization = text_quantization(options.pop("quantization_config", None))
     hub, _ = split_options(options)
@@ -165,7 +168,7 @@ def check_text_widths(described: list[DescribedStage], given: dict[str, Any], hu
     Raise ValueError for a stage whose text embeddings have another width than those of the encoder, if there is one.
     """
     encoder = given.get("text_encoder", described[0].encoder_width)
-    owner = "the given text encoder" if "text_encoder" in given else f"the text encoder of {described[0].shown}"
+    owner = "the given text encoder" if "text_encoder" in given else f"the text encoder of `{described[0].name}`"
     if isinstance(encoder, (str, os.PathLike)):
         with loading("text_encoder", encoder):
             width = read_encoder_width(small_files(str(encoder), hub))
@@ -286,7 +289,7 @@ def describe_stage(name: str, source: StageSource, hub: dict[str, Any], left_out
             try:
                 config = config_from_deepfloyd(unwrapped(source.unet).config)
             except ValueError as error:
-                raise ValueError(f"`{name}` is a {type(source).__name__} that is not supported: {error}") from error
+                raise ValueError(f"`{name}` is {class_of(source)}, which is not supported: {error}") from error
             kind = config["low_res_conditioning"], config["encoder_hid_dim"]
         else:
             kind = source.unet.takes_low_res, source.unet.text_width

@@ -1,6 +1,7 @@
 """Micro-batches of a run, for training and validation."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,10 +15,11 @@ from .data_config import DataConfig
 from .fingerprint import describe_data
 from .loading import BatchPlan, SlotDataset, assign_buckets
 from .memory import CaptionedImages
+from .pieces import Remaining, pack, unpack
 from .samples import SampleMaker
 from .slot_draws import VALIDATION_SEED, BucketOrder, RowOrder, SlotDraws
 from .sources import Rows, draw_weights, open_rows
-from .streaming import StreamDataset
+from .streaming import Position, ShardReader, StreamDataset
 
 
 logger = logging.get_logger(__name__)
@@ -179,6 +181,10 @@ class BatchStream(Iterator[Batch]):
         """Resume from a position, also with other numbers of processes, workers, or images per batch."""
         self.images_seen = state["images_seen"]
 
+    def load_state_dicts(self, states: list[dict[str, Any]]) -> None:
+        """Resume from the positions of all processes of a run, by process index."""
+        self.load_state_dict(states[min(self.process_index, len(states) - 1)])
+
     def close(self) -> None:
         """Stop the processes that read ahead."""
 
@@ -240,6 +246,7 @@ class StreamBatches(LoaderBatches):
         self.rows, self.maker, self.draws = rows, maker, draws
         self.num_workers = max(1, config.dataloader_num_workers)
         self.places: list[dict | None] = [None] * self.num_workers
+        self.remaining: Remaining = {}
         self._batches = None
 
     @property
@@ -254,18 +261,19 @@ class StreamBatches(LoaderBatches):
         self.report(skipped)
         return samples
 
-    def _loader(self) -> DataLoader:
-        dataset = StreamDataset(
+    def _dataset(self) -> StreamDataset:
+        return StreamDataset(
             self.rows,
             self.maker,
             self.text,
             self.draws,
             (self.process_index, self.num_processes),
             self.num_workers,
-            batches=self.images_seen // self.stride,
-            states={worker: place for worker, place in enumerate(self.places) if place is not None},
+            Position(self.images_seen, list(self.places), self.remaining),
         )
-        return make_loader(dataset, self.config)
+
+    def _loader(self) -> DataLoader:
+        return make_loader(self._dataset(), self.config)
 
     @property
     def layout(self) -> dict[str, int]:
@@ -280,7 +288,8 @@ class StreamBatches(LoaderBatches):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position of this process after the last returned batch."""
-        return {**super().state_dict(), "places": list(self.places), "layout": self.layout}
+        own = {"places": list(self.places), "layout": self.layout, "remaining": pack(self.remaining)}
+        return {**super().state_dict(), **own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """
@@ -289,10 +298,53 @@ class StreamBatches(LoaderBatches):
         if state.get("layout") != self.layout:
             raise ValueError(
                 f"The stream was saved with {state.get('layout')}, but this run has {self.layout}: they should be "
-                "equal to resume a stream."
+                "equal to resume a stream from one process's position."
             )
         super().load_state_dict(state)
-        self.places = list(state["places"])
+        self.places, self.remaining = list(state["places"]), unpack(state.get("remaining", []))
+
+    def load_state_dicts(self, states: list[dict[str, Any]]) -> None:
+        """Resume from the positions of all processes: with the same numbers of them, of workers and of images per batch
+        exactly, with others with the rows that are left of each epoch.
+
+        Raises:
+            ValueError: If rows were shuffled in blocks of another size, or a position is missing.
+        """
+        own = states[min(self.process_index, len(states) - 1)]
+        if own.get("layout") == self.layout:
+            self.load_state_dict(own)
+            return
+        layouts = [state["layout"] for state in states]
+        if [layout["process_index"] for layout in layouts] != list(range(layouts[0]["num_processes"])):
+            raise ValueError(f"a stream of {layouts[0]['num_processes']} processes has {len(states)} positions")
+        if layouts[0]["shuffle_buffer_size"] != self.config.shuffle_buffer_size:
+            raise ValueError(
+                f"`shuffle_buffer_size` is {self.config.shuffle_buffer_size}, but should be "
+                f"{layouts[0]['shuffle_buffer_size']}, with which the stream was read"
+            )
+        readers = [reader for state in states for reader in self._readers(state)]
+        epochs = [reader.state["epoch"] for reader in readers]
+        last = max([*epochs, *readers[0].remaining])
+        self.remaining = {
+            epoch: [piece for reader in readers for piece in reader.left(epoch)]
+            for epoch in range(min(epochs), last + 1)
+        }
+        self.images_seen, self.places = states[0]["images_seen"], [None] * self.num_workers
+        self.close()
+
+    def _readers(self, state: dict[str, Any]) -> list[ShardReader]:
+        """Return the readers of a process of another run, at its position."""
+        layout = state["layout"]
+        config = replace(
+            self.config,
+            dataloader_num_workers=layout["dataloader_num_workers"],
+            train_batch_size=layout["train_batch_size"],
+        )
+        place = (layout["process_index"], layout["num_processes"])
+        other = StreamBatches(config, self.text, *place, self.rows, self.maker, self.draws)
+        other.load_state_dict(state)
+        dataset = other._dataset()
+        return [dataset.reader(worker) for worker in range(other.num_workers)]
 
 
 def make_loader(dataset, config: DataConfig, **kwargs) -> DataLoader:

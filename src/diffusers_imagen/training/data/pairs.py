@@ -55,6 +55,11 @@ class PairedBatches(BatchStream):
         for stream, own in zip(self.streams, state["streams"]):
             stream.load_state_dict(own)
 
+    def load_state_dicts(self, states: list[dict[str, Any]]) -> None:
+        self.images_seen = states[0]["images_seen"]
+        for stream, own in zip(self.streams, zip(*(state["streams"] for state in states))):
+            stream.load_state_dicts(list(own))
+
     def close(self) -> None:
         for stream in self.streams:
             stream.close()

@@ -3,7 +3,7 @@
 import glob
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,7 +84,7 @@ def open_rows(config: DataConfig, split: str, with_text: bool = True) -> Rows:
     columns = column_names(some, config)
     image_column = find_image_column(some, columns, config)
     check_columns(some, columns, config, with_text)
-    by_column = len(splits) == 1 and config.split_column in columns
+    by_column = is_split_by_column(splits, columns, config)
     if not by_column and split not in splits:
         raise ValueError(f"There is no split {split!r}; the data set has {sorted(map(str, splits))}.")
     data = some if by_column else splits[split]
@@ -130,6 +130,11 @@ def load_splits(config: DataConfig) -> tuple[dict[str, Dataset | IterableDataset
     # damaged files raise errors of any type
     except Exception as error:
         raise ValueError(f"`{argument}` is {name!r}, which cannot be opened: {innermost(error)}") from error
+
+
+def is_split_by_column(splits: Collection[str], columns: list[str], config: DataConfig) -> bool:
+    """Return whether the splits of a data set are the values of a column: if it has the column, and a single split."""
+    return len(splits) == 1 and config.split_column in columns
 
 
 def load_options(config: DataConfig) -> dict[str, Any]:

@@ -1,12 +1,15 @@
 """Data set that is read in order: WebDataset tar shards, or a stream from the Hub.
 
 Rows are not accessible by index, so a run's order depends on the number of processes and workers: each reads its own
-shards. Its position can still be saved and resumed exactly.
+shards. Its position can still be saved and resumed exactly. On other numbers of processes or workers it is resumed with
+what the former readers left of their epochs, so that every row is still read once per epoch: to keep the order too, each
+process would have to read all shards.
 """
 
 from collections.abc import Iterator
+from copy import deepcopy
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import IterableDataset as Stream
@@ -15,6 +18,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from ...text.source import TextSource
 from .batch import Sample, Samples
 from .captions import BadCaption
+from .pieces import Piece, Remaining, share
 from .pixels import BadImage, name_image
 from .samples import SampleMaker
 from .shards import DAMAGE
@@ -27,7 +31,7 @@ MAX_BAD_ROWS = 1000  # consecutive rows that cannot be used before an error is r
 
 
 class ShardReader:
-    """Infinite stream of the rows in one reader's shards: shards in a new order each epoch, rows shuffled in blocks.
+    """Infinite stream of one reader's rows: shards in a new order each epoch, rows shuffled in blocks.
 
     The shuffling of `datasets` loses its buffer when it is resumed. Here a block is read again from its beginning.
 
@@ -37,21 +41,34 @@ class ShardReader:
         reader (`int`): Index of this reader among all readers of all processes.
         num_readers (`int`): Number of readers. With fewer shards, each reads all of them and keeps its share of rows.
         block_size (`int`): Number of rows that are shuffled together.
+        remaining (`Remaining`, *optional*): What other numbers of readers left of the epochs that they began.
     """
 
-    def __init__(self, data: Stream, seed: int, reader: int, num_readers: int, block_size: int):
+    def __init__(
+        self,
+        data: Stream,
+        seed: int,
+        reader: int,
+        num_readers: int,
+        block_size: int,
+        remaining: Remaining | None = None,
+    ):
         self.data, self.seed = data, seed
         self.reader, self.num_readers, self.block_size = reader, num_readers, block_size
-        self.state: dict[str, Any] = {"epoch": 0, "shard": 0, "block": 0, "taken": 0, "stream": None}
+        self.remaining = remaining or {}
+        first = min(self.remaining, default=0)
+        self.state: dict[str, Any] = {"epoch": first, "shard": 0, "block": 0, "taken": 0, "stream": None}
         self.shard = 0  # of the last row
         self.place = ""  # position of the last row, for reports
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yield rows; `state` is the position after the last one."""
         while True:
-            found = self.state["shard"] > 0 or self.state["block"] > 0
-            for shard in self._shards()[self.state["shard"] :]:
-                for row in self._rows(shard):
+            found = (
+                self.state["shard"] > 0 or self.state["stream"] is not None or self.state["epoch"] in self.remaining
+            )
+            for piece in self._pieces(self.state["epoch"])[self.state["shard"] :]:
+                for row in self._rows(piece):
                     found = True
                     yield row
                 self.state = {**self.state, "shard": self.state["shard"] + 1, "block": 0, "taken": 0, "stream": None}
@@ -59,28 +76,38 @@ class ShardReader:
                 raise ValueError("The stream has no row: check the split, the styles and the number of processes.")
             self.state = {**self.state, "epoch": self.state["epoch"] + 1, "shard": 0}
 
-    def _shards(self) -> list[int]:
-        order = philox(self.seed, ORDER_SEED, self.state["epoch"]).permutation(self.data.num_shards).tolist()
-        return order[self.reader :: self.num_readers] if self._owns_shards() else order
-
-    def _owns_shards(self) -> bool:
-        return self.data.num_shards >= self.num_readers
-
-    def _rows(self, shard: int) -> Iterator[dict[str, Any]]:
-        """Yield the rows of a shard, starting at the state's block."""
-        self.shard = shard
-        stream = self.data.shard(num_shards=self.data.num_shards, index=shard)
+    def left(self, epoch: int) -> list[Piece]:
+        """Return what is left of this reader's share of an epoch."""
+        if epoch != self.state["epoch"]:
+            return self._pieces(epoch) if epoch > self.state["epoch"] else []
+        pieces = self._pieces(epoch)[self.state["shard"] :]
         if self.state["stream"] is not None:
-            stream.load_state_dict(self.state["stream"])
-        start = stream.state_dict()
+            block, taken, stream = (self.state[name] for name in ("block", "taken", "stream"))
+            pieces[0] = pieces[0].after(block, self.block_size, taken, stream)
+        return pieces
+
+    def _pieces(self, epoch: int) -> list[Piece]:
+        if epoch in self.remaining:
+            return share(self.remaining[epoch], self.reader, self.num_readers)
+        order = philox(self.seed, ORDER_SEED, epoch).permutation(self.data.num_shards).tolist()
+        return share([Piece(shard) for shard in order], self.reader, self.num_readers)
+
+    def _rows(self, piece: Piece) -> Iterator[dict[str, Any]]:
+        """Yield the rows of a piece, starting at the state's block."""
+        shard = self.shard = piece.shard
+        stream = self.data.shard(num_shards=self.data.num_shards, index=shard)
+        if self.state["stream"] is None:
+            self.state = {**self.state, "block": piece.block, "stream": piece.stream}
+        start = self.state["stream"]
+        if start is not None:
+            stream.load_state_dict(deepcopy(start))  # which the stream changes; its own state is still the first one
+        else:
+            start = stream.state_dict()
         for columns in self._read(stream, shard):
             block = [dict(zip(columns, cells)) for cells in zip(*columns.values())]
             words = (self.state["epoch"], shard, self.state["block"])
             order = philox(self.seed, BLOCK_SEED, *words).permutation(len(block))
-            if not self._owns_shards():
-                order = order[
-                    (self.reader - self.state["block"] * self.block_size) % self.num_readers :: self.num_readers
-                ]
+            order = order[piece.rows_in(self.state["block"], self.block_size, len(block))]
             for taken in range(self.state["taken"], len(order)):
                 self.state = {**self.state, "stream": start, "taken": taken + 1}
                 self.place = f"{self.state['block'] * self.block_size + order[taken]} of shard {shard}"
@@ -104,6 +131,15 @@ class ShardReader:
             ) from error
 
 
+class Position(NamedTuple):
+    """Position of a process in a stream: the number of earlier slots of all processes, the position of each worker's
+    reader or None, and what other numbers of readers left of the epochs that they began."""
+
+    seen: int
+    places: list[dict[str, Any] | None]
+    remaining: Remaining
+
+
 class StreamDataset(IterableDataset):
     """Micro-batches of one process from a stream; each worker creates every num_workers-th.
 
@@ -114,8 +150,7 @@ class StreamDataset(IterableDataset):
         draws (`SlotDraws`): Random numbers of the slots.
         place (`tuple[int, int]`): Index of this process, and number of processes.
         num_workers (`int`): Number of workers per process.
-        batches (`int`): Number of earlier batches of this process.
-        states (`dict[int, dict]`): Position of each worker's reader; empty at the beginning.
+        position (`Position`): Where the process begins.
     """
 
     def __init__(
@@ -126,33 +161,38 @@ class StreamDataset(IterableDataset):
         draws: SlotDraws,
         place: tuple[int, int],
         num_workers: int,
-        batches: int = 0,
-        states: dict[int, dict] | None = None,
+        position: Position,
     ):
         self.rows, self.maker, self.draws = rows, maker, draws
         self.text = None if text is None or text.needs_encoder else text
         (self.process_index, self.num_processes), self.num_workers = place, max(1, num_workers)
-        self.batches, self.states = batches, states or {}
+        self.position = position
 
     def __iter__(self) -> Iterator[tuple[Samples, dict[str, str], tuple[int, dict]]]:
         """Yield samples, skipped rows with reasons, and the worker with its reader's position."""
         info = get_worker_info()
+        size = self.maker.config.train_batch_size
+        stride = size * self.num_processes
+        batch = info.id if info else 0
         # a DataLoader starts with its first worker; after a resume, the next batch may be that of another worker
-        batch = self.batches + (info.id if info else 0)
-        worker = batch % self.num_workers
-        config = self.maker.config
-        number, readers = self.process_index * self.num_workers + worker, self.num_processes * self.num_workers
-        reader = ShardReader(self.rows.data, config.seed, number, readers, config.shuffle_buffer_size)
-        reader.state = self.states.get(worker, reader.state)
+        worker = (self.position.seen // stride + batch) % self.num_workers
+        reader = self.reader(worker)
         rows = iter(reader)
-        size = config.train_batch_size
         while True:
-            first = (batch * self.num_processes + self.process_index) * size
+            first = self.position.seen + batch * stride + self.process_index * size
             draws = self.draws(first, size)
             skipped: dict[str, str] = {}
             samples = Samples.stack([self._sample(reader, rows, slot, skipped) for slot in draws])
             yield samples, skipped, (worker, reader.state)
             batch += self.num_workers
+
+    def reader(self, worker: int) -> ShardReader:
+        """Return the reader of a worker, at its position."""
+        config, remaining = self.maker.config, self.position.remaining
+        number, readers = self.process_index * self.num_workers + worker, self.num_processes * self.num_workers
+        reader = ShardReader(self.rows.data, config.seed, number, readers, config.shuffle_buffer_size, remaining)
+        reader.state = self.position.places[worker] or reader.state
+        return reader
 
     def _sample(
         self, reader: ShardReader, rows: Iterator[dict[str, Any]], draws: np.ndarray, skipped: dict[str, str]

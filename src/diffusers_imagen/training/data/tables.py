@@ -122,6 +122,8 @@ def _check_csv(path: str) -> None:
 
 def _check_parquet(path: str) -> None:
     try:
-        parquet.read_metadata(path)
+        rows = parquet.read_metadata(path).num_rows
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"'{path}' is not a Parquet file, or incomplete: {one_line(error)}") from None
+    if rows == 0:  # which `datasets` cannot read
+        raise ValueError(f"'{path}' has no rows: remove it")

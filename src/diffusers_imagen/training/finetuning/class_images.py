@@ -1,7 +1,6 @@
 """Class images of DreamBooth: images of the subject's class, generated before fine-tuning."""
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,8 @@ from tqdm.auto import tqdm
 
 from ...text.source import TextSource
 from ...utils.errors import describe_fault
-from ...utils.files import FolderHold, whole_file
+from ...utils.files import whole_file
+from ...utils.processes import shared_folder
 from ..data.image_folders import find_pictures, list_files
 from ..sampling import StagePipeline, prompt_arguments
 from .finetuning_config import DreamBoothTrainingConfig
@@ -52,7 +52,7 @@ def draw_class_images(
     if complete:
         return
     draw = make_draw(config, accelerator, pipe, text)
-    with FolderHold(folder, "class_data_dir") if accelerator.is_main_process else nullcontext():
+    with shared_folder(accelerator, folder, "class_data_dir"):
         wanted = missing_images(folder, config.num_class_images)  # another run may have written some in the meantime
         accelerator.wait_for_everyone()
         logger.info(f"Generating {len(wanted)} class images of {config.class_prompt!r} in {folder}")

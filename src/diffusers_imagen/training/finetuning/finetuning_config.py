@@ -16,6 +16,7 @@ LEARNING_RATE, ADAPTER_LEARNING_RATE = 5e-6, 5e-4  # of DreamBooth
 OF_THE_PRIOR = (
     *("class_data_dir", "class_prompt", "class_model", "prior_loss_weight", "num_class_images", "sample_batch_size"),
 )
+OF_ADAPTERS = ("lora_alpha", "lora_target_modules")
 
 
 @dataclass
@@ -46,8 +47,6 @@ def check_adapter(config: "LoraTrainingConfig") -> None:
             "`layers_per_block`."
         )
     if config.rank is None:  # DreamBooth can train whole networks too
-        if config.lora_alpha is not None or config.lora_target_modules != TARGET_MODULES:
-            raise ValueError("`lora_alpha` or `lora_target_modules` is given, but without `rank` there is no adapter.")
         return
     if not config.lora_target_modules:
         raise ValueError("`lora_target_modules` is empty, but should name layers.")
@@ -103,6 +102,14 @@ class DreamBoothTrainingConfig(LoraTrainingConfig):
     def tags(self) -> list[str]:
         return ["dreambooth", *(super().tags() if self.rank is not None else [])]
 
+    def unused(self) -> dict[str, str]:
+        unused = super().unused()
+        if not self.with_prior_preservation:
+            unused |= dict.fromkeys(OF_THE_PRIOR, "is only used with `with_prior_preservation`")
+        if self.rank is None:
+            unused |= dict.fromkeys(OF_ADAPTERS, "is only used with `rank`, which trains an adapter")
+        return unused
+
     def _set_defaults(self) -> None:
         super()._set_defaults()
         if self.learning_rate is None:
@@ -126,12 +133,6 @@ class DreamBoothTrainingConfig(LoraTrainingConfig):
 
     def _check_prior(self) -> None:
         if not self.with_prior_preservation:
-            defaults = {f.name: f.default for f in fields(DreamBoothTrainingConfig)}
-            for name in OF_THE_PRIOR:
-                if getattr(self, name) != defaults[name]:
-                    raise ValueError(
-                        f"`{name}` is {getattr(self, name)!r}, but is only used with `with_prior_preservation`."
-                    )
             return
         for name in ("class_data_dir", "class_prompt"):
             if not getattr(self, name):

@@ -1,12 +1,13 @@
 """Settings of validation metrics, checked before anything is read."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from inspect import get_annotations
 from typing import TYPE_CHECKING
 
 from ...evaluation.choices import CLIP, DISTANCES, METRICS, NAMED, OF_FEATURES, least_pictures
 from ...utils.arguments import bad_argument, check_choice
 from ..data.data_config import DataConfig, arg
+from ..settings import check_unused
 
 
 if TYPE_CHECKING:
@@ -58,25 +59,26 @@ class MetricSettings(DataConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self._check_metrics()
-
-    def _check_metrics(self) -> None:
         metrics = self.validation_metrics
-        defaults = {f.name: f.default for f in fields(MetricSettings) if f.name in BESIDE}
-        given = {name: value for name in BESIDE if (value := getattr(self, name)) != defaults[name]}
+        if metrics is not None:
+            if not metrics:
+                raise bad_argument("validation_metrics", metrics, f"some of {', '.join(METRICS)}")
+            for metric in metrics:
+                check_choice("validation_metrics", metric, METRICS)
+        check_unused(self)
+        if metrics is not None:
+            self._check_pictures(metrics)
+
+    def unused(self) -> dict[str, str]:
+        """Return the settings that have no effect beside the others, with the reason; see `check_unused`."""
+        metrics = self.validation_metrics
         if metrics is None:
-            for name, value in given.items():
-                raise ValueError(f"`{name}` is {value!r}, but is only used with `validation_metrics`.")
-            return
-        if not metrics:
-            raise bad_argument("validation_metrics", metrics, f"some of {', '.join(METRICS)}")
-        for metric in metrics:
-            check_choice("validation_metrics", metric, METRICS)
-        for name, value in given.items():
-            if not set(USED_BY.get(name, metrics)) & set(metrics):
-                uses = " or ".join(map(repr, USED_BY[name]))
-                raise ValueError(f"`{name}` is {value!r}, but `validation_metrics` has no {uses} to use it.")
-        self._check_pictures(metrics)
+            return dict.fromkeys(BESIDE, "is only used with `validation_metrics`")
+        return {
+            name: f"`validation_metrics` has no {' or '.join(map(repr, uses))} to use it"
+            for name, uses in USED_BY.items()
+            if not set(uses) & set(metrics)
+        }
 
     def _check_pictures(self, metrics: list[str]) -> None:
         """Raise ValueError for metrics without images, or with too few."""
