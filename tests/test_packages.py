@@ -4,10 +4,12 @@ import configparser
 import importlib
 import runpy
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
@@ -111,6 +113,23 @@ def test_the_lowest_constraints_are_the_lower_bounds():
     pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
     pinned = {name: Version(version) for name, version in pinned.items()}
     assert pinned == bounds
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
+def test_the_tested_versions_install_on_each_python(python):
+    """Of the packages that are installed here in the tested version; the others' metadata is not at hand."""
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [Requirement(line) for line in lines if not line.startswith("#")]
+    pins = [pin for pin in pins if not pin.marker or pin.marker.evaluate({"python_version": python})]
+    assert len({canonicalize_name(pin.name) for pin in pins}) == len(pins)  # one version each
+    installed = {canonicalize_name(str(package.metadata["Name"])): package for package in metadata.distributions()}
+    refused = []
+    for pin in pins:
+        package = installed.get(canonicalize_name(pin.name))
+        if package and pin.specifier.contains(package.version, prereleases=True):
+            needed = SpecifierSet(package.metadata.get("Requires-Python") or "")
+            refused += [] if needed.contains(f"{python}.20") else [f"{pin}: {needed}"]
+    assert refused == []
 
 
 def test_lines_that_name_an_extra_name_one_that_there_is():

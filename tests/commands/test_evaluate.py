@@ -148,7 +148,7 @@ def test_two_processes_are_one(run, options, data, tmp_path):
     one, two = figures(tmp_path / "out"), figures(tmp_path / "two")
     assert one.keys() == two.keys()
     for key, values in one.items():
-        assert two[key] == pytest.approx(values, rel=1e-6)
+        assert two[key] == pytest.approx(values, rel=1e-6, abs=1e-10)  # KD is a small difference of large sums
 
 
 def test_a_reference_of_another_resolution_is_resized_and_said(run, options, data, tmp_path):

@@ -27,7 +27,9 @@ class Killer:
                 return
         elif event not in CHANGES:
             return
-        path = os.fsdecode(args[0]) if not isinstance(args[0], int) else ""
+        if isinstance(args[0], int):  # a descriptor: of a lock that filelock truncates, in some of its versions
+            return
+        path = os.fsdecode(args[0])
         # names without a folder are those of shutil.rmtree, which goes by descriptors
         if not os.path.isabs(path) or path == self.folder or path.startswith(self.folder + os.sep):
             self.count += 1
