@@ -30,6 +30,9 @@ from .embeddings import NoiseLevelEmbedding, TextConditioning, TextContext, Text
 from .interface import LowResAugmentation, LowResUpsampling, StageNetwork
 
 
+SAVING = inspect.signature(ModelMixin.save_pretrained)
+
+
 @dataclass
 class ImagenUNetOutput(BaseOutput):
     """Output of a U-Net.
@@ -179,7 +182,7 @@ class ConditionalUNet(
         """
         check_folder(save_directory, "save_directory")
         refuse_adapters({"unet": self})
-        call = inspect.signature(super().save_pretrained).bind(save_directory, *args, **kwargs)
+        call = SAVING.bind(self, save_directory, *args, **kwargs)
         call.apply_defaults()
         chosen = call.arguments
         super().save_pretrained(save_directory, *args, **kwargs)
