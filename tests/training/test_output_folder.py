@@ -10,6 +10,7 @@ import kills
 import pytest
 import torch
 from groups import exit_codes, make_process
+from packaging.version import Version
 from tiny_runs import are_equal, encode, exported, losses, make_unet, metrics, weights_of
 
 from diffusers_imagen.training import Trainer, TrainingInterrupted, export, train
@@ -18,6 +19,8 @@ from diffusers_imagen.training.monitor import Records
 from diffusers_imagen.utils.files import FolderHold
 
 
+# with torch 2.6 on a CPU, equal steps differ by rounding: weights of up to 0.4 by up to 8e-9
+ROUNDING = {"rtol": 0, "atol": 0 if Version(torch.__version__) >= Version("2.7") else 1e-7}
 OPTIONS = {"checkpointing_steps": 1, "logging_steps": 2, "validation_prompts": ["text 1"]}
 
 
@@ -149,8 +152,12 @@ def test_a_run_killed_before_a_change_of_the_file_system_is_resumed_exactly(make
     assert exit_codes([make_process(kills.run_until, vars(config), 50)]) == [kills.EXIT]
     assert names(config.output_dir) == ["checkpoint-1"]
     train(config, resumed, encode)
-    assert kills.results(tmp_path / "run") == kills.results(tmp_path / "whole" / "run")
-    assert are_equal(weights_of(resumed), weights_of(network))
+    left, expected = kills.results(tmp_path / "run"), kills.results(tmp_path / "whole" / "run")
+    for results in (left, expected):
+        del results["unet/diffusion_pytorch_model.safetensors"]
+    assert left == expected
+    torch.testing.assert_close(exported(tmp_path / "run"), exported(tmp_path / "whole" / "run"), **ROUNDING)
+    torch.testing.assert_close(weights_of(resumed), weights_of(network), **ROUNDING)
 
 
 def test_a_folder_that_a_run_holds_is_refused_to_others(make_config, tmp_path):
