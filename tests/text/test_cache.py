@@ -54,6 +54,19 @@ def test_each_caption_is_kept_once_without_padding(cache, encoder, tmp_path):
     assert len(EmbeddingCache(tmp_path / "cache")) == len(CAPTIONS) + 1
 
 
+def test_a_writer_knows_the_captions_of_every_way_of_adding(encoder, tmp_path):
+    with CacheWriter(tmp_path / "cache", encoder.identity()) as writer:
+        assert write_cache(writer, ["a", "blue"], encoder) == 2
+        assert ["a" in writer, "blue" in writer, "red" in writer] == [True, True, False]
+        writer.add(["red"], list(encoder.unpadded(["red"])))
+        assert "red" in writer
+        assert write_cache(writer, ["red", "apple"], encoder) == 1
+        writer.flush()
+    with CacheWriter(tmp_path / "cache", encoder.identity()) as writer:
+        assert all(caption in writer for caption in ("a", "blue", "red", "apple"))
+    assert len(EmbeddingCache(tmp_path / "cache")) == 4
+
+
 @pytest.mark.parametrize("call", range(6))
 def test_a_killed_run_is_continued(encoder, tmp_path, monkeypatch, call):
     """Killed at each of the moves that make shards and manifest visible, and just before them."""

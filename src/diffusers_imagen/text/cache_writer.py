@@ -126,7 +126,7 @@ class CacheWriter:
             raise ValueError(f"`dtype` is {dtype!r}, but should be one of {', '.join(DTYPES)}.")
         self.folder = Path(folder)
         self.shard_bytes = shard_bytes
-        self._listed = no_digests()  # of the captions that were in the cache at the beginning, sorted
+        self._listed = no_digests()  # of captions in shards, sorted
         self._added: set[bytes] = set()
         self.manifest = {
             "format": FORMAT,
@@ -196,6 +196,10 @@ class CacheWriter:
         place = np.searchsorted(self._listed, key)
         return key.tobytes() in self._added or bool((self._listed[place : place + 1] == key).any())
 
+    def digests(self) -> np.ndarray:
+        """Return the digests of all captions that it contains, `(captions,)`."""
+        return np.concatenate([self._listed, np.array([*self._added], "S16")])
+
     def add(self, captions: list[str], embeds: list[torch.Tensor], lengths: list[int] | None = None) -> None:
         """Add the embeddings `(tokens, E)` of new captions, all to one shard.
 
@@ -214,6 +218,10 @@ class CacheWriter:
         """Write the added embeddings as a shard, and list it in the manifest."""
         if self._shard.keys:
             self.list_shards([self._shard.write(*free_names(self.manifest, 1))])
+
+    def list_captions(self, captions: DistinctCaptions) -> None:
+        """Remember captions that were written to listed shards by others than `add`."""
+        self._listed = np.union1d(self._listed, captions.entries["key"])
 
     def list_shards(self, entries: list[dict[str, Any]]) -> None:
         """Add shards that were written to the manifest."""
@@ -264,8 +272,8 @@ def write_cache(
     folder, manifest, shard_bytes = on_main_process(state, lambda: describe_build(writer))
     captions = captions if isinstance(captions, DistinctCaptions) else DistinctCaptions.of(captions)
     captions = captions.with_empty() if keeps_padding(manifest) else captions
-    # sorted by length: a batch is padded to its longest caption
-    missing = captions.without(listed_digests(folder, manifest)).by_length()
+    known = listed_digests(folder, manifest) if writer is None else writer.digests()
+    missing = captions.without(known).by_length()  # a batch is padded to its longest caption
     check_same(state, missing)
     batches = [slice(start, start + batch_size) for start in range(0, len(missing), batch_size)]
     shards = list(plan_shards(batches, count_bytes(missing, batches, manifest, encoder, state), shard_bytes))
@@ -286,6 +294,8 @@ def write_cache(
             if writer is not None:
                 writer.list_shards(entries)
             progress.update(sum(entry["captions"] for entry in entries[1:]))
+    if writer is not None:
+        writer.list_captions(missing)
     return len(missing)
 
 
