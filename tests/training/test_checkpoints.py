@@ -20,7 +20,7 @@ from diffusers_imagen.training.checkpoints import (
     list_checkpoints,
     seal,
 )
-from diffusers_imagen.training.states import check_deepspeed_files, load_state, save_state
+from diffusers_imagen.training.states import SavedStates, check_deepspeed_files, load_state, save_state
 from diffusers_imagen.utils.files import read_json_object
 
 
@@ -230,6 +230,16 @@ def test_a_state_is_what_was_saved(tmp_path):
             load_state(tmp_path / "t.safetensors")
     with pytest.raises(TypeError, match="has a value of class set at 'a'"):
         save_state(tmp_path / "u.safetensors", {"a": set()})
+
+
+def test_states_of_several_files_are_read_when_they_are_asked_for(tmp_path):
+    paths = [tmp_path / f"{number}.safetensors" for number in range(3)]
+    for number, path in enumerate(paths[:2]):
+        save_state(path, {"data": {"place": number}, "other": torch.zeros(2)})
+    states = SavedStates(paths, "data")  # the third file does not exist
+    assert len(states) == 3 and [states[0], states[1]] == [{"place": 0}, {"place": 1}]
+    with pytest.raises(ValueError, match="2.safetensors' is not a saved state"):
+        list(states)
 
 
 def test_files_of_deepspeed_that_could_run_code_are_not_given_to_it(tmp_path):

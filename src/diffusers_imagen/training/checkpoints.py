@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -21,7 +22,7 @@ from ..utils.errors import one_line
 from ..utils.files import read_json_object, remove, sha256, sync, write_json
 from .config import TrainingConfig
 from .run_identity import changeable_settings, describe_changes, find_difference
-from .states import check_deepspeed_files, load_state, save_state
+from .states import SavedStates, check_deepspeed_files, load_state, save_state
 
 
 logger = logging.get_logger(__name__)
@@ -48,7 +49,7 @@ class StatefulTogether(Protocol):
 
     def state_dict(self) -> dict[str, Any]: ...
 
-    def load_state_dicts(self, states: list[dict[str, Any]]) -> None: ...
+    def load_state_dicts(self, states: Sequence[dict[str, Any]]) -> None: ...
 
 
 class Found(NamedTuple):
@@ -161,7 +162,7 @@ class Checkpoints:
             ValueError: If its files do not contain the state of such a run.
         """
         files = read_json_object(folder / MANIFEST)["files"]
-        processes = list(takewhile(files.__contains__, map(process_file, count())))
+        processes = [folder / file for file in takewhile(files.__contains__, map(process_file, count()))]
         own = process_file(self.accelerator.process_index)
         if own not in files:  # a process that the saved run did not have starts with the state of the first one
             own = process_file(0)
@@ -177,7 +178,7 @@ class Checkpoints:
             saved = load_state(folder / own)
             for name, part in self.own.items():
                 if isinstance(part, StatefulTogether):
-                    part.load_state_dicts([load_state(folder / file, name) for file in processes])
+                    part.load_state_dicts(SavedStates(processes, name))
                 else:
                     part.load_state_dict(saved[name])
         except MALFORMED as error:

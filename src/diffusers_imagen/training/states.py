@@ -6,7 +6,7 @@ files that refer to anything other than a few classes of DeepSpeed are rejected.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,19 @@ def load_state(path: Path, name: str | None = None) -> Any:
             return _decode(tree, file.get_tensor)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"'{path}' is not a saved state: {type(error).__name__} ({error}).") from error
+
+
+class SavedStates(Sequence[Any]):
+    """States of one name in several files, such as those of all processes, each read when it is asked for."""
+
+    def __init__(self, paths: Sequence[Path], name: str):
+        self.paths, self.name = paths, name
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        return load_state(self.paths[index], self.name)
 
 
 def _encode(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Any:

@@ -1,6 +1,6 @@
 """Micro-batches of a run, for training and validation."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -181,7 +181,7 @@ class BatchStream(Iterator[Batch]):
         """Resume from a position, also with other numbers of processes, workers, or images per batch."""
         self.images_seen = state["images_seen"]
 
-    def load_state_dicts(self, states: list[dict[str, Any]]) -> None:
+    def load_state_dicts(self, states: Sequence[dict[str, Any]]) -> None:
         """Resume from the positions of all processes of a run, by process index."""
         self.load_state_dict(states[min(self.process_index, len(states) - 1)])
 
@@ -303,7 +303,7 @@ class StreamBatches(LoaderBatches):
         super().load_state_dict(state)
         self.places, self.remaining = list(state["places"]), unpack(state.get("remaining", []))
 
-    def load_state_dicts(self, states: list[dict[str, Any]]) -> None:
+    def load_state_dicts(self, states: Sequence[dict[str, Any]]) -> None:
         """Resume from the positions of all processes: with the same numbers of them, of workers and of images per batch
         exactly, with others with the rows that are left of each epoch.
 
@@ -314,6 +314,7 @@ class StreamBatches(LoaderBatches):
         if own.get("layout") == self.layout:
             self.load_state_dict(own)
             return
+        states = list(states)
         layouts = [state["layout"] for state in states]
         if [layout["process_index"] for layout in layouts] != list(range(layouts[0]["num_processes"])):
             raise ValueError(f"a stream of {layouts[0]['num_processes']} processes has {len(states)} positions")

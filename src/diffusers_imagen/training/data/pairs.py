@@ -1,5 +1,6 @@
 """Combination of two streams of batches, for DreamBooth with prior preservation."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ class PairedBatches(BatchStream):
         for stream, own in zip(self.streams, state["streams"]):
             stream.load_state_dict(own)
 
-    def load_state_dicts(self, states: list[dict[str, Any]]) -> None:
+    def load_state_dicts(self, states: Sequence[dict[str, Any]]) -> None:
         self.images_seen = states[0]["images_seen"]
         for stream, own in zip(self.streams, zip(*(state["streams"] for state in states))):
             stream.load_state_dicts(list(own))
