@@ -75,6 +75,16 @@ def test_two_systems_on_a_tiny_preset(benchmark, tmp_path, capsys):
         assert plot.format == "PNG" and plot.width == 900
 
 
+def predict(unets, preset, settings) -> dict[str, torch.Tensor]:
+    """Return the prediction of each system, with weights none of which is zero."""
+    torch.manual_seed(0)
+    networks = unets.Networks(preset, settings, 2)
+    with torch.no_grad():
+        for parameter in networks.unet.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return {case.system: case.build()() for case in networks.cases("predict")}
+
+
 def test_systems_with_the_same_weights_predict_the_same(unets, benchmark):
     settings = benchmark.Settings(
         torch.device("cpu"),
@@ -85,12 +95,7 @@ def test_systems_with_the_same_weights_predict_the_same(unets, benchmark):
         tokens=4,
         overrides=benchmark.read_overrides(TINY),
     )
-    torch.manual_seed(0)
-    networks = unets.Networks("emoji_base_64", settings, 2)
-    with torch.no_grad():
-        for parameter in networks.unet.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    predictions = {case.system: case.build()() for case in networks.cases("predict")}
+    predictions = predict(unets, "emoji_base_64", settings)
     active, _ = attention_dispatch._AttentionBackendRegistry.get_active_backend()
     assert active == attention_dispatch.AttentionBackendName.NATIVE  # with which the other systems are measured
     expected = predictions.pop("ours")
@@ -104,12 +109,7 @@ def test_deepfloyd_predicts_the_same(unets, benchmark):
     overrides |= {"attention_head_dim": 8, "encoder_hid_dim": 64}
     systems = ("ours", "plain", "deepfloyd")
     settings = benchmark.Settings(torch.device("cpu"), torch.float32, systems, tokens=4, overrides=overrides)
-    torch.manual_seed(0)
-    networks = unets.Networks("IF-I-M", settings, 2)
-    with torch.no_grad():
-        for parameter in networks.unet.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    predictions = {case.system: case.build()() for case in networks.cases("predict")}
+    predictions = predict(unets, "IF-I-M", settings)
     expected = predictions.pop("ours")
     assert set(predictions) == {"ours, text every call", "plain", "deepfloyd"} and expected.std() > 0.01
     for given in predictions.values():
