@@ -4,7 +4,6 @@ Needs playwright (the extra `browser`) and Chromium. Screenshots are left in the
 """
 
 import re
-import shutil
 import threading
 
 import httpx
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from script_modules import script_module
 
 
 pytest.importorskip("gradio", reason="the demo needs gradio: pip install 'diffusers-imagen[demo]'")
@@ -22,16 +22,17 @@ from diffusers_imagen.commands.webdemo import page_drawer, page_guard  # noqa: E
 from diffusers_imagen.commands.webdemo.live_drawing import Progress  # noqa: E402
 
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 PATIENCE = 120_000  # in ms: how long a test waits for what does not come
 
 
 @pytest.fixture(scope="module")
 def browser():
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed")
+    with script_module("screenshot_demo") as module:
+        try:
+            path = module.find_browser()
+        except ValueError as error:
+            pytest.skip(str(error))
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield browser
