@@ -104,9 +104,8 @@ def refusal_of_hub(error: BaseException, source: str) -> str | None:
 def check_source(name: str, source: str | os.PathLike) -> None:
     """Raise ValueError for a value that is neither a folder nor a repository id, before any request to the Hub."""
     if not isinstance(source, str | os.PathLike) or not (os.path.isdir(source) or is_hub_id(source)):
-        raise ValueError(
-            f"`{name}` is {shown(source if source is None else str(source))}, which is neither a folder nor a Hub id like 'name/repository'."
-        )
+        given = shown(str(source) if isinstance(source, os.PathLike) else source)
+        raise ValueError(f"`{name}` is {given}, which is neither a folder nor a Hub id like 'name/repository'.")
 
 
 def is_hub_id(source: Any) -> bool:
