@@ -88,7 +88,9 @@ $(VENV)/.installed $(LOWEST_VENV)/.installed: setup.cfg pyproject.toml
 		echo "$(PYTHON) is $$("$(PYTHON)" --version 2>&1), and Python 3.10 or newer is needed: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; exit 1; }
 	@"$(PYTHON)" -m venv $(@D) || { \
 		echo "$(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
-	$(@D)/bin/python -m pip install -c $(CONSTRAINTS) -e ".[test]"
+	$(@D)/bin/python -m pip install --no-compile -c $(CONSTRAINTS) -e ".[test]"
+	@# on all cores, where pip compiles on one; some packages have files that are not Python of this version
+	@$(@D)/bin/python -m compileall -qq -j 0 $(@D)/lib || true
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.installed mkdocs.yml
