@@ -1,5 +1,5 @@
-"""Pipelines to the Hub and back, against a server of our own. Each step is a process: huggingface_hub reads the address
-of the Hub once, when it is imported, and a reader begins with an empty cache."""
+"""Pipelines to the Hub and back, against a server of our own. Each step is a process, and a reader begins with an
+empty cache."""
 
 import json
 import re
@@ -77,7 +77,7 @@ def hub():
 @pytest.fixture
 def client(hub, cascade, tmp_path) -> Client:
     cascade.save_pretrained(tmp_path / "model")
-    return Client(hub.url, tmp_path)
+    return Client(tmp_path)
 
 
 def files_below(folder: Path) -> dict[str, bytes]:
@@ -336,11 +336,11 @@ def test_a_stage_names_the_commit_of_its_encoder_and_draws_offline(hub, client, 
     (tmp_path / "settings.json").write_text(json.dumps(settings))
     client.run(PUSH + 'pipe.push_to_hub("user/cascade")')
     hub.repos["user/cascade"].append({"README.md": b"nothing else"})
-    home = {"HF_HOME": str(tmp_path / "home")}
-    client.run(TRAIN_OF_SETTINGS, **home)
+    home = client.new_home()
+    client.run(TRAIN_OF_SETTINGS, home)
     reference = json.loads((tmp_path / "stage" / "text_encoder" / "reference.json").read_text())
     assert reference["hub"] == "user/cascade" and reference["revision"] == commit
-    assert client.run(DRAW, **home, HF_HUB_OFFLINE="1").strip() == "BertModel"
+    assert client.run_offline(DRAW, home).strip() == "BertModel"
     pushed = hub.repos["user/stage"][-1]
     assert json.loads(pushed["text_encoder/reference.json"]) == reference
     assert not any(name.startswith("text_encoder/") and name.endswith(".safetensors") for name in pushed)

@@ -24,7 +24,7 @@ def hub():
 
 @pytest.fixture
 def client(hub, tmp_path) -> Client:
-    return Client(hub.url, tmp_path)
+    return Client(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ OFFLINE = DRAW.replace('else "images"', 'else "offline"')
 def test_a_cascade_of_repositories_downloads_what_it_needs(filled, client, repositories, tmp_path):
     """A variant, of a revision, with the login's token; and again without a Hub."""
     client.run(DRAW)
-    client.run(OFFLINE, HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9")
+    client.run_offline(OFFLINE)
     pipe = ImagenCascadePipeline.from_stages(repositories["I-None"], repositories["II-None"])
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)

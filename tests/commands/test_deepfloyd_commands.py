@@ -169,4 +169,4 @@ def test_what_fails_in_the_middle_leaves_nothing(run, folder, repositories, monk
 
 def test_doctor_knows_a_repository(run, folder, repositories):
     code, printed = run("doctor", repositories["base"])[:2]
-    assert code == 0 and "ImagenUNetModel: 6,592,566 weights, finite" in printed, printed
+    assert code == 0 and "ImagenUNetModel: 3,463,830 weights, finite" in printed, printed

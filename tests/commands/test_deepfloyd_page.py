@@ -1,24 +1,21 @@
 """The commands of docs/deepfloyd.md, against repositories of IF's kind on a Hub of our own."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import hub_server
 import pytest
 from deepfloyd_repository import stage_1, stage_2, write_repository
 from doc_blocks import commands_of, read_blocks
+from hub_client import Client
 from PIL import Image
 
 
 PAGE = Path(__file__).parents[2] / "docs" / "deepfloyd.md"
-# one process for all: huggingface_hub reads the address of the Hub when it is imported, and imports take long
 RUN = """
-import json, os, sys
+import os, sys
 from diffusers_imagen.commands.main import main
-commands = json.loads(sys.argv[1])
+commands = COMMANDS
 token = os.environ.pop("HF_TOKEN")
 assert main(commands[0]) == 2
 print("logged in", file=sys.stderr)
@@ -53,21 +50,12 @@ def hub(tmp_path):
 def test_the_commands_run(hub, tmp_path):
     commands = commands_of_the_page()
     assert [command[0] for command in commands][:3] == ["generate", "generate", "convert-if"] and len(commands) == 7
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    environment |= {
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_TOKEN": hub_server.TOKEN,
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    command = [sys.executable, "-c", RUN, json.dumps(commands)]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    (line,) = (line for line in result.stderr.splitlines() if line.startswith("diffusers-imagen: error: "))
+    client = Client(tmp_path)
+    client.run(RUN.replace("COMMANDS", repr(commands)))
+    error = (tmp_path / "run-1.err").read_text()
+    (line,) = (line for line in error.splitlines() if line.startswith("diffusers-imagen: error: "))
     assert "`model` is 'DeepFloyd/IF-I-M-v1.0'" in line and "hf auth login" in line
-    assert result.stderr.index(line) < result.stderr.index("logged in")
+    assert error.index(line) < error.index("logged in")
 
     sizes = {path.stem: Image.open(path).size for path in tmp_path.glob("*.png")}
     assert sizes == {"corgi": (32, 32), "fast": (32, 32), "small": (16, 16), "large": (32, 32)}

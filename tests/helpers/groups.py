@@ -1,14 +1,18 @@
-"""Processes that share work through gloo, each forked from one that has made its imports and has no threads yet."""
+"""Processes that are forked from one that has made its imports and has no threads yet; some share work through gloo."""
 
 import multiprocessing
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr, redirect_stdout
+from multiprocessing import forkserver
 from pathlib import Path
+from tempfile import mkdtemp
+from unittest.mock import patch
 
 import datasets
+import hub_server
 import torch
 
 from diffusers_imagen.commands import main as cli
@@ -28,10 +32,27 @@ IMPORTS = [
 ]
 
 
+# What the imports read for all processes: the Hub of the tests, and a link to the folder that hub_client.py sets for each.
+HUB_HOME = Path(mkdtemp(), "home")
+HUB = {
+    "HF_ENDPOINT": hub_server.URL,
+    "HF_HOME": str(HUB_HOME),
+    "HF_HUB_DISABLE_XET": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+
+
+def without_hub(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment without the settings of the Hub."""
+    return {name: value for name, value in environment.items() if not name.startswith(("HF_", "HUGGING"))}
+
+
 def make_process(target: Callable, *arguments) -> multiprocessing.Process:
     """A process that runs a function."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTS)
+    with patch.dict(os.environ, without_hub(os.environ) | HUB, clear=True):
+        forkserver.ensure_running()
     return context.Process(target=target, args=arguments)
 
 

@@ -6,6 +6,7 @@ Files of weights take the way of large files: preupload, LFS batch, upload, veri
 import base64
 import hashlib
 import json
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
@@ -15,18 +16,24 @@ import yaml
 
 TOKEN = "hf_of_the_tests"
 LARGE = (".safetensors", ".bin")
+# The port of all servers, of which there is one at a time: clients have read the address before a server starts.
+RESERVED = socket.socket()
+RESERVED.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+RESERVED.bind(("127.0.0.1", 0))
+PORT = RESERVED.getsockname()[1]
+URL = f"http://127.0.0.1:{PORT}"
 
 
 class Hub(ThreadingHTTPServer):
-    """`with Hub() as hub:` serves at `hub.url` until the end of the block; `unknown` holds what it did not understand."""
+    """`with Hub() as hub:` serves at `URL` until the end of the block; `unknown` holds what it did not understand."""
 
     daemon_threads = True
 
     def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}"
+        super().__init__(("127.0.0.1", PORT), Handler)
+        self.url = URL
         # large files lie on another host than the Hub; to huggingface_hub, another name of this one is another host
-        self.storage_url = f"http://localhost:{self.server_port}"
+        self.storage_url = f"http://localhost:{PORT}"
         self.repos: dict[str, list[dict[str, bytes]]] = {}  # the files of every commit, oldest first
         self.large: dict[str, bytes] = {}  # by SHA-256
         self.unknown: list[str] = []

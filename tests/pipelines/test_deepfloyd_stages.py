@@ -64,7 +64,7 @@ def test_stage_1_is_that_of_diffusers(text, masks):
     settings = {"num_inference_steps": 5, "guidance_scale": 7.0, "output_type": "pt"}
     expected = theirs(**text, **settings, height=16, width=16, generator=per_image_generators(seeded(), 1)).images
     images = ours(**text, **masks, **settings, generator=seeded()).images
-    torch.testing.assert_close(images * 2 - 1, expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(images * 2 - 1, expected, atol=2e-4, rtol=0)
     assert expected.std() > 0.1
 
 
@@ -92,7 +92,7 @@ def test_stage_2_is_that_of_diffusers(text, masks, monkeypatch):
     images = ours(
         image=low_res, **text, **masks, **settings, latents=noise, low_res_noise_level=SIGMA_250, generator=seeded()
     ).images
-    torch.testing.assert_close(images * 2 - 1, expected.clamp(-1, 1), atol=1e-4, rtol=0)
+    torch.testing.assert_close(images * 2 - 1, expected.clamp(-1, 1), atol=2e-4, rtol=0)
 
 
 def draw(given, *args, **kwargs) -> torch.Tensor:
@@ -174,7 +174,7 @@ def test_ddim_of_diffusers_runs_unchanged(text, masks):
     settings = {"num_inference_steps": 5, "guidance_scale": 2.0, "output_type": "pt"}
     expected = theirs(**text, **settings, height=16, width=16, generator=per_image_generators(seeded(), 1)).images
     images = ours(**text, **masks, **settings, generator=seeded()).images
-    torch.testing.assert_close((images * 2 - 1).clamp(-1, 1), expected.clamp(-1, 1), atol=1e-4, rtol=0)
+    torch.testing.assert_close((images * 2 - 1).clamp(-1, 1), expected.clamp(-1, 1), atol=2e-4, rtol=0)
 
 
 @pytest.mark.parametrize("output_resolution", [16, 32])

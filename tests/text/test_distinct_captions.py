@@ -85,3 +85,10 @@ def test_memory_does_not_grow_with_the_text(tmp_path, monkeypatch):
     assert indexed < 6 * 2**20 and peak < 6 * 2**20
     lengths = captions.entries["length"]
     assert (np.diff(lengths) >= 0).all() and captions[count - 3 : count - 2] < captions[count - 2 : count - 1]
+
+
+def test_reading_some_captions_is_a_lookup_in_the_table(monkeypatch):
+    """To select columns takes time that grows with the rows: for every batch that made a cache of millions take days."""
+    captions = index_captions([Dataset.from_dict({"text": ["aa", "b"], "n": [1, 2]})], ["text"]).by_length()
+    monkeypatch.delattr(Dataset, "select_columns")
+    assert texts_of(captions) == ["b", "aa"]

@@ -2,6 +2,7 @@
 
 import io
 import os
+from dataclasses import replace
 
 import pytest
 from data_files import READERS, lines, picture, read, refusal, tar, write
@@ -44,6 +45,34 @@ def test_captions_beside_pictures_are_read(tmp_path, encode, reader):
     assert read(folder, reader, encode) == (set(range(5)), {})
     write(tmp_path / "d", {"plain.caption": b"\xff"})
     assert "the caption '" in (message := refusal(folder, reader, encode)) and "plain.caption' cannot be" in message
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_many_captions_are_a_table_on_disk_that_changes_with_their_files(tmp_path, monkeypatch, streaming):
+    texts = {"cats/0.txt": b"a\ncat", "dogs/2.caption": b"a dog"}
+    folder = write(tmp_path / "d", {"cats/0.png": b"", "cats/1.png": b"", "dogs/2.png": b""} | texts)
+
+    def rows():
+        config = DataConfig(train_data_dir=folder, cache_dir=str(tmp_path / "tables"), streaming=streaming)
+        return open_rows(replace(config, caption_column=["text", "label"]), "train").data
+
+    in_memory = list(rows())
+    assert in_memory == [
+        {"file_name": "cats/0.png", "text": "a cat", "label": "cats"},
+        {"file_name": "cats/1.png", "text": None, "label": "cats"},
+        {"file_name": "dogs/2.png", "text": "a dog", "label": "dogs"},
+    ]
+    assert not (tmp_path / "tables").exists()
+    monkeypatch.setattr("diffusers_imagen.training.data.sources.ROWS_IN_MEMORY", 2)
+    assert list(rows()) == in_memory and list((tmp_path / "tables").rglob("*.arrow"))
+    with monkeypatch.context() as patch:  # the second time, from the table
+        patch.setattr("diffusers_imagen.training.data.image_folders.read_caption", None)
+        assert list(rows()) == in_memory
+    write(tmp_path / "d", {"dogs/2.caption": b"two dogs"})
+    assert list(rows())[2]["text"] == "two dogs"
+    write(tmp_path / "d", {"dogs/2.caption": b"\xff"})
+    with pytest.raises(ValueError, match="the caption '.*dogs/2.caption' cannot be read: 'utf-8' codec"):
+        rows()
 
 
 def test_captions_are_one_line_and_labels_are_folders(tmp_path, encode):

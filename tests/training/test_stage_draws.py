@@ -55,6 +55,24 @@ def make_stage(make_config, encoder):
     return make_stage
 
 
+@pytest.fixture(scope="module")
+def trained() -> list[Path]:
+    """The folder of a base stage, once one is trained."""
+    return []
+
+
+@pytest.fixture
+def stage(make_stage, trained, tmp_path, tmp_path_factory) -> str:
+    """The folder of a base stage, of the encoder of this test: a copy, but for the first that asks for it."""
+    folder = tmp_path / "stage"
+    if trained:
+        shutil.copytree(trained[0], folder)
+    else:
+        make_stage()
+        trained.append(Path(shutil.copytree(folder, tmp_path_factory.mktemp("trained") / "stage")))
+    return str(folder)
+
+
 def draw(pipe, *prompt, **options):
     pipe.set_progress_bar_config(disable=True)
     return pipe(*prompt, generator=torch.Generator().manual_seed(0), **{**CALL, **options}).images
@@ -79,31 +97,29 @@ def test_an_upscaler_reads_words(make_stage):
     assert draw(pipe, "a red apple", image=torch.rand(3, 16, 16)).shape == (1, 32, 32, 3)
 
 
-def test_the_dtype_is_that_of_the_call(make_stage):
-    pipe = DiffusionPipeline.from_pretrained(make_stage()[0], dtype=torch.bfloat16)
+def test_the_dtype_is_that_of_the_call(stage):
+    pipe = DiffusionPipeline.from_pretrained(stage, dtype=torch.bfloat16)
     assert pipe.text_encoder.dtype == pipe.unet.dtype == torch.bfloat16
 
 
-def test_an_encoder_that_is_given_wins(make_stage, encoder, text_encoder):
-    out, _ = make_stage()
+def test_an_encoder_that_is_given_wins(stage, encoder, text_encoder):
     shutil.rmtree(encoder)
     other = randomize(BertModel(text_encoder.config))
     for loader in (DiffusionPipeline, ImagenPipeline):
-        assert loader.from_pretrained(out, text_encoder=other).text_encoder is other
-    pipe = DiffusionPipeline.from_pretrained(out, text_encoder=None)
+        assert loader.from_pretrained(stage, text_encoder=other).text_encoder is other
+    pipe = DiffusionPipeline.from_pretrained(stage, text_encoder=None)
     assert pipe.text_encoder is None
     assert draw(pipe, prompt_embeds=torch.zeros(1, 2, 16), prompt_attention_mask=torch.ones(1, 2)).shape[1] == 16
 
 
-def test_a_folder_that_is_gone_is_one_line(make_stage, encoder):
-    out, _ = make_stage()
+def test_a_folder_that_is_gone_is_one_line(stage, encoder):
     shutil.rmtree(encoder)
     with pytest.raises(ValueError) as refused:
-        DiffusionPipeline.from_pretrained(out)
+        DiffusionPipeline.from_pretrained(stage)
     message = str(refused.value)
     assert "\n" not in message and f"is not in '{encoder}'" in message
     assert "pass another one as `text_encoder`, or `text_encoder=None`" in message
-    wrong = [finding.text for finding in diagnostics.examine_stage(Path(out)) if finding.wrong]
+    wrong = [finding.text for finding in diagnostics.examine_stage(Path(stage)) if finding.wrong]
     assert wrong == [f"unet: the text encoder is not in '{encoder}', where reference.json says"]
 
 
@@ -120,15 +136,14 @@ def test_stage_and_encoder_move_together(make_stage, encoder, tmp_path, monkeypa
     )
 
 
-def test_another_encoder_in_its_place_is_refused(make_stage, encoder, text_encoder):
-    out, _ = make_stage()
+def test_another_encoder_in_its_place_is_refused(stage, encoder, text_encoder):
     randomize(text_encoder)
     with torch.no_grad():
         for parameter in text_encoder.parameters():
             parameter.add_(0.1)
     text_encoder.save_pretrained(Path(encoder, "text_encoder"))
     with pytest.raises(ValueError, match="another text encoder than the one that it was trained with .other weights"):
-        DiffusionPipeline.from_pretrained(out)
+        DiffusionPipeline.from_pretrained(stage)
 
 
 @pytest.mark.parametrize(
@@ -143,16 +158,14 @@ def test_another_encoder_in_its_place_is_refused(make_stage, encoder, text_encod
         ({"folder": "..", "subfolder": "../x"}, "for `subfolder`"),
     ],
 )
-def test_a_reference_of_a_stranger_is_checked(make_stage, content, message):
-    out, _ = make_stage()
-    Path(out, "text_encoder", REFERENCE).write_text(json.dumps(content))
+def test_a_reference_of_a_stranger_is_checked(stage, content, message):
+    Path(stage, "text_encoder", REFERENCE).write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
-        DiffusionPipeline.from_pretrained(out)
+        DiffusionPipeline.from_pretrained(stage)
 
 
-def test_a_saved_pipeline_has_its_encoder_in_full(make_stage, encoder, tmp_path):
-    out, _ = make_stage()
-    pipe = DiffusionPipeline.from_pretrained(out)
+def test_a_saved_pipeline_has_its_encoder_in_full(stage, encoder, tmp_path):
+    pipe = DiffusionPipeline.from_pretrained(stage)
     expected = draw(pipe, "a red apple")
     pipe.save_pretrained(tmp_path / "copy")
     shutil.rmtree(encoder)
@@ -160,18 +173,16 @@ def test_a_saved_pipeline_has_its_encoder_in_full(make_stage, encoder, tmp_path)
     np.testing.assert_array_equal(draw(DiffusionPipeline.from_pretrained(tmp_path / "copy"), "a red apple"), expected)
 
 
-def test_stages_compose_and_share_the_encoder(make_stage, tmp_path):
-    base, _ = make_stage()
+def test_stages_compose_and_share_the_encoder(stage, make_stage, tmp_path):
     sr, _ = make_stage(tiny_runs.make_sr_unet, resolution=32, low_resolution=16, output_dir=tmp_path / "sr")
-    cascade = ImagenCascadePipeline.from_stages(base, sr)
+    cascade = ImagenCascadePipeline.from_stages(stage, sr)
     assert draw(cascade, "a red apple").shape == (1, 32, 32, 3)
 
 
-def test_a_stage_can_be_named_as_the_text_encoder_of_another(make_stage, encoder, tmp_path):
-    base, _ = make_stage()
-    other, _ = make_stage(text_encoder=base, output_dir=tmp_path / "deep" / "er" / "other")
+def test_a_stage_can_be_named_as_the_text_encoder_of_another(stage, make_stage, encoder, tmp_path):
+    other, _ = make_stage(text_encoder=stage, output_dir=tmp_path / "deep" / "er" / "other")
     # the reference is to the encoder, not to the first stage
-    shutil.rmtree(base)
+    shutil.rmtree(stage)
     assert draw(DiffusionPipeline.from_pretrained(other), "a red apple").shape == (1, 16, 16, 3)
     pipe = ImagenCascadePipeline.from_stages(other, text_encoder=other)
     assert type(pipe.text_encoder) is BertModel

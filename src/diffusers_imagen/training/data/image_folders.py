@@ -1,8 +1,11 @@
 """Files in a data folder: the splits that they belong to, images, and the captions next to them."""
 
+import hashlib
+import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from ...text.source import MAX_CAPTION
@@ -72,19 +75,19 @@ def group_by_split(files: list[str], by_file_name: bool) -> dict[str, list[str]]
     Raises:
         ValueError: If some files belong to a split and others to none, which would be ignored silently.
     """
-    splits = {path: _split_of(path, by_file_name) for path in files}
-    if not any(splits.values()):
+    splits = [_split_of(path, by_file_name) for path in files]
+    if not any(splits):
         return {"train": files}
-    outside = [path for path, split in splits.items() if split is None]
+    outside = [path for path, split in zip(files, splits) if split is None]
     if outside:
-        inside, split = next(item for item in splits.items() if item[1] is not None)
+        inside, split = next(item for item in zip(files, splits) if item[1] is not None)
         raise ValueError(
             f"it has files of splits, such as '{inside}' of {split!r}, and {len(outside)} without a split, such as "
             f"'{outside[0]}': move or rename them."
         )
     return {
-        split: [path for path in files if splits[path] == split]
-        for split in dict.fromkeys(filter(None, splits.values()))
+        split: [path for path, found in zip(files, splits) if found == split]
+        for split in dict.fromkeys(filter(None, splits))
     }
 
 
@@ -99,35 +102,61 @@ def _split_of(path: str, by_file_name: bool) -> str | None:
     return next((SPLITS[word] for word in words if word in SPLITS), None)
 
 
-def picture_rows(folder: str, pictures: list[str]) -> dict[str, list]:
-    """Return the columns of a folder of images: `file_name`; `text` from the .txt or .caption files next to them, if
-    there are any; `label`, the name of the folder, if there are several.
+def picture_columns(folder: str, pictures: list[str]) -> tuple[str, ...]:
+    """Return the columns of a folder of images: `file_name`; `text`, if there are .txt or .caption files next to them;
+    `label`, the name of the folder, if there are several.
+    """
+    has_text = any(find_caption(folder, path) for path in pictures)
+    has_label = len({_label(path) for path in pictures}) > 1
+    return ("file_name", *(("text",) if has_text else ()), *(("label",) if has_label else ()))
+
+
+def picture_rows(folder: str, pictures: list[str], columns: tuple[str, ...]) -> Iterator[dict[str, str | None]]:
+    """Yield the rows of a folder of images, with these of its columns.
 
     Raises:
         ValueError: If a caption file cannot be read.
     """
-    columns: dict[str, list] = {"file_name": pictures}
-    texts = [read_caption(folder, path) for path in pictures]
-    if any(text is not None for text in texts):
-        columns["text"] = texts
-    labels = [os.path.basename(os.path.dirname(path)) for path in pictures]
-    if len(set(labels)) > 1:
-        columns["label"] = labels
-    return columns
+    readers: dict[str, Callable[[str], str | None]] = {
+        "file_name": str,
+        "text": partial(read_caption, folder),
+        "label": _label,
+    }
+    for path in pictures:
+        yield {column: readers[column](path) for column in columns}
+
+
+def digest_pictures(folder: str, pictures: list[str], columns: tuple[str, ...]) -> str:
+    """Return a digest of the rows of a folder of images: names, and size and modification time of the caption files."""
+    sha = hashlib.sha256(json.dumps([os.path.abspath(folder), columns]).encode())
+    for path in pictures:
+        caption = find_caption(folder, path)
+        # what cannot be read is reported when it is
+        place = os.stat(caption) if caption and os.path.exists(caption) else None
+        state = [path, caption, *([place.st_size, place.st_mtime_ns] if place else [])]
+        sha.update(json.dumps(state).encode())
+    return sha.hexdigest()[:32]
+
+
+def find_caption(folder: str, picture: str) -> str | None:
+    """Return the path of an image's caption file, with the same name and another suffix; None without a file."""
+    stem = os.path.join(folder, os.path.splitext(picture)[0])
+    return next((stem + ending for ending in CAPTIONS if os.path.lexists(stem + ending)), None)
 
 
 def read_caption(folder: str, picture: str) -> str | None:
-    """Read the caption file of an image, with the same name and another suffix, as one line; None without a file."""
-    stem = Path(folder) / os.path.splitext(picture)[0]
-    for ending in CAPTIONS:
-        path = stem.with_name(stem.name + ending)
-        if not os.path.lexists(path):
-            continue
-        try:
-            check_regular(path)
-            if path.stat().st_size > MAX_CAPTION:
-                raise BadImage(f"it is larger than {MAX_CAPTION} bytes")
-            return " ".join(path.read_text(encoding="utf-8-sig").split())
-        except (OSError, ValueError) as error:
-            raise ValueError(f"the caption '{path}' cannot be read: {error}.") from error
-    return None
+    """Read the caption file of an image as one line; None without a file."""
+    path = find_caption(folder, picture)
+    if path is None:
+        return None
+    try:
+        check_regular(path)
+        if os.stat(path).st_size > MAX_CAPTION:
+            raise BadImage(f"it is larger than {MAX_CAPTION} bytes")
+        return " ".join(Path(path).read_text(encoding="utf-8-sig").split())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the caption '{path}' cannot be read: {error}.") from error
+
+
+def _label(picture: str) -> str:
+    return os.path.basename(os.path.dirname(picture))

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from datasets import (
     Dataset,
+    Features,
     Image,
     IterableDataset,
     List,
@@ -25,11 +26,13 @@ from diffusers.utils import logging
 from .data_config import DataConfig
 from .image_folders import (
     METADATA,
+    digest_pictures,
     find_metadata,
     find_pictures,
     find_shards,
     group_by_split,
     list_files,
+    picture_columns,
     picture_rows,
 )
 from .permutation import Permutation
@@ -46,6 +49,7 @@ RULES = re.DOTALL | re.MULTILINE
 MOST_CARD = 2**16  # maximum characters of a card that are read
 MOST_SHARDS = 1024  # maximum shards of a stream of images
 ROWS_AT_ONCE = 10_000  # maximum number of rows of which some columns are in memory
+ROWS_IN_MEMORY = 10_000  # maximum number of images without a metadata file whose captions are in memory
 TEXT_TYPES = ("string", "large_string")
 
 
@@ -210,8 +214,20 @@ def join(parts: list) -> Dataset | IterableDataset:
 
 
 def load_pictures(folder: str, pictures: list[str], config: DataConfig) -> Dataset | IterableDataset:
-    """Load images without a metadata file, with the captions next to them."""
-    data = Dataset.from_dict(picture_rows(folder, pictures))
+    """Load images without a metadata file, with the captions next to them; many of them as a table on disk."""
+    columns = picture_columns(folder, pictures)
+    features = Features(dict.fromkeys(columns, Value("string")))
+    given: dict[str, Any] = {"folder": folder, "pictures": pictures, "columns": columns}
+    if len(pictures) <= ROWS_IN_MEMORY:
+        data = Dataset.from_list(list(picture_rows(**given)), features=features)
+    else:
+        data = Dataset.from_generator(
+            picture_rows,
+            features=features,
+            cache_dir=config.cache_dir,
+            gen_kwargs=given,
+            fingerprint=digest_pictures(**given),
+        )
     return data.to_iterable_dataset(min(len(data), MOST_SHARDS)) if config.streaming else data
 
 
