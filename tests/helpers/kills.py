@@ -14,13 +14,19 @@ WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 
 class Killer:
-    """Ends the process before the `number`-th change below a folder, counted from 1; counts them."""
+    """Ends the process before the `number`-th change below a folder, counted from 1; counts them.
 
-    def __init__(self, folder: str, number: int):
+    With `after`, the changes are counted once that name exists in the folder.
+    """
+
+    def __init__(self, folder: str, number: int, after: str = ""):
         self.folder, self.number, self.count = os.path.abspath(folder), number, 0
+        self.after = os.path.join(self.folder, after)
         sys.addaudithook(self)
 
     def __call__(self, event: str, args: tuple) -> None:
+        if not os.path.exists(self.after):
+            return
         if event == "open":
             path, _, flags = args
             if not isinstance(flags, int) or not flags & WRITES or not isinstance(path, (str, bytes, os.PathLike)):
@@ -37,9 +43,9 @@ class Killer:
                 os._exit(EXIT)
 
 
-def run_until(settings: dict, number: int) -> None:
+def run_until(settings: dict, number: int, after: str) -> None:
     """A whole run that ends before a change, for a process of its own; leaves the number of changes in `changes`."""
-    killer = Killer(settings["output_dir"], number)
+    killer = Killer(settings["output_dir"], number, after)
     tiny_runs.run(settings)
     killer.number = 0
     Path(settings["output_dir"], "changes").write_text(str(killer.count))

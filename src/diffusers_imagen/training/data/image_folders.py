@@ -127,9 +127,7 @@ def picture_rows(folder: str, pictures: list[str], columns: tuple[str, ...]) -> 
 
 
 def digest_pictures(folder: str, pictures: list[str], columns: tuple[str, ...]) -> str:
-    """Return a digest that changes with the rows of a folder of images; captions are not read, but may not be rewritten
-    in the same size and nanosecond.
-    """
+    """Return a digest of the rows of a folder of images: names, and size and modification time of the caption files."""
     sha = hashlib.sha256(json.dumps([os.path.abspath(folder), columns]).encode())
     for path in pictures:
         caption = find_caption(folder, path)
