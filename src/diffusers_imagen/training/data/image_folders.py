@@ -7,11 +7,12 @@ from pathlib import Path
 
 from ...text.source import MAX_CAPTION
 from ...utils.images import BadImage, check_regular, picture_extensions
+from ..settings import is_text
 
 
 METADATA = {"metadata.jsonl": "json", "metadata.csv": "csv", "metadata.parquet": "parquet"}
 SHARDS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-CAPTIONS = (".txt", ".caption")
+CAPTIONS = (".txt", ".caption", ".TXT")
 # words in names of folders and shards that `datasets` interprets as splits
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -104,8 +105,11 @@ def picture_rows(folder: str, pictures: list[str]) -> dict[str, list]:
     there are any; `label`, the name of the folder, if there are several.
 
     Raises:
-        ValueError: If a caption file cannot be read.
+        ValueError: If a caption file cannot be read, or the name of an image is not UTF-8.
     """
+    for path in pictures:
+        if not is_text(path):
+            raise ValueError(f"the image {os.fsencode(path)!r} has a name that is not UTF-8: rename it.")
     columns: dict[str, list] = {"file_name": pictures}
     texts = [read_caption(folder, path) for path in pictures]
     if any(text is not None for text in texts):
