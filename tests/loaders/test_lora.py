@@ -123,6 +123,36 @@ def test_fused_adapters_draw_the_same_and_come_out_again(cascade, saved):
     np.testing.assert_allclose(draw(cascade), plain, atol=1e-3)
 
 
+def test_fusing_with_a_scale_is_taken_back_whatever_was_called_between(cascade):
+    """In diffusers, adapters remain scaled, a second call corrupts the weights, and the scale is of the active ones."""
+    train(cascade, "style")
+    train(cascade, "line", seed=1)
+    cascade.set_adapters(["style", "line"], [0.5, 1.5])
+    before, images, layer = weights(cascade), draw(cascade), cascade.base_unet.mid_blocks[0].attention.to_q
+    plain = layer.base_layer.weight.clone()
+    scaling, style, line = dict(layer.scaling), layer.get_delta_weight("style"), layer.get_delta_weight("line")
+    cascade.fuse_lora(adapter_names=["style"], lora_scale=0.5)
+    torch.testing.assert_close(layer.base_layer.weight, plain + 0.5 * style)
+    for _ in range(2):
+        cascade.fuse_lora(lora_scale=0.25)
+        torch.testing.assert_close(layer.base_layer.weight, plain + 0.5 * style + 0.25 * line)
+    with pytest.raises(
+        ValueError, match=r"`adapter_names` cannot be applied while adapters are fused, here {'base_unet': "
+    ):
+        cascade.set_adapters("style", 0.0)
+    with pytest.raises(ValueError, match="`cross_attention_kwargs` cannot be applied while adapters are fused"):
+        cascade("a", num_inference_steps=1, cross_attention_kwargs={"scale": 0.5})
+    update = {"base_unet.conv_in.lora_A.weight": torch.zeros(1, 3, 3, 3)}
+    update["base_unet.conv_in.lora_B.weight"] = torch.zeros(cascade.base_unet.conv_in.out_channels, 1, 1, 1)
+    with pytest.raises(ValueError, match="`adapter_name` cannot be applied while adapters are fused"):
+        cascade.load_lora_weights(update, "third")
+    cascade.unfuse_lora()
+    assert layer.scaling == scaling
+    for key, value in weights(cascade).items():
+        torch.testing.assert_close(value, before[key], atol=1e-6, rtol=1e-6)
+    np.testing.assert_allclose(draw(cascade), images, atol=1e-3)
+
+
 def test_fusing_one_stage_is_adding_its_update_to_its_weights(cascade, saved):
     _, folder = saved
     lora, before = load_file(f"{folder}/{FILE}"), weights(cascade)

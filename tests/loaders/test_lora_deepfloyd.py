@@ -152,9 +152,8 @@ def test_scales_of_several_adapters_and_fusing_are_those_of_diffusers(theirs, ou
         pipe.fuse_lora(components=["unet"], lora_scale=0.7)
     fused = call(theirs)
     check(call(ours), fused, expected)
-    for pipe in (theirs, ours):
-        pipe.unfuse_lora(components=["unet"])
-    assert relative_error(call(ours), call(theirs)) < 1e-5
+    ours.unfuse_lora(components=["unet"])  # diffusers' adapters would remain scaled by 0.7
+    check(call(ours), expected, fused)
 
 
 def test_a_cascade_takes_a_file_for_the_stage_that_is_named(theirs, ours, tokenizer, text_encoder, tmp_path):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from diffusers_imagen.pipelines import image_inputs
 from diffusers_imagen.pipelines.image_inputs import read_given, read_images, read_masks
 
 
@@ -124,6 +125,18 @@ BAD_IMAGES = {
 def test_what_is_no_image_is_named(image, message):
     with pytest.raises(ValueError, match=message):
         read_images(image)
+
+
+@pytest.mark.parametrize("read, name", [(read_images, "image"), (read_masks, "mask_image")])
+def test_a_picture_that_would_fill_the_memory_is_refused_before_it_is_converted(read, name, monkeypatch):
+    """The arrays and tensors here take no memory: all their values are one."""
+    for image in (np.broadcast_to(np.uint8(0), (20000, 20000, 3)), torch.zeros(1).expand(3, 20000, 20000)):
+        with pytest.raises(ValueError, match=rf"`{name}` has shape .*20000, 20000.* at most 134217728 pixels"):
+            read(image)
+    monkeypatch.setattr(image_inputs, "MAX_PIXELS", 6)
+    assert read(Image.new("L", (3, 2)))[0].shape[-2:] == (2, 3)
+    with pytest.raises(ValueError, match=rf"`{name}` has shape \(2, 4\), but should have at most 6 pixels"):
+        read([Image.new("L", (3, 2)), Image.new("L", (4, 2))])
 
 
 def test_a_damaged_picture_is_named(tmp_path):

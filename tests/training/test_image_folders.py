@@ -43,6 +43,8 @@ def test_captions_beside_pictures_are_read(tmp_path, encode, reader):
     assert drawn == {0, 1, 2, 3} and list(skipped) == ["plain.png"]
     write(tmp_path / "d", {"plain.caption": b"a cat"})
     assert read(folder, reader, encode) == (set(range(5)), {})
+    (tmp_path / "d" / "plain.caption").rename(tmp_path / "d" / "plain.TXT")
+    assert read(folder, reader, encode) == (set(range(5)), {})
     write(tmp_path / "d", {"plain.caption": b"\xff"})
     assert "the caption '" in (message := refusal(folder, reader, encode)) and "plain.caption' cannot be" in message
 
@@ -94,7 +96,13 @@ def test_captions_are_one_line_and_labels_are_folders(tmp_path, encode):
 
 def test_pictures_without_captions_are_refused_where_captions_are_needed(tmp_path, encode):
     message = refusal(write(tmp_path / "d", PICTURES), "memory", encode)
-    assert message == "The data set lacks the columns ['text']; it has ['file_name']."
+    assert message.startswith("The data set lacks the columns ['text']; it has ['file_name']: name a column")
+
+
+def test_a_picture_whose_name_is_not_utf_8_is_named(tmp_path, encode):
+    folder = write(tmp_path / "d", PICTURES)
+    (tmp_path / "d" / os.fsdecode(b"\xff.png")).write_bytes(picture(0))
+    assert r"the image b'\xff.png' has a name that is not UTF-8" in refusal(folder, "memory", encode, caption="a")
 
 
 def test_a_caption_that_is_no_file_is_refused(tmp_path, encode):

@@ -69,6 +69,16 @@ def test_a_run_into_the_folder_of_another_is_refused_or_sets_it_aside(make_confi
     assert (folder / "set-aside-2" / f"checkpoint-{steps}").is_dir() and names(folder) == ["checkpoint-1"]
 
 
+def test_a_folder_inside_the_data_is_refused(make_config):
+    """Sample grids and card images would be rows of the data when the run is resumed."""
+    data = Path(make_config().train_data_dir)
+    before = names(data)
+    for place in (data, data / "runs" / "a", data / ".." / data.name / "b"):
+        with pytest.raises(ValueError, match="`output_dir` is '.*', which is inside `train_data_dir`, but should be"):
+            train(make_config(output_dir=place), make_unet(), encode)
+    assert names(data) == before
+
+
 def test_going_back_is_refused_or_sets_aside_what_lies_above(make_config, tmp_path):
     options = {**OPTIONS, "logging_steps": 1, "checkpoints_total_limit": 4}
     train(make_config(**options), make_unet(), encode)

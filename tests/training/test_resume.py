@@ -159,8 +159,12 @@ def test_a_checkpoint_can_be_named(make_config, whole, tmp_path):
     resumed = make_unet(seed=1)
     train(make_config(output_dir=tmp_path / "branch", resume_from_checkpoint=checkpoint), resumed, encode)
     assert are_equal(weights_of(resumed), whole[1])
-    with pytest.raises(ValueError, match="`resume_from_checkpoint` is '/nowhere/checkpoint-2', which is not a folder"):
-        train(make_config(resume_from_checkpoint="/nowhere/checkpoint-2"), make_unet(), encode)
+    # by its name in output_dir, as in diffusers' scripts
+    train(make_config(output_dir=whole[0], resume_from_checkpoint="checkpoint-4"), again := make_unet(seed=1), encode)
+    assert are_equal(weights_of(again), whole[1])
+    for name in ("/nowhere/checkpoint-2", "checkpoint-9", str(whole[0]), ""):
+        with pytest.raises(ValueError, match=f"`resume_from_checkpoint` is '{name}', but should be 'latest' or the f"):
+            train(make_config(resume_from_checkpoint=name), make_unet(), encode)
 
 
 def test_a_finished_run_has_nothing_left_to_do(make_config, whole):

@@ -16,7 +16,7 @@ from diffusers.utils.torch_utils import unwrap_module
 from ..models.interface import StageNetwork
 from ..utils.arguments import bad_argument, class_of
 from ..utils.files import HUB_OPTIONS, whole_file
-from .lora_adapters import AdaptersMixin, require_peft
+from .lora_adapters import AdaptersMixin, check_unfused, require_peft
 from .lora_conversion import ALPHA, BARE, Adapter, Update, check_finite, group_weights, make_adapter, plain_name
 from .lora_files import SOURCE, StateDict, read_source
 from .lora_names import diffusers_names, top_level_names
@@ -138,6 +138,8 @@ class ImagenLoraLoaderMixin(AdaptersMixin):
         if hotswap:
             for name, unet in unets.items():
                 check_hotswap(name, unet, adapter_name, adapters[name])
+        else:
+            check_unfused(unets, "adapter_name")
         with self._without_offloading(), restored_after_error(list(unets.values())):
             for name, unet in unets.items():
                 if hotswap:

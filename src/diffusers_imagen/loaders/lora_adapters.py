@@ -12,7 +12,14 @@ from diffusers.utils.torch_utils import unwrap_module
 
 from ..models.interface import StageNetwork
 from ..utils.arguments import bad_argument, class_of, is_finite
-from .lora_networks import weights_by_layer
+from .lora_networks import (
+    BEFORE_FUSING,
+    fused_adapters,
+    lora_layers,
+    restore_scaling,
+    scaled_to_fuse,
+    weights_by_layer,
+)
 
 
 class AdaptersMixin(LoraBaseMixin):
@@ -34,12 +41,15 @@ class AdaptersMixin(LoraBaseMixin):
                 weight 1.
 
         Raises:
-            ValueError: If there is no such adapter or component, or a weight is not a finite number.
+            ValueError: If there is no such adapter or component, a weight is not a finite number, or adapters are fused.
         """
         adapter_names = self._checked_adapters(adapter_names)
+        check_unfused(self._lora_unets(), "adapter_names")
         each = adapter_weights if isinstance(adapter_weights, list) else [adapter_weights] * len(adapter_names)
         # each gets a separate dict, because diffusers removes entries
         self._networks().set_adapters(adapter_names, [self._expanded_weights(weights) for weights in each])
+        for layer in lora_layers(self._lora_unets().values()):
+            vars(layer).pop(BEFORE_FUSING, None)
 
     def fuse_lora(
         self,
@@ -53,7 +63,8 @@ class AdaptersMixin(LoraBaseMixin):
 
         Args:
             components (`list[str]`, *optional*): Networks to fuse, some of which may be missing; all if None.
-            lora_scale (`float`, defaults to 1.0): Weight of the adapters, on top of `set_adapters`.
+            lora_scale (`float`, defaults to 1.0):
+                Weight of the adapters while they are fused, on top of `set_adapters`; fused ones are not scaled again.
             safe_fusing (`bool`, defaults to `False`): Whether to raise an error if merged weights are not finite.
             adapter_names (`list[str]`, *optional*): The adapters; the active ones if None.
         """
@@ -62,20 +73,25 @@ class AdaptersMixin(LoraBaseMixin):
             raise bad_argument("lora_scale", lora_scale, "a number")
         adapter_names = None if adapter_names is None else self._checked_adapters(adapter_names)
         networks = self._networks()
+        layers = lora_layers(self._lora_unets()[name] for name in components)
         try:
-            networks.fuse_lora(components, lora_scale, safe_fusing, adapter_names)
+            with scaled_to_fuse(layers, lora_scale, adapter_names):
+                networks.fuse_lora(components, 1.0, safe_fusing, adapter_names)
         finally:
             self._merged_adapters = networks._merged_adapters
 
     def unfuse_lora(self, components: list[str] | None = None) -> None:
         r"""
-        Remove fused adapters from the networks' weights, up to rounding.
+        Remove fused adapters from the networks' weights, up to rounding; they have the weights of `set_adapters` again.
+        Adapters that were unloaded or deleted while they were fused remain in the weights.
 
         Args:
             components (`list[str]`, *optional*): Networks, some of which may be missing; all if None.
         """
         networks = self._networks()
-        networks.unfuse_lora(self._checked_components(components))
+        components = self._checked_components(components)
+        networks.unfuse_lora(components)
+        restore_scaling(lora_layers(self._lora_unets()[name] for name in components))
         self._merged_adapters = networks._merged_adapters
 
     def unload_lora_weights(self) -> None:
@@ -91,7 +107,7 @@ class AdaptersMixin(LoraBaseMixin):
         self._networks().enable_lora()
 
     def delete_adapters(self, adapter_names: list[str] | str) -> None:
-        """Delete adapters of these names from all networks."""
+        """Delete adapters of these names from all networks; fused weights remain."""
         self._networks().delete_adapters(self._checked_adapters(adapter_names))
 
     def get_active_adapters(self) -> list[str]:
@@ -124,11 +140,13 @@ class AdaptersMixin(LoraBaseMixin):
         """Context manager that scales the adapters by `{"scale": 0.5}`, in addition to `set_adapters`.
 
         Raises:
-            ValueError: If there are other entries.
+            ValueError: If there are other entries, or the adapters are fused.
         """
         options = {} if cross_attention_kwargs is None else cross_attention_kwargs
         if not isinstance(options, dict) or set(options) - {"scale"} or not is_finite(options.get("scale", 1.0)):
             raise bad_argument("cross_attention_kwargs", options, "{'scale': a number}")
+        if options.get("scale", 1.0) != 1.0:
+            check_unfused(self._lora_unets(), "cross_attention_kwargs")
         with scaled_layers(self._lora_unets().values() if options else [], options.get("scale", 1.0)):
             yield
 
@@ -247,4 +265,14 @@ def check_adaptable(name: str, unet: StageNetwork) -> None:
         raise ValueError(
             f"`{name}` is {class_of(unet)}, but should be of a class of diffusers' PeftAdapterMixin to have LoRA "
             "adapters."
+        )
+
+
+def check_unfused(unets: dict[str, StageNetwork], argument: str) -> None:
+    """Raise ValueError if adapters are fused, because merged weights can neither be scaled nor added to."""
+    fused = fused_adapters(unets)
+    if fused:
+        raise ValueError(
+            f"`{argument}` cannot be applied while adapters are fused, here {fused}: call `unfuse_lora` first, or "
+            "`unload_lora_weights` to keep the fused weights without their adapters."
         )

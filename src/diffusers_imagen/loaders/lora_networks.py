@@ -1,7 +1,7 @@
 """Modifications of networks by adapters: rollback after errors, hotswapping, and weights per block."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from .lora_conversion import Adapter, configuration, matching, plain_name
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
 
+BEFORE_FUSING = "_scaling_before_fusing"  # attribute of layers with merged adapters
 BLOCKS = {"down": "down_blocks", "mid": "mid_blocks", "up": "up_blocks"}  # diffusers' names
 
 
@@ -78,6 +79,51 @@ def own_scaling(layer: "LoraLayer", adapter_name: str) -> float:
 def adapted_layers(unet: StageNetwork, adapter_name: str) -> "dict[str, LoraLayer]":
     """Return the layers that have an adapter of this name."""
     return {name: layer for name, layer in unet.named_modules() if adapter_name in getattr(layer, "lora_alpha", {})}
+
+
+def fused_adapters(unets: "dict[str, StageNetwork]") -> dict[str, list[str]]:
+    """Return the adapters that are merged into the weights, by component; without components that have none."""
+    found = {
+        component: {name for layer in unet.modules() for name in getattr(layer, "merged_adapters", ())}
+        for component, unet in unets.items()
+    }
+    return {component: sorted(names) for component, names in found.items() if names}
+
+
+def lora_layers(unets: "Iterable[StageNetwork]") -> "list[LoraLayer]":
+    """Return the layers of networks that have adapters."""
+    from peft.tuners.lora import LoraLayer
+
+    return [layer for unet in unets for layer in unet.modules() if isinstance(layer, LoraLayer)]
+
+
+@contextmanager
+def scaled_to_fuse(layers: "list[LoraLayer]", scale: float, adapter_names: list[str] | None) -> Iterator[None]:
+    """Context manager in which adapters are merged with weights that are multiplied by `scale`.
+
+    Merged adapters keep these weights, with which peft subtracts them again, until `restore_scaling`. In diffusers the
+    active adapters are scaled, even if they are merged already or others are to be merged, and remain so.
+    """
+    for layer in layers:
+        names = set(layer.active_adapters if adapter_names is None else adapter_names)
+        before = {name: layer.scaling[name] for name in names & {*layer.scaling} - {*layer.merged_adapters}}
+        layer.scaling.update({name: value * scale for name, value in before.items()})
+        vars(layer).setdefault(BEFORE_FUSING, {}).update(before)
+    try:
+        yield
+    except BaseException:
+        restore_scaling(layers)
+        raise
+
+
+def restore_scaling(layers: "list[LoraLayer]") -> None:
+    """Give adapters that are not merged the weights that they had before `scaled_to_fuse`."""
+    for layer in layers:
+        before = vars(layer).get(BEFORE_FUSING, {})
+        for name in before.keys() - {*layer.merged_adapters}:
+            value = before.pop(name)
+            if name in layer.scaling:
+                layer.scaling[name] = value
 
 
 def describe_adapter(unet: StageNetwork, adapter_name: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Reading of the caller's images and masks, and resizing to the size of a stage."""
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +14,8 @@ from ..utils.images import BadImage, read_image, white_of_integers
 
 
 logger = logging.get_logger(__name__)
+
+MAX_PIXELS = 2**27  # of one image: 11,585 px squared, 1.5 GiB in float32, of which reading has a few copies
 
 ImageInput = (
     PIL.Image.Image | np.ndarray | torch.Tensor | list[PIL.Image.Image] | list[np.ndarray] | list[torch.Tensor]
@@ -167,8 +170,17 @@ def read_one(name: str, image: PIL.Image.Image | np.ndarray | torch.Tensor, is_m
     """Convert one image to `(3, H, W)` in float32, in [-1, 1]; a mask to `(3 or 1, H, W)` in [0, 1].
 
     Raises:
-        ValueError: For shapes, types or values that `read_images` does not describe.
+        ValueError: For shapes, types or values that `read_images` does not describe, and more than `MAX_PIXELS`.
     """
+    shape: tuple[int, ...]
+    if isinstance(image, PIL.Image.Image):
+        shape, limit = (image.height, image.width), MAX_PIXELS
+    else:
+        shape, limit = tuple(image.shape), 3 * MAX_PIXELS
+    if math.prod(shape) > limit:  # before it is copied
+        raise ValueError(
+            f"`{name}` has shape {shape}, but should have at most {MAX_PIXELS} pixels: pass a smaller image."
+        )
     try:
         if isinstance(image, PIL.Image.Image):
             image = np.asarray(read_image(image).convert("L" if is_mask else "RGB"))

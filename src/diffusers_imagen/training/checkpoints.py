@@ -137,8 +137,13 @@ class Checkpoints:
             return Found(None)
         if name != "latest":
             folder = Path(name)
-            if not folder.is_dir():
-                raise ValueError(f"`resume_from_checkpoint` is {name!r}, which is not a folder.")
+            if Path(name).name == name and not folder.exists():  # by its name, as in diffusers' training scripts
+                folder = Path(self.output_dir) / name
+            if not folder.is_dir() or not (NAME.fullmatch(folder.name) or (folder / MANIFEST).exists()):
+                raise ValueError(
+                    f"`resume_from_checkpoint` is {name!r}, but should be 'latest' or the folder of a checkpoint, such "
+                    f"as '{self.output_dir}/checkpoint-500'."
+                )
             problem = find_damage(folder, thoroughly)
             if problem is not None:
                 raise ValueError(f"`resume_from_checkpoint` is {name!r}, which is damaged: {problem}.")

@@ -62,8 +62,20 @@ class OutputFolder:
             ValueError: If not.
         """
         check_folder(self.config.output_dir, "output_dir")
+        self._check_outside_data()
         if self.folder.is_dir() and self._hold is None:
             FolderHold(self.folder, "output_dir").release()
+
+    def _check_outside_data(self) -> None:
+        """Raise ValueError for a folder inside one of images: a resumed run would count its samples as data."""
+        folder = self.folder.resolve()
+        for name in ("instance_data_dir", "class_data_dir", "train_data_dir"):
+            data = getattr(self.config, name, None)
+            if data is not None and Path(data).resolve() in (folder, *folder.parents):
+                raise ValueError(
+                    f"`output_dir` is '{self.folder}', which is inside `{name}`, but should be outside, because the "
+                    "images of the run would be taken for training data."
+                )
 
     def hold(self) -> None:
         """Lock the folder until `release`, and finish a move that was interrupted.

@@ -10,11 +10,12 @@ from pathlib import Path
 
 from ...text.source import MAX_CAPTION
 from ...utils.images import BadImage, check_regular, picture_extensions
+from ..settings import is_text
 
 
 METADATA = {"metadata.jsonl": "json", "metadata.csv": "csv", "metadata.parquet": "parquet"}
 SHARDS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-CAPTIONS = (".txt", ".caption")
+CAPTIONS = (".txt", ".caption", ".TXT")
 # words in names of folders and shards that `datasets` interprets as splits
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -105,7 +106,13 @@ def _split_of(path: str, by_file_name: bool) -> str | None:
 def picture_columns(folder: str, pictures: list[str]) -> tuple[str, ...]:
     """Return the columns of a folder of images: `file_name`; `text`, if there are .txt or .caption files next to them;
     `label`, the name of the folder, if there are several.
+
+    Raises:
+        ValueError: If the name of an image is not UTF-8.
     """
+    for path in pictures:
+        if not is_text(path):
+            raise ValueError(f"the image {os.fsencode(path)!r} has a name that is not UTF-8: rename it.")
     has_text = any(find_caption(folder, path) for path in pictures)
     has_label = len({_label(path) for path in pictures}) > 1
     return ("file_name", *(("text",) if has_text else ()), *(("label",) if has_label else ()))

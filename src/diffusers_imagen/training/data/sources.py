@@ -317,7 +317,12 @@ def check_columns(data, columns: list[str], config: DataConfig, with_text: bool)
     needed |= {config.low_resolution_column} if config.low_resolution_column else set()
     missing = needed - set(columns)
     if missing:
-        raise ValueError(f"The data set lacks the columns {sorted(missing)}; it has {columns}.")
+        hint = (
+            ": name a column of captions as `caption_column`, or set `caption` for all"
+            if missing & {*captions}
+            else ""
+        )
+        raise ValueError(f"The data set lacks the columns {sorted(missing)}; it has {columns}{hint}.")
     for column in captions if data.features is not None else []:
         feature = data.features[column]
         inner = feature.feature if isinstance(feature, List) else feature
