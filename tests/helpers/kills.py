@@ -21,11 +21,11 @@ class Killer:
 
     def __init__(self, folder: str, number: int, after: str = ""):
         self.folder, self.number, self.count = os.path.abspath(folder), number, 0
-        self.after = os.path.join(self.folder, after)
+        self.after = os.path.join(self.folder, after) if after else None
         sys.addaudithook(self)
 
     def __call__(self, event: str, args: tuple) -> None:
-        if not os.path.exists(self.after):
+        if self.after is not None and not os.path.exists(self.after):
             return
         if event == "open":
             path, _, flags = args

@@ -11,7 +11,7 @@ from groups import environments, exit_codes, make_process
 from diffusers_imagen.text.cache_writer import check_same
 from diffusers_imagen.text.distinct_captions import DistinctCaptions
 from diffusers_imagen.utils import processes
-from diffusers_imagen.utils.processes import OneProcess, check_shared, gather, in_turn, on_main_process
+from diffusers_imagen.utils.processes import OneProcess, check_shared, gather, in_turn, leave_group, on_main_process
 
 
 def agree(environment: dict[str, str], folder: Path) -> None:
@@ -41,7 +41,7 @@ def agree(environment: dict[str, str], folder: Path) -> None:
         check_same(state, DistinctCaptions.of(["a", "b", "c"][: 2 + rank]))
     with pytest.raises(ValueError, match="but 2, or others, in process 1"):
         check_same(state, DistinctCaptions.of(["a", "bc"] if rank else ["ab", "c"]))
-    state.destroy_process_group()
+    leave_group(state)
 
 
 def test_two_processes_agree(tmp_path):

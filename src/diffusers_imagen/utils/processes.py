@@ -49,7 +49,18 @@ def shared_work(device: str) -> Iterator[tuple[PartialState, str]]:
     state = PartialState(cpu=torch.device(device).type == "cpu", timeout=LONGEST_WAIT)
     yield state, device if state.num_processes == 1 else str(state.device)
     if state.num_processes > 1:
-        state.destroy_process_group()
+        leave_group(state)
+
+
+def leave_group(state: PartialState) -> None:
+    """Leave the process group when all processes call this.
+
+    In torch 2.6, a thread of gloo frees the tensors of the last communication, for which it needs the interpreter's
+    lock, while the destructor of the group has this lock and waits for the thread. The barrier, which has no tensors
+    of Python, gives it the time.
+    """
+    state.wait_for_everyone()
+    state.destroy_process_group()
 
 
 def refuse_several(work: str) -> None:
