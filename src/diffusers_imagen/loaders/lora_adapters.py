@@ -231,8 +231,7 @@ class AdaptersMixin(LoraBaseMixin):
 @contextmanager
 def scaled_layers(unets: Iterable[StageNetwork], scale: float) -> Iterator[None]:
     """Context manager that multiplies the weights of all adapters, and restores them at the end."""
-    modules: Iterable[Any] = (module for unet in unets for module in unet.modules())
-    layers = [module for module in modules if isinstance(getattr(module, "scaling", None), dict)]
+    layers = lora_layers(unets)
     before = [dict(layer.scaling) for layer in layers]
     for layer in layers:
         layer.scaling.update({name: value * scale for name, value in layer.scaling.items()})

@@ -92,9 +92,8 @@ def fused_adapters(unets: "dict[str, StageNetwork]") -> dict[str, list[str]]:
 
 def lora_layers(unets: "Iterable[StageNetwork]") -> "list[LoraLayer]":
     """Return the layers of networks that have adapters."""
-    from peft.tuners.lora import LoraLayer
-
-    return [layer for unet in unets for layer in unet.modules() if isinstance(layer, LoraLayer)]
+    modules: Iterable[Any] = (module for unet in unets for module in unet.modules())
+    return [module for module in modules if isinstance(getattr(module, "scaling", None), dict)]
 
 
 @contextmanager
