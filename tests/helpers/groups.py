@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing import forkserver
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import gettempdir
 from unittest.mock import patch
 
 import datasets
@@ -33,7 +33,7 @@ IMPORTS = [
 
 
 # What the imports read for all processes: the Hub of the tests, and a link to the folder that hub_client.py sets for each.
-HUB_HOME = Path(mkdtemp(), "home")
+HUB_HOME = Path(gettempdir(), f"hub-of-the-tests-{os.getpid()}")
 HUB = {
     "HF_ENDPOINT": hub_server.URL,
     "HF_HOME": str(HUB_HOME),

@@ -23,10 +23,12 @@ class Client:
 
     def run(self, code: str, home: Path | None = None) -> str:
         """In a process that is forked after the imports, with a cache that is empty or in `home`."""
-        HUB_HOME.unlink(missing_ok=True)
         HUB_HOME.symlink_to(home or self.new_home(), target_is_directory=True)
         log = self.folder / f"run-{self.runs}"
-        codes = exit_codes([make_process(execute, code, self.folder, log)])
+        try:
+            codes = exit_codes([make_process(execute, code, self.folder, log)])
+        finally:
+            HUB_HOME.unlink()
         assert codes == [0], log.with_suffix(".err").read_text()
         return log.with_suffix(".out").read_text()
 
